@@ -1,6 +1,8 @@
-//! Turns the text of an address into a checked one, with its own advice for
-//! each form operators write by mistake. Called by the validation, which knows
-//! where the text stands. Pure: never asks a name server or the kernel.
+//! Parses the text of an address. Each form that operators write by mistake gets its
+//! own advice.
+//!
+//! Called by `validate`, which knows the place of the text. It never queries a name
+//! server. It asks the kernel only for the index of an interface.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::path::PathBuf;
@@ -12,8 +14,9 @@ use tidegate_core::model::{AdminListen, BackendAddr, SourceAddr};
 /// `sun_path` is 108 bytes with its final NUL (unix(7)).
 const UNIX_PATH_BYTES_MAX: usize = 107;
 
-/// An address to listen on; two of them for `*:PORT`, every IPv4 and every IPv6
-/// address of this host.
+/// Parses an address to listen on.
+///
+/// `*:PORT` gives two: every IPv4 and every IPv6 address of this host.
 pub(super) fn bind_addresses(text: &str) -> Result<Vec<SocketAddr>, ValueError> {
     match text.strip_prefix("*:") {
         Some(port) => {
@@ -24,7 +27,7 @@ pub(super) fn bind_addresses(text: &str) -> Result<Vec<SocketAddr>, ValueError> 
     }
 }
 
-/// One address to listen on.
+/// Parses `IP:PORT` or `[IPV6]:PORT` to listen on.
 pub(super) fn bind_address(text: &str) -> Result<SocketAddr, ValueError> {
     if text.starts_with("unix:") {
         return Err(ValueError::new(format!(
@@ -43,7 +46,7 @@ pub(super) fn bind_address(text: &str) -> Result<SocketAddr, ValueError> {
     Ok(address)
 }
 
-/// An address to connect to.
+/// Parses an address to connect to.
 pub(super) fn backend_address(text: &str) -> Result<BackendAddr, ValueError> {
     if let Some(path) = text.strip_prefix("unix:") {
         return unix_path(path).map(BackendAddr::Unix);
@@ -62,7 +65,7 @@ pub(super) fn backend_address(text: &str) -> Result<BackendAddr, ValueError> {
     Ok(BackendAddr::Tcp(address))
 }
 
-/// An address of this host that connections start at.
+/// Parses a source address: an address of this host that connections start from.
 pub(super) fn source_address(text: &str) -> Result<SourceAddr, ValueError> {
     let Ok(ip) = text.parse::<IpAddr>().map(|ip| ip.to_canonical()) else {
         return Err(ValueError::new(format!("{} is not an IP address", shown(text)))
@@ -75,7 +78,7 @@ pub(super) fn source_address(text: &str) -> Result<SourceAddr, ValueError> {
     Ok(SourceAddr::new(ip))
 }
 
-/// Where the admin API listens.
+/// Parses the address that the admin API listens on.
 pub(super) fn admin_listen(text: &str) -> Result<AdminListen, ValueError> {
     match text.strip_prefix("unix:") {
         Some(path) if path.starts_with('@') => {
@@ -116,7 +119,7 @@ fn unix_path(path: &str) -> Result<PathBuf, ValueError> {
     Ok(PathBuf::from(path))
 }
 
-/// `IP:PORT` or `[IPV6]:PORT`, each refused form with its own advice.
+/// Parses `IP:PORT` or `[IPV6]:PORT`. Each rejected form has its own advice.
 fn socket_address(text: &str) -> Result<SocketAddr, ValueError> {
     if let Some((_, rest)) = text.split_once("://") {
         return Err(ValueError::new(format!("{} is a URL", shown(text)))
@@ -223,7 +226,7 @@ fn scope_id(text: &str) -> Result<u32, ValueError> {
         .help("give the name of an interface or its index; `ip link` shows both"))
 }
 
-/// The port after an address; `text` is all of it.
+/// Parses the port after an address. `text` is the whole address.
 pub(super) fn port_number(text: &str, port: &str) -> Result<u16, ValueError> {
     if port.is_empty() {
         return Err(ValueError::new(format!("the port is missing in {}", shown(text)))

@@ -1,7 +1,9 @@
-//! Problems of a configuration: collected with their places, ordered, and
-//! rendered with the source line and a caret. Called by the validation, which
-//! reports, and by whoever shows the outcome (`check`, the log, the admin
-//! API). Never reads the file again: a problem carries all it needs.
+//! Problems of a configuration: collected with their places, sorted, and rendered with
+//! the source line and a caret.
+//!
+//! Called by `validate`, which reports problems, and by the code that shows them:
+//! `check`, the log and the admin API. It never reads the file again, because a problem
+//! holds its own excerpt.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -18,11 +20,12 @@ use super::origin::{Origin, Spot};
 use super::source::{Excerpt, SourceText};
 use super::value::ValueError;
 
-/// Most errors, and most warnings, kept for one file; the rest is counted.
-/// Nobody reads the thousand and first, and a hostile file cannot fill memory.
+/// Most errors, and most warnings, that are kept for one file. The rest is counted.
+///
+/// The bound keeps a hostile file from filling memory.
 pub const PROBLEMS_MAX: usize = 1_000;
 
-/// One thing wrong at one place.
+/// An error or a warning at one place of a file.
 ///
 /// Serialises as `{file, line, column, message, help}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -35,13 +38,13 @@ pub struct Problem {
     pub column: usize,
     /// One line, no full stop.
     pub message: String,
-    /// Whether the file is refused for it.
+    /// An error rejects the file; a warning does not.
     #[serde(skip)]
     pub severity: Severity,
-    /// What would be right, on one line.
+    /// The correction, on one line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub help: Option<String>,
-    /// Absent where the file itself could not be read.
+    /// Absent if the file could not be read.
     #[serde(skip)]
     excerpt: Option<Excerpt>,
 }
@@ -49,16 +52,15 @@ pub struct Problem {
 /// How much a problem matters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Severity {
-    /// The file is refused.
+    /// The file is rejected.
     Error,
-    /// The file is taken; it may not mean what it seems to.
+    /// The file is accepted, but a key in it has no effect or a surprising one.
     Warning,
 }
 
-/// Everything wrong with one file, ordered by place; never empty.
+/// The problems of one file, ordered by place. Never empty.
 ///
-/// Serialises as the list alone. Displays as [`Problems::render`] without
-/// colour.
+/// Serialises as the list alone. Displays as [`Problems::render`] without colour.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
 pub struct Problems {
@@ -67,20 +69,21 @@ pub struct Problems {
     pub file: Arc<str>,
     /// At most [`PROBLEMS_MAX`].
     pub list: Vec<Problem>,
-    /// How many more there were.
+    /// Number of problems beyond [`PROBLEMS_MAX`].
     #[serde(skip)]
     pub omitted: usize,
 }
 
-/// Collects problems while a file is being validated. Shared by reference, so
-/// that the readers of a section need no exclusive access to it.
+/// Collects problems while a file is validated.
+///
+/// Shared by reference, so that several sections can report to it at the same time.
 #[derive(Debug)]
 pub(super) struct ProblemCollector<'s> {
     pub(super) source: &'s SourceText<'s>,
     errors: RefCell<CollectedProblems>,
     warnings: RefCell<CollectedProblems>,
     spots: RefCell<HashMap<Spot, Range<usize>>>,
-    /// Caps that stand in the file: place, name and value.
+    /// The caps on sessions that the file sets: place, name and value.
     limits: RefCell<Vec<(Range<usize>, &'static str, u32)>>,
 }
 
@@ -112,7 +115,7 @@ impl Problem {
         }
     }
 
-    /// One with the file as a whole, shown at its first character.
+    /// Makes a problem of the file as a whole, shown at its first character.
     pub fn of_file(
         file: &Arc<str>,
         severity: Severity,
@@ -123,8 +126,10 @@ impl Problem {
         Problem { file, line: 1, column: 1, message, severity, help, excerpt }
     }
 
-    /// `FILE:LINE:COLUMN: error: message`, the source line with a caret, then
-    /// the help; no final line end. `colour` adds terminal escapes.
+    /// Renders `FILE:LINE:COLUMN: error: message`, the source line with a caret, and the
+    /// help, without a final line end.
+    ///
+    /// `colour` adds terminal escapes.
     pub fn render(&self, colour: bool) -> String {
         let (bold, style) = match (colour, self.severity) {
             (false, _) => (Style::new(), Style::new()),
@@ -163,9 +168,9 @@ impl Problem {
             group = group.element(Level::HELP.message(help.as_str()));
         }
         let renderer = if colour { Renderer::styled() } else { Renderer::plain() };
-        // Wide enough that the renderer never cuts what the excerpt already did.
+        // The excerpt is already cut; at this width the renderer does not cut it again.
         let details = renderer.term_width(1_000).render(&[group]);
-        // The renderer pads empty gutters; trailing blanks help nobody.
+        // The renderer pads empty gutters with blanks.
         let lines: Vec<&str> = details.lines().map(str::trim_end).collect();
         lines.join("\n")
     }
@@ -191,19 +196,18 @@ impl fmt::Display for Severity {
 // === impl Problems ===
 
 impl Problems {
-    /// Trouble with the file as a whole, shown at its first character.
+    /// Makes an error of the file as a whole, shown at its first character.
     pub(super) fn of_file(file: &str, message: impl Into<String>) -> Self {
         Problem::of_file(&file.into(), Severity::Error, message.into(), None).into()
     }
 
-    /// One error that ends the reading.
+    /// Makes the only error of a file, for an error that ends the reading.
     pub(super) fn one(source: &SourceText<'_>, place: &Range<usize>, what: ValueError) -> Self {
         let problem = Problem::new(source, place, Severity::Error, what);
         Problems { file: Arc::clone(&source.file), list: vec![problem], omitted: 0 }
     }
 
-    /// Every problem as [`Problem::render`] shows it, each ended by a line
-    /// end, with an empty line between two.
+    /// Renders every problem with [`Problem::render`], with an empty line between two.
     pub fn render(&self, colour: bool) -> String {
         let mut blocks: Vec<String> =
             self.list.iter().map(|problem| problem.render(colour) + "\n").collect();
@@ -237,41 +241,40 @@ impl<'s> ProblemCollector<'s> {
         ProblemCollector { source, errors, warnings, spots, limits }
     }
 
-    /// Notes an error at `place`.
+    /// Reports an error at `place`.
     pub(super) fn error(&self, place: Range<usize>, what: ValueError) {
         self.errors.borrow_mut().push(place, || what);
     }
 
-    /// The same where making the message costs something: not asked once the
-    /// list is full.
+    /// Reports an error at `place`. Calls `what` only if the list is not full.
     pub(super) fn error_with(&self, place: Range<usize>, what: impl FnOnce() -> ValueError) {
         self.errors.borrow_mut().push(place, what);
     }
 
-    /// Errors noted so far.
+    /// Returns the number of errors reported until now.
     pub(super) fn errors(&self) -> usize {
         let errors = self.errors.borrow();
         errors.list.len() + errors.omitted
     }
 
-    /// Notes a warning at `place`.
+    /// Reports a warning at `place`.
     pub(super) fn warning(&self, place: Range<usize>, what: ValueError) {
         self.warnings.borrow_mut().push(place, || what);
     }
 
-    /// The same where making the message costs something.
+    /// Reports a warning at `place`. Calls `what` only if the list is not full.
     pub(super) fn warning_with(&self, place: Range<usize>, what: impl FnOnce() -> ValueError) {
         self.warnings.borrow_mut().push(place, what);
     }
 
-    /// Keeps where something stands, for problems found later.
+    /// Stores the place of a value for problems that are found after reading.
     pub(super) fn keep(&self, spot: Spot, place: Option<Range<usize>>) {
         if let Some(place) = place {
             self.spots.borrow_mut().entry(spot).or_insert(place);
         }
     }
 
-    /// Notes a cap on sessions, where one is given.
+    /// Stores a cap on sessions, if the file sets it and it is not 0.
     pub(super) fn limit(&self, name: &'static str, field: &Field<u32>) {
         if let Field::Good(value) = field
             && *value.get_ref() > 0
@@ -280,7 +283,7 @@ impl<'s> ProblemCollector<'s> {
         }
     }
 
-    /// Warns of the caps that the whole process's keeps from being reached.
+    /// Warns of each cap that is above the cap of the process.
     pub(super) fn warn_of_idle_limits(&self, process: u32) {
         for (place, name, value) in self.limits.take() {
             if value > process {
@@ -291,13 +294,13 @@ impl<'s> ProblemCollector<'s> {
         }
     }
 
-    /// `FILE:LINE:COLUMN`, to name another place in a message.
+    /// Returns `FILE:LINE:COLUMN`, which names another place in a message.
     pub(super) fn place_name(&self, place: &Range<usize>) -> String {
         let (line, column) = self.source.locate(place.start);
         format!("{}:{line}:{column}", self.source.file)
     }
 
-    /// The warnings and where things stand, or the errors if there was any.
+    /// Returns the warnings and the places of values, or the errors if any was reported.
     pub(super) fn finish(self) -> Result<(Vec<Problem>, Origin), Problems> {
         let errors = self.errors.into_inner();
         if errors.list.is_empty() {

@@ -1,13 +1,14 @@
-//! A typed walk over the parsed TOML document: every table becomes a
-//! [`Section`] whose keys are read one by one, each with its place. Called by
-//! the validation only. Never stops at the first problem and never decides
-//! what a value means.
+//! A typed walk over the parsed TOML document. Every table becomes a [`Section`], which
+//! returns each key with its place.
+//!
+//! Called only by `validate`. It never stops at the first problem and never decides what
+//! a value means.
 //!
 //! # Why not serde
-//! A derived reader stops at the first wrong type or unknown key. Here a
-//! wrong type costs its own key only, and what nobody asked for by the time a
-//! section is [finished](Section::finish) is unknown, so keys are listed once:
-//! where they are read.
+//! A derived reader stops at the first wrong type or unknown key. Here a wrong type
+//! affects its own key only. A key that was not read when its section is
+//! [finished](Section::finish) is unknown, so the list of known keys needs no second
+//! copy.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -26,19 +27,20 @@ use tidegate_core::model::Words;
 /// One value with its place.
 pub(super) type ValueNode<'a> = Spanned<DeValue<'a>>;
 
-/// Most dots within one run of bare key parts, and most dots next to a quote,
-/// on one line. Our deepest key has four parts. The TOML parser bounds nested
-/// brackets but not dotted keys, and a tree a million levels deep overflows
-/// the stack when it is dropped.
+/// Most dots within one run of bare key parts, and most dots next to a quote, on one
+/// line.
+///
+/// The deepest key has four parts. The TOML parser limits nested brackets but not dotted
+/// keys. Dropping a tree that is a million levels deep overflows the stack.
 const DOTS_MAX: usize = 16;
 
-/// One table of the document.
+/// A table of the document.
 pub(super) struct Section<'r, 'a> {
     pub(super) report: &'r ProblemCollector<'r>,
     table: &'r DeTable<'a>,
-    /// How messages call it: `[pool.web]`.
+    /// Its name in messages, such as `[pool.web]`.
     pub(super) label: String,
-    /// Where a missing key is shown: the table's header.
+    /// Place of the table's header. Messages about missing keys point at it.
     pub(super) header: Range<usize>,
     known: RefCell<Vec<&'static str>>,
 }
@@ -46,23 +48,23 @@ pub(super) struct Section<'r, 'a> {
 /// A named table inside a section: `[frontend.NAME]`.
 pub(super) struct NamedSection<'r, 'a> {
     pub(super) name: &'r str,
-    /// Where the name stands.
+    /// Place of the name.
     pub(super) place: Range<usize>,
     pub(super) section: Section<'r, 'a>,
 }
 
-/// What came of reading one key.
+/// The result of reading one key.
 #[derive(Debug)]
 pub(super) enum Field<T> {
-    /// Not in the file.
+    /// The key is not in the file.
     Absent,
-    /// There, wrong, and reported.
+    /// The value is wrong, and the error is reported.
     Bad,
-    /// There and right.
+    /// The value is right.
     Good(Spanned<T>),
 }
 
-/// The place of the first dotted key deeper than any the parser should see.
+/// Returns the offset of the first dotted key with more than [`DOTS_MAX`] dots.
 pub(super) fn too_deep_key(text: &str) -> Option<usize> {
     let mut line_start = 0;
     for line in text.split_inclusive('\n') {
@@ -100,7 +102,7 @@ fn is_bare(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-')
 }
 
-/// The type of a value in words.
+/// Returns the name of a value's type.
 fn kind(value: &DeValue<'_>) -> &'static str {
     match value {
         DeValue::String(_) => "a string",
@@ -125,7 +127,7 @@ impl<'r, 'a> Section<'r, 'a> {
         Section { report, table, label, header, known: RefCell::default() }
     }
 
-    /// The raw value of a key, which from now on is a known key.
+    /// Returns the raw value of a key and adds the key to the known keys.
     pub(super) fn node(&self, key: &'static str) -> Option<&'r ValueNode<'a>> {
         let mut known = self.known.borrow_mut();
         if !known.contains(&key) {
@@ -134,17 +136,17 @@ impl<'r, 'a> Section<'r, 'a> {
         self.table.get(key)
     }
 
-    /// Where the key's value stands, if it is there.
+    /// Returns the place of the key's value, if the key is in the file.
     pub(super) fn value_place(&self, key: &str) -> Option<Range<usize>> {
         self.table.get(key).map(Spanned::span)
     }
 
-    /// Where the key's name stands, if it is there.
+    /// Returns the place of the key's name, if the key is in the file.
     pub(super) fn key_place(&self, key: &str) -> Option<Range<usize>> {
         self.table.get_key_value(key).map(|(key, _)| key.span())
     }
 
-    /// A string that `read` makes sense of. `wants` names what the key takes.
+    /// Reads a string and converts it with `read`. `wants` names what the key takes.
     pub(super) fn text<T>(
         &self,
         key: &'static str,
@@ -157,17 +159,17 @@ impl<'r, 'a> Section<'r, 'a> {
         let DeValue::String(text) = node.get_ref() else {
             return self.wrong_type(key, node, wants);
         };
-        // The message alone, without the line, is what the admin API shows.
+        // The admin API shows the message without the source line, so it names the key.
         let named = |complaint: ValueError| complaint.named(key);
         self.taken(node, read(text).map_err(named))
     }
 
-    /// One of a closed set of words.
+    /// Reads a word of a closed set.
     pub(super) fn choice<T: Words>(&self, key: &'static str) -> Field<T> {
         self.text(key, "a string", value::choice)
     }
 
-    /// `true` or `false`.
+    /// Reads `true` or `false`.
     pub(super) fn boolean(&self, key: &'static str) -> Field<bool> {
         let Some(node) = self.node(key) else {
             return Field::Absent;
@@ -178,7 +180,7 @@ impl<'r, 'a> Section<'r, 'a> {
         }
     }
 
-    /// An integer within `range`.
+    /// Reads an integer within `range`.
     pub(super) fn integer<T>(&self, key: &'static str, range: RangeInclusive<T>) -> Field<T>
     where
         T: TryFrom<i128> + PartialOrd + fmt::Display,
@@ -204,7 +206,7 @@ impl<'r, 'a> Section<'r, 'a> {
         )
     }
 
-    /// A duration; `example` is one.
+    /// Reads a duration within a range. Messages show `example`.
     pub(super) fn duration(
         &self,
         key: &'static str,
@@ -215,7 +217,7 @@ impl<'r, 'a> Section<'r, 'a> {
         self.text(key, &wants, |text| value::duration(text, range))
     }
 
-    /// The same, or `off`.
+    /// Reads a duration within a range, or `off`. Messages show `example`.
     pub(super) fn timer(
         &self,
         key: &'static str,
@@ -250,7 +252,8 @@ impl<'r, 'a> Section<'r, 'a> {
         self.report.error(self.header.clone(), complaint.help(format!("add {key} = {example}")));
     }
 
-    /// The table under a key, or `None` where there is none (or no table, which is reported).
+    /// Returns the table under a key. A value of another type is reported and gives
+    /// `None`.
     pub(super) fn table(&self, key: &'static str, label: String) -> Option<Section<'r, 'a>> {
         let node = self.node(key)?;
         match node.get_ref() {
@@ -259,7 +262,7 @@ impl<'r, 'a> Section<'r, 'a> {
                 let place = self.key_place(key).unwrap_or_else(|| node.span());
                 let double = matches!(other, DeValue::Array(array) if array.iter().all(|e| e.get_ref().is_table()));
                 let complaint = if double {
-                    ValueError::new(format!("{label} stands once, in single brackets"))
+                    ValueError::new(format!("{label} is a single table, in single brackets"))
                 } else {
                     ValueError::new(format!("{label} is a table, not {}", kind(other)))
                 };
@@ -269,14 +272,15 @@ impl<'r, 'a> Section<'r, 'a> {
         }
     }
 
-    /// The same; an empty one where there is none, so that every default is where its key is.
+    /// Returns the table under a key, or an empty table, so that the reader of a key also
+    /// sets its default.
     pub(super) fn table_or_empty(&self, key: &'static str, label: String) -> Section<'r, 'a> {
         static EMPTY: LazyLock<DeTable<'static>> = LazyLock::new(DeTable::new);
         let empty = || Section::new(self.report, &EMPTY, label.clone(), self.header.clone());
         self.table(key, label.clone()).unwrap_or_else(empty)
     }
 
-    /// The named tables under `[key.NAME]`, in file order.
+    /// Returns the named tables under `[key.NAME]`, in file order.
     pub(super) fn named_tables(&self, key: &'static str) -> Vec<NamedSection<'r, 'a>> {
         let Some(node) = self.node(key) else {
             return Vec::new();
@@ -313,7 +317,7 @@ impl<'r, 'a> Section<'r, 'a> {
         Some(NamedSection { name: name.get_ref(), place: name.span(), section })
     }
 
-    /// The tables of `[[...key]]`, in file order; `label` without brackets.
+    /// Returns the tables of `[[...key]]`, in file order. `label` has no brackets.
     pub(super) fn array_of_tables(&self, key: &'static str, label: &str) -> Vec<Section<'r, 'a>> {
         let Some(node) = self.node(key) else {
             return Vec::new();
@@ -343,7 +347,7 @@ impl<'r, 'a> Section<'r, 'a> {
         sections
     }
 
-    /// Reports every key that nobody asked for.
+    /// Reports every key that was not read.
     pub(super) fn finish(self) {
         let known = self.known.into_inner();
         for (key, node) in self.table.iter() {
@@ -374,17 +378,17 @@ impl<'r, 'a> Section<'r, 'a> {
 // === impl Field ===
 
 impl<T> Field<T> {
-    /// The value, or `default` where there is none.
+    /// Returns the value, or `default` if the value is absent or wrong.
     pub(super) fn or(self, default: T) -> T {
         self.value().unwrap_or(default)
     }
 
-    /// The value alone.
+    /// Returns the value without its place.
     pub(super) fn value(self) -> Option<T> {
         self.good().map(Spanned::into_inner)
     }
 
-    /// The same at the same place, as another value.
+    /// Converts the value and keeps its place.
     pub(super) fn map<U>(self, change: impl FnOnce(T) -> U) -> Field<U> {
         match self {
             Field::Absent => Field::Absent,
@@ -395,7 +399,7 @@ impl<T> Field<T> {
         }
     }
 
-    /// The value with its place.
+    /// Returns the value with its place, if the value is right.
     pub(super) fn good(self) -> Option<Spanned<T>> {
         match self {
             Field::Good(value) => Some(value),
@@ -403,7 +407,7 @@ impl<T> Field<T> {
         }
     }
 
-    /// The value's place, where a right one was given.
+    /// Returns the value's place, if the value is right.
     pub(super) fn place(&self) -> Option<Range<usize>> {
         match self {
             Field::Good(value) => Some(value.span()),
@@ -411,7 +415,7 @@ impl<T> Field<T> {
         }
     }
 
-    /// Whether a wrong value was given, so that what depends on it is unknown.
+    /// Returns true if the value is wrong. Checks that depend on it must then be skipped.
     pub(super) fn is_bad(&self) -> bool {
         matches!(self, Field::Bad)
     }

@@ -1,10 +1,13 @@
-//! From the text of a configuration to the model, or to every problem in it.
+//! Converts the text of a configuration to the model, or reports every problem in it.
 //!
-//! Called by `daemon` and the command line through [`load`] and [`parse`]: file text
-//! (`source`) -> TOML document, walked with places (`file`) -> checks and defaults
-//! (`validate`, `value`, `address`) -> [`Config`], or every problem found (`diagnose`).
-//! Except for [`load`], which reads one file and those that it names, nothing here does
-//! I/O.
+//! Called by `daemon` and the command line through [`load`] and [`parse`]. I/O is limited
+//! to reading the configuration file and the files that it names, and to looking up the
+//! index of a network interface. The steps:
+//!
+//! 1. `source` reads the file.
+//! 2. `file` walks the TOML document and keeps the place of each value.
+//! 3. `validate`, `value` and `address` check values and fill in defaults.
+//! 4. The result is a [`Config`], or every problem found (`diagnose`).
 
 mod address;
 mod diagnose;
@@ -41,42 +44,41 @@ pub struct Loaded {
     pub config: Config,
     /// The file's text.
     pub text: String,
-    /// XXH3 of the file's bytes: an unchanged file makes no new generation.
+    /// XXH3 of the file's bytes. A reload of an unchanged file makes no new generation.
     pub digest: u64,
-    /// What the operator should know and the file is not refused for, ordered
-    /// by place.
+    /// Problems that do not reject the file, ordered by place.
     pub warnings: Vec<Problem>,
-    /// Where its values stand.
+    /// The places of its values.
     pub origin: Origin,
 }
 
-/// What is done about the files that a configuration names: keys, and lists of
-/// ranges.
+/// Whether to read the files that a configuration names: keys and lists of ranges.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum NamedFiles<'t> {
-    /// They are read and checked.
+    /// Read and check them.
     Read,
-    /// Those that are among these texts are checked; the others are read.
+    /// Check the files in these texts; read and check the others.
     Kept(&'t Texts),
-    /// They are left alone.
+    /// Do not read them.
     Ignore,
 }
 
 /// Reads and validates a configuration file.
 ///
-/// Never blocks: anything but a regular file is refused, a FIFO too. The files
-/// it names (heartbeat keys, lists of ranges) are read as well, in the same way.
+/// It also reads the files that the configuration names: heartbeat keys and lists of
+/// ranges. It never waits for a writer, because it rejects FIFOs and everything else that
+/// is not a regular file.
 ///
 /// # Errors
-/// Every problem found, with its place. Trouble with the file itself
-/// (missing, unreadable, a directory, larger than [`FILE_BYTES_MAX`]) stands
-/// at line 1, column 1.
+/// Every problem found, with its place. A problem with the file itself (missing,
+/// unreadable, a directory, larger than [`FILE_BYTES_MAX`]) is at line 1, column 1.
 pub fn load(path: &Path) -> Result<Loaded, Problems> {
     let file = path.display().to_string();
     loaded(text_of(path, &file)?, &file, NamedFiles::Read)
 }
 
-/// The same from texts that were kept. A named file that is not among them is read.
+/// Validates a configuration from texts that were kept. Reads a named file from disk if it
+/// is not in the texts.
 ///
 /// # Errors
 /// As [`load`]'s.
@@ -91,7 +93,10 @@ fn loaded(text: String, file: &str, files: NamedFiles<'_>) -> Result<Loaded, Pro
     Ok(Loaded { config, text, digest, warnings, origin })
 }
 
-/// The same without the files it names: another process may be the one to read them.
+/// Reads and validates a configuration file without the files that it names.
+///
+/// Callers use it if they need only addresses, paths and the user, because those files
+/// may be readable for another user only.
 ///
 /// # Errors
 /// As [`load`]'s.
@@ -101,7 +106,7 @@ pub fn outline(path: &Path) -> Result<(Config, Origin), Problems> {
     read(&text, &file, NamedFiles::Ignore).map(|(config, _, origin)| (config, origin))
 }
 
-/// The same from texts that were kept.
+/// Validates a configuration from texts that were kept, without the files that it names.
 ///
 /// # Errors
 /// As [`load`]'s.
@@ -110,21 +115,19 @@ pub fn outline_kept(texts: &Texts) -> Result<(Config, Origin), Problems> {
     read(texts.text(), &file, NamedFiles::Ignore).map(|(config, _, origin)| (config, origin))
 }
 
-/// Validates the text of a configuration; `file` is only its name in messages.
-/// Files it names (keys, lists of ranges) are not read.
+/// Validates the text of a configuration without the files that it names.
 ///
-/// A byte order mark before the first character is skipped and counts as no
-/// column. Line ends may be LF or CRLF.
+/// `file` is only its name in messages. A byte order mark before the first character is
+/// skipped and is not a column. Line ends are LF or CRLF.
 ///
 /// # Errors
-/// The first TOML syntax error, or every semantic problem at once, ordered by
-/// place, at most [`PROBLEMS_MAX`]. A text over [`FILE_BYTES_MAX`] is refused
-/// unread.
+/// The first TOML syntax error, or every semantic problem, ordered by place, at most
+/// [`PROBLEMS_MAX`]. A text over [`FILE_BYTES_MAX`] is rejected before it is parsed.
 pub fn parse(text: &str, file: &str) -> Result<Config, Problems> {
     read(text, file, NamedFiles::Ignore).map(|(config, ..)| config)
 }
 
-/// The model, the warnings, and where things stand.
+/// Returns the model, the warnings and the places of values.
 fn read(
     text: &str,
     file: &str,
@@ -161,7 +164,7 @@ fn text_of(path: &Path, file: &str) -> Result<String, Problems> {
 fn not_utf8(bytes: &[u8], file: &str, offset: usize) -> Problems {
     let complaint = ValueError::new(format!("the byte 0x{:02x} is not UTF-8 text", bytes[offset]))
         .help("save the file as UTF-8");
-    // Up to `offset` the lossy text is the same byte for byte.
+    // Up to `offset` the lossy text has the same bytes.
     let text = String::from_utf8_lossy(bytes);
     Problems::one(&SourceText::new(file, &text), &(offset..offset + 1), complaint)
 }

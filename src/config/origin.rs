@@ -1,6 +1,7 @@
-//! Where in a file its values stand, for problems that are found after the file
-//! was read: an address that is taken, a user that does not exist. Filled while
-//! the file is validated, asked by the application.
+//! Places of values in a file, for problems that are found after the file was read, such
+//! as an address in use or a user that does not exist.
+//!
+//! Filled by `validate`, used by `daemon` and the command line. It reads no file.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -12,14 +13,14 @@ use super::source::SourceText;
 use super::value::ValueError;
 use tidegate_core::model::{BindKey, SourceAddr};
 
-/// A value that more can be wrong with than its text shows.
+/// A value that can be wrong on this host although its text is right.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Spot {
     /// A bind address of a frontend.
     Bind(BindKey),
     /// A source address of a pool.
     Source(SourceAddr),
-    /// An address that heartbeats are received at.
+    /// An address that the heartbeat receiver listens on.
     HeartbeatListen(SocketAddr),
     /// `[admin] listen`
     AdminListen,
@@ -35,7 +36,7 @@ pub enum Spot {
     State,
 }
 
-/// The text of a file and the places of what stands in it.
+/// The text of a file and the places of its values.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Origin {
     file: Arc<str>,
@@ -50,13 +51,13 @@ impl Origin {
         Origin { file, text: source.text.into(), line_starts, spots }
     }
 
-    /// An error at that spot; at the first character where the file says nothing of
-    /// it. `message` and `help` are one line each.
+    /// Makes an error at the spot, or at the first character if the file does not set that
+    /// value. `message` and `help` are one line each.
     pub fn error(&self, spot: &Spot, message: impl Into<String>, help: Option<String>) -> Problem {
         self.problem(spot, Severity::Error, message.into(), help)
     }
 
-    /// The same, as a warning.
+    /// Makes a warning at the spot, with the same rules as [`Origin::error`].
     pub fn warning(
         &self,
         spot: &Spot,

@@ -1,6 +1,8 @@
-//! The text of one configuration file: read from disk without ever blocking,
-//! and a line index to turn byte offsets into lines and columns. Called by
-//! `load`, `parse` and the diagnostics. Knows nothing of TOML or of keys.
+//! The text of one configuration file, and an index that converts byte offsets to lines
+//! and columns.
+//!
+//! Called by `load`, `parse` and `diagnose`. It never waits for a writer of the file and
+//! never interprets the text.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
@@ -9,17 +11,17 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Largest configuration file: three times what 100,000 backends written out
-/// in full need. A larger one is refused before it is read to the end.
+/// Largest configuration file: three times the size of a file with 100,000 backends and
+/// all their keys. A larger file is rejected before it is read to the end.
 pub const FILE_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 /// Longest part of a line kept for display, in characters.
 const LINE_CHARS_MAX: usize = 120;
 
-/// How much of a cut line stands before the caret.
+/// Most characters of a cut line before the caret.
 const BEFORE_CARET_CHARS_MAX: usize = 40;
 
-/// Marks where a long line was cut.
+/// Replaces the part of a long line that was cut off.
 const CUT: &str = "...";
 
 /// A text with its name and the offsets at which its lines start.
@@ -31,20 +33,22 @@ pub(crate) struct SourceText<'t> {
     pub(crate) line_starts: Arc<[usize]>,
 }
 
-/// A piece of one source line, short enough to show, and the bytes of it to
-/// point at.
+/// A part of one source line, short enough to show, and the byte range that the caret
+/// marks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Excerpt {
     pub(crate) text: String,
     pub(crate) mark: Range<usize>,
 }
 
-/// The bytes of a regular file of at most [`FILE_BYTES_MAX`] bytes.
+/// Reads a regular file of at most [`FILE_BYTES_MAX`] bytes.
+///
+/// It does not wait for the writer of a FIFO: it opens the file with `O_NONBLOCK` and
+/// checks the type before the first read (open(2), fifo(7)).
 ///
 /// # Errors
-/// A sentence for the operator: missing, unreadable, not a regular file, too
-/// large. A FIFO or device is refused, not waited for: it is opened with
-/// `O_NONBLOCK` and looked at before the first read (open(2), fifo(7)).
+/// A message for the operator: the file is missing, unreadable, too large or not a
+/// regular file.
 pub fn read_file(path: &Path) -> Result<Vec<u8>, String> {
     read_bounded(open_regular(path)?, FILE_BYTES_MAX)?.ok_or_else(too_large)
 }
@@ -66,7 +70,7 @@ fn open_regular(path: &Path) -> Result<File, String> {
     Ok(file)
 }
 
-/// `None` where the file is longer than `bytes_max`.
+/// Reads a file. Returns `None` if it is longer than `bytes_max`.
 fn read_bounded(file: File, bytes_max: usize) -> Result<Option<Vec<u8>>, String> {
     let mut bytes = Vec::new();
     file.take(bytes_max as u64 + 1)
@@ -75,19 +79,19 @@ fn read_bounded(file: File, bytes_max: usize) -> Result<Option<Vec<u8>>, String>
     Ok((bytes.len() <= bytes_max).then_some(bytes))
 }
 
-/// The index of the network interface of that name, where there is one.
+/// Returns the index of the network interface with this name.
 pub(crate) fn interface_index(name: &str) -> Option<u32> {
     use rustix::net::{AddressFamily, SocketType, netdevice, socket};
     let socket = socket(AddressFamily::UNIX, SocketType::DGRAM, None).ok()?;
     netdevice::name_to_index(&socket, name).ok().filter(|index| *index > 0)
 }
 
-/// What is said of a file beyond the bound.
+/// Returns the message for a file over [`FILE_BYTES_MAX`].
 pub(crate) fn too_large() -> String {
     format!("the file is larger than {} MiB", FILE_BYTES_MAX / (1024 * 1024))
 }
 
-/// The kernel's words without Rust's "(os error 2)".
+/// Returns the text of an OS error without Rust's "(os error 2)".
 fn plain(error: &io::Error) -> String {
     let text = error.to_string();
     match text.find(" (os error") {
@@ -105,7 +109,8 @@ impl<'t> SourceText<'t> {
         SourceText { file: file.into(), text, line_starts }
     }
 
-    /// Line and column of a byte offset, both from 1, columns in characters.
+    /// Returns line and column of a byte offset, both from 1, columns in characters.
+    ///
     /// The end of the file counts as the end of its last line.
     pub(crate) fn locate(&self, offset: usize) -> (usize, usize) {
         let offset = self.clamp(offset);
@@ -114,7 +119,7 @@ impl<'t> SourceText<'t> {
         (line, self.text[start..offset].chars().count() + 1)
     }
 
-    /// The line around the start of `place`, cut where it is very long.
+    /// Returns the line that holds the start of `place`, cut to [`LINE_CHARS_MAX`].
     pub(crate) fn excerpt(&self, place: &Range<usize>) -> Excerpt {
         let start = self.clamp(place.start);
         let line = self.line(start);
@@ -124,7 +129,7 @@ impl<'t> SourceText<'t> {
             .rev()
             .nth(BEFORE_CARET_CHARS_MAX - 1)
             .map_or(line.start, |(at, _)| line.start + at);
-        // A line that fits is shown whole, wherever the caret stands.
+        // A line that fits is not cut, even if the caret is near its end.
         let whole = self.text[line.clone()].chars().nth(LINE_CHARS_MAX).is_none();
         let from = if whole { line.start } else { from };
         let to = self.text[from..line.end]
@@ -140,7 +145,7 @@ impl<'t> SourceText<'t> {
         }
     }
 
-    /// Bytes of the line that holds `offset`, without its line end.
+    /// Returns the byte range of the line that holds `offset`, without its line end.
     fn line(&self, offset: usize) -> Range<usize> {
         let line = self.line_starts.partition_point(|start| *start <= offset);
         let start = self.line_starts[line - 1];
@@ -149,7 +154,7 @@ impl<'t> SourceText<'t> {
         start..end
     }
 
-    /// Moves an offset onto a character that belongs to a line.
+    /// Moves an offset to a character boundary that belongs to a line.
     fn clamp(&self, offset: usize) -> usize {
         let bytes = self.text.as_bytes();
         let mut offset = offset.min(bytes.len());
@@ -171,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_count_characters_and_never_leave_the_text() {
+    fn columns_count_characters_and_offsets_beyond_the_end_are_clamped() {
         let source = SourceText::new("t", "aé\tx\r\nb\n");
         let places: Vec<_> = (0..12).map(|offset| source.locate(offset)).collect();
         let expected = [
@@ -193,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn long_lines_are_cut_around_the_mark() {
+    fn long_line_is_cut_around_the_mark() {
         let text = format!("{}MARK{}", "é".repeat(500), "x".repeat(500));
         let source = SourceText::new("t", &text);
         let excerpt = source.excerpt(&(1000..1004));
@@ -202,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn mark_over_several_lines_ends_with_the_first() {
+    fn mark_over_several_lines_ends_with_the_first_line() {
         let source = SourceText::new("t", "a = [\r\n 1,\n]\n");
         let excerpt = source.excerpt(&(4..13));
         assert_eq!((excerpt.text.as_str(), excerpt.mark), ("a = [", 4..5));

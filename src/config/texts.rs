@@ -1,8 +1,8 @@
-//! The texts a configuration was read from, with those of the files it names: for a
-//! process that takes the place of one that crashed while the files on disk are bad.
+//! The texts of a configuration file and of the files that it names.
 //!
-//! Collected by `daemon` after each configuration that comes into force, read by
-//! [`super::load_kept`]. Secrets are among them.
+//! `daemon` collects them after each accepted configuration, and [`super::load_kept`]
+//! reads them. A new process uses them if the old process crashed and the files on disk
+//! are bad. The texts hold secrets, so `Debug` never shows them.
 
 use super::source;
 use std::collections::BTreeMap;
@@ -12,11 +12,11 @@ use std::path::{Path, PathBuf};
 use tidegate_core::model::Config;
 use zeroize::Zeroizing;
 
-/// Most bytes of named files that are collected: four times the largest file. What is
-/// beyond is read from disk.
+/// Most bytes of named files that are collected: four times the largest file. Files
+/// beyond it are read from disk.
 const NAMED_BYTES_MAX: usize = 4 * source::FILE_BYTES_MAX;
 
-/// See the module's documentation.
+/// The texts of one accepted configuration.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Texts {
     path: PathBuf,
@@ -27,7 +27,8 @@ pub struct Texts {
 // === impl Texts ===
 
 impl Texts {
-    /// `text` was read at `path` and is `config`; reads the files it names.
+    /// Collects `text`, which was read from `path` and parsed to `config`. Reads the files
+    /// that `config` names.
     pub fn of(path: &Path, text: String, config: &Config) -> Texts {
         let mut room = NAMED_BYTES_MAX;
         let mut named = BTreeMap::new();
@@ -41,22 +42,22 @@ impl Texts {
         Texts { path: path.to_owned(), text, named }
     }
 
-    /// Where the configuration was read.
+    /// Returns the path of the configuration file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What it says.
+    /// Returns the text of the configuration file.
     pub(super) fn text(&self) -> &str {
         &self.text
     }
 
-    /// What a file that it names holds; `None` where that is not known.
+    /// Returns the bytes of a named file; `None` if they were not collected.
     pub fn named(&self, path: &Path) -> Option<&[u8]> {
         self.named.get(path).map(|bytes| bytes.as_slice())
     }
 
-    /// For another process: each path and each text with its length before it.
+    /// Encodes the texts for another process: each path and each text after its length.
     pub fn encode(&self) -> Zeroizing<Vec<u8>> {
         let mut all = Zeroizing::new(Vec::new());
         let own = std::iter::once((&self.path, self.text.as_bytes()));
@@ -70,7 +71,7 @@ impl Texts {
         all
     }
 
-    /// What another process has left.
+    /// Decodes the texts of another process. Returns `None` if the bytes are malformed.
     pub fn decode(mut bytes: &[u8]) -> Option<Texts> {
         let (path, text) = (take(&mut bytes)?, take(&mut bytes)?);
         let text = String::from_utf8(text.to_vec()).ok()?;
@@ -108,7 +109,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn texts_survive_the_way_and_name_no_secret() {
+    fn texts_survive_encoding_and_debug_shows_no_secret() {
         let named = BTreeMap::from([("/key".into(), Zeroizing::new(vec![0xFF, 0, 7]))]);
         let texts = Texts { path: "a b".into(), text: "x = 1\n".into(), named };
         let again = Texts::decode(&texts.encode()).unwrap();
@@ -120,7 +121,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_bytes_come_are_texts_or_none(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
+        fn decoding_arbitrary_bytes_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
             let _ = Texts::decode(&bytes);
         }
     }

@@ -1,7 +1,7 @@
-//! Turns the text of one configuration value into a checked value: durations,
-//! shares, status ranges, names. Called by the validation, which
-//! knows where the text stands. Pure: never reads a clock, a file or a name
-//! server, and never panics on any text.
+//! Parses the text of one configuration value: durations, shares, status ranges, names.
+//!
+//! Called by `validate`, which knows the place of the text. Pure: it never reads a clock,
+//! a file or a name server, and it never panics on any text.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -9,80 +9,75 @@ use std::time::Duration;
 
 use tidegate_core::model::{OnRemoval, SIZE_UNITS, Words, show_duration, show_size};
 
-/// What is wrong with a value, and what would be right.
+/// An error in a value, and its correction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ValueError {
     pub(super) message: String,
     pub(super) help: Option<String>,
 }
 
-/// The span a duration must lie in.
+/// Shortest and longest value of a duration.
 pub(super) type DurationRange = RangeInclusive<Duration>;
 
-/// Slots of a hash table: enough for a test with two backends, and at 2 bytes
-/// each 10 MB.
+/// Slots of a hash table. The largest table takes 10 MB, at 2 bytes per slot.
 pub(super) const HASH_SLOTS: RangeInclusive<u32> = 251..=5_000_011;
 
-/// Durations in general: timers tick in milliseconds, and a month is more
-/// likely a slip than a wish.
+/// Durations in general. Timers have a resolution of 1 ms.
 pub(super) const TIME: DurationRange =
     Duration::from_millis(1)..=Duration::from_secs(30 * 24 * 3600);
 
-/// An admin connection lives for a minute, and the answer comes over it.
+/// `upgrade_timeout`. The answer must be sent before the admin connection ends, after a
+/// minute.
 pub(super) const UPGRADE: DurationRange = Duration::from_secs(1)..=Duration::from_secs(50);
 
 /// `TCP_KEEPIDLE` counts whole seconds up to 32,767 (tcp(7), MAX_TCP_KEEPIDLE).
 pub(super) const KEEPALIVE: DurationRange = Duration::from_secs(1)..=Duration::from_secs(32_767);
 
-/// Sessions keep it in sixteen bits of seconds.
+/// `stalled_timeout`. Sessions store it as seconds in 16 bits.
 pub(super) const STALLED: DurationRange = Duration::from_secs(1)..=Duration::from_secs(32_767);
 
 /// `TCP_USER_TIMEOUT` is a C int of milliseconds, so under 24.9 days.
 pub(super) const USER_TIMEOUT: DurationRange =
     Duration::from_millis(1)..=Duration::from_secs(24 * 24 * 3600);
 
-/// Beyond a millisecond of polling a core is simply lost.
+/// `spin`. A longer time would keep a core busy without work.
 pub(super) const SPIN: DurationRange = Duration::from_micros(1)..=Duration::from_millis(1);
 
-/// A ramp of less than a tenth of a second is no ramp, one of more than an hour
-/// a slip.
+/// `slow_start`.
 pub(super) const SLOW_START: DurationRange = Duration::from_millis(100)..=Duration::from_secs(3600);
 
-/// Heartbeats: beyond it detection takes too long to be worth a datagram, below
-/// it the datagrams are load.
+/// Heartbeat interval. Shorter intervals are a load, longer ones delay detection.
 pub(super) const HEARTBEAT_INTERVAL: DurationRange =
     Duration::from_millis(20)..=Duration::from_secs(10);
 
-/// Backends are looked at every fifth of a second: what is quicker is not seen.
+/// `slow_first_byte`. Backends are evaluated every 200 ms.
 pub(super) const SLOW_FIRST_BYTE: DurationRange = Duration::from_millis(100)..=*TIME.end();
 
-/// Longest name of a frontend, pool or backend: fits a metric label and a path
-/// segment without wrapping a terminal.
+/// Longest name of a frontend, pool or backend.
 pub(super) const NAME_CHARS_MAX: usize = 64;
 
-/// More ranges than this in one `status` is no longer a rule anyone can read.
+/// Most ranges in one `status`.
 const STATUS_RANGES_MAX: usize = 32;
 
-/// Longest text taken for a duration. With [`DURATION_DIGITS_MAX`] it keeps
-/// every sum far below the largest `Duration`.
+/// Longest text of a duration. With [`DURATION_DIGITS_MAX`] it keeps every sum far below
+/// the largest `Duration`.
 const DURATION_BYTES_MAX: usize = 64;
 const DURATION_DIGITS_MAX: usize = 12;
 
-/// Longest piece of a bad value that is repeated in a message.
+/// Longest part of a wrong value that a message repeats.
 const SHOWN_CHARS_MAX: usize = 60;
 
-/// Suggestions look at this many candidates at most, and at words of this
-/// length at most, so a wrong name costs microseconds even among thousands.
+/// Most candidates that are compared for a suggestion, so that a wrong name among
+/// thousands takes microseconds.
 const SUGGESTION_CANDIDATES_MAX: usize = 2_000;
 
-/// A megabyte is about what one worker's first bulk stream takes; a terabyte is
-/// more likely a slip than a wish.
+/// `buffers_max`. The first bulk stream of a worker takes about 1 MiB.
 pub(super) const BUFFERS: RangeInclusive<u64> = 1 << 20..=1 << 40;
 
-/// A shorter part of a word says little about which word was meant.
+/// Shortest text that is suggested as a part of a candidate.
 const PART_CHARS_MIN: usize = 5;
 
-/// A duration such as `250ms` or `1m30s`.
+/// Parses a duration such as `250ms` or `1m30s`.
 pub(super) fn duration(text: &str, range: DurationRange) -> Result<Duration, ValueError> {
     let value = read_duration(text)?;
     if value.is_zero() {
@@ -100,7 +95,7 @@ pub(super) fn duration(text: &str, range: DurationRange) -> Result<Duration, Val
     Ok(value)
 }
 
-/// The same, or `off`.
+/// Parses a duration or `off`.
 pub(super) fn duration_or_off(
     text: &str,
     range: DurationRange,
@@ -116,7 +111,7 @@ pub(super) fn duration_or_off(
     }
 }
 
-/// A size such as `64KiB`, in bytes.
+/// Parses a size such as `64KiB`. Returns bytes.
 pub(super) fn size(text: &str, range: RangeInclusive<u64>) -> Result<u64, ValueError> {
     let wrong = || {
         ValueError::new(format!("{} is not a size", shown(text)))
@@ -135,7 +130,7 @@ pub(super) fn size(text: &str, range: RangeInclusive<u64>) -> Result<u64, ValueE
     })
 }
 
-/// A keepalive time in whole seconds, or `off`.
+/// Parses a keepalive time in whole seconds, or `off`.
 pub(super) fn keepalive(text: &str) -> Result<Option<Duration>, ValueError> {
     let value = duration_or_off(text, KEEPALIVE)?;
     match value {
@@ -181,7 +176,7 @@ fn read_duration(text: &str) -> Result<Duration, ValueError> {
     })
 }
 
-/// A share such as `50%`, 0 to 100.
+/// Parses a share such as `50%`. Returns 0 to 100.
 pub(super) fn percent(text: &str) -> Result<u8, ValueError> {
     let number = text.strip_suffix('%').filter(|n| n.bytes().all(|b| b.is_ascii_digit()));
     match number.map(str::parse::<u8>) {
@@ -191,7 +186,7 @@ pub(super) fn percent(text: &str) -> Result<u8, ValueError> {
     }
 }
 
-/// Status codes such as `200-399` or `200,204,300-302`.
+/// Parses status codes such as `200-399` or `200,204,300-302`.
 pub(super) fn status_ranges(text: &str) -> Result<Vec<(u16, u16)>, ValueError> {
     if text.split(',').count() > STATUS_RANGES_MAX {
         return Err(ValueError::new(format!(
@@ -225,7 +220,7 @@ fn status_range(part: &str) -> Result<(u16, u16), ValueError> {
     Ok((low, high))
 }
 
-/// `keep` or `close-after DURATION`.
+/// Parses `keep` or `close-after DURATION`.
 pub(super) fn on_removal(text: &str) -> Result<OnRemoval, ValueError> {
     if text == "keep" {
         return Ok(OnRemoval::Keep);
@@ -237,7 +232,7 @@ pub(super) fn on_removal(text: &str) -> Result<OnRemoval, ValueError> {
     }
 }
 
-/// A name that can be a metric label and a path segment as it stands.
+/// Checks a name, which must need no escaping as a metric label or a path segment.
 pub(super) fn name(text: &str) -> Result<(), ValueError> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     let help = format!("names are 1 to {NAME_CHARS_MAX} of the characters A-Z a-z 0-9 . _ -");
@@ -260,7 +255,7 @@ pub(super) fn name(text: &str) -> Result<(), ValueError> {
     Ok(())
 }
 
-/// One of a closed set of words.
+/// Parses a word of a closed set.
 pub(super) fn choice<T: Words>(text: &str) -> Result<T, ValueError> {
     let words = T::WORDS;
     if let Some((_, value)) = words.iter().find(|(word, _)| *word == text) {
@@ -275,7 +270,7 @@ pub(super) fn choice<T: Words>(text: &str) -> Result<T, ValueError> {
     }))
 }
 
-/// `did you mean "..."?` where a candidate is near, else what `otherwise` says.
+/// Returns `did you mean "..."?` if a candidate is near, else the result of `otherwise`.
 pub(super) fn did_you_mean_or<'c>(
     text: &str,
     candidates: impl Iterator<Item = &'c str>,
@@ -287,9 +282,10 @@ pub(super) fn did_you_mean_or<'c>(
     }
 }
 
-/// The candidate a slip of the finger away from `text`: at most a third of
-/// its letters wrong, swapped neighbours counting as one; or one that `text`
-/// is a good part of.
+/// Returns the candidate nearest to `text`.
+///
+/// At most a third of the letters and at most four may differ; two swapped letters count
+/// as one difference. A candidate that contains `text` is also near.
 pub(super) fn nearest<'c>(
     text: &str,
     candidates: impl Iterator<Item = &'c str>,
@@ -315,24 +311,25 @@ pub(super) fn nearest<'c>(
         .map(|(_, candidate)| candidate)
 }
 
-/// Quoted, on one line, without control characters, cut where very long.
+/// Returns the text in quotes on one line, cut, with control characters escaped.
 pub(super) fn shown(text: &str) -> String {
     format!("\"{}\"", cut(text))
 }
 
-/// The same without quotes.
+/// Returns the text on one line, cut to [`SHOWN_CHARS_MAX`], with control characters
+/// escaped.
 pub(super) fn cut(text: &str) -> String {
     let mut short: String =
         text.chars().take(SHOWN_CHARS_MAX).flat_map(char::escape_debug).collect();
     if text.chars().nth(SHOWN_CHARS_MAX).is_some() {
         short.push_str("...");
     }
-    // escape_debug also escapes the single quote, which reads badly here.
+    // escape_debug also escapes single quotes. They need no escape in double quotes.
     short.replace("\\'", "'")
 }
 
-/// Whether `number` is fit for a hash table: only with a prime does each
-/// backend's preference list hold every slot.
+/// Checks that `number` is a prime. Only then does the preference list of each backend
+/// hold every slot of the hash table.
 pub(super) fn prime(number: u32) -> Result<(), ValueError> {
     if is_prime(number) {
         return Ok(());
@@ -344,7 +341,7 @@ pub(super) fn prime(number: u32) -> Result<(), ValueError> {
         .help(format!("primes near it: {}", near.join(", "))))
 }
 
-/// The first prime from `number` on that is in [`HASH_SLOTS`]: its end is one.
+/// Returns the first prime from `number` to the end of [`HASH_SLOTS`], which is a prime.
 pub(super) fn prime_from(number: u32) -> u32 {
     let end = *HASH_SLOTS.end();
     (number..=end).find(|other| is_prime(*other)).unwrap_or(end)
@@ -367,7 +364,7 @@ impl ValueError {
         self
     }
 
-    /// Says first which key it is about.
+    /// Puts the name of the key before the message.
     pub(super) fn named(self, key: &str) -> Self {
         ValueError { message: format!("{key}: {}", self.message), help: self.help }
     }
@@ -410,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_beyond_any_duration_are_refused_not_added() {
+    fn sums_beyond_the_largest_duration_are_rejected() {
         for text in
             ["18446744073709551615s 1000000000ns", "999999999999d999999999999d", "99999999999999h"]
         {
@@ -419,7 +416,7 @@ mod tests {
     }
 
     #[test]
-    fn suggestions_are_slips_or_parts_not_guesses() {
+    fn suggestions_have_few_different_letters_or_contain_the_text() {
         let near = |text| nearest(text, ["weight", "address", "weighted-round-robin"].into_iter());
         assert_eq!(near("wieght"), Some("weight"));
         assert_eq!(near("Weight"), Some("weight"));
@@ -431,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn shown_text_is_short_and_harmless() {
+    fn shown_text_is_cut_and_escaped() {
         assert_eq!(shown("it's \u{1b}[31m"), "\"it's \\u{1b}[31m\"");
         assert_eq!(shown(&"x".repeat(100)).len(), SHOWN_CHARS_MAX + 5);
     }

@@ -1,8 +1,8 @@
-//! The model as the text of a configuration file.
+//! Writes a model as the text of a configuration file, without keys that equal their
+//! default.
 //!
-//! Called by any code that has a model and needs a file. Keys that are equal to their
-//! default are left out. It opens no file and writes no secret: keys and lists of ranges
-//! stay in the files that the text names.
+//! Called by code that has a model and needs a file. It never opens a file and never
+//! writes a secret: keys and lists of ranges stay in the files that the text names.
 
 use std::fmt::Write;
 
@@ -11,7 +11,7 @@ use toml::{Table, Value};
 use crate::validate::probe_times;
 use tidegate_core::model::{Config, ProbeSpec};
 
-/// Files with as few keys as can be, in which the reader fills in every default.
+/// A file with the fewest keys, in which the reader fills in every default.
 const SPARSE: &str = r#"
 [frontend.x]
 bind = "127.0.0.1:1"
@@ -32,7 +32,7 @@ listen = "127.0.0.1:1"
 key = [{ id = 1, file = "x", pools = "x", addresses = "127.0.0.1" }]
 "#;
 
-/// Keys without a default, and those whose default follows other keys.
+/// Keys without a default, and keys with a default that depends on other keys.
 const ALWAYS: [&str; 9] = [
     "bind",
     "pool",
@@ -45,25 +45,25 @@ const ALWAYS: [&str; 9] = [
     "timeout",
 ];
 
-/// Tables that mean something even when they are empty.
+/// Tables that have an effect even if they are empty.
 const EMPTY_MEANS: [&str; 3] = ["sources", "probe", "heartbeat"];
 
-/// Keys of which tables are written as values.
+/// Keys with tables that are written inline.
 const INLINE: [&str; 2] = ["bind", "expect"];
 
-/// Stands for every name of a frontend or pool; no name has this character.
+/// A placeholder for every name of a frontend or pool. No name has this character.
 const ANY_NAME: &str = "*";
 
-/// The text of a configuration file with this model. One model has one text.
+/// Returns the text of a configuration file with this model. Equal models give equal texts.
 ///
-/// [`crate::parse`] and [`crate::load`] read the text as the same model, provided the files
-/// that the text names still hold the same. The model is one that they returned.
+/// The model must be a result of [`crate::parse`] or [`crate::load`]. They read the text
+/// as the same model if the files that it names have not changed.
 pub fn write(config: &Config) -> String {
     let mut table = table_of(config);
     leave_out(&mut table, &defaults());
     for sources in tables_in(&mut table, "frontend").filter_map(|table| inner(table, "sources")) {
         let has = |key: &&str| sources.contains_key(*key);
-        // The reader wants a limit beside a length of prefix.
+        // The reader rejects a prefix length without a limit.
         if ["prefix_v4", "prefix_v6"].iter().any(has)
             && !["rate", "connections_max"].iter().any(has)
         {
@@ -75,8 +75,8 @@ pub fn write(config: &Config) -> String {
     text
 }
 
-/// Every key with its value, without those whose default follows other keys where they are
-/// equal to it.
+/// Returns every key with its value, except keys that equal a default that depends on
+/// other keys.
 fn table_of(config: &Config) -> Table {
     let mut table = Table::try_from(config).expect("every value of the model has a form in TOML");
     for (spec, pool) in config.pools.iter().zip(tables_in(&mut table, "pool")) {
@@ -101,17 +101,17 @@ fn inner<'t>(table: &'t mut Table, key: &str) -> Option<&'t mut Table> {
     table.get_mut(key).and_then(Value::as_table_mut)
 }
 
-/// The tables in the table under `key`, in order.
+/// Returns the tables in the table under `key`, in order.
 fn tables_in<'t>(table: &'t mut Table, key: &str) -> impl Iterator<Item = &'t mut Table> {
     let named = inner(table, key).into_iter().flat_map(|tables| tables.iter_mut());
     named.filter_map(|(_, value)| value.as_table_mut())
 }
 
-/// Leaves out those times that the reader finds by the others.
+/// Removes the times that the reader derives from the others.
 fn leave_out_times(spec: &ProbeSpec, probe: &mut Table) {
     let (fast, timeout) = (Some(spec.fast_interval), Some(spec.timeout));
-    let ways = [(None, None), (None, timeout), (fast, None)];
-    let found = ways.into_iter().find(|(fast, timeout)| {
+    let candidates = [(None, None), (None, timeout), (fast, None)];
+    let found = candidates.into_iter().find(|(fast, timeout)| {
         let times = probe_times(spec.interval, *fast, *timeout);
         times == (spec.fast_interval, spec.timeout)
     });
@@ -123,7 +123,7 @@ fn leave_out_times(spec: &ProbeSpec, probe: &mut Table) {
     }
 }
 
-/// What the reader fills in, as [`write`] looks it up.
+/// Returns the defaults that the reader fills in, in the shape that [`leave_out`] needs.
 fn defaults() -> Table {
     let sparse = crate::parse(SPARSE, "").expect("the sparse file is a good one");
     let mut defaults = table_of(&sparse);
@@ -138,12 +138,12 @@ fn defaults() -> Table {
         defaults
             .insert(key.to_owned(), Table::from_iter([(ANY_NAME.to_owned(), table.into())]).into());
     }
-    // Each of its keys is written.
+    // All keys of [heartbeat] are written.
     defaults.remove("heartbeat");
     defaults
 }
 
-/// Removes what is equal to its default, and what is empty.
+/// Removes keys that equal their default, and empty tables and arrays.
 fn leave_out(table: &mut Table, defaults: &Table) {
     table.retain(|key, value| {
         let default = defaults.get(key).or(defaults.get(ANY_NAME));
@@ -167,7 +167,7 @@ fn leave_out(table: &mut Table, defaults: &Table) {
     });
 }
 
-/// `table` at `path`: its values first, then the tables in it.
+/// Writes the values of the `table` at `path`, then the tables in it.
 fn write_tables(text: &mut String, path: &str, table: &Table) {
     for (key, value) in table.iter().filter(|(key, value)| !is_section(key, value)) {
         // Writing to a string cannot fail.
@@ -193,12 +193,12 @@ fn write_tables(text: &mut String, path: &str, table: &Table) {
     }
 }
 
-/// An empty line between two tables.
+/// Returns the empty line between two tables.
 fn gap(before: &str) -> &'static str {
     if before.is_empty() { "" } else { "\n" }
 }
 
-/// Whether a value has a header of its own.
+/// Returns whether a value is written as a table with a header.
 fn is_section(key: &str, value: &Value) -> bool {
     let has_header = match value {
         Value::Table(_) => true,

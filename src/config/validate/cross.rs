@@ -1,6 +1,8 @@
-//! Checks that span sections: pools that frontends name, addresses that clash,
-//! bounds on counts. Called once per file, after every
-//! section was read. Linear in the size of the file.
+//! Checks that span sections: pools that frontends name, addresses that clash, bounds on
+//! counts.
+//!
+//! Called once per file, after every section was read. It never takes more time than
+//! linear in the size of the file.
 
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
@@ -27,7 +29,7 @@ pub(super) fn check(
     loops(report, admin, pools, &taken);
 }
 
-/// Every pool that a frontend or a route names exists, and every pool is used.
+/// Reports unknown pools that frontends and routes name. Warns of unused pools.
 fn routes(report: &ProblemCollector<'_>, frontends: &[FrontendRead], pools: &[PoolRead]) {
     let known: HashSet<&str> = pools.iter().map(|pool| &*pool.model.name).collect();
     let (mut used, mut routed) = (HashSet::new(), HashSet::new());
@@ -46,7 +48,8 @@ fn routes(report: &ProblemCollector<'_>, frontends: &[FrontendRead], pools: &[Po
             let message = format!("no frontend uses pool {}", shown(&pool.model.name));
             report.warning(pool.place.clone(), ValueError::new(message));
         }
-        // Clients of a frontend with routes wait in the queue of any pool.
+        // A route can lead to any pool, so a frontend with routes queues clients in all
+        // of its pools.
         if let Some(place) = &pool.queue_timeout
             && !routed.contains(&*pool.model.name)
         {
@@ -90,18 +93,19 @@ fn counts(report: &ProblemCollector<'_>, frontends: &[FrontendRead], pools: &[Po
     }
 }
 
-/// The bind that holds an address.
+/// The bind that uses an address.
 struct TakenBy<'f> {
     frontend: &'f str,
     place: Range<usize>,
 }
 
-/// TCP addresses our listeners take, findable by address and by port.
+/// The TCP addresses of all binds, indexed by address and by port.
 #[derive(Default)]
 struct OwnAddresses<'f> {
     exact: HashMap<SocketAddr, TakenBy<'f>>,
-    /// Per port and family: the wildcard bind, and some specific one.
+    /// The wildcard bind per port and address family.
     wildcard: HashMap<(u16, bool), SocketAddr>,
+    /// The first other bind per port and address family.
     specific: HashMap<(u16, bool), SocketAddr>,
 }
 
@@ -129,8 +133,9 @@ fn admin_address(report: &ProblemCollector<'_>, admin: &AdminRead, taken: &OwnAd
     }
 }
 
-/// A backend that is one of our own addresses would feed sessions back in
-/// until a limit stops them.
+/// Reports backends that are an address of this process.
+///
+/// Each session to such a backend would open another session, until a cap is reached.
 fn loops(
     report: &ProblemCollector<'_>,
     admin: &AdminRead,
@@ -148,11 +153,11 @@ fn loops(
                     let (address, frontend) = (&backend.address, shown(bind.frontend));
                     let first = report.place_name(&bind.place);
                     ValueError::new(format!(
-                        "backend {address} is our own frontend {frontend}, bound at {first}"
+                        "backend {address} is frontend {frontend} of this file, bound at {first}"
                     ))
                 });
             } else if is_admin(&backend.address, &admin.model.listen) {
-                let complaint = ValueError::new("this backend is our own admin API");
+                let complaint = ValueError::new("this backend is the admin API of this process");
                 report.error(place.clone(), complaint);
             }
         }
@@ -169,8 +174,10 @@ fn is_admin(backend: &BackendAddr, admin: &AdminListen) -> bool {
     }
 }
 
-/// Whether a connection to `to` surely arrives at a wildcard bind: of other
-/// addresses only the kernel knows which are this machine's.
+/// Returns whether a connection to `to` is certain to arrive at a wildcard bind.
+///
+/// This is certain for loopback addresses only. For others, the kernel decides whether
+/// they belong to this host.
 fn wildcard_reaches(wildcard: &SocketAddr, to: &SocketAddr) -> bool {
     wildcard.port() == to.port() && wildcard.is_ipv4() == to.is_ipv4() && to.ip().is_loopback()
 }
@@ -189,7 +196,7 @@ impl<'f> OwnAddresses<'f> {
         self.exact.insert(address, by);
     }
 
-    /// The earlier bind that `address` repeats or overlaps.
+    /// Returns the earlier bind that `address` repeats or overlaps.
     fn clash(&self, address: SocketAddr) -> Option<SocketAddr> {
         if self.exact.contains_key(&address) {
             return Some(address);
@@ -216,7 +223,7 @@ impl<'f> OwnAddresses<'f> {
         ValueError::new(format!("{address} {how} of frontend {frontend} at {place}"))
     }
 
-    /// The bind a connection to `address` would arrive at.
+    /// Returns the bind that a connection to `address` would arrive at.
     fn reaches(&self, address: SocketAddr) -> Option<&TakenBy<'f>> {
         let wildcard = || {
             let wildcard = self.wildcard.get(&family_port(address))?;

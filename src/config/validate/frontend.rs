@@ -1,6 +1,7 @@
-//! `[frontend.NAME]`: bind addresses, route and limits. Called by the
-//! validation of the whole file. Never looks at other sections; what spans
-//! several is `cross`.
+//! `[frontend.NAME]`: bind addresses, routes and limits.
+//!
+//! Called by `validate` for each frontend. It never reads other sections; `cross` checks
+//! what spans several sections.
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -23,14 +24,14 @@ const STALLED_TIMEOUT: Duration = Duration::from_secs(45);
 const KEEPALIVE: Duration = Duration::from_secs(60);
 const USER_TIMEOUT_DEFAULT: Duration = Duration::from_secs(120);
 
-/// A frontend with the places the checks across sections point at.
+/// A frontend with the places that checks across sections point at.
 pub(super) struct FrontendRead {
     pub(super) model: FrontendConfig,
     /// As many as `model.binds`.
     pub(super) bind_places: Vec<Range<usize>>,
-    /// Where `pool` stands, if a pool was named.
+    /// Place of `pool`, if the key is given.
     pub(super) pool: Option<Range<usize>>,
-    /// Each pool that a route names, and where.
+    /// Each pool that a route names, with its place.
     pub(super) route_pools: Vec<(Arc<str>, Range<usize>)>,
 }
 
@@ -57,7 +58,7 @@ pub(super) fn read(named: NamedSection<'_, '_>, files: NamedFiles<'_>) -> Fronte
         binds,
         routes,
         pool: pool.or("".into()),
-        // Off: services whose clients may keep a fresh connection in hand are common.
+        // Off by default, because many clients open connections before they need them.
         first_byte_timeout: first_byte_timeout.or(None),
         idle_timeout: idle_timeout.or(Some(IDLE_TIMEOUT)),
         half_closed_timeout: section
@@ -74,8 +75,8 @@ pub(super) fn read(named: NamedSection<'_, '_>, files: NamedFiles<'_>) -> Fronte
     FrontendRead { model, bind_places, pool: pool_place, route_pools }
 }
 
-/// `bind`: an address, a table of one with its options, or a list of both; each with
-/// its place.
+/// Reads `bind`: an address, a table of an address and its options, or a list of both.
+/// Each result has its place.
 fn binds(section: &Section<'_, '_>) -> Vec<(Bind, Range<usize>)> {
     let (key, example) = ("bind", "[\"0.0.0.0:8080\"]");
     let Some(node) = section.node(key) else {
@@ -131,7 +132,7 @@ fn binds(section: &Section<'_, '_>) -> Vec<(Bind, Range<usize>)> {
     binds
 }
 
-/// `{ address = "...", freebind = true }`
+/// Reads `{ address = "...", freebind = true }`.
 fn bind_table(table: Section<'_, '_>) -> Option<(Vec<SocketAddr>, bool, Range<usize>)> {
     let wants = "an address such as \"0.0.0.0:8080\"";
     let addresses = table.text("address", wants, address::bind_addresses);
@@ -153,7 +154,7 @@ fn bind_table(table: Section<'_, '_>) -> Option<(Vec<SocketAddr>, bool, Range<us
     Some((addresses.into_inner(), freebind.or(false), place))
 }
 
-/// One address to listen on, or a list of them.
+/// Reads an address to listen on, or a list of addresses.
 pub(super) fn addresses(
     section: &Section<'_, '_>,
     key: &'static str,
@@ -164,7 +165,8 @@ pub(super) fn addresses(
     one_or_more(section, key, ("an address or a list of addresses", wants), example, read)
 }
 
-/// One string that `read` makes sense of, or a list of them; a required key.
+/// Reads a required key: a string that `read` converts, or a list of strings.
+///
 /// `wants` names what the key takes and what its elements are.
 pub(super) fn one_or_more<T>(
     section: &Section<'_, '_>,
@@ -186,7 +188,7 @@ pub(super) fn one_or_more<T>(
     any_number(section, key, wants, read)
 }
 
-/// One string that `read` makes sense of, a list of them, or nothing at all.
+/// Reads an optional key: a string that `read` converts, or a list of strings.
 pub(super) fn any_number<T>(
     section: &Section<'_, '_>,
     key: &'static str,
@@ -224,9 +226,11 @@ fn nothing(key: &str) -> &'static str {
     }
 }
 
-/// Only warnings: a session that ends by another timer ends all the same. With a
-/// `user_timeout` below `keepalive` the kernel ends a dead peer's session at the first
-/// keepalive probe instead of after several (tcp(7), `TCP_USER_TIMEOUT`).
+/// Warns of timers that another timer precedes.
+///
+/// They are no errors, because the session still ends. If `user_timeout` is below
+/// `keepalive`, the kernel ends an idle session after one lost keepalive probe instead of
+/// several (tcp(7), `TCP_USER_TIMEOUT`).
 fn warn_of_timers(section: &Section<'_, '_>, model: &FrontendConfig) {
     let warn = |key: &str, message: String| {
         if let Some(place) = section.value_place(key) {

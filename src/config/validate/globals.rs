@@ -1,5 +1,6 @@
-//! The sections that stand once: `[process]`, `[admin]` and `[log]`. Called by
-//! the validation of the whole file. Never looks at frontends or pools.
+//! The sections without names: `[process]`, `[admin]` and `[log]`.
+//!
+//! Called once by `validate`. It never reads frontends or pools.
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -19,26 +20,26 @@ use tidegate_core::model::{
     ProcessConfig, Sandbox,
 };
 
-/// More workers than this share too many structures to be of use.
+/// Most workers. Shared state has a shard per worker.
 const WORKERS_MAX: usize = 256;
 
-/// The C library's bound on the length of a name (useradd(8)).
+/// The limit of the C library on the length of a name (useradd(8)).
 const ACCOUNT_CHARS_MAX: usize = 32;
 
 const UPGRADE_TIMEOUT: Duration = Duration::from_secs(30);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 const PROCESS_CONNECTIONS: u32 = 100_000;
 
-/// As many backends as a file may have.
+/// The highest number of backends that a file may have.
 const BACKEND_METRICS: u32 = 100_000;
 const BACKEND_METRICS_MAX: u32 = 1_000_000;
-/// Room for 256 stalled bulk streams to hold a pipe each.
+/// Enough for 256 stalled bulk streams with a pipe each.
 const BUFFERS_DEFAULT: usize = 256 << 20;
 
 /// `[admin]` with the place of its address.
 pub(super) struct AdminRead {
     pub(super) model: Admin,
-    /// Where `listen` stands, if it does.
+    /// Place of `listen`, if the key is given.
     pub(super) listen: Option<Range<usize>>,
 }
 
@@ -70,7 +71,7 @@ pub(super) fn process(top: &Section<'_, '_>) -> ProcessConfig {
         state: section.text("state", "\"off\" or a directory", state).or(None),
         buffers_max: section
             .text("buffers_max", "a size such as \"256MiB\"", |text| {
-                // What a machine cannot address it cannot reach.
+                // A size above the address space is the same as no limit.
                 value::size(text, BUFFERS).map(|size| usize::try_from(size).unwrap_or(usize::MAX))
             })
             .or(BUFFERS_DEFAULT),
@@ -86,8 +87,10 @@ pub(super) fn process(top: &Section<'_, '_>) -> ProcessConfig {
     process
 }
 
-/// A directory. Its path has to be absolute, since the process that starts next may start
-/// elsewhere.
+/// Parses `off` or a directory.
+///
+/// The path must be absolute, because the next process may start in another working
+/// directory.
 fn state(text: &str) -> Result<Option<PathBuf>, ValueError> {
     match text {
         "off" => Ok(None),
@@ -101,8 +104,9 @@ fn state(text: &str) -> Result<Option<PathBuf>, ValueError> {
     }
 }
 
-/// A user's or group's name (useradd(8)) or number. Whether there is one of that
-/// name is this machine's business, and seen at the start.
+/// Reads the name (useradd(8)) or number of a user or group.
+///
+/// The start of the process checks whether it exists on this host.
 fn account(section: &Section<'_, '_>, key: &'static str) -> Field<String> {
     section.text(key, "a name such as \"tidegate\"", |text| {
         let fit = |byte: u8| byte.is_ascii_alphanumeric() || b"._-$".contains(&byte);
@@ -111,7 +115,9 @@ fn account(section: &Section<'_, '_>, key: &'static str) -> Field<String> {
         }
         if key == "user" && (text == "root" || text.bytes().all(|byte| byte == b'0')) {
             let complaint = ValueError::new("the user the process becomes may not be root");
-            return Err(complaint.help("leave user out, and it stays who starts it"));
+            return Err(
+                complaint.help("without this key the process keeps the user that starts it")
+            );
         }
         Ok(text.to_owned())
     })
@@ -155,8 +161,7 @@ pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
     }
     if let (Some(place), true) = (token_file.place(), is_unix(&listen)) {
         let complaint = ValueError::new("token_file has no effect on a Unix socket");
-        let help =
-            "the socket's mode (0600) decides who may connect; a token is for listen = \"IP:PORT\"";
+        let help = "the socket's mode (0600) limits access; a token is for listen = \"IP:PORT\"";
         section.report.warning(place, complaint.help(help));
     }
     let place = listen.place();
@@ -173,7 +178,7 @@ pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
     AdminRead { model, listen: place }
 }
 
-/// Whether the API listens on a Unix socket, written out or by default.
+/// Returns whether the API listens on a Unix socket, given or by default.
 fn is_unix(listen: &Field<AdminListen>) -> bool {
     match listen {
         Field::Good(listen) => matches!(listen.get_ref(), AdminListen::Unix(_)),
@@ -207,7 +212,10 @@ pub(super) fn log(top: &Section<'_, '_>) -> Log {
     log
 }
 
-/// A bare word is more likely a slip than a file in the working directory.
+/// Parses `off`, `stdout` or a path.
+///
+/// A bare word is rejected, because it is more likely a mistake than a file in the
+/// working directory.
 fn access_target(text: &str) -> Result<AccessLogTarget, ValueError> {
     match text {
         "off" => Ok(AccessLogTarget::Off),

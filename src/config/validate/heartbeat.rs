@@ -1,6 +1,8 @@
-//! `[heartbeat]` with its keys, and `[pool.NAME.heartbeat]`. Called while the
-//! whole file and each pool are read; [`check`] sees to what spans them. Opens
-//! no file but those of the keys, and those only where it is told to.
+//! `[heartbeat]` with its keys, and `[pool.NAME.heartbeat]`.
+//!
+//! Called by `validate` for the file and for each pool; [`check`] checks what spans them.
+//! It never opens a file other than the key files, and those only with
+//! [`NamedFiles::Read`] or [`NamedFiles::Kept`].
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -26,19 +28,20 @@ use tidegate_core::model::{
 use tidegate_heartbeat::key_file::{self, KeyFileError, KeyFileProblem};
 use tidegate_heartbeat::keys::{SECRET_BYTES_MAX, SECRET_BYTES_MIN, Secret};
 
-/// Each costs a socket and a place in the receiver's poll set.
+/// Most addresses. Each costs a socket and an entry in the receiver's poll set.
 const LISTEN_MAX: usize = 16;
 
-/// A few at a time for rotation, times a few teams.
+/// Most keys: enough for several teams that rotate several keys each.
 const KEYS_MAX: usize = 64;
 
-/// Ranges one key may list: it is checked for each datagram.
+/// Most ranges per key. The receiver compares each datagram with them.
 const RANGES_MAX: usize = 64;
 
-/// Each registered backend is state held on the word of a sender.
+/// Most registered backends per pool. Each uses memory at the request of a sender.
 const REGISTERED_MAX: u32 = 10_000;
 
-/// What silence shorter than this says of a sender is the detector's business.
+/// Least TTL in heartbeat intervals. The detector handles shorter gaps between
+/// heartbeats.
 const TTL_INTERVALS: u32 = 3;
 
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -47,7 +50,7 @@ const FORGET_AFTER: Duration = Duration::from_secs(60);
 const BACKENDS: u32 = 1000;
 const WEIGHT: u16 = 100;
 
-/// `[heartbeat]` with the places that the checks across sections point at.
+/// `[heartbeat]` with the places that checks across sections point at.
 pub(super) struct HeartbeatRead {
     pub(super) model: HeartbeatConfig,
     listen_places: Vec<Range<usize>>,
@@ -56,7 +59,7 @@ pub(super) struct HeartbeatRead {
 
 struct KeyPlaces {
     id: Option<Range<usize>>,
-    /// As many as the key's `pools`.
+    /// As many as the `pools` of the key.
     pools: Vec<Range<usize>>,
 }
 
@@ -187,7 +190,7 @@ fn times(section: &Section<'_, '_>) -> (Duration, Duration) {
     (interval, ttl)
 }
 
-/// What spans `[heartbeat]`, its keys and the pools.
+/// Checks what spans `[heartbeat]`, its keys and the pools.
 pub(super) fn check(
     report: &ProblemCollector<'_>,
     read: Option<&HeartbeatRead>,
@@ -196,7 +199,7 @@ pub(super) fn check(
     let Some(read) = read else {
         for pool in pools {
             if let Some(place) = &pool.heartbeat {
-                let complaint = ValueError::new("nobody listens for heartbeats");
+                let complaint = ValueError::new("no address receives heartbeats");
                 report.error(place.clone(), complaint.help("add [heartbeat] with listen and keys"));
             }
         }
@@ -212,7 +215,7 @@ fn listens(report: &ProblemCollector<'_>, read: &HeartbeatRead) {
         let wild = a.ip().is_unspecified() || b.ip().is_unspecified();
         a == b || (wild && a.port() == b.port() && a.is_ipv4() == b.is_ipv4())
     };
-    // What is beyond the bound is refused as a whole.
+    // Addresses beyond the bound are already reported.
     let all: Vec<_> = read.model.listen.iter().zip(&read.listen_places).take(LISTEN_MAX).collect();
     for (index, (address, place)) in all.iter().enumerate() {
         if let Some((other, first)) = all[..index].iter().find(|(o, _)| overlaps(**o, **address)) {
@@ -238,7 +241,8 @@ fn ids(report: &ProblemCollector<'_>, read: &HeartbeatRead) {
     }
 }
 
-/// Keys speak for pools that are there and listen, and every such pool has one.
+/// Checks that keys name only pools that expect heartbeats, and that every such pool has a
+/// key.
 fn keys(report: &ProblemCollector<'_>, read: &HeartbeatRead, pools: &[PoolRead]) {
     let known: HashMap<&str, &PoolRead> =
         pools.iter().map(|pool| (&*pool.model.name, pool)).collect();

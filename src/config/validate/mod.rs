@@ -1,6 +1,8 @@
-//! From a parsed document to the model: every default filled in, every
-//! semantic problem reported with its place. Called by `parse` and `load`.
-//! Never stops at the first problem and never looks outside the document.
+//! Converts a parsed document to the model: fills in every default and reports every
+//! semantic problem with its place.
+//!
+//! Called by `parse` and `load`. It never stops at the first problem. It reads only the
+//! document and the files that the document names.
 
 mod cross;
 mod frontend;
@@ -25,29 +27,27 @@ use super::file::Section;
 use super::value::ValueError;
 use tidegate_core::model::Config;
 
-/// Most frontends: each costs a listener per bind and worker.
+/// Most frontends. Each costs a listener per bind and worker.
 pub const FRONTENDS_MAX: usize = 4_096;
 
-/// Most binds in all, for the same reason.
+/// Most binds of all frontends. Each costs a listener per worker.
 pub const BINDS_MAX: usize = 8_192;
 
 /// Most pools.
 pub const POOLS_MAX: usize = 10_000;
 
-/// Most backends over all pools: beyond it, building a table takes longer than
-/// an operator waits for a reload.
+/// Most backends of all pools. The time of a reload grows with their number.
 pub const BACKENDS_MAX: usize = 100_000;
 
-/// Most addresses the connections of one pool start at: with a usual range of
-/// ports, enough for 1.8 million connections to each backend.
+/// Most source addresses of a pool. With the default range of local ports they are enough
+/// for 1.8 million connections to each backend.
 pub const POOL_SOURCES_MAX: usize = 64;
 
-/// Largest value of any `connections_max`: more sockets than one address pair
-/// and one machine's memory allow.
+/// Largest value of any `connections_max`, above what the memory of a host allows.
 pub(super) const CONNECTIONS_MAX: u32 = 10_000_000;
 
-/// The model of `document`. Where `report` holds an error afterwards, the
-/// result is a filler and must not be used.
+/// Returns the model of `document`. If `report` holds an error afterwards, the model is
+/// incomplete and must not be used.
 pub(super) fn config<'a>(
     document: &DeTable<'a>,
     files: NamedFiles<'_>,

@@ -1,6 +1,7 @@
-//! `[pool.NAME]` with its ejection and backends. Called by the validation of
-//! the whole file. Never looks at other sections; what spans several is
-//! `cross`.
+//! `[pool.NAME]` with its ejection and backends.
+//!
+//! Called by `validate` for each pool. It never reads other sections; `cross` checks what
+//! spans several sections.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -24,9 +25,10 @@ use tidegate_core::model::{
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECT_ATTEMPTS: u8 = 3;
-/// Sixteen covers any partial outage; more only delays the refusal.
+/// Most connect attempts per session. More attempts only delay the reset of a client
+/// during an outage.
 const CONNECT_ATTEMPTS_MAX: u8 = 16;
-/// More clients than that are not served before they have left.
+/// Most queued clients. Clients in a longer queue give up before they are served.
 const QUEUE_MAX: u32 = 1_000_000;
 const STARTUP_GRACE: Duration = Duration::from_secs(3);
 
@@ -36,16 +38,16 @@ const EJECTION_TIME: Duration = Duration::from_secs(10);
 const EJECTED_PERCENT_MAX: u8 = 50;
 const SLOW_FIRST_BYTE_DEFAULT: Duration = Duration::from_secs(1);
 
-/// A pool with the places the checks across sections point at.
+/// A pool with the places that checks across sections point at.
 pub(super) struct PoolRead {
     pub(super) model: PoolConfig,
-    /// Where the name stands.
+    /// Place of the name.
     pub(super) place: Range<usize>,
-    /// Where the heartbeat table's name stands, if there is one.
+    /// Place of the name of the heartbeat table, if the pool has one.
     pub(super) heartbeat: Option<Range<usize>>,
-    /// Where `queue_timeout` stands, if there is no `queue_max`.
+    /// Place of `queue_timeout`, if it is given without `queue_max`.
     pub(super) queue_timeout: Option<Range<usize>>,
-    /// Where each address stands; as many as `model.backends`.
+    /// Place of each address; as many as `model.backends`.
     pub(super) address_places: Vec<Range<usize>>,
 }
 
@@ -88,7 +90,7 @@ pub(super) fn read(named: NamedSection<'_, '_>) -> PoolRead {
     PoolRead { model, place, heartbeat: heartbeat_place, queue_timeout, address_places }
 }
 
-/// The size of the table that `source-hash` needs.
+/// Reads the size of the table of `source-hash`.
 fn hash_slots(pool: &Section<'_, '_>, balance: Policy) -> Field<u32> {
     let slots = pool.integer("hash_slots", value::HASH_SLOTS);
     let Field::Good(given) = &slots else { return slots };
@@ -103,8 +105,8 @@ fn hash_slots(pool: &Section<'_, '_>, balance: Policy) -> Field<u32> {
     slots
 }
 
-/// Each backend needs a slot to be picked: those in the file, and those that may
-/// register.
+/// Reports a hash table with fewer slots than backends, including the backends that may
+/// register. A backend without a slot is never picked.
 fn enough_slots(
     pool: &Section<'_, '_>,
     balance: Policy,
@@ -126,8 +128,8 @@ fn enough_slots(
     slots
 }
 
-/// Keys that need another one to mean something, and sources of a family that no
-/// backend has.
+/// Warns of keys that have no effect without another key, and of source addresses of a
+/// family that no backend has.
 fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &PoolConfig) {
     let idle = |key: &str, why: String| {
         if let Some(place) = pool.key_place(key) {
@@ -154,7 +156,7 @@ fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &PoolConfig) {
     }
 }
 
-/// Where connections start.
+/// Reads the source addresses.
 fn sources(pool: &Section<'_, '_>) -> Arc<[SourceAddr]> {
     let wants = ("an address or a list of addresses", "addresses such as \"10.0.0.5\"");
     let read = frontend::any_number(pool, "source", wants, address::source_address);
@@ -206,7 +208,7 @@ fn ejection(pool: &Section<'_, '_>, name: &str) -> Option<EjectionSpec> {
     Some(spec)
 }
 
-/// The backends that have an address, and where each address stands.
+/// Reads the backends. Returns those with a valid address, and the place of each address.
 fn backends(
     pool: &Section<'_, '_>,
     pool_name: &str,
@@ -242,7 +244,8 @@ fn is_empty_array(pool: &Section<'_, '_>) -> bool {
     array.is_some_and(|array| array.is_empty())
 }
 
-/// Names and addresses met so far in one pool, with their places.
+/// Names and addresses of the backends of one pool that were read before, with their
+/// places.
 #[derive(Default)]
 struct SeenBackends {
     names: HashMap<Arc<str>, Range<usize>>,
@@ -274,7 +277,7 @@ fn backend(
     let backend = address.good().map(|address| {
         let place = address.span();
         let address = address.into_inner();
-        // Given names hold no colon, so a default clashes with none of them.
+        // A given name has no colon, so a default name never clashes with it.
         let name = name.good().map_or_else(|| address.to_string().into(), Spanned::into_inner);
         (BackendConfig { name, address, weight, backup, connections_max }, place)
     });
@@ -305,7 +308,7 @@ impl SeenBackends {
     }
 }
 
-/// Where an equal value stands that was met before.
+/// Returns the place of an equal value that was read before.
 fn earlier<'s, T: Clone + Eq + Hash>(
     seen: &'s mut HashMap<T, Range<usize>>,
     value: &Spanned<T>,

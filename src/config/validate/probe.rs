@@ -1,5 +1,6 @@
-//! `[pool.NAME.probe]`: what a probe does and when. Called while a pool is
-//! read. Never sends a probe.
+//! `[pool.NAME.probe]`: the kind of a probe and its times.
+//!
+//! Called by `pool`. It never sends a probe.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,20 +18,20 @@ const FAST_INTERVAL: Duration = Duration::from_millis(500);
 const TIMEOUT: Duration = Duration::from_secs(1);
 const RISE: u32 = 2;
 const FALL: u32 = 3;
-/// Beyond it a backend's state would lag minutes behind the truth.
+/// Most probes in a row. With more, a change of state would take minutes.
 const COUNT_MAX: u32 = 100;
-/// A shorter interval is load, not observation.
+/// Shortest interval. Below it, probes are a load for the backend.
 const INTERVAL_MIN: Duration = Duration::from_millis(10);
 
-/// Longest `send`, `expect`, `path`, `host` and `method`: each fits the first
-/// segments of a connection, so a probe never waits for a window.
+/// Longest `send`, `expect`, `path`, `host` and `method`. Each fits into the first
+/// segments of a connection, so a probe never waits for a window update.
 const SEND_BYTES_MAX: usize = 4_096;
 const EXPECT_BYTES_MAX: usize = 1_024;
 const PATH_BYTES_MAX: usize = 2_048;
 const HOST_BYTES_MAX: usize = 255;
 const METHOD_BYTES_MAX: usize = 32;
 
-/// `kind` alone.
+/// The value of `kind`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ProbeKindKey {
     Tcp,
@@ -46,7 +47,7 @@ impl Words for ProbeKindKey {
     ];
 }
 
-/// The keys only some kinds take.
+/// The keys that only some kinds take.
 struct KindKeys {
     send: Field<String>,
     expect: Field<Expect>,
@@ -96,8 +97,8 @@ fn kind_keys(section: &Section<'_, '_>) -> KindKeys {
     }
 }
 
-/// `"..."` or `{ starts = "..." }`, what the answer starts with, or
-/// `{ contains = "..." }`, what it holds anywhere.
+/// Reads what the answer must be: `"..."` or `{ starts = "..." }` for its start,
+/// `{ contains = "..." }` for a part of it.
 fn expect(section: &Section<'_, '_>) -> Field<Expect> {
     let read = |text: &str| bounded(text, 1, EXPECT_BYTES_MAX);
     let Some(node) = section.node("expect") else { return Field::Absent };
@@ -158,8 +159,10 @@ fn require_expect(section: &Section<'_, '_>, kind: ProbeKindKey, keys: &KindKeys
     }
 }
 
-/// `interval`, `fast_interval`, `timeout`: given ones must agree, defaults
-/// follow the given ones, so `timeout <= fast_interval <= interval` holds.
+/// Reads `interval`, `fast_interval` and `timeout`.
+///
+/// The given times must agree, and defaults depend on the given times, so that
+/// `timeout <= fast_interval <= interval`.
 fn times(section: &Section<'_, '_>) -> (Duration, Duration, Duration) {
     let interval = section.text("interval", "a duration such as \"2s\"", |text| {
         let time = value::duration(text, TIME)?;
@@ -187,13 +190,14 @@ fn times(section: &Section<'_, '_>) -> (Duration, Duration, Duration) {
     (interval, fast, timeout)
 }
 
-/// `fast_interval` and `timeout`, which follow the keys that are given.
+/// Returns `fast_interval` and `timeout`. Their defaults depend on the keys that are
+/// given.
 pub(crate) fn default_times(
     interval: Duration,
     fast: Option<Duration>,
     timeout: Option<Duration>,
 ) -> (Duration, Duration) {
-    // A fast_interval of the file also bounds the default timeout.
+    // The default timeout is at most a given fast_interval.
     let longest = fast.unwrap_or(interval).min(interval);
     let timeout = timeout.unwrap_or(TIMEOUT.min(longest));
     let fast = fast.unwrap_or_else(|| FAST_INTERVAL.min(interval).max(timeout));
@@ -236,7 +240,7 @@ fn host(text: &str) -> Result<String, ValueError> {
     visible(text, HOST_BYTES_MAX)
 }
 
-/// A token (RFC 9110 5.6.2).
+/// Parses a method: a token (RFC 9110 5.6.2).
 fn method(text: &str) -> Result<String, ValueError> {
     let token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
     if text.is_empty() || text.len() > METHOD_BYTES_MAX || !text.bytes().all(token) {
@@ -246,7 +250,7 @@ fn method(text: &str) -> Result<String, ValueError> {
     Ok(text.to_owned())
 }
 
-/// Nothing that could end the request line or header it is put into.
+/// Accepts only text that cannot end the request line or the header that holds it.
 fn visible(text: &str, max: usize) -> Result<String, ValueError> {
     if let Some(wrong) = text.chars().find(|c| !c.is_ascii_graphic()) {
         let wrong = shown(&wrong.to_string());

@@ -1,6 +1,7 @@
-//! `[[frontend.NAME.route]]`: the conditions of each route and where it leads. Called
-//! while each frontend is read. A route that no connection could take is refused here;
-//! the pools that routes name are checked by `cross`.
+//! `[[frontend.NAME.route]]`: the conditions of each route and its target.
+//!
+//! Called by `frontend`. It rejects routes that no connection can take. It never checks
+//! whether the pools exist; `cross` does.
 
 use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
@@ -16,23 +17,24 @@ use crate::file::{Field, Section};
 use crate::value::{self, ValueError, shown};
 use tidegate_core::model::{Bind, RouteConfig, RouteTarget};
 
-/// Most routes of a frontend: every connection may be compared with all of them.
+/// Most routes of a frontend. Each connection can be compared with all of them.
 pub const ROUTES_MAX: usize = 255;
 
-/// Most ranges and ports in all routes of a frontend, for the same reason.
+/// Most ranges and ports in all routes of a frontend. Each connection can be compared with
+/// all of them.
 const CONDITIONS_MAX: usize = 1_024;
 
-/// Routes, and the name and the place of each pool that one leads to.
+/// Routes, and the name and the place of each pool that they name.
 pub(super) type RoutesRead = (Vec<RouteConfig>, Vec<(Arc<str>, Range<usize>)>);
 
-/// One route with the places of its conditions.
+/// A route with the places of its conditions.
 struct RouteRead<'r, 'a> {
     section: Section<'r, 'a>,
     sources: Vec<Spanned<IpNet>>,
     ports: Vec<Spanned<RangeInclusive<u16>>>,
     addresses: Vec<Spanned<IpNet>>,
     target: Field<RouteTarget>,
-    /// A condition is wrong, so that nothing can be said of the route.
+    /// A condition is wrong, so checks of the whole route are skipped.
     is_bad: bool,
 }
 
@@ -105,8 +107,8 @@ impl<'r, 'a> RouteRead<'r, 'a> {
         }
     }
 
-    /// Binds alone say which ports and addresses clients can connect to; of a wildcard
-    /// only its family.
+    /// Reports conditions that no bind can meet, because clients connect only to ports and
+    /// addresses of binds. A wildcard bind has every address of its family.
     fn refuse_unreachable(&self, name: &str, binds: &[Bind]) {
         if self.is_bad || binds.is_empty() {
             return;
@@ -143,7 +145,7 @@ impl<'r, 'a> RouteRead<'r, 'a> {
         }
     }
 
-    /// Every connection that could take this route takes one before it.
+    /// Reports a route whose connections all match an earlier route.
     fn refuse_covered(&self, before: &[RouteRead<'_, '_>]) {
         let judged = |route: &RouteRead<'_, '_>| !route.is_bad && route.has_condition();
         let Some(other) = before.iter().find(|other| judged(other) && other.covers(self)) else {
@@ -181,7 +183,8 @@ impl<'r, 'a> RouteRead<'r, 'a> {
     }
 }
 
-/// Whether each of `inner` lies within one of `outer`; no condition is `everything`.
+/// Returns whether each of `inner` lies within an element of `outer`. An empty list means
+/// `everything`.
 fn covers<T>(
     outer: &[Spanned<T>],
     inner: &[Spanned<T>],
@@ -200,7 +203,7 @@ fn any_range() -> [IpNet; 2] {
     [Ipv4Net::default().into(), Ipv6Net::default().into()]
 }
 
-/// Whether clients of that bind can have connected to an address of the range.
+/// Returns whether clients of the bind can have connected to an address of the range.
 fn receives(bind: &Bind, range: &IpNet) -> bool {
     let ip = bind.key.socket_addr().ip();
     let same_family = ip.is_ipv4() == matches!(range, IpNet::V4(_));
@@ -215,7 +218,7 @@ fn ranges(section: &Section<'_, '_>, key: &'static str) -> Vec<Spanned<IpNet>> {
     one_or_more(section, key, wants, "[\"10.0.0.0/8\"]", sources::range)
 }
 
-/// `ports`: a number, a range such as `"8000-8010"`, or a list of both.
+/// Reads `ports`: a number, a range such as `"8000-8010"`, or a list of both.
 fn ports(section: &Section<'_, '_>) -> Vec<Spanned<RangeInclusive<u16>>> {
     let key = "ports";
     let Some(node) = section.node(key) else { return Vec::new() };
@@ -272,7 +275,7 @@ fn show_ports(ports: &RangeInclusive<u16>) -> String {
     }
 }
 
-/// `pool = "NAME"` or `refuse = true`.
+/// Reads `pool = "NAME"` or `refuse = true`.
 fn target(section: &Section<'_, '_>) -> Field<RouteTarget> {
     let pool = section
         .text("pool", "the name of a pool", |text| Ok(RouteTarget::Pool(Arc::<str>::from(text))));

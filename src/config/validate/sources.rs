@@ -1,6 +1,8 @@
-//! `[frontend.NAME.sources]`: who may connect, and how much one source may ask
-//! for. Called while each frontend is read. Opens no file but the lists it is
-//! told of, and those only where it is told to.
+//! `[frontend.NAME.sources]`: the clients that may connect, and the limits per client
+//! source.
+//!
+//! Called by `frontend`. It never opens a file other than the lists of ranges, and those
+//! only with [`NamedFiles::Read`] or [`NamedFiles::Kept`].
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -23,19 +25,18 @@ use tidegate_core::limits::access_list::AccessList;
 use tidegate_core::limits::client_sources::{Rate, RateUnit, SourceLimits};
 use tidegate_core::model::SourceRules;
 
-/// Ranges in all lists of one frontend: ten times the longest blocklists in
-/// common use, and 30 MiB of memory at the worst moment.
+/// Most ranges in all lists of a frontend: ten times the longest blocklists in common
+/// use, and at most 30 MiB of memory.
 const RANGES_MAX: usize = 1_000_000;
 
-/// Connections a second and burst: beyond, no limit is meant.
+/// Highest rate and burst.
 const RATE_MAX: u32 = 1_000_000;
 
 /// Leading bits of every IPv4 address that is written as IPv6 (RFC 4291, 2.5.5.2).
 const MAPPED_BITS: u8 = 96;
 
 const PREFIX_V4: u8 = 32;
-/// What a customer commonly holds (RFC 6177): one address more or less means
-/// nothing.
+/// The size of a network that a provider commonly assigns to one customer (RFC 6177).
 const PREFIX_V6: u8 = 64;
 
 pub(super) fn read(
@@ -55,7 +56,7 @@ pub(super) fn read(
     let anything = allow.is_given() || deny.is_given() || limits.are_any();
     anything.then(|| {
         let access = AccessList::new(&allow.all(), &deny.all());
-        // Sorted, so that another order in the file is no change.
+        // Sorted, so that a different order in the file gives the same model.
         let inline = |list: &List| -> Vec<IpNet> {
             let mut ranges: Vec<_> = list.inline.iter().map(|range| *range.get_ref()).collect();
             ranges.sort_unstable();
@@ -87,7 +88,7 @@ impl Verb {
     }
 }
 
-/// Ranges of one kind, from the configuration and from a file.
+/// The allowed or the denied ranges, from the configuration and from a file.
 struct List {
     inline: Vec<Spanned<IpNet>>,
     from_file: Vec<IpNet>,
@@ -134,10 +135,12 @@ impl List {
     }
 }
 
-/// The same range under both keys of one file is a slip. In list files, which
-/// others write, the denial simply holds.
+/// Reports ranges that the configuration both allows and denies.
+///
+/// Ranges of list files are not checked, because other programs write those files. For
+/// them, the denial takes precedence.
 fn refuse_contradictions(section: &Section<'_, '_>, allow: &List, deny: &List) {
-    // The first of equal ones is named: the last insertion stays.
+    // In reverse, so that the place of the first of equal ranges stays in the map.
     let allowed = allow.inline.iter().rev().map(|range| (range.get_ref(), range.span()));
     let allowed: HashMap<_, _> = allowed.collect();
     for denied in &deny.inline {
@@ -156,8 +159,8 @@ fn refuse_too_many(section: &Section<'_, '_>, allow: &List, deny: &List) {
     }
 }
 
-/// Ranges that change no verdict: given twice, or within a wider one of the same
-/// verdict. What list files add is not known well enough to judge by.
+/// Warns of ranges without effect: given twice, or within a wider range of the same
+/// verdict. Ranges of list files are not compared.
 fn warn_of_idle_ranges(section: &Section<'_, '_>, allow: &List, deny: &List) {
     let mut known: HashMap<IpNet, (Verb, Range<usize>)> = HashMap::new();
     let all = allow.inline.iter().map(|range| (Verb::Allow, range));
@@ -168,7 +171,7 @@ fn warn_of_idle_ranges(section: &Section<'_, '_>, allow: &List, deny: &List) {
             Entry::Occupied(first) if first.get().0 == verb => {
                 idle(section, range, || format!("it is at {} already", place_name(&first.get().1)));
             }
-            // Refused as a contradiction.
+            // Already reported as a contradiction.
             Entry::Occupied(_) => {}
             Entry::Vacant(free) => drop(free.insert((verb, range.span()))),
         }
@@ -228,7 +231,7 @@ fn limits(section: &Section<'_, '_>) -> SourceLimits {
     }
 }
 
-/// `100/s`, `30/m`, `500/h` or `off`: a number and its unit.
+/// Parses `100/s`, `30/m`, `500/h` or `off`: a number and its unit.
 fn rate(text: &str) -> Result<Option<(u32, RateUnit)>, ValueError> {
     if text == "off" {
         return Ok(None);
@@ -243,14 +246,14 @@ fn rate(text: &str) -> Result<Option<(u32, RateUnit)>, ValueError> {
         return Err(wrong());
     }
     match count.parse::<u32>() {
-        Ok(0) => Err(ValueError::new("a rate of zero lets nobody in")
+        Ok(0) => Err(ValueError::new("a rate of zero allows no client")
             .help("to switch it off, write \"off\"")),
         Ok(count) if count <= RATE_MAX => Ok(Some((count, unit))),
         _ => Err(ValueError::new(format!("{} is more than {RATE_MAX}", shown(count)))),
     }
 }
 
-/// A network in CIDR notation, or one address.
+/// Parses a network in CIDR notation or a single address.
 pub(super) fn range(text: &str) -> Result<IpNet, ValueError> {
     let net = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)).map_err(
         |_| {
@@ -266,8 +269,8 @@ pub(super) fn range(text: &str) -> Result<IpNet, ValueError> {
     Ok(net)
 }
 
-/// IPv4 clients are looked up as such, so a range of IPv4 addresses that is written
-/// as IPv6 (`::ffff:10.0.0.1`) means the IPv4 range.
+/// Converts a range of IPv4 addresses that is written as IPv6 (`::ffff:10.0.0.1`) to the
+/// IPv4 range, because IPv4 clients are looked up by their IPv4 address.
 fn as_ipv4(net: IpNet, text: &str) -> Result<IpNet, ValueError> {
     let Some(mapped) = (match net {
         IpNet::V6(v6) => v6.addr().to_ipv4_mapped(),
@@ -283,7 +286,7 @@ fn as_ipv4(net: IpNet, text: &str) -> Result<IpNet, ValueError> {
     })
 }
 
-/// One range a line; blank lines and what follows `#` say nothing.
+/// Reads a list file: one range per line. Blank lines and text after `#` are ignored.
 fn ranges_of_file(path: &Path, kept: Option<&[u8]>) -> Result<Vec<IpNet>, ValueError> {
     let shown_path = shown(&path.to_string_lossy());
     let unfit = |why: String| ValueError::new(format!("the list {shown_path} is unfit: {why}"));

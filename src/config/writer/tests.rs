@@ -1,5 +1,5 @@
-//! The writer against the reader: what is left out, the form of every kind of value, the
-//! files that are named.
+//! Tests of the writer against the reader: omitted keys, the form of every kind of value,
+//! and the files that the configuration names.
 
 use super::*;
 use expect_test::expect;
@@ -11,7 +11,8 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
-/// The written text, which reads back as the same model and is written the same again.
+/// Returns the written text. Checks that it is read as the same model and that this model
+/// gives the same text.
 #[track_caller]
 fn written(config: &Config) -> String {
     let text = write(config);
@@ -129,7 +130,7 @@ fn every_kind_of_value_has_its_form() {
 }
 
 #[test]
-fn every_good_file_is_written_as_one_that_reads_the_same() {
+fn every_valid_file_is_written_as_a_text_with_the_same_model() {
     let mut count = 0;
     for directory in ["config", "tests/config_cases/valid"] {
         for entry in std::fs::read_dir(root().join(directory)).unwrap() {
@@ -144,7 +145,7 @@ fn every_good_file_is_written_as_one_that_reads_the_same() {
 }
 
 #[test]
-fn files_are_named_and_their_secrets_are_not_written() {
+fn written_text_names_files_and_holds_no_secret() {
     use std::os::unix::fs::OpenOptionsExt;
     let directory = std::env::temp_dir().join(format!("tidegate-writer-{}", std::process::id()));
     std::fs::create_dir_all(&directory).unwrap();

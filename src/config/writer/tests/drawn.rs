@@ -1,5 +1,5 @@
-//! Good files over all keys, drawn at random: each is written as a text that reads the
-//! same.
+//! Property test: random valid files over all keys are written as texts with the same
+//! model.
 
 use super::*;
 use proptest::prelude::*;
@@ -7,7 +7,7 @@ use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 use std::collections::BTreeSet;
 
-/// A value as TOML.
+/// A strategy of values as TOML text.
 type Drawn = BoxedStrategy<String>;
 
 const POOLS: [&str; 3] = ["web", "a.b", "-0_"];
@@ -25,7 +25,7 @@ fn number(range: std::ops::RangeInclusive<u32>) -> Drawn {
     prop_oneof![Just(min), Just(max), range].prop_map(|number| number.to_string()).boxed()
 }
 
-/// A duration from `min` to `max`, in milliseconds.
+/// Draws a duration from `min` to `max`, in milliseconds.
 fn time(min: u64, max: u64) -> Drawn {
     let round = (min..=max).prop_map(move |time| (time / 1000 * 1000).max(min));
     prop_oneof![Just(min), Just(max), min..=max, round]
@@ -41,7 +41,7 @@ fn flag() -> Drawn {
     one_of(&["true", "false"])
 }
 
-/// Some of these keys, each a line.
+/// Draws a subset of these keys, one per line.
 fn keys(keys: Vec<(&'static str, Drawn)>) -> Drawn {
     let line = |(key, value): (&'static str, Drawn)| {
         prop::option::of(value.prop_map(move |value| format!("{key} = {value}\n")))
@@ -109,7 +109,7 @@ fn sources() -> Drawn {
     (lists, limits).prop_map(|(lists, limits)| lists + &limits).boxed()
 }
 
-/// Routes of which none takes what a later one could; `;` ends a line.
+/// Routes that do not cover each other. `;` ends a line.
 const ROUTES: [&str; 4] = [
     "sources = \"10.0.0.0/9\";ports = \"N0-N9\";refuse = true",
     "sources = [\"10.0.0.0/8\", \"fd00::/8\", \"::1\"];pool = \"web\"",
@@ -117,7 +117,7 @@ const ROUTES: [&str; 4] = [
     "ports = N1;refuse = true;sources = \"2001:db8::/32\"",
 ];
 
-/// The frontend of that number, with ports of its own.
+/// Draws the frontend of that number. Its ports are unique.
 fn frontend(number_of_it: usize) -> Drawn {
     let bind = one_of(&[
         "\"0.0.0.0:N1\"",
@@ -173,7 +173,7 @@ fn probe() -> Drawn {
     let time = prop_oneof![10u64..3000, 10u64..=30 * DAY];
     let times = (prop::collection::vec(time, 3), prop::array::uniform3(any::<bool>())).prop_map(
         |(mut times, given)| {
-            // The timeout is at most the fast interval, and that at most the interval.
+            // Sorted, because timeout <= fast_interval <= interval.
             times.sort_unstable();
             let longest = if given[2] { times[2] } else { 2 * SECOND };
             let times = ["timeout", "fast_interval", "interval"].into_iter().zip(times).zip(given);
@@ -215,7 +215,7 @@ fn backend() -> Drawn {
         .boxed()
 }
 
-/// A pool, and whether it takes heartbeats.
+/// Draws a pool, and whether it expects heartbeats.
 fn pool(name: &'static str) -> BoxedStrategy<(String, bool)> {
     let keys = keys(vec![
         (
@@ -272,7 +272,7 @@ fn pool(name: &'static str) -> BoxedStrategy<(String, bool)> {
         .boxed()
 }
 
-/// `[heartbeat]` with a key for these pools; nothing where there are none.
+/// Returns `[heartbeat]` with a key for these pools, or nothing if the list is empty.
 fn receiver(pools: &[&str], listen: &str, id: &str) -> String {
     if pools.is_empty() {
         return String::new();
@@ -299,12 +299,12 @@ fn file() -> Drawn {
 
 proptest! {
     #[test]
-    fn drawn_file_is_written_as_one_that_reads_the_same(text in file()) {
+    fn random_file_is_written_as_a_text_with_the_same_model(text in file()) {
         written_from(&text);
     }
 }
 
-/// The names of keys and tables in a text; those of a commented example, too.
+/// Returns the names of keys and tables in a text, including those in commented examples.
 fn names(text: &str) -> BTreeSet<&str> {
     let lines = text.lines().map(|line| line.trim_start_matches(['#', ' ']));
     let keys = lines.clone().filter_map(|line| line.split_once(" = ").map(|(key, _)| key));
