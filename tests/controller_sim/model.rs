@@ -16,7 +16,7 @@ use tidegate_core::table::state::{BackendId, BackendState};
 const PROBE_LOST_MARGIN: Duration = Duration::from_secs(5);
 const LEAVING_CHECK: Duration = Duration::from_secs(1);
 const EJECTION_MAX: Duration = Duration::from_secs(300);
-const TRIAL_LOOK: Duration = Duration::from_millis(100);
+const TRIAL_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// One session is to try it.
 #[derive(Debug, Clone, Copy)]
@@ -144,7 +144,7 @@ impl ModelBackend {
 
     fn begin_trial(&mut self, now: Instant) {
         self.end_ejection(now);
-        self.trial = Some(Trial { look_at: now + TRIAL_LOOK, told: None });
+        self.trial = Some(Trial { look_at: now + TRIAL_CHECK_INTERVAL, told: None });
     }
 
     fn end_trial(&mut self, now: Instant) {
@@ -224,12 +224,12 @@ impl ModelPool {
     }
 
     /// The controller looks at a trial.
-    fn look_at_trial(&mut self, id: BackendId, now: Instant) {
+    fn check_trial(&mut self, id: BackendId, now: Instant) {
         let allows = self.eligible() > 0 && self.ejected() + self.on_trial() <= self.ejected_max();
         let b = self.backends.iter_mut().find(|b| b.id == id).unwrap();
         match (b.trial.and_then(|trial| trial.told), &self.spec.ejection) {
             (None, _) => {
-                b.trial = Some(Trial { look_at: now + TRIAL_LOOK, told: None });
+                b.trial = Some(Trial { look_at: now + TRIAL_CHECK_INTERVAL, told: None });
             }
             (Some(false), Some(spec)) if allows => b.eject(spec, now),
             (Some(_), _) => b.end_trial(now),
@@ -307,12 +307,12 @@ impl Model {
             {
                 // Who is eligible when a trial is looked at hangs on the order.
                 while let Some((_, id)) = looks.next_if(|(due, _)| *due <= at + grace) {
-                    pool.look_at_trial(id, now);
+                    pool.check_trial(id, now);
                 }
                 pool.startup = Startup::Open;
                 pool.backends.iter_mut().for_each(|b| b.fails_open = true);
             }
-            looks.for_each(|(_, id)| pool.look_at_trial(id, now));
+            looks.for_each(|(_, id)| pool.check_trial(id, now));
             for b in &mut pool.backends {
                 if b.ejected_until.is_some_and(|until| until <= now) {
                     b.begin_trial(now);

@@ -161,11 +161,11 @@ impl ControlState {
                 entry.health.detector = Some(verdict);
             }
             if arrival == JoinKind::Joined
-                && entry.health.outlier.takes_failures()
+                && entry.health.outlier.counts_failures()
                 && let Some(ejected) = before.ejection(&backend.address, spec.ejection)
                 && let Some(until) = ejected.until().filter(|until| *until > now)
             {
-                entry.health.outlier = ejected.of_another_name();
+                entry.health.outlier = ejected.for_renamed_backend();
                 self.schedule.set(TimerKind::EjectionEnds(entry.state.id), until);
             }
             let known = entry.health.clone();
@@ -280,7 +280,7 @@ impl ControlState {
         let judged = |id: &BackendId| {
             self.backends
                 .get(*id)
-                .is_some_and(|entry| entry.health.record_heartbeat_health() != Observation::Unknown)
+                .is_some_and(|entry| entry.health.combined_observation() != Observation::Unknown)
         };
         if spec.probe.is_none() || members.iter().any(judged) {
             return StartupGrace::Decided;

@@ -194,7 +194,7 @@ impl ControlState {
         let mut any = false;
         for id in noted {
             let entry = self.backends.get(id).filter(|entry| entry.pool == pool);
-            if entry.is_some_and(|entry| !entry.health.outlier.takes_failures()) {
+            if entry.is_some_and(|entry| !entry.health.outlier.counts_failures()) {
                 any = true;
             } else {
                 self.ejections.ejected.remove(&(pool, id));
@@ -212,7 +212,7 @@ impl ControlState {
         EjectionGuard {
             ejected: ejected.map(|(entry, _)| entry.state.id).collect(),
             on_trial: out().filter(|(_, outlier)| outlier.is_on_trial()).count(),
-            suspect: suspect.filter(|it| it.gray.is_suspect() && it.is_fully_eligible()).count(),
+            suspect: suspect.filter(|it| it.slow.is_suspect() && it.is_fully_eligible()).count(),
             ejected_max: ejected_max(percent, pool.members().len()),
             // A walk over all of them would cost milliseconds.
             eligible: members.filter(|entry| entry.health.is_fully_eligible()).take(2).count(),
@@ -242,10 +242,10 @@ impl EjectionIndex {
     /// Notes the backend if it is ejected, on trial or suspect.
     pub(super) fn note(&mut self, entry: &BackendEntry) {
         let key = (entry.pool, entry.state.id);
-        if !entry.health.outlier.takes_failures() {
+        if !entry.health.outlier.counts_failures() {
             self.ejected.insert(key);
         }
-        if entry.health.gray.is_suspect() {
+        if entry.health.slow.is_suspect() {
             self.suspects.insert(key);
         }
     }

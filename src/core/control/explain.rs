@@ -150,7 +150,7 @@ impl Controller {
                 spec: pool.spec.ejection,
                 left: outlier.until().map(|until| until.saturating_duration_since(now)),
                 repeats: outlier.repeats(),
-                trial: outlier.trial_lasts(now),
+                trial: outlier.trial_duration(now),
             },
             failures: FailuresView {
                 recent: entry.health.recent.view(now),

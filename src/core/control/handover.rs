@@ -428,8 +428,8 @@ impl Controller {
                 entry.observed_since = ago(now, ms);
             }
             if is_watched {
-                entry.health.gray.restore(&backend.watch, now);
-                if entry.health.gray.is_suspect() {
+                entry.health.slow.restore(&backend.watch, now);
+                if entry.health.slow.is_suspect() {
                     self.state.ejections.note(entry);
                 }
             }
@@ -518,7 +518,7 @@ fn save_backend(entry: &BackendEntry, history: usize, now: Instant) -> SavedBack
         observation_ms: health.detector.as_ref().map_or(0, |detector| age(detector.since())),
         fails_open: health.fails_open,
         outlier: health.outlier.save(now),
-        watch: health.gray.save(now),
+        watch: health.slow.save(now),
         ramp_ms: entry.ramp.map(|ramp| age(ramp.since)),
         sessions: sum(|c| c.sessions.get()),
         connect_failures: sum(|c| c.connect_failures.get()),

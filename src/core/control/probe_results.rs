@@ -69,7 +69,7 @@ impl ControlState {
         };
         entry.health.recent.note(failure, now);
         // A connect whose SYN was lost before the backend came back fails late.
-        if !entry.health.outlier.takes_failures() || begun < entry.health.settled_since() {
+        if !entry.health.outlier.counts_failures() || begun < entry.health.settled_since() {
             return false;
         }
         let before = entry.health.observation();

@@ -108,7 +108,7 @@ impl ControlState {
         self.schedule.cancel(TimerKind::ProbeLost(id));
         self.schedule.cancel(TimerKind::EjectionEnds(id));
         self.forget_trial(&mut entry, now);
-        entry.health.gray = SlowDetector::default();
+        entry.health.slow = SlowDetector::default();
         self.ejections.clear_suspect(&entry);
         if let Some(probe) = &mut entry.in_flight {
             probe.stale = true;

@@ -124,7 +124,7 @@ impl ControlState {
 /// Whether it may serve once it has been judged for the first time.
 fn is_undecided(entry: &BackendEntry) -> bool {
     let health = &entry.health;
-    health.record_heartbeat_health() == Observation::Unknown
+    health.combined_observation() == Observation::Unknown
         && health.intent == Intent::Ready
         && health.requested == RequestedState::Ready
         && !health.outlier.is_ejected()

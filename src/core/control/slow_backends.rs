@@ -75,7 +75,7 @@ impl SlowBackends {
             let reason = "slow_first_byte was disabled in the configuration".to_owned();
             state.clear_suspect(id, reason, now);
             if let Some(entry) = state.backends.touch(id) {
-                entry.health.gray = SlowDetector::default();
+                entry.health.slow = SlowDetector::default();
             }
         }
         if !state.pools.iter().any(|pool| watched(pool).is_some()) {
@@ -132,7 +132,7 @@ impl SlowBackends {
         let mut found = Vec::new();
         for id in &stage.members[slice] {
             let Some(entry) = state.backends.observe(*id) else { continue };
-            let watch = &mut entry.health.gray;
+            let watch = &mut entry.health.slow;
             if !stage.judging {
                 watch.take(counted(&entry.state), now);
                 stage.view.add(watch);
@@ -170,7 +170,7 @@ impl ControlState {
         let from = entry.health.observation().name();
         let lasted = now.saturating_duration_since(entry.health.settled_since());
         if let Some(entry) = self.backends.touch(id) {
-            entry.health.gray.suspect(now);
+            entry.health.slow.suspect(now);
             entry.observed_since = now;
             self.ejections.note(entry);
         }
@@ -180,7 +180,7 @@ impl ControlState {
     fn clear_suspect(&mut self, id: BackendId, reason: String, now: Instant) {
         let Some(entry) = self.backends.touch(id) else { return };
         let from = entry.health.observation().name();
-        let Some(since) = entry.health.gray.clear() else { return };
+        let Some(since) = entry.health.slow.clear() else { return };
         self.ejections.clear_suspect(entry);
         let to = entry.health.observation().name();
         if from == to {

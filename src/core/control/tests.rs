@@ -14,7 +14,7 @@ mod slow_backends;
 use super::*;
 use crate::balance::trial::TrialPhase;
 use crate::health::Observation;
-use crate::health::ejection::TRIAL_LOOK;
+use crate::health::ejection::TRIAL_CHECK_INTERVAL;
 use crate::model::{
     BackendAddr, BackendConfig, Bind, Config, EjectionSpec, FrontendConfig, OnRemoval, Policy,
     PoolConfig, ProbeKind, ProbeSpec, WhenNoneEligible,
@@ -199,7 +199,7 @@ impl Bench {
         let trial = state.in_flight.claim_trial().expect("a trial");
         state.in_flight.advance_trial(trial, phase);
         state.in_flight.leave();
-        self.pass(TRIAL_LOOK)
+        self.pass(TRIAL_CHECK_INTERVAL)
     }
 
     fn status(&self, name: &str) -> BackendStatus {

@@ -1,7 +1,7 @@
 //! How an ejected backend comes back: one session tries it first.
 //!
 //! Called by the controller when an ejection's time is over, and every
-//! [`TRIAL_LOOK`] until the trial is decided. That no second session gets in is
+//! [`TRIAL_CHECK_INTERVAL`] until the trial is decided. That no second session gets in is
 //! kept by the backend's `InFlight`, over all workers and tables; here trials
 //! are begun, read and ended. A pool that would otherwise have nobody gets no
 //! trial: then the backend simply is back.
@@ -11,7 +11,7 @@ use super::backends::BackendEntry;
 use super::pools::PoolId;
 use super::schedule::TimerKind;
 use super::state::ControlState;
-use crate::health::ejection::{TRIAL_LOOK, TrialEnd};
+use crate::health::ejection::{TRIAL_CHECK_INTERVAL, TrialEnd};
 use crate::table::state::BackendId;
 use std::time::Instant;
 
@@ -24,7 +24,7 @@ impl ControlState {
         let Some(lasted) = entry.health.begin_trial(now) else { return };
         // Before any table lets sessions in.
         entry.state.in_flight.begin_trial();
-        self.schedule.set(TimerKind::CheckTrial(id), now + TRIAL_LOOK);
+        self.schedule.set(TimerKind::CheckTrial(id), now + TRIAL_CHECK_INTERVAL);
         let reason = "ejection ended after its time; admitting one trial session".to_owned();
         self.record(id, ("ejected", "trial"), reason, lasted, now);
     }
@@ -36,9 +36,9 @@ impl ControlState {
         let spec = spec.and_then(|pool| pool.spec.ejection);
         let answer_expected = spec.is_some_and(|spec| spec.slow_first_byte.is_some());
         let phase = entry.state.in_flight.trial();
-        match entry.health.outlier.look_at_trial(phase, answer_expected, now) {
+        match entry.health.outlier.check_trial(phase, answer_expected, now) {
             None if entry.health.outlier.is_on_trial() => {
-                self.schedule.set(TimerKind::CheckTrial(id), now + TRIAL_LOOK);
+                self.schedule.set(TimerKind::CheckTrial(id), now + TRIAL_CHECK_INTERVAL);
             }
             None => {}
             Some(TrialEnd::Passed(reason)) => self.end_trial(id, reason, now),
@@ -52,7 +52,7 @@ impl ControlState {
         let entries = || pool.members().iter().filter_map(|id| self.backends.get(*id));
         let off = pool.spec.ejection.is_none();
         let all_in =
-            self.out_of_service(pool.id).all(|entry| entry.health.outlier.takes_failures());
+            self.out_of_service(pool.id).all(|entry| entry.health.outlier.counts_failures());
         if all_in || (!off && self.guard_view(pool).has_others()) {
             return;
         }
@@ -90,7 +90,7 @@ impl ControlState {
         let Some(entry) = self.backends.get(id) else { return };
         let Some(pool) = self.pool(entry.pool) else { return };
         let view = self.guard_view(pool);
-        let lasted = entry.health.outlier.trial_lasts(now).unwrap_or_default();
+        let lasted = entry.health.outlier.trial_duration(now).unwrap_or_default();
         match pool.spec.ejection {
             // It is one of those on trial itself.
             // The failed trial stays with `InFlight`: nobody slips in before the

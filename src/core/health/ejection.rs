@@ -1,75 +1,72 @@
-//! Passive ejection of one backend: rows of failures put it out for a while,
-//! and a trial brings it back.
+//! Passive ejection of one backend: failures in a row remove it from rotation for a
+//! time, and a trial session returns it.
 //!
-//! The controller owns one for each backend, asks its pool's guard before it
-//! ejects, and ends ejections when their time has come. It never reads a clock
-//! and knows nothing of the other backends.
+//! The controller owns one state per backend, asks the pool's guard before it ejects,
+//! and ends ejections when they are due. This code reads no clock and knows no other
+//! backend.
 //!
-//! The n-th ejection in a row lasts n times the configured `time`, at most
-//! [`EJECTION_MAX`]. After an ejection a whole new row of failures is needed
-//! for the next. *In a row* fades: n drops by one for each `time` spent in
-//! service since the last ejection ended.
-//!
-//! When its time is over, one session tries the backend (Nygard's half-open
-//! circuit breaker, "Release It!", 2007) and no second one gets in before that
-//! one says how it was:
-//!
-//! - a first byte, an end in order, or a connection on which nobody speaks from
-//!   one look to the next: it passes, and everybody may come;
-//! - a failed connect or an early reset: it is ejected again, for longer;
-//! - anything else (its client went away) says nothing, and the next one tries.
-//!
-//! A trial whose clients speak and get no answer for [`TRIAL_MAX`] is at an end,
-//! too: it has failed where a first byte is expected (`slow_first_byte`), and
-//! passed where some may take their time.
+//! - **Duration.** The n-th ejection in a row lasts n times the configured `time`, at
+//!   most [`EJECTION_MAX`]. n decreases by one for each `time` in rotation since the
+//!   last ejection ended.
+//! - **Next ejection.** It needs a complete new row of failures.
+//! - **Trial.** After the ejection one trial session is allowed (the half-open circuit
+//!   breaker of Nygard, "Release It!", 2007). No second session is, until the result
+//!   is known:
+//!   - a first byte, a FIN, or a connection that is idle at two successive checks: the
+//!     trial has passed;
+//!   - a failed connect or an early reset: the backend is ejected again, for longer;
+//!   - any other end (the client left): no result. The next session is a new trial
+//!     session.
+//! - **Trial timeout.** If a client has sent data and got no answer for [`TRIAL_MAX`],
+//!   the trial ends: failed if the pool sets `slow_first_byte`, else passed.
 
 use crate::balance::trial::TrialPhase;
 use crate::health::probe_detector::ConnectFailureRow;
 use crate::model::EjectionSpec;
 use std::time::{Duration, Instant};
 
-/// No ejection lasts longer: a backend that came back is found out within
-/// five minutes even where there are no probes.
+/// Longest ejection: a backend that works again returns within five minutes, even
+/// without probes.
 pub const EJECTION_MAX: Duration = Duration::from_secs(300);
 
-/// Unanswered for this long, a trial is decided without an answer: a backend
-/// must not stay out because one client waits for something.
+/// A trial without an answer for this long ends. One waiting client must not keep a
+/// backend out of rotation.
 pub const TRIAL_MAX: Duration = Duration::from_secs(10);
 
-/// How often the controller looks at a trial: whoever comes meanwhile goes
-/// elsewhere.
-pub const TRIAL_LOOK: Duration = Duration::from_millis(100);
+/// How often the controller checks a trial. Until the check, other sessions use other
+/// backends.
+pub const TRIAL_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How a trial ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TrialEnd {
-    /// Everybody may come; why, in words.
+    /// The backend is back in rotation; holds the reason for the log.
     Passed(&'static str),
-    /// It is to be ejected again; why, in words.
+    /// The backend must be ejected again; holds the reason for the log.
     Failed(&'static str),
 }
 
-/// See the module's documentation.
+/// See the module documentation.
 #[derive(Debug, Clone)]
 pub struct EjectionState {
-    standing: EjectionPhase,
+    phase: EjectionPhase,
     row: ConnectFailureRow,
-    /// Ejections in a row, as of the last one.
+    /// Ejections in a row, as of the last ejection.
     repeats: u32,
-    /// The guard has held back an ejection in the present row.
+    /// The guard has prevented an ejection in the current row.
     held: bool,
     held_total: u64,
     ejections_total: u64,
 }
 
-/// What one process tells the next of an [`EjectionState`]. Times are counted from the
-/// moment of the telling, in milliseconds.
+/// An [`EjectionState`] in an upgrade's handover. Times are in milliseconds relative to
+/// the moment of saving.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
 pub struct SavedEjectionState {
-    /// The present ejection began so long ago and lasts so much longer.
+    /// The current ejection: time since its start, and time left.
     pub ejected: Option<(u64, u64)>,
-    /// The last ejection ended so long ago.
+    /// Time since the last ejection ended.
     pub back_ms: Option<u64>,
     /// See [`EjectionState::repeats`].
     pub repeats: u32,
@@ -89,19 +86,19 @@ enum EjectionPhase {
 #[derive(Debug, Clone, Copy)]
 struct TrialState {
     since: Instant,
-    /// When a client was first seen to wait for an answer.
+    /// When a check first found a client waiting for an answer.
     asked: Option<Instant>,
-    /// At the last look the connection stood and nobody had spoken.
+    /// At the last check the connection was established and idle.
     silent: bool,
 }
 
 // === impl EjectionState ===
 
 impl EjectionState {
-    /// Never ejected yet.
+    /// Returns the state of a backend that was never ejected.
     pub fn new() -> EjectionState {
         EjectionState {
-            standing: EjectionPhase::InRotation { since: None },
+            phase: EjectionPhase::InRotation { since: None },
             row: ConnectFailureRow::new(),
             repeats: 0,
             held: false,
@@ -110,22 +107,22 @@ impl EjectionState {
         }
     }
 
-    /// The same ejection of a backend that has taken this one's place. What was counted
-    /// stays with this one.
-    pub fn of_another_name(&self) -> EjectionState {
-        EjectionState { standing: self.standing, repeats: self.repeats, ..EjectionState::new() }
+    /// Returns the ejection for the backend that replaces this one under another name.
+    /// The totals stay with this backend.
+    pub fn for_renamed_backend(&self) -> EjectionState {
+        EjectionState { phase: self.phase, repeats: self.repeats, ..EjectionState::new() }
     }
 
-    /// For another process to go on with.
+    /// Returns the state for an upgrade's handover.
     pub fn save(&self, now: Instant) -> SavedEjectionState {
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let ago = |then: Instant| millis(now.saturating_duration_since(then));
-        let (ejected, back_ms) = match self.standing {
+        let (ejected, back_ms) = match self.phase {
             EjectionPhase::InRotation { since } => (None, since.map(ago)),
             EjectionPhase::Ejected { since, until } => {
                 (Some((ago(since), millis(until.saturating_duration_since(now)))), None)
             }
-            // The next process makes a trial of its own.
+            // The new process starts its own trial.
             EjectionPhase::Trial(trial) => (Some((ago(trial.since), 0)), None),
         };
         SavedEjectionState {
@@ -137,11 +134,11 @@ impl EjectionState {
         }
     }
 
-    /// Goes on with what another process has said at `now`; the row starts anew.
+    /// Restores a state that the old process handed over at `now`. Restarts the row.
     pub fn restore(&mut self, saved: &SavedEjectionState, now: Instant) {
         let before = |ms: u64| now.checked_sub(Duration::from_millis(ms)).unwrap_or(now);
         self.restart_row();
-        self.standing = match saved.ejected {
+        self.phase = match saved.ejected {
             Some((ago, left)) => EjectionPhase::Ejected {
                 since: before(ago),
                 until: now + Duration::from_millis(left).min(EJECTION_MAX),
@@ -153,13 +150,13 @@ impl EjectionState {
         self.ejections_total = saved.ejections_total;
     }
 
-    /// Takes a session's failure (`in_a_row` is the count all workers share).
-    /// Gives the length of the row once it is long enough to eject.
+    /// Records a session's failure. `in_a_row` is the count that all workers share.
+    /// Returns the length of the row once it is long enough to eject.
     ///
-    /// What arrives during an ejection are stragglers that were chosen before
-    /// it: they count for nothing. A trial is decided by its own session.
+    /// Failures during an ejection belong to sessions picked before it and do not
+    /// count. During a trial only the trial session counts.
     pub fn failed(&mut self, in_a_row: u32, spec: &EjectionSpec) -> Option<u32> {
-        if !self.takes_failures() {
+        if !self.counts_failures() {
             return None;
         }
         let row = self.row.measure(in_a_row);
@@ -170,25 +167,25 @@ impl EjectionState {
         Some(row)
     }
 
-    /// Starts an ejection and gives its end.
+    /// Starts an ejection and returns when it ends.
     pub fn eject(&mut self, spec: &EjectionSpec, now: Instant) -> Instant {
-        if let EjectionPhase::InRotation { since: Some(since) } = self.standing {
+        if let EjectionPhase::InRotation { since: Some(since) } = self.phase {
             let faded =
                 now.saturating_duration_since(since).as_nanos() / spec.time.as_nanos().max(1);
             self.repeats = self.repeats.saturating_sub(u32::try_from(faded).unwrap_or(u32::MAX));
         }
-        // Beyond the cap a larger n would only take longer to fade.
+        // A larger n would not lengthen the ejection, only the time until it fades.
         let repeats_max = EJECTION_MAX.as_nanos().div_ceil(spec.time.as_nanos().max(1)).max(1);
         self.repeats =
             self.repeats.saturating_add(1).min(u32::try_from(repeats_max).unwrap_or(u32::MAX));
         let until = now + spec.time.saturating_mul(self.repeats).min(EJECTION_MAX);
-        self.standing = EjectionPhase::Ejected { since: now, until };
+        self.phase = EjectionPhase::Ejected { since: now, until };
         self.held = false;
         self.ejections_total += 1;
         until
     }
 
-    /// Notes that the guard held an ejection back; true for the first time in
+    /// Records that the guard prevented an ejection. Returns true the first time in
     /// this row of failures.
     pub fn hold_back(&mut self) -> bool {
         let first = !self.held;
@@ -197,32 +194,32 @@ impl EjectionState {
         first
     }
 
-    /// Ends the ejection, if there is one, and gives how long it lasted.
+    /// Ends the ejection, if any, and returns how long it lasted.
     pub fn end(&mut self, now: Instant) -> Option<Duration> {
-        let EjectionPhase::Ejected { since, .. } = self.standing else { return None };
-        self.standing = EjectionPhase::InRotation { since: Some(now) };
+        let EjectionPhase::Ejected { since, .. } = self.phase else { return None };
+        self.phase = EjectionPhase::InRotation { since: Some(now) };
         self.restart_row();
         Some(now.saturating_duration_since(since))
     }
 
-    /// Ends the ejection, if there is one, with a trial, and gives how long it
+    /// Ends the ejection, if any, with a trial, and returns how long the ejection
     /// lasted.
     pub fn begin_trial(&mut self, now: Instant) -> Option<Duration> {
-        let EjectionPhase::Ejected { since, .. } = self.standing else { return None };
-        self.standing = EjectionPhase::Trial(TrialState { since: now, asked: None, silent: false });
+        let EjectionPhase::Ejected { since, .. } = self.phase else { return None };
+        self.phase = EjectionPhase::Trial(TrialState { since: now, asked: None, silent: false });
         self.restart_row();
         Some(now.saturating_duration_since(since))
     }
 
-    /// Looks how far the trial has come. `answer_expected` says whether a client
-    /// that has spoken is due an answer within [`TRIAL_MAX`].
-    pub fn look_at_trial(
+    /// Checks the progress of the trial. `answer_expected`: a client that has sent data
+    /// must get an answer within [`TRIAL_MAX`].
+    pub fn check_trial(
         &mut self,
         phase: TrialPhase,
         answer_expected: bool,
         now: Instant,
     ) -> Option<TrialEnd> {
-        let EjectionPhase::Trial(trial) = &mut self.standing else { return None };
+        let EjectionPhase::Trial(trial) = &mut self.phase else { return None };
         let was_silent = std::mem::replace(&mut trial.silent, phase == TrialPhase::Connected);
         match phase {
             TrialPhase::Passed => Some(TrialEnd::Passed("trial session succeeded")),
@@ -242,77 +239,78 @@ impl EjectionState {
         }
     }
 
-    /// Ends the trial, if there is one: it is back in service. Gives how long
-    /// the trial lasted.
+    /// Ends the trial, if any: the backend is back in rotation. Returns how long the
+    /// trial lasted.
     pub fn end_trial(&mut self, now: Instant) -> Option<Duration> {
-        let lasted = self.trial_lasts(now)?;
-        self.standing = EjectionPhase::InRotation { since: Some(now) };
+        let lasted = self.trial_duration(now)?;
+        self.phase = EjectionPhase::InRotation { since: Some(now) };
         Some(lasted)
     }
 
-    /// For how long the trial has lasted, if there is one.
-    pub fn trial_lasts(&self, now: Instant) -> Option<Duration> {
-        match self.standing {
+    /// Returns how long the trial has lasted, if one is running.
+    pub fn trial_duration(&self, now: Instant) -> Option<Duration> {
+        match self.phase {
             EjectionPhase::Trial(trial) => Some(now.saturating_duration_since(trial.since)),
             _ => None,
         }
     }
 
-    /// Whether one session is to try it.
+    /// Whether a trial is running.
     pub fn is_on_trial(&self) -> bool {
-        matches!(self.standing, EjectionPhase::Trial(_))
+        matches!(self.phase, EjectionPhase::Trial(_))
     }
 
-    /// Whether failures count: not during an ejection or a trial.
-    pub fn takes_failures(&self) -> bool {
-        matches!(self.standing, EjectionPhase::InRotation { .. })
+    /// Whether failures count. They do not during an ejection or a trial.
+    pub fn counts_failures(&self) -> bool {
+        matches!(self.phase, EjectionPhase::InRotation { .. })
     }
 
-    /// Other evidence has cleared the backend: a whole row is needed again.
+    /// Restarts the row because other evidence has cleared the backend.
     pub fn restart_row(&mut self) {
         self.row.restart();
         self.held = false;
     }
 
-    /// Whether it is ejected now.
+    /// Whether the backend is ejected.
     pub fn is_ejected(&self) -> bool {
-        matches!(self.standing, EjectionPhase::Ejected { .. })
+        matches!(self.phase, EjectionPhase::Ejected { .. })
     }
 
-    /// When the present ejection ends.
+    /// Returns when the current ejection ends.
     pub fn until(&self) -> Option<Instant> {
-        match self.standing {
+        match self.phase {
             EjectionPhase::Ejected { until, .. } => Some(until),
             _ => None,
         }
     }
 
-    /// When the last ejection ended, if that is the latest change.
+    /// Returns when the last ejection ended. `None` while ejected, or if never ejected.
     pub fn back_since(&self) -> Option<Instant> {
-        match self.standing {
+        match self.phase {
             EjectionPhase::InRotation { since } => since,
             EjectionPhase::Trial(trial) => Some(trial.since),
             EjectionPhase::Ejected { .. } => None,
         }
     }
 
-    /// Failures in a row that count towards an ejection, given the count that all
-    /// workers share.
+    /// Returns the failures in a row that count towards an ejection, given the count
+    /// that all workers share.
     pub fn row(&self, in_a_row: u32) -> u32 {
-        if self.takes_failures() { self.row.length(in_a_row) } else { 0 }
+        if self.counts_failures() { self.row.length(in_a_row) } else { 0 }
     }
 
-    /// Ejections in a row, as of the last one.
+    /// Returns the ejections in a row, as of the last ejection.
     pub fn repeats(&self) -> u32 {
         self.repeats
     }
 
-    /// Ejections since the backend was configured.
+    /// Returns the number of ejections since the backend was configured.
     pub fn ejections_total(&self) -> u64 {
         self.ejections_total
     }
 
-    /// Rows of failures after which the guard held an ejection back.
+    /// Returns the number of rows of failures after which the guard prevented an
+    /// ejection.
     pub fn held_total(&self) -> u64 {
         self.held_total
     }
@@ -340,7 +338,7 @@ mod tests {
         Duration::from_secs(n)
     }
 
-    /// Ejects at `now` and ends it on time; gives how long it lasted.
+    /// Ejects at `now`, ends the ejection when due, and returns its duration.
     fn eject_and_return(outlier: &mut EjectionState, now: &mut Instant) -> Duration {
         let until = outlier.eject(&SPEC, *now);
         let length = until - *now;
@@ -350,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn the_row_of_failures_ejects_and_not_one_less() {
+    fn ejection_needs_the_configured_failures_in_a_row() {
         let mut outlier = EjectionState::new();
         assert!((1..=4).all(|k| outlier.failed(k, &SPEC).is_none()));
         assert_eq!(outlier.failed(5, &SPEC), Some(5));
@@ -375,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn the_multiplier_drops_by_one_for_each_time_in_service() {
+    fn multiplier_drops_by_one_for_each_time_in_rotation() {
         let (mut outlier, mut now) = (EjectionState::new(), tidegate_net::clock::now());
         for _ in 0..3 {
             eject_and_return(&mut outlier, &mut now);
@@ -387,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn at_the_cap_the_multiplier_fades_within_the_cap() {
+    fn multiplier_at_the_cap_fades_within_five_minutes() {
         let (mut outlier, mut now) = (EjectionState::new(), tidegate_net::clock::now());
         for _ in 0..1000 {
             eject_and_return(&mut outlier, &mut now);
@@ -397,11 +395,11 @@ mod tests {
     }
 
     #[test]
-    fn after_an_ejection_a_whole_row_is_needed_again() {
+    fn next_ejection_needs_a_complete_new_row_of_failures() {
         let (mut outlier, now) = (EjectionState::new(), tidegate_net::clock::now());
         outlier.failed(5, &SPEC);
         outlier.eject(&SPEC, now);
-        assert_eq!(outlier.failed(500, &SPEC), None, "a straggler");
+        assert_eq!(outlier.failed(500, &SPEC), None, "picked before the ejection");
         assert_eq!(outlier.end(now + seconds(10)), Some(seconds(10)));
         for k in 801..805 {
             assert_eq!(outlier.failed(k, &SPEC), None);
@@ -410,25 +408,25 @@ mod tests {
     }
 
     #[test]
-    fn failed_trial_makes_the_next_ejection_longer_and_nothing_fades_meanwhile() {
+    fn failed_trial_makes_the_next_ejection_longer_and_does_not_fade() {
         let (mut outlier, now) = (EjectionState::new(), tidegate_net::clock::now());
         outlier.eject(&SPEC, now);
         assert_eq!(outlier.begin_trial(now + seconds(10)), Some(seconds(10)));
         assert!(outlier.is_on_trial() && !outlier.is_ejected());
-        assert_eq!(outlier.failed(500, &SPEC), None, "a straggler");
+        assert_eq!(outlier.failed(500, &SPEC), None, "picked before the ejection");
         let later = now + seconds(1000);
-        let end = outlier.look_at_trial(TrialPhase::Failed, true, later);
+        let end = outlier.check_trial(TrialPhase::Failed, true, later);
         assert!(matches!(end, Some(TrialEnd::Failed(_))));
         assert_eq!(outlier.eject(&SPEC, later) - later, seconds(20));
     }
 
     #[test]
-    fn trial_passes_by_an_answer_or_by_lasting_silence_and_not_by_a_question() {
+    fn trial_passes_after_an_answer_or_two_idle_checks_but_not_after_client_data() {
         let look = |phases: &[TrialPhase]| {
             let (mut outlier, now) = (EjectionState::new(), tidegate_net::clock::now());
             outlier.eject(&SPEC, now);
             outlier.begin_trial(now);
-            phases.iter().fold(None, |_, phase| outlier.look_at_trial(*phase, true, now))
+            phases.iter().fold(None, |_, phase| outlier.check_trial(*phase, true, now))
         };
         use TrialPhase::{Claimed, ClientSpoke, Connected, Open, Passed};
         assert_eq!(look(&[Open, Claimed, Connected, ClientSpoke, Open]), None);
@@ -438,23 +436,22 @@ mod tests {
     }
 
     #[test]
-    fn unanswered_trial_ends_as_the_pool_expects_it() {
+    fn unanswered_trial_fails_only_if_the_pool_expects_an_answer() {
         for (answer_expected, passes) in [(true, false), (false, true)] {
             let (mut outlier, now) = (EjectionState::new(), tidegate_net::clock::now());
             outlier.eject(&SPEC, now);
             outlier.begin_trial(now);
-            let mut look = |after| {
-                outlier.look_at_trial(TrialPhase::ClientSpoke, answer_expected, now + after)
-            };
+            let mut look =
+                |after| outlier.check_trial(TrialPhase::ClientSpoke, answer_expected, now + after);
             assert_eq!(look(seconds(1)), None);
-            assert_eq!(look(TRIAL_MAX), None, "a second too early");
+            assert_eq!(look(TRIAL_MAX), None, "1 s too early");
             let end = look(TRIAL_MAX + seconds(1)).unwrap();
             assert_eq!(matches!(end, TrialEnd::Passed(_)), passes);
         }
     }
 
     #[test]
-    fn what_another_process_goes_on_with_is_the_same() {
+    fn upgrade_hands_over_the_ejection() {
         let (mut outlier, mut now) = (EjectionState::new(), tidegate_net::clock::now());
         eject_and_return(&mut outlier, &mut now);
         let mut other = EjectionState::new();
@@ -467,7 +464,7 @@ mod tests {
     }
 
     #[test]
-    fn a_held_back_ejection_is_news_once_a_row() {
+    fn prevented_ejection_is_reported_once_per_row() {
         let mut outlier = EjectionState::new();
         assert!(outlier.failed(5, &SPEC).is_some());
         assert!(outlier.hold_back());

@@ -1,57 +1,59 @@
-//! What is known of a backend, kept apart by who knows it, and what follows.
+//! Health of a backend: stored facts and the derived value *eligible*.
 //!
-//! Operator intent, observation and ejection are stored; *eligible* is derived
-//! here and nowhere stored. Used by the controller. Detectors are pure; only
-//! `probe` (a shell) does I/O.
+//! Stored: the operator's intent, the results of probes and heartbeats, and the
+//! ejection state. Derived: *eligible*. [`BackendHealth::eligible`] computes it, and
+//! no code stores it. The controller owns the values. The detectors are pure: they
+//! do no I/O and read no clock.
 //!
-//! # Who takes traffic
+//! # When a backend is eligible
 //!
-//! A backend is eligible when its intent is *ready*, it is not ejected, and its
-//! observation is one of
+//! A backend is eligible if its intent is *ready*, its heartbeats request *ready*, it
+//! is not ejected, and its observation is one of:
 //!
 //! - *up*;
-//! - *suspect*, at a tenth of its weight: what works by probes, or is not
-//!   probed, and is gray by what sessions see of it (`gray`);
-//! - *unknown*, where its pool has no probe;
-//! - *unknown*, while it **fails open**.
+//! - *suspect*: eligible with a tenth of its weight. Heartbeats are overdue, or its
+//!   sessions wait too long for a first byte ([`slow_detector`]);
+//! - *unknown*, if its pool has no probe and its heartbeats are not awaited;
+//! - *unknown*, while the backend **fails open** and its heartbeats are not awaited.
 //!
-//! In a pool with probes a new backend thus waits for its first result, which
-//! decides alone. It fails open, and is eligible until its own first result, in
-//! two cases:
+//! In a pool with probes, a new backend waits for its first result. The first result
+//! decides alone. A backend fails open, and is eligible until its own first result,
+//! in two cases:
 //!
-//! 1. `startup_grace` has run out and not one backend of its pool has had a
-//!    result: then our probes are what is broken, and a pool that serves
-//!    nobody helps nobody. This holds for backends that join before the pool's
-//!    first result, too. The grace is counted from the moment the pool got its
-//!    probe, or lost the last backend that had a result.
-//! 2. It was in service before its pool got a probe: adding a probe takes
-//!    nothing out that the probe has not found broken.
+//! 1. `startup_grace` has passed and no backend of the pool has had a result. Then
+//!    the probes are probably broken, and a pool without eligible backends serves no
+//!    client. The rule also holds for backends that join before the pool's first
+//!    result. The grace starts when the pool gets its probe, or when the last backend
+//!    with a result leaves.
+//! 2. The backend was in rotation before its pool got a probe. Adding a probe removes
+//!    no backend that the probe has not found down.
 //!
-//! After an ejection it is *on trial*: eligible, but a single session gets in
-//! until it has passed (`outlier`).
+//! After an ejection a backend is *on trial*: it is eligible, but gets one session
+//! only until the trial has passed ([`ejection`]).
 //!
-//! *Down* is never eligible; `when_none_eligible = "try-all"` is the table's
-//! business, not part of this rule.
+//! *Down* is never eligible. The table implements `when_none_eligible = "try-all"`;
+//! it does not change this rule.
 //!
 //! # Probes and heartbeats together
 //!
-//! Probes ask the service itself, heartbeats are what its host says of it; so a
-//! probe's verdict rules where there is one, and heartbeats say it sooner. What
-//! the two make of a backend ([`combine_observations`]; a dash: its pool has no probe):
+//! A probe tests the service. A heartbeat reports that the host works. A probe result
+//! of `down` therefore takes precedence, and heartbeats detect a failure earlier.
+//! [`combine_observations`] combines them as follows. The column "-" is a pool without
+//! probes; the rows are the names that `status` shows.
 //!
 //! | heartbeats | - | probes: unknown | probes: up | probes: down |
 //! |---|---|---|---|---|
-//! | absent (none taken, or none heard and none required) | unknown, serves | unknown | up | down |
+//! | absent (not configured, or none received and none required) | unknown, eligible | unknown | up | down |
 //! | awaited (required or registered, not yet confirmed) | unknown, waits | unknown, waits | unknown, waits | down |
-//! | beating | up | unknown | up | **down**: the host is well, the service is not |
-//! | suspect (silent, not yet confirmed) | suspect | unknown | suspect | down |
-//! | vouched (silent, but a probe found it there) | suspect | unknown | **up**: the sender is gone, the service is not | down |
-//! | silent (and the confirming probes failed) | down | down | down | down |
-//! | expired (silent for `ttl`; required or registered) | down | down | down | down |
+//! | beating (received in time) | up | unknown | up | **down**: the host works, the service does not |
+//! | suspect (overdue, not yet confirmed) | suspect | unknown | suspect | down |
+//! | vouched (overdue, but a confirmation probe succeeded) | suspect | unknown | **up**: the sender failed, the service works | down |
+//! | silent (overdue, and the confirmation probes failed) | down | down | down | down |
+//! | expired (none for `ttl`; required or registered) | down | down | down | down |
 //!
-//! *Unknown* serves and waits by the rule above, except where the table says.
-//! Whatever the verdict, a backend whose heartbeats say `starting`, `draining`
-//! or `stopping` gets no new sessions: see [`RequestedState`].
+//! Unless the table says otherwise, the rule above decides whether an *unknown*
+//! backend is eligible. A backend whose heartbeats report `starting`, `draining` or
+//! `stopping` gets no new sessions, whatever its observation: see [`RequestedState`].
 
 pub mod ejection;
 pub mod probe_detector;
@@ -64,142 +66,142 @@ use crate::health::slow_detector::SlowDetector;
 use recent::RecentFailures;
 use std::time::{Duration, Instant};
 
-/// What is left of a suspect's weight, in percent: enough to go on learning
-/// from its sessions, little enough to spare most clients.
+/// Weight of a suspect backend, in percent of its configured weight. Enough sessions
+/// remain to learn from, and most clients use other backends.
 pub const SUSPECT_WEIGHT_PERCENT: u32 = 10;
 
-/// How probes and sessions say that nobody listens.
+/// Reason text of a refused connect, for probes and sessions alike.
 pub const REFUSED: &str = "connection refused";
 
 /// Everything known of one backend.
 #[derive(Debug, Clone)]
 pub struct BackendHealth {
-    /// Operator's wish.
+    /// The operator's intent.
     pub intent: Intent,
-    /// Since when.
+    /// When the intent was set.
     pub intent_since: Instant,
-    /// Probes' verdict; `None` where the pool has no probe.
+    /// Results of the pool's probes; `None` if the pool has no probe.
     pub detector: Option<ProbeDetector>,
     /// Passive ejection.
     pub outlier: EjectionState,
-    /// What its heartbeats amount to.
+    /// Result of its heartbeats.
     pub heartbeat_health: HeartbeatHealth,
-    /// What its heartbeats ask for.
+    /// State that its heartbeats request.
     pub requested: RequestedState,
     /// Failures of sessions during the last minute.
     pub recent: RecentFailures,
-    /// What its first bytes say.
-    pub gray: SlowDetector,
-    /// Eligible while unknown; see the module's documentation. Ends with the
-    /// first result.
+    /// Detector over the time to the first byte.
+    pub slow: SlowDetector,
+    /// Eligible while unknown; see the module documentation. The first result ends
+    /// it.
     pub fails_open: bool,
     /// When the backend was configured.
     pub since: Instant,
 }
 
-/// What an unknown backend is good for.
+/// Whether a backend without any result is eligible.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WhenUnknown {
     /// Waits for its first result.
     NotEligible,
-    /// Takes traffic.
+    /// Gets sessions.
     Eligible,
 }
 
-/// What a backend's heartbeats amount to.
+/// Result of a backend's heartbeats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HeartbeatHealth {
-    /// They have no say.
+    /// Heartbeats do not count: not configured, or none received and none required.
     Absent,
-    /// It needs them, and they have not yet brought it into service.
+    /// Heartbeats are required, and no confirmed one has been received.
     Waiting,
-    /// They come.
+    /// Heartbeats arrive in time.
     OnTime,
-    /// They are overdue, and it is being asked.
+    /// Heartbeats are overdue, and a confirmation probe is running.
     Suspect,
-    /// They stay out, but a probe found it there.
+    /// Heartbeats are overdue, but a confirmation probe succeeded.
     SilentButAnswering,
-    /// They stay out, and probes did not find it.
+    /// Heartbeats are overdue, and the confirmation probes failed.
     Silent,
-    /// They have stayed out for the pool's `ttl`.
+    /// No heartbeat for the pool's `ttl`.
     Expired,
 }
 
-/// What a backend's heartbeats ask for.
+/// State that a backend's heartbeats request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RequestedState {
-    /// New sessions, or nothing at all.
+    /// New sessions, or no request.
     Ready,
     /// No new sessions yet.
     Starting,
-    /// No new sessions any more.
+    /// No new sessions; open ones finish.
     Draining,
-    /// As before, and it is about to be gone.
+    /// No new sessions; the sender exits soon.
     Stopping,
 }
 
-/// What the operator wants.
+/// The operator's intent for a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Intent {
-    /// Take traffic.
+    /// In rotation if healthy.
     Ready,
-    /// No new sessions; old ones finish.
+    /// No new sessions; open ones finish.
     Draining,
     /// Out of service.
     Maintenance,
 }
 
-/// What probes say.
+/// Health of a backend as measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Observation {
     /// No result yet.
     Unknown,
     /// Works.
     Up,
-    /// In doubt: takes part at reduced weight.
+    /// The evidence is unclear: eligible with reduced weight.
     Suspect,
     /// Does not work.
     Down,
 }
 
-/// How one probe ended.
+/// Result of one probe.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ProbeOutcome {
-    /// As wished; how long it took.
+    /// The expected answer arrived.
     Success {
-        /// From connect to verdict.
+        /// From connect to result.
         took: Duration,
     },
-    /// The backend's or its path's fault, in words for the log.
+    /// The backend or the path to it failed.
     Failure {
-        /// Such as `connection refused` or `status 503, expected 200-399`.
+        /// For the log: `connection refused`, `status 503, expected 200-399`.
         reason: String,
     },
-    /// Our own trouble (no descriptors, no ports): proves nothing.
+    /// Local error (no descriptors, no ports): no evidence about the backend.
     Local {
-        /// In words for the log.
+        /// For the log.
         reason: String,
     },
 }
 
-/// How a session failed at its backend before it got anything from it, where the
-/// backend or its path is to blame. Local trouble never gets here.
+/// Why a session failed before the first byte of its backend, if the backend or the
+/// path to it caused the failure. Local errors are not represented.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ConnectFailure {
-    /// RST to our SYN, or no such socket.
+    /// RST in answer to the SYN, or the Unix socket does not exist.
     Refused,
     /// No answer within the connect timeout.
     Timeout,
-    /// ICMP unreachable and the like.
+    /// ICMP unreachable and similar errors.
     Unreachable,
-    /// The connection stood and the client had spoken, but all that came was a
-    /// reset.
+    /// The connection was established and the client had sent data, but the backend
+    /// reset the connection before its first byte.
     EarlyReset,
     /// Any other errno.
     Other(i32),
 }
 
-/// A change of a backend's standing, logged once.
+/// A change of a backend's state, logged once.
 #[derive(Debug, Clone)]
 pub struct Transition {
     /// Pool name.
@@ -210,16 +212,16 @@ pub struct Transition {
     pub from: &'static str,
     /// State after.
     pub to: &'static str,
-    /// The evidence, in words.
+    /// The evidence, as text for the log.
     pub reason: String,
-    /// When.
+    /// When the state changed.
     pub at: Instant,
     /// How long the state before had lasted.
     pub lasted: Duration,
 }
 
-/// What heartbeats and probes together make of a backend; `probes` is `None`
-/// where its pool has none. The table in the module's documentation.
+/// Combines the results of heartbeats and probes by the table in the module
+/// documentation. `probes` is `None` if the pool has no probe.
 pub fn combine_observations(
     heartbeats: HeartbeatHealth,
     probes: Option<Observation>,
@@ -248,8 +250,8 @@ pub fn combine_observations(
     }
 }
 
-/// The share of its weight a backend serves with, in percent; 0 means it is
-/// not eligible. The whole rule is here.
+/// Returns a backend's share of its weight, in percent. 0: the backend is not
+/// eligible.
 pub fn weight_percent(
     intent: Intent,
     ejected: bool,
@@ -271,7 +273,7 @@ pub fn weight_percent(
 // === impl BackendHealth ===
 
 impl BackendHealth {
-    /// Nothing known yet but the operator's wish.
+    /// Returns the health of a backend without any result.
     pub fn new(intent: Intent, detector: Option<ProbeDetector>, now: Instant) -> BackendHealth {
         BackendHealth {
             intent,
@@ -281,57 +283,57 @@ impl BackendHealth {
             recent: RecentFailures::default(),
             heartbeat_health: HeartbeatHealth::Absent,
             requested: RequestedState::Ready,
-            gray: SlowDetector::default(),
+            slow: SlowDetector::default(),
             fails_open: false,
             since: now,
         }
     }
 
-    /// What probes and heartbeats together say.
-    pub fn record_heartbeat_health(&self) -> Observation {
+    /// Returns the combined result of probes and heartbeats.
+    pub fn combined_observation(&self) -> Observation {
         combine_observations(self.heartbeat_health, self.probed())
     }
 
-    /// Probes' verdict alone; `None` where there are none.
+    /// Returns the result of probes; `None` if the pool has no probe.
     pub fn probed(&self) -> Option<Observation> {
         self.detector.as_ref().map(ProbeDetector::observation)
     }
 
-    /// What probes and heartbeats together say, and sessions of what is in
-    /// service by that.
+    /// Returns the combined result of probes, heartbeats and, if these make the
+    /// backend eligible, of the first bytes of its sessions.
     pub fn observation(&self) -> Observation {
-        let seen = self.record_heartbeat_health();
+        let seen = self.combined_observation();
         let serves = match seen {
             Observation::Up => true,
             Observation::Unknown => self.when_unknown() == WhenUnknown::Eligible,
             Observation::Suspect | Observation::Down => false,
         };
-        if serves && self.gray.is_suspect() { Observation::Suspect } else { seen }
+        if serves && self.slow.is_suspect() { Observation::Suspect } else { seen }
     }
 
-    /// Derived: may it be chosen for new sessions?
+    /// Whether new sessions can pick the backend.
     pub fn eligible(&self) -> bool {
         self.percent(self.outlier.is_ejected()) > 0
     }
 
-    /// Whether only its ejection keeps it out.
+    /// Whether the backend would be eligible without its ejection.
     pub fn eligible_but_for_ejection(&self) -> bool {
         self.outlier.is_ejected() && self.percent(false) > 0
     }
 
-    /// Whether it takes sessions, and not just one to try it.
+    /// Whether the backend is eligible and not on trial.
     pub fn is_fully_eligible(&self) -> bool {
         self.eligible() && !self.outlier.is_on_trial()
     }
 
-    /// What is left of its weight, in percent: all of it, less while it is
-    /// suspect, 0 while it is not eligible.
+    /// Returns the share of its weight, in percent: less than 100 while suspect, 0
+    /// while not eligible.
     pub fn weight_share(&self) -> u32 {
         self.percent(self.outlier.is_ejected())
     }
 
-    /// Ends the ejection, if there is one, and gives how long it lasted. Rows
-    /// of failed connects start anew.
+    /// Ends the ejection, if any, and returns how long it lasted. Restarts the rows
+    /// of failed connects.
     pub fn end_ejection(&mut self, now: Instant) -> Option<Duration> {
         let lasted = self.outlier.end(now)?;
         if let Some(detector) = &mut self.detector {
@@ -340,8 +342,8 @@ impl BackendHealth {
         Some(lasted)
     }
 
-    /// Ends the ejection, if there is one, with a trial, and gives how long it
-    /// lasted. Rows of failed connects start anew.
+    /// Ends the ejection, if any, with a trial, and returns how long the ejection
+    /// lasted. Restarts the rows of failed connects.
     pub fn begin_trial(&mut self, now: Instant) -> Option<Duration> {
         let lasted = self.outlier.begin_trial(now)?;
         if let Some(detector) = &mut self.detector {
@@ -350,10 +352,11 @@ impl BackendHealth {
         Some(lasted)
     }
 
-    /// Since when it has been neither judged anew nor ejected.
+    /// Returns when the probe state, the ejection state or the slow-backend state last
+    /// changed.
     pub fn settled_since(&self) -> Instant {
         let judged = self.detector.as_ref().map_or(self.since, ProbeDetector::since);
-        [self.outlier.back_since(), self.gray.suspect_since()]
+        [self.outlier.back_since(), self.slow.suspect_since()]
             .into_iter()
             .flatten()
             .fold(judged, Instant::max)
@@ -379,7 +382,7 @@ impl BackendHealth {
 // === impl HeartbeatHealth ===
 
 impl HeartbeatHealth {
-    /// As in status.
+    /// Returns the name that `status` shows.
     pub fn name(self) -> &'static str {
         match self {
             HeartbeatHealth::Absent => "absent",
@@ -396,7 +399,7 @@ impl HeartbeatHealth {
 // === impl RequestedState ===
 
 impl RequestedState {
-    /// As in status.
+    /// Returns the name that `status` shows.
     pub fn name(self) -> &'static str {
         match self {
             RequestedState::Ready => "ready",
@@ -410,14 +413,14 @@ impl RequestedState {
 // === impl Intent ===
 
 impl Intent {
-    /// The one of that name.
+    /// Returns the intent with this name.
     pub fn named(name: &str) -> Option<Intent> {
         [Intent::Ready, Intent::Draining, Intent::Maintenance]
             .into_iter()
             .find(|intent| intent.name() == name)
     }
 
-    /// As in status.
+    /// Returns the name that `status` shows.
     pub fn name(self) -> &'static str {
         match self {
             Intent::Ready => "ready",
@@ -430,14 +433,14 @@ impl Intent {
 // === impl Observation ===
 
 impl Observation {
-    /// The one of that name.
+    /// Returns the observation with this name.
     pub fn named(name: &str) -> Option<Observation> {
         [Observation::Unknown, Observation::Up, Observation::Suspect, Observation::Down]
             .into_iter()
             .find(|observation| observation.name() == name)
     }
 
-    /// As in status.
+    /// Returns the name that `status` shows.
     pub fn name(self) -> &'static str {
         match self {
             Observation::Unknown => "unknown",
@@ -461,7 +464,7 @@ impl std::fmt::Display for ProbeOutcome {
 }
 
 impl ConnectFailure {
-    /// As in the access log.
+    /// Returns the name that the access log shows.
     pub fn name(self) -> &'static str {
         match self {
             ConnectFailure::Refused => "refused",
@@ -494,7 +497,7 @@ mod tests {
     use std::fmt::Write;
 
     #[test]
-    fn the_truth_table_of_eligibility() {
+    fn eligibility_follows_the_truth_table() {
         let mut out = String::new();
         let observations =
             [Observation::Unknown, Observation::Up, Observation::Suspect, Observation::Down];
@@ -533,22 +536,22 @@ mod tests {
     }
 
     #[test]
-    fn unknown_serves_without_a_probe_or_while_it_fails_open_only() {
+    fn unknown_backend_is_eligible_only_without_a_probe_or_while_it_fails_open() {
         let now = tidegate_net::clock::now();
         let mut health = BackendHealth::new(Intent::Ready, None, now);
         assert_eq!(health.weight_share(), 100);
         health.detector = Some(ProbeDetector::new(2, 3, now));
         assert_eq!(health.weight_share(), 0, "waits for its first result");
-        health.gray.suspect(now);
-        assert_eq!(health.observation(), Observation::Unknown, "it takes no sessions");
+        health.slow.suspect(now);
+        assert_eq!(health.observation(), Observation::Unknown, "not eligible");
         health.fails_open = true;
         assert_eq!(health.weight_share(), 10);
-        health.gray.clear();
+        health.slow.clear();
         assert_eq!(health.weight_share(), 100);
     }
 
     #[test]
-    fn the_truth_table_of_heartbeats_and_probes() {
+    fn heartbeats_and_probes_combine_by_the_truth_table() {
         let probes = [None, Some(Observation::Unknown), Some(Observation::Up)];
         let probes = probes.into_iter().chain([Some(Observation::Down)]);
         let mut out = String::new();
@@ -579,7 +582,7 @@ mod tests {
     }
 
     #[test]
-    fn sender_that_asks_for_no_sessions_gets_none() {
+    fn backend_that_requests_no_sessions_gets_none() {
         let now = tidegate_net::clock::now();
         let mut health = BackendHealth::new(Intent::Ready, None, now);
         health.heartbeat_health = HeartbeatHealth::OnTime;
@@ -592,6 +595,6 @@ mod tests {
         health.requested = RequestedState::Ready;
         assert!(health.eligible());
         health.heartbeat_health = HeartbeatHealth::Waiting;
-        assert!(!health.eligible(), "joins only when it is confirmed");
+        assert!(!health.eligible(), "not yet confirmed");
     }
 }

@@ -1,64 +1,63 @@
-//! The rise/fall detector: turns single results into *up* or *down*.
+//! The rise/fall detector: turns probe results into *up* or *down*.
 //!
-//! The controller owns one for each backend of a pool with probes and feeds it
-//! probe results and rows of failed session connects. It never reads a clock,
-//! and it never decides who takes traffic: that is derived in [`super`].
+//! The controller owns one per backend of a pool with probes. It passes in probe
+//! results and rows of failed session connects. The detector reads no clock and does
+//! not decide which backend is eligible: [`super`] derives that.
 //!
-//! The rule is HAProxy's (`rise`, `fall`): a state changes only after so many
-//! opposite results *in a row*, and one result of the other kind ends the row.
-//! Before the first result there is nothing to weigh against, so that one
-//! decides alone.
+//! - `fall` failures in a row make the backend *down*; `rise` successes in a row make
+//!   it *up* (the rule of HAProxy). One opposite result ends the row.
+//! - The first result decides alone.
 
 use super::Observation;
 use std::time::{Duration, Instant};
 
-/// Where a detector stands, with the row being counted.
+/// State of a detector, with the current row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProbeState {
     /// No result yet.
     Unknown,
-    /// Works; the two rows together are below `fall`.
+    /// Works; the sum of both rows is below `fall`.
     Up {
-        /// Probes failed in a row.
+        /// Failed probes in a row.
         probes: u32,
-        /// Session connects failed in a row, as of the last report: successes
-        /// are not reported.
+        /// Failed session connects in a row, as of the last report. Successful
+        /// connects are not reported.
         connects: u32,
     },
     /// Does not work; the row is below `rise`.
     Down {
-        /// Probes that succeeded in a row.
+        /// Successful probes in a row.
         successes: u32,
     },
 }
 
-/// One piece of evidence.
+/// One result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProbeEvidence {
     /// A probe succeeded.
     Success,
     /// A probe failed.
     Failure,
-    /// That many session connects have failed in a row by now; at least 1.
+    /// This many session connects have failed in a row; at least 1.
     ConnectsFailed(u32),
 }
 
-/// A change of the verdict.
+/// A change of the observation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProbeTransition {
-    /// The verdict before.
+    /// The observation before.
     pub from: Observation,
-    /// The verdict now.
+    /// The observation now.
     pub to: Observation,
-    /// Probes in the row that led to it.
+    /// Probes in the row that caused the change.
     pub probes: u32,
     /// Session connects in that row.
     pub connects: u32,
-    /// How long the verdict before had lasted.
+    /// How long the observation before had lasted.
     pub lasted: Duration,
 }
 
-/// See the module's documentation.
+/// See the module documentation.
 #[derive(Debug, Clone)]
 pub struct ProbeDetector {
     rise: u32,
@@ -68,28 +67,27 @@ pub struct ProbeDetector {
     connect_row: ConnectFailureRow,
 }
 
-/// Measures rows of connect failures from the count all workers share.
+/// Measures rows of connect failures from the count that all workers share.
 ///
-/// The count goes up with each failure and back to zero on a success, but it
-/// knows nothing of the other events that end a row here (a probe that
-/// succeeded, an ejection that ended). Reports may arrive out of order or not
-/// at all; a row is then measured too short, never too long by more than the
-/// disorder.
+/// A failure increments the shared count and a success sets it to zero. Other events
+/// also end a row here but do not change the count: a successful probe, the end of an
+/// ejection. Reports can arrive out of order or get lost. The row is then too short. It
+/// is too long by at most the distance between the reordered reports.
 #[derive(Debug, Clone, Copy)]
 pub struct ConnectFailureRow {
-    /// The shared count just before the row began; `None`: the next report
-    /// begins a row.
+    /// The shared count just before the row began; `None`: the next report begins a
+    /// row.
     base: Option<u32>,
 }
 
 // === impl ProbeState ===
 
 impl ProbeState {
-    /// The state after `evidence`.
+    /// Returns the state after `evidence`.
     ///
-    /// Connect failures never decide an unknown backend: sessions reach one
-    /// only while its pool does without probe results, and then a lone refused
-    /// connect would take it out with nothing to bring it back.
+    /// Connect failures do not change *unknown*. An unknown backend gets sessions only
+    /// while its pool has no probe results. One refused connect would then remove the
+    /// backend, and no probe would return it.
     pub fn next(self, evidence: ProbeEvidence, rise: u32, fall: u32) -> ProbeState {
         let up = ProbeState::Up { probes: 0, connects: 0 };
         let down = ProbeState::Down { successes: 0 };
@@ -122,7 +120,7 @@ impl ProbeState {
         }
     }
 
-    /// The verdict without the row.
+    /// Returns the state without the row.
     pub fn observation(self) -> Observation {
         match self {
             ProbeState::Unknown => Observation::Unknown,
@@ -131,7 +129,7 @@ impl ProbeState {
         }
     }
 
-    /// Whether a row is being counted.
+    /// Whether a row has begun.
     pub fn changing(self) -> bool {
         match self {
             ProbeState::Unknown => false,
@@ -144,7 +142,7 @@ impl ProbeState {
 // === impl ProbeDetector ===
 
 impl ProbeDetector {
-    /// Knows nothing yet. `rise` and `fall` are at least 1.
+    /// Returns a detector without a result. `rise` and `fall` are at least 1.
     pub fn new(rise: u32, fall: u32, now: Instant) -> ProbeDetector {
         ProbeDetector {
             rise,
@@ -155,18 +153,18 @@ impl ProbeDetector {
         }
     }
 
-    /// Takes over a verdict reached elsewhere; the row starts anew.
-    pub fn restore(&mut self, verdict: Observation, since: Instant) {
+    /// Restores an observation that the old process handed over. Restarts the row.
+    pub fn restore(&mut self, observation: Observation, since: Instant) {
         self.connect_row.restart();
         self.since = since;
-        self.state = match verdict {
+        self.state = match observation {
             Observation::Unknown => ProbeState::Unknown,
             Observation::Up | Observation::Suspect => ProbeState::Up { probes: 0, connects: 0 },
             Observation::Down => ProbeState::Down { successes: 0 },
         };
     }
 
-    /// Takes one probe's result.
+    /// Records the result of a probe.
     pub fn observe(&mut self, success: bool, now: Instant) -> Option<ProbeTransition> {
         if success {
             self.connect_row.restart();
@@ -174,15 +172,14 @@ impl ProbeDetector {
         self.step(if success { ProbeEvidence::Success } else { ProbeEvidence::Failure }, now)
     }
 
-    /// Takes a session's failed connect. `in_a_row` is the count shared by all
-    /// workers.
+    /// Records a session's failed connect. `in_a_row` is the count that all workers
+    /// share.
     pub fn connect_failed(&mut self, in_a_row: u32, now: Instant) -> Option<ProbeTransition> {
         let row = self.connect_row.measure(in_a_row);
         self.step(ProbeEvidence::ConnectsFailed(row), now)
     }
 
-    /// Something else took the backend out of service for a while: connects
-    /// from before count no longer.
+    /// Discards the row of failed connects, because the backend was ejected in between.
     pub fn forget_connects(&mut self) {
         self.connect_row.restart();
         if let ProbeState::Up { connects, .. } = &mut self.state {
@@ -190,7 +187,7 @@ impl ProbeDetector {
         }
     }
 
-    /// Keeps the verdict under a new rule; the row starts anew.
+    /// Sets new thresholds. Keeps the observation and restarts the row.
     pub fn retune(&mut self, rise: u32, fall: u32) {
         self.rise = rise;
         self.fall = fall;
@@ -202,22 +199,22 @@ impl ProbeDetector {
         };
     }
 
-    /// The verdict.
+    /// Returns the state without the row.
     pub fn observation(&self) -> Observation {
         self.state.observation()
     }
 
-    /// The verdict with the row being counted.
+    /// Returns the state with the current row.
     pub fn state(&self) -> ProbeState {
         self.state
     }
 
-    /// Since when that verdict stands.
+    /// Returns when the observation last changed.
     pub fn since(&self) -> Instant {
         self.since
     }
 
-    /// Whether a row is being counted: then probes come at `fast_interval`.
+    /// Whether a row has begun. Probes then run at `fast_interval`.
     pub fn changing(&self) -> bool {
         self.state.changing()
     }
@@ -245,28 +242,28 @@ impl ProbeDetector {
 // === impl ConnectFailureRow ===
 
 impl ConnectFailureRow {
-    /// The shared count starts at zero, and so does the first row.
+    /// Returns an empty row at a shared count of zero.
     pub fn new() -> ConnectFailureRow {
         ConnectFailureRow { base: Some(0) }
     }
 
-    /// The length of the row, given the shared count that a failure reported.
+    /// Records a failure's report of the shared count, and returns the length of the row.
     pub fn measure(&mut self, in_a_row: u32) -> u32 {
         let base = match self.base {
             Some(base) if in_a_row > base => base,
-            // A success set the count back, or the row begins with this one.
+            // A success reset the count, or this failure begins the row.
             _ => in_a_row.saturating_sub(1),
         };
         self.base = Some(base);
         in_a_row.saturating_sub(base).max(1)
     }
 
-    /// The length of the row at that shared count, as far as it was measured.
+    /// Returns the length of the row at this shared count; 0 if no report began it.
     pub fn length(&self, in_a_row: u32) -> u32 {
         self.base.map_or(0, |base| in_a_row.saturating_sub(base))
     }
 
-    /// Something other than a connect success ended the row.
+    /// Ends the row after an event other than a successful connect.
     pub fn restart(&mut self) {
         self.base = None;
     }
@@ -299,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn the_whole_matrix_for_rise_2_fall_3() {
+    fn every_state_and_result_with_rise_2_fall_3() {
         let mut states = vec![ProbeState::Unknown];
         for probes in 0..3 {
             states.extend((0..3 - probes).map(|connects| ProbeState::Up { probes, connects }));
@@ -335,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_result_decides_alone() {
+    fn first_result_decides_alone() {
         let now = start();
         let mut detector = ProbeDetector::new(3, 3, now);
         let change = detector.observe(true, now + Duration::from_secs(1)).unwrap();
@@ -356,7 +353,7 @@ mod tests {
         assert!(detector.changing());
         let change = detector.observe(false, now).unwrap();
         assert_eq!((change.to, change.probes), (Observation::Down, 3));
-        assert!(!detector.changing(), "a settled state counts nothing");
+        assert!(!detector.changing(), "no row after a change");
     }
 
     #[test]
@@ -372,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn scattered_connect_failures_with_successes_between_never_add_up() {
+    fn connect_failures_with_successes_between_do_not_add_up() {
         let now = start();
         let mut detector = ProbeDetector::new(2, 3, now);
         detector.observe(true, now);
@@ -382,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn connects_and_probes_that_fail_in_a_row_add_up() {
+    fn failed_connects_and_failed_probes_in_a_row_add_up() {
         let now = start();
         let mut detector = ProbeDetector::new(2, 3, now);
         detector.observe(true, now);
@@ -393,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn a_burst_reported_out_of_order_takes_it_down_once() {
+    fn burst_of_failures_out_of_order_is_one_transition() {
         let now = start();
         let mut detector = ProbeDetector::new(2, 3, now);
         detector.observe(true, now);
@@ -403,19 +400,19 @@ mod tests {
     }
 
     #[test]
-    fn a_probe_success_ends_a_row_of_connect_failures_whatever_the_shared_count() {
+    fn probe_success_ends_a_row_of_connect_failures_at_any_shared_count() {
         let now = start();
         let mut detector = ProbeDetector::new(1, 3, now);
         detector.observe(true, now);
         detector.connect_failed(2, now);
         detector.observe(true, now);
         assert_eq!(detector.connect_failed(801, now), None);
-        assert_eq!(detector.connect_failed(800, now), None, "late report, no long row");
+        assert_eq!(detector.connect_failed(800, now), None, "a late report adds no length");
         assert_eq!(detector.observation(), Observation::Up);
     }
 
     #[test]
-    fn a_new_rule_keeps_the_verdict_and_restarts_the_row() {
+    fn new_thresholds_keep_the_observation_and_restart_the_row() {
         let now = start();
         let mut detector = ProbeDetector::new(2, 3, now);
         for ok in [true, false, false] {

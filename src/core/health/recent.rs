@@ -1,20 +1,20 @@
-//! Failed connects and early resets of one backend during the last minute: evidence
-//! for people.
+//! Failed connects and early resets of one backend during the last minute, for
+//! `status` and `explain`.
 //!
-//! The controller notes every reported failure, those during an ejection too. It
-//! decides nothing and reads no clock.
+//! The controller records every reported failure, including those during an
+//! ejection. The counts decide nothing. This code reads no clock.
 
 use super::ConnectFailure;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// How long a failure is remembered.
+/// How long a failure counts.
 pub const RECENT: Duration = Duration::from_secs(60);
 
-/// Failures are counted together that happen within this time.
+/// Failures within this time share one count.
 const SLICE: Duration = Duration::from_secs(5);
 
-/// See the module's documentation. Holds at most `RECENT / SLICE + 1` slices.
+/// See the module documentation. Holds at most `RECENT / SLICE + 1` slices.
 #[derive(Debug, Clone, Default)]
 pub struct RecentFailures {
     slices: VecDeque<Slice>,
@@ -28,25 +28,25 @@ struct Slice {
     early_resets: u32,
 }
 
-/// What is remembered at one moment.
+/// The failures of the last minute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Recent {
     /// Connects that failed.
     pub connects: u32,
     /// Sessions that the backend reset before its first byte.
     pub early_resets: u32,
-    /// The time they happened in, at most [`RECENT`].
+    /// Time since the oldest of these failures, at most [`RECENT`].
     pub within: Duration,
-    /// The newest of them.
+    /// The newest failure.
     pub last: ConnectFailure,
-    /// How long ago that was.
+    /// Time since the newest failure.
     pub last_ago: Duration,
 }
 
 // === impl RecentFailures ===
 
 impl RecentFailures {
-    /// Counts one.
+    /// Counts one failure.
     pub fn note(&mut self, failure: ConnectFailure, now: Instant) {
         self.slices.retain(|slice| slice.is_recent(now));
         let fresh = Slice { begun: now, connects: 0, early_resets: 0 };
@@ -64,7 +64,7 @@ impl RecentFailures {
         self.last = Some((failure, now));
     }
 
-    /// `None` where nothing failed lately.
+    /// Returns the failures of the last minute; `None` if there were none.
     pub fn view(&self, now: Instant) -> Option<Recent> {
         let recent = || self.slices.iter().filter(|slice| slice.is_recent(now));
         let begun = recent().next()?.begun;
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn a_thousand_failures_a_second_take_no_more_room() {
+    fn memory_is_bounded_at_1000_failures_per_second() {
         let start = tidegate_net::clock::now();
         let mut recent = RecentFailures::default();
         for ms in 0..200_000 {

@@ -1,127 +1,130 @@
-//! The gray backend: it takes connections and then does not answer, or takes
-//! ten times as long as its pool. What is counted goes in, a verdict comes out.
+//! Detector for backends that accept connections but do not answer, or answer ten
+//! times slower than the rest of the pool (gray failure).
 //!
-//! The controller looks at every backend of a pool [`LOOK_INTERVAL`] apart and
-//! makes a *suspect* of those found here, which lowers their weight and never
-//! takes them out: a suspect keeps a trickle of sessions, and by those it is
-//! cleared. It never reads a clock or a counter by itself.
+//! The controller checks every backend of a pool each [`LOOK_INTERVAL`] and makes the
+//! backends that this detector reports *suspect*. A suspect backend keeps a tenth of
+//! its weight, and its remaining sessions can clear it. The detector never removes a
+//! backend, and it reads no clock and no counter itself.
 //!
-//! # What counts
+//! # Rules
 //!
-//! Only sessions in which the client spoke first: for those the time from the
-//! client's first byte to the backend's says something, whatever the protocol.
-//! How long a session goes on never counts. A backend is measured against the
-//! others of its pool: *usual* is the median over them of the geometric mean of
-//! their newest answers (a mean of logarithms, so that one answer of a minute
-//! among ten quick ones is not ten quick ones forgotten).
+//! Only sessions in which the client sends first count. For them the time from the
+//! client's first byte to the backend's first byte is meaningful in every protocol. The
+//! duration of a session does not count. Each backend is compared with the others of its
+//! pool. The *pool median* is the median over the other backends of the geometric mean
+//! of their newest answers. (A geometric mean limits the effect of one answer that takes
+//! a minute.)
 //!
-//! - **It hangs**: for `slow_first_byte`, or [`FACTOR`] times the usual time if
-//!   that is longer, at each look at least [`WAITING_MIN`] of its sessions
-//!   waited, and not one was answered; while not all of the others hang as
-//!   well, and they have answered at least as many since the look before its
-//!   last answer, and more than wait there now. (So a client that gives up after half
-//!   a second does not hide a backend that hangs, as the next one waits then;
-//!   nor do clients that are all stuck at it before long, and ask nobody else.)
-//! - **It is slow**: over at least [`SAMPLES_MIN`] answers and half a second it
-//!   took [`FACTOR`] times the usual time, and at least a tenth of
-//!   `slow_first_byte`: below that, a hundred times nearly nothing is noise.
+//! - **Hang.** For `slow_first_byte`, or [`FACTOR`] times the pool median if that is
+//!   longer, at least [`WAITING_MIN`] of the backend's sessions were waiting at each
+//!   check, and none was answered. In addition, at least one other backend does not
+//!   hang, and the other backends have answered at least [`WAITING_MIN`] sessions, and
+//!   more than are waiting at them now. Their answers count from the check before the
+//!   backend's last answer. A client that gives up does not hide the hang, because the
+//!   next client waits then. Clients that all wait at this backend do not hide it either,
+//!   because the answers from before count.
+//! - **Slow.** Over at least [`SAMPLES_MIN`] answers and 500 ms, the mean was at least
+//!   [`FACTOR`] times the pool median and at least a tenth of `slow_first_byte`. Below
+//!   that bound, a large factor is noise.
+//! - **Cleared.** At least [`CLEAR_MIN`] answers since the backend became suspect took
+//!   at most half of the bound for slow.
 //!
-//! It is **cleared** when [`CLEAR_MIN`] answers or more, all after it became a
-//! suspect, took at most half of what makes a backend slow.
+//! # Pools in which no backend becomes suspect
 //!
-//! # Whom it leaves alone
+//! - A pool of one backend.
+//! - A pool in which no backend answers, or all stop at once, for example because a
+//!   shared database fails.
+//! - A pool in which all backends answer late (long polls), because its median is long.
+//! - A pool in which about as many sessions wait at the other backends as are answered
+//!   there (subscriptions).
 //!
-//! A pool of one; a pool in which nobody answers, or all stop at once, as when
-//! what is behind them fails; a pool in which everybody
-//! answers late, as the usual time is long there (long polls); and one in which
-//! about as many wait as are answered at the others, too (subscriptions). What
-//! cannot be told apart is a pool where most requests are quick and some are
-//! meant to wait on a fresh connection: those switch it off.
+//! The detector cannot recognise a pool in which most requests are quick and some wait
+//! by design on a fresh connection. Set `slow_first_byte = "off"` for such pools.
 
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
-/// Between two looks. A hang is found within two of them after it has lasted
-/// long enough.
+/// Time between two checks. A hang is found at most two checks after it has lasted long
+/// enough.
 pub const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
-/// After a look that comes later than this we may have stood still ourselves,
-/// workers and all: what waits then has waited for us.
+/// If a check is later than this, this host may have stalled, workers included. The
+/// sessions then waited for Tidegate, not for the backend.
 const LATE: Duration = Duration::from_millis(800);
 
-/// Sessions that must wait: one or two may have asked for something long.
+/// Sessions that must wait. One or two may have requested something that takes long.
 pub const WAITING_MIN: u64 = 3;
 
-/// How many times worse than usual. Below that it is for balancing by load or
-/// latency to deal with, not for health.
+/// Ratio to the pool median. Smaller differences are left to the balancing policy.
 pub const FACTOR: f64 = 10.0;
 
-/// Answers that make a mean worth judging by.
+/// Answers that a mean needs.
 pub const SAMPLES_MIN: u64 = 10;
 
-/// Answers that clear a suspect; fewer than it takes to suspect one, as it gets
-/// a tenth of its sessions.
+/// Answers that clear a suspect. Fewer than [`SAMPLES_MIN`], because a suspect gets a
+/// tenth of its sessions.
 pub const CLEAR_MIN: u64 = 3;
 
-/// A backend is slow from this part of `slow_first_byte` on.
+/// Lower bound for slow, as a share of `slow_first_byte`.
 const SLOW_PART: f64 = 0.1;
 
-/// What clears is better than what makes suspect by this, so that nobody goes
-/// to and fro at the edge.
+/// Bound for clearing, as a share of the bound for slow. The distance prevents
+/// oscillation.
 const CLEAR_PART: f64 = 0.5;
 
-/// Answers are judged in windows: of this length at least, and no longer than
-/// the second where there are few.
+/// A window of answers closes after `WINDOW_MIN` with [`SAMPLES_MIN`] answers, else after
+/// `WINDOW_MAX`.
 const WINDOW_MIN: Duration = Duration::from_millis(500);
 const WINDOW_MAX: Duration = Duration::from_secs(10);
 
-/// Everything counted of a backend so far, over all workers.
+/// Totals of a backend over all workers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct FirstByteCounts {
-    /// Sessions whose client spoke first.
+    /// Sessions in which the client sent first.
     pub questions: u64,
-    /// Those that were answered.
+    /// Of `questions`, sessions with a first byte from the backend.
     pub answers: u64,
-    /// Those that ended unanswered.
+    /// Of `questions`, sessions that ended without it.
     pub unanswered: u64,
-    /// Sum of log2(microseconds) over `answers`, in `core::table::state::LOG_UNIT`ths.
+    /// Sum of log2(microseconds) over `answers`, in units of
+    /// 1/`core::table::state::LOG_UNIT`.
     pub answer_log2: u64,
 }
 
-/// What is kept of one backend between looks.
+/// State of one backend between checks.
 #[derive(Debug, Clone, Default)]
 pub struct SlowDetector {
     last: Option<FirstByteCounts>,
     looked: Option<Instant>,
-    /// Answers came since the look before the last.
+    /// Answers arrived between the last two checks.
     answered: bool,
-    /// What the others had answered by the last look and the one before.
+    /// Answers of the other backends at the last check and at the check before.
     others: [u64; 2],
     hang: Option<HangEvidence>,
     window: Option<AnswerWindow>,
-    /// A window that was closed by the last look.
+    /// The window that the last check closed.
     closed: Option<AnswerWindow>,
     /// Mean log2(microseconds) of the newest closed window.
     usual: Option<f64>,
     suspect: Option<Instant>,
 }
 
-/// What another process goes on with after an upgrade.
+/// A [`SlowDetector`] in an upgrade's handover.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SavedSlowDetector {
-    /// It has been a suspect for so long.
+    /// How long the backend has been suspect.
     pub suspect_ms: Option<u64>,
-    /// See `usual` of [`SlowDetector`]. Without it the others would have nothing to be
-    /// compared with, and suspects would be cleared at the first look.
+    /// See `usual` of [`SlowDetector`]. Without it the other backends would have nothing
+    /// to be compared with, and the first check would clear all suspects.
     pub usual: Option<f64>,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct HangEvidence {
     since: Instant,
-    /// What the others had answered by the look before the backend's last
-    /// answer: whoever it was stuck at asked them until then.
+    /// Answers of the other backends at the check before this backend's last answer.
+    /// Clients that now wait here used the other backends until then.
     others: u64,
 }
 
@@ -132,30 +135,31 @@ struct AnswerWindow {
     log2: f64,
 }
 
-/// A pool at one look.
+/// A pool at one check.
 #[derive(Debug, Clone, Default)]
 pub struct PoolView {
     /// Ascending.
     usuals: Vec<f64>,
     answers: u64,
     waiting: u64,
-    /// Backends that have answered before, and seem to hang.
+    /// Backends that have answered before and hang now.
     hanging: usize,
 }
 
-/// What a look found out, with the evidence in words.
+/// Result of a check, with the evidence as text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SlowVerdict {
-    /// It is gray.
+    /// The backend hangs or is slow.
     Suspect(String),
-    /// It is well again.
+    /// The backend answers in time again.
     Clear(String),
 }
 
 // === impl FirstByteCounts ===
 
 impl FirstByteCounts {
-    /// Sessions waiting now; the counts may be from slightly different moments.
+    /// Returns the sessions waiting for a first byte. Saturates, because the counts are
+    /// not read at the same moment.
     fn waiting(&self) -> u64 {
         self.questions.saturating_sub(self.answers.wrapping_add(self.unanswered))
     }
@@ -164,29 +168,30 @@ impl FirstByteCounts {
 // === impl PoolView ===
 
 impl PoolView {
-    /// Over every backend of a pool, after each has taken its counts.
-    pub fn of<'a>(watches: impl Iterator<Item = &'a SlowDetector>) -> PoolView {
+    /// Returns the view over all backends of a pool, after each has recorded its counts.
+    pub fn of<'a>(detectors: impl Iterator<Item = &'a SlowDetector>) -> PoolView {
         let mut view = PoolView::default();
-        watches.for_each(|watch| view.add(watch));
+        detectors.for_each(|detector| view.add(detector));
         view.complete();
         view
     }
 
-    /// Adds one that has taken its counts.
-    pub fn add(&mut self, watch: &SlowDetector) {
-        let counts = watch.last.unwrap_or_default();
+    /// Adds a backend that has recorded its counts.
+    pub fn add(&mut self, detector: &SlowDetector) {
+        let counts = detector.last.unwrap_or_default();
         self.answers = self.answers.wrapping_add(counts.answers);
         self.waiting = self.waiting.saturating_add(counts.waiting());
-        self.usuals.extend(watch.typical());
-        self.hanging += usize::from(watch.hangs() && watch.typical().is_some());
+        self.usuals.extend(detector.typical());
+        self.hanging += usize::from(detector.hangs() && detector.typical().is_some());
     }
 
-    /// All have been added.
+    /// Completes the view after all backends have been added.
     pub fn complete(&mut self) {
         self.usuals.sort_by(f64::total_cmp);
     }
 
-    /// The others' usual time in seconds; of two in the middle the longer.
+    /// Returns the median of the other backends in seconds; the upper median of an even
+    /// number.
     fn pool_median_without(&self, own: Option<f64>) -> Option<f64> {
         let own = own.map(|own| self.usuals.partition_point(|usual| *usual < own));
         let others = self.usuals.len() - usize::from(own.is_some());
@@ -202,7 +207,7 @@ impl PoolView {
 // === impl SlowDetector ===
 
 impl SlowDetector {
-    /// Takes what is counted by now.
+    /// Records the current totals.
     pub fn take(&mut self, counts: FirstByteCounts, now: Instant) {
         self.closed = None;
         let before = self.looked.replace(now);
@@ -224,9 +229,9 @@ impl SlowDetector {
         }
     }
 
-    /// Judges after every backend of the pool has taken its counts. `slow` is
-    /// the pool's `slow_first_byte`. Applies nothing: that is for
-    /// [`SlowDetector::suspect`] and [`SlowDetector::clear`].
+    /// Returns a verdict once every backend of the pool has recorded its counts. `slow`
+    /// is the pool's `slow_first_byte`. The caller applies the verdict with
+    /// [`SlowDetector::suspect`] or [`SlowDetector::clear`].
     pub fn judge(&mut self, pool: &PoolView, slow: Duration, now: Instant) -> Option<SlowVerdict> {
         let usual = pool.pool_median_without(self.typical());
         let hanging = self.detect_hang(pool, now);
@@ -259,7 +264,7 @@ impl SlowDetector {
         })
     }
 
-    /// For another process.
+    /// Returns the state for an upgrade's handover.
     pub fn save(&self, now: Instant) -> SavedSlowDetector {
         let millis = |since: Instant| {
             u64::try_from(now.saturating_duration_since(since).as_millis()).unwrap_or(u64::MAX)
@@ -267,7 +272,7 @@ impl SlowDetector {
         SavedSlowDetector { suspect_ms: self.suspect.map(millis), usual: self.typical() }
     }
 
-    /// Goes on with what another process has said at `now`.
+    /// Restores a state that the old process handed over at `now`.
     pub fn restore(&mut self, saved: &SavedSlowDetector, now: Instant) {
         let before = |ms| now.checked_sub(Duration::from_millis(ms)).unwrap_or(now);
         self.usual = saved.usual.filter(|log2| log2.is_finite()).or(self.usual);
@@ -279,32 +284,31 @@ impl SlowDetector {
         }
     }
 
-    /// It is a suspect from now on.
+    /// Makes the backend suspect from now on.
     pub fn suspect(&mut self, now: Instant) {
         self.suspect = Some(now);
-        // What was before clears nobody.
+        // Earlier answers must not clear the backend.
         self.window = None;
         self.closed = None;
     }
 
-    /// It is no suspect any more; since when it was one.
+    /// Clears the backend and returns since when it was suspect.
     pub fn clear(&mut self) -> Option<Instant> {
         self.hang = None;
         self.suspect.take()
     }
 
-    /// Since when it is a suspect, if it is.
+    /// Returns since when the backend is suspect, if it is.
     pub fn suspect_since(&self) -> Option<Instant> {
         self.suspect
     }
 
-    /// Whether it is a suspect.
+    /// Whether the backend is suspect.
     pub fn is_suspect(&self) -> bool {
         self.suspect.is_some()
     }
 
-    /// For how long its sessions have waited without one being answered while
-    /// others were, and how many wait.
+    /// Returns how long the backend has hung, and how many sessions wait.
     fn detect_hang(&mut self, pool: &PoolView, now: Instant) -> Option<(Duration, u64)> {
         let own = self.last?;
         let others = pool.answers.wrapping_sub(own.answers);
@@ -315,7 +319,7 @@ impl SlowDetector {
             return None;
         }
         let hang = *self.hang.get_or_insert(HangEvidence { since: now, others: before });
-        // A backend that has left the pool took its answers along.
+        // Saturates: the answers of a backend that has left the pool are missing.
         let answered = others.saturating_sub(hang.others);
         let known = usize::from(self.typical().is_some());
         let others_known = pool.usuals.len().saturating_sub(known);
@@ -325,7 +329,7 @@ impl SlowDetector {
             .then(|| (now.saturating_duration_since(hang.since), own.waiting()))
     }
 
-    /// Enough wait, and nobody was answered since the look before.
+    /// Whether enough sessions wait and none was answered since the last check.
     fn hangs(&self) -> bool {
         !self.answered && self.last.is_some_and(|counts| counts.waiting() >= WAITING_MIN)
     }
@@ -343,7 +347,8 @@ impl SlowDetector {
         })
     }
 
-    /// As of the newest window, or of the first one while it is open.
+    /// Returns the mean of the newest closed window, or of the first window while it is
+    /// open.
     fn typical(&self) -> Option<f64> {
         let open = self.window.filter(|window| window.answers > 0);
         self.usual.or_else(|| open.map(|window| window.mean()))
@@ -362,7 +367,7 @@ fn seconds(log2_micros: f64) -> f64 {
     log2_micros.exp2() / 1e6
 }
 
-/// `1.3s`, `25ms`, `0.18ms`: two digits are all there is to it.
+/// Formats a time with about two digits: `1.3s`, `25ms`, `0.18ms`.
 fn shown(seconds: f64) -> String {
     match seconds * 1e3 {
         ms if ms >= 1000.0 => format!("{:.1}s", ms / 1e3),

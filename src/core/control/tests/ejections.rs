@@ -86,7 +86,7 @@ fn during_a_trial_one_session_gets_in_and_its_failure_ejects_for_longer() {
     assert!(!state.in_flight.try_enter(0), "a second session");
     let trial = state.in_flight.claim_trial().unwrap();
     state.in_flight.advance_trial(trial, TrialPhase::Failed);
-    let effects = bench.pass(TRIAL_LOOK);
+    let effects = bench.pass(TRIAL_CHECK_INTERVAL);
     assert_eq!(
         logs(&effects),
         ["a: trial -> ejected: trial session failed; ejected for 20s (ejection 2 in a row)"]

@@ -1,4 +1,4 @@
-//! Pools in virtual time: who is found gray, how soon, and who never.
+//! Pools in virtual time: which backends become suspect, how soon, and which never do.
 
 use super::*;
 use crate::table::state::LOG_UNIT;
@@ -9,7 +9,7 @@ const SLOW: Duration = Duration::from_secs(1);
 struct Pool {
     now: Instant,
     counts: Vec<FirstByteCounts>,
-    watches: Vec<SlowDetector>,
+    detectors: Vec<SlowDetector>,
     slow: Duration,
 }
 
@@ -18,14 +18,14 @@ impl Pool {
         let mut pool = Pool {
             now: tidegate_net::clock::now(),
             counts: vec![FirstByteCounts::default(); backends],
-            watches: vec![SlowDetector::default(); backends],
+            detectors: vec![SlowDetector::default(); backends],
             slow: SLOW,
         };
         pool.look();
         pool
     }
 
-    /// So many sessions at that backend, each answered after so long.
+    /// Adds sessions at a backend, each answered after `micros`.
     fn answer(&mut self, backend: usize, sessions: u64, micros: f64) {
         let counts = &mut self.counts[backend];
         counts.questions += sessions;
@@ -33,30 +33,32 @@ impl Pool {
         counts.answer_log2 += (micros.log2() * LOG_UNIT) as u64 * sessions;
     }
 
+    /// Adds sessions at a backend without an answer.
     fn ask(&mut self, backend: usize, sessions: u64) {
         self.counts[backend].questions += sessions;
     }
 
-    /// The next look: who became a suspect or was cleared.
+    /// Runs the next check and returns its verdicts, by backend.
     fn look(&mut self) -> Vec<(usize, SlowVerdict)> {
         self.now += LOOK_INTERVAL;
-        for (watch, counts) in self.watches.iter_mut().zip(&self.counts) {
-            watch.take(*counts, self.now);
+        for (detector, counts) in self.detectors.iter_mut().zip(&self.counts) {
+            detector.take(*counts, self.now);
         }
-        let view = PoolView::of(self.watches.iter());
+        let view = PoolView::of(self.detectors.iter());
         let mut found = Vec::new();
-        for (index, watch) in self.watches.iter_mut().enumerate() {
-            let Some(verdict) = watch.judge(&view, self.slow, self.now) else { continue };
+        for (index, detector) in self.detectors.iter_mut().enumerate() {
+            let Some(verdict) = detector.judge(&view, self.slow, self.now) else { continue };
             match verdict {
-                SlowVerdict::Suspect(_) => watch.suspect(self.now),
-                SlowVerdict::Clear(_) => drop(watch.clear()),
+                SlowVerdict::Suspect(_) => detector.suspect(self.now),
+                SlowVerdict::Clear(_) => drop(detector.clear()),
             }
             found.push((index, verdict));
         }
         found
     }
 
-    /// Looks for that long, `step` before each; what was found, and when.
+    /// Runs checks for `span`, with `step` before each. Returns time, backend and whether
+    /// it became suspect, per verdict.
     fn run(
         &mut self,
         span: Duration,
@@ -74,7 +76,7 @@ impl Pool {
         found
     }
 
-    /// All backends answer in a millisecond for a while.
+    /// Returns a pool whose backends have answered in 1 ms for 3 s.
     fn warmed(backends: usize) -> Pool {
         let mut pool = Pool::new(backends);
         let quick = |pool: &mut Pool| (0..backends).for_each(|b| pool.answer(b, 5, 1e3));
@@ -106,33 +108,33 @@ fn clients_that_give_up_do_not_hide_the_hang() {
     let found = pool.run(secs(3), |pool| {
         pool.answer(0, 20, 1e3);
         pool.ask(1, 4);
-        // Each gave up after a look or so; four wait at any time.
+        // Each client gives up after about one check; four wait at any time.
         pool.counts[1].unanswered = pool.counts[1].questions - pool.counts[1].answers - 4;
     });
     assert!(matches!(found[..], [(_, 1, true)]), "{found:?}");
 }
 
 #[test]
-fn unobserved_time_does_not_count_as_silence() {
+fn time_without_checks_does_not_count_as_a_hang() {
     let mut pool = Pool::warmed(2);
     pool.ask(1, 5);
     pool.answer(0, 9, 1e3);
     pool.look();
     pool.now += secs(5);
-    assert_eq!(pool.look(), [], "we may have been stopped, and it not");
+    assert_eq!(pool.look(), [], "this process may have been stopped");
     let found = pool.run(secs(3), |pool| pool.answer(0, 9, 1e3));
     assert!(matches!(found[..], [(_, 1, true)]), "{found:?}");
 }
 
 #[test]
-fn too_few_that_wait_are_no_evidence() {
+fn two_waiting_sessions_are_no_hang() {
     let mut pool = Pool::warmed(2);
     pool.ask(1, 2);
     assert_eq!(pool.run(secs(60), |pool| pool.answer(0, 5, 1e3)), []);
 }
 
 #[test]
-fn one_answer_now_and_then_is_not_hanging() {
+fn occasional_answers_are_no_hang() {
     let mut pool = Pool::warmed(2);
     let mut looks = 0;
     let found = pool.run(secs(20), |pool| {
@@ -147,20 +149,20 @@ fn one_answer_now_and_then_is_not_hanging() {
 }
 
 #[test]
-fn missing_answers_leave_no_request_hanging() {
+fn pool_without_answers_suspects_no_backend() {
     let mut pool = Pool::warmed(3);
     assert_eq!(pool.run(secs(60), |pool| (0..3).for_each(|b| pool.ask(b, 5))), []);
 }
 
 #[test]
-fn simultaneous_stops_leave_no_process_hanging() {
+fn pool_that_stops_all_at_once_suspects_no_backend() {
     let mut pool = Pool::warmed(3);
     (0..3).for_each(|backend| pool.ask(backend, 4 + backend as u64));
     assert_eq!(pool.run(secs(60), |_| {}), []);
 }
 
 #[test]
-fn clients_that_are_all_stuck_at_once_do_not_hide_it() {
+fn clients_that_all_wait_at_one_backend_do_not_hide_the_hang() {
     let mut pool = Pool::warmed(3);
     (0..3).for_each(|backend| pool.answer(backend, 20, 1e3));
     pool.ask(2, 8);
@@ -169,7 +171,7 @@ fn clients_that_are_all_stuck_at_once_do_not_hide_it() {
 }
 
 #[test]
-fn backend_alone_is_never_suspect() {
+fn only_backend_of_a_pool_is_never_suspect() {
     let mut pool = Pool::warmed(1);
     assert_eq!(pool.run(secs(60), |pool| pool.ask(0, 5)), []);
 }
@@ -178,12 +180,12 @@ fn backend_alone_is_never_suspect() {
 fn pool_of_long_polls_suspects_no_backend() {
     let mut pool = Pool::new(3);
     let mut looks = 0u64;
-    // Each poll takes ten seconds, and a few begin at each look.
+    // Each poll takes 10 s, and four begin at each check.
     let found = pool.run(secs(120), |pool| {
         looks += 1;
         for backend in 0..3 {
             pool.ask(backend, 4);
-            // They do not come back at the same moment everywhere.
+            // The answers of the backends begin at different moments.
             if looks >= 50 + 3 * backend as u64 {
                 pool.counts[backend].questions -= 4;
                 pool.answer(backend, 4, 1e7);
@@ -207,7 +209,7 @@ fn waiting_subscribers_make_no_backend_suspect() {
 }
 
 #[test]
-fn backend_ten_times_slower_is_suspect_and_cleared_when_it_is_not() {
+fn backend_ten_times_slower_is_suspect_and_cleared_when_quick() {
     let mut pool = Pool::warmed(3);
     let found = pool.run(secs(3), |pool| {
         pool.answer(0, 5, 2e4);
@@ -224,24 +226,24 @@ fn backend_ten_times_slower_is_suspect_and_cleared_when_it_is_not() {
 }
 
 #[test]
-fn below_a_tenth_of_the_bound_no_backend_is_slow_and_one_long_answer_is_no_mean() {
+fn neither_means_below_the_bound_nor_single_long_answers_are_slow() {
     let mut pool = Pool::warmed(2);
     let found = pool.run(secs(20), |pool| {
         pool.answer(0, 5, 1e3);
         pool.answer(1, 5, 9e4);
     });
-    assert_eq!(found, [], "90 ms where the bound is a second");
+    assert_eq!(found, [], "90 ms is below a tenth of 1 s");
     let mut pool = Pool::warmed(2);
     let found = pool.run(secs(20), |pool| {
         pool.answer(0, 10, 1e3);
         pool.answer(1, 9, 1e3);
         pool.answer(1, 1, 3e7);
     });
-    assert_eq!(found, [], "one in ten takes half a minute");
+    assert_eq!(found, [], "one answer in ten takes 30 s");
 }
 
 #[test]
-fn hanging_one_is_cleared_by_quick_answers_not_by_those_that_waited() {
+fn quick_answers_clear_a_hang_and_late_answers_do_not() {
     let mut pool = Pool::warmed(2);
     let hang = |pool: &mut Pool| {
         pool.answer(0, 5, 1e3);
@@ -260,7 +262,7 @@ fn hanging_one_is_cleared_by_quick_answers_not_by_those_that_waited() {
 }
 
 #[test]
-fn median_of_the_others_leaves_oneself_out() {
+fn pool_median_excludes_the_backend_itself() {
     let view = PoolView { usuals: vec![1.0, 2.0, 2.0, 9.0], ..PoolView::default() };
     let usual = |own| view.pool_median_without(own).map(|s| (s * 1e6).log2().round());
     assert_eq!(usual(Some(9.0)), Some(2.0));
