@@ -91,7 +91,7 @@ pub(super) fn warnings<'a>(
 ) -> Vec<String> {
     let mut words = Vec::new();
     for backend in backends.filter(|_| watch.warnings() > 0) {
-        for way in backend.ways.load().iter() {
+        for way in backend.source_addrs.load().iter() {
             if watch.is_warned(backend.id, way.source()) && words.len() < WARNINGS_MAX {
                 let used = watch.used(backend, way, limits);
                 words.push(source_ports::warning_text(backend, way, used, limits));

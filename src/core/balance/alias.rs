@@ -1,38 +1,38 @@
 //! Weighted draws in constant time.
 //!
-//! Built at table build for `random`, `two-choices` and large
-//! `least-connections` pools; read by every pick of those. It knows weights
-//! only, never load.
+//! Built at table build for `random`, `two-choices`, `peak-ewma` and large
+//! `least-connections` pools, and used by every pick of these. It depends on weights
+//! only, never on load.
 
 use crate::balance::random_stream::DrawStream;
 
-/// Walker's alias method as built by Vose ("A linear algorithm for generating
-/// random numbers with a given distribution", 1991), in integers: each of the
-/// n columns is worth the sum of all weights and is shared by at most two
+/// Walker's alias method, built as in Vose, "A linear algorithm for generating random
+/// numbers with a given distribution" (1991), with integers. The table has one column
+/// per candidate. Each column holds the sum of all weights and is shared by at most two
 /// candidates.
 #[derive(Debug)]
 pub(super) struct AliasTable {
     /// Sum of all weights.
     total: u64,
-    /// Invariant: one column a candidate; never empty.
+    /// One column per candidate. Invariant: never empty.
     columns: Box<[AliasColumn]>,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct AliasColumn {
-    /// Of `total`, how much is the column's own candidate's.
+    /// The part of `total` that belongs to the column's own candidate.
     own: u64,
-    /// Whose the rest is.
+    /// The candidate that gets the rest.
     alias: u32,
 }
 
 impl AliasTable {
-    /// Over the candidates with those weights: fewer than 2^32 of them, at least one
-    /// of them above 0. A weight of 0 is never drawn.
+    /// Builds the table from the weights: fewer than 2^32 of them, at least one above
+    /// 0. A candidate of weight 0 is never drawn.
     pub(super) fn new(weights: impl ExactSizeIterator<Item = u32> + Clone) -> AliasTable {
         let count = weights.len() as u64;
         let total: u64 = weights.clone().map(u64::from).sum();
-        // What each still has to be given, in units of which a column holds `total`.
+        // What each candidate must still get, in units of which a column holds `total`.
         let mut owed: Vec<u128> =
             weights.map(|weight| u128::from(weight) * u128::from(count)).collect();
         let mut columns: Vec<AliasColumn> =
@@ -51,7 +51,7 @@ impl AliasTable {
         AliasTable { total, columns: columns.into() }
     }
 
-    /// A candidate's index, with probability in proportion to its weight.
+    /// Draws the index of a candidate, with a probability in proportion to its weight.
     #[inline]
     pub(super) fn draw(&self, draws: &mut DrawStream) -> usize {
         let index = draws.below(self.columns.len() as u64) as usize;
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// What each candidate gets of all columns, in units of count * total.
+    /// The sum of each candidate's parts of all columns, in units of count * total.
     fn shares(table: &AliasTable) -> Vec<u128> {
         let mut shares = vec![0u128; table.columns.len()];
         for (index, column) in table.columns.iter().enumerate() {

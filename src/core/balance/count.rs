@@ -1,15 +1,20 @@
-//! The word behind an in-flight count, which the processes of an upgrade may share.
+//! The word behind an in-flight count. The processes of an upgrade can share it.
 //!
-//! Used by `in_flight` for every session and by the policies that compare loads. It
-//! knows the layout of a word, not where the word is: the caller gives shared words in.
+//! Used by `in_flight` for every session, and by the policies that compare loads. This
+//! module knows the layout of a word. It does not know where shared words are: the
+//! caller passes them in.
 //!
-//! A count is one 64-bit word: the sum of [`COLUMNS`] columns in the upper 22 bits, and
-//! below it the first two columns of 21 bits each; the third is the rest of the sum. A
-//! process adds to the sum and its own column by one addition of its [`unit`], and a cap
-//! is compared with the sum: taking a slot is one compare-and-swap and giving it back
-//! one subtraction, so there is no moment at which a process that is killed could have
-//! done half of it. What a killed process held is its column, which another process
-//! takes off the word.
+//! # Layout
+//!
+//! A count is one 64-bit word. The upper 22 bits hold the sum of [`COLUMNS`] columns.
+//! The first two columns are below it, 21 bits each. The third column is the rest of
+//! the sum.
+//!
+//! A process changes the sum and its own column with one addition of its [`unit`], and
+//! a cap is compared with the sum. Taking a slot is one compare-and-swap. Giving it
+//! back is one subtraction. A process that is killed therefore never leaves a half-done
+//! change. Its column holds the slots it had, and another process subtracts that column
+//! from the word.
 
 #[cfg(tidegate_loom)]
 use loom::sync::atomic::AtomicU64;
@@ -20,28 +25,28 @@ use std::sync::atomic::{AtomicU64, Ordering};
 #[cfg(not(tidegate_loom))]
 use std::sync::{Mutex, PoisonError};
 
-/// Columns of a count.
+/// Number of columns of a count.
 pub const COLUMNS: u32 = 3;
-/// Bits of a column.
+/// Bits per column.
 const COLUMN_BITS: u32 = 21;
-/// Most that all columns together may hold, or one could run into the next.
+/// Maximum sum of all columns. Beyond it, one column could overflow into the next.
 pub const COUNT_MAX: u32 = (1 << COLUMN_BITS) - 1;
-/// The lowest bit of the sum.
+/// Lowest bit of the sum.
 const SUM_AT: u32 = COLUMN_BITS * (COLUMNS - 1);
 
-/// What a process of that column adds to a word for each slot.
+/// Returns the value that a process with this column adds to a word per slot.
 pub const fn unit(column: u32) -> u64 {
     let own = if column + 1 < COLUMNS { 1 << (COLUMN_BITS * column) } else { 0 };
     (1 << SUM_AT) + own
 }
 
-/// All columns of that word together.
+/// Returns the sum of all columns of `word`.
 #[inline]
 pub const fn sum(word: u64) -> u32 {
     (word >> SUM_AT) as u32
 }
 
-/// One column of that word.
+/// Returns one column of `word`.
 pub const fn column(word: u64, column: u32) -> u32 {
     let first = word as u32 & COUNT_MAX;
     let second = (word >> COLUMN_BITS) as u32 & COUNT_MAX;
@@ -52,12 +57,13 @@ pub const fn column(word: u64, column: u32) -> u32 {
     }
 }
 
-/// The word without what that column holds. No process may add to that column any more.
+/// Returns `word` with the column `of` set to 0. The process of that column must have
+/// ended.
 pub const fn cleared(word: u64, of: u32) -> u64 {
     word - column(word, of) as u64 * unit(of)
 }
 
-/// One count: the word, and what keeps it from being used for another.
+/// A count: the word, and a guard that reserves the word for this count.
 #[cfg(not(tidegate_loom))]
 #[derive(Debug, Clone)]
 pub struct Count {
@@ -66,19 +72,19 @@ pub struct Count {
     _hold: Arc<dyn CountHold>,
 }
 
-/// Keeps a word for the count that has it, until it is dropped.
+/// Reserves a word for its count until it is dropped.
 pub trait CountHold: std::fmt::Debug + Send + Sync {}
 
 impl<T: std::fmt::Debug + Send + Sync> CountHold for T {}
 
-/// A word of this process alone, on cache lines of its own.
+/// A word that belongs to this process only, on separate cache lines.
 #[cfg(not(tidegate_loom))]
 #[derive(Debug)]
 #[repr(C, align(128))]
 struct OwnWord(AtomicU64);
 
-/// Words that no count has at the moment. They are never freed: as many as were ever in
-/// use at a time.
+/// Words that no count uses at the moment. They are never freed, so their number is the
+/// maximum that was ever in use at the same time.
 #[cfg(not(tidegate_loom))]
 static FREE: Mutex<Vec<&'static OwnWord>> = Mutex::new(Vec::new());
 
@@ -90,7 +96,7 @@ struct OwnHold(&'static OwnWord);
 
 #[cfg(not(tidegate_loom))]
 impl Count {
-    /// One that this process shares with no other.
+    /// Creates a count that is not shared with other processes.
     pub fn own() -> Count {
         let free = FREE.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let own = free.unwrap_or_else(|| Box::leak(Box::new(OwnWord(AtomicU64::new(0)))));
@@ -98,12 +104,13 @@ impl Count {
         Count { word: &own.0, shareable: false, _hold: Arc::new(OwnHold(own)) }
     }
 
-    /// One in memory that other processes may have; `hold` keeps it for this count.
+    /// Creates a count in memory that other processes can map. `hold` reserves the word
+    /// for this count.
     pub fn shared(word: &'static AtomicU64, hold: Arc<dyn CountHold>) -> Count {
         Count { word, shareable: true, _hold: hold }
     }
 
-    /// Whether another process may count here.
+    /// Returns whether another process can count here.
     pub fn is_shareable(&self) -> bool {
         self.shareable
     }
@@ -126,24 +133,24 @@ impl Drop for OwnHold {
     }
 }
 
-/// Stands in for shared memory in the models: loom follows only atomics of its own.
+/// Replaces shared memory in loom models, because loom tracks only its own atomics.
 #[cfg(tidegate_loom)]
 #[derive(Debug, Clone)]
 pub struct Count(Arc<AtomicU64>);
 
 #[cfg(tidegate_loom)]
 impl Count {
-    /// A count.
+    /// Creates a count.
     pub fn own() -> Count {
         Count(Arc::new(AtomicU64::new(0)))
     }
 
-    /// A count that is not shared: no model has a second process.
+    /// Creates a count that is not shared: no model has a second process.
     pub fn shared(_: &'static std::sync::atomic::AtomicU64, _: Arc<dyn CountHold>) -> Count {
         Count::own()
     }
 
-    /// Never.
+    /// Returns false.
     pub fn is_shareable(&self) -> bool {
         false
     }
@@ -163,7 +170,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_column_of_a_word_is_read_and_cleared_by_itself() {
+    fn columns_of_a_word_are_read_and_cleared_independently() {
         let most = COUNT_MAX / 3;
         for held in [[0, 0, 0], [1, 0, 0], [0, 2, 0], [0, 0, 3], [5, 6, 7], [most; 3]] {
             let word = (0..COLUMNS).zip(held).map(|(n, held)| u64::from(held) * unit(n)).sum();
@@ -178,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn word_that_is_used_again_starts_at_zero() {
+    fn reused_word_starts_at_zero() {
         for _ in 0..3 {
             let count = Count::own();
             assert_eq!(count.load(Ordering::Relaxed), 0);

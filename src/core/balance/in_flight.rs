@@ -1,27 +1,33 @@
-//! The in-flight count of a backend, a frontend or the process: one shared
-//! atomic that balances and caps at once.
+//! The in-flight count of a backend, a frontend or the process. One shared atomic
+//! serves as load and enforces the cap.
 //!
-//! Raised at selection by the compare-and-swap that enforces the cap, so the
-//! cap is never overshot however many workers race; lowered exactly once by
-//! the session that raised it. The processes of an upgrade share the atomic, each with a column
-//! of its own (`count`): a cap holds for their sum. A backend on trial lets a
-//! single session in, whatever its cap; trials belong to one process. Model-checked
-//! with loom. Never blocks.
+//! - Selection raises the count with the compare-and-swap that enforces the cap. The
+//!   cap holds however many workers race.
+//! - The session that raised the count lowers it exactly once.
+//! - The processes of an upgrade share the atomic. Each process has its own column (see
+//!   `count`), and a cap applies to their sum.
+//! - A backend on trial admits one session at a time, even if its cap is higher. Trials
+//!   belong to one process.
+//! - Nothing here blocks. The code is model-checked with loom.
 //!
-//! # Sessions of a backend that died
+//! # Sessions that outlive their backend process
 //!
-//! One count serves caps and loads, so a session that outlives its backend (the
-//! backend has sent its FIN, the client has not closed) is load of whatever starts at
-//! that address next. This is on purpose. A second count, of the sessions begun since
-//! the backend last came up, would be wrong where the backend never died: one that
-//! was `down` because it was too slow for its probes, or out of reach for a moment,
-//! still serves its old sessions and would get all new ones on top, just when it
-//! recovers. `down` does not tell the two apart, and the end a backend has sent does
-//! so only at the price of two more shared writes in each session that the backend
-//! ends first. The error left is on the safe side and bounded: a reset ends a
-//! session at once, a FIN within `half_closed_timeout` (where that is off, when the
-//! client closes), silence within `user_timeout` or keepalive. Until then a restarted
-//! backend gets fewer sessions.
+//! One count serves caps and loads. A session can outlive its backend process: the
+//! backend has sent its FIN and the client has not closed. Such a session counts as
+//! load of the next process at that address. This is intended.
+//!
+//! The alternative is a second count of the sessions that started since the backend
+//! last came up. That count is wrong if the backend never exited. A backend can be
+//! `down` because it answered probes too slowly or was unreachable for a moment. It
+//! still serves its old sessions, and would receive all new sessions in addition, just
+//! as it recovers. `down` does not distinguish the two cases. The backend's FIN does,
+//! but using it costs two more shared writes in each session that the backend ends
+//! first.
+//!
+//! The remaining error is bounded and on the safe side: a restarted backend gets fewer
+//! sessions at first. A reset ends an old session immediately. A FIN ends it within
+//! `half_closed_timeout` (if that is off, when the client closes). Silence ends it
+//! within `user_timeout` or the keepalive timeout.
 
 use super::count::{COUNT_MAX, Count, sum, unit};
 use super::trial::{TrialCell, TrialId, TrialPhase};
@@ -30,47 +36,48 @@ use loom::sync::atomic::{AtomicU32, Ordering};
 #[cfg(not(tidegate_loom))]
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Most sessions of another process that are added to one count; with as many of this
-/// one's own they still fit its column.
+/// Maximum number of sessions of other processes that are added to one count. With the
+/// same number of local sessions they still fit the column of this process.
 const ELSEWHERE_MAX: u32 = COUNT_MAX / 2;
 
-/// Sessions held at this moment.
+/// Sessions that hold a slot now.
 #[derive(Debug)]
 pub struct InFlight {
     held: Count,
-    /// What one session adds.
+    /// The value that one session adds to the word.
     unit: u64,
-    /// Sessions of processes that do not count here themselves, as they last said;
-    /// `held` has them in this process's column.
+    /// Sessions of processes that do not count here themselves, as last reported.
+    /// `held` includes them in the column of this process.
     elsewhere: AtomicU32,
     trial: TrialCell,
 }
 
-/// What an [`InFlight`] counts the sessions of.
+/// What an [`InFlight`] counts sessions of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Counted<'a> {
-    /// All of them.
+    /// The whole process.
     Process,
-    /// Those of the frontend of that name.
+    /// The frontend with this name.
     Frontend(&'a str),
-    /// Those on one backend.
+    /// One backend.
     Backend {
-        /// Of its pool.
+        /// Name of its pool.
         pool: &'a str,
-        /// In the pool.
+        /// Name in the pool.
         name: &'a str,
-        /// As text.
+        /// Address as text.
         address: &'a str,
     },
 }
 
-/// Where counts come from. Asked by the controller, for what it has no count of yet.
+/// Provides counts. The controller calls it for objects that have no count yet.
 pub trait Counts: std::fmt::Debug + Send + Sync {
-    /// The count of that; the same one again while anybody holds it.
-    fn count(&self, whose: Counted<'_>) -> InFlight;
+    /// Returns the count of `counted`. Counts of the same object that are in use at
+    /// the same time share one word, if their processes share counts.
+    fn count(&self, counted: Counted<'_>) -> InFlight;
 }
 
-/// Counts that no other process has.
+/// Provides counts that are not shared with other processes.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Unshared;
 
@@ -81,19 +88,19 @@ impl Counts for Unshared {
 }
 
 impl InFlight {
-    /// Nothing held, and shared with no other process.
+    /// Creates a count of 0 that is not shared with other processes.
     pub fn new() -> InFlight {
         InFlight::counting(Count::own(), unit(0))
     }
 
-    /// Counts in `held`, to which each session of this process adds `unit`.
+    /// Creates a count in `held`. Each session of this process adds `unit`.
     pub fn counting(held: Count, unit: u64) -> InFlight {
         let (elsewhere, trial) = (AtomicU32::new(0), TrialCell::new());
         InFlight { held, unit, elsewhere, trial }
     }
 
-    /// Takes a slot unless `max` are held; a `max` of 0 means no cap. During a
-    /// trial only one session gets in until it is decided.
+    /// Takes a slot unless `max` slots are held. A `max` of 0 means no cap. During a
+    /// trial only one session is admitted until the trial is decided.
     #[inline]
     pub fn try_enter(&self, max: u32) -> bool {
         if self.trial.is_none() { self.try_hold(max) } else { self.try_enter_trial(max) }
@@ -120,7 +127,7 @@ impl InFlight {
     #[cold]
     fn try_enter_trial(&self, max: u32) -> bool {
         if !self.trial.try_take() {
-            // It may be over meanwhile.
+            // The trial may have ended since the caller checked.
             return self.trial.is_none() && self.try_hold(max);
         }
         let held = self.try_hold(max);
@@ -130,13 +137,13 @@ impl InFlight {
         held
     }
 
-    /// Whether [`InFlight::try_enter`] with that `max` would let somebody in.
+    /// Returns whether [`InFlight::try_enter`] with this `max` would succeed.
     #[inline]
     pub fn has_room(&self, max: u32) -> bool {
         (max == 0 || self.get() < max) && self.trial.has_room()
     }
 
-    /// Gives a slot back. Every successful `try_enter` is left exactly once.
+    /// Gives a slot back. Must be called exactly once per successful `try_enter`.
     #[inline]
     pub fn leave(&self) {
         let InFlight { held: cell, unit, .. } = self;
@@ -144,15 +151,15 @@ impl InFlight {
         assert!(sum(held) > 0, "an in-flight slot was given back twice");
     }
 
-    /// Slots held by this process and all that share the count, as of some recent
-    /// moment.
+    /// Returns the slots held by this process and by all processes that share the
+    /// count. The value is a recent one.
     #[inline]
     pub fn get(&self) -> u32 {
         sum(self.held.load(Ordering::Relaxed))
     }
 
-    /// Adds what processes hold that count by themselves, in the place of what they
-    /// held before; at most [`COUNT_MAX`] / 2. For the controller.
+    /// Sets the number of sessions of processes that do not count here themselves; at
+    /// most [`COUNT_MAX`] / 2. Replaces the previous number. Called by the controller.
     pub fn set_elsewhere(&self, sessions: u32) {
         let sessions = sessions.min(ELSEWHERE_MAX);
         let before = self.elsewhere.swap(sessions, Ordering::Relaxed);
@@ -163,12 +170,12 @@ impl InFlight {
         };
     }
 
-    /// Whether another process may count here.
+    /// Returns whether another process can count here.
     pub fn is_shareable(&self) -> bool {
         self.held.is_shareable()
     }
 
-    /// The count itself, for who looks at many of them.
+    /// Returns the count itself, for policies that read many counts per pick.
     pub(super) fn counter(&self) -> Count {
         self.held.clone()
     }
@@ -176,7 +183,7 @@ impl InFlight {
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        // What others share does not end with this.
+        // The word of a shared count outlives this instance.
         self.set_elsewhere(0);
     }
 }
@@ -184,42 +191,46 @@ impl Drop for InFlight {
 // === impl InFlight: the trial ===
 
 impl InFlight {
-    /// From now on a single session gets in. For the controller.
+    /// Starts a trial: one session is admitted. Called by the controller.
     pub fn begin_trial(&self) {
         self.trial.begin();
     }
 
-    /// Everybody gets in again. For the controller.
+    /// Ends the trial: all sessions are admitted again. Called by the controller.
     pub fn end_trial(&self) {
         self.trial.end();
     }
 
-    /// Lets nobody in from now on, by whatever table, until [`InFlight::reopen`] or the
-    /// next trial. False during a trial, which has its own say. For the controller.
+    /// Admits no session, through any table, until [`InFlight::reopen`] or the next
+    /// trial. Returns false and does nothing during a trial. Called by the controller.
     pub fn shut(&self) -> bool {
         self.trial.shut()
     }
 
-    /// Ends what [`InFlight::shut`] began. For the controller.
+    /// Reverts [`InFlight::shut`]. Called by the controller.
     pub fn reopen(&self) {
         self.trial.reopen();
     }
 
-    /// How far the trial has come.
+    /// Returns the phase of the trial.
     pub fn trial(&self) -> TrialPhase {
         self.trial.phase()
     }
 
-    /// The trial that whoever has just entered is to decide, if there is one.
-    /// (A session that entered right before the trial began may get it in place
-    /// of the one that entered it: both are there, and either will do.)
+    /// Returns the trial that the session of the caller must decide, if a trial is
+    /// waiting for a session. Call it right after `try_enter`.
+    ///
+    /// A session that entered just before the trial began can claim it in place of the
+    /// session that entered the trial. Both hold a slot, and either can decide the
+    /// trial.
     #[inline]
     pub fn claim_trial(&self) -> Option<TrialId> {
         if self.trial.is_none() { None } else { self.trial.claim() }
     }
 
-    /// The session of that trial has come so far. [`TrialPhase::Open`] gives the
-    /// place to the next session, as nothing was learnt from this one.
+    /// Records the phase that the session of trial `id` has reached.
+    /// [`TrialPhase::Open`] leaves the trial to the next session because this session
+    /// gave no result.
     pub fn advance_trial(&self, id: TrialId, phase: TrialPhase) {
         self.trial.advance(id, phase);
     }
@@ -237,7 +248,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cap_holds_and_a_slot_given_back_can_be_taken_again() {
+    fn cap_holds_and_a_freed_slot_can_be_taken_again() {
         let in_flight = InFlight::new();
         assert!(in_flight.try_enter(2) && in_flight.try_enter(2));
         assert!(!in_flight.try_enter(2));
@@ -247,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn what_another_process_reports_counts_towards_the_cap() {
+    fn sessions_reported_by_another_process_count_towards_the_cap() {
         let in_flight = InFlight::new();
         in_flight.set_elsewhere(2);
         assert!(!in_flight.try_enter(2) && !in_flight.has_room(2));
@@ -262,18 +273,18 @@ mod tests {
         let in_flight = InFlight::new();
         assert!(in_flight.try_enter(0) && in_flight.shut());
         assert!(!in_flight.try_enter(0) && !in_flight.try_enter(5) && !in_flight.has_room(0));
-        assert!(in_flight.claim_trial().is_none(), "the session before is on no trial");
+        assert!(in_flight.claim_trial().is_none(), "a session that entered before claims no trial");
         in_flight.leave();
         in_flight.reopen();
         assert!(in_flight.has_room(0) && in_flight.try_enter(0));
         in_flight.begin_trial();
         assert!(!in_flight.shut());
         in_flight.reopen();
-        assert_eq!(in_flight.trial(), TrialPhase::Open, "a trial has its own say");
+        assert_eq!(in_flight.trial(), TrialPhase::Open, "reopening does not affect a trial");
     }
 
     #[test]
-    fn a_cap_is_one_over_processes_that_share_the_count() {
+    fn cap_applies_to_the_sum_of_processes_that_share_the_count() {
         let word = Count::own();
         let processes = [0, 1, 2].map(|n| InFlight::counting(word.clone(), unit(n)));
         for round in 0..10 {
@@ -301,7 +312,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "given back twice")]
-    fn slot_given_back_twice_is_a_broken_invariant() {
+    fn slot_that_is_given_back_twice_panics() {
         let in_flight = InFlight::new();
         assert!(in_flight.try_enter(1));
         in_flight.leave();
@@ -317,8 +328,8 @@ mod loom_models {
     use loom::thread;
     use std::sync::Arc;
 
-    /// Three sessions at a cap, each of a process of its own: never more inside than it
-    /// allows, each freed slot can be taken, nothing stays behind.
+    /// Runs three sessions at a cap, each in its own process. At most `cap` sessions
+    /// are inside, every freed slot can be taken, and the count returns to 0.
     fn three_sessions_at_a_cap_of(cap: u32) {
         let word = Count::own();
         let in_flights =
@@ -358,14 +369,14 @@ mod loom_models {
         bounded().check(|| three_sessions_at_a_cap_of(2));
     }
 
-    /// A process is killed while it holds one of two slots, and its column is zeroed
-    /// while another process's sessions come and go.
+    /// A process is killed while it holds one of two slots. Its column is cleared while
+    /// sessions of another process come and go.
     #[test]
-    fn what_a_dead_process_held_comes_back_once() {
+    fn slots_of_a_killed_process_are_freed_once() {
         bounded().check(|| {
             let word = Count::own();
-            let [dead, own] = [1, 0].map(|n| InFlight::counting(word.clone(), unit(n)));
-            assert!(dead.try_enter(2));
+            let [killed, own] = [1, 0].map(|n| InFlight::counting(word.clone(), unit(n)));
+            assert!(killed.try_enter(2));
             let cleaner = {
                 let word = word.clone();
                 thread::spawn(move || {
@@ -373,7 +384,7 @@ mod loom_models {
                     word.fetch_update(Ordering::AcqRel, Ordering::Acquire, clear).is_ok()
                 })
             };
-            assert!(own.try_enter(2), "one slot is free in any case");
+            assert!(own.try_enter(2), "one of two slots is free");
             let second = own.try_enter(2);
             own.leave();
             assert!(cleaner.join().expect("no panic"));
@@ -382,8 +393,8 @@ mod loom_models {
         });
     }
 
-    /// Every interleaving with up to three pre-emptions: the compare-and-swap
-    /// loop has too many with any number.
+    /// Explores every interleaving with up to three pre-emptions. Without a bound the
+    /// compare-and-swap loops have too many interleavings.
     fn bounded() -> loom::model::Builder {
         let mut builder = loom::model::Builder::new();
         builder.preemption_bound = Some(3);

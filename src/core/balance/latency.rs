@@ -1,24 +1,26 @@
-//! What a backend's answers take: two peak EWMAs that all workers write.
+//! Latency of a backend: two peak EWMAs that all workers write.
 //!
-//! Lives with a backend's state, so that tables and reloads keep it; written by
-//! workers when a connection stands and when a first byte comes, read by the
-//! picks of `peak-ewma`. Never blocks, never allocates, reads no clock.
+//! Part of a backend's state, so tables and reloads keep it. Workers write it when a
+//! connection is established and when a first byte arrives. Picks of `peak-ewma` read
+//! it. It never blocks, never allocates and reads no clock.
 //!
 //! # The estimate
 //!
-//! A sample above the estimate becomes the estimate (a backend that gets slow
-//! is known to be at once); one below it pulls it down by as much as time has
-//! passed: `w = e^(-age / TAU)`, `estimate = estimate * w + sample * (1 - w)`
-//! (Finagle's `PeakEwma`, which tower and linkerd2-proxy took over). Read later,
-//! it has faded by the same `w`: a backend that nobody chose because it once was
-//! slow looks better with time, until it is chosen again and says how it is now.
-//! (So it is the faded estimate that a sample is above or below of: one that has
-//! faded below how things are is replaced, not averaged with.) Below
-//! [`KNOWN_MIN`] nothing is left of it, and nothing is known.
+//! - A sample above the estimate replaces it, so a slow backend is noticed after one
+//!   sample.
+//! - A sample below it lowers it, weighted by the time since the last sample: `w =
+//!   e^(-age / TAU)`, `estimate = estimate * w + sample * (1 - w)`. This is Finagle's
+//!   `PeakEwma`, also used by tower and linkerd2-proxy.
+//! - A read returns the estimate multiplied by the same `w`. A backend that is not
+//!   picked because it was slow looks better with time, until it is picked and measured
+//!   again.
+//! - Samples are compared with this decayed estimate. A sample above it replaces the
+//!   estimate and is not averaged with it.
+//! - An estimate below [`KNOWN_MIN`] counts as unknown.
 //!
-//! Connect and first byte are kept apart and added up: in one estimate, the
-//! quick connect of a session would pull down what its slow answer is about to
-//! say. The length of a session never counts.
+//! Connect and first byte have separate estimates, which are added. With one estimate,
+//! the fast connect of a session would lower the value before its slow answer is
+//! measured. The duration of a session has no influence.
 
 use crossbeam::utils::CachePadded;
 #[cfg(tidegate_loom)]
@@ -27,25 +29,24 @@ use loom::sync::atomic::{AtomicU64, Ordering};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// How long what was seen stays of weight: after it 37 % of a peak are left. As
-/// long as in linkerd2-proxy; a backend 100 times slower than the others is
-/// tried again after some 46 seconds.
+/// Time constant of the decay: after it 37 % of a peak remain. The same value as in
+/// linkerd2-proxy. A backend that is 100 times slower than the others is tried again
+/// after about 46 s.
 pub const TAU: Duration = Duration::from_secs(10);
 
-/// Estimates below this, in microseconds, are as good as none: no connect is
-/// that quick.
+/// Estimates below this, in microseconds, count as unknown: no connect is that fast.
 const KNOWN_MIN: f32 = 1.0;
 
-/// The word's lower bits: milliseconds of the sample's time. They go around
-/// after two years; an estimate is taken for fresh again in the second of them.
+/// Lower bits of the word: time of the sample in milliseconds. They wrap after two
+/// years. In the second of these years an old estimate looks fresh.
 const STAMP_BITS: u32 = 36;
 const STAMP_MASK: u64 = (1 << STAMP_BITS) - 1;
 
-/// The upper bits: the estimate, a positive `f32` without its sign and its last
-/// three bits, which leaves it good to one in a million.
+/// Upper bits of the word: the estimate, a positive `f32` without its sign bit and its
+/// last three bits. The rounding error is one in a million.
 const DROPPED_BITS: u32 = 3;
 
-/// See the module's documentation.
+/// Latency estimates of a backend; see the module's documentation.
 #[derive(Debug)]
 pub struct Latency(CachePadded<LatencyCells>);
 
@@ -55,40 +56,41 @@ struct LatencyCells {
     first_byte: Peak,
 }
 
-/// One peak EWMA: estimate and time in one word.
+/// A peak EWMA: estimate and time in one word.
 #[derive(Debug)]
 struct Peak(AtomicU64);
 
 // === impl Latency ===
 
 impl Latency {
-    /// Nothing known.
+    /// Creates a latency without estimates.
     pub fn new() -> Latency {
         Latency(CachePadded::new(LatencyCells { connect: Peak::new(), first_byte: Peak::new() }))
     }
 
-    /// A connect took that long. `at` is in milliseconds on a clock that all
+    /// Records the duration of a connect. `at` is in milliseconds of a clock that all
     /// callers share (`net::clock::millis`).
     pub fn connected(&self, took: Duration, at: u64) {
         self.0.connect.note(took, at);
     }
 
-    /// A backend's first byte came that long after the client's.
+    /// Records the time from the client's first byte to the backend's first byte.
     pub fn answered(&self, took: Duration, at: u64) {
         self.0.first_byte.note(took, at);
     }
 
-    /// Both estimates at that time, in microseconds, for another process: to
-    /// connect, and to the first byte. `None` where nothing is known (any more).
+    /// Returns both estimates at time `at`, in microseconds, for another process:
+    /// connect, first byte. `None` if nothing is known or the estimates have decayed.
     pub fn save(&self, at: u64) -> Option<[f32; 2]> {
         self.estimate(at).map(|_| [self.0.connect.read(at), self.0.first_byte.read(at)])
     }
 
-    /// Goes on with what another process knew, as if it had been seen now: a worse
-    /// one seen here meanwhile stays.
+    /// Applies the estimates of another process as samples taken now. A higher local
+    /// estimate stays.
     pub fn restore(&self, saved: [f32; 2], at: u64) {
         for (peak, micros) in [&self.0.connect, &self.0.first_byte].into_iter().zip(saved) {
-            // Of less nothing is left; beyond a `Duration`, or no number, nothing is meant.
+            // Values below `KNOWN_MIN`, not a number, or beyond a `Duration` are
+            // ignored.
             let took = Duration::try_from_secs_f64(f64::from(micros) / 1e6);
             if let Ok(took) = took
                 && micros >= KNOWN_MIN
@@ -98,8 +100,8 @@ impl Latency {
         }
     }
 
-    /// The estimate at that time, in microseconds; `None` where nothing is
-    /// known (any more).
+    /// Returns the estimate at time `at`, in microseconds. `None` if nothing is known
+    /// or the estimate has decayed.
     #[inline]
     pub fn estimate(&self, at: u64) -> Option<f32> {
         let sum = self.0.connect.read(at) + self.0.first_byte.read(at);
@@ -128,7 +130,7 @@ impl Peak {
             if next == held {
                 return;
             }
-            // The word carries all there is: no other memory hangs on it.
+            // Relaxed: the word holds everything, and no other memory depends on it.
             match self.0.compare_exchange_weak(held, next, Ordering::Relaxed, Ordering::Relaxed) {
                 Ok(_) => return,
                 Err(now) => held = now,
@@ -143,10 +145,10 @@ impl Peak {
     }
 }
 
-/// The word after one more sample, in microseconds.
+/// Returns the word after a sample, in microseconds.
 fn fold(word: u64, sample: f32, at: u64) -> u64 {
     let held = estimate_of(word);
-    // Another worker's clock may be ahead: its time stays.
+    // The clock of another worker can be ahead: the later time stays.
     let (age, at) = match age(word, at) {
         0 if word != 0 => (0, word),
         age => (age, at),
@@ -161,14 +163,14 @@ fn estimate_of(word: u64) -> f32 {
     f32::from_bits(((word >> STAMP_BITS) as u32) << DROPPED_BITS)
 }
 
-/// Milliseconds from the word's time to `at`; 0 where that is before it.
+/// Returns the milliseconds from the word's time to `at`; 0 if `at` is earlier.
 #[inline]
 fn age(word: u64, at: u64) -> u64 {
     let age = at.wrapping_sub(word) & STAMP_MASK;
     if age > STAMP_MASK / 2 { 0 } else { age }
 }
 
-/// What is left of an estimate of that age.
+/// Returns the fraction of an estimate that remains at this age.
 #[inline]
 fn left_after(age: u64) -> f32 {
     if age == 0 { 1.0 } else { (age as f32 * (-1.0 / TAU.as_millis() as f32)).exp() }
@@ -191,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn peak_counts_at_once_and_fades_with_time() {
+    fn peak_applies_immediately_and_decays_with_time() {
         let latency = Latency::new();
         assert_eq!(latency.estimate(5), None);
         latency.connected(millis(1), 10);
@@ -201,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn smaller_sample_pulls_by_as_much_as_time_has_passed() {
+    fn smaller_sample_lowers_the_estimate_by_elapsed_time() {
         let latency = Latency::new();
         latency.answered(millis(50), 0);
         latency.answered(millis(10), 0);
@@ -212,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn connect_and_first_byte_add_up_and_a_quick_connect_hides_no_slow_answer() {
+    fn fast_connects_do_not_lower_the_estimate_of_slow_answers() {
         let latency = Latency::new();
         latency.answered(millis(50), 0);
         latency.connected(millis(1), 1_000_000);
@@ -224,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn slow_one_that_is_left_alone_is_forgotten() {
+    fn estimate_without_samples_decays_to_unknown() {
         let latency = Latency::new();
         latency.answered(Duration::from_secs(1), 0);
         assert!(latency.estimate(46_000) < Some(11.0 * MS), "100 times less after 46 s");
@@ -232,12 +234,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_restored_elsewhere_is_what_was_saved_and_fades_on() {
+    fn restored_estimate_equals_the_saved_one_and_continues_to_decay() {
         let (old, new) = (Latency::new(), Latency::new());
         assert_eq!(old.save(5), None);
         old.connected(millis(2), 0);
         old.answered(millis(50), 0);
-        new.restore(old.save(10_000).expect("something is known"), 77);
+        new.restore(old.save(10_000).expect("an estimate is known"), 77);
         assert!(near(new.estimate(77), 52.0 * MS / std::f32::consts::E));
         assert!(near(new.estimate(10_077), 52.0 * MS / std::f32::consts::E.powi(2)));
         new.restore([f32::NAN, -1.0], 10_077);
@@ -246,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn time_that_seems_to_run_backwards_changes_nothing() {
+    fn sample_with_an_earlier_time_does_not_decay_the_estimate() {
         let latency = Latency::new();
         latency.connected(millis(8), 1_000);
         latency.connected(millis(2), 900);
@@ -257,7 +259,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn estimate_follows_the_plain_formula_and_stays_among_its_samples(
+        fn estimate_matches_the_formula_and_stays_within_its_samples(
             samples in prop::collection::vec((1u64..10_000_000, 0u64..20_000), 1..100),
         ) {
             let peak = Peak::new();
@@ -287,7 +289,7 @@ mod loom_models {
     use std::sync::Arc;
 
     #[test]
-    fn highest_of_simultaneous_samples_is_kept() {
+    fn highest_of_concurrent_samples_is_kept() {
         loom::model(|| {
             let peak = Arc::new(Peak::new());
             let others: Vec<_> = [30, 20]

@@ -1,12 +1,12 @@
-//! `least-connections`: whoever holds the least for its weight.
+//! `least-connections`: picks the candidate with the lowest load for its weight.
 //!
-//! Prepared at table build, picked from by every worker. The count it compares
-//! goes up at the pick itself, so workers that race do not all find the same
-//! candidate empty; it never compares in floating point.
+//! Prepared at table build, used by every worker. The pick itself raises the count that
+//! is compared, so racing workers do not all see the same candidate as empty. It never
+//! compares in floating point.
 
 use super::count::{Count, sum};
 use super::scan::LoadRatio;
-use super::slow_start::Passed;
+use super::slow_start::Excluded;
 use super::two_choices::TwoChoices;
 use super::{Candidate, scan};
 use crate::balance::random_stream::DrawStream;
@@ -15,39 +15,41 @@ use loom::sync::atomic::Ordering;
 #[cfg(not(tidegate_loom))]
 use std::sync::atomic::Ordering;
 
-/// Candidates one pick looks at: up to here the least loaded of all is chosen,
-/// at a cost of some 100 ns. Beyond, reading every backend's count would cost
-/// more than it gains, and the better of two weighted draws takes its place.
-/// Equals are kept as the bits of a word, so this is at most 64.
+/// Maximum number of candidates that a pick scans; at most 64, because equals are bits
+/// of a word. Up to here the least loaded of all is picked, at a cost of about 100 ns.
+/// In larger pools reading every count costs more than it gains, and the better of two
+/// weighted draws is picked instead.
 const SCANNED_MAX: usize = 64;
 
-/// Largest common multiple of the weights: with counts below 2^32 the products
-/// fit 64 bits.
+/// Largest common multiple of the weights. Counts are below 2^32, so the products fit
+/// 64 bits.
 const MULTIPLE_MAX: u64 = 1 << 31;
 
-/// See the module's documentation.
+/// The prepared policy.
 #[derive(Debug)]
 pub(super) enum LeastConnections {
-    /// Every candidate is looked at.
+    /// Scans every candidate.
     Scan(Box<[ScanPolicy]>),
-    /// The weights have no small common multiple; loads are compared crosswise.
+    /// Scans every candidate and compares loads by cross multiplication, because the
+    /// weights have no small common multiple.
     ScanCrosswise,
-    /// More than [`SCANNED_MAX`] candidates.
+    /// Used with more than [`SCANNED_MAX`] candidates.
     Large(TwoChoices),
 }
 
-/// What a scan reads of a candidate, side by side in memory.
+/// The part of a candidate that a scan reads, contiguous in memory.
 #[derive(Debug)]
 pub(super) struct ScanPolicy {
     held: Count,
-    /// Times (in-flight + 1) is the load.
+    /// The load is (in-flight + 1) times this.
     factor: u64,
 }
 
 // === impl LeastConnections ===
 
 impl LeastConnections {
-    /// Over `candidates` (at least one); `slow` as for [`TwoChoices::new`].
+    /// Prepares the policy for `candidates` (at least one); `slow` as in
+    /// [`TwoChoices::new`].
     pub(super) fn new(candidates: &[Candidate], slow: bool) -> LeastConnections {
         if candidates.len() > SCANNED_MAX {
             return LeastConnections::Large(TwoChoices::new(candidates, slow));
@@ -55,38 +57,38 @@ impl LeastConnections {
         scanned(candidates).map_or(LeastConnections::ScanCrosswise, LeastConnections::Scan)
     }
 
-    /// The least loaded of those that can be used.
+    /// Picks the least loaded usable candidate.
     #[inline]
     pub(super) fn pick(
         &self,
         candidates: &[Candidate],
         draw: u64,
-        passed: Passed<'_>,
+        excluded: Excluded<'_>,
     ) -> Option<usize> {
         let mut draws = DrawStream::new(draw);
         match self {
             LeastConnections::Scan(scanned) => {
-                if passed.is_nobody() {
+                if excluded.is_empty() {
                     let index = lightest(scanned, &mut draws)?;
                     if candidates[index].try_enter() {
                         return Some(index);
                     }
                 }
                 let load = |index: usize, _: &Candidate| scanned[index].load();
-                scan::enter(candidates, passed, || least(candidates, load, passed, &mut draws))
+                scan::enter(candidates, excluded, || least(candidates, load, excluded, &mut draws))
             }
             LeastConnections::ScanCrosswise => {
                 let load = |_, candidate: &Candidate| LoadRatio::of(candidate);
-                scan::enter(candidates, passed, || least(candidates, load, passed, &mut draws))
+                scan::enter(candidates, excluded, || least(candidates, load, excluded, &mut draws))
             }
-            LeastConnections::Large(two) => two.pick(candidates, draw, passed),
+            LeastConnections::Large(two) => two.pick(candidates, draw, excluded),
         }
     }
 }
 
-/// With the least common multiple of the weights over each weight as factors, which
-/// makes loads whole numbers that compare as they are. `None` beyond
-/// [`MULTIPLE_MAX`].
+/// Computes the factors of all candidates: the least common multiple of the weights
+/// divided by each weight. Loads are then whole numbers that can be compared directly.
+/// Returns `None` if the multiple exceeds [`MULTIPLE_MAX`].
 fn scanned(candidates: &[Candidate]) -> Option<Box<[ScanPolicy]>> {
     let weights = || candidates.iter().map(|candidate| u64::from(candidate.weight.max(1)));
     let multiple = weights().try_fold(1_u64, |multiple, weight| {
@@ -104,15 +106,15 @@ fn gcd(a: u64, b: u64) -> u64 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// The candidate with the least load, usable or not; each of several equals is as
-/// likely as the others. Mostly it is usable, and asking that of one is cheaper
-/// than of all.
+/// Returns the candidate with the lowest load, usable or not, chosen at random among
+/// equals. It is usually usable, and checking one candidate is cheaper than checking
+/// all.
 #[inline]
 fn lightest(scanned: &[ScanPolicy], draws: &mut DrawStream) -> Option<usize> {
     let (mut least, mut equals) = (u64::MAX, 0);
     for (index, scanned) in scanned.iter().enumerate() {
         let (load, bit) = (scanned.load(), 1_u64 << index);
-        // Without a branch: which one is least nobody can predict.
+        // No branch, because it would be unpredictable.
         let before = if load < least { 0 } else { equals };
         equals = before | if load <= least { bit } else { 0 };
         least = least.min(load);
@@ -120,14 +122,13 @@ fn lightest(scanned: &[ScanPolicy], draws: &mut DrawStream) -> Option<usize> {
     one_of(equals, draws)
 }
 
-/// The usable candidate with the least load; each of several equals is as likely
-/// as the others. Whether there is room is asked only of those no worse than the
-/// best so far.
+/// Returns the usable candidate with the lowest load, chosen at random among equals.
+/// Checks the cap only of candidates that are at least as good as the best so far.
 #[inline]
 fn least<L: Ord + Copy>(
     candidates: &[Candidate],
     load: impl Fn(usize, &Candidate) -> L,
-    passed: Passed<'_>,
+    excluded: Excluded<'_>,
     draws: &mut DrawStream,
 ) -> Option<usize> {
     let (mut least, mut equals): (Option<L>, u64) = (None, 0);
@@ -135,7 +136,7 @@ fn least<L: Ord + Copy>(
         let (load, bit) = (load(index, candidate), 1 << index);
         if least.is_none_or(|least| load <= least)
             && candidate.has_room()
-            && !passed.has(index, candidate)
+            && !excluded.contains(index, candidate)
         {
             equals = if least == Some(load) { equals | bit } else { bit };
             least = Some(load);
@@ -144,7 +145,7 @@ fn least<L: Ord + Copy>(
     one_of(equals, draws)
 }
 
-/// The place of one of the bits that are set, each as likely as the others.
+/// Returns the index of a random set bit.
 #[inline]
 fn one_of(bits: u64, draws: &mut DrawStream) -> Option<usize> {
     let several = u64::from(bits.count_ones());
@@ -158,15 +159,15 @@ fn one_of(bits: u64, draws: &mut DrawStream) -> Option<usize> {
 // === impl ScanPolicy ===
 
 impl ScanPolicy {
-    /// Of one session more.
+    /// Returns the load with one more session.
     #[inline]
     fn load(&self) -> u64 {
         (u64::from(sum(self.held.load(Ordering::Relaxed))) + 1) * self.factor
     }
 }
 
-/// Where the bit is that has `rank` set ones below it; `rank` is below their
-/// number. By halves: six steps whatever the word.
+/// Returns the index of the set bit that has `rank` set bits below it. `rank` must be
+/// less than the number of set bits. A binary search: six steps for any word.
 #[inline]
 fn place_of_bit(word: u64, mut rank: u32) -> u32 {
     let mut place = 0;
@@ -188,16 +189,16 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_bit_of_a_rank_has_that_many_below_it(word in 1_u64.., rank: u32) {
+        fn bit_of_a_rank_has_rank_set_bits_below_it(word in 1_u64.., rank: u32) {
             let rank = rank % word.count_ones();
             let place = place_of_bit(word, rank);
             prop_assert_eq!(word >> place & 1, 1);
             prop_assert_eq!((word & ((1 << place) - 1)).count_ones(), rank);
         }
 
-        /// The two ways choose from the same equals.
+        /// Both comparisons choose from the same equals.
         #[test]
-        fn whole_loads_order_candidates_as_fractions_do(
+        fn whole_loads_and_fractions_order_candidates_alike(
             pool in prop::collection::vec((1_u32..13, 0_u32..6, 0_u32..8), 1..=SCANNED_MAX),
             tried in prop::collection::vec(0_usize..SCANNED_MAX, 0..3),
             draw: u64,
@@ -207,15 +208,15 @@ mod tests {
             let scanned = scanned(&candidates).unwrap();
             let whole = |index: usize, _: &Candidate| scanned[index].load();
             let crosswise = |_, candidate: &Candidate| LoadRatio::of(candidate);
-            let ours = least(&candidates, whole, Passed::over(&tried), &mut DrawStream::new(draw));
-            let theirs = least(&candidates, crosswise, Passed::over(&tried), &mut DrawStream::new(draw));
-            prop_assert_eq!(ours, theirs);
+            let by_whole = least(&candidates, whole, Excluded::tried(&tried), &mut DrawStream::new(draw));
+            let by_fraction = least(&candidates, crosswise, Excluded::tried(&tried), &mut DrawStream::new(draw));
+            prop_assert_eq!(by_whole, by_fraction);
         }
 
-        /// The quick way chooses from the same equals as the careful one where
-        /// everybody is usable, and gives nobody a session who is not.
+        /// The quick scan chooses from the same equals as the full scan if all
+        /// candidates are usable. A pick never returns an unusable candidate.
         #[test]
-        fn the_lightest_is_the_least_loaded_where_all_have_room(
+        fn quick_scan_finds_the_least_loaded_candidate_below_caps(
             pool in prop::collection::vec((1_u32..13, 0_u32..6, 0_u32..8), 1..=SCANNED_MAX),
             draw: u64,
         ) {
@@ -225,12 +226,12 @@ mod tests {
             let careful = |index: usize, _: &Candidate| loads[index].load();
             prop_assert_eq!(
                 lightest(&loads, &mut DrawStream::new(draw)),
-                least(&roomy, careful, Passed::over(&[]), &mut DrawStream::new(draw))
+                least(&roomy, careful, Excluded::tried(&[]), &mut DrawStream::new(draw))
             );
             let capped: Vec<Candidate> =
                 pool.iter().map(|(weight, held, max)| candidate(*weight, *held, *max)).collect();
             let usable = capped.iter().any(Candidate::has_room);
-            match LeastConnections::new(&capped, false).pick(&capped, draw, Passed::over(&[])) {
+            match LeastConnections::new(&capped, false).pick(&capped, draw, Excluded::tried(&[])) {
                 Some(index) => {
                     let (_, held, max) = pool[index];
                     prop_assert!(max == 0 || held < max);
@@ -254,11 +255,11 @@ mod tests {
     }
 
     #[test]
-    fn weights_without_a_small_common_multiple_are_compared_crosswise() {
+    fn weights_without_a_small_common_multiple_use_cross_multiplication() {
         let primes = [65_521, 65_519, 65_497].map(|weight| candidate(weight, 0, 0));
         assert!(scanned(&primes).is_none());
         assert_eq!(
-            LeastConnections::new(&primes, false).pick(&primes, 1, Passed::over(&[])),
+            LeastConnections::new(&primes, false).pick(&primes, 1, Excluded::tried(&[])),
             Some(0)
         );
     }

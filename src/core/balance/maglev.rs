@@ -1,24 +1,25 @@
-//! The Maglev lookup table: which candidate each slot of a hash belongs to.
+//! The Maglev lookup table: maps each hash slot to a candidate.
 //!
-//! Called at table build by `source_hash`. From the same names and weights it
-//! makes the same table on every machine; it never looks at load or health.
+//! Called at table build by `source_hash`. The same names and weights give the same
+//! table on every machine. Load and health have no influence.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
-/// A candidate's preference list: all slots, starting at `offset`, `skip` apart.
+/// Preference list of a candidate: all slots, starting at `offset`, `skip` apart.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Preference {
-    /// Below the table's size.
+    /// Less than the table's size.
     pub(super) offset: u32,
-    /// From 1 to the table's size less 1: with a prime size, every slot comes up.
+    /// From 1 to the table's size minus 1. The size is prime, so the list contains
+    /// every slot.
     pub(super) skip: u32,
 }
 
 impl Preference {
-    /// Of the candidate called `name` in a table of `size` slots: XXH3-128 of
-    /// the name, its low half for the offset and its high half for the skip.
+    /// Computes the list of the candidate `name` in a table of `size` slots. The low
+    /// half of the XXH3-128 of the name gives the offset, the high half gives the skip.
     pub(super) fn of(name: &str, size: u32, seed: u64) -> Preference {
         let hash = xxh3_128_with_seed(name.as_bytes(), seed);
         let (low, high) = (hash as u64, (hash >> 64) as u64);
@@ -29,19 +30,18 @@ impl Preference {
     }
 }
 
-/// Fills a table of `size` slots (prime) as in Eisenbud et al., "Maglev: A
-/// fast and reliable software network load balancer" (NSDI 2016), section 3.4,
-/// with the weights of Katran's second version.
+/// Fills a table of `size` slots (prime). The algorithm is section 3.4 of Eisenbud et
+/// al., "Maglev: A fast and reliable software network load balancer" (NSDI 2016), with
+/// the weights of Katran's second version.
 ///
-/// Round after round each candidate, in the order given, adds its weight to
-/// its credit; with the largest weight in credit it takes the next free slot
-/// of its list and pays that much. So the k-th slot of a candidate falls in
-/// round ceil(k x largest / weight), and a queue by (round, order) does the same
-/// without visiting whoever has nothing to take. A candidate whose share is
-/// below one slot may get none.
+/// In each round every candidate, in the given order, adds its weight to its credit. A
+/// candidate whose credit reaches the largest weight takes the next free slot of its
+/// list and pays the largest weight. The k-th slot of a candidate is therefore taken in
+/// round ceil(k x largest / weight). A queue ordered by (round, order) gives the same
+/// result without visiting candidates that take nothing. A candidate with a share below
+/// one slot can get none.
 ///
-/// Gives positions in `preferences`. At least one candidate; each weight at
-/// least 1.
+/// Returns positions in `preferences`. At least one candidate; each weight at least 1.
 pub(super) fn fill(size: u32, preferences: &[Preference], weights: &[u32]) -> Vec<u32> {
     let largest = u64::from(weights.iter().copied().max().unwrap_or(1));
     let mut slots = vec![FREE; size as usize];
@@ -66,11 +66,12 @@ pub(super) fn fill(size: u32, preferences: &[Preference], weights: &[u32]) -> Ve
     slots
 }
 
-/// No candidate has this position.
+/// Marks a free slot; no candidate has this position.
 const FREE: u32 = u32::MAX;
 
-/// The slots no longer free. Each slot is looked at a dozen times in random
-/// order; a bit each stays in the nearest caches where the table would not.
+/// The slots that are taken. Each slot is looked up about a dozen times in random
+/// order. With one bit per slot the set fits into the CPU caches, which the table does
+/// not.
 struct UsedSlots(Vec<u64>);
 
 impl UsedSlots {
@@ -105,7 +106,7 @@ mod tests {
         list.iter().map(|&(offset, skip)| Preference { offset, skip }).collect()
     }
 
-    /// Katran's rule as stated, round by round.
+    /// Katran's rule as published, round by round.
     fn by_the_rule(size: u32, preferences: &[Preference], weights: &[u32]) -> Vec<u32> {
         let largest = *weights.iter().max().unwrap();
         let mut slots = vec![FREE; size as usize];
@@ -132,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn example_of_the_paper_comes_out() {
+    fn table_matches_the_example_of_the_paper() {
         let three = preferences(&[(3, 4), (0, 2), (3, 1)]);
         assert_eq!(fill(7, &three, &[1, 1, 1]), [1, 0, 1, 0, 2, 2, 0]);
         let without_the_second = preferences(&[(3, 4), (3, 1)]);
@@ -140,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn more_candidates_than_slots_leave_some_without() {
+    fn some_candidates_get_no_slot_if_slots_are_fewer() {
         let many: Vec<Preference> =
             (0..20).map(|i| Preference::of(&format!("10.0.0.{i}:80"), 7, 0)).collect();
         let slots = fill(7, &many, &[1; 20]);
@@ -149,7 +150,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn queue_gives_the_table_of_the_rule(
+        fn queue_fills_the_same_table_as_the_rule(
             weights in prop::collection::vec(1u32..40, 1..20)
         ) {
             let preferences: Vec<Preference> = (0..weights.len())

@@ -1,20 +1,20 @@
-//! Picking a backend: every policy, lock-free, weighted.
+//! Picking a backend: all policies, weighted and lock-free.
 //!
-//! A `Balancer` is built by `core::table::build` for one tier of one pool and is
-//! immutable but for atomics; workers call [`Balancer::pick`] through the table
-//! they loaded. It does no I/O, reads no clock and draws no randomness of its
-//! own: the draw comes in.
+//! `core::table::build` builds a [`Balancer`] for one tier of a pool. Workers call
+//! [`Balancer::pick`] through the table they loaded. A balancer is immutable except for
+//! atomics. It does no I/O, reads no clock and generates no randomness: the caller
+//! passes random bits in.
 //!
-//! # What every policy keeps to
+//! # Rules for every policy
 //!
-//! - A pick raises the chosen one's in-flight count by the same
-//!   compare-and-swap that enforces its cap.
-//! - A candidate that is tried or at its cap is passed over; a pick fails only
-//!   after every candidate was looked at.
-//! - A candidate in its slow start gets at most its share of the picks while others
-//!   have room, whatever the loads are.
-//! - Every pick is bounded: a handful of quick looks, then at most a few scans
-//!   over the candidates.
+//! - A pick raises the in-flight count of the chosen candidate with the
+//!   compare-and-swap that enforces the cap.
+//! - A pick skips candidates that were tried or are at their caps. It fails only after
+//!   it has looked at every candidate.
+//! - While other candidates are below their caps, a candidate in slow start gets at
+//!   most its share of the picks, whatever the loads are.
+//! - Every pick is bounded: at most 17 looks at single candidates and then 10 scans
+//!   over all candidates. A slow start doubles this.
 
 mod alias;
 pub mod count;
@@ -43,83 +43,84 @@ use least_connections::LeastConnections;
 use peak_ewma::PeakEwma;
 use random::Random;
 use round_robin::RoundRobin;
-use slow_start::{Passed, SlowStarts};
+use slow_start::{Excluded, SlowStarts};
 use source_hash::SourceHash;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use two_choices::TwoChoices;
 
-/// One backend a balancer may choose.
+/// A backend that a balancer may pick.
 #[derive(Debug, Clone)]
 pub struct Candidate {
-    /// Canonical name (`address` text): orders the Maglev table so that every
-    /// machine computes the same one.
+    /// Canonical name: the address as text. It orders the Maglev table, so that every
+    /// machine computes the same table.
     pub key: Arc<str>,
     /// Effective weight, at least 1.
     pub weight: u32,
-    /// Cap on `in_flight`; 0 means none.
+    /// Cap on `in_flight`; 0 means no cap.
     pub connections_max: u32,
-    /// It is in its slow start: its share of the picks is at most that of its
-    /// weight, however little load it has.
+    /// Whether the backend is in slow start. Its share of the picks is then at most the
+    /// share of its weight, even if it has no load.
     pub slow_start: bool,
     /// Shared by all workers and all tables.
     pub in_flight: Arc<InFlight>,
-    /// Likewise; read by `peak-ewma` alone.
+    /// Shared by all workers and all tables; read by `peak-ewma` only.
     pub latency: Arc<Latency>,
 }
 
-/// What one pick depends on besides the candidates.
+/// Input of one pick, in addition to the candidates.
 #[derive(Debug, Clone, Copy)]
 pub struct PickKey {
-    /// The client's address (hashed by `source-hash`).
+    /// The client's address, hashed by `source-hash`.
     pub client: IpAddr,
-    /// Fresh random bits. They are mixed before use, so a counter that starts
-    /// at random will do.
+    /// Fresh random bits. A pick mixes them before use, so a counter with a random
+    /// start is enough.
     pub draw: u64,
-    /// The time of the pick, in milliseconds of `net::clock::millis`
-    /// (`peak-ewma` fades its estimates by it).
+    /// Time of the pick in milliseconds of `net::clock::millis`. `peak-ewma` decays its
+    /// estimates to this time.
     pub at: u64,
 }
 
-/// Why no candidate was given.
+/// Why a pick returned no candidate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PickError {
-    /// Every candidate was tried already (or there is none).
+    /// Every candidate was already tried, or the list is empty.
     Exhausted,
-    /// Some candidate is untried but all of those are at their cap.
+    /// At least one candidate is untried, and all untried candidates are at their caps.
     AtCapacity,
 }
 
-/// A prepared policy over one tier of one pool.
+/// A policy prepared for one tier of a pool.
 #[derive(Debug)]
 pub struct Balancer {
     policy: Policy,
-    /// Slots of the Maglev table.
+    /// Size of the Maglev table.
     hash_slots: u32,
     candidates: Box<[Candidate]>,
     prepared: PolicyState,
-    /// For the policies that compare loads, while some candidate starts slowly.
+    /// Set for policies that compare loads, while a candidate is in slow start.
     slow_starts: Option<SlowStarts>,
-    /// Whether some candidate has no cap: then there is always room.
+    /// Whether at least one candidate has no cap. [`Balancer::has_room`] is then always
+    /// true.
     uncapped: bool,
-    /// Where there was room last.
+    /// Index of the candidate that was last found below its cap.
     room_seen: CachePadded<AtomicUsize>,
 }
 
-/// How far a round robin has come.
+/// Position of a round robin in its sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct RoundRobinPosition {
-    /// Below the period.
+    /// Index of the next place; less than `period`.
     pub place: u64,
-    /// Picks after which it repeats itself.
+    /// Number of picks after which the sequence repeats.
     pub period: u64,
 }
 
-/// What each policy makes ahead of time.
+/// What each policy computes at table build.
 #[derive(Debug)]
 enum PolicyState {
-    /// No candidates, whatever the policy.
+    /// No candidates, with any policy.
     Empty,
     RoundRobin(RoundRobin),
     LeastConnections(LeastConnections),
@@ -132,9 +133,9 @@ enum PolicyState {
 // === impl Balancer ===
 
 impl Balancer {
-    /// Prepares `policy` over `candidates` (each with a weight of at least 1).
-    /// `previous` is the balancer this one replaces in the same pool: a round
-    /// robin goes on from its relative position.
+    /// Prepares `policy` for `candidates`. A weight of 0 is raised to 1. `previous` is
+    /// the balancer that this one replaces in the same pool: a round robin continues
+    /// from its relative position.
     pub fn new(
         policy: Policy,
         candidates: Vec<Candidate>,
@@ -143,8 +144,9 @@ impl Balancer {
         Balancer::of_pool(policy, candidates, HASH_SLOTS, previous)
     }
 
-    /// The same for a pool with that `hash_slots` (a prime): `source-hash` alone
-    /// uses it. The size of its table never follows the number of backends.
+    /// Prepares `policy` as [`Balancer::new`] does, for a pool with `hash_slots` (a
+    /// prime). Only `source-hash` uses the slots. Their number does not depend on the
+    /// number of backends.
     pub fn of_pool(
         policy: Policy,
         mut candidates: Vec<Candidate>,
@@ -184,8 +186,8 @@ impl Balancer {
         }
     }
 
-    /// Whether [`Balancer::of_pool`] with these arguments would give a balancer
-    /// that does the same as this one: then this one can simply stay.
+    /// Returns whether [`Balancer::of_pool`] with these arguments would build an
+    /// equivalent balancer.
     pub fn can_reuse_for(&self, policy: Policy, candidates: &[Candidate], hash_slots: u32) -> bool {
         self.policy == policy
             && (policy != Policy::SourceHash || self.hash_slots == hash_slots)
@@ -193,21 +195,21 @@ impl Balancer {
             && self.candidates.iter().zip(candidates).all(|(a, b)| a.is_same_as(b))
     }
 
-    /// Chooses a candidate that is not in `tried` and raises its in-flight
-    /// count within its cap. Gives its index; whoever asked lowers the count
-    /// exactly once.
+    /// Picks a candidate that is not in `tried` and raises its in-flight count within
+    /// its cap. Returns its index. The caller must lower the count exactly once.
     #[inline]
     pub fn pick(&self, key: PickKey, tried: &[usize]) -> Result<usize, PickError> {
         let picked = match &self.slow_starts {
-            None => self.pick_passing(key, Passed::over(tried)),
-            Some(slow_starts) => self.pick_slowly(slow_starts, key, tried),
+            None => self.pick_excluding(key, Excluded::tried(tried)),
+            Some(slow_starts) => self.pick_in_slow_start(slow_starts, key, tried),
         };
         picked.ok_or_else(|| self.no_pick_reason(tried))
     }
 
-    /// Whether some candidate is below its cap at this moment. Cheap enough
-    /// to ask before every accept: it looks at every candidate only when all
-    /// have a cap and where there was room last there is none now.
+    /// Returns whether at least one candidate is below its cap now.
+    ///
+    /// Cheap enough to call before every accept. It scans the candidates only if all of
+    /// them have caps and the candidate found last is now at its cap.
     #[inline]
     pub fn has_room(&self) -> bool {
         if self.uncapped {
@@ -217,46 +219,55 @@ impl Balancer {
         self.candidates.get(seen).is_some_and(Candidate::has_room) || self.pick_with_room()
     }
 
-    /// The candidates, in the order of their indices.
+    /// Returns the candidates in index order.
     pub fn candidates(&self) -> &[Candidate] {
         &self.candidates
     }
 
-    /// Where a round robin has come to; `None` for other policies.
+    /// Returns the position of a round robin; `None` for other policies.
     pub fn round_robin_position(&self) -> Option<RoundRobinPosition> {
         self.as_round_robin().map(|(policy, _)| policy.position())
     }
 
-    /// Has a round robin go on from there, scaled to its own period.
-    pub fn resume_at(&self, turn: RoundRobinPosition) {
+    /// Moves a round robin to `position`, scaled to its own period. Other policies
+    /// ignore it.
+    pub fn resume_at(&self, position: RoundRobinPosition) {
         if let Some((policy, _)) = self.as_round_robin() {
-            policy.resume_at(turn);
+            policy.resume_at(position);
         }
     }
 
     #[inline]
-    fn pick_passing(&self, key: PickKey, passed: Passed<'_>) -> Option<usize> {
+    fn pick_excluding(&self, key: PickKey, excluded: Excluded<'_>) -> Option<usize> {
         let candidates = &*self.candidates;
         let PickKey { client, draw, at } = key;
         match &self.prepared {
             PolicyState::Empty => None,
-            PolicyState::RoundRobin(policy) => policy.pick(candidates, draw, passed.tried()),
-            PolicyState::LeastConnections(policy) => policy.pick(candidates, draw, passed),
-            PolicyState::Random(policy) => policy.pick(candidates, draw, passed.tried()),
-            PolicyState::TwoChoices(policy) => policy.pick(candidates, draw, passed),
-            PolicyState::PeakEwma(policy) => policy.pick(candidates, draw, at, passed),
-            PolicyState::SourceHash(policy) => policy.pick(candidates, client, passed.tried()),
+            PolicyState::RoundRobin(policy) => policy.pick(candidates, draw, excluded.tried_list()),
+            PolicyState::LeastConnections(policy) => policy.pick(candidates, draw, excluded),
+            PolicyState::Random(policy) => policy.pick(candidates, draw, excluded.tried_list()),
+            PolicyState::TwoChoices(policy) => policy.pick(candidates, draw, excluded),
+            PolicyState::PeakEwma(policy) => policy.pick(candidates, draw, at, excluded),
+            PolicyState::SourceHash(policy) => {
+                policy.pick(candidates, client, excluded.tried_list())
+            }
         }
     }
 
-    /// The same while some candidates start slowly. Where only those that it passes
-    /// over have room, one of them gets the session.
+    /// Picks while some candidates are in slow start. If only excluded candidates are
+    /// below their caps, one of them gets the session.
     #[cold]
-    fn pick_slowly(&self, slow: &SlowStarts, key: PickKey, tried: &[usize]) -> Option<usize> {
+    fn pick_in_slow_start(
+        &self,
+        slow: &SlowStarts,
+        key: PickKey,
+        tried: &[usize],
+    ) -> Option<usize> {
         let mut draws = DrawStream::new(key.draw);
-        let passed = slow.draw(&mut draws, tried);
+        let excluded = slow.draw(&mut draws, tried);
         let key = PickKey { draw: draws.next(), ..key };
-        self.pick_passing(key, passed).or_else(|| self.pick_passing(key, Passed::over(tried)))
+        self.pick_excluding(key, excluded)
+            .or_else(|| self.pick_excluding(key, Excluded::tried(tried)))
     }
 
     fn pick_with_room(&self) -> bool {

@@ -1,39 +1,39 @@
-//! `peak-ewma`: of two weighted draws, the one that promises to be done sooner.
+//! `peak-ewma`: picks the cheaper of two weighted draws.
 //!
-//! Prepared at table build, picked from by every worker. The cost of a
-//! candidate is its latency estimate x (in-flight + 1) / weight (Finagle's and
-//! linkerd2-proxy's balancer), so a backend that answers slowly gets little and
-//! one that hangs gets next to nothing, long before anybody has judged it.
-//! It never looks at more than two candidates unless those two are no use.
+//! Prepared at table build, used by every worker. The cost of a candidate is its
+//! latency estimate x (in-flight + 1) / weight, as in Finagle and linkerd2-proxy. A
+//! slow backend gets few sessions, and a hanging backend gets almost none, before any
+//! probe has failed. A pick looks at more than two candidates only if those two are not
+//! usable.
 //!
-//! Where nothing is known of one of the two (it is new, or nobody asked it for
-//! long) load alone is compared. So a new backend is tried at once, and not by
-//! everybody at once.
+//! If one of the two has no estimate, only the loads are compared. A new or long unused
+//! backend therefore gets sessions immediately, but not all of them.
 
-use super::slow_start::Passed;
+use super::slow_start::Excluded;
 use super::two_choices::TwoChoices;
 use super::{Candidate, scan::LoadRatio};
 
-/// See the module's documentation.
+/// The prepared policy.
 #[derive(Debug)]
 pub(super) struct PeakEwma(TwoChoices);
 
 impl PeakEwma {
-    /// Over `candidates` (at least one); `slow` as for [`TwoChoices::new`].
+    /// Prepares the policy for `candidates` (at least one); `slow` as in
+    /// [`TwoChoices::new`].
     pub(super) fn new(candidates: &[Candidate], slow: bool) -> PeakEwma {
         PeakEwma(TwoChoices::new(candidates, slow))
     }
 
-    /// The cheaper of two that can be used, as of `at` (milliseconds).
+    /// Picks the cheaper of two usable candidates at time `at` (milliseconds).
     #[inline]
     pub(super) fn pick(
         &self,
         candidates: &[Candidate],
         draw: u64,
         at: u64,
-        passed: Passed<'_>,
+        excluded: Excluded<'_>,
     ) -> Option<usize> {
-        self.0.pick_by(candidates, draw, passed, |(a, load_a), (b, load_b)| {
+        self.0.pick_by(candidates, draw, excluded, |(a, load_a), (b, load_b)| {
             is_cheaper((a, load_a), (b, load_b), at)
         })
     }

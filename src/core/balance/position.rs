@@ -1,9 +1,8 @@
-//! The place a round robin has come to: one shared counter for the whole
-//! process.
+//! The position of a round robin: one counter shared by the whole process.
 //!
-//! Taken from by every worker, handed on from table to table while the
-//! sequence stays the same. Model-checked with loom: however many workers
-//! race, each place is given exactly once. Never blocks.
+//! Every worker takes places from it. A new table inherits it while the sequence stays
+//! the same. Each place is taken exactly once however many workers race; loom checks
+//! this. It never blocks.
 
 use crossbeam::utils::CachePadded;
 #[cfg(tidegate_loom)]
@@ -11,29 +10,28 @@ use loom::sync::atomic::{AtomicU64, Ordering};
 #[cfg(not(tidegate_loom))]
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Places given so far. 64 bits outlast any process: a thousand million picks
-/// a second for 584 years.
+/// Number of places taken so far. 64 bits last for 584 years at 10^9 picks per second.
 #[derive(Debug)]
 pub(super) struct Position(CachePadded<AtomicU64>);
 
 impl Position {
-    /// The next place to be given is `place`.
+    /// Creates a position whose next place is `place`.
     pub(super) fn starting_at(place: u64) -> Position {
         Position(CachePadded::new(AtomicU64::new(place)))
     }
 
-    /// Takes the next place; nobody else gets it.
+    /// Takes the next place. No other caller gets this place.
     #[inline]
     pub(super) fn take(&self) -> u64 {
         self.0.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Goes on from `place`.
+    /// Makes `place` the next place.
     pub(super) fn move_to(&self, place: u64) {
         self.0.store(place, Ordering::Relaxed);
     }
 
-    /// The next place as of some recent moment.
+    /// Returns the next place at some recent moment.
     pub(super) fn peek(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -46,7 +44,7 @@ mod loom_models {
     use std::sync::Arc;
 
     #[test]
-    fn each_place_is_given_exactly_once() {
+    fn each_place_is_taken_exactly_once() {
         loom::model(|| {
             let position = Arc::new(Position::starting_at(3));
             let takers: Vec<_> = (0..2)

@@ -1,31 +1,30 @@
-//! `random`: each pick is a weighted draw of its own.
+//! `random`: each pick is an independent weighted draw.
 //!
-//! Prepared at table build, picked from by every worker. It shares nothing
-//! that is written but the in-flight counts, and does not look at load except
-//! to skip whoever is at its cap.
+//! Prepared at table build, used by every worker. The only shared data that it writes
+//! are the in-flight counts. It ignores load, but skips candidates at their caps.
 
 use super::alias::AliasTable;
-use super::slow_start::Passed;
+use super::slow_start::Excluded;
 use super::{Candidate, scan};
 use crate::balance::random_stream::DrawStream;
 
-/// Draws before every candidate is looked at; with half of the weight out of
-/// reach, one pick in 256 gets there.
+/// Draws before all candidates are scanned. If candidates with half of the weight are
+/// not usable, one pick in 256 scans.
 const DRAWS_MAX: usize = 8;
 
-/// See the module's documentation.
+/// The prepared policy.
 #[derive(Debug)]
 pub(super) struct Random {
     alias: AliasTable,
 }
 
 impl Random {
-    /// Over `candidates` (at least one).
+    /// Prepares the policy for `candidates` (at least one).
     pub(super) fn new(candidates: &[Candidate]) -> Random {
         Random { alias: AliasTable::new(candidates.iter().map(|c| c.weight)) }
     }
 
-    /// Drawn by weight among those that can be used.
+    /// Picks a usable candidate at random, in proportion to the weights.
     #[inline]
     pub(super) fn pick(
         &self,
@@ -40,7 +39,7 @@ impl Random {
                 return Some(index);
             }
         }
-        let passed = Passed::over(tried);
-        scan::enter(candidates, passed, || scan::by_weight(candidates, passed, &mut draws))
+        let excluded = Excluded::tried(tried);
+        scan::enter(candidates, excluded, || scan::by_weight(candidates, excluded, &mut draws))
     }
 }

@@ -1,22 +1,22 @@
-//! Many random numbers out of the one `u64` a pick is given.
+//! Expands the `u64` of a pick into many random numbers.
 //!
-//! Used by the policies of this module. It draws nothing of its own: the same
-//! bits in give the same numbers out, which is what makes picks testable.
+//! Used by the policies of this module. It has no randomness of its own: the same input
+//! gives the same numbers, which makes picks testable.
 
-/// A SplitMix64 stream (Steele, Lea, Flood: "Fast splittable pseudorandom
-/// number generators", 2014) seeded by a pick's draw. It mixes well enough
-/// that a caller's plain counter makes a fair draw.
+/// A SplitMix64 stream (Steele, Lea, Flood: "Fast splittable pseudorandom number
+/// generators", 2014), seeded by the `draw` of a pick. Even consecutive seeds, as from
+/// a counter, give uniform draws.
 #[derive(Debug, Clone)]
 pub(super) struct DrawStream(u64);
 
 impl DrawStream {
-    /// The stream of one pick.
+    /// Creates the stream of one pick.
     #[inline]
     pub(super) fn new(draw: u64) -> DrawStream {
         DrawStream(draw)
     }
 
-    /// 64 more bits.
+    /// Returns the next 64 bits.
     #[inline]
     pub(super) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -26,8 +26,8 @@ impl DrawStream {
         z ^ (z >> 31)
     }
 
-    /// A number below `bound`, which is not 0. Multiply and shift: its bias is
-    /// below `bound` in 2^64, one in 2^32 for the largest pool there can be.
+    /// Returns a number less than `bound`, which must not be 0. Multiply and shift: the
+    /// bias is at most `bound` / 2^64.
     #[inline]
     pub(super) fn below(&mut self, bound: u64) -> u64 {
         ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
@@ -40,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn stream_is_the_published_splitmix64() {
+    fn stream_matches_the_published_splitmix64() {
         // First outputs for seed 1234567, as in the reference implementation.
         let mut draws = DrawStream::new(1_234_567);
         let first: Vec<u64> = (0..3).map(|_| draws.next()).collect();
@@ -51,7 +51,7 @@ mod tests {
     }
 
     #[test]
-    fn small_bounds_come_out_evenly_even_from_a_plain_counter() {
+    fn numbers_from_a_counter_are_uniform_for_small_bounds() {
         let mut hits = [0u32; 7];
         for counter in 0..70_000 {
             hits[DrawStream::new(counter).below(7) as usize] += 1;

@@ -1,45 +1,43 @@
-//! `weighted-round-robin`: a smooth sequence made ahead of time and one shared
-//! position in it.
+//! `weighted-round-robin`: a precomputed smooth sequence and one shared position in it.
 //!
-//! Prepared at table build, picked from by every worker. While nobody is
-//! skipped it is exact over the whole process at any number of workers, since
-//! each place is given exactly once; it never locks and never starts over at
-//! the heaviest because of a reload. (Exact in the weights as `smooth::places`
-//! leaves them: only very long periods are rounded.)
+//! Prepared at table build, used by every worker. It never locks. While no candidate is
+//! skipped, the distribution is exact over the whole process with any number of
+//! workers, because each place is taken exactly once. Very long periods are rounded
+//! first (see `smooth_sequence::places`). A reload does not restart the sequence.
 
 use super::position::Position;
-use super::slow_start::Passed;
+use super::slow_start::Excluded;
 use super::{Candidate, RoundRobinPosition, scan};
 use crate::balance::random_stream::DrawStream;
 use crate::balance::smooth_sequence;
 use std::sync::Arc;
 
-/// Places one pick may take when those it got belong to somebody it cannot
-/// use. Taking (rather than looking ahead) hands the place after a skipped one
-/// to whoever comes next in turn, so that no single successor gets it all; a
-/// few suffice, more would burn the skipped one's share on retries.
+/// Maximum number of places that a pick takes while their candidates are unusable.
+/// Taking a place, instead of looking ahead, leaves the place after a skipped one to
+/// the next pick, so no single successor gets the whole share of the skipped candidate.
+/// A higher limit would use up places of other candidates on retries.
 const TAKES_MAX: usize = 4;
 
-/// Random places looked at after that (a random place is a draw by weight),
-/// before the choice is made over all candidates.
+/// Random places that a pick looks at next, before it scans all candidates. A random
+/// place is a draw by weight.
 const DRAWS_MAX: usize = 8;
 
-/// See the module's documentation.
+/// The prepared policy.
 #[derive(Debug)]
 pub(super) struct RoundRobin {
-    /// Places of each candidate in one period.
+    /// Number of places of each candidate per period.
     places: Arc<[u32]>,
-    /// One period; invariant: never empty.
+    /// The candidate of each place in one period. Invariant: never empty.
     sequence: Arc<[u32]>,
-    /// Shared with the tables before this one that had the same sequence.
+    /// Shared with earlier tables that have the same sequence.
     position: Arc<Position>,
 }
 
 impl RoundRobin {
-    /// Over `candidates` (at least one). `previous` is the round robin it
-    /// replaces and its candidates: with the same keys in the same proportions
-    /// both go on through one sequence, sharing the position; otherwise this
-    /// one starts as far into its period as the other has come.
+    /// Prepares the policy for `candidates` (at least one). `previous` is the replaced
+    /// round robin and its candidates. If keys and proportions are the same, both share
+    /// the sequence and the position. Otherwise the new round robin starts at the same
+    /// relative position.
     pub(super) fn new(
         candidates: &[Candidate],
         previous: Option<(&RoundRobin, &[Candidate])>,
@@ -64,7 +62,7 @@ impl RoundRobin {
         }
     }
 
-    /// The candidate of the next place whose candidate can be used.
+    /// Picks the candidate of the next place that has a usable candidate.
     #[inline]
     pub(super) fn pick(
         &self,
@@ -78,12 +76,17 @@ impl RoundRobin {
                 return Some(index);
             }
         }
-        self.skip(candidates, draw, tried)
+        self.pick_by_weight(candidates, draw, tried)
     }
 
-    /// A usable candidate by weight: the turn came to nobody who can be used.
+    /// Picks a usable candidate by weight after [`TAKES_MAX`] places without one.
     #[cold]
-    fn skip(&self, candidates: &[Candidate], draw: u64, tried: &[usize]) -> Option<usize> {
+    fn pick_by_weight(
+        &self,
+        candidates: &[Candidate],
+        draw: u64,
+        tried: &[usize],
+    ) -> Option<usize> {
         let mut draws = DrawStream::new(draw);
         for _ in 0..DRAWS_MAX {
             let index = self.at(draws.below(self.sequence.len() as u64));
@@ -91,19 +94,19 @@ impl RoundRobin {
                 return Some(index);
             }
         }
-        let passed = Passed::over(tried);
-        scan::enter(candidates, passed, || scan::by_weight(candidates, passed, &mut draws))
+        let excluded = Excluded::tried(tried);
+        scan::enter(candidates, excluded, || scan::by_weight(candidates, excluded, &mut draws))
     }
 
-    /// How far into its period it has come, and the period.
+    /// Returns the position in the period and the period.
     pub(super) fn position(&self) -> RoundRobinPosition {
         let period = self.sequence.len() as u64;
         RoundRobinPosition { place: self.position.peek() % period, period }
     }
 
-    /// Goes on as far into its period as another has come in its.
-    pub(super) fn resume_at(&self, turn: RoundRobinPosition) {
-        let (place, period) = (u128::from(turn.place), u128::from(turn.period.max(1)));
+    /// Moves to the same relative position as `other`, scaled to this period.
+    pub(super) fn resume_at(&self, other: RoundRobinPosition) {
+        let (place, period) = (u128::from(other.place), u128::from(other.period.max(1)));
         let scaled = place % period * self.sequence.len() as u128 / period;
         self.position.move_to(scaled as u64);
     }
@@ -113,7 +116,7 @@ impl RoundRobin {
         self.sequence[(place % self.sequence.len() as u64) as usize] as usize
     }
 
-    /// The place as far into a period of `length` as this one has come in its.
+    /// Returns the relative position scaled to a period of `length` places.
     fn scaled_to(&self, length: usize) -> u64 {
         let period = self.sequence.len() as u128;
         (u128::from(self.position.peek()) % period * length as u128 / period) as u64

@@ -1,25 +1,25 @@
-//! Looking at every candidate: what policies do where their quick way found
-//! nobody, and what `least-connections` does in small pools.
+//! Scans over all candidates.
 //!
-//! Called by the policies of this module. It raises an in-flight count only
-//! through `InFlight::try_enter`, so a cap is never overshot.
+//! Policies call it when their quick pick found no usable candidate.
+//! `least-connections` calls it in small pools. It raises an in-flight count only
+//! through `InFlight::try_enter`, so a cap is never exceeded.
 
 use super::Candidate;
-use super::slow_start::Passed;
+use super::slow_start::Excluded;
 use crate::balance::random_stream::DrawStream;
 use std::cmp::Ordering;
 
-/// Scans repeated because the chosen one filled up meanwhile. Each repeat means
-/// that another session got in, so the pool is moving; after these, whoever
-/// lets us in first is good enough.
+/// Maximum number of scans if the chosen candidate reaches its cap before the session
+/// takes a slot. Each repetition means that another session took that slot. After the
+/// last scan the first candidate with a free slot is taken.
 const SCANS_MAX: u32 = 8;
 
-/// Chooses until the chosen one lets us in. `choose` gives a usable candidate,
-/// or nobody if there is none.
+/// Calls `choose` until the chosen candidate admits the session. `choose` returns a
+/// usable candidate, or `None` if there is none.
 #[inline]
 pub(super) fn enter(
     candidates: &[Candidate],
-    passed: Passed<'_>,
+    excluded: Excluded<'_>,
     mut choose: impl FnMut() -> Option<usize>,
 ) -> Option<usize> {
     for _ in 0..SCANS_MAX {
@@ -30,23 +30,23 @@ pub(super) fn enter(
     }
     let enters = |index: &usize| {
         let candidate = &candidates[*index];
-        !passed.has(*index, candidate) && candidate.try_enter()
+        !excluded.contains(*index, candidate) && candidate.try_enter()
     };
     (0..candidates.len()).find(enters)
 }
 
-/// The usable candidate with the least (in-flight + 1) / weight; each of
-/// several equals is as likely as the others.
+/// Returns the usable candidate with the lowest (in-flight + 1) / weight, chosen at
+/// random among equals.
 #[inline]
 pub(super) fn least_loaded(
     candidates: &[Candidate],
-    passed: Passed<'_>,
+    excluded: Excluded<'_>,
     draws: &mut DrawStream,
 ) -> Option<usize> {
     let mut best: Option<(usize, LoadRatio)> = None;
     let mut equals = 1;
     for (index, candidate) in candidates.iter().enumerate() {
-        let Some(load) = usable(candidate, index, passed) else { continue };
+        let Some(load) = usable(candidate, index, excluded) else { continue };
         match best.map_or(Ordering::Less, |(_, least)| load.cmp(&least)) {
             Ordering::Greater => {}
             Ordering::Equal => {
@@ -64,17 +64,16 @@ pub(super) fn least_loaded(
     best.map(|(index, _)| index)
 }
 
-/// A usable candidate, with probability in proportion to its weight among the
-/// usable ones.
+/// Returns a random usable candidate, with a probability in proportion to its weight.
 pub(super) fn by_weight(
     candidates: &[Candidate],
-    passed: Passed<'_>,
+    excluded: Excluded<'_>,
     draws: &mut DrawStream,
 ) -> Option<usize> {
     let mut chosen = None;
     let mut total = 0;
     for (index, candidate) in candidates.iter().enumerate() {
-        if usable(candidate, index, passed).is_some() {
+        if usable(candidate, index, excluded).is_some() {
             total += u64::from(candidate.weight);
             if draws.below(total) < u64::from(candidate.weight) {
                 chosen = Some(index);
@@ -84,14 +83,18 @@ pub(super) fn by_weight(
     chosen
 }
 
-/// The load of a candidate that is not passed over and below its cap.
+/// Returns the load of a candidate that is not excluded and below its cap.
 #[inline]
-pub(super) fn usable(candidate: &Candidate, index: usize, passed: Passed<'_>) -> Option<LoadRatio> {
+pub(super) fn usable(
+    candidate: &Candidate,
+    index: usize,
+    excluded: Excluded<'_>,
+) -> Option<LoadRatio> {
     let load = LoadRatio::of(candidate);
-    (candidate.has_room() && !passed.has(index, candidate)).then_some(load)
+    (candidate.has_room() && !excluded.contains(index, candidate)).then_some(load)
 }
 
-/// (in-flight + 1) / weight; the 1 is the session about to be added.
+/// (in-flight + 1) / weight. The 1 is the session to be added.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LoadRatio {
     held: u64,
@@ -99,14 +102,14 @@ pub(super) struct LoadRatio {
 }
 
 impl LoadRatio {
-    /// Of one session more.
+    /// Returns the load with one more session.
     #[inline]
     pub(super) fn of(candidate: &Candidate) -> LoadRatio {
         let held = u64::from(candidate.in_flight.get()) + 1;
         LoadRatio { held, weight: u64::from(candidate.weight) }
     }
 
-    /// Compares loads with a price for each session.
+    /// Compares loads that are multiplied by a price per session.
     #[inline]
     pub(super) fn costs_less(self, price: f32, other: LoadRatio, other_price: f32) -> bool {
         let (mine, theirs) = (self.held * other.weight, other.held * self.weight);
@@ -115,8 +118,8 @@ impl LoadRatio {
 }
 
 impl Ord for LoadRatio {
-    /// Compares by multiplying crosswise: no division, no rounding. Held is at
-    /// most 2^32 and weights are below it, so the products fit.
+    /// Compares by cross multiplication: no division, no rounding. `held` is at most
+    /// 2^32 and weights are lower, so the products fit.
     #[inline]
     fn cmp(&self, other: &LoadRatio) -> Ordering {
         (self.held * other.weight).cmp(&(other.held * self.weight))

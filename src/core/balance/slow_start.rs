@@ -1,23 +1,23 @@
 //! Slow start: a candidate that warms up gets at most its share of the picks.
 //!
-//! Called by `Balancer::pick` for the policies that compare loads. To them a
-//! candidate without sessions is the best one however small its weight is, so
-//! the weight alone slows nothing down. Each pick therefore draws by weight which
-//! one of the candidates in their slow start may take part, mostly none, and
-//! passes over the others. Loads then decide as ever. So the share of each is at
-//! most its weight over the sum of all weights, whatever the loads are.
+//! Called by `Balancer::pick` for the policies that compare loads. These policies
+//! prefer a candidate without sessions however small its weight is, so a reduced weight
+//! alone would not slow it down. Each pick therefore draws by weight at most one
+//! candidate in slow start that may take part, and excludes the others. Usually it
+//! draws none. The loads decide among the rest. The share of each candidate in slow
+//! start is at most its weight divided by the sum of all weights.
 //!
-//! A pick that finds no room among the rest is made among all: a slow start never
-//! refuses a session. Where no candidate is in its slow start, nothing is prepared
-//! and nothing is drawn.
+//! If all other candidates are at their caps, the pick is repeated without exclusions:
+//! a slow start never causes a rejected session. If no candidate is in slow start,
+//! nothing is prepared and nothing is drawn.
 
 use super::Candidate;
 use crate::balance::random_stream::DrawStream;
 
-/// The candidates in their slow start, in a pool that has others as well.
+/// The candidates in slow start, in a pool that also has other candidates.
 #[derive(Debug)]
 pub(super) struct SlowStarts {
-    /// Ascending by `below`.
+    /// In ascending order of `below`.
     starting: Box<[Starting]>,
     /// Sum of the weights of all candidates.
     total: u64,
@@ -26,24 +26,25 @@ pub(super) struct SlowStarts {
 #[derive(Debug)]
 struct Starting {
     index: usize,
-    /// The draws below this, and not below that of the one before, let it in.
+    /// Draws less than this, and at least `below` of the previous entry, admit the
+    /// candidate.
     below: u64,
 }
 
-/// Whom a pick passes over.
+/// The candidates that a pick excludes.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Passed<'a> {
+pub(super) struct Excluded<'a> {
     tried: &'a [usize],
-    /// Whether the candidates in their slow start are, too.
+    /// Whether candidates in slow start are also excluded.
     slow: bool,
-    /// All but this one.
-    let_in: Option<usize>,
+    /// The candidate in slow start that is not excluded.
+    admitted: Option<usize>,
 }
 
 // === impl SlowStarts ===
 
 impl SlowStarts {
-    /// `None` where no candidate is in its slow start, or all are: shares are
+    /// Returns `None` if no candidate is in slow start, or if all are: shares are
     /// relative.
     pub(super) fn new(candidates: &[Candidate]) -> Option<SlowStarts> {
         let mut below = 0;
@@ -61,48 +62,49 @@ impl SlowStarts {
             .then_some(SlowStarts { starting, total })
     }
 
-    /// Whom a pick passes over besides those `tried`.
-    pub(super) fn draw<'a>(&self, draws: &mut DrawStream, tried: &'a [usize]) -> Passed<'a> {
+    /// Draws which candidate in slow start may take part. The result also excludes
+    /// `tried`.
+    pub(super) fn draw<'a>(&self, draws: &mut DrawStream, tried: &'a [usize]) -> Excluded<'a> {
         let drawn = draws.below(self.total);
         let at = self.starting.partition_point(|starting| starting.below <= drawn);
-        let let_in = self.starting.get(at).map(|starting| starting.index);
-        Passed { tried, slow: true, let_in }
+        let admitted = self.starting.get(at).map(|starting| starting.index);
+        Excluded { tried, slow: true, admitted }
     }
 }
 
-// === impl Passed ===
+// === impl Excluded ===
 
-impl<'a> Passed<'a> {
-    /// Those and nobody else.
+impl<'a> Excluded<'a> {
+    /// Excludes `tried` only.
     #[inline]
-    pub(super) fn over(tried: &'a [usize]) -> Passed<'a> {
-        Passed { tried, slow: false, let_in: None }
+    pub(super) fn tried(tried: &'a [usize]) -> Excluded<'a> {
+        Excluded { tried, slow: false, admitted: None }
     }
 
-    /// Those that were tried.
+    /// Returns the excluded candidates that were tried.
     #[inline]
-    pub(super) fn tried(self) -> &'a [usize] {
+    pub(super) fn tried_list(self) -> &'a [usize] {
         self.tried
     }
 
-    /// Whether it passes over nobody.
+    /// Returns whether no candidate is excluded.
     #[inline]
-    pub(super) fn is_nobody(self) -> bool {
+    pub(super) fn is_empty(self) -> bool {
         self.tried.is_empty() && !self.slow
     }
 
-    /// Whether it passes over that candidate.
+    /// Returns whether this candidate is excluded.
     #[inline]
-    pub(super) fn has(self, index: usize, candidate: &Candidate) -> bool {
-        !self.is_nobody()
+    pub(super) fn contains(self, index: usize, candidate: &Candidate) -> bool {
+        !self.is_empty()
             && (self.tried.contains(&index)
-                || (self.slow && candidate.slow_start && self.let_in != Some(index)))
+                || (self.slow && candidate.slow_start && self.admitted != Some(index)))
     }
 
-    /// The one candidate in its slow start that may take part.
+    /// Returns the candidate in slow start that may take part.
     #[inline]
-    pub(super) fn let_in(self) -> Option<usize> {
-        self.let_in
+    pub(super) fn admitted(self) -> Option<usize> {
+        self.admitted
     }
 }
 
@@ -126,7 +128,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn each_is_let_in_for_as_many_draws_as_its_weight(
+        fn candidate_is_admitted_for_as_many_draws_as_its_weight(
             pool in prop::collection::vec((1u32.., any::<bool>()), 1..80),
         ) {
             let candidates = candidates(&pool);
@@ -148,20 +150,20 @@ mod tests {
     }
 
     #[test]
-    fn of_those_in_their_slow_start_one_at_most_takes_part() {
+    fn at_most_one_candidate_in_slow_start_takes_part() {
         let candidates = candidates(&[(100, false), (10, true), (30, true), (60, false)]);
         let starts = SlowStarts::new(&candidates).unwrap();
-        let mut let_in = [0_u32; 4];
+        let mut admitted = [0_u32; 4];
         let mut draws = DrawStream::new(1);
         for _ in 0..20_000 {
-            let passed = starts.draw(&mut draws, &[3]);
-            assert!(!passed.has(0, &candidates[0]) && passed.has(3, &candidates[3]));
-            let both = [1, 2].map(|index| !passed.has(index, &candidates[index]));
+            let excluded = starts.draw(&mut draws, &[3]);
+            assert!(!excluded.contains(0, &candidates[0]) && excluded.contains(3, &candidates[3]));
+            let both = [1, 2].map(|index| !excluded.contains(index, &candidates[index]));
             assert_ne!(both, [true, true]);
-            assert_eq!(passed.let_in().is_some(), both != [false, false]);
-            (1..3).for_each(|index| let_in[index] += u32::from(both[index - 1]));
+            assert_eq!(excluded.admitted().is_some(), both != [false, false]);
+            (1..3).for_each(|index| admitted[index] += u32::from(both[index - 1]));
         }
-        assert!((900..1_100).contains(&let_in[1]), "{let_in:?}");
-        assert!((2_800..3_200).contains(&let_in[2]), "{let_in:?}");
+        assert!((900..1_100).contains(&admitted[1]), "{admitted:?}");
+        assert!((2_800..3_200).contains(&admitted[2]), "{admitted:?}");
     }
 }

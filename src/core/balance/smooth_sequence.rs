@@ -1,26 +1,27 @@
-//! The smooth weighted sequence: which candidate each place of a round robin
-//! period belongs to.
+//! The smooth weighted sequence: which candidate each place of a round robin period
+//! belongs to.
 //!
-//! Called at table build by `round_robin`. It gives the very sequence of
-//! nginx's smooth weighted round robin (each step every candidate gains its
-//! weight, the richest is chosen and pays the sum of all), only faster.
+//! Called at table build by `round_robin`. It computes the same sequence as nginx's
+//! smooth weighted round robin, only faster. In that algorithm each step adds its
+//! weight to the credit of every candidate. The candidate with the highest credit is
+//! chosen and pays the sum of all weights.
 
 use std::collections::BTreeMap;
 
-/// Longest period that is kept as it is: a `u32` a place makes 256 KiB a pool.
-/// Weights up to 1,000 stay exact for any 65 backends, and for thousands that
-/// share a common divisor.
+/// Longest period that is not scaled: a `u32` per place makes 256 KiB per pool. Weights
+/// up to 1,000 stay exact for any 65 backends, and for thousands that share a common
+/// divisor.
 pub(super) const PERIOD_MAX: u64 = 65_536;
 
-/// Beyond [`PERIOD_MAX`] a period may still have so many places a candidate,
-/// so that rounding shifts the share of one of average weight by at most 1/32.
+/// Places per candidate that a period can have even beyond [`PERIOD_MAX`]. With 16,
+/// rounding changes the share of a candidate of average weight by at most 1/32.
 pub(super) const PLACES_PER_CANDIDATE: u64 = 16;
 
-/// Weights in their lowest terms, scaled down where the period would be longer
-/// than the bounds above allow.
+/// Reduces weights to lowest terms, and scales them down if the period would exceed the
+/// bounds above.
 ///
-/// Scaling rounds to the nearest whole place but leaves everybody at least
-/// one, so a scaled period is at most the bound plus one place a candidate.
+/// Scaling rounds to the nearest whole place but leaves every candidate at least one. A
+/// scaled period is therefore at most the bound plus one place per candidate.
 pub(super) fn places(weights: impl Iterator<Item = u32>) -> Vec<u32> {
     let mut places = in_lowest_terms(weights.collect());
     let period: u64 = places.iter().copied().map(u64::from).sum();
@@ -48,26 +49,26 @@ fn gcd(a: u32, b: u32) -> u32 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// One period of the smooth sequence over candidates with so many `places`
-/// each. Costs period x different weights; as different weights add up, those
-/// are at most the square root of twice the period.
+/// Computes one period of the smooth sequence. `places` is the number of places of each
+/// candidate. The cost is the period times the number of different weights, which is at
+/// most the square root of twice the period.
 pub(super) fn sequence(places: &[u32]) -> Vec<u32> {
-    let mut race = SmoothState::new(places);
-    (0..race.period).map(|_| race.step()).collect()
+    let mut state = SmoothState::new(places);
+    (0..state.period).map(|_| state.step()).collect()
 }
 
 /// The state between two steps, by group: candidates of the same weight.
 ///
-/// They gain alike, so among them the choice falls on whoever was chosen least
-/// and then stands first: plain rotation. Only the one whose turn it is needs
-/// to be compared with other groups. (Columns rather than a list of groups: the
-/// comparison is nearly all of the cost of building a long sequence.)
+/// The members of a group gain alike. Among them the least chosen, then the first, is
+/// chosen: plain rotation. So only the member whose turn it is must be compared with
+/// other groups. The groups are stored as columns because the comparison is nearly the
+/// whole cost of a long sequence.
 struct SmoothState {
     period: i64,
     weight: Vec<i64>,
-    /// What the one whose turn it is has gained and not paid.
+    /// Credit of the member whose turn it is.
     current: Vec<i64>,
-    /// Whose turn it is.
+    /// The member whose turn it is.
     front: Vec<u32>,
     rotation: Vec<Rotation>,
 }
@@ -113,8 +114,8 @@ impl SmoothState {
         let taken = self.front[group];
         let rotation = &mut self.rotation[group];
         rotation.turn += 1;
-        // The next one has been chosen as often as `taken` was before, until
-        // the turn comes back to the first.
+        // The next member has been chosen as often as `taken` had been, until the turn
+        // returns to the first member.
         if rotation.turn == rotation.members.len() {
             rotation.turn = 0;
             self.current[group] -= self.period;
@@ -154,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn published_vectors_hold() {
+    fn sequence_matches_published_examples() {
         assert_eq!(letters(&sequence(&[5, 1, 1])), "aabacaa");
         assert_eq!(letters(&sequence(&[3, 2, 1])), "abacba");
         assert_eq!(letters(&sequence(&[1, 1, 1])), "abc");
@@ -162,13 +163,13 @@ mod tests {
     }
 
     #[test]
-    fn weights_are_brought_to_their_lowest_terms() {
+    fn weights_are_reduced_to_lowest_terms() {
         assert_eq!(places([500, 100, 100].into_iter()), [5, 1, 1]);
         assert_eq!(places([u32::MAX, u32::MAX].into_iter()), [1, 1]);
     }
 
     #[test]
-    fn long_period_is_scaled_and_leaves_every_backend_a_slot() {
+    fn long_period_is_scaled_and_leaves_every_candidate_a_place() {
         let weights: Vec<u32> = (1..=1000).collect();
         let scaled = places(weights.iter().copied());
         let period: u64 = scaled.iter().copied().map(u64::from).sum();
@@ -179,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn extreme_weights_neither_overflow_nor_starve_anyone() {
+    fn extreme_weights_do_not_overflow_and_leave_every_candidate_a_place() {
         let scaled = places([u32::MAX, 1, u32::MAX - 1].into_iter());
         assert_eq!(
             sequence(&scaled).len() as u64,
@@ -190,7 +191,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn sequence_is_the_one_of_the_plain_rule(
+        fn sequence_matches_the_rule(
             weights in prop::collection::vec(prop_oneof![1u32..5, 1u32..60], 1..40)
         ) {
             let fast = sequence(&weights);
@@ -198,7 +199,7 @@ mod tests {
         }
 
         #[test]
-        fn rule_starts_over_after_one_period(
+        fn rule_repeats_after_one_period(
             weights in prop::collection::vec(1u32..30, 1..12)
         ) {
             let once = sequence(&weights);
@@ -206,7 +207,7 @@ mod tests {
         }
 
         #[test]
-        fn every_window_of_any_length_is_close_to_the_weights(
+        fn every_window_is_close_to_the_weights(
             weights in prop::collection::vec(1u32..50, 1..16),
             start in 0usize..5_000,
             length in 1usize..2_000,
@@ -216,8 +217,8 @@ mod tests {
             for place in start..start + length {
                 hits[once[place % once.len()] as usize] += 1.0;
             }
-            // A prefix is less than one ahead of its share and, as in the
-            // cup-emptying game, at most the n-th harmonic number behind.
+            // A candidate in a prefix is less than one place ahead of its share. As in
+            // the cup-emptying game, it is at most the n-th harmonic number behind.
             let harmonic: f64 = (1..=weights.len()).map(|k| 1.0 / k as f64).sum();
             for (hit, &weight) in hits.iter().zip(&weights) {
                 let share = length as f64 * f64::from(weight) / once.len() as f64;

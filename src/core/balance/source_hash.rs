@@ -1,23 +1,22 @@
-//! `source-hash`: the same client goes to the same backend, on every machine.
+//! `source-hash`: the same client gets the same backend, on every machine.
 //!
-//! Prepared at table build, picked from by every worker. The choice depends on
-//! the client's IP address and the candidates' keys and weights alone, never on
-//! order in the file, load, time or chance.
+//! Prepared at table build, used by every worker. The choice depends only on the
+//! client's IP address and on the keys and weights of the candidates. It does not
+//! depend on their order in the file, on load, time or chance.
 //!
 //! # The mapping, for other implementations
 //!
 //! 1. Sort the candidates by key (the address as text), bytewise.
-//! 2. M is the pool's `hash_slots`, a prime. It comes from the configuration
-//!    alone: a size that followed the number of backends would move nearly every
-//!    client whenever it changed.
-//! 3. For each, XXH3-128 of the key with seed [`SEED`]: offset = low 64 bits
-//!    mod M, skip = high 64 bits mod (M - 1) + 1.
-//! 4. Fill by Maglev with weights (see `maglev::fill`).
-//! 5. A client is its 4 or 16 address bytes in network order, an IPv4-mapped
-//!    IPv6 address counting as IPv4; its slot is XXH3-64 with seed [`SEED`] mod M.
-//! 6. The n-th alternative, where the choice is at its cap or was tried, is the
-//!    same with seed [`SEED`] + n, for n from 1 to 16; after that the sorted
-//!    candidates in turn, from the one at XXH3-64 (seed [`SEED`]) mod their number.
+//! 2. M is the pool's `hash_slots`, a prime from the configuration. It does not depend
+//!    on the number of backends: a different M moves nearly every client.
+//! 3. Compute for each candidate the XXH3-128 of the key with seed [`SEED`]: offset =
+//!    low 64 bits mod M, skip = high 64 bits mod (M - 1) + 1.
+//! 4. Fill the table by Maglev with weights (see `maglev::fill`).
+//! 5. A client is its 4 or 16 address bytes in network order. An IPv4-mapped IPv6
+//!    address is hashed as IPv4. The slot is the XXH3-64 with seed [`SEED`], mod M.
+//! 6. If the candidate is at its cap or was tried, alternative n uses seed [`SEED`] +
+//!    n, for n from 1 to 16. After that the sorted candidates follow in turn, starting
+//!    at the XXH3-64 (seed [`SEED`]) mod their number.
 
 use super::Candidate;
 use super::maglev::Preference;
@@ -25,23 +24,23 @@ use crate::balance::maglev;
 use std::net::IpAddr;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-/// "tidegate" in ASCII. Fixed, so that machines agree without being told.
+/// "tidegate" in ASCII. A constant, so that all machines compute the same table.
 const SEED: u64 = 0x7469_6465_6761_7465;
 
-/// Alternatives hashed before the candidates are gone through in turn.
+/// Alternatives that are hashed before the candidates are tried in turn.
 const ALTERNATIVES_MAX: u64 = 16;
 
-/// See the module's documentation.
+/// The prepared policy.
 #[derive(Debug)]
 pub(super) struct SourceHash {
     slots: HashSlots,
-    /// M: how many slots there are.
+    /// M: the number of slots.
     size: u32,
     /// The candidates' indices, sorted by key.
     canonical: Box<[u32]>,
 }
 
-/// The index of each slot's candidate, as narrow as it fits.
+/// The candidate's index for each slot, in 16 bits if it fits.
 #[derive(Debug)]
 enum HashSlots {
     Narrow(Box<[u16]>),
@@ -49,7 +48,7 @@ enum HashSlots {
 }
 
 impl SourceHash {
-    /// Over `candidates` (at least one), with so many slots (a prime).
+    /// Prepares the policy for `candidates` (at least one) with `size` slots (a prime).
     pub(super) fn new(candidates: &[Candidate], size: u32) -> SourceHash {
         let mut canonical: Box<[u32]> = (0..candidates.len() as u32).collect();
         canonical.sort_by_key(|&index| &candidates[index as usize].key);
@@ -67,7 +66,7 @@ impl SourceHash {
         SourceHash { slots, size, canonical }
     }
 
-    /// The client's candidate, or its first alternative that can be used.
+    /// Picks the client's candidate, or its first usable alternative.
     #[inline]
     pub(super) fn pick(
         &self,

@@ -1,10 +1,10 @@
-//! The trial of a backend that comes back from an ejection: one session at a
-//! time may enter, and it decides.
+//! The trial of a backend that returns from an ejection: one session at a time is
+//! admitted, and its result decides.
 //!
-//! Part of a backend's `InFlight`, so that every pick of every worker and of
-//! every table, old ones too, goes by it at the price of a load next to one it
-//! makes anyway. The controller begins and ends trials; the session that
-//! entered says how far it has come. Model-checked with loom. Never blocks.
+//! Part of a backend's `InFlight`. Every pick of every worker checks it, through old
+//! tables too. The check costs one load next to a load that the pick makes anyway. The
+//! controller starts and ends trials. The admitted session reports its phase. Nothing
+//! here blocks. The code is model-checked with loom.
 
 #[cfg(tidegate_loom)]
 use loom::sync::atomic::{AtomicU32, Ordering};
@@ -12,38 +12,40 @@ use std::num::NonZeroU32;
 #[cfg(not(tidegate_loom))]
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Bits of the word that hold the phase; the number of the trial is above.
+/// Bits of the word that hold the phase. The bits above them hold the number of the
+/// trial.
 const PHASE_BITS: u32 = 3;
 const PHASE_MASK: u32 = (1 << PHASE_BITS) - 1;
 
-/// How far a trial has come.
+/// Phase of a trial.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum TrialPhase {
-    /// No trial: everybody may enter.
+    /// No trial: all sessions are admitted.
     None,
-    /// The next session to come may enter.
+    /// The next session is admitted.
     Open,
-    /// A session has entered and is about to say so.
+    /// A session was admitted and has not yet claimed the trial.
     Entered,
-    /// That session is connecting.
+    /// The session claimed the trial and is connecting.
     Claimed,
-    /// Its connection stands; nobody has said anything.
+    /// The backend connection is established. Neither side has sent data.
     Connected,
-    /// Its client has spoken; the backend has not answered.
+    /// The client has sent data. The backend has not answered.
     ClientSpoke,
-    /// It had what it came for.
+    /// The session succeeded.
     Passed,
-    /// The backend failed it, or is shut ([`super::in_flight::InFlight::shut`]).
+    /// The backend failed the trial, or is shut ([`super::in_flight::InFlight::shut`]).
     Failed,
 }
 
-/// Names a trial, so that a session of an earlier one has no say in it.
+/// Identifies a trial, so that a session of an earlier trial has no effect on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TrialId(NonZeroU32);
 
-/// See the module's documentation. The number goes around after 2^29 trials of
-/// one backend, which at one a millisecond is six days of a single session.
+/// Phase and number of a backend's current trial. The number wraps after 2^29 trials of
+/// one backend. At one trial per millisecond that takes six days, and only a session of
+/// that age could affect a wrong trial.
 #[derive(Debug)]
 pub(super) struct TrialCell(AtomicU32);
 
@@ -58,7 +60,8 @@ impl TrialCell {
         TrialPhase::of(self.0.load(Ordering::Acquire))
     }
 
-    /// Whether there is no trial, or it takes a session.
+    /// Returns whether a session would be admitted: no trial is active, or the trial is
+    /// open.
     #[inline]
     pub(super) fn has_room(&self) -> bool {
         matches!(
@@ -67,19 +70,19 @@ impl TrialCell {
         )
     }
 
-    /// Whether there is no trial.
+    /// Returns whether no trial is active.
     #[inline]
     pub(super) fn is_none(&self) -> bool {
         TrialPhase::of(self.0.load(Ordering::Relaxed)) == TrialPhase::None
     }
 
-    /// Takes the one place there is; true for whoever got it.
+    /// Takes the only slot of the trial. Returns true for exactly one caller.
     pub(super) fn try_take(&self) -> bool {
         let word = self.0.load(Ordering::Acquire);
         TrialPhase::of(word) == TrialPhase::Open && self.swap(word, TrialPhase::Entered)
     }
 
-    /// Gives the place back that [`TrialCell::try_take`] gave.
+    /// Gives the slot of [`TrialCell::try_take`] back.
     pub(super) fn release(&self) {
         let word = self.0.load(Ordering::Acquire);
         if TrialPhase::of(word) == TrialPhase::Entered {
@@ -87,8 +90,8 @@ impl TrialCell {
         }
     }
 
-    /// Makes the caller, who has just entered, the session that decides; `None`
-    /// where there is no trial, or another session's.
+    /// Makes the caller, which was just admitted, the deciding session. Returns `None`
+    /// if no trial is active or another session has claimed it.
     #[inline]
     pub(super) fn claim(&self) -> Option<TrialId> {
         let word = self.0.load(Ordering::Acquire);
@@ -98,8 +101,8 @@ impl TrialCell {
         NonZeroU32::new(word >> PHASE_BITS).map(TrialId)
     }
 
-    /// The session of that trial has come so far, unless the trial is over or
-    /// decided.
+    /// Records the phase that the session of trial `id` has reached. Does nothing if
+    /// that trial has ended or is decided.
     pub(super) fn advance(&self, id: TrialId, phase: TrialPhase) {
         let mut word = self.0.load(Ordering::Acquire);
         while word >> PHASE_BITS == id.0.get() && TrialPhase::of(word).is_under_way() {
@@ -111,29 +114,30 @@ impl TrialCell {
         }
     }
 
-    /// Starts a trial under a new number. The controller alone does this.
+    /// Starts a trial with a new number. Only the controller calls this.
     pub(super) fn begin(&self) {
         self.replace(|word| {
             let number = (word >> PHASE_BITS).wrapping_add(1) << PHASE_BITS;
-            // Zero is no number.
+            // `TrialId` has no 0.
             let number = if number == 0 { 1 << PHASE_BITS } else { number };
             number | TrialPhase::Open as u32
         });
     }
 
-    /// Lets everybody in. The controller alone does this.
+    /// Ends the trial: all sessions are admitted. Only the controller calls this.
     pub(super) fn end(&self) {
         self.replace(|word| word & !PHASE_MASK | TrialPhase::None as u32);
     }
 
-    /// Lets nobody in, as after a trial that failed. False during a trial. The
-    /// controller alone does this.
+    /// Admits no session, as after a failed trial. Returns false and does nothing
+    /// during a trial. Only the controller calls this.
     pub(super) fn shut(&self) -> bool {
         let word = self.0.load(Ordering::Acquire);
         TrialPhase::of(word) == TrialPhase::None && self.swap(word, TrialPhase::Failed)
     }
 
-    /// Lets everybody in where nobody may enter. The controller alone does this.
+    /// Admits all sessions again if the cell is shut or the trial has failed. Only the
+    /// controller calls this.
     pub(super) fn reopen(&self) {
         let word = self.0.load(Ordering::Acquire);
         if TrialPhase::of(word) == TrialPhase::Failed {
@@ -175,7 +179,7 @@ impl TrialPhase {
         TrialPhase::ALL[(word & PHASE_MASK) as usize]
     }
 
-    /// A session has claimed it, and it is not decided.
+    /// Returns whether a session has claimed the trial and has not decided it.
     fn is_under_way(self) -> bool {
         matches!(self, TrialPhase::Claimed | TrialPhase::Connected | TrialPhase::ClientSpoke)
     }
@@ -198,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn place_given_back_undecided_is_the_next_ones() {
+    fn undecided_trial_goes_to_the_next_session() {
         let trial = TrialCell::new();
         trial.begin();
         assert!(trial.try_take());
@@ -209,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_decided_stays_and_an_earlier_trial_has_no_say() {
+    fn decided_trial_keeps_its_result_and_ignores_earlier_sessions() {
         let trial = TrialCell::new();
         trial.begin();
         assert!(trial.try_take());
@@ -232,14 +236,14 @@ mod loom_models {
     use std::sync::Arc;
 
     #[test]
-    fn of_racing_sessions_exactly_one_enters_a_trial_and_decides_it() {
+    fn exactly_one_of_several_racing_sessions_enters_and_decides_a_trial() {
         loom::model(|| {
             let trial = Arc::new(TrialCell::new());
             trial.begin();
             let session = |trial: &TrialCell| {
                 let entered = trial.try_take();
                 if entered {
-                    let id = trial.claim().expect("nobody else may claim it");
+                    let id = trial.claim().expect("only the admitted session claims the trial");
                     trial.advance(id, TrialPhase::Passed);
                 }
                 entered
@@ -258,7 +262,7 @@ mod loom_models {
     }
 
     #[test]
-    fn trial_ended_meanwhile_is_not_touched_by_its_session() {
+    fn session_of_an_ended_trial_does_not_affect_the_next_trial() {
         loom::model(|| {
             let trial = Arc::new(TrialCell::new());
             trial.begin();

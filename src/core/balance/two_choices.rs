@@ -1,74 +1,74 @@
-//! `two-choices`: the less loaded of two weighted draws.
+//! `two-choices`: picks the less loaded of two weighted draws.
 //!
-//! Prepared at table build, picked from by every worker, and what
-//! `least-connections` does in pools too large to scan (Mitzenmacher, "The
-//! power of two choices in randomized load balancing", 1996). It looks at two
-//! in-flight counts a pick, never at all of them unless those two are no use.
+//! Prepared at table build, used by every worker. `least-connections` also uses it in
+//! pools that are too large to scan. See Mitzenmacher, "The power of two choices in
+//! randomized load balancing", 1996. A pick looks at all candidates only if the two
+//! drawn are not usable.
 
 use super::Candidate;
 use super::alias::AliasTable;
 use super::scan::LoadRatio;
-use super::slow_start::Passed;
+use super::slow_start::Excluded;
 use crate::balance::random_stream::DrawStream;
 use crate::balance::scan;
 
-/// Pairs drawn before every candidate is looked at.
+/// Pairs drawn before all candidates are scanned.
 const PAIRS_MAX: usize = 4;
 
-/// Draws for a second candidate other than the first; after these (one
-/// candidate holds most of the weight) any other is as good.
+/// Draws for a second candidate that differs from the first. After these, one candidate
+/// holds most of the weight, and any other candidate is used.
 const SECOND_DRAWS_MAX: usize = 4;
 
-/// See the module's documentation.
+/// The prepared policy.
 #[derive(Debug)]
 pub(super) struct TwoChoices {
     alias: AliasTable,
 }
 
 impl TwoChoices {
-    /// Over `candidates` (at least one). Where `slow` says that some of them are
-    /// in their slow start, each of those is one of the two only when it is let in:
-    /// the other is never drawn among them.
+    /// Prepares the policy for `candidates` (at least one). `slow` tells whether some
+    /// of them are in slow start. The alias table never draws these. A pick compares
+    /// one of them only if its slow-start draw admitted it.
     pub(super) fn new(candidates: &[Candidate], slow: bool) -> TwoChoices {
         let weight = |c: &Candidate| if slow && c.slow_start { 0 } else { c.weight };
         TwoChoices { alias: AliasTable::new(candidates.iter().map(weight)) }
     }
 
-    /// The better of two that can be used; the only one if one of them cannot.
+    /// Picks the less loaded of two usable candidates, or the usable one of the two.
     #[inline]
     pub(super) fn pick(
         &self,
         candidates: &[Candidate],
         draw: u64,
-        passed: Passed<'_>,
+        excluded: Excluded<'_>,
     ) -> Option<usize> {
-        self.pick_by(candidates, draw, passed, |(_, a), (_, b)| a < b)
+        self.pick_by(candidates, draw, excluded, |(_, a), (_, b)| a < b)
     }
 
-    /// The same with another idea of better: `prefers(a, b)` says whether `a`
-    /// is to be taken rather than `b`.
+    /// Picks as [`TwoChoices::pick`] does, with another comparison: `prefers(a, b)`
+    /// returns whether `a` is better than `b`.
     #[inline]
     pub(super) fn pick_by(
         &self,
         candidates: &[Candidate],
         draw: u64,
-        passed: Passed<'_>,
+        excluded: Excluded<'_>,
         prefers: impl Fn((&Candidate, LoadRatio), (&Candidate, LoadRatio)) -> bool,
     ) -> Option<usize> {
         let mut draws = DrawStream::new(draw);
         for _ in 0..PAIRS_MAX {
-            let (first, second) = self.pair(candidates.len(), passed.let_in(), &mut draws);
-            if let Some(index) = less_loaded(candidates, passed, first, second, &prefers)
+            let (first, second) = self.pair(candidates.len(), excluded.admitted(), &mut draws);
+            if let Some(index) = less_loaded(candidates, excluded, first, second, &prefers)
                 && candidates[index].try_enter()
             {
                 return Some(index);
             }
         }
-        scan::enter(candidates, passed, || scan::least_loaded(candidates, passed, &mut draws))
+        scan::enter(candidates, excluded, || scan::least_loaded(candidates, excluded, &mut draws))
     }
 
-    /// Two drawn by weight, different ones where there are two; `first` has been
-    /// drawn already where it is given.
+    /// Draws two candidates by weight, different ones if the pool has two. `first`
+    /// replaces the first draw if it is given.
     #[inline]
     fn pair(&self, count: usize, first: Option<usize>, draws: &mut DrawStream) -> (usize, usize) {
         let first = first.unwrap_or_else(|| self.alias.draw(draws));
@@ -89,14 +89,14 @@ impl TwoChoices {
 #[inline]
 fn less_loaded(
     candidates: &[Candidate],
-    passed: Passed<'_>,
+    excluded: Excluded<'_>,
     first: usize,
     second: usize,
     prefers: impl Fn((&Candidate, LoadRatio), (&Candidate, LoadRatio)) -> bool,
 ) -> Option<usize> {
     let loads = (
-        scan::usable(&candidates[first], first, passed),
-        scan::usable(&candidates[second], second, passed),
+        scan::usable(&candidates[first], first, excluded),
+        scan::usable(&candidates[second], second, excluded),
     );
     match loads {
         (Some(a), Some(b)) if prefers((&candidates[second], b), (&candidates[first], a)) => {

@@ -94,7 +94,7 @@ impl PortWatch {
             if !has_ports(backend) {
                 continue;
             }
-            for way in backend.ways.load().iter() {
+            for way in backend.source_addrs.load().iter() {
                 let key = (backend.id, way.source());
                 self.remember(key, ports_in_time_wait(backend, way), &mut look.seen);
                 let used = self.used(backend, way, limits);
@@ -230,7 +230,7 @@ mod tests {
     fn sourced(begun: u64) -> (Arc<BackendState>, Arc<CountedSource>) {
         let backend = backend("10.0.0.9:80");
         backend.start_from(&[SourceAddr::new("10.0.0.1".parse().unwrap())], 1);
-        let way = backend.ways.load().iter().next().cloned().unwrap();
+        let way = backend.source_addrs.load().iter().next().cloned().unwrap();
         way.counts().unwrap().of(0).begun.add(begun);
         (backend, way)
     }
@@ -283,7 +283,7 @@ mod tests {
     fn where_the_kernel_reuses_ports_only_open_connections_count() {
         let near = backend("127.0.0.1:80");
         near.counters.of(0).lingering.add(50);
-        let way = near.ways.load().iter().next().cloned().unwrap();
+        let way = near.source_addrs.load().iter().next().cloned().unwrap();
         let watch = PortWatch::default();
         assert_eq!(watch.used(&near, &way, LIMITS), 0);
         let never = PortLimits { reuse: Reuse::Never, ..LIMITS };

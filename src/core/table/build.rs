@@ -1,9 +1,9 @@
-//! From model and statuses to a [`Table`]: all the expensive work (smooth
-//! sequences, Maglev tables) happens here, before anything is published.
+//! Builds a [`Table`] from the model and the backends' states.
 //!
-//! Called by the controller on every change. Pure: it reads nothing but its
-//! arguments. What a change does not touch is shared with the table before, so
-//! a backend that goes down costs its own pool's preparation, not everybody's.
+//! Called by the controller on every change. All expensive work (smooth sequences,
+//! Maglev tables) happens here, before the table is published. Pure: it reads only its
+//! arguments. Unchanged parts are shared with the previous table, so a backend that
+//! goes down causes work only for its own pool.
 
 use super::state::{BackendState, FrontendState};
 use super::{FrontendRoute, PoolTable, Table};
@@ -13,87 +13,88 @@ use crate::model::{RouteTarget, WhenNoneEligible};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Everything a table is made of.
+/// Input of a table.
 #[derive(Debug)]
 pub struct TableInput {
-    /// Of the configuration.
+    /// Generation of the configuration.
     pub generation: u64,
-    /// Of this table.
+    /// Serial of the new table.
     pub serial: u64,
-    /// Whole process.
+    /// Cap on sessions of the whole process.
     pub connections_max: u32,
     /// In file order.
     pub frontends: Vec<FrontendInput>,
-    /// In file order; every frontend's pool is among them.
+    /// In file order; must contain every pool of the frontends.
     pub pools: Vec<PoolInput>,
 }
 
-/// One frontend.
+/// A frontend.
 #[derive(Debug)]
 pub struct FrontendInput {
     /// Long-lived state.
     pub state: Arc<FrontendState>,
-    /// Model.
+    /// The configuration.
     pub spec: model::FrontendConfig,
 }
 
-/// One pool.
+/// A pool.
 #[derive(Debug)]
 pub struct PoolInput {
-    /// Model.
+    /// The configuration.
     pub spec: Arc<model::PoolConfig>,
     /// In file order.
     pub backends: Vec<BackendInput>,
-    /// Former backends that serve while none of those does.
+    /// Former backends that serve while no backend of `backends` does.
     pub stand_ins: Vec<BackendInput>,
-    /// Some of the backends have no verdict yet, and clients wait for one rather
-    /// than be refused.
+    /// Whether some backends have no probe result yet, and clients wait for one instead
+    /// of being rejected.
     pub undecided: bool,
 }
 
-/// One backend's standing at this moment.
+/// The status of a backend at this moment.
 #[derive(Debug)]
 pub struct BackendInput {
     /// Long-lived state.
     pub state: Arc<BackendState>,
-    /// Weight after whatever lowers it, in a unit of the caller's choice that is
-    /// the same for the whole pool; at least 1.
+    /// Weight after all reductions, at least 1. The unit is arbitrary but the same for
+    /// the whole pool.
     pub effective_weight: u32,
-    /// Cap; 0 means none.
+    /// Cap; 0 means no cap.
     pub connections_max: u32,
-    /// It is in its slow start: its share of new sessions is at most that of its
-    /// weight.
+    /// Whether the backend is in slow start. Its share of new sessions is then at most
+    /// the share of its weight.
     pub slow_start: bool,
-    /// Serves only when no primary is eligible.
+    /// Whether the backend serves only if no primary is eligible.
     pub backup: bool,
     /// Derived by `health`.
     pub eligible: bool,
-    /// One session is to try it: it does for no tier alone.
+    /// Whether the backend is on trial. Backends on trial are not enough to fill a
+    /// tier.
     pub on_trial: bool,
-    /// No operator took it out: `try-all` may use it.
+    /// Whether no operator drains the backend. `try-all` can then use it.
     pub in_service: bool,
 }
 
-/// One pool's part of the next table, to be made on any thread.
+/// One pool's part of the next table, to be built on any thread.
 #[derive(Debug)]
 pub struct PoolBuild {
-    /// What it is made of.
+    /// Input of the build.
     pub input: PoolInput,
-    /// The part it replaces: a round robin continues from its position in it.
+    /// The part it replaces. A round robin continues from its position.
     pub previous: Option<Arc<PoolTable>>,
 }
 
-/// That part, made.
+/// Result of a [`PoolBuild`].
 #[derive(Debug)]
 pub struct PoolBuilt {
-    /// As it was given, to be changed and given again.
+    /// The input, for reuse in the next build.
     pub input: PoolInput,
-    /// For [`update`].
+    /// The built part, for [`update`].
     pub table: Arc<PoolTable>,
 }
 
-/// Builds the table. `previous` is the one it replaces: round robins go on
-/// from their position in it.
+/// Builds the table. `previous` is the table it replaces: round robins continue from
+/// their positions in it.
 pub fn build(input: &TableInput, previous: Option<&Table>) -> Table {
     let pools_before = by_name(previous.map_or(&[], |table| &table.pools));
     let pools: Vec<Arc<PoolTable>> = input
@@ -136,9 +137,9 @@ pub fn build(input: &TableInput, previous: Option<&Table>) -> Table {
     }
 }
 
-/// The table after `previous`, of the same configuration: what is not among `changed`
-/// (pools by their places, from [`build_pool`] or a [`PoolBuild`]) is as before, and
-/// costs no look.
+/// Builds the table after `previous` with the same configuration. `changed` lists pools
+/// by position, built by [`build_pool`] or a [`PoolBuild`]. All other pools are shared
+/// with `previous` and are not examined.
 pub fn update(previous: &Table, serial: u64, changed: Vec<(usize, Arc<PoolTable>)>) -> Table {
     let mut pools = previous.pools.clone();
     let mut replaced: HashMap<*const PoolTable, Arc<PoolTable>> = HashMap::new();
@@ -177,7 +178,7 @@ pub fn update(previous: &Table, serial: u64, changed: Vec<(usize, Arc<PoolTable>
 // === impl PoolBuild ===
 
 impl PoolBuild {
-    /// Makes it. Some 25 ms for 20,000 backends.
+    /// Builds the part. Takes about 25 ms for 20,000 backends.
     pub fn run(self) -> PoolBuilt {
         let table = build_pool(&self.input, self.previous.as_ref());
         PoolBuilt { input: self.input, table }
@@ -188,7 +189,7 @@ fn by_name(pools: &[Arc<PoolTable>]) -> HashMap<&str, &Arc<PoolTable>> {
     pools.iter().map(|pool| (&*pool.spec.name, pool)).collect()
 }
 
-/// The pool's part of a table; `previous` itself where nothing changes.
+/// Builds the pool's part of a table. Returns `previous` itself if nothing changes.
 pub fn build_pool(pool: &PoolInput, previous: Option<&Arc<PoolTable>>) -> Arc<PoolTable> {
     let in_service = active_tier(pool);
     let serving: Vec<_> = in_service.iter().map(|b| Arc::clone(&b.state)).collect();
@@ -202,9 +203,9 @@ pub fn build_pool(pool: &PoolInput, previous: Option<&Arc<PoolTable>>) -> Arc<Po
     }
 }
 
-/// The eligible primaries, else the eligible backups (which join primaries that
-/// are all on trial), else former ones that stand in, else (`try-all`) everything no
-/// operator took out.
+/// Returns the eligible primaries. If all of them are on trial, the eligible backups
+/// join them. If the list is empty, former backends stand in. If it is still empty and
+/// the policy is `try-all`, returns all backends that no operator drains.
 fn active_tier(pool: &PoolInput) -> Vec<&BackendInput> {
     let eligible = |backup: bool| -> Vec<&BackendInput> {
         pool.backends.iter().filter(|b| b.eligible && b.backup == backup).collect()
@@ -249,8 +250,8 @@ fn build_balancer(
     }
 }
 
-/// Whether the pool before says the same. Same balancers mean the same
-/// in-flight counts, but a state may come anew around one.
+/// Returns whether both parts are equal. Comparing balancers is not enough: a new state
+/// can reuse the in-flight count of an old one.
 fn is_same(built: &PoolTable, before: &PoolTable) -> bool {
     let same_balancer = match (&built.balancer, &before.balancer) {
         (Some(new), Some(old)) => Arc::ptr_eq(new, old),

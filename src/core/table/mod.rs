@@ -1,8 +1,8 @@
 //! The table: an immutable snapshot of where sessions go.
 //!
-//! Built by `build` from the model and the backends' statuses, published by
-//! `publish`, loaded once by each session. It holds no health: only what is
-//! eligible now, and the prepared balancer over it. Nothing here does I/O.
+//! `build` makes it from the model and the backends' states. `publish` publishes it.
+//! Each session loads it once. It holds no health: only the eligible backends and a
+//! prepared balancer over them. Nothing here does I/O.
 
 pub mod build;
 pub mod publish;
@@ -19,93 +19,93 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Frontends, the pools they route to and what is eligible in them, as of one
+/// Frontends, the pools they route to, and the eligible backends of each pool at one
 /// moment.
 #[derive(Debug)]
 pub struct Table {
-    /// Counts accepted configurations; what operators see as *generation*.
+    /// Number of the accepted configuration; operators see it as *generation*.
     pub generation: u64,
-    /// Counts published tables: health and operators make new ones too.
+    /// Number of the published table. Health changes and operators also publish tables.
     pub serial: u64,
-    /// Cap on sessions in the whole process.
+    /// Cap on sessions of the whole process.
     pub connections_max: u32,
     /// In file order.
     pub frontends: Vec<Arc<FrontendRoute>>,
     /// In file order.
     pub pools: Vec<Arc<PoolTable>>,
-    /// Positions in `frontends`; shared by the tables of a configuration.
+    /// Positions in `frontends` by bind. Tables of the same configuration share it.
     by_bind: Arc<HashMap<BindKey, usize>>,
-    /// The same.
+    /// Positions in `frontends` by id. Tables of the same configuration share it.
     by_id: Arc<HashMap<FrontendId, usize>>,
 }
 
-/// A frontend and where it routes to.
+/// A frontend and the pools it routes to.
 #[derive(Debug)]
 pub struct FrontendRoute {
     /// Long-lived counters and cap.
     pub state: Arc<FrontendState>,
-    /// The model's view: timers and limits.
+    /// The configuration: timeouts and limits.
     pub spec: model::FrontendConfig,
-    /// In the order of `spec.routes`; `None` where a route refuses.
+    /// In the order of `spec.routes`; `None` if the route rejects the connection.
     pub routes: Box<[Option<Arc<PoolTable>>]>,
-    /// Where sessions go that no route matches.
+    /// Pool of the sessions that no route matches.
     pub pool: Arc<PoolTable>,
-    /// What it waits for before a session is routed; mostly nothing.
+    /// What the frontend waits for before it routes a session; usually `None`.
     pub preread: Option<Preread>,
 }
 
-/// The first bytes of a client that its route needs.
+/// The first bytes of a client that routing needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Preread {
-    /// How many; at least one, and no more than a socket's receive queue holds.
+    /// Number of bytes: at least one, at most the size of a socket's receive queue.
     pub bytes: u32,
-    /// How long they have to arrive.
+    /// Time for these bytes to arrive.
     pub timeout: Duration,
 }
 
-/// A pool as sessions see it.
+/// A pool as sessions use it.
 #[derive(Debug)]
 pub struct PoolTable {
-    /// The model's view: connect timeout, attempts.
+    /// The configuration: connect timeout, attempts.
     pub spec: Arc<model::PoolConfig>,
-    /// The tier in service: the eligible primaries, or the eligible backups
-    /// where there is no such primary, or (`try-all`) everything no operator
-    /// took out. Same order and indices as the balancer's candidates.
+    /// The backends of the tier in use: the eligible primaries, or the eligible backups
+    /// if no primary is eligible, or former backends that stand in, or (`try-all`) all
+    /// backends that no operator drains. Same order and indices as the balancer's
+    /// candidates.
     pub serving: Vec<Arc<BackendState>>,
-    /// Over `serving`; `None` when nobody may serve. Tables in a row share it
-    /// while it would come out the same.
+    /// Balancer over `serving`; `None` if `serving` is empty. Consecutive tables share
+    /// it while it stays equivalent.
     pub balancer: Option<Arc<Balancer>>,
-    /// Nobody serves, and a first verdict is due: clients wait for it.
+    /// Whether no backend serves and a first probe result is due. Clients wait for it.
     pub undecided: bool,
 }
 
-/// A chosen backend whose in-flight count was raised; dropping it lowers the
-/// count again.
+/// A picked backend with a raised in-flight count. Dropping it lowers the count.
 #[derive(Debug)]
 pub struct Reservation {
-    /// Position in the pool's `serving`, for the list of tried ones.
+    /// Position in the pool's `serving`, for the list of tried backends.
     pub index: usize,
     backend: Arc<BackendState>,
     trial: Option<TrialId>,
 }
 
-/// Why a pool gave no backend.
+/// Why a pool returned no backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NoBackend {
-    /// Nobody is eligible.
+    /// No backend is eligible.
     NoneEligible,
-    /// Nobody is yet, and a first verdict is due.
+    /// No backend is eligible yet, and a first probe result is due.
     Undecided,
-    /// Everybody in service was tried already.
+    /// Every backend in use was already tried.
     Exhausted,
-    /// Whoever is untried is at its cap.
+    /// All untried backends are at their caps.
     AtCapacity,
 }
 
 // === impl Table ===
 
 impl Table {
-    /// No frontends, no pools: what is published before the first
+    /// Returns the table without frontends and pools that is published before the first
     /// configuration. Generation and serial are 0.
     pub fn empty() -> Table {
         Table {
@@ -119,13 +119,13 @@ impl Table {
         }
     }
 
-    /// The frontend that owns that bind.
+    /// Returns the frontend with this bind.
     #[inline]
     pub fn frontend_at(&self, bind: &BindKey) -> Option<&Arc<FrontendRoute>> {
         self.frontends.get(*self.by_bind.get(bind)?)
     }
 
-    /// What has become of the frontend with that state; `None` where it has left.
+    /// Returns the frontend with this state in this table; `None` if it was removed.
     pub fn frontend(&self, state: &Arc<FrontendState>) -> Option<&Arc<FrontendRoute>> {
         let route = self.frontends.get(*self.by_id.get(&state.id)?)?;
         Arc::ptr_eq(&route.state, state).then_some(route)
@@ -135,7 +135,7 @@ impl Table {
 // === impl PoolTable ===
 
 impl PoolTable {
-    /// Chooses a backend outside `tried` (positions in `serving`).
+    /// Picks a backend that is not in `tried` (positions in `serving`).
     pub fn pick(&self, key: PickKey, tried: &[usize]) -> Result<Reservation, NoBackend> {
         let Some(balancer) = &self.balancer else {
             let due = self.undecided;
@@ -152,8 +152,8 @@ impl PoolTable {
         }
     }
 
-    /// False only while every backend in service is at its cap: then new
-    /// connections had better wait in the kernel's queue.
+    /// Returns false only while every backend in use is at its cap. New connections
+    /// should then stay in the listen queue.
     #[inline]
     pub fn has_room(&self) -> bool {
         self.balancer.as_ref().is_none_or(|balancer| balancer.has_room())
@@ -163,13 +163,13 @@ impl PoolTable {
 // === impl Reservation ===
 
 impl Reservation {
-    /// The chosen backend.
+    /// Returns the picked backend.
     pub fn backend(&self) -> &Arc<BackendState> {
         &self.backend
     }
 
-    /// The trial that this session is to decide, if its backend is on one. Given
-    /// once: whoever has it sees to it that it is decided or opened again.
+    /// Returns the trial that this session must decide, if its backend is on trial.
+    /// Returns it once: the caller must decide or reopen the trial.
     pub fn take_trial(&mut self) -> Option<TrialId> {
         self.trial.take()
     }
@@ -177,7 +177,7 @@ impl Reservation {
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        // Nobody has tried: the next session is to.
+        // The session did not try the backend, so the trial goes to the next session.
         if let Some(trial) = self.trial.take() {
             self.backend.in_flight.advance_trial(trial, TrialPhase::Open);
         }

@@ -1,15 +1,15 @@
-//! One writer, many readers, one `ArcSwap`.
+//! Publishes tables: one writer, many readers, one `ArcSwap`.
 //!
-//! The control thread publishes; each worker keeps a cached reader, so loading
-//! the table costs one shared load and a compare while it has not changed.
-//! Neither side ever waits for the other.
+//! The control thread publishes. Each worker keeps a cached reader. Loading an
+//! unchanged table costs one shared load and a comparison. Neither side waits for the
+//! other.
 
 use super::Table;
 use arc_swap::{ArcSwap, Cache};
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// The writing end; cloned into readers.
+/// The writing side; creates readers.
 #[derive(Debug, Clone)]
 pub struct TablePublisher {
     current: Arc<ArcSwap<Table>>,
@@ -19,8 +19,12 @@ pub struct TablePublisher {
 ///
 /// It keeps the table in an `Rc`, so that a session's hold on it touches no
 /// cache line another core writes.
-// The extra allocation is one a table, and spares every session two locked
-// operations on the table's shared count.
+// The `Rc` costs one allocation per table. It saves every session two locked operations
+// on the table's shared reference count.
+/// The reading side of one worker.
+///
+/// It keeps the table in an `Rc`, so that a session's reference does not touch a cache
+/// line that other cores write.
 #[allow(clippy::redundant_allocation)]
 #[derive(Debug)]
 pub struct TableReader {
@@ -31,22 +35,22 @@ pub struct TableReader {
 // === impl TablePublisher ===
 
 impl TablePublisher {
-    /// Starts with `first`.
+    /// Creates a publisher whose current table is `first`.
     pub fn new(first: Arc<Table>) -> TablePublisher {
         TablePublisher { current: Arc::new(ArcSwap::new(first)) }
     }
 
-    /// Replaces the table for every session that starts from now on.
+    /// Replaces the table for all sessions that start from now on.
     pub fn publish(&self, table: Arc<Table>) {
         self.current.store(table);
     }
 
-    /// The table as of now.
+    /// Returns the current table.
     pub fn current(&self) -> Arc<Table> {
         self.current.load_full()
     }
 
-    /// A reader for one worker.
+    /// Creates a reader for one worker.
     pub fn reader(&self) -> TableReader {
         let mut cache = Cache::new(Arc::clone(&self.current));
         let local = Rc::new(Arc::clone(cache.load()));
@@ -57,7 +61,7 @@ impl TablePublisher {
 // === impl TableReader ===
 
 impl TableReader {
-    /// The newest table.
+    /// Returns the newest table.
     #[inline]
     pub fn load(&mut self) -> Rc<Arc<Table>> {
         let newest = self.cache.load();
@@ -88,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn session_keeps_the_table_it_loaded_and_frees_it_at_its_end() {
+    fn session_keeps_its_table_and_releases_it_at_the_end() {
         let first = table(1);
         let publisher = TablePublisher::new(Arc::clone(&first));
         let mut reader = publisher.reader();

@@ -1,8 +1,8 @@
-//! Which pool a connection goes to, by what is known of it at accept.
+//! Routing: the pool of a connection, from what is known at accept.
 //!
-//! A frontend's routes are asked in order; the first of which all conditions hold takes
-//! the connection, else the frontend's pool does. Asked once for each session, and again
-//! for one that waits in a queue when the table changes. Nothing here picks a backend.
+//! The first route of a frontend whose conditions all hold decides. If none matches,
+//! the frontend's pool is used. Called once per session, and again for a queued session
+//! when the table changes. Nothing here picks a backend.
 
 use super::{FrontendRoute, PoolTable};
 use crate::model::{ClientAddr, RouteConfig};
@@ -10,24 +10,24 @@ use ipnet::IpNet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-/// What is known of a connection once it is accepted.
+/// What is known of an accepted connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConnectionFacts {
-    /// The client.
+    /// The client's address.
     pub client: ClientAddr,
-    /// Where the client has connected to.
+    /// The address that the client connected to.
     pub local: SocketAddr,
 }
 
-/// The route a connection takes: its position in the frontend from 1, or 0 for the
-/// frontend's pool.
+/// Number of the route that a connection uses: its position in the frontend from 1, or
+/// 0 for the frontend's pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct RouteNumber(u8);
 
 // === impl RouteNumber ===
 
 impl RouteNumber {
-    /// Position from 1; `None` for the frontend's pool.
+    /// Returns the position from 1; `None` for the frontend's pool.
     pub fn position(self) -> Option<u8> {
         (self.0 > 0).then_some(self.0)
     }
@@ -36,7 +36,7 @@ impl RouteNumber {
 // === impl FrontendRoute ===
 
 impl FrontendRoute {
-    /// The first route of which all conditions hold.
+    /// Returns the first route whose conditions all hold.
     #[inline]
     pub fn route(&self, facts: &ConnectionFacts) -> RouteNumber {
         if self.routes.is_empty() {
@@ -46,7 +46,7 @@ impl FrontendRoute {
         RouteNumber(first.map_or(0, |(position, _)| position))
     }
 
-    /// Where that route leads; `None` where it refuses.
+    /// Returns the pool of this route; `None` if the route rejects the connection.
     #[inline]
     pub fn pool_of(&self, number: RouteNumber) -> Option<&Arc<PoolTable>> {
         match number.position() {
@@ -55,13 +55,13 @@ impl FrontendRoute {
         }
     }
 
-    /// Every pool it leads to, the frontend's last; a pool of several routes comes several
-    /// times.
+    /// Returns every pool that the frontend routes to, its own pool last. A pool with
+    /// several routes appears several times.
     pub fn pools(&self) -> impl Iterator<Item = &Arc<PoolTable>> {
         self.routes.iter().flatten().chain(std::iter::once(&self.pool))
     }
 
-    /// Whether a route asks for the address that clients connect to.
+    /// Returns whether a route has a condition on the address that clients connect to.
     pub fn needs_local_address(&self) -> bool {
         self.spec.routes.iter().any(|route| !route.addresses.is_empty())
     }
@@ -74,7 +74,7 @@ fn matches(route: &RouteConfig, facts: &ConnectionFacts) -> bool {
         && lies_in(&route.sources, facts.client.ip())
 }
 
-/// Whether the address lies in one of the ranges, or there is none.
+/// Returns whether the address is in one of the ranges, or the list is empty.
 fn lies_in(ranges: &[IpNet], address: IpAddr) -> bool {
     ranges.is_empty() || ranges.iter().any(|range| range.contains(&address.to_canonical()))
 }

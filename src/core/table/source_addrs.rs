@@ -1,12 +1,12 @@
-//! From which of our addresses connections to one backend start, and how many
-//! of the ports there they hold.
+//! Source addresses of connections to one backend, and the number of local ports in use
+//! at each.
 //!
-//! Part of a backend's state: set by the controller, taken in turn by workers,
-//! read by the watch over ports. Nothing here binds or connects.
+//! Part of a backend's state: the controller sets it, workers take addresses in turn,
+//! and the port monitor reads the counts. Nothing here binds or connects.
 //!
-//! A connection is told from others by both addresses and both ports, so each
-//! pair of a source address and a backend has the whole range of local ports
-//! (ip(7), `ip_local_port_range`) to itself.
+//! A connection is identified by both addresses and both ports. Each pair of a source
+//! address and a backend therefore has the whole range of local ports (ip(7),
+//! `ip_local_port_range`).
 
 use crate::metrics::counters::{Counter, Sharded};
 use crate::model::SourceAddr;
@@ -14,54 +14,56 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// Addresses one connect attempt goes through before it gives up: looking for a
-/// free port in a range without one costs the kernel milliseconds.
-pub const WAYS_TRIED_MAX: usize = 4;
+/// Maximum number of source addresses per connect attempt. The search for a free port
+/// in an exhausted range costs the kernel milliseconds.
+pub const SOURCE_ADDRS_TRIED_MAX: usize = 4;
 
-/// How long a way without a free port is left alone, in milliseconds: long
-/// enough that a storm of connects does not search the range again for each,
-/// short enough that nobody notices once ports are free.
-const SPENT_MILLIS: u64 = 50;
+/// Time for which a source address without a free port is skipped, in milliseconds. It
+/// prevents a search of the same range for each connect, and is short compared with the
+/// time for which ports stay in TIME_WAIT.
+const EXHAUSTED_MILLIS: u64 = 50;
 
-/// The ways to one backend; at least one.
+/// The source addresses for one backend; at least one entry.
 #[derive(Debug)]
 pub struct SourceAddrs {
     list: Box<[Arc<CountedSource>]>,
     turn: AtomicUsize,
 }
 
-/// One of them.
+/// A source address and its counts.
 #[derive(Debug)]
 pub struct CountedSource {
     /// `None`: the kernel chooses.
     source: Option<SourceAddr>,
-    /// In the milliseconds of the process's clock.
-    spent_until: AtomicU64,
-    /// Of a way with an address of its own; the other's are its backend's.
+    /// In milliseconds of the process's clock.
+    exhausted_until: AtomicU64,
+    /// Set if `source` is. Otherwise the counters of the backend apply.
     counts: Option<Sharded<SourceAddrCounts>>,
 }
 
-/// What one worker has done on one way.
+/// Connections of one worker from one source address.
 #[derive(Debug, Default)]
 pub struct SourceAddrCounts {
-    /// Connections begun.
+    /// Connections started.
     pub begun: Counter,
-    /// Those of them that are closed.
+    /// Started connections that are closed.
     pub ended: Counter,
-    /// Those of them whose port the kernel keeps in TIME_WAIT.
+    /// Started connections that the kernel keeps in TIME_WAIT after Tidegate closed
+    /// them first.
     pub lingering: Counter,
 }
 
 // === impl SourceAddrs ===
 
 impl SourceAddrs {
-    /// The kernel chooses.
+    /// Lets the kernel choose the source address.
     pub fn any() -> SourceAddrs {
         SourceAddrs { list: Box::new([Arc::new(CountedSource::any())]), turn: AtomicUsize::new(0) }
     }
 
-    /// By those of `sources` that are of the backend's family; where there is
-    /// none, the kernel chooses. A way that was there `before` goes on counting.
+    /// Uses the addresses in `sources` that have the backend's address family. If there
+    /// is none, the kernel chooses. An address that is also in `before` keeps its
+    /// counts.
     pub fn new(
         sources: &[SourceAddr],
         to: Option<SocketAddr>,
@@ -70,7 +72,7 @@ impl SourceAddrs {
     ) -> SourceAddrs {
         let list: Vec<Arc<CountedSource>> = of_family(sources, to)
             .map(|source| {
-                let known = before.list.iter().find(|way| way.source == Some(source));
+                let known = before.list.iter().find(|counted| counted.source == Some(source));
                 known.map_or_else(|| Arc::new(CountedSource::from(source, workers)), Arc::clone)
             })
             .collect();
@@ -80,14 +82,14 @@ impl SourceAddrs {
         }
     }
 
-    /// Whether they are the ways over those sources already.
-    pub fn are_by(&self, sources: &[SourceAddr], to: Option<SocketAddr>) -> bool {
-        let mine = self.list.iter().filter_map(|way| way.source);
+    /// Returns whether this list already consists of the usable addresses in `sources`.
+    pub fn are_of(&self, sources: &[SourceAddr], to: Option<SocketAddr>) -> bool {
+        let mine = self.list.iter().filter_map(|counted| counted.source);
         mine.eq(of_family(sources, to))
     }
 
-    /// Those that had a free port when last tried, from the next in turn on; at
-    /// most [`WAYS_TRIED_MAX`].
+    /// Returns the addresses that are not marked as exhausted, starting with the next
+    /// in turn; at most [`SOURCE_ADDRS_TRIED_MAX`].
     pub fn round_robin(&self, now_millis: u64) -> impl Iterator<Item = &Arc<CountedSource>> {
         let first = match self.list.len() {
             1 => 0,
@@ -96,17 +98,17 @@ impl SourceAddrs {
         let (before, from) = self.list.split_at(first);
         from.iter()
             .chain(before)
-            .filter(move |way| now_millis >= way.spent_until.load(Ordering::Relaxed))
-            .take(WAYS_TRIED_MAX)
+            .filter(move |counted| now_millis >= counted.exhausted_until.load(Ordering::Relaxed))
+            .take(SOURCE_ADDRS_TRIED_MAX)
     }
 
-    /// Every one, in file order.
+    /// Returns all addresses in file order.
     pub fn iter(&self) -> impl Iterator<Item = &Arc<CountedSource>> {
         self.list.iter()
     }
 }
 
-/// Those from which that address can be reached at all.
+/// Returns the sources of the same address family as `to`.
 fn of_family(sources: &[SourceAddr], to: Option<SocketAddr>) -> impl Iterator<Item = SourceAddr> {
     let fits =
         move |source: &SourceAddr| to.is_some_and(|to| to.is_ipv4() == source.ip().is_ipv4());
@@ -117,28 +119,32 @@ fn of_family(sources: &[SourceAddr], to: Option<SocketAddr>) -> impl Iterator<It
 
 impl CountedSource {
     fn any() -> CountedSource {
-        CountedSource { source: None, spent_until: AtomicU64::new(0), counts: None }
+        CountedSource { source: None, exhausted_until: AtomicU64::new(0), counts: None }
     }
 
     fn from(source: SourceAddr, workers: usize) -> CountedSource {
         let counts = Sharded::new(workers, SourceAddrCounts::default);
-        CountedSource { source: Some(source), spent_until: AtomicU64::new(0), counts: Some(counts) }
+        CountedSource {
+            source: Some(source),
+            exhausted_until: AtomicU64::new(0),
+            counts: Some(counts),
+        }
     }
 
-    /// Where connections start; `None`: the kernel chooses.
+    /// Returns the address; `None` if the kernel chooses.
     pub fn source(&self) -> Option<SourceAddr> {
         self.source
     }
 
-    /// What was done on it; `None` where the backend's own counts tell.
+    /// Returns the counts; `None` if the counters of the backend apply.
     pub fn counts(&self) -> Option<&Sharded<SourceAddrCounts>> {
         self.counts.as_ref()
     }
 
-    /// It had no free port (or its address is gone): nobody tries it for a
-    /// moment.
-    pub fn is_exhausted(&self, now_millis: u64) {
-        self.spent_until.store(now_millis + SPENT_MILLIS, Ordering::Relaxed);
+    /// Marks the address as out of free ports, or as no longer local. It is skipped for
+    /// [`EXHAUSTED_MILLIS`].
+    pub fn mark_exhausted(&self, now_millis: u64) {
+        self.exhausted_until.store(now_millis + EXHAUSTED_MILLIS, Ordering::Relaxed);
     }
 }
 
@@ -151,53 +157,54 @@ mod tests {
         SourceAddr::new(text.parse().unwrap())
     }
 
-    fn ways(sources: &[&str], to: &str) -> SourceAddrs {
+    fn source_addrs(sources: &[&str], to: &str) -> SourceAddrs {
         let sources: Vec<SourceAddr> = sources.iter().map(|text| source(text)).collect();
         SourceAddrs::new(&sources, Some(to.parse().unwrap()), 1, &SourceAddrs::any())
     }
 
-    fn next(ways: &SourceAddrs, now: u64) -> Vec<String> {
-        let word =
-            |way: &Arc<CountedSource>| way.source.map_or("any".into(), |source| source.to_string());
-        ways.round_robin(now).map(word).collect()
+    fn next(addrs: &SourceAddrs, now: u64) -> Vec<String> {
+        let word = |counted: &Arc<CountedSource>| {
+            counted.source.map_or("any".into(), |source| source.to_string())
+        };
+        addrs.round_robin(now).map(word).collect()
     }
 
     #[test]
-    fn ways_take_turns_and_a_spent_one_sits_out_for_a_moment() {
-        let ways = ways(&["10.0.0.1", "10.0.0.2"], "10.0.1.1:80");
-        assert_eq!(next(&ways, 0), ["10.0.0.1", "10.0.0.2"]);
-        assert_eq!(next(&ways, 0), ["10.0.0.2", "10.0.0.1"]);
-        ways.iter().next().unwrap().is_exhausted(1000);
-        assert_eq!(next(&ways, 1049), ["10.0.0.2"]);
-        ways.iter().nth(1).unwrap().is_exhausted(1000);
-        assert_eq!(next(&ways, 1049), Vec::<String>::new(), "nobody asks the kernel");
-        assert_eq!(next(&ways, 1050).len(), 2);
+    fn source_addresses_take_turns_and_exhausted_ones_are_skipped_for_50_ms() {
+        let addrs = source_addrs(&["10.0.0.1", "10.0.0.2"], "10.0.1.1:80");
+        assert_eq!(next(&addrs, 0), ["10.0.0.1", "10.0.0.2"]);
+        assert_eq!(next(&addrs, 0), ["10.0.0.2", "10.0.0.1"]);
+        addrs.iter().next().unwrap().mark_exhausted(1000);
+        assert_eq!(next(&addrs, 1049), ["10.0.0.2"]);
+        addrs.iter().nth(1).unwrap().mark_exhausted(1000);
+        assert_eq!(next(&addrs, 1049), Vec::<String>::new(), "the kernel is not asked");
+        assert_eq!(next(&addrs, 1050).len(), 2);
     }
 
     #[test]
-    fn one_attempt_goes_through_few_of_many() {
+    fn connect_attempt_uses_at_most_four_source_addresses() {
         let sources: Vec<String> = (1..=20).map(|n| format!("10.0.0.{n}")).collect();
         let sources: Vec<&str> = sources.iter().map(String::as_str).collect();
-        assert_eq!(next(&ways(&sources, "10.0.1.1:80"), 0).len(), WAYS_TRIED_MAX);
+        assert_eq!(next(&source_addrs(&sources, "10.0.1.1:80"), 0).len(), SOURCE_ADDRS_TRIED_MAX);
     }
 
     #[test]
-    fn sources_are_of_the_backends_family_or_the_kernel_chooses() {
-        assert_eq!(next(&ways(&["10.0.0.1", "fd00::1"], "[fd00::2]:80"), 0), ["fd00::1"]);
-        assert_eq!(next(&ways(&["10.0.0.1"], "[fd00::2]:80"), 0), ["any"]);
+    fn kernel_chooses_if_no_source_has_the_family_of_the_backend() {
+        assert_eq!(next(&source_addrs(&["10.0.0.1", "fd00::1"], "[fd00::2]:80"), 0), ["fd00::1"]);
+        assert_eq!(next(&source_addrs(&["10.0.0.1"], "[fd00::2]:80"), 0), ["any"]);
         let unix = SourceAddrs::new(&[source("10.0.0.1")], None, 1, &SourceAddrs::any());
         assert_eq!(next(&unix, 0), ["any"]);
     }
 
     #[test]
-    fn a_source_that_stays_goes_on_counting() {
-        let before = ways(&["10.0.0.1", "10.0.0.2"], "10.0.1.1:80");
+    fn kept_source_address_keeps_its_counts() {
+        let before = source_addrs(&["10.0.0.1", "10.0.0.2"], "10.0.1.1:80");
         let kept = before.list[1].clone();
         kept.counts().unwrap().of(0).begun.add(3);
         let sources: [SourceAddr; 2] = [source("10.0.0.3"), source("10.0.0.2")];
         let to = Some("10.0.1.1:80".parse().unwrap());
         let after = SourceAddrs::new(&sources, to, 1, &before);
         assert!(Arc::ptr_eq(&after.list[1], &kept));
-        assert!(after.are_by(&sources, to) && !before.are_by(&sources, to));
+        assert!(after.are_of(&sources, to) && !before.are_of(&sources, to));
     }
 }

@@ -1,8 +1,8 @@
-//! Long-lived state of backends and frontends: what outlives every table.
+//! State of backends and frontends that outlives tables.
 //!
-//! Created by the controller, reached by workers through the table they loaded,
-//! read by the admin API. A reload that keeps a backend's identity keeps its
-//! state. Nothing here decides eligibility: that is derived at table build.
+//! The controller creates it, workers reach it through the table they loaded, and the
+//! admin API reads it. A reload that keeps a backend's identity keeps its state.
+//! Nothing here decides eligibility: that is derived at table build.
 
 use crate::balance::in_flight::InFlight;
 use crate::balance::latency::Latency;
@@ -15,90 +15,90 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-/// Names a backend for the life of the process; never used twice.
+/// Identifies a backend for the lifetime of the process; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BackendId(pub u32);
 
-/// Names a frontend for the life of the process; never used twice.
+/// Identifies a frontend for the lifetime of the process; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FrontendId(pub u32);
 
-/// What a backend is and has done, whatever tables came and went.
+/// Identity, counts and statistics of a backend, independent of tables.
 ///
-/// Identity is pool + name + address: a new address under an old name is a new
-/// backend with a state of its own.
+/// The identity is pool + name + address: a new address under an old name is a new
+/// backend with new state.
 #[derive(Debug)]
 pub struct BackendState {
-    /// Process-unique.
+    /// Unique in the process.
     pub id: BackendId,
     /// Name of its pool.
     pub pool: Arc<str>,
     /// Unique in its pool.
     pub name: Arc<str>,
-    /// Where it listens.
+    /// Address that it listens on.
     pub address: BackendAddr,
-    /// The address as text, made once for the access log.
+    /// The address as text, formatted once for the access log.
     pub address_text: Arc<str>,
-    /// Sessions holding this backend, from selection to close; all workers, and all
-    /// processes of an upgrade.
+    /// Sessions that hold a slot of this backend, from pick to close; over all workers
+    /// and all processes of an upgrade.
     pub in_flight: Arc<InFlight>,
-    /// What its connects and first bytes take, for `peak-ewma`; all workers.
+    /// Connect and first-byte latency for `peak-ewma`; over all workers.
     pub latency: Arc<Latency>,
-    /// Failures since the last success, all workers; see
-    /// [`BackendState::failed`].
+    /// Failures since the last success, over all workers; see [`BackendState::failed`].
     failures_in_a_row: AtomicU32,
-    /// Where connections to it start; replaced by the controller alone.
-    pub ways: ArcSwap<SourceAddrs>,
-    /// One shard a worker.
+    /// Source addresses of connections to it; only the controller replaces them.
+    pub source_addrs: ArcSwap<SourceAddrs>,
+    /// One shard per worker.
     pub counters: Sharded<BackendCounters>,
 }
 
-/// What one worker has seen of one backend.
+/// What one worker counted for one backend.
 #[derive(Debug, Default)]
 pub struct BackendCounters {
-    /// Sessions whose upstream connection stood.
+    /// Sessions whose backend connection was established.
     pub sessions: Counter,
-    /// Connections closed by us first, from wherever the kernel chose: their ports
-    /// are in TIME_WAIT for a while.
+    /// Connections that Tidegate closed first, with a source address that the kernel
+    /// chose: their ports stay in TIME_WAIT for a while.
     pub lingering: Counter,
-    /// Connect attempts that failed through the backend or the path to it.
+    /// Connect attempts that failed because of the backend or the path to it.
     pub connect_failures: Counter,
     /// Bytes from clients.
     pub bytes_in: Counter,
     /// Bytes to clients.
     pub bytes_out: Counter,
-    /// Sessions whose client spoke before the backend did.
+    /// Sessions whose client sent data before the backend did.
     pub questions: Counter,
-    /// Those of them that were answered.
+    /// Sessions in `questions` that the backend answered.
     pub answers: Counter,
-    /// Those of them that ended without an answer.
+    /// Sessions in `questions` that ended without an answer.
     pub unanswered: Counter,
-    /// Sum of log2(microseconds to the first byte) over `answers`, in
-    /// [`LOG_UNIT`]ths: their mean is the logarithm of the geometric mean, which
-    /// a few answers of a minute do not move far.
+    /// Sum of log2(microseconds to the first byte) over `answers`, in units of
+    /// 1/[`LOG_UNIT`]. Sum / `answers` is the logarithm of the geometric mean, which a
+    /// few extreme answers change only a little.
     pub answer_log2: Counter,
 }
 
-/// What one answer in `answer_log2` is counted in.
+/// Units of `answer_log2` per unit of log2.
 pub const LOG_UNIT: f64 = 1024.0;
 
-/// What a frontend has done, whatever tables came and went. Identity is its
-/// name.
+/// Identity, counts and statistics of a frontend, independent of tables. The identity
+/// is its name.
 #[derive(Debug)]
 pub struct FrontendState {
-    /// Process-unique.
+    /// Unique in the process.
     pub id: FrontendId,
     /// Unique among frontends.
     pub name: Arc<str>,
-    /// Sessions open now, likewise; enforces the frontend's `connections_max`.
+    /// Open sessions, over all workers and all processes of an upgrade; enforces the
+    /// frontend's `connections_max`.
     pub in_flight: InFlight,
-    /// What its sources have asked for; made when a limit is first asked about.
+    /// Usage per client source; created when a limit is first checked.
     pub sources: OnceLock<Arc<SourceTable>>,
-    /// One shard a worker.
+    /// One shard per worker.
     pub counters: Sharded<FrontendCounters>,
 }
 
-/// What one worker has seen of one frontend.
+/// What one worker counted for one frontend.
 #[derive(Debug)]
 pub struct FrontendCounters {
     /// Connections accepted.
@@ -107,16 +107,18 @@ pub struct FrontendCounters {
     pub bytes_in: Counter,
     /// Bytes to clients.
     pub bytes_out: Counter,
-    /// Let in past the limits of their sources, for want of room to count them.
+    /// Connections admitted without a check of their client source's limits because the
+    /// table of client sources was full.
     pub untracked: Counter,
-    /// Refused, by reason (row: `core::outcome::RefusedReason`; one column).
+    /// Rejected connections by reason (row: `core::outcome::RefusedReason`; one
+    /// column).
     pub refused: CounterTable,
 }
 
 // === impl BackendState ===
 
 impl BackendState {
-    /// A backend nobody has used yet.
+    /// Creates the state of a new backend.
     pub fn new(
         id: BackendId,
         pool: Arc<str>,
@@ -134,37 +136,38 @@ impl BackendState {
             in_flight: Arc::new(InFlight::new()),
             latency: Arc::new(Latency::new()),
             failures_in_a_row: AtomicU32::new(0),
-            ways: ArcSwap::from_pointee(SourceAddrs::any()),
+            source_addrs: ArcSwap::from_pointee(SourceAddrs::any()),
             counters: Sharded::new(workers, BackendCounters::default),
         }
     }
 
-    /// The same, its sessions counted there.
+    /// Replaces the in-flight count.
     pub fn counted_by(self, in_flight: InFlight) -> BackendState {
         BackendState { in_flight: Arc::new(in_flight), ..self }
     }
 
-    /// What makes it the same backend: pool, name and address.
+    /// Returns the identity: pool, name and address.
     pub fn identity(&self) -> (Arc<str>, Arc<str>, Arc<str>) {
         (Arc::clone(&self.pool), Arc::clone(&self.name), Arc::clone(&self.address_text))
     }
 
-    /// Has connections start at `sources` from now on; see [`SourceAddrs::new`].
+    /// Sets the source addresses of new connections; see [`SourceAddrs::new`].
     pub fn start_from(&self, sources: &[SourceAddr], workers: usize) {
         let to = match &self.address {
             BackendAddr::Tcp(to) => Some(*to),
             BackendAddr::Unix(_) => None,
         };
-        let before = self.ways.load();
-        if !before.are_by(sources, to) {
-            self.ways.store(Arc::new(SourceAddrs::new(sources, to, workers, &before)));
+        let before = self.source_addrs.load();
+        if !before.are_of(sources, to) {
+            self.source_addrs.store(Arc::new(SourceAddrs::new(sources, to, workers, &before)));
         }
     }
 
-    /// Notes a success: the row of failures ends. Where resets before the first
-    /// byte count as failures, a connection that stands is none yet; a first
-    /// byte or an end in order is. Costs one shared load while the backend is
-    /// well.
+    /// Records a success, which ends the row of failures. Costs one shared load while
+    /// there is no failure.
+    ///
+    /// If resets before the first byte count as failures, an established connection is
+    /// not a success yet. A first byte or a close with FIN is.
     #[inline]
     pub fn succeeded(&self) {
         if self.failures_in_a_row.load(Ordering::Relaxed) != 0 {
@@ -172,25 +175,25 @@ impl BackendState {
         }
     }
 
-    /// Notes a failed connect or early reset that is the backend's or its
-    /// path's, never a local one; gives the length of the row so far.
+    /// Records a failed connect or an early reset that the backend or its path caused,
+    /// never a local error. Returns the number of failures in a row.
     pub fn failed(&self) -> u32 {
         self.failures_in_a_row.fetch_add(1, Ordering::Relaxed).saturating_add(1)
     }
 
-    /// The length of the row of failures so far.
+    /// Returns the number of failures in a row.
     pub fn failed_in_a_row(&self) -> u32 {
         self.failures_in_a_row.load(Ordering::Relaxed)
     }
 
-    /// Notes that a client has spoken and now waits.
+    /// Records that a client has sent data and waits for an answer.
     #[inline]
     pub fn count_client_spoke(&self, worker: usize) {
         self.counters.of(worker).questions.add(1);
     }
 
-    /// Notes the first byte of a session; `after` is the time since the client
-    /// spoke, `None` where the backend spoke first.
+    /// Records the first byte from the backend. `after` is the time since the client's
+    /// first byte; `None` if the backend sent first.
     #[inline]
     pub fn count_answered(&self, worker: usize, after: Option<Duration>) {
         self.succeeded();
@@ -201,7 +204,7 @@ impl BackendState {
         counters.answers.add(1);
     }
 
-    /// Notes that a session ended while its client waited.
+    /// Records that a session ended while its client waited for an answer.
     pub fn count_unanswered(&self, worker: usize) {
         self.counters.of(worker).unanswered.add(1);
     }
@@ -210,8 +213,8 @@ impl BackendState {
 // === impl FrontendState ===
 
 impl FrontendState {
-    /// A frontend nobody has used yet. `refused_reasons` is the number of
-    /// refusal reasons there are.
+    /// Creates the state of a new frontend. `refused_reasons` is the number of
+    /// rejection reasons.
     pub fn new(id: FrontendId, name: Arc<str>, workers: usize, refused_reasons: usize) -> Self {
         FrontendState {
             id,
@@ -228,7 +231,7 @@ impl FrontendState {
         }
     }
 
-    /// The same, its sessions counted there.
+    /// Replaces the in-flight count.
     pub fn counted_by(self, in_flight: InFlight) -> FrontendState {
         FrontendState { in_flight, ..self }
     }

@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use tidegate_config as config;
 use tidegate_core::metrics::counters::LocalErrorKind;
 use tidegate_core::model::{ProbeKind, SourceAddr};
-use tidegate_core::table::source_addrs::WAYS_TRIED_MAX;
+use tidegate_core::table::source_addrs::SOURCE_ADDRS_TRIED_MAX;
 use tidegate_core::table::state::BackendId;
 use tokio::net::TcpStream;
 
@@ -30,7 +30,7 @@ pub(super) async fn connect(
     let fits = |source: &&SourceAddr| source.ip().is_ipv4() == to.is_ipv4();
     let fitting: Vec<SourceAddr> = sources.iter().filter(fits).copied().collect();
     let mut failed = None;
-    for step in 0..fitting.len().min(WAYS_TRIED_MAX) {
+    for step in 0..fitting.len().min(SOURCE_ADDRS_TRIED_MAX) {
         let source = fitting[turn.wrapping_add(step) % fitting.len()];
         match connect_tcp(Some(source.ip()), to, kind).await {
             Err(ProbeError::Local(reason, kind)) if of_source(kind) => {

@@ -199,10 +199,10 @@ fn start(ctx: &WorkerContext, backend: &BackendState) -> io::Result<StartedConne
     };
     let now = clock::millis(clock::now());
     let mut ended = io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
-    for source in backend.ways.load().round_robin(now) {
+    for source in backend.source_addrs.load().round_robin(now) {
         match stream::connect_checking_result(source.source().map(SourceAddr::ip), peer) {
             Err(error) if local_errors::local_error_kind(&error) == Some(LocalErrorKind::Ports) => {
-                source.is_exhausted(now);
+                source.mark_exhausted(now);
                 if source.source().is_some() {
                     ctx.local_error(LocalErrorKind::Ports, LocalErrorPlace::Connect, &error);
                 }

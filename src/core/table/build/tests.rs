@@ -1,4 +1,5 @@
-//! What a table is made of, and what it takes over from the one before.
+//! Tests of table builds: what a table contains and what it inherits from the previous
+//! one.
 
 use super::*;
 use crate::balance::PickKey;
@@ -38,7 +39,7 @@ fn backend(pool: &str, number: u8) -> BackendInput {
     }
 }
 
-/// The same backend as the controller would give it for the next table.
+/// The same backend as the controller passes it for the next table.
 fn again(backend: &BackendInput) -> BackendInput {
     BackendInput { state: Arc::clone(&backend.state), ..*backend }
 }
@@ -65,12 +66,12 @@ fn serving(pool: &PoolTable) -> String {
     pool.serving.iter().map(|b| &*b.name).collect()
 }
 
-/// The names of so many picks in a row.
+/// The names of `count` consecutive picks.
 fn picks(pool: &PoolTable, count: u64) -> String {
     (0..count).map(|n| pool.pick(draw(n), &[]).unwrap().backend().name.to_string()).collect()
 }
 
-// === who serves ===
+// === serving backends ===
 
 #[test]
 fn eligible_primaries_serve_and_backups_wait() {
@@ -96,7 +97,7 @@ fn refuse_resets_clients_without_eligible_backends() {
     web.backends.iter_mut().for_each(|b| b.eligible = false);
     let table = table(vec![web], None);
     assert_eq!(table.pools[0].pick(draw(0), &[]).unwrap_err(), NoBackend::NoneEligible);
-    assert!(table.pools[0].has_room(), "nobody to wait for: accept, then refuse");
+    assert!(table.pools[0].has_room(), "no slot will become free: accept, then reject");
 }
 
 #[test]
@@ -125,10 +126,10 @@ fn reservation_holds_a_slot_until_it_is_dropped() {
     assert_eq!(table.pools[0].serving[0].in_flight.get(), 0);
 }
 
-// === what is taken over ===
+// === inheritance from the previous table ===
 
 #[test]
-fn health_change_in_one_pool_leaves_the_others_as_they_are() {
+fn health_change_in_one_pool_leaves_other_pools_unchanged() {
     let (web, db) = (pool("web", Policy::SourceHash, 3), pool("db", Policy::SourceHash, 3));
     let first = table(vec![pool_again(&web), pool_again(&db)], None);
     let mut web_later = pool_again(&web);
@@ -140,7 +141,7 @@ fn health_change_in_one_pool_leaves_the_others_as_they_are() {
 }
 
 #[test]
-fn reload_with_other_timers_keeps_the_balancer_under_the_new_spec() {
+fn reload_with_other_timeouts_keeps_the_balancer() {
     let web = pool("web", Policy::SourceHash, 3);
     let first = table(vec![pool_again(&web)], None);
     let mut later = pool_again(&web);
@@ -152,7 +153,7 @@ fn reload_with_other_timers_keeps_the_balancer_under_the_new_spec() {
 }
 
 #[test]
-fn anything_a_pick_depends_on_makes_a_new_balancer() {
+fn change_that_affects_picks_builds_a_new_balancer() {
     let changes: [fn(&mut PoolInput); 4] = [
         |pool| pool.backends[1].effective_weight = 2,
         |pool| pool.backends[1].connections_max = 2,
@@ -174,7 +175,7 @@ fn anything_a_pick_depends_on_makes_a_new_balancer() {
 }
 
 #[test]
-fn new_backend_under_an_old_address_is_counted_on_its_own() {
+fn new_backend_at_an_old_address_has_its_own_count() {
     let web = pool("web", Policy::LeastConnections, 2);
     let first = table(vec![pool_again(&web)], None);
     let mut later = pool_again(&web);
@@ -186,7 +187,7 @@ fn new_backend_under_an_old_address_is_counted_on_its_own() {
 }
 
 #[test]
-fn round_robin_goes_on_over_a_cap_change() {
+fn round_robin_continues_after_a_cap_change() {
     let web = pool("web", Policy::WeightedRoundRobin, 3);
     let first = table(vec![pool_again(&web)], None);
     assert_eq!(picks(&first.pools[0], 2), "ab");
@@ -200,7 +201,7 @@ fn round_robin_goes_on_over_a_cap_change() {
 }
 
 #[test]
-fn round_robin_does_not_start_over_when_a_backend_leaves() {
+fn round_robin_keeps_its_relative_position_after_a_removal() {
     let web = pool("web", Policy::WeightedRoundRobin, 4);
     let first = table(vec![pool_again(&web)], None);
     assert_eq!(picks(&first.pools[0], 2), "ab");
@@ -211,7 +212,7 @@ fn round_robin_does_not_start_over_when_a_backend_leaves() {
 }
 
 #[test]
-fn removed_pool_is_gone_and_comes_back_afresh() {
+fn removed_pool_returns_with_a_new_position() {
     let (web, db) =
         (pool("web", Policy::WeightedRoundRobin, 2), pool("db", Policy::WeightedRoundRobin, 2));
     let first = table(vec![pool_again(&web), pool_again(&db)], None);
@@ -232,7 +233,7 @@ fn frontend(binds: &[Bind], routes: Vec<RouteConfig>) -> FrontendInput {
     }
 }
 
-/// Pools `web` and `db` behind that frontend.
+/// Builds a table with this frontend and the pools `web` and `db`.
 fn routed(frontend: FrontendInput) -> Table {
     let pools = vec![pool("web", Policy::Random, 1), pool("db", Policy::Random, 1)];
     let frontends = vec![frontend];
@@ -256,7 +257,7 @@ fn route(sources: &[&str], ports: &[RangeInclusive<u16>], target: RouteTarget) -
     RouteConfig { sources, ports: ports.to_vec(), addresses: vec![], target }
 }
 
-/// The pool that the connection goes to; `refused` where a route refuses it.
+/// Returns the pool of the connection, or `refused` if a route rejects it.
 fn taken(table: &Table, client: &str, local: &str) -> String {
     let client = ClientAddr::of_peer(PeerAddr::new(format!("{client}:5000").parse().unwrap()));
     let facts = ConnectionFacts { client, local: local.parse().unwrap() };
@@ -266,7 +267,7 @@ fn taken(table: &Table, client: &str, local: &str) -> String {
 }
 
 #[test]
-fn every_route_of_a_frontend_with_the_most_routes_is_asked() {
+fn all_255_routes_of_a_frontend_are_checked() {
     let routes = (1..=255).map(|port| route(&[], &[port..=port], RouteTarget::Pool("web".into())));
     let table = routed(frontend(&[], routes.collect()));
     assert_eq!(taken(&table, "192.0.2.1", "127.0.0.1:255"), "web");
@@ -274,7 +275,7 @@ fn every_route_of_a_frontend_with_the_most_routes_is_asked() {
 }
 
 #[test]
-fn the_first_route_whose_conditions_all_hold_is_taken() {
+fn first_route_with_all_conditions_met_is_used() {
     let web = || RouteTarget::Pool("web".into());
     let mut here = route(&[], &[], web());
     here.addresses = vec!["127.0.0.2/32".parse().unwrap()];
@@ -300,7 +301,7 @@ fn the_first_route_whose_conditions_all_hold_is_taken() {
 }
 
 #[test]
-fn a_changed_pool_is_changed_in_every_route_that_leads_to_it() {
+fn changed_pool_is_replaced_in_every_route_to_it() {
     let to_web = route(&["10.0.0.0/8"], &[], RouteTarget::Pool("web".into()));
     let refuses = route(&["10.0.0.0/9"], &[], RouteTarget::Refuse);
     let first = routed(frontend(&[], vec![refuses, to_web]));
@@ -312,7 +313,7 @@ fn a_changed_pool_is_changed_in_every_route_that_leads_to_it() {
     assert_eq!(taken(&second, "10.0.0.1", "127.0.0.1:80"), "refused");
 }
 
-// === what a pick holds ===
+// === trials ===
 
 #[test]
 fn unused_trial_goes_to_the_next_session() {
@@ -320,12 +321,12 @@ fn unused_trial_goes_to_the_next_session() {
     let table = table(vec![pool_again(&pool)], None);
     let in_flight = &pool.backends[0].state.in_flight;
     in_flight.begin_trial();
-    // Dropped before its session could try, as by a panic.
+    // Dropped before its session connects, as after a panic.
     drop(table.pools[0].pick(draw(0), &[]).unwrap());
     assert_eq!((in_flight.get(), in_flight.trial()), (0, TrialPhase::Open));
     let mut pick = table.pools[0].pick(draw(1), &[]).unwrap();
     assert!(pick.take_trial().is_some() && pick.take_trial().is_none());
-    // Whoever took it decides.
+    // The trial was taken, so the drop does not reopen it.
     drop(pick);
     assert_eq!((in_flight.get(), in_flight.trial()), (0, TrialPhase::Claimed));
 }

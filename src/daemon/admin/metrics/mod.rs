@@ -317,7 +317,7 @@ fn source_ports(out: &mut Encoder, snapshot: &AdminSnapshot, each: &[One<'_>]) {
     let mut samples = out.family(&families::PORTS_USED);
     for one in each.iter().filter(|one| source_ports::has_ports(&one.status.state)) {
         let state = &one.status.state;
-        for way in state.ways.load().iter() {
+        for way in state.source_addrs.load().iter() {
             let source = way.source().map_or_else(|| "any".to_owned(), |ip| ip.to_string());
             let used = snapshot.ports.used(state, way, snapshot.port_limits);
             samples.count_of(&one.labels, &[("source", &source)], used);
