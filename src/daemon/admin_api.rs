@@ -28,7 +28,7 @@ pub(super) struct AdminApi {
     socket: Option<OwnedFd>,
     listen: String,
     file: SocketFileLock,
-    crowding: DroppedConnections,
+    dropped: DroppedConnections,
     requests: mpsc::Sender<AdminRequest>,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<()>,
@@ -55,7 +55,7 @@ impl AdminApi {
         counters: Arc<WorkerCounters>,
     ) -> io::Result<AdminApi> {
         let (socket, file) = (Some(listener.share()?), listener.file());
-        let crowding = listener.crowding();
+        let dropped = listener.dropped();
         let (stop, stopped) = oneshot::channel::<()>();
         let stopped = async {
             // Without anybody to stop it, it goes on to the end of the runtime.
@@ -70,7 +70,7 @@ impl AdminApi {
                 tracing::error!(%error, "admin API stopped; restart or upgrade the process to get it back");
             }
         });
-        Ok(AdminApi { socket, listen, file, crowding, requests: own, stop: Some(stop), task })
+        Ok(AdminApi { socket, listen, file, dropped, requests: own, stop: Some(stop), task })
     }
 
     /// What another process needs to go on with it.
@@ -135,7 +135,7 @@ impl AdminEndpoint {
 
     /// Connections closed to make room for newer ones.
     pub(super) fn crowded(&self) -> u64 {
-        self.api.as_ref().map_or(0, |api| api.crowding.count())
+        self.api.as_ref().map_or(0, |api| api.dropped.count())
     }
 
     /// Another process answers from now on.

@@ -66,7 +66,7 @@ impl Api {
     ) -> Api {
         let listener =
             admin::bind(&Admin { listen, token_file: None, backend_metrics_max: 0 }).unwrap();
-        let (address, crowding) = (listener.address(), listener.crowding());
+        let (address, crowding) = (listener.address(), listener.dropped());
         let tokens = token.map(|token| Token::new(token.as_bytes()).unwrap());
         let tokens = Arc::new(TokenStore::new(tokens));
         let (readiness, shut_down) = (ReadyState::new(), Arc::new(AtomicBool::new(false)));

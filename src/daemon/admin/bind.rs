@@ -1,8 +1,10 @@
-//! Binding the admin API's listener.
+//! Binds the listener of the admin API.
 //!
-//! Called once by `daemon` at start. Other users can connect to a Unix socket at no
-//! moment. A socket on which another process listens is never taken over, and what is
-//! not a socket is never removed.
+//! Called once by `daemon` at start.
+//!
+//! - Other users can never connect to a Unix socket, not even while it is created.
+//! - A socket on which another process listens is never replaced.
+//! - A file that is not a socket is never removed.
 
 use super::serve::DroppedConnections;
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -18,13 +20,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tidegate_core::model::{Admin, AdminListen};
 
-/// A bound listener, not yet served. Dropping it removes its socket file if
-/// that is still its own.
+/// A bound listener that is not served yet. Dropping it removes its socket file, unless
+/// another process has replaced the file.
 #[derive(Debug)]
 pub struct AdminListener {
     pub(super) socket: BoundAdminSocket,
     pub(super) file: Option<SocketFile>,
-    pub(super) crowding: DroppedConnections,
+    pub(super) dropped: DroppedConnections,
     address: AdminListen,
 }
 
@@ -34,49 +36,49 @@ pub(super) enum BoundAdminSocket {
     Tcp(std::net::TcpListener),
 }
 
-/// The name a listener has in the file system.
+/// The socket file of a listener.
 #[derive(Debug)]
 pub(super) struct SocketFile {
     path: PathBuf,
-    /// Device and inode.
+    /// Device and inode number.
     identity: (u64, u64),
-    /// Another process answers there.
+    /// True while another process uses the file, so it must not be removed.
     kept: Arc<AtomicBool>,
 }
 
-/// Whether a listener's file is removed when it is dropped; shared with the
-/// listener, wherever that is.
+/// Controls whether the socket file is removed when its listener is dropped. Shared with
+/// the listener.
 #[derive(Debug, Clone, Default)]
 pub struct SocketFileLock {
     identity: Option<(u64, u64)>,
     kept: Arc<AtomicBool>,
 }
 
-/// Why the API cannot listen.
+/// Why the admin API cannot listen.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminBindError {
-    /// Another process listens there.
+    /// Another process listens on the address.
     #[error("another process is listening on {0}")]
     Live(AdminListen),
-    /// There is something else than a socket at its path.
+    /// The file at the path is not a socket.
     #[error("{} is not a socket; remove it or choose another [admin] listen", .0.display())]
     NotASocket(PathBuf),
     /// A system call failed.
     #[error("cannot {doing} {address}: {source}")]
     Io {
-        /// What was tried, such as `bind`.
+        /// The operation that failed, such as `bind`.
         doing: &'static str,
-        /// Where.
+        /// The address.
         address: AdminListen,
-        /// Why not.
+        /// The error.
         source: io::Error,
     },
 }
 
-/// Connections the kernel keeps while [`super::serve`] is at its own bound.
+/// Length of the listen queue, used while [`super::serve`] is at its cap.
 const BACKLOG: i32 = 128;
 
-/// Two processes that start at once take turns within this; see [`lock`].
+/// Attempts and pause of [`lock`]; together at most 0.5 s.
 const LOCK_TRIES: u32 = 50;
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
@@ -95,9 +97,9 @@ pub fn bind(admin: &Admin) -> Result<AdminListener, AdminBindError> {
     }
 }
 
-/// Takes the listener of another process. `file` is the identity of its socket's file,
-/// if it had one of its own; the file stays until [`SocketFileLock::own`] is called.
-/// `None` if the file is there no more.
+/// Takes over the listener of another process. `file` is the identity of its socket file,
+/// if it has one. The file is not removed until [`SocketFileLock::own`] is called.
+/// Returns `None` if the file no longer exists or was replaced.
 pub fn take_over(
     admin: &Admin,
     socket: OwnedFd,
@@ -120,7 +122,7 @@ pub fn take_over(
     Some(AdminListener::new(BoundAdminSocket::Unix(socket.into()), file, &admin.listen))
 }
 
-/// Device and inode.
+/// Returns device and inode number.
 fn identity_of(path: &Path) -> io::Result<(u64, u64)> {
     std::fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
 }
@@ -165,8 +167,8 @@ fn bind_unix(path: &Path, address: &AdminListen) -> Result<AdminListener, AdminB
     let _lock = lock(directory);
     refuse_unless_free(path, address)?;
 
-    // Bound under another name and renamed when its mode is right: a client that finds
-    // the socket at its path finds it listening and closed to other users.
+    // The socket is bound under a temporary name, and renamed once its mode is set and it
+    // listens. Clients never find it in another state.
     let temporary = directory.join(format!(".tg{}", std::process::id()));
     let _ = std::fs::remove_file(&temporary);
     let socket = listen_unix(&temporary, path).inspect_err(|_| {
@@ -177,7 +179,7 @@ fn bind_unix(path: &Path, address: &AdminListen) -> Result<AdminListener, AdminB
 }
 
 fn listen_unix(temporary: &Path, path: &Path) -> io::Result<(Socket, SocketFile)> {
-    // Fails for a path too long for a socket before anything is made.
+    // Checks the length of the path before any file is created.
     SockAddr::unix(path)?;
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
@@ -189,7 +191,7 @@ fn listen_unix(temporary: &Path, path: &Path) -> io::Result<(Socket, SocketFile)
     Ok((socket, SocketFile { path: path.to_owned(), identity, kept: Arc::default() }))
 }
 
-/// Nothing is there, or a socket on which no process listens.
+/// Returns an error unless the path is free or is a socket without a listening process.
 fn refuse_unless_free(path: &Path, address: &AdminListen) -> Result<(), AdminBindError> {
     let fail = |source| AdminBindError::Io { doing: "inspect", address: address.clone(), source };
     match std::fs::symlink_metadata(path) {
@@ -202,7 +204,7 @@ fn refuse_unless_free(path: &Path, address: &AdminListen) -> Result<(), AdminBin
     }
     let connected = || -> io::Result<()> {
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-        // A blocking connect would wait while the other's queue is full.
+        // A blocking connect would wait while the listen queue is full.
         socket.set_nonblocking(true)?;
         socket.connect(&SockAddr::unix(path)?)
     };
@@ -213,9 +215,9 @@ fn refuse_unless_free(path: &Path, address: &AdminListen) -> Result<(), AdminBin
     }
 }
 
-/// Without it, two processes could find the same stale socket, and one of them could
-/// remove the new socket of the other. Best effort: if the directory cannot be locked in
-/// time, the process starts without the lock.
+/// Locks the directory of the socket. Without the lock, two starting processes could find
+/// the same stale socket, and one could remove the new socket of the other. Returns `None`
+/// if the directory cannot be locked in time; the process then starts without the lock.
 fn lock(directory: &Path) -> Option<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let fd = rustix::fs::open(directory, flags, Mode::empty()).ok()?;
@@ -239,17 +241,17 @@ impl AdminListener {
         AdminListener {
             socket,
             file,
-            crowding: DroppedConnections::default(),
+            dropped: DroppedConnections::default(),
             address: address.clone(),
         }
     }
 
-    /// What is counted while it is served.
-    pub fn crowding(&self) -> DroppedConnections {
-        self.crowding.clone()
+    /// Returns the counter of connections closed to accept newer ones.
+    pub fn dropped(&self) -> DroppedConnections {
+        self.dropped.clone()
     }
 
-    /// As configured, except that port 0 has become the real port.
+    /// Returns the configured address, with the bound port in place of port 0.
     pub fn address(&self) -> AdminListen {
         match &self.socket {
             BoundAdminSocket::Tcp(listener) => {
@@ -259,10 +261,10 @@ impl AdminListener {
         }
     }
 
-    /// A second handle of the socket.
+    /// Returns a second descriptor of the socket.
     ///
     /// # Errors
-    /// No descriptors left.
+    /// No descriptor is free.
     pub fn share(&self) -> io::Result<OwnedFd> {
         match &self.socket {
             BoundAdminSocket::Unix(listener) => listener.as_fd().try_clone_to_owned(),
@@ -270,7 +272,7 @@ impl AdminListener {
         }
     }
 
-    /// Decides whether the file is removed.
+    /// Returns the control over the removal of the file.
     pub fn file(&self) -> SocketFileLock {
         self.file.as_ref().map_or_else(SocketFileLock::default, |file| SocketFileLock {
             identity: Some(file.identity),
@@ -282,17 +284,17 @@ impl AdminListener {
 // === impl SocketFileLock ===
 
 impl SocketFileLock {
-    /// Device and inode of the file, if the listener has one of its own.
+    /// Returns device and inode number of the file, if the listener has a file.
     pub fn identity(&self) -> Option<(u64, u64)> {
         self.identity
     }
 
-    /// The file is another process's.
+    /// Keeps the file when the listener is dropped, because another process uses it.
     pub fn hold_lock(&self) {
         self.kept.store(true, Ordering::Relaxed);
     }
 
-    /// The file is this process's, to be removed with the listener.
+    /// Removes the file when the listener is dropped.
     pub fn own(&self) {
         self.kept.store(false, Ordering::Relaxed);
     }
@@ -306,7 +308,7 @@ impl Drop for SocketFile {
             return;
         }
         if identity_of(&self.path).is_ok_and(|found| found == self.identity) {
-            // Left behind it is stale, and the next start replaces it.
+            // On an error the file stays. It is stale then, and the next start replaces it.
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -326,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_is_private_and_gone_after_a_clean_drop() {
+    fn socket_is_private_and_removed_on_drop() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run/tidegate/admin.sock");
         let listener = bind(&at(&path)).unwrap();
@@ -337,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stale_socket_is_replaced() {
+    fn stale_socket_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("admin.sock");
         drop(UnixListener::bind(&path).unwrap());
@@ -346,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn a_live_socket_is_left_alone_even_with_its_queue_full() {
+    fn socket_in_use_is_kept_even_with_a_full_listen_queue() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("admin.sock");
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
@@ -357,13 +359,13 @@ mod tests {
             error.to_string(),
             format!("another process is listening on unix:{}", path.display())
         );
-        // The first check's connection, never accepted, fills the queue.
+        // The connection of the first check is never accepted and fills the queue.
         assert!(matches!(bind(&at(&path)), Err(AdminBindError::Live(_))));
         assert!(path.exists());
     }
 
     #[test]
-    fn what_is_not_a_socket_is_left_alone() {
+    fn file_that_is_not_a_socket_is_kept() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("admin.sock");
         std::fs::write(&path, "precious").unwrap();
@@ -378,16 +380,16 @@ mod tests {
     fn replaced_socket_file_survives_the_drop() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("admin.sock");
-        let ours = bind(&at(&path)).unwrap();
+        let old = bind(&at(&path)).unwrap();
         std::fs::remove_file(&path).unwrap();
-        let theirs = UnixListener::bind(&path).unwrap();
-        drop(ours);
+        let replacement = UnixListener::bind(&path).unwrap();
+        drop(old);
         assert!(path.exists());
-        drop(theirs);
+        drop(replacement);
     }
 
     #[test]
-    fn a_listener_that_moved_to_another_process_keeps_its_file() {
+    fn listener_handed_to_another_process_keeps_its_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("admin.sock");
         let old = bind(&at(&path)).unwrap();
@@ -398,7 +400,7 @@ mod tests {
         UnixStream::connect(&path).unwrap();
         let (socket, keeper) = (new.share().unwrap(), new.file());
         drop(new);
-        assert!(path.exists(), "it was not this one's yet");
+        assert!(path.exists(), "the new listener did not own the file yet");
         let new = take_over(&at(&path), socket.try_clone().unwrap(), keeper.identity()).unwrap();
         new.file().own();
         drop(new);
@@ -407,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_too_long_for_a_socket_is_an_error_and_leaves_nothing() {
+    fn too_long_socket_path_is_an_error_and_creates_no_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x".repeat(120));
         assert!(matches!(bind(&at(&path)), Err(AdminBindError::Io { .. })));
@@ -415,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tcp_port_in_use_is_told_apart() {
+    fn tcp_port_in_use_has_its_own_error() {
         let listen = AdminListen::Tcp("127.0.0.1:0".parse().unwrap());
         let first = bind(&Admin { listen, token_file: None, backend_metrics_max: 0 }).unwrap();
         let again = Admin { listen: first.address(), token_file: None, backend_metrics_max: 0 };

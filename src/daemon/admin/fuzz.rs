@@ -1,9 +1,11 @@
-//! Any bytes as a request of a client of the admin API.
+//! Fuzz target: arbitrary bytes as requests of an admin API client.
 //!
-//! Called through `crate::fuzz`. The bytes go through the very connection,
-//! guard and router that serve clients; only the socket and the control loop are
-//! simulated. Nothing may panic, each answer is HTTP, and what a client may not ask for
-//! never reaches the control loop.
+//! Called through `crate::fuzz`. The bytes pass the same connection, guard and router
+//! that serve clients. Only the socket and the control loop are simulated.
+//!
+//! - Nothing panics.
+//! - Each answer is HTTP.
+//! - A request that the client must not make never reaches the control loop.
 
 use super::guard::Transport;
 use super::routes::{ApiState, router};
@@ -17,36 +19,36 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
 
-/// A client knows it exactly if its bytes hold it.
+/// A client knows the token if its bytes contain it.
 const TOKEN: &[u8] = b"sixteen-and-more";
 
-/// Bytes that fit between the two ends.
-const WIRE: usize = 16 * 1024;
+/// Capacity of the simulated connection, in bytes.
+const PIPE_BYTES: usize = 16 * 1024;
 
 thread_local! {
     static RUNTIME: Runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build()
-        .expect("a runtime of timers alone needs nothing");
+        .expect("a runtime with only timers starts");
 }
 
-/// The first byte says where the request comes in and what the control loop
-/// answers; the rest is what the client says before it ends its side.
+/// Checks one input. The first byte selects the transport and the answers of the control
+/// loop. The client sends the other bytes and then closes its side.
 pub fn check(data: &[u8]) {
-    let [mode, said @ ..] = data else { return };
+    let [mode, sent @ ..] = data else { return };
     let mode = *mode;
-    let entrance = match mode & 3 {
+    let transport = match mode & 3 {
         0 => Transport::Unix,
         1 | 2 => Transport::Tcp(([127, 0, 0, 1], 9900).into()),
         _ => Transport::Tcp(([192, 0, 2, 1], 9900).into()),
     };
     let token = (mode & 3 != 1).then(|| Token::new(TOKEN)).flatten();
-    let token_known = token.is_some() && said.windows(TOKEN.len()).any(|part| part == TOKEN);
+    let token_known = token.is_some() && sent.windows(TOKEN.len()).any(|part| part == TOKEN);
     let (answers, asked) =
-        RUNTIME.with(|runtime| runtime.block_on(talk(entrance, token, said, mode)));
+        RUNTIME.with(|runtime| runtime.block_on(talk(transport, token, sent, mode)));
     assert!(answers.is_empty() || answers.starts_with(b"HTTP/1."), "{}", answers.escape_ascii());
     for request in asked {
-        let Transport::Tcp(listen) = entrance else { continue };
+        let Transport::Tcp(listen) = transport else { continue };
         let harmless = matches!(
             request,
             AdminRequest::Status(_) | AdminRequest::Metrics(_) | AdminRequest::Explain { .. }
@@ -60,11 +62,11 @@ pub fn check(data: &[u8]) {
     }
 }
 
-/// What was answered, and what the control loop was asked.
+/// Returns the answers, and the requests that reached the control loop.
 async fn talk(
-    entrance: Transport,
+    transport: Transport,
     token: Option<Token>,
-    said: &[u8],
+    sent: &[u8],
     mode: u8,
 ) -> (Vec<u8>, Vec<AdminRequest>) {
     let (requests, control) = mpsc::channel(super::REQUESTS_MAX);
@@ -73,72 +75,73 @@ async fn talk(
         readiness.set_ready();
     }
     let tokens = Arc::new(TokenStore::new(token));
-    let routes = router(Arc::new(ApiState { entrance, tokens, requests, readiness }));
-    let (near, far) = duplex(WIRE);
+    let state = ApiState { entrance: transport, tokens, requests, readiness };
+    let routes = router(Arc::new(state));
+    let (near, far) = duplex(PIPE_BYTES);
     let (_closing, closed) = watch::channel(false);
     let served = only_connection(far, routes, closed);
     let ((), answers, asked) =
-        tokio::join!(served, client(near, said), control_loop(control, mode & 8 != 0));
+        tokio::join!(served, client(near, sent), control_loop(control, mode & 8 != 0));
     (answers, asked)
 }
 
-async fn client(stream: DuplexStream, said: &[u8]) -> Vec<u8> {
+async fn client(stream: DuplexStream, sent: &[u8]) -> Vec<u8> {
     let (mut read, mut write) = tokio::io::split(stream);
-    let say = async move {
-        // A connection that is closed early takes no more.
-        let _ = write.write_all(said).await;
+    let send = async move {
+        // The write fails if the server has closed the connection early.
+        let _ = write.write_all(sent).await;
         let _ = write.shutdown().await;
     };
     let mut answers = Vec::new();
-    let (_, read) = tokio::join!(say, read.read_to_end(&mut answers));
+    let (_, read) = tokio::join!(send, read.read_to_end(&mut answers));
     read.expect("memory does not fail");
     answers
 }
 
-/// Answers everything; gives what it was asked, with the replies taken out.
+/// Answers all requests and returns them without their reply channels.
 async fn control_loop(
     mut requests: mpsc::Receiver<AdminRequest>,
-    refuses: bool,
+    rejects: bool,
 ) -> Vec<AdminRequest> {
     let mut asked = Vec::new();
     while let Some(request) = requests.recv().await {
-        asked.push(answer(request, refuses));
+        asked.push(answer(request, rejects));
     }
     asked
 }
 
-/// A reply without a receiver.
-fn nobody<T>() -> tokio::sync::oneshot::Sender<T> {
+/// Returns a reply channel without a receiver.
+fn no_receiver<T>() -> tokio::sync::oneshot::Sender<T> {
     tokio::sync::oneshot::channel().0
 }
 
-fn answer(request: AdminRequest, refuses: bool) -> AdminRequest {
-    let unknown = || if refuses { Err(OperatorError::UnknownBackend) } else { Ok(()) };
+fn answer(request: AdminRequest, rejects: bool) -> AdminRequest {
+    let unknown = || if rejects { Err(OperatorError::UnknownBackend) } else { Ok(()) };
     match request {
         AdminRequest::Status(reply) => {
             let _ = reply.send("{}".to_owned());
-            AdminRequest::Status(nobody())
+            AdminRequest::Status(no_receiver())
         }
         AdminRequest::Metrics(reply) => {
             let _ = reply.send(String::new());
-            AdminRequest::Metrics(nobody())
+            AdminRequest::Metrics(no_receiver())
         }
         #[cfg(debug_assertions)]
         AdminRequest::Fault { place, worker, millis, reply } => {
             let _ = reply.send(false);
-            AdminRequest::Fault { place, worker, millis, reply: nobody() }
+            AdminRequest::Fault { place, worker, millis, reply: no_receiver() }
         }
         AdminRequest::Shutdown(reply) => {
             let _ = reply.send(());
-            AdminRequest::Shutdown(nobody())
+            AdminRequest::Shutdown(no_receiver())
         }
         AdminRequest::Explain { pool, backend, reply } => {
             let _ = reply.send(unknown().map(|()| "{}".to_owned()));
-            AdminRequest::Explain { pool, backend, reply: nobody() }
+            AdminRequest::Explain { pool, backend, reply: no_receiver() }
         }
         AdminRequest::SetIntent { pool, backend, intent, reply } => {
             let _ = reply.send(unknown());
-            AdminRequest::SetIntent { pool, backend, intent, reply: nobody() }
+            AdminRequest::SetIntent { pool, backend, intent, reply: no_receiver() }
         }
         AdminRequest::Reload(reply) => {
             let problem = ProblemDoc {
@@ -151,14 +154,14 @@ fn answer(request: AdminRequest, refuses: bool) -> AdminRequest {
             };
             let reloaded = ReloadDoc { generation: 2, changed: true, warnings: Vec::new() };
             let refused = ReloadError::Problems(vec![problem]);
-            let _ = reply.send(if refuses { Err(refused) } else { Ok(reloaded) });
-            AdminRequest::Reload(nobody())
+            let _ = reply.send(if rejects { Err(refused) } else { Ok(reloaded) });
+            AdminRequest::Reload(no_receiver())
         }
         AdminRequest::Upgrade { binary, config, asked_over, reply } => {
             let upgraded = UpgradeDoc { pid: 1, version: "1".to_owned(), generation: 2 };
             let refused = UpgradeError::Refused("not now".to_owned());
-            let _ = reply.send(if refuses { Err(refused) } else { Ok(upgraded) });
-            AdminRequest::Upgrade { binary, config, asked_over, reply: nobody() }
+            let _ = reply.send(if rejects { Err(refused) } else { Ok(upgraded) });
+            AdminRequest::Upgrade { binary, config, asked_over, reply: no_receiver() }
         }
     }
 }

@@ -1,9 +1,11 @@
-//! The checks that every admin request passes before it is routed.
+//! Checks every admin request before it is routed.
 //!
-//! A layer around the routes. Over a Unix socket the file's mode is the check;
-//! over TCP it is `Host` (a web page whose name was rebound to this address
-//! must not get through), `Origin` and the bearer token. It never looks into a
-//! body, it only bounds it.
+//! Mounted by `routes` as a layer around all endpoints. It bounds request bodies and
+//! never reads their content.
+//!
+//! - Unix socket: the mode of the file is the access check.
+//! - TCP: `Host` must be an address or `localhost`, against web pages that use DNS
+//!   rebinding. `Origin` must be absent. The bearer token is checked last.
 
 use super::routes::{ApiState, ErrorResponse};
 use axum::body::Body;
@@ -17,23 +19,23 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Where a request came in.
+/// The kind of listener that accepted a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Transport {
-    /// A client that may open the socket may do everything.
+    /// A Unix socket. A client that can open it may make every request.
     Unix,
-    /// Listening on this address.
+    /// TCP, with the listen address.
     Tcp(SocketAddr),
 }
 
-/// No request needs a body; up to this length one is read and discarded, so that the
-/// connection stays usable.
+/// Limit on request bodies. No request needs a body. A body up to this length is read and
+/// discarded, so that the connection stays usable.
 const BODY_MAX: usize = 64 * 1024;
 
-/// Time for a whole body to arrive.
+/// Timeout for a complete body.
 const BODY_READ_MAX: Duration = Duration::from_secs(5);
 
-/// The layer: checks the head, discards the body, calls the route.
+/// Checks the head, discards the body and calls the route.
 pub(super) async fn guard(
     State(api): State<Arc<ApiState>>,
     request: Request,
@@ -43,17 +45,17 @@ pub(super) async fn guard(
     let checked = check_host(&parts.headers, parts.uri.host(), parts.version, api.entrance)
         .and_then(|()| check_origin(&parts.method, &parts.headers, api.entrance))
         .and_then(|()| check_token(&parts.method, &parts.headers, &api));
-    if let Err(refusal) = checked {
-        return refusal.into_response();
+    if let Err(rejection) = checked {
+        return rejection.into_response();
     }
-    if let Err(refusal) = discard(&parts.headers, body).await {
-        return refusal.into_response();
+    if let Err(rejection) = discard(&parts.headers, body).await {
+        return rejection.into_response();
     }
     next.run(Request::from_parts(parts, Body::empty())).await
 }
 
-/// RFC 9112 section 3.2: exactly one `Host`; a request target with an authority
-/// overrides it.
+/// Checks `Host` (RFC 9112 section 3.2). The header must occur once. The authority of an
+/// absolute request target is checked too, because it overrides the header.
 fn check_host(
     headers: &HeaderMap,
     target: Option<&str>,
@@ -67,7 +69,7 @@ fn check_host(
     let mut hosts = headers.get_all(HOST).iter();
     let host = match (hosts.next(), hosts.next()) {
         (Some(host), None) => host,
-        // Browsers always send one, so this is no page's request.
+        // Browsers always send a `Host`, so no web page makes such a request.
         (None, _) if version == Version::HTTP_10 && target.is_none() => return Ok(()),
         _ => return Err(bad(StatusCode::BAD_REQUEST, "send exactly one Host header")),
     };
@@ -78,8 +80,8 @@ fn check_host(
     Err(bad(StatusCode::FORBIDDEN, "Host must be an IP address or localhost"))
 }
 
-/// `IP`, `IP:PORT`, `[IP6]`, `[IP6]:PORT`, `localhost` or `localhost:PORT`. The
-/// listen address is always among them.
+/// Accepts `IP`, `IP:PORT`, `[IP6]`, `[IP6]:PORT`, `localhost` and `localhost:PORT`. The
+/// listen address always has one of these forms.
 fn is_ip_or_localhost(host: &str) -> bool {
     if let Some(rest) = host.strip_prefix('[') {
         return rest.split_once(']').is_some_and(|(address, port)| {
@@ -97,22 +99,22 @@ fn is_port(text: &str) -> bool {
     text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse::<u16>().is_ok()
 }
 
-/// Only browsers send `Origin`, and no page has business here: not to change
-/// anything, and over TCP not to read either.
+/// Rejects requests of web pages: only browsers send `Origin`. Web pages must not change
+/// anything, and over TCP they must not read anything either.
 fn check_origin(
     method: &Method,
     headers: &HeaderMap,
     entrance: Transport,
 ) -> Result<(), ErrorResponse> {
-    let matters = method == Method::POST || entrance != Transport::Unix;
-    if matters && headers.contains_key(ORIGIN) {
+    let applies = method == Method::POST || entrance != Transport::Unix;
+    if applies && headers.contains_key(ORIGIN) {
         let detail = "requests with an Origin header are rejected";
         return Err(ErrorResponse::new(StatusCode::FORBIDDEN, "origin not allowed", detail));
     }
     Ok(())
 }
 
-/// Over TCP every POST needs the token, and off loopback every request does.
+/// Checks the token. Over TCP every POST needs it, and off loopback every request.
 fn check_token(method: &Method, headers: &HeaderMap, api: &ApiState) -> Result<(), ErrorResponse> {
     let Transport::Tcp(listen) = api.entrance else { return Ok(()) };
     if method != Method::POST && listen.ip().is_loopback() {
@@ -134,7 +136,8 @@ fn check_token(method: &Method, headers: &HeaderMap, api: &ApiState) -> Result<(
     }
 }
 
-/// RFC 6750 section 2.1; the scheme's case does not matter (RFC 9110, 11.1).
+/// Parses a bearer token (RFC 6750 section 2.1). The case of the scheme does not matter
+/// (RFC 9110 section 11.1).
 fn bearer_token<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h [u8]> {
     let value = headers.get(name)?.as_bytes();
     let (scheme, token) = value.split_at_checked(7)?;
@@ -172,7 +175,7 @@ mod tests {
     use super::is_ip_or_localhost;
 
     #[test]
-    fn only_addresses_and_localhost_are_accepted_hosts() {
+    fn host_must_be_an_address_or_localhost() {
         for host in ["127.0.0.1", "127.0.0.1:9900", "[::1]", "[::1]:80", "localhost", "LocalHost:1"]
         {
             assert!(is_ip_or_localhost(host), "{host}");

@@ -1,8 +1,8 @@
-//! Serving the admin API: accept, bound, end.
+//! Serves the admin API: accepts connections, bounds their number, ends them.
 //!
-//! Runs on the control thread's runtime until `daemon` stops it. A slow or silent
-//! client costs one of [`CONNECTIONS_MAX`] connections until a newer client needs it,
-//! and delays no request of another client.
+//! Started by `daemon` on the runtime of the control thread. A slow or silent client
+//! occupies one of [`CONNECTIONS_MAX`] connections until a newer client needs it. It
+//! never delays a request of another client.
 
 use super::bind::BoundAdminSocket;
 use super::guard::Transport;
@@ -30,36 +30,37 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-/// Connections served at once: a few people, a few scrapers, and the same number again.
-/// Beyond it the connection that has asked nothing for longest is closed, which is
-/// counted; while all of them are asking, newer ones wait in the listen queue.
+/// Cap on open connections: twice what a few people and a few scrapers need. At the cap,
+/// the connection that has been idle for longest is closed and counted. If no connection
+/// is idle, new connections wait in the listen queue.
 const CONNECTIONS_MAX: usize = 32;
 
-/// How long a connection may ask nothing before it can be closed for a newer one: a
-/// client that connects to ask does so within a round trip.
+/// Idle time after which a connection can be closed for a newer one. A client sends its
+/// request within one round trip after it connects.
 const IDLE_MIN: Duration = Duration::from_millis(100);
 
-/// A request's head must be complete after this time, on a new or an idle connection.
+/// Timeout for a complete request head, on a new or an idle connection.
 const HEADER_READ_MAX: Duration = Duration::from_secs(5);
 
-/// A connection is closed after this time however busy, so that clients that never stop
-/// reading slowly cannot hold all of them.
-const CONNECTION_LIFE_MAX: Duration = Duration::from_secs(60);
+/// Maximum age of a connection, idle or busy. It keeps clients that read slowly without
+/// end from occupying all connections.
+const CONNECTION_AGE_MAX: Duration = Duration::from_secs(60);
 
-/// Time for a last answer to go out when a connection or the API ends.
+/// Timeout for sending the last answer when a connection or the API ends.
 const LINGER_MAX: Duration = Duration::from_secs(1);
 
-/// Pause after a failed accept (no descriptors, say), so that it does not spin.
+/// Pause after a failed accept, for example without free descriptors. It prevents a busy
+/// loop.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Between two log lines about failed accepts.
+/// Minimum time between two log lines about failed accepts.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
-/// A request's head may be this long; beyond twice of it the answer is 431 for
-/// certain, as it is measured after each read, of this length at most.
+/// Limit on the length of a request head. The length is checked after each read of at
+/// most this size, so every head longer than twice the limit is answered with 431.
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 
-/// Lines in it; browsers and scrapers send about twenty.
+/// Limit on header lines in a request; browsers and scrapers send about 20.
 const HEADERS_MAX: usize = 64;
 
 enum Acceptor {
@@ -72,15 +73,15 @@ enum AdminStream {
     Tcp(TcpStream),
 }
 
-/// The Unix socket over which a request came; goes with it.
+/// The Unix connection of a request, attached to the request.
 #[derive(Debug, Clone)]
 pub(super) struct AskedOver(pub(super) Arc<OwnedFd>);
 
-/// Connections closed for newer ones; clones share it.
+/// Counter of connections closed to accept newer ones. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct DroppedConnections(Arc<AtomicU64>);
 
-/// The API while it is served.
+/// The running API.
 struct AdminServer {
     acceptor: Acceptor,
     routes: Router,
@@ -88,20 +89,20 @@ struct AdminServer {
     dropped: DroppedConnections,
     closing: watch::Sender<bool>,
     tasks: JoinSet<()>,
-    /// At most [`CONNECTIONS_MAX`]; its task holds the other reference to each.
+    /// At most [`CONNECTIONS_MAX`]. The task of each connection holds the other reference.
     open: Vec<Arc<OpenConnection>>,
 }
 
-/// One connection, as far as the others need to know it.
+/// The state of one connection that the accept loop needs.
 struct OpenConnection {
-    /// Since when no request is being answered; `None` while one is.
+    /// Start of the idle time; `None` while a request is being answered.
     idle_since: Mutex<Option<Instant>>,
-    /// It has to go.
+    /// Asks the connection's task to close it.
     close: Notify,
 }
 
-/// Serves until `stop` completes, then lets answers under way go out and removes
-/// the socket file. Needs a tokio runtime with I/O and time.
+/// Serves until `stop` completes, then finishes the answers in progress and removes the
+/// socket file. Requires a tokio runtime with I/O and time.
 ///
 /// # Errors
 /// The listener cannot be registered with the runtime.
@@ -113,7 +114,7 @@ pub async fn serve(
     counters: Arc<WorkerCounters>,
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
-    let AdminListener { socket, file: _file, crowding: dropped, .. } = listener;
+    let AdminListener { socket, file: _file, dropped, .. } = listener;
     let (acceptor, entrance) = match socket {
         BoundAdminSocket::Unix(unix) => {
             (Acceptor::Unix(UnixListener::from_std(unix)?), Transport::Unix)
@@ -131,12 +132,12 @@ pub async fn serve(
     let AdminServer { acceptor, closing, mut tasks, .. } = server;
     drop(acceptor);
     closing.send_replace(true);
-    // What is left after that is cut off.
+    // Connections that are still open after the timeout are dropped with the task set.
     let _ = timeout(LINGER_MAX, async { while tasks.join_next().await.is_some() {} }).await;
     Ok(())
 }
 
-/// One connection, from accept to close.
+/// Serves one connection until it closes.
 async fn connection(
     stream: impl AsyncRead + AsyncWrite + Unpin,
     asked_over: Option<AskedOver>,
@@ -164,22 +165,22 @@ async fn connection(
         .header_read_timeout(HEADER_READ_MAX)
         .max_buf_size(HEAD_BYTES_MAX)
         .max_headers(HEADERS_MAX)
-        // Clients such as `nc -N` end their side after the request.
+        // Clients such as `nc -N` close their side after the request.
         .half_close(true)
         .serve_connection(TokioIo::new(stream), service);
     let mut served = pin!(served);
     let silent = tokio::select! {
-        // An error is the client's to notice.
+        // An error matters only to the client.
         _ = served.as_mut() => return,
         _ = closing.wait_for(|closing| *closing) => false,
-        () = sleep(CONNECTION_LIFE_MAX) => false,
+        () = sleep(CONNECTION_AGE_MAX) => false,
         () = own.close.notified() => !*first_request.borrow(),
     };
     if silent {
         return;
     }
-    // An accepted connection is answered: its first request may be on its way. `serve`
-    // bounds this.
+    // An accepted connection gets an answer: its first request can be in transit. `serve`
+    // bounds the wait.
     tokio::select! {
         _ = served.as_mut() => return,
         _ = first_request.wait_for(|asked| *asked) => {}
@@ -188,7 +189,7 @@ async fn connection(
     let _ = timeout(LINGER_MAX, served).await;
 }
 
-/// Serves a stream that came from no listener.
+/// Serves a stream without a listener.
 #[cfg(any(test, fuzzing))]
 pub(super) async fn only_connection(
     stream: impl AsyncRead + AsyncWrite + Unpin,
@@ -201,7 +202,7 @@ pub(super) async fn only_connection(
 // === impl DroppedConnections ===
 
 impl DroppedConnections {
-    /// How many, since the start.
+    /// Returns the count since the start.
     pub fn count(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -228,8 +229,8 @@ impl AdminServer {
                     }
                 }
             };
-            // After the accept, so that no connection is closed for none. What was
-            // accepted is served even if the end comes first.
+            // A connection is closed only after an accept, so that none is closed without
+            // need. The accepted connection is served even if `stop` completes first.
             let stopped = tokio::select! {
                 () = &mut stop => true,
                 () = self.close_idlest() => false,
@@ -250,8 +251,8 @@ impl AdminServer {
         }
     }
 
-    /// Waits until there are fewer than [`CONNECTIONS_MAX`]; closes the longest idle one
-    /// for it. Nothing is lost when this is dropped half-way.
+    /// Waits until fewer than [`CONNECTIONS_MAX`] connections are open. Closes the one
+    /// that has been idle for longest if necessary. Cancel safe.
     async fn close_idlest(&mut self) {
         loop {
             while self.tasks.try_join_next().is_some() {}
@@ -266,7 +267,7 @@ impl AdminServer {
                     self.open.swap_remove(at).close.notify_one();
                     self.dropped.0.fetch_add(1, Ordering::Relaxed);
                 }
-                // None yet.
+                // No connection has been idle long enough.
                 _ => {
                     let _ = timeout(IDLE_MIN, self.tasks.join_next()).await;
                 }
@@ -315,7 +316,7 @@ impl Acceptor {
             Acceptor::Unix(listener) => Ok(AdminStream::Unix(listener.accept().await?.0)),
             Acceptor::Tcp(listener) => {
                 let (stream, _) = listener.accept().await?;
-                // A peer that is gone already is noticed on the first read.
+                // An error here means a closed connection. The first read reports it.
                 let _ = stream.set_nodelay(true);
                 Ok(AdminStream::Tcp(stream))
             }

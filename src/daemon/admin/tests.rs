@@ -1,5 +1,4 @@
-//! The documents of the API as text, with everything in them that can be said of a
-//! pool with heartbeats.
+//! Tests of the status and explain documents of a pool with heartbeats, field by field.
 
 use super::*;
 use crate::admin::snapshot::HeartbeatCounts;
@@ -38,8 +37,8 @@ const fn millis(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-/// Broken at objects, so that a change shows as a line.
-fn broken(text: &str) -> String {
+/// Breaks the line before each object, so that a difference is readable.
+fn broken_into_lines(text: &str) -> String {
     text.replace("{\"", "\n{\"").replace(",\"heartbeat", "\n,\"heartbeat") + "\n"
 }
 
@@ -173,8 +172,8 @@ fn status_of_a_pool_with_heartbeats_has_exactly_the_documented_fields() {
         ..AdminSnapshot::plain(control, now)
     };
     let text = status::render(&snapshot, &MergedHistograms::new());
-    let read: StatusDoc = serde_json::from_str(&text).expect("clients read it");
-    assert_eq!(serde_json::to_string(&read).unwrap(), text, "and lose nothing");
+    let read: StatusDoc = serde_json::from_str(&text).expect("clients parse the document");
+    assert_eq!(serde_json::to_string(&read).unwrap(), text, "no field is lost");
     expect![[r#"
 
         {"version":"0.1.0","generation":7,"table_serial":12,"engine":"epoll","engine_reason":"configured","workers":0,"stalled":[],"worker_panics_total":0,"worker_restarts_total":0,"uptime_seconds":1.5,"state":"serving","connections_active":5,"connections_max":100,"warnings":["workers waits","few ports are left"],"confinement":[
@@ -198,11 +197,11 @@ fn status_of_a_pool_with_heartbeats_has_exactly_the_documented_fields() {
         {"p50":null,"p99":null},"first_byte_seconds":
         {"p50":null,"p99":null},"last_transition":
         {"from":"up","to":"suspect","reason":"no heartbeat for 325 ms","seconds_ago":0.75,"lasted_seconds":60.0}}]}],"leaving":[]}
-    "#]].assert_eq(&broken(&text));
+    "#]].assert_eq(&broken_into_lines(&text));
 }
 
 #[test]
-fn an_explanation_has_exactly_the_documented_fields() {
+fn explanation_has_exactly_the_documented_fields() {
     let now = clock::now();
     let backend = backend(now);
     let explained = Explanation {
@@ -273,8 +272,8 @@ fn an_explanation_has_exactly_the_documented_fields() {
         backend,
     };
     let text = explain::render(&explained, Some(&rejection(true, now)));
-    let read: ExplainDoc = serde_json::from_str(&text).expect("clients read it");
-    assert_eq!(serde_json::to_string(&read).unwrap(), text, "and lose nothing");
+    let read: ExplainDoc = serde_json::from_str(&text).expect("clients parse the document");
+    assert_eq!(serde_json::to_string(&read).unwrap(), text, "no field is lost");
     expect![[r#"
 
         {"pool":"web","backend":"a","address":"10.0.0.11:8080","registered":true,"eligible":true,"why":"its sender reports starting; its heartbeats are rejected: stale, its clock is 5m 1s behind (set the clock)","observation":"suspect","observation_seconds":0.75,"intent":"ready","intent_seconds":7300.0,"backup":false,"connections_max":0,"connections_max_in_force":4,"sessions_active":0,"weight":
@@ -290,7 +289,7 @@ fn an_explanation_has_exactly_the_documented_fields() {
         {"channel_silent":true,"pool_frozen":
         {"reason":"2 of 4 backends became suspect together","seconds":1.25},"all_frozen":null,"max_ejected_percent":50,"pool_down":1,"pool_suspect":2,"pool_heard":2,"pool_senders":5},"history":[
         {"from":"up","to":"suspect","reason":"no heartbeat for 325 ms","seconds_ago":0.75,"lasted_seconds":60.0}]}
-    "#]].assert_eq(&broken(&text));
+    "#]].assert_eq(&broken_into_lines(&text));
 }
 
 #[test]

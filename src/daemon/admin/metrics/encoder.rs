@@ -1,11 +1,11 @@
-//! The Prometheus text exposition format 0.0.4, as far as it is needed here.
+//! Encodes the parts of the Prometheus text exposition format 0.0.4 that Tidegate uses.
 //!
-//! Used by the metrics renderer alone; the format is described at
-//! prometheus.io/docs/instrumenting/exposition_formats. It knows no metric.
+//! Called by the metrics renderer. It contains no metric. The format is described at
+//! prometheus.io/docs/instrumenting/exposition_formats.
 
 use std::fmt::{Display, Write};
 
-/// A metric's name, type and help; stands in the output once.
+/// Name, type and help of a metric.
 #[derive(Debug)]
 pub(super) struct Family {
     name: &'static str,
@@ -25,7 +25,7 @@ pub(super) const fn histogram(name: &'static str, help: &'static str) -> Family 
     Family { name, kind: "histogram", help }
 }
 
-/// The text so far.
+/// The text encoded so far.
 #[derive(Debug, Default)]
 pub(super) struct Encoder {
     text: String,
@@ -47,7 +47,7 @@ impl Encoder {
         Encoder::default()
     }
 
-    /// Starts a family; its samples must follow before the next one starts.
+    /// Starts a family. Its samples must be written before the next family starts.
     pub(super) fn family(&mut self, family: &Family) -> Samples<'_> {
         let Family { name, kind, help } = family;
         push(&mut self.text, format_args!("# HELP {name} "));
@@ -72,7 +72,7 @@ impl Samples<'_> {
         self.sample("", "", labels, None, value);
     }
 
-    /// The same of one that has its [`prepared`] labels, and perhaps more.
+    /// Writes a sample with [`prepared`] labels and `more` labels.
     pub(super) fn count_of(&mut self, prepared: &str, more: &[Label<'_>], value: u64) {
         self.sample("", prepared, more, None, value);
     }
@@ -81,7 +81,7 @@ impl Samples<'_> {
         self.sample("", prepared, &[], None, value);
     }
 
-    /// One cumulative bucket; `None` is `+Inf`.
+    /// Writes one cumulative bucket; the bound `None` is `+Inf`.
     pub(super) fn bucket(&mut self, prepared: &str, bound: Option<f64>, count: u64) {
         match bound {
             Some(bound) => self.sample("_bucket", prepared, &[], Some(&bound), count),
@@ -126,7 +126,7 @@ impl Samples<'_> {
     }
 }
 
-/// Labels as text, for those who have many samples.
+/// Returns labels as text, to be used for many samples.
 pub(super) fn prepared(labels: &[Label<'_>]) -> String {
     let mut text = String::new();
     for label in labels {
@@ -146,10 +146,10 @@ fn push_label(text: &mut String, (name, value): &Label<'_>) {
 }
 
 fn push(text: &mut String, arguments: std::fmt::Arguments<'_>) {
-    text.write_fmt(arguments).expect("a String takes all text");
+    text.write_fmt(arguments).expect("writing to a String cannot fail");
 }
 
-/// Backslash and newline everywhere, the quote in label values.
+/// Escapes backslash and newline, and quotes in label values.
 fn escape(text: &mut String, raw: &str, quote: bool) {
     for character in raw.chars() {
         match character {

@@ -1,10 +1,10 @@
-//! The metrics of heartbeats: the channel, the pools' guards, and what each
-//! backend's rhythm says.
+//! Metrics of heartbeats: the receiver, the guards of each pool, and the detector of each
+//! backend.
 //!
-//! Called while the metrics are rendered. Backends whose pool takes no
-//! heartbeats have no series here. Pure.
+//! Called by the metrics renderer. Pure. Backends of pools without heartbeats have only
+//! the series for suspicion and slow start.
 
-use super::One;
+use super::BackendRow;
 use super::encoder::{Encoder, Family, counter, gauge};
 use crate::admin::snapshot::AdminSnapshot;
 use tidegate_core::control::{BackendHeartbeatStatus, BackendStatus};
@@ -16,7 +16,7 @@ mod families {
 
     pub(super) const PUBLISHED: Family = counter("tidegate_tables_published_total", "Routing tables published, by reason.");
     pub(super) const NONE_ELIGIBLE: Family = gauge("tidegate_pool_none_eligible", "1 if no backend of the pool is eligible and when_none_eligible applies, else 0.");
-    pub(super) const FROZEN: Family = gauge("tidegate_pool_frozen", "1 if silent backends of the pool stay in rotation because many fell silent together, else 0.");
+    pub(super) const FROZEN: Family = gauge("tidegate_pool_frozen", "1 if silent backends of the pool stay in rotation because many became silent together, else 0.");
     pub(super) const REGISTERED: Family = gauge("tidegate_pool_registered", "Backends registered in the pool by heartbeats.");
     pub(super) const ACCEPTED: Family = counter("tidegate_heartbeats_total", "Heartbeats accepted.");
     pub(super) const REJECTED: Family = counter("tidegate_heartbeats_rejected_total", "Heartbeats rejected, by reason.");
@@ -35,8 +35,8 @@ mod families {
     pub(super) const LOAD: Family = gauge("tidegate_backend_load_ratio", "Load the backend reports, smoothed; 0 is idle, 1 is full.");
 }
 
-/// Tables, guards, the channel, and each backend's rhythm.
-pub(super) fn render(out: &mut Encoder, snapshot: &AdminSnapshot, each: &[One<'_>]) {
+/// Renders tables, guards, the receiver, and each backend's detector.
+pub(super) fn render(out: &mut Encoder, snapshot: &AdminSnapshot, each: &[BackendRow<'_>]) {
     let control = &snapshot.control;
     let mut samples = out.family(&families::PUBLISHED);
     for (reason, total) in &control.published {
@@ -77,7 +77,7 @@ fn channel(out: &mut Encoder, snapshot: &AdminSnapshot) {
 type HeartbeatValue = fn(&BackendHeartbeatStatus) -> f64;
 type Flag = fn(&BackendStatus) -> bool;
 
-fn backends(out: &mut Encoder, each: &[One<'_>]) {
+fn backends(out: &mut Encoder, each: &[BackendRow<'_>]) {
     let listening = || each.iter().filter(|one| one.heartbeats);
     let mut samples = out.family(&families::SUSPECT);
     for one in each {
@@ -108,8 +108,8 @@ fn backends(out: &mut Encoder, each: &[One<'_>]) {
     for (family, figure) in figures {
         let mut samples = out.family(family);
         for one in listening() {
-            if let Some(heart) = &one.status.heartbeats {
-                samples.value_of(&one.labels, figure(heart));
+            if let Some(heartbeats) = &one.status.heartbeats {
+                samples.value_of(&one.labels, figure(heartbeats));
             }
         }
     }

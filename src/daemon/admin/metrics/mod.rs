@@ -1,20 +1,17 @@
 //! `/metrics`: Prometheus text exposition format 0.0.4.
 //!
-//! Called on a thread of its own with an [`AdminSnapshot`]. Pure. Labels come from the
-//! configuration and from fixed sets, never from clients.
+//! Called by `rendering` on its own thread with an [`AdminSnapshot`]. Pure. Labels come
+//! from the configuration and from fixed sets, never from clients.
 //!
-//! What a series means over time:
-//! - `frontend` and `pool`/`backend` series end when a reload removes their
-//!   subject; a backend given a new address starts from zero, as a restart
-//!   would. Totals over the whole process (`session_end_total`, the `worker`
-//!   ones) never go backwards.
-//! - `session_end_total` shows every cell that has counted, and from the start,
-//!   at zero, the one phase each cause ordinarily ends in, so that a first
-//!   reset or time-out is visible to `rate()`; the other cells, most of which
-//!   cannot happen, appear with their first session.
-//! - histograms appear with a backend's first measurement.
-//! - `backend_up` is what observation says: 0 only when probes found it down.
-//!   Whether it takes traffic, all things considered, is `backend_eligible`.
+//! - The series of a frontend, pool or backend end when a reload removes it. A backend
+//!   with a new address starts from 0. Totals of the whole process
+//!   (`session_end_total`, `worker_*`) never decrease.
+//! - `session_end_total` has one series per cause from the start, with the usual phase of
+//!   the cause and the value 0. The first reset or timeout is therefore visible to
+//!   `rate()`. Other phases appear with their first session.
+//! - The histograms of a backend appear with its first measurement.
+//! - `backend_up` shows the observation: it is 0 only if the backend is down. Whether the
+//!   backend gets new sessions is `backend_eligible`.
 
 use super::process::ProcessFacts;
 use super::snapshot::AdminSnapshot;
@@ -32,7 +29,7 @@ use tidegate_core::outcome::{Cause, Phase, RefusedReason};
 mod encoder;
 mod heartbeats;
 
-/// Every metric there is: name, type and help, once each, in order of output.
+/// All metrics: name, type and help.
 #[rustfmt::skip]
 mod families {
     use super::{Family, counter, gauge, histogram};
@@ -113,16 +110,16 @@ mod families {
     pub(super) const START_TIME: Family = gauge("process_start_time_seconds", "Start time of the process, in seconds since 1970-01-01 UTC.");
 }
 
-/// A backend that has series of its own.
-struct One<'a> {
+/// A backend with series of its own.
+struct BackendRow<'a> {
     status: &'a BackendStatus,
-    /// Its pool takes heartbeats.
+    /// Whether its pool accepts heartbeats.
     heartbeats: bool,
-    /// Its labels as text.
+    /// Its labels as exposition text.
     labels: String,
 }
 
-/// The text of `/metrics`.
+/// Returns the text of `/metrics`.
 pub fn render(
     snapshot: &AdminSnapshot,
     latency: &MergedHistograms,
@@ -145,10 +142,10 @@ pub fn render(
     out.finish()
 }
 
-fn each(snapshot: &AdminSnapshot) -> Vec<One<'_>> {
+fn each(snapshot: &AdminSnapshot) -> Vec<BackendRow<'_>> {
     let pools = snapshot.control.pools.iter();
     let all = pools.flat_map(|pool| pool.backends.iter().map(move |backend| (pool, backend)));
-    let one = |(pool, status): (&PoolStatus, _)| One {
+    let one = |(pool, status): (&PoolStatus, _)| BackendRow {
         status,
         heartbeats: pool.heartbeats,
         labels: prepared(&[("pool", &status.state.pool), ("backend", &status.state.name)]),
@@ -251,7 +248,7 @@ fn session_ends(out: &mut Encoder, snapshot: &AdminSnapshot) {
     }
 }
 
-/// Where sessions that end this way mostly are by then.
+/// Returns the phase in which sessions with this cause usually end.
 fn usual_phase(cause: Cause) -> Phase {
     match cause {
         Cause::Finished => Phase::Closed,
@@ -279,7 +276,7 @@ fn usual_phase(cause: Cause) -> Phase {
 
 type BackendValue = fn(&BackendStatus) -> u64;
 
-/// One number a backend each.
+/// Metrics with one integer per backend.
 const BACKEND_VALUES: [(&Family, BackendValue); 9] = [
     (&families::BACKEND_UP, |b| (b.observation != Observation::Down).into()),
     (&families::BACKEND_ELIGIBLE, |b| b.eligible.into()),
@@ -292,7 +289,7 @@ const BACKEND_VALUES: [(&Family, BackendValue); 9] = [
     (&families::CONNECT_FAILURES, |b| b.state.counters.sum(|c| c.connect_failures.get())),
 ];
 
-fn backends(out: &mut Encoder, each: &[One<'_>]) {
+fn backends(out: &mut Encoder, each: &[BackendRow<'_>]) {
     for (family, value) in BACKEND_VALUES {
         let mut samples = out.family(family);
         for one in each {
@@ -313,7 +310,7 @@ fn backends(out: &mut Encoder, each: &[One<'_>]) {
     }
 }
 
-fn source_ports(out: &mut Encoder, snapshot: &AdminSnapshot, each: &[One<'_>]) {
+fn source_ports(out: &mut Encoder, snapshot: &AdminSnapshot, each: &[BackendRow<'_>]) {
     let mut samples = out.family(&families::PORTS_USED);
     for one in each.iter().filter(|one| source_ports::has_ports(&one.status.state)) {
         let state = &one.status.state;
@@ -326,7 +323,7 @@ fn source_ports(out: &mut Encoder, snapshot: &AdminSnapshot, each: &[One<'_>]) {
     out.family(&families::PORTS_MAX).count(&[], snapshot.port_limits.ports.into());
 }
 
-fn histograms(out: &mut Encoder, latency: &MergedHistograms, each: &[One<'_>]) {
+fn histograms(out: &mut Encoder, latency: &MergedHistograms, each: &[BackendRow<'_>]) {
     let all = [
         (&families::CONNECT_SECONDS, Series::Connect),
         (&families::FIRST_BYTE_SECONDS, Series::FirstByte),
@@ -368,7 +365,7 @@ fn workers(out: &mut Encoder, snapshot: &AdminSnapshot) {
         }
     };
     each(&families::WORKER_ACCEPTED, |w| w.accepted.get());
-    // Ended is read first: accepted can only have grown by then.
+    // `ended` is read first, so that `accepted` is never smaller than it.
     each(&families::WORKER_ACTIVE, |w| {
         let ended = w.ended.get();
         w.accepted.get().saturating_sub(ended)

@@ -1,4 +1,4 @@
-//! The metrics text against a strict little parser of the format.
+//! Tests of the metrics text with a strict parser of the format.
 
 use super::*;
 use crate::admin::process::ProcessFacts;
@@ -44,7 +44,7 @@ fn control() -> ControlStatus {
         ],
         published: PublishReason::ALL.map(|reason| (reason, 3)).to_vec(),
         heartbeat: None,
-        // Same pool and name as a configured one: must not repeat its series.
+        // The same pool and name as a configured backend, whose series must not repeat.
         leaving: vec![Arc::clone(&backend(9, "web", "a").state)],
     }
 }
@@ -90,7 +90,7 @@ fn text_of(backend_metrics_max: usize) -> String {
 
 type Labels = BTreeMap<String, String>;
 
-/// Strict: panics on anything the format does not allow.
+/// Parsed metrics. The parser panics on text that the format does not allow.
 #[derive(Default)]
 struct Parsed {
     kinds: HashMap<String, String>,
@@ -127,7 +127,7 @@ impl Parsed {
             Some((name, rest)) => (name, labels(rest.strip_suffix('}').expect(line))),
             None => (series, Labels::new()),
         };
-        let suffix = name.strip_prefix(open).expect("samples stand under their family");
+        let suffix = name.strip_prefix(open).expect("samples follow their family");
         match self.kinds[open].as_str() {
             "histogram" => assert!(["_bucket", "_sum", "_count"].contains(&suffix), "{line}"),
             _ => assert!(suffix.is_empty(), "{line}"),
@@ -167,7 +167,7 @@ fn labels(mut text: &str) -> Labels {
 }
 
 #[test]
-fn the_text_is_strictly_well_formed_and_labels_are_of_the_closed_set() {
+fn text_is_well_formed_and_has_only_known_labels() {
     let parsed = Parsed::parse(&text());
     let known = [
         "frontend",
@@ -192,7 +192,7 @@ fn the_text_is_strictly_well_formed_and_labels_are_of_the_closed_set() {
 }
 
 #[test]
-fn more_backends_than_backend_metrics_max_leave_their_series_out_and_are_counted() {
+fn backends_above_backend_metrics_max_have_no_series_and_are_counted() {
     let (whole, cut) = (Parsed::parse(&text_of(3)), Parsed::parse(&text_of(2)));
     let of_backends = |parsed: &Parsed| {
         let labels = parsed.samples.keys().filter(|(_, labels)| labels.contains_key("backend"));
@@ -208,7 +208,7 @@ fn more_backends_than_backend_metrics_max_leave_their_series_out_and_are_counted
         all.sort();
         all
     };
-    assert_eq!(others(&whole), others(&cut), "pools and all else keep their series");
+    assert_eq!(others(&whole), others(&cut), "other series stay");
 }
 
 #[test]
@@ -231,7 +231,7 @@ fn histograms_are_cumulative_and_end_with_their_count() {
 }
 
 #[test]
-fn counters_are_summed_over_workers_and_leaving_backends_repeat_no_series() {
+fn counters_are_summed_and_leaving_backends_repeat_no_series() {
     let parsed = Parsed::parse(&text());
     let a = [("pool", "web"), ("backend", "a")];
     assert_eq!(parsed.get("tidegate_backend_sessions_total", &a), 7.0);
@@ -251,7 +251,7 @@ fn counters_are_summed_over_workers_and_leaving_backends_repeat_no_series() {
 }
 
 #[test]
-fn up_is_observation_alone_and_eligible_is_everything() {
+fn up_shows_observation_and_eligible_shows_the_result() {
     let parsed = Parsed::parse(&text());
     for (name, up) in [("a", 1.0), ("b", 0.0)] {
         let labels = [("pool", "web"), ("backend", name)];
@@ -261,7 +261,7 @@ fn up_is_observation_alone_and_eligible_is_everything() {
 }
 
 #[test]
-fn session_ends_show_the_usual_cells_and_whatever_counted() {
+fn session_ends_have_usual_phases_and_counted_phases() {
     let parsed = Parsed::parse(&text());
     let cells = || parsed.samples.keys().filter(|(name, _)| name == "tidegate_session_end_total");
     assert_eq!(cells().count(), Cause::COUNT + 1);
@@ -272,7 +272,7 @@ fn session_ends_show_the_usual_cells_and_whatever_counted() {
 }
 
 #[test]
-fn facts_the_kernel_does_not_tell_are_left_out() {
+fn missing_kernel_facts_have_no_series() {
     let text = text();
     assert!(text.contains("\nprocess_open_fds 7\n"));
     assert!(!text.contains("process_max_fds") && !text.contains("process_cpu"));
