@@ -1,11 +1,13 @@
-//! The configuration file: what is in force of it, when it has to be read again, and the
-//! requests that wait for that.
+//! State of reloads: the configuration in force, the watcher of its file, and waiting
+//! reload requests.
 //!
-//! Owned by the control loop; `reload` reads the file and puts it in force. A request
-//! waits until the file and the files that it names are written to their end: the
-//! watcher says when that is so, at once where nothing is being written. One that has
-//! waited for [`HELD_MAX`] is refused, and the file is read by itself once it is
-//! complete.
+//! Owned by the control loop. It does not read the file: `reload` reads it and puts it
+//! in force.
+//!
+//! - A request waits until no writer has the file, or a file that it names, open. The
+//!   watcher reports when that is the case.
+//! - A request that has waited for [`HELD_MAX`] is rejected. The changed file is read
+//!   later, when its writer closes it.
 
 use super::due;
 use super::session_cap::SessionCap;
@@ -21,17 +23,18 @@ use tidegate_dataplane::local_errors;
 use tidegate_net::clock;
 use tokio::sync::{Notify, oneshot};
 
-/// How long a request for a reload waits for a writer of the file.
+/// How long a reload request waits for a writer of the file.
 pub(super) const HELD_MAX: Duration = Duration::from_secs(6);
 
-/// Requests that wait at once; the next is answered by reading the file as it is.
-const ASKED_MAX: usize = 64;
+/// Requests that wait at the same time. For a further request, the file is read
+/// without waiting.
+const WAITING_MAX: usize = 64;
 
-/// How soon a reload that a local error has put off is tried again: well within the
-/// second in which everything is to be back.
+/// Time until a reload is retried after a local error. Well below the one second in
+/// which Tidegate recovers from local errors.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// Who gets the result of a reload; `None` is a signal, which gets no answer.
+/// Where the result of a reload is sent; `None` for SIGHUP, which gets no answer.
 pub(super) type RequestReply = Option<oneshot::Sender<Result<ReloadDoc, ReloadError>>>;
 
 /// See the module's documentation.
@@ -39,38 +42,39 @@ pub(super) type RequestReply = Option<oneshot::Sender<Result<ReloadDoc, ReloadEr
 pub(super) struct ConfigReloads {
     path: PathBuf,
     digest: u64,
-    /// What cannot change without a restart is as it was in this one.
+    /// The configuration at the start. Settings that need a restart still have its
+    /// values.
     started_with: Arc<Config>,
     config: Arc<Config>,
     session_cap: SessionCap,
     restart_needed: Vec<String>,
     counts: ReloadCounts,
-    /// `None` until the loop runs, or where the file cannot be watched.
+    /// `None` until the loop runs, or if the file cannot be watched.
     watcher: Option<ConfigWatcher>,
-    /// The watcher has something to say.
+    /// Signalled by the watcher.
     changed: Arc<Notify>,
     waiting: Vec<RequestReply>,
-    /// Since when the first of them waits.
+    /// Since when the oldest request waits.
     waiting_since: Option<Instant>,
-    /// When a changed file is read that could not be read for a local error.
+    /// When a reload is retried after a local error.
     retry_at: Option<Instant>,
 }
 
-/// What there is to do.
+/// What the control loop must do.
 #[derive(Debug)]
 pub(super) enum ReloadEvent {
-    /// The file is complete, and has changed or is asked for.
+    /// The file is complete. It has changed, or a request waits for it.
     FileComplete,
-    /// A reload that was asked for has waited too long for the file.
-    AskedTooLong,
-    /// A reload that was put off is due.
+    /// A request has waited for [`HELD_MAX`].
+    WaitTimeout,
+    /// A retry after a local error is due.
     Retry,
 }
 
 // === impl ConfigReloads ===
 
 impl ConfigReloads {
-    /// Starts with `config`, read from `path`.
+    /// Creates the state of a process that started with `config`, read from `path`.
     pub(super) fn new(path: PathBuf, digest: u64, config: Arc<Config>, descriptors: u64) -> Self {
         ConfigReloads {
             path,
@@ -88,17 +92,17 @@ impl ConfigReloads {
         }
     }
 
-    /// What there is to do next.
+    /// Waits for the next event.
     pub(super) async fn wake(&mut self) -> ReloadEvent {
         let held_until = self.waiting_since.map(|since| since + HELD_MAX);
         tokio::select! {
             () = self.changed.notified() => ReloadEvent::FileComplete,
-            () = due::reached(held_until) => ReloadEvent::AskedTooLong,
+            () = due::reached(held_until) => ReloadEvent::WaitTimeout,
             () = due::reached(self.retry_at) => ReloadEvent::Retry,
         }
     }
 
-    /// Watches the file from now on.
+    /// Starts to watch the file.
     pub(super) fn watch(&mut self) {
         let notify = Arc::clone(&self.changed);
         match ConfigWatcher::start(&self.path, move || notify.notify_one()) {
@@ -110,7 +114,7 @@ impl ConfigReloads {
         self.watch_named_files();
     }
 
-    /// Waits for writers of the files that the configuration names, too.
+    /// Also waits for writers of the files that the configuration names.
     fn watch_named_files(&self) {
         if let Some(watcher) = &self.watcher {
             watcher.wait_for_writers_of(self.config.named_files());
@@ -121,28 +125,28 @@ impl ConfigReloads {
         &self.path
     }
 
-    /// XXH3 of the file in force.
+    /// Returns the XXH3 digest of the file in force.
     pub(super) fn digest(&self) -> u64 {
         self.digest
     }
 
-    /// The configuration in force, as the file has it.
+    /// Returns the configuration in force, with the values of the file.
     pub(super) fn config(&self) -> &Arc<Config> {
         &self.config
     }
 
-    /// What this process was started with.
+    /// Returns the configuration that this process started with.
     pub(super) fn started_with(&self) -> &Arc<Config> {
         &self.started_with
     }
 
-    /// The configuration in force, with no more sessions than the limit on descriptors
-    /// allows beside so many `listeners`.
+    /// Returns the configuration in force, with the session cap lowered to what the file
+    /// descriptor limit allows in addition to this number of `listeners`.
     pub(super) fn within_limits(&mut self, listeners: usize) -> Arc<Config> {
         self.session_cap.apply(&self.config, listeners)
     }
 
-    /// What status and reload answers warn of.
+    /// Returns the warnings for status and for answers to reload requests.
     pub(super) fn warnings(&self) -> Vec<String> {
         self.restart_needed.clone()
     }
@@ -151,7 +155,7 @@ impl ConfigReloads {
         self.counts
     }
 
-    /// Counts on from the process before.
+    /// Sets the counts of the old process.
     pub(super) fn restore_counts(&mut self, before: ReloadCounts) {
         self.counts = before;
     }
@@ -165,17 +169,18 @@ impl ConfigReloads {
         }
     }
 
-    /// Counts a reload that was refused before it began.
+    /// Counts a reload that was rejected before it started.
     pub(super) fn count_refused(&mut self) {
         self.counts.refused += 1;
     }
 
-    /// A file with the same content is in force, in other words.
+    /// Sets the digest of a file that has changed but has the same meaning.
     pub(super) fn set_digest(&mut self, digest: u64) {
         self.digest = digest;
     }
 
-    /// `config` is in force from now on; `restart_needed` names what is not.
+    /// Sets the configuration in force. `restart_needed` lists its settings that need a
+    /// restart.
     pub(super) fn adopt(&mut self, config: Arc<Config>, digest: u64, restart_needed: Vec<String>) {
         (self.config, self.digest, self.restart_needed) = (config, digest, restart_needed);
         self.watch_named_files();
@@ -183,54 +188,56 @@ impl ConfigReloads {
 
     // --- requests that wait for the file ---
 
-    /// Has a request wait until the file is complete; gives it back where it cannot
+    /// Queues a request until the file is complete. Returns the request if it cannot
     /// wait.
     pub(super) fn hold(&mut self, reply: RequestReply) -> Option<RequestReply> {
         match &self.watcher {
-            Some(watcher) if self.waiting.len() < ASKED_MAX => {
+            Some(watcher) if self.waiting.len() < WAITING_MAX => {
                 self.waiting.push(reply);
                 self.waiting_since.get_or_insert(clock::now());
-                watcher.ask();
+                watcher.request();
                 None
             }
             _ => Some(reply),
         }
     }
 
-    /// The requests that have waited; `None` where the file is being written again and
-    /// they wait on.
+    /// Takes the waiting requests. Returns `None` if a file is being written again; the
+    /// requests then continue to wait.
     pub(super) fn take_waiting(&mut self) -> Option<Vec<RequestReply>> {
         let held_until = self.waiting_since.map(|since| since + HELD_MAX);
-        // A writer that has begun since then is waited for in turn.
-        if self.writer().is_some() && held_until.is_none_or(|until| clock::now() < until) {
+        // A writer has opened a file since the notification.
+        if self.file_being_written().is_some()
+            && held_until.is_none_or(|until| clock::now() < until)
+        {
             if let (Some(_), Some(watcher)) = (self.waiting_since, &self.watcher) {
-                watcher.ask();
+                watcher.request();
             }
             return None;
         }
-        Some(self.drop_waiting())
+        Some(self.drain_waiting())
     }
 
-    /// The requests that have waited, to be refused.
-    pub(super) fn drop_waiting(&mut self) -> Vec<RequestReply> {
+    /// Takes the waiting requests without another check for writers.
+    pub(super) fn drain_waiting(&mut self) -> Vec<RequestReply> {
         self.waiting_since = None;
         std::mem::take(&mut self.waiting)
     }
 
-    /// A file that is being written.
-    pub(super) fn writer(&self) -> Option<PathBuf> {
+    /// Returns a file that is being written.
+    pub(super) fn file_being_written(&self) -> Option<PathBuf> {
         self.watcher.as_ref().and_then(ConfigWatcher::being_written)
     }
 
-    // --- a reload that a local error has put off ---
+    // --- retries after a local error ---
 
-    /// Reads the file again a little later.
+    /// Schedules a retry after [`RETRY`].
     pub(super) fn retry_later(&mut self) {
         self.retry_at = Some(clock::now() + RETRY);
     }
 
-    /// A reload that was put off is due: whether it can be done now, as far as opening
-    /// the file shows. Where it cannot, it stays put off.
+    /// Ends the wait of a due retry. Returns whether the file can be opened without a
+    /// local error; otherwise schedules another retry.
     pub(super) fn take_retry(&mut self) -> bool {
         self.retry_at = None;
         let can_read = match File::open(&self.path) {
@@ -243,22 +250,22 @@ impl ConfigReloads {
         can_read
     }
 
-    /// It is not to be done any more.
-    pub(super) fn drop_retry(&mut self) {
+    /// Cancels the retry.
+    pub(super) fn cancel_retry(&mut self) {
         self.retry_at = None;
     }
 }
 
-/// The local error that a refusal speaks of, by the kernel's words for it: what comes
-/// from many places comes as text.
+/// Returns the local error whose text is in `message`. Reload problems come from many
+/// places as text, so the text is searched for the kernel's error texts.
 pub(super) fn local_error(message: &str) -> Option<io::Error> {
     let message = message.to_lowercase();
-    // One's words begin with another's: the longer first.
+    // The text of EMFILE is a prefix of the text of ENFILE, so ENFILE comes first.
     let all = [libc::ENFILE, libc::EMFILE, libc::ENOMEM, libc::ENOBUFS, libc::ENOSPC];
     all.into_iter().map(io::Error::from_raw_os_error).find(|error| {
         let text = error.to_string().to_lowercase();
-        let words = text.split(" (os error").next().unwrap_or_default();
-        message.contains(words)
+        let text = text.split(" (os error").next().unwrap_or_default();
+        message.contains(text)
     })
 }
 
@@ -267,7 +274,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_local_error_is_told_from_a_bad_file() {
+    fn local_errors_are_distinguished_from_bad_files() {
         let errno = |message| local_error(message).and_then(|error| error.raw_os_error());
         assert_eq!(errno("cannot open the file: too many open files"), Some(libc::EMFILE));
         assert_eq!(errno("x: Too many open files in system (os error 23)"), Some(libc::ENFILE));

@@ -1,8 +1,10 @@
-//! Taking a changed file over: everything, or nothing.
+//! Reloads the configuration file, completely or not at all.
 //!
-//! Part of the control loop, for the watcher, SIGHUP and the admin API. What
-//! can fail (reading, validating, binding, opening the log, the token) comes
-//! first and changes nothing; what follows cannot.
+//! Part of the control loop. The watcher, SIGHUP and the admin API start a reload.
+//!
+//! 1. Prepare: read and validate the file, load the token, bind addresses, open the
+//!    access log. These steps can fail and change nothing.
+//! 2. Commit ([`Control::put_in_force`]): cannot fail.
 
 use super::binds::NewBinds;
 use super::config_reloads::{HELD_MAX, ReloadEvent, RequestReply, local_error};
@@ -23,14 +25,14 @@ use tidegate_core::metrics::counters::LocalErrorPlace;
 use tidegate_core::model::Config;
 use tidegate_dataplane::local_errors;
 
-/// How long a reload waits for an address it wants back to be closed first.
-const WANTED_BACK_MAX: Duration = Duration::from_secs(1);
-const WANTED_BACK_STEP: Duration = Duration::from_millis(10);
+/// How long a reload waits for a retired address to close before it binds it again.
+const ADDRESS_WAIT_MAX: Duration = Duration::from_secs(1);
+const ADDRESS_WAIT_STEP: Duration = Duration::from_millis(10);
 
-/// Why a process that drains reads no file.
+/// Why a draining process rejects reloads.
 const DRAINS: &str = "this process is draining; the next process reads the file";
 
-/// What a new configuration needs, ready to be put in force.
+/// Resources of a new configuration, ready to be put in force.
 struct PreparedReload {
     token: Option<Token>,
     fresh: NewBinds,
@@ -38,17 +40,17 @@ struct PreparedReload {
 }
 
 impl Control {
-    /// Goes on with what has happened to the file.
+    /// Handles an event of the watcher or a timer.
     pub(super) async fn reload_event(&mut self, event: ReloadEvent) {
         match event {
             ReloadEvent::FileComplete => self.file_is_complete().await,
-            ReloadEvent::AskedTooLong => self.refuse_waiting(),
-            // The process that serves after an upgrade reads the file anyway, and one that
-            // drains binds nothing any more.
+            ReloadEvent::WaitTimeout => self.reject_waiting(),
+            // The process that serves after an upgrade reads the file, and a draining
+            // process binds nothing.
             ReloadEvent::Retry
                 if self.lifecycle.is_draining() || self.upgrades.postpones_reload() =>
             {
-                self.reloads.drop_retry();
+                self.reloads.cancel_retry();
             }
             ReloadEvent::Retry => {
                 if self.reloads.take_retry() {
@@ -58,42 +60,41 @@ impl Control {
         }
     }
 
-    /// Takes up what was written while the file was not watched yet: a process
-    /// that takes over must not miss what the one before put off. So is a file that was
+    /// Reloads if the file was changed before this process watched it. This covers a
+    /// reload that the old process postponed because of the upgrade, and a file that was
     /// not used at the start after a crash.
     pub(super) async fn catch_up(&mut self) {
         let digest = self.reloads.digest();
         let same = config::load(self.reloads.path()).is_ok_and(|loaded| loaded.digest == digest);
         if !same || self.supervised.in_force.awaits_the_file() {
-            self.ask_for_reload(None).await;
+            self.request_reload(None).await;
         }
     }
 
-    /// SIGHUP: the same as a request, without an answer.
+    /// Handles SIGHUP: a reload request without an answer.
     pub(super) async fn reload_by_signal(&mut self) {
-        if !self.drains_instead("SIGHUP") && !self.upgrades.postpones_reload() {
-            self.ask_for_reload(None).await;
+        if !self.rejects_reloads("SIGHUP") && !self.upgrades.postpones_reload() {
+            self.request_reload(None).await;
         }
     }
 
-    /// Reloads on request, as soon as the file is complete.
-    pub(super) async fn ask_for_reload(&mut self, reply: RequestReply) {
-        let at_once = match self.lifecycle.is_draining() {
+    /// Reloads as soon as the file is complete.
+    pub(super) async fn request_reload(&mut self, reply: RequestReply) {
+        let immediate = match self.lifecycle.is_draining() {
             true => Some(reply),
             false => self.reloads.hold(reply),
         };
-        if let Some(reply) = at_once {
+        if let Some(reply) = immediate {
             self.reload_for(vec![reply]).await;
         }
     }
 
-    /// The file is complete: reads it for the requests that have waited, or because
-    /// it has changed.
+    /// Reads the complete file, for the waiting requests or because it has changed.
     async fn file_is_complete(&mut self) {
         match self.reloads.take_waiting() {
             None => {}
             Some(waiting) if waiting.iter().any(Option::is_some) => self.reload_for(waiting).await,
-            Some(_) if self.drains_instead("file change") => {}
+            Some(_) if self.rejects_reloads("file change") => {}
             Some(_) if self.upgrades.postpones_reload() => {}
             Some(_) => self.reload_and_retry().await,
         }
@@ -102,14 +103,15 @@ impl Control {
     async fn reload_for(&mut self, waiting: Vec<RequestReply>) {
         let result = self.reload_on_request().await;
         for reply in waiting.into_iter().flatten() {
-            // A client that has left needs no answer.
+            // Fails if the client has closed its connection.
             let _ = reply.send(result.clone());
         }
     }
 
-    /// Refuses what has waited too long for a writer of the file.
-    fn refuse_waiting(&mut self) {
-        let file = self.reloads.writer().unwrap_or_else(|| self.reloads.path().to_owned());
+    /// Rejects the requests that have waited too long for a writer of the file.
+    fn reject_waiting(&mut self) {
+        let writing = self.reloads.file_being_written();
+        let file = writing.unwrap_or_else(|| self.reloads.path().to_owned());
         let why = format!(
             "{} is still being written; nothing was changed; Tidegate reads it when its writer closes it",
             file.display()
@@ -119,26 +121,27 @@ impl Control {
         self.reloads.count_refused();
         self.lifecycle.notifier().reloading();
         self.lifecycle.notifier().ready();
-        for reply in self.reloads.drop_waiting().into_iter().flatten() {
+        for reply in self.reloads.drain_waiting().into_iter().flatten() {
             let _ = reply.send(Err(refused.clone()));
         }
     }
 
-    /// Whether this process drains, and so reads no file any more: its listeners
-    /// would open again. Says so in the log.
-    fn drains_instead(&mut self, asked_by: &str) -> bool {
-        let drains = self.lifecycle.is_draining();
-        if drains {
+    /// Returns whether this process is draining, and counts and logs the rejected
+    /// reload. A draining process does not reload because that would open its listeners
+    /// again.
+    fn rejects_reloads(&mut self, asked_by: &str) -> bool {
+        let draining = self.lifecycle.is_draining();
+        if draining {
             self.reloads.count_refused();
             tracing::warn!(asked_by, reason = DRAINS, "reload rejected");
         }
-        drains
+        draining
     }
 
-    /// As [`Control::reload`]; while this process drains or an upgrade is under
-    /// way, a refusal.
+    /// Calls [`Control::reload`]. Rejects the reload while this process drains or an
+    /// upgrade is in progress.
     async fn reload_on_request(&mut self) -> Result<ReloadDoc, ReloadError> {
-        if self.drains_instead("admin request") {
+        if self.rejects_reloads("admin request") {
             return Err(ReloadError::NotNow(DRAINS));
         }
         if !self.upgrades.postpones_reload() {
@@ -149,8 +152,8 @@ impl Control {
         Err(self.refuse(why.to_owned()))
     }
 
-    /// Reloads because the file has changed or a signal came: nobody waits for
-    /// the answer, so a local error has it done later.
+    /// Reloads after a file change or a signal. No client waits for the answer, so the
+    /// reload is retried after a local error.
     pub(super) async fn reload_and_retry(&mut self) {
         let Err(ReloadError::Problems(problems)) = self.reload().await else { return };
         let Some(error) = problems.iter().find_map(|problem| local_error(&problem.message)) else {
@@ -162,7 +165,7 @@ impl Control {
         self.reloads.retry_later();
     }
 
-    /// Reads the file again and puts it in force, where it says something new.
+    /// Reads the file and puts it in force if it differs from the configuration in force.
     async fn reload(&mut self) -> Result<ReloadDoc, ReloadError> {
         self.lifecycle.notifier().reloading();
         let result = self.try_reload().await;
@@ -182,11 +185,11 @@ impl Control {
         let loaded = config::load(self.reloads.path()).map_err(|problems| {
             ReloadError::Problems(problems.list.iter().map(|it| self.problem(it)).collect())
         })?;
-        // A new secret may come without a change of the file that names it.
+        // The token can change without a change of the configuration file.
         let token = preflight::load_token(&loaded.config)
             .map_err(|why| self.refused(&preflight::token_problem(&loaded.origin, why)))?;
-        // Other comments or another layout say nothing new; but files that the
-        // file names may have changed while it did not.
+        // Compares the meaning: comments and layout are ignored, and the content of
+        // named files is included.
         if loaded.config == **self.reloads.config() {
             return Ok(self.keep_configuration(loaded, token));
         }
@@ -194,7 +197,7 @@ impl Control {
         Ok(self.put_in_force(loaded, prepared))
     }
 
-    /// The file says the same as before: puts the secrets in force.
+    /// Handles a file with the same meaning as before: updates digest and token.
     fn keep_configuration(&mut self, loaded: Loaded, token: Option<Token>) -> ReloadDoc {
         self.reloads.set_digest(loaded.digest);
         self.admin.tokens().set(token);
@@ -207,7 +210,8 @@ impl Control {
         ReloadDoc { generation: self.controller.generation(), changed: false, warnings }
     }
 
-    /// Everything that can fail. The access log comes last, since it changes something.
+    /// Runs all steps that can fail. The access log is last because opening it already
+    /// changes the target.
     async fn prepare(
         &mut self,
         config: &Config,
@@ -239,7 +243,7 @@ impl Control {
         Ok(PreparedReload { token, fresh, heartbeats })
     }
 
-    /// What cannot fail.
+    /// Commits the new configuration. Cannot fail.
     fn put_in_force(&mut self, loaded: Loaded, prepared: PreparedReload) -> ReloadDoc {
         let Loaded { config, text, digest, warnings, .. } = loaded;
         let PreparedReload { token, fresh, heartbeats } = prepared;
@@ -269,19 +273,19 @@ impl Control {
         ReloadDoc { generation, changed: true, warnings }
     }
 
-    /// An address that was given up a moment ago is closed before it is bound
-    /// anew: until then its old sockets keep new clients out.
+    /// Waits until retired addresses that `config` uses again are closed. Until then
+    /// their old sockets reject new clients.
     async fn wait_for_addresses(&mut self, config: &Config) {
-        let mut left = WANTED_BACK_MAX;
+        let mut left = ADDRESS_WAIT_MAX;
         while self.binds.cancel_retirement(config) && !left.is_zero() {
-            tokio::time::sleep(WANTED_BACK_STEP).await;
-            left = left.saturating_sub(WANTED_BACK_STEP);
+            tokio::time::sleep(ADDRESS_WAIT_STEP).await;
+            left = left.saturating_sub(ADDRESS_WAIT_STEP);
         }
     }
 
-    /// Binds what is new. The process before this one may be closing an address.
+    /// Binds the new addresses. Retries while the old process still closes an address.
     async fn bind_new(&mut self, config: &Config) -> Result<NewBinds, BindError> {
-        let mut left = WANTED_BACK_MAX;
+        let mut left = ADDRESS_WAIT_MAX;
         loop {
             match self.binds.bind_new(config) {
                 Err(refused)
@@ -289,15 +293,15 @@ impl Control {
                         && self.upgrades.awaits_old_process()
                         && !left.is_zero() =>
                 {
-                    tokio::time::sleep(WANTED_BACK_STEP).await;
-                    left = left.saturating_sub(WANTED_BACK_STEP);
+                    tokio::time::sleep(ADDRESS_WAIT_STEP).await;
+                    left = left.saturating_sub(ADDRESS_WAIT_STEP);
                 }
                 result => return result,
             }
         }
     }
 
-    /// A refusal for a reason that has no place in the file.
+    /// Returns an error for the whole file, without a line.
     pub(super) fn refuse(&self, message: String) -> ReloadError {
         let file: Arc<str> = self.reloads.path().display().to_string().into();
         self.refused(&config::Problem::of_file(&file, Severity::Error, message, None))
@@ -327,15 +331,15 @@ fn log_problem(problem: &ProblemDoc) {
     tracing::error!(at, problem = %message, help, "configuration rejected; the previous one stays in effect");
 }
 
-/// A problem that does not keep the file from being in force.
+/// Logs a problem that does not prevent the file from being put in force.
 pub(super) fn log_warning(warning: &config::Problem) {
     let config::Problem { file, line, column, message, .. } = warning;
     let at = format!("{file}:{line}:{column}");
     tracing::warn!(at, problem = %message, "configuration warning");
 }
 
-/// A warning where the path leads to a file that was replaced elsewhere: a mount
-/// of one file into a container keeps the old file.
+/// Returns a warning if the path leads to a deleted file. That happens if a single file
+/// is mounted into a container and replaced outside: the mount keeps the old file.
 fn replaced_outside(path: &Path) -> Option<String> {
     std::fs::metadata(path).ok().filter(|data| data.nlink() == 0)?;
     Some(format!(
@@ -345,8 +349,7 @@ fn replaced_outside(path: &Path) -> Option<String> {
     ))
 }
 
-/// Settings of `now` that differ from what the process was started with and
-/// cannot change while it runs, in words.
+/// Returns one text per setting that differs from the start and needs a restart.
 fn needs_restart(started: &Config, now: &Config) -> Vec<String> {
     let (old, new) = (&started.process, &now.process);
     let settings = [

@@ -1,7 +1,7 @@
-//! Requests that have come over the admin API, and their answers.
+//! Answers requests of the admin API.
 //!
-//! Part of the control loop. What takes long (a reload, an upgrade, a rendering) is
-//! answered later by the part that does it.
+//! Part of the control loop. Reloads, upgrades and renderings take longer. The module
+//! that does the work answers them later.
 
 use super::control_loop::Control;
 use super::rendering::Reader;
@@ -13,16 +13,16 @@ use tidegate_supervisor::Wish;
 use tokio::sync::oneshot;
 
 impl Control {
-    /// Answers a request, or has it answered. A client that has left needs no answer.
+    /// Answers a request or passes it to the module that will answer it. Errors of
+    /// `send` are ignored: the client has closed its connection.
     pub(super) async fn answer(&mut self, request: AdminRequest) {
         match request {
             AdminRequest::Status(reply) => self.ask_for(Reader::Status(reply)),
             AdminRequest::Metrics(reply) => self.ask_for(Reader::Metrics(reply)),
-            // What has come too late for this process is answered by its end: the
-            // next one is to be asked.
+            // Dropped after the handover: the client must ask the new process.
             AdminRequest::Reload(_) | AdminRequest::SetIntent { .. }
                 if self.upgrades.handed_over() => {}
-            AdminRequest::Reload(reply) => self.ask_for_reload(Some(reply)).await,
+            AdminRequest::Reload(reply) => self.request_reload(Some(reply)).await,
             AdminRequest::Upgrade { binary, config, asked_over, reply } => {
                 self.begin_upgrade(Wish { binary, config }, asked_over, Some(reply));
             }

@@ -1,30 +1,28 @@
-//! Notices that the configuration file may have changed: written in place,
-//! replaced by rename, or swapped behind symbolic links. Started by the
-//! application, which reloads when told and compares digests itself. Never
-//! parses the file and never decides whether it changed.
+//! Detects changes of the configuration file: writes in place, renames over it, and
+//! swaps of symbolic links.
+//!
+//! Started by `config_reloads`, which rereads the file after each notification and
+//! compares digests. The watcher never parses the file, and a notification does not
+//! mean that the content differs.
 //!
 //! # How
-//! The directories are watched, never the file: a watch on a file dies with
-//! the first rename over it, one on a symbolic link with the first swap of a
-//! Kubernetes ConfigMap (`..data` is replaced by rename). Watched is each
-//! directory in which a name on the way from the path to the final file stands
-//! that could be swapped: every symbolic link met, and the file itself. After
-//! each event the way is walked again.
+//! - inotify watches directories, not the file. A watch on a file ends with the first
+//!   rename over it. A watch on a symbolic link ends with the first swap of a
+//!   Kubernetes ConfigMap, which renames `..data`.
+//! - The watched directories are those that contain a symbolic link of the path or the
+//!   file itself (see [`WatchedPath`]). Each event resolves the path again.
+//! - A periodic check of the file detects what inotify(7) does not report: changes on
+//!   network file systems and a replaced directory. If inotify is not available, this
+//!   check runs alone and also compares the content.
 //!
-//! A slow look at the file catches what inotify(7) cannot see: network file
-//! systems, a directory replaced as a whole. Where inotify is refused, that
-//! look is all there is, and it compares contents too.
-//!
-//! # Never a half-written file
-//! A valid prefix of a TOML file is common, so validation does not protect
-//! against reading too early. The application is told only once every writer of
-//! the file, and of the files that the configuration names, has closed it (see
-//! [`settle`]). The same holds for a reload that an operator asks for
-//! ([`ConfigWatcher::ask`]), which is told at once where nothing is being
-//! written.
+//! # Incomplete files
+//! A part of a TOML file is often valid, so validation does not detect an incomplete
+//! file. The watcher notifies only after every writer has closed the file and the files
+//! that the configuration names (see [`settle`]). A reload that an operator requests
+//! waits in the same way ([`ConfigWatcher::request`]).
 
 mod settle;
-mod way;
+mod watched_path;
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -38,48 +36,47 @@ use std::time::{Duration, Instant};
 use notify::event::{AccessKind, AccessMode, ModifyKind};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 
-use self::settle::{FileSettling, Happening, Times, Verdict, WatchWarning};
-use self::way::WatchedPath;
+use self::settle::{FileEvent, FileSettling, Times, Verdict, WatchWarning};
+use self::watched_path::WatchedPath;
 use tidegate_config::source;
 use tidegate_net::clock;
 
-/// How long nothing may happen before a change counts as complete: editors write
-/// a file twice, and a directory swap is several renames.
+/// A change is complete after this time without events. Editors write a file twice, and
+/// a directory swap consists of several renames.
 const SETTLE: Duration = Duration::from_millis(200);
 
-/// The same in all while events keep coming.
+/// Longest delay of a complete change by further events that write nothing.
 const SETTLE_MAX: Duration = Duration::from_secs(3);
 
-/// How long an open writer may be silent before the file is read as it stands.
+/// After this time without a write, the file is read although a writer has it open.
 const SILENCE: Duration = Duration::from_secs(15);
 
-/// How often a writer that never stops is warned of.
+/// Time between two warnings about a writer that never stops.
 const WARN: Duration = Duration::from_secs(60);
 
-/// How often the file is looked at without being told.
+/// Time between two checks of the file without an event.
 const POLL: Duration = Duration::from_secs(2);
 
-/// The same where the kernel reports nothing: that look is all there is then, and
-/// the kernel is asked for reports again each time.
+/// Time between two checks if inotify is not available. Each check also tries to set
+/// up inotify again.
 const POLL_ALONE: Duration = Duration::from_secs(1);
 
-/// Files named by a configuration that are watched for writers; those beyond are
-/// read as they stand.
+/// Files named by a configuration that are watched for writers. Further files are read
+/// without waiting for their writers.
 pub const NAMED_MAX: usize = 256;
 
-/// How often the set of watched directories is corrected in a row while links
-/// move under our feet; the next event or look continues.
+/// How often in a row the set of watched directories is corrected while links change.
+/// The next event or check continues.
 const SETUP_ROUNDS_MAX: usize = 8;
 
-/// Watches one file until dropped. Dropping waits for a call of `on_change`
-/// under way to return.
+/// Watches one file until dropped. Drop waits for a running call of `on_change`.
 #[derive(Debug)]
 pub struct ConfigWatcher {
     shared: Arc<WatchShared>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the notifier's thread, ours and the owner share.
+/// State shared by the owner, the watching thread and the thread of `notify`.
 #[derive(Debug)]
 struct WatchShared {
     state: Mutex<WatchState>,
@@ -89,30 +86,31 @@ struct WatchShared {
 
 #[derive(Debug, Default)]
 struct WatchState {
-    /// An event since the last look.
+    /// An event arrived since the last check.
     dirty: bool,
-    /// One of the configuration file's since it was last told of.
+    /// The configuration file may have changed since the last notification.
     changed: bool,
-    /// The owner wants to be told, changed or not.
-    asked: bool,
-    /// It has asked since the last look.
+    /// The owner requested a notification.
+    requested: bool,
+    /// The owner requested it since the last check.
     woken: bool,
     stop: bool,
     settling: FileSettling,
-    /// Paths whose events matter (see [`WatchedPath`]), and whether the configuration
-    /// file itself is reached by them.
+    /// Relevant paths (see [`WatchedPath`]). The value is true for paths that lead to
+    /// the configuration file itself.
     relevant: HashMap<PathBuf, bool>,
     /// The watched directories.
     directories: HashSet<PathBuf>,
-    /// One of them went away; a new one may bear its name and even its inode.
+    /// A watched directory was removed or renamed. A new directory can have the same
+    /// name and even the same inode.
     lost: bool,
-    /// What the configuration names.
+    /// Files that the configuration names.
     named: Vec<PathBuf>,
-    /// Why there is no notification, only the slow look.
+    /// Why inotify is not used; only the periodic check runs.
     polling_reason: Option<String>,
 }
 
-/// How a watcher works; tests turn each half off.
+/// How a watcher works. Tests disable inotify or the periodic check.
 #[derive(Debug, Clone, Copy)]
 struct WatchSettings {
     poll: Duration,
@@ -120,7 +118,7 @@ struct WatchSettings {
     silence: Duration,
 }
 
-/// What a look at a file shows; `None` where there is none.
+/// Metadata of a file, to detect changes.
 #[derive(Debug, PartialEq, Eq, Clone, Copy)]
 struct FileStamp {
     device: u64,
@@ -128,60 +126,61 @@ struct FileStamp {
     size: u64,
     modified: (i64, i64),
     changed: (i64, i64),
-    /// Only where nothing else would tell.
+    /// Set only if inotify is not available.
     digest: Option<u64>,
 }
 
-/// The watching thread's own state.
+/// State of the watching thread.
 struct WatchThread {
     /// The configuration file.
     path: PathBuf,
     shared: Arc<WatchShared>,
     settings: WatchSettings,
     notifier: Option<RecommendedWatcher>,
-    /// Watched directories with device and inode, to notice a replaced one.
+    /// Watched directories with device and inode, to detect a replaced directory.
     directories: HashMap<PathBuf, (u64, u64)>,
-    /// The configuration file, then what it names, at the last look.
-    looks: Vec<(PathBuf, Option<FileStamp>)>,
-    /// The configuration file when its owner was last told.
-    told: Option<FileStamp>,
-    /// What `looks` shows is known to be written to its end.
+    /// The configuration file and the files it names, at the last check. `None`: the
+    /// file does not exist.
+    stamps: Vec<(PathBuf, Option<FileStamp>)>,
+    /// The configuration file at the last notification.
+    notified: Option<FileStamp>,
+    /// The files were completely written when `stamps` was taken.
     complete: bool,
 }
 
 // === impl ConfigWatcher ===
 
 impl ConfigWatcher {
-    /// Watches `path`, which need not exist yet. `on_change` is called on a
-    /// thread of its own, at most ten times a second, and means only that the
-    /// file may have changed, and is written to its end.
+    /// Watches `path`, which does not need to exist yet. A separate thread calls
+    /// `on_change`. A call means that the file may have changed and is completely
+    /// written.
     ///
     /// # Errors
-    /// The working directory of a relative path is gone, or no thread can be
-    /// started. That inotify is refused is no error: see
+    /// The path is relative and the working directory does not exist, or the thread
+    /// cannot be started. Missing inotify is not an error: see
     /// [`ConfigWatcher::polling_reason`].
     pub fn start(path: &Path, on_change: impl Fn() + Send + 'static) -> io::Result<ConfigWatcher> {
         let settings = WatchSettings { poll: POLL, notify: true, silence: SILENCE };
         Self::start_with(path, settings, on_change)
     }
 
-    /// Why changes are only polled for every second; `None` while the
-    /// kernel reports them. Never ends with a full stop.
+    /// Returns why the file is polled every second; `None` while inotify works. The
+    /// text does not end with a full stop.
     pub fn polling_reason(&self) -> Option<String> {
         self.shared.lock().polling_reason.clone()
     }
 
-    /// Has `on_change` called as soon as the file and those it names are written
-    /// to their end: at once where nothing is being written.
-    pub fn ask(&self) {
+    /// Requests a call of `on_change` as soon as no writer has the file, or a file that
+    /// the configuration names, open.
+    pub fn request(&self) {
         let mut state = self.shared.lock();
-        (state.asked, state.woken) = (true, true);
+        (state.requested, state.woken) = (true, true);
         self.shared.wake.notify_all();
     }
 
-    /// Also waits for writers of these files, which are read together with the
-    /// watched one; at most [`NAMED_MAX`] of them. A change of theirs alone calls
-    /// nothing.
+    /// Also waits for writers of these files, at most [`NAMED_MAX`]. They are read
+    /// together with the watched file. A change of these files alone causes no call of
+    /// `on_change`.
     pub fn wait_for_writers_of(&self, mut named: Vec<PathBuf>) {
         named.truncate(NAMED_MAX);
         let mut state = self.shared.lock();
@@ -192,7 +191,7 @@ impl ConfigWatcher {
         }
     }
 
-    /// A file that a writer has open right now, as far as the kernel reports it.
+    /// Returns a file that a writer has open, as far as inotify reports it.
     pub fn being_written(&self) -> Option<PathBuf> {
         self.shared.lock().settling.open_file().map(Path::to_owned)
     }
@@ -217,14 +216,14 @@ impl ConfigWatcher {
             settings,
             notifier: None,
             directories: HashMap::new(),
-            looks: Vec::new(),
-            told: None,
+            stamps: Vec::new(),
+            notified: None,
             complete: true,
         };
-        // Before the thread starts: a change right after `start` is noticed.
-        watch.follow();
-        watch.looks = watch.stamp();
-        watch.told = watch.looks.first().and_then(|(_, look)| *look);
+        // Before the thread starts, so that a change right after `start` is detected.
+        watch.update_watches();
+        watch.stamps = watch.stamp();
+        watch.notified = watch.stamps.first().and_then(|(_, stamp)| *stamp);
         let thread = thread::Builder::new()
             .name("config-watch".to_owned())
             .spawn(move || watch.run(&on_change))?;
@@ -239,7 +238,7 @@ impl Drop for ConfigWatcher {
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != thread::current().id()
         {
-            // A panic of `on_change` was already printed by its thread.
+            // The panic hook has already logged a panic of `on_change`.
             let _ = thread.join();
         }
     }
@@ -249,11 +248,11 @@ impl Drop for ConfigWatcher {
 
 impl WatchShared {
     fn lock(&self) -> MutexGuard<'_, WatchState> {
-        // The state is plain values, whole at any time.
+        // The state consists of plain values, so it is valid after a panic.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Called on the notifier's thread.
+    /// Called by the thread of `notify`.
     fn notice(&self, event: &notify::Result<notify::Event>) {
         let mut state = self.lock();
         if state.notice(event, clock::now(), &self.times) {
@@ -262,7 +261,7 @@ impl WatchShared {
         }
     }
 
-    /// Waits for an event or a question, until `due` at most; false to stop.
+    /// Waits for an event or a request, until `due` at most. Returns false to stop.
     fn wait(&self, due: Instant) -> bool {
         let idle = |state: &mut WatchState| !state.stop && !state.dirty && !state.woken;
         let left = due.saturating_duration_since(clock::now());
@@ -276,13 +275,13 @@ impl WatchShared {
 // === impl WatchState ===
 
 impl WatchState {
-    /// From now on events on these ways matter. Whether a watched directory has been
-    /// lost since the last time.
-    fn watch(&mut self, ways: &[WatchedPath], directories: impl Iterator<Item = PathBuf>) -> bool {
+    /// Sets the relevant paths. Returns whether a watched directory was lost since the
+    /// last call.
+    fn watch(&mut self, paths: &[WatchedPath], directories: impl Iterator<Item = PathBuf>) -> bool {
         self.relevant.clear();
-        // The configuration file comes first, and so is inserted last.
-        for (index, way) in ways.iter().enumerate().rev() {
-            self.relevant.extend(way.names.iter().map(|name| (name.clone(), index == 0)));
+        // The configuration file is the first path, so it is inserted last and overrides.
+        for (index, path) in paths.iter().enumerate().rev() {
+            self.relevant.extend(path.names.iter().map(|name| (name.clone(), index == 0)));
         }
         let WatchState { relevant, settling, .. } = self;
         settling.keep_only(|path| relevant.contains_key(path));
@@ -290,7 +289,7 @@ impl WatchState {
         std::mem::take(&mut self.lost)
     }
 
-    /// Whether the event matters.
+    /// Records an event. Returns whether it is relevant.
     fn notice(
         &mut self,
         event: &notify::Result<notify::Event>,
@@ -311,7 +310,7 @@ impl WatchState {
             for path in &event.paths {
                 let Some(of_configuration) = self.relevant.get(path) else { continue };
                 self.changed |= of_configuration;
-                self.settling.event(path, happening(event.kind, path), now, times);
+                self.settling.event(path, file_event(event.kind, path), now, times);
                 matters = true;
             }
         }
@@ -319,7 +318,8 @@ impl WatchState {
     }
 }
 
-/// Reading the file, as each reload does, must not look like a change.
+/// Returns whether an event can be a change. Reading the file, as each reload does, is
+/// not a change.
 fn changes(kind: EventKind) -> bool {
     match kind {
         EventKind::Access(access) => access == AccessKind::Close(AccessMode::Write),
@@ -331,15 +331,15 @@ fn leaves(kind: EventKind) -> bool {
     matches!(kind, EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(_)))
 }
 
-/// What an event says of the file of that name.
-fn happening(kind: EventKind, path: &Path) -> Happening {
-    // Who creates a file by opening it writes next; a link arrives whole.
-    let begun = || fs::symlink_metadata(path).is_ok_and(|data| data.is_file() && data.len() == 0);
+/// Returns what an event means for the file `path`.
+fn file_event(kind: EventKind, path: &Path) -> FileEvent {
+    // The writer of a new, empty file writes next. A new link is complete.
+    let empty = || fs::symlink_metadata(path).is_ok_and(|data| data.is_file() && data.len() == 0);
     match kind {
-        EventKind::Modify(ModifyKind::Data(_)) => Happening::Written,
-        EventKind::Create(_) if begun() => Happening::Written,
-        EventKind::Modify(ModifyKind::Metadata(_)) => Happening::Touched,
-        _ => Happening::Whole,
+        EventKind::Modify(ModifyKind::Data(_)) => FileEvent::Written,
+        EventKind::Create(_) if empty() => FileEvent::Written,
+        EventKind::Modify(ModifyKind::Metadata(_)) => FileEvent::Touched,
+        _ => FileEvent::Complete,
     }
 }
 
@@ -349,7 +349,7 @@ impl WatchThread {
     fn run(mut self, on_change: &impl Fn()) {
         let mut due = clock::now() + self.poll();
         while self.shared.wait(due) {
-            due = self.turn(on_change);
+            due = self.check(on_change);
         }
     }
 
@@ -358,46 +358,46 @@ impl WatchThread {
         if alone { self.settings.poll.min(POLL_ALONE) } else { self.settings.poll }
     }
 
-    /// Looks at everything once and tells what is to be told; returns when to look
-    /// again.
-    fn turn(&mut self, on_change: &impl Fn()) -> Instant {
-        let explained = {
+    /// Checks all files once and calls `on_change` if that is due. Returns the time of
+    /// the next check.
+    fn check(&mut self, on_change: &impl Fn()) -> Instant {
+        let by_event = {
             let mut state = self.shared.lock();
             state.woken = false;
             std::mem::take(&mut state.dirty)
         };
-        self.follow();
-        let looks = self.stamp();
-        let differs = looks != self.looks;
-        self.looks = looks;
+        self.update_watches();
+        let stamps = self.stamp();
+        let differs = stamps != self.stamps;
+        self.stamps = stamps;
         let now = clock::now();
         let next_poll = now + self.poll();
-        let seen = self.looks.first().and_then(|(_, look)| *look);
+        let current = self.stamps.first().and_then(|(_, stamp)| *stamp);
 
         let shared = Arc::clone(&self.shared);
         let mut state = shared.lock();
-        if differs && !explained {
-            state.settling.looks_different(now, &shared.times);
+        if differs && !by_event {
+            state.settling.differs(now, &shared.times);
         }
-        self.complete = match (explained, differs) {
+        self.complete = match (by_event, differs) {
             (true, _) => state.settling.open_file().is_none(),
             (false, true) => false,
             (false, false) => self.complete,
         };
         let verdict = state.settling.verdict(now, &shared.times, &mut warn);
         self.complete |= verdict == Verdict::Settled;
-        state.changed |= seen != self.told;
-        // An event since the look: it decides, in the next turn.
+        state.changed |= current != self.notified;
+        // An event arrived during this check. The next check decides.
         if state.dirty {
             return now;
         }
-        let tell = match verdict {
-            Verdict::Settled => state.changed || state.asked,
-            Verdict::Wait(_) => state.asked && self.complete,
+        let notify = match verdict {
+            Verdict::Settled => state.changed || state.requested,
+            Verdict::Wait(_) => state.requested && self.complete,
         };
-        if tell {
-            (state.changed, state.asked) = (false, false);
-            self.told = seen;
+        if notify {
+            (state.changed, state.requested) = (false, false);
+            self.notified = current;
             drop(state);
             on_change();
         }
@@ -407,7 +407,7 @@ impl WatchThread {
         }
     }
 
-    /// Every file that matters, as it is now.
+    /// Reads the metadata of all files.
     fn stamp(&self) -> Vec<(PathBuf, Option<FileStamp>)> {
         let (polling, named) = {
             let state = self.shared.lock();
@@ -415,24 +415,24 @@ impl WatchThread {
         };
         let all = std::iter::once(self.path.clone()).chain(named);
         all.map(|path| {
-            let look = FileStamp::at(&path, polling);
-            (path, look)
+            let stamp = FileStamp::at(&path, polling);
+            (path, stamp)
         })
         .collect()
     }
 
-    /// Walks the way to each file and watches its directories; repeats while
-    /// a way changes between the walk and the watch.
-    fn follow(&mut self) {
-        let mut ways = self.walk();
+    /// Resolves the path of each file and watches its directories. Repeats this if a
+    /// path changed before its directories were watched.
+    fn update_watches(&mut self) {
+        let mut paths = self.walk();
         for _ in 0..SETUP_ROUNDS_MAX {
-            let outcome = self.watch(&ways);
-            self.told_of(outcome.err());
+            let outcome = self.watch(&paths);
+            self.set_polling_reason(outcome.err());
             let again = self.walk();
-            if again == ways {
+            if again == paths {
                 return;
             }
-            ways = again;
+            paths = again;
         }
     }
 
@@ -441,8 +441,8 @@ impl WatchThread {
         std::iter::once(&self.path).chain(&named).map(|path| WatchedPath::walk(path)).collect()
     }
 
-    /// Notes whether the kernel reports changes, and tells when that changes.
-    fn told_of(&self, reason: Option<String>) {
+    /// Records whether inotify works, and logs a change of that.
+    fn set_polling_reason(&self, reason: Option<String>) {
         let before = std::mem::replace(&mut self.shared.lock().polling_reason, reason.clone());
         match (before, reason) {
             (before, Some(reason)) if before.as_ref() != Some(&reason) => {
@@ -456,12 +456,12 @@ impl WatchThread {
         }
     }
 
-    fn watch(&mut self, ways: &[WatchedPath]) -> Result<(), String> {
+    fn watch(&mut self, paths: &[WatchedPath]) -> Result<(), String> {
         if !self.settings.notify {
             return Err("notification is disabled".to_owned());
         }
-        let wanted: HashMap<_, _> = ways.iter().flat_map(WatchedPath::directories).collect();
-        let lost = self.shared.lock().watch(ways, wanted.keys().cloned());
+        let wanted: HashMap<_, _> = paths.iter().flat_map(WatchedPath::directories).collect();
+        let lost = self.shared.lock().watch(paths, wanted.keys().cloned());
         if self.notifier.is_none() {
             self.notifier = Some(new_notifier(&self.shared)?);
         }
@@ -471,7 +471,7 @@ impl WatchThread {
         directories.retain(|directory, id| {
             let keep = !lost && wanted.get(directory) == Some(id);
             if !keep {
-                // Fails where the kernel dropped the watch with its directory.
+                // Fails if the kernel has already removed the watch with its directory.
                 let _ = notifier.unwatch(directory);
             }
             keep
@@ -499,7 +499,7 @@ fn warn(warning: WatchWarning) {
         ),
         WatchWarning::StillWritten(path, time) => tracing::warn!(
             file = %path.display(),
-            for_seconds = time.as_secs(),
+            written_for = ?Duration::from_secs(time.as_secs()),
             "a configuration file is still being written; waiting until the writer closes it"
         ),
     }

@@ -1,113 +1,115 @@
-//! When a change of a watched file is complete: every writer has closed it and
-//! nothing has happened for a moment. Fed by the watcher with events and the
-//! time; pure, so that each rule is tested without a file system.
+//! Decides when a change of a watched file is complete.
+//!
+//! The watcher feeds it events and the time. The code is pure, so that each rule is
+//! tested without a file system.
 //!
 //! # Rules
-//! - A write opens a file for the watcher: more is expected until the writer
-//!   closes it, or until the name leads to another file.
-//! - A writer that is silent for [`Times::silence`] is not waited for any more.
-//! - Every event restarts the pause of [`Times::settle`]. Events that write nothing
-//!   delay the reading by [`Times::settle_max`] at most.
-//! - What only a look at the file has shown is confirmed by a second, equal look
-//!   after [`Times::confirm`].
+//! - After a write, the file is open until its writer closes it or its name leads to
+//!   another file. An open file is not read.
+//! - A writer without a write for [`Times::silence`] is ignored.
+//! - A change is complete [`Times::settle`] after the last event. Events that write
+//!   nothing delay this by at most [`Times::settle_max`].
+//! - A change that only the periodic check detected needs a second, equal check after
+//!   [`Times::confirm`].
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// How long each wait may take.
+/// Length of each wait.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Times {
-    /// Without an event before a change counts as complete.
+    /// Without an event before a change is complete.
     pub(super) settle: Duration,
-    /// The same in all since a writer closed last, while other events keep coming.
+    /// Upper bound of `settle` since the last writer closed the file, if further events
+    /// arrive.
     pub(super) settle_max: Duration,
-    /// Between two equal looks at a file whose changes raise no event.
+    /// Between two equal checks of a file whose changes cause no event.
     pub(super) confirm: Duration,
-    /// Without a write before an open writer is no longer waited for.
+    /// Without a write before an open writer is ignored.
     pub(super) silence: Duration,
     /// Between two warnings about a writer that never stops.
     pub(super) warn: Duration,
 }
 
-/// What happened to a name.
+/// What happened to a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Happening {
-    /// Data was written, or the file was created empty: its writer has it open.
+pub(super) enum FileEvent {
+    /// Data was written, or the file was created empty: a writer has it open.
     Written,
-    /// A writer closed it, or the name leads to another file.
-    Whole,
+    /// A writer closed the file, or the path leads to another file.
+    Complete,
     /// Anything else.
     Touched,
 }
 
-/// Whether what changed may be read.
+/// Whether the changed files can be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// It may.
+    /// The change is complete.
     Settled,
-    /// Not before that moment.
+    /// The change is not complete before this time.
     Wait(Instant),
 }
 
-/// Something to warn of.
+/// A warning for the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum WatchWarning {
-    /// The file is read although a silent writer still has it open.
+    /// The file is read although a writer still has it open.
     StillOpen(PathBuf),
-    /// The file has been written to for that long without a pause.
+    /// Writes have continued for this time.
     StillWritten(PathBuf, Duration),
 }
 
-/// The events since everything was settled last.
+/// The events since the last complete change.
 #[derive(Debug, Default)]
 pub(super) struct FileSettling {
-    /// Files that a writer has open, with its last write.
+    /// Files that a writer has open, with the time of the last write.
     open: HashMap<PathBuf, Instant>,
-    /// The first event.
+    /// Time of the first event.
     since: Option<Instant>,
-    /// The first event since the last writer closed.
+    /// Time when the last writer closed its file, or of the first event.
     closed: Option<Instant>,
-    /// End of the pause that the last event began.
+    /// End of the wait that the last event started.
     due: Option<Instant>,
     warned: Option<Instant>,
 }
 
 impl FileSettling {
-    /// Notes what happened to `path`.
-    pub(super) fn event(&mut self, path: &Path, what: Happening, now: Instant, times: &Times) {
+    /// Records an event of `path`.
+    pub(super) fn event(&mut self, path: &Path, what: FileEvent, now: Instant, times: &Times) {
         match what {
-            Happening::Written => drop(self.open.insert(path.to_owned(), now)),
-            Happening::Whole => {
+            FileEvent::Written => drop(self.open.insert(path.to_owned(), now)),
+            FileEvent::Complete => {
                 if self.open.remove(path).is_some() {
                     self.closed = Some(now);
                 }
             }
-            Happening::Touched => {}
+            FileEvent::Touched => {}
         }
         self.since.get_or_insert(now);
         self.closed.get_or_insert(now);
         self.due = Some(now + times.settle);
     }
 
-    /// Notes that a file looks different and no event said so.
-    pub(super) fn looks_different(&mut self, now: Instant, times: &Times) {
+    /// Records that a check found a difference without an event.
+    pub(super) fn differs(&mut self, now: Instant, times: &Times) {
         self.since.get_or_insert(now);
         self.closed.get_or_insert(now);
         self.due = Some(now + times.confirm);
     }
 
-    /// Forgets writers of files that are no longer watched.
+    /// Removes writers of files that are no longer watched.
     pub(super) fn keep_only(&mut self, watched: impl Fn(&Path) -> bool) {
         self.open.retain(|path, _| watched(path));
     }
 
-    /// A file that a writer has open.
+    /// Returns a file that a writer has open.
     pub(super) fn open_file(&self) -> Option<&Path> {
         self.open.keys().next().map(PathBuf::as_path)
     }
 
-    /// Whether what changed may be read at `now`.
+    /// Returns whether the change is complete at `now`.
     pub(super) fn verdict(
         &mut self,
         now: Instant,
@@ -161,17 +163,16 @@ mod tests {
 
     impl Case {
         fn new() -> Case {
-            // A moment to count from; its value means nothing.
             let start = tidegate_net::clock::now();
             Case { settling: FileSettling::default(), start, warnings: Vec::new() }
         }
 
-        fn event(&mut self, millis: u64, what: Happening) {
+        fn event(&mut self, millis: u64, what: FileEvent) {
             let now = self.start + Duration::from_millis(millis);
             self.settling.event(Path::new("/t.toml"), what, now, &TIMES);
         }
 
-        /// Milliseconds until the next look; `None` once settled.
+        /// Returns the milliseconds until the next check; `None` if settled.
         fn waits(&mut self, millis: u64) -> Option<u128> {
             let now = self.start + Duration::from_millis(millis);
             let warnings = &mut self.warnings;
@@ -183,53 +184,53 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_not_read_before_its_writer_closes_it() {
+    fn file_is_not_read_before_its_writer_closes_it() {
         let mut case = Case::new();
         for at in (0..3000).step_by(150) {
-            case.event(at, Happening::Written);
+            case.event(at, FileEvent::Written);
             assert!(case.waits(at + 149).is_some(), "at {at}");
         }
-        case.event(3000, Happening::Whole);
+        case.event(3000, FileEvent::Complete);
         assert_eq!(case.waits(3000), Some(100));
         assert_eq!(case.waits(3100), None);
         assert_eq!(case.warnings, []);
     }
 
     #[test]
-    fn every_event_restarts_the_pause() {
+    fn every_event_restarts_the_settle_time() {
         let mut case = Case::new();
-        case.event(0, Happening::Whole);
-        case.event(90, Happening::Touched);
+        case.event(0, FileEvent::Complete);
+        case.event(90, FileEvent::Touched);
         assert_eq!(case.waits(100), Some(90));
         assert_eq!(case.waits(190), None);
-        assert_eq!(case.waits(191), None, "nothing has happened since");
+        assert_eq!(case.waits(191), None, "no event since the last check");
     }
 
     #[test]
-    fn events_without_end_delay_the_reading_by_two_seconds_at_most() {
+    fn endless_events_delay_reading_by_two_seconds_at_most() {
         let mut case = Case::new();
         for at in (0..2000).step_by(50) {
-            case.event(at, Happening::Touched);
+            case.event(at, FileEvent::Touched);
             assert!(case.waits(at + 1).is_some(), "at {at}");
         }
-        case.event(2000, Happening::Touched);
+        case.event(2000, FileEvent::Touched);
         assert_eq!(case.waits(2000), None);
     }
 
     #[test]
-    fn a_silent_writer_is_waited_for_ten_seconds_with_a_warning() {
+    fn silent_writer_is_ignored_after_ten_seconds_with_a_warning() {
         let mut case = Case::new();
-        case.event(0, Happening::Written);
+        case.event(0, FileEvent::Written);
         assert_eq!(case.waits(1), Some(9_999));
         assert_eq!(case.waits(10_000), None);
         assert_eq!(case.warnings, [WatchWarning::StillOpen("/t.toml".into())]);
     }
 
     #[test]
-    fn a_writer_that_never_stops_is_warned_of_once_a_minute_and_never_read() {
+    fn endless_writer_causes_a_warning_per_minute_and_no_read() {
         let mut case = Case::new();
         for at in (0..150_000).step_by(1000) {
-            case.event(at, Happening::Written);
+            case.event(at, FileEvent::Written);
             assert!(case.waits(at).is_some(), "at {at}");
         }
         let for_a =
@@ -238,12 +239,12 @@ mod tests {
     }
 
     #[test]
-    fn a_change_without_an_event_needs_a_second_look() {
+    fn change_without_an_event_needs_a_second_check() {
         let mut case = Case::new();
         let now = case.start;
-        case.settling.looks_different(now, &TIMES);
+        case.settling.differs(now, &TIMES);
         assert_eq!(case.waits(0), Some(500));
-        case.settling.looks_different(now + Duration::from_millis(500), &TIMES);
+        case.settling.differs(now + Duration::from_millis(500), &TIMES);
         assert_eq!(case.waits(500), Some(500));
         assert_eq!(case.waits(1000), None);
     }

@@ -1,14 +1,15 @@
-//! The watcher against a real file system: every way files get replaced.
-//! Waits for events only; a missed one fails after a long patience.
+//! Tests of the watcher with real files: each method of replacing a file.
+//!
+//! The tests wait for notifications. A missing notification fails after `PATIENCE`.
 
 use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::sync::mpsc::{Receiver, channel};
 
-use super::way::LINKS_MAX;
+use super::watched_path::LINKS_MAX;
 use super::*;
 
-/// Longer than any test may run: what is noticed, the kernel told us.
+/// Longer than any test runs, so all changes are detected by inotify.
 const NEVER: Duration = Duration::from_secs(3600);
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -17,7 +18,7 @@ struct Watched {
     changes: Receiver<String>,
 }
 
-/// Each change sends what the file then holds.
+/// Starts a watcher. Each notification sends the content of the file.
 fn watched(path: &Path, settings: WatchSettings) -> Watched {
     let (send, changes) = channel();
     let file = path.to_owned();
@@ -37,8 +38,8 @@ fn polling(millis: u64, notify: bool) -> WatchSettings {
     WatchSettings { poll: Duration::from_millis(millis), notify, silence: SILENCE }
 }
 
-/// Writes `content` piece by piece through one descriptor, with pauses that are
-/// longer than the watcher's.
+/// Writes `content` in pieces through one file descriptor. The pauses are longer than
+/// `SETTLE`.
 fn write_slowly(mut file: fs::File, content: &str) {
     for piece in content.as_bytes().chunks(content.len().div_ceil(6)) {
         file.write_all(piece).unwrap();
@@ -47,17 +48,17 @@ fn write_slowly(mut file: fs::File, content: &str) {
 }
 
 impl Watched {
-    /// One call, with that content, and none before or after.
+    /// Expects one notification, with that content, and no other.
     #[track_caller]
     fn sees_only(&self, content: &str) {
-        let first = self.changes.recv_timeout(PATIENCE).expect("a change was missed");
+        let first = self.changes.recv_timeout(PATIENCE).expect("no notification");
         assert_eq!(first, content);
-        assert!(self.is_quiet(), "told twice");
+        assert!(self.is_quiet(), "second notification");
     }
 
     #[track_caller]
     fn sees(&self, content: &str) {
-        while self.changes.recv_timeout(PATIENCE).expect("a change was missed") != content {}
+        while self.changes.recv_timeout(PATIENCE).expect("no notification") != content {}
     }
 
     fn is_quiet(&self) -> bool {
@@ -67,7 +68,7 @@ impl Watched {
 }
 
 #[test]
-fn write_in_place_is_noticed_each_time() {
+fn each_write_in_place_is_detected() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("t.toml");
     fs::write(&file, "0").unwrap();
@@ -79,7 +80,7 @@ fn write_in_place_is_noticed_each_time() {
 }
 
 #[test]
-fn rename_over_the_file_is_noticed_each_time() {
+fn each_rename_over_the_file_is_detected() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("t.toml");
     fs::write(&file, "0").unwrap();
@@ -92,7 +93,8 @@ fn rename_over_the_file_is_noticed_each_time() {
     }
 }
 
-/// As the kubelet does: a new directory, then `..data` renamed over.
+/// Updates a volume as the kubelet does: creates a new directory, then renames a new
+/// link over `..data`.
 fn publish(volume: &Path, version: &str) {
     let fresh = volume.join(format!("..{version}"));
     fs::create_dir(&fresh).unwrap();
@@ -106,7 +108,7 @@ fn publish(volume: &Path, version: &str) {
 }
 
 #[test]
-fn config_map_swaps_are_noticed_each_time() {
+fn each_config_map_swap_is_detected() {
     let volume = tempfile::tempdir().unwrap();
     publish(volume.path(), "v0");
     let file = volume.path().join("t.toml");
@@ -122,7 +124,7 @@ fn config_map_swaps_are_noticed_each_time() {
 }
 
 #[test]
-fn deleted_and_created_again_is_noticed_each_time() {
+fn each_deletion_and_creation_is_detected() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("t.toml");
     fs::write(&file, "0").unwrap();
@@ -136,7 +138,7 @@ fn deleted_and_created_again_is_noticed_each_time() {
 }
 
 #[test]
-fn target_of_a_link_in_another_directory_is_noticed() {
+fn change_of_a_link_target_in_another_directory_is_detected() {
     let (near, far) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (link, file) = (near.path().join("t.toml"), far.path().join("real.toml"));
     fs::write(&file, "0").unwrap();
@@ -149,7 +151,7 @@ fn target_of_a_link_in_another_directory_is_noticed() {
 }
 
 #[test]
-fn file_appearing_in_a_directory_made_later_is_noticed() {
+fn file_in_a_directory_created_later_is_detected() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("a/b/t.toml");
     let watched = notified(&file);
@@ -161,7 +163,7 @@ fn file_appearing_in_a_directory_made_later_is_noticed() {
 }
 
 #[test]
-fn neighbours_and_readers_are_not_noticed() {
+fn readers_and_other_files_cause_no_notification() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("t.toml");
     fs::write(&file, "0").unwrap();
@@ -172,7 +174,7 @@ fn neighbours_and_readers_are_not_noticed() {
 }
 
 #[test]
-fn without_inotify_the_file_is_polled_and_the_reason_told() {
+fn without_inotify_the_file_is_polled_and_the_reason_is_reported() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("t.toml");
     fs::write(&file, "0").unwrap();
@@ -185,7 +187,7 @@ fn without_inotify_the_file_is_polled_and_the_reason_told() {
 }
 
 #[test]
-fn replaced_directory_is_found_by_the_slow_look() {
+fn replaced_directory_is_detected_by_the_periodic_check() {
     let root = tempfile::tempdir().unwrap();
     let (old, new) = (root.path().join("etc"), root.path().join("etc.new"));
     let file = old.join("t.toml");
@@ -200,12 +202,13 @@ fn replaced_directory_is_found_by_the_slow_look() {
 }
 
 #[test]
-fn directory_deleted_and_made_again_is_noticed_each_time() {
+fn each_deletion_and_creation_of_the_directory_is_detected() {
     let root = tempfile::tempdir().unwrap();
     let file = root.path().join("etc/t.toml");
     fs::create_dir(root.path().join("etc")).unwrap();
     fs::write(&file, "0").unwrap();
-    // The parent of the watched directory is not watched: the look helps.
+    // The parent of the watched directory is not watched. The periodic check detects
+    // the new directory.
     let watched = watched(&file, polling(50, true));
     for content in ["1", "2", "3"] {
         fs::remove_dir_all(root.path().join("etc")).unwrap();
@@ -216,13 +219,13 @@ fn directory_deleted_and_made_again_is_noticed_each_time() {
 }
 
 #[test]
-fn dropping_stops_the_calls() {
+fn drop_ends_the_notifications() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("t.toml");
     fs::write(&file, "0").unwrap();
     let Watched { watcher, changes } = notified(&file);
     drop(watcher);
-    // The sender lived in the callback: gone with the thread.
+    // The callback owned the sender, so it is dropped with the thread.
     assert!(
         changes
             .recv_timeout(PATIENCE)
@@ -231,7 +234,7 @@ fn dropping_stops_the_calls() {
 }
 
 #[test]
-fn endless_links_end_the_walk() {
+fn link_loop_ends_at_the_largest_number_of_links() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("t.toml");
     symlink("t.toml", &file).unwrap();
@@ -239,7 +242,7 @@ fn endless_links_end_the_walk() {
 }
 
 #[test]
-fn a_file_written_slowly_is_told_of_once_and_whole() {
+fn slowly_written_file_causes_one_notification_when_complete() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("t.toml");
     fs::write(&file, "0").unwrap();
@@ -255,19 +258,19 @@ fn a_file_written_slowly_is_told_of_once_and_whole() {
 }
 
 #[test]
-fn a_file_that_is_not_written_to_yet_is_not_told_of() {
+fn new_empty_file_causes_no_notification_before_its_writer_closes_it() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("t.toml");
     let watched = notified(&file);
     let mut writer = fs::File::create(&file).unwrap();
-    assert!(watched.is_quiet(), "an empty file was taken for a whole one");
+    assert!(watched.is_quiet(), "notification for an empty file with a writer");
     writer.write_all(b"1").unwrap();
     drop(writer);
     watched.sees_only("1");
 }
 
 #[test]
-fn two_writes_in_a_row_are_told_of_once() {
+fn two_quick_writes_cause_one_notification() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("t.toml");
     fs::write(&file, "0").unwrap();
@@ -279,7 +282,7 @@ fn two_writes_in_a_row_are_told_of_once() {
 }
 
 #[test]
-fn a_writer_that_says_no_more_is_waited_for_as_long_as_the_bound() {
+fn silent_writer_delays_the_notification_up_to_the_bound() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("t.toml");
     fs::write(&file, "0").unwrap();
@@ -287,37 +290,37 @@ fn a_writer_that_says_no_more_is_waited_for_as_long_as_the_bound() {
     let watched = watched(&file, WatchSettings { poll: NEVER, notify: true, silence });
     let mut writer = fs::OpenOptions::new().append(true).open(&file).unwrap();
     writer.write_all(b"1").unwrap();
-    assert!(watched.is_quiet(), "the writer has it open");
+    assert!(watched.is_quiet(), "notification while the writer has the file open");
     watched.sees_only("01");
 }
 
 #[test]
-fn a_question_is_answered_at_once_or_when_the_writer_is_done() {
+fn request_is_answered_at_once_or_after_the_writer_closes_the_file() {
     let directory = tempfile::tempdir().unwrap();
     let (file, list) = (directory.path().join("t.toml"), directory.path().join("list"));
     fs::write(&file, "0").unwrap();
     fs::write(&list, "a").unwrap();
     let watched = notified(&file);
     watched.watcher.wait_for_writers_of(vec![list.clone()]);
-    watched.watcher.ask();
+    watched.watcher.request();
     watched.sees_only("0");
     for path in [&file, &list] {
         let mut writer = fs::OpenOptions::new().append(true).open(path).unwrap();
         writer.write_all(b"1").unwrap();
-        // The kernel's report arrives within this time, or the look sees more.
+        // inotify reports the write within this time.
         clock::pause(SETTLE / 2);
         assert_eq!(watched.watcher.being_written().as_ref(), Some(path));
-        watched.watcher.ask();
-        assert!(watched.is_quiet(), "answered while a writer was at it");
+        watched.watcher.request();
+        assert!(watched.is_quiet(), "notification while a writer has a file open");
         drop(writer);
         watched.sees_only("01");
     }
     fs::write(&list, "b").unwrap();
-    assert!(watched.is_quiet(), "a list alone asks for nothing");
+    assert!(watched.is_quiet(), "notification for a file that the configuration names");
 }
 
 #[test]
-fn a_polled_file_is_told_of_once_two_looks_agree() {
+fn polled_file_causes_a_notification_after_two_equal_checks() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("t.toml");
     fs::write(&file, "0").unwrap();

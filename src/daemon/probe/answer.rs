@@ -1,57 +1,56 @@
-//! What a backend answers a probe, and whether that is what was wanted.
+//! Checks the answer of a backend to a probe.
 //!
-//! Used by the probes that ask something. It reads no more of an answer than
-//! the packets that decide it, and never keeps any.
+//! Called by `send-expect` and `http` probes. Reading stops with the packet that
+//! decides the result, or at the bounds below. Answers are never stored.
 
-use super::{ProbeError, QUOTE_BYTES_MAX, quote, talk_fault};
+use super::{ProbeError, QUOTE_BYTES_MAX, exchange_error, quote};
 use std::ops::Range;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// Everything up to the end of the final status line, interim responses
-/// included. A status line is a few dozen bytes; what takes longer than this is
-/// no HTTP server.
+/// Bytes read up to the end of the final status line, including interim responses.
+/// A status line has a few dozen bytes, so a longer answer is not HTTP.
 const HEAD_BYTES_MAX: usize = 8 * 1024;
 
-/// How much of an answer is searched: `INFO` of a Redis server has about 5 KiB.
+/// Bytes of an answer that are searched. `INFO` of a Redis server has about 5 KiB.
 const CONTAINS_BYTES_MAX: usize = 64 * 1024;
 
-/// Room for one read: holds a short health page whole.
+/// Initial buffer size. A short health page fits.
 const READ_BYTES: usize = 4 * 1024;
 
-/// The only 1xx status that ends the exchange: the connection then speaks
-/// another protocol (RFC 9110, section 15.2.2).
+/// The only 1xx status that is final: the connection switches to another protocol
+/// (RFC 9110, section 15.2.2).
 const SWITCHING_PROTOCOLS: u16 = 101;
 
-/// An answer, line by line.
+/// Reads an answer line by line.
 struct AnswerLines<'s, S> {
     stream: &'s mut S,
-    held: Vec<u8>,
-    /// Where the next line starts.
+    buffer: Vec<u8>,
+    /// Offset of the next line in `buffer`.
     start: usize,
 }
 
-/// Reads until the answer starts with `expect`, or cannot any more.
+/// Succeeds if the answer starts with `expect`. Fails at the first byte that differs.
 pub(super) async fn starts_with(
     stream: &mut (impl AsyncRead + Unpin),
     expect: &[u8],
 ) -> Result<(), ProbeError> {
     let mut answer = vec![0; expect.len().max(QUOTE_BYTES_MAX)];
-    let mut held = 0;
-    while held < expect.len() {
-        let count = stream.read(&mut answer[held..]).await.map_err(talk_fault)?;
+    let mut filled = 0;
+    while filled < expect.len() {
+        let count = stream.read(&mut answer[filled..]).await.map_err(exchange_error)?;
         if count == 0 {
             return Err(ProbeError::Backend(format!(
-                "connection closed after {held} bytes ({}), expected {}",
-                quote(&answer[..held]),
+                "connection closed after {filled} bytes: got {}, expected {}",
+                quote(&answer[..filled]),
                 quote(expect)
             )));
         }
-        held += count;
-        let compared = held.min(expect.len());
+        filled += count;
+        let compared = filled.min(expect.len());
         if answer[..compared] != expect[..compared] {
             return Err(ProbeError::Backend(format!(
-                "answer started with {}, expected {}",
-                quote(&answer[..held]),
+                "wrong answer: got {}, expected {}",
+                quote(&answer[..filled]),
                 quote(expect)
             )));
         }
@@ -59,19 +58,20 @@ pub(super) async fn starts_with(
     Ok(())
 }
 
-/// Reads until the answer holds `what`, or has ended or grown too long without it.
+/// Succeeds if the first [`CONTAINS_BYTES_MAX`] bytes of the answer contain `what`.
 pub(super) async fn contains(
     stream: &mut (impl AsyncRead + Unpin),
     what: &[u8],
 ) -> Result<(), ProbeError> {
     let mut answer = Vec::with_capacity(READ_BYTES);
     loop {
-        // Only what is new can complete it.
+        // A match that was not found before includes a new byte.
         let from = answer.len().saturating_sub(what.len());
-        let room = CONTAINS_BYTES_MAX - answer.len();
-        if (&mut *stream).take(room as u64).read_buf(&mut answer).await.map_err(talk_fault)? == 0 {
+        let remaining = (CONTAINS_BYTES_MAX - answer.len()) as u64;
+        let read = (&mut *stream).take(remaining).read_buf(&mut answer).await;
+        if read.map_err(exchange_error)? == 0 {
             return Err(ProbeError::Backend(format!(
-                "connection closed after {} bytes ({}), expected {} in them",
+                "connection closed after {} bytes: got {}, expected {} in the answer",
                 answer.len(),
                 quote(&answer),
                 quote(what)
@@ -82,43 +82,44 @@ pub(super) async fn contains(
         }
         if answer.len() >= CONTAINS_BYTES_MAX {
             return Err(ProbeError::Backend(format!(
-                "{CONTAINS_BYTES_MAX} bytes of answer without {}",
+                "first {} KiB of the answer do not contain {}",
+                CONTAINS_BYTES_MAX / 1024,
                 quote(what)
             )));
         }
     }
 }
 
-/// Reads up to the final status line and holds its status against `wanted`.
+/// Succeeds if the status of the final response is in one of the `wanted` ranges.
 pub(super) async fn http(
     stream: &mut (impl AsyncRead + Unpin),
     wanted: &[(u16, u16)],
 ) -> Result<(), ProbeError> {
-    let mut lines = AnswerLines { stream, held: Vec::with_capacity(READ_BYTES), start: 0 };
+    let mut lines = AnswerLines { stream, buffer: Vec::with_capacity(READ_BYTES), start: 0 };
     loop {
         let line = lines.next().await?;
-        let line = &lines.held[line];
+        let line = &lines.buffer[line];
         let Some(status) = parse_status(line) else {
             return Err(ProbeError::Backend(format!(
-                "answer started with {}, expected an HTTP/1 status line",
+                "wrong answer: got {}, expected an HTTP/1 status line",
                 quote(line)
             )));
         };
         if !is_interim(status) {
-            return judge_status(status, wanted);
+            return check_status(status, wanted);
         }
-        // Its header section, up to the empty line.
+        // Skip the headers of the interim response, which end with an empty line.
         while !lines.next().await?.is_empty() {}
     }
 }
 
-/// A response that another one follows: any 1xx but 101, however many come
-/// (RFC 9110, section 15.2).
+/// Returns whether another response follows this one. That is the case for all 1xx
+/// except 101 (RFC 9110, section 15.2).
 fn is_interim(status: u16) -> bool {
     status < 200 && status != SWITCHING_PROTOCOLS
 }
 
-fn judge_status(status: u16, wanted: &[(u16, u16)]) -> Result<(), ProbeError> {
+fn check_status(status: u16, wanted: &[(u16, u16)]) -> Result<(), ProbeError> {
     if wanted.iter().any(|(low, high)| (*low..=*high).contains(&status)) {
         return Ok(());
     }
@@ -129,8 +130,8 @@ fn judge_status(status: u16, wanted: &[(u16, u16)]) -> Result<(), ProbeError> {
     Err(ProbeError::Backend(format!("status {status}, expected {}", ranges.join(","))))
 }
 
-/// RFC 9112, section 4: `HTTP/1.1 200 OK`; the words after the number may be
-/// missing.
+/// Parses a status line such as `HTTP/1.1 200 OK` (RFC 9112, section 4). The reason
+/// phrase is optional.
 fn parse_status(line: &[u8]) -> Option<u16> {
     let rest = line.strip_prefix(b"HTTP/1.")?;
     let [b'0'..=b'9', b' ', digits @ ..] = rest else { return None };
@@ -144,37 +145,38 @@ fn parse_status(line: &[u8]) -> Option<u16> {
 // === impl AnswerLines ===
 
 impl<S: AsyncRead + Unpin> AnswerLines<'_, S> {
-    /// Where the next line stands, without its end.
+    /// Returns the range of the next line in `buffer`, without its line end.
     async fn next(&mut self) -> Result<Range<usize>, ProbeError> {
         let mut searched = self.start;
         loop {
-            if let Some(end) = self.held[searched..].iter().position(|byte| *byte == b'\n') {
+            if let Some(end) = self.buffer[searched..].iter().position(|byte| *byte == b'\n') {
                 let end = searched + end;
                 let line =
-                    self.start..end - usize::from(self.held[self.start..end].ends_with(b"\r"));
+                    self.start..end - usize::from(self.buffer[self.start..end].ends_with(b"\r"));
                 self.start = end + 1;
                 return Ok(line);
             }
-            searched = self.held.len();
+            searched = self.buffer.len();
             self.read().await?;
         }
     }
 
     async fn read(&mut self) -> Result<(), ProbeError> {
-        let before = self.held.len();
-        let room = (HEAD_BYTES_MAX - before) as u64;
-        if room == 0 {
+        let before = self.buffer.len();
+        let remaining = (HEAD_BYTES_MAX - before) as u64;
+        if remaining == 0 {
             let what = if self.start == 0 { "line end" } else { "final status line" };
             return Err(ProbeError::Backend(format!(
-                "no {what} within {HEAD_BYTES_MAX} bytes of answer, which started with {}",
-                quote(&self.held)
+                "no {what} in the first {} KiB of the answer: got {}",
+                HEAD_BYTES_MAX / 1024,
+                quote(&self.buffer)
             )));
         }
-        let read = (&mut *self.stream).take(room).read_buf(&mut self.held).await;
-        if read.map_err(talk_fault)? == 0 {
+        let read = (&mut *self.stream).take(remaining).read_buf(&mut self.buffer).await;
+        if read.map_err(exchange_error)? == 0 {
             return Err(ProbeError::Backend(format!(
-                "connection closed after {before} bytes ({}), expected a status line",
-                quote(&self.held)
+                "connection closed after {before} bytes: got {}, expected a status line",
+                quote(&self.buffer)
             )));
         }
         Ok(())

@@ -1,20 +1,19 @@
-//! Running one active check: connect, ask, judge.
+//! Runs one probe: connect, send a request, check the answer.
 //!
-//! `daemon` runs these on the control thread through [`runner::ProbeRunner`]; the
-//! workers never do. The only file of `health` (with the runner) that does I/O;
-//! it keeps nothing and judges single probes, never backends.
+//! The control thread calls it through [`runner::ProbeRunner`]. `tidegate heartbeat`
+//! calls [`run`]. Workers never run probes. A probe keeps no state, and it does not
+//! decide the state of a backend.
 //!
 //! # How a probe ends its connection
 //!
-//! A `tcp` probe exchanges no bytes, so it ends with a reset, as HAProxy's do:
-//! neither side keeps a TIME_WAIT entry, whatever the number of backends. With
-//! `TCP_QUICKACK` off (tcp(7)) the kernel moreover holds back the last
-//! acknowledgement of the handshake, and the reset then takes its place: the
-//! backend's kernel has answered, but its process is not even woken and has
-//! nothing to log. The other kinds have been answered by then and close
-//! normally. What of an answer comes after its first packets is not read, and
-//! the kernel resets a connection closed on unread data (RFC 2525, section
-//! 2.17): a health page had better be short, or asked for with `HEAD`.
+//! - A `tcp` probe exchanges no data and ends with a reset, as HAProxy does. No
+//!   TIME_WAIT entry remains on either side. `TCP_QUICKACK` is off (tcp(7)), so the
+//!   kernel delays the last ACK of the handshake, and the reset replaces it. The
+//!   backend's kernel has answered, but its process does not wake and logs nothing.
+//! - Other probes close the connection when the answer is decided. The rest of a
+//!   long answer is not read. The kernel resets a connection that is closed with
+//!   unread data (RFC 2525, section 2.17), so a health page should be short, or the
+//!   method should be `HEAD`.
 
 mod answer;
 pub mod runner;
@@ -36,16 +35,17 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio::time::MissedTickBehavior;
 
-/// Bytes of an answer that a failure reason quotes.
+/// Bytes of an answer that a reason quotes.
 const QUOTE_BYTES_MAX: usize = 48;
 
-/// Longest failure reason, in bytes: it goes into every log line and status.
+/// Longest reason of a failed probe, in bytes. The reason appears in log lines and in
+/// status.
 pub const REASON_BYTES_MAX: usize = 256;
 
-/// A timeout is waited for in so many parts, of which a stall takes one.
+/// A timeout is measured in this many parts. A stall uses up at most one of them.
 const TIMEOUT_PARTS: u32 = 8;
 
-/// How far a probe has come, for the reason when its time is over.
+/// What a probe is doing, for the reason of a timeout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ProbeStage {
     Connecting,
@@ -57,35 +57,35 @@ enum ProbeStage {
 /// Why a probe failed.
 #[derive(Debug)]
 enum ProbeError {
-    /// The backend or the path is to blame.
+    /// The backend or the path failed.
     Backend(String),
-    /// We are.
+    /// This host failed; this says nothing about the backend.
     Local(String, LocalErrorKind),
 }
 
-/// Runs one probe. It takes no longer than the spec's timeout, not counting
-/// what this process itself stood still.
+/// Runs one probe. It ends within the timeout of `spec`, except for stalls of this
+/// process (see [`timeout_without_stalls`]).
 pub async fn run(address: &BackendAddr, spec: &ProbeSpec) -> ProbeOutcome {
-    run_with_stage(address, spec, 0).await.0
+    run_from(address, spec, 0).await.0
 }
 
-/// The same from the source whose turn it is, and what we were short of where
-/// that was our own trouble.
-async fn run_with_stage(
+/// Runs one probe from the source address number `turn`. Also returns the kind of a
+/// local error.
+async fn run_from(
     address: &BackendAddr,
     spec: &ProbeSpec,
     turn: usize,
 ) -> (ProbeOutcome, Option<LocalErrorKind>) {
     let started = clock::now();
     let mut stage = ProbeStage::Connecting;
-    let verdict = tokio::select! {
-        // What has come counts, however late we look.
+    let result = tokio::select! {
+        // An answer that has arrived takes precedence over the timeout.
         biased;
-        verdict = attempt(address, (spec, turn), &mut stage) => Some(verdict),
-        () = awake_for(spec.timeout) => None,
+        result = connect_and_exchange(address, (spec, turn), &mut stage) => Some(result),
+        () = timeout_without_stalls(spec.timeout) => None,
     };
-    let verdict = verdict.unwrap_or_else(|| Err(stage.overdue(spec.timeout)));
-    match verdict {
+    let result = result.unwrap_or_else(|| Err(stage.timeout_error(spec.timeout)));
+    match result {
         Ok(()) => (ProbeOutcome::Success { took: started.elapsed() }, None),
         Err(ProbeError::Backend(reason)) => {
             (ProbeOutcome::Failure { reason: bounded(reason) }, None)
@@ -96,21 +96,21 @@ async fn run_with_stage(
     }
 }
 
-/// Waits while this process runs for so long: of a stall (a stopped process, a
-/// starved or suspended machine) no more than one part counts. The backend's
-/// answer could not be read in that time, so its lack proves nothing.
-async fn awake_for(limit: Duration) {
+/// Waits until this process has run for `limit`. Of a stall, at most one part
+/// counts, because the process could not read the answer during the stall. Examples
+/// are a stopped process, a suspended host, and a host without free CPU time.
+async fn timeout_without_stalls(limit: Duration) {
     let part = (limit / TIMEOUT_PARTS).max(Duration::from_nanos(1));
     let mut parts = tokio::time::interval(part);
-    // After a late tick the next is a whole part away; others keep to the clock.
+    // `Delay`: after a late tick, the next tick follows a whole part later.
     parts.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    // The first tick is at once.
+    // One tick more than parts, because the first tick is immediate.
     for _ in 0..=TIMEOUT_PARTS {
         parts.tick().await;
     }
 }
 
-async fn attempt(
+async fn connect_and_exchange(
     address: &BackendAddr,
     (spec, turn): (&ProbeSpec, usize),
     stage: &mut ProbeStage,
@@ -119,12 +119,12 @@ async fn attempt(
     match address {
         BackendAddr::Tcp(to) => {
             let stream = sources::connect((&spec.source, turn), *to, kind).await?;
-            converse(stream, kind, address, stage).await
+            exchange(stream, kind, address, stage).await
         }
         BackendAddr::Unix(path) => {
             let stream =
-                UnixStream::connect(stream::unix_name(path)).await.map_err(connect_fault)?;
-            converse(stream, kind, address, stage).await
+                UnixStream::connect(stream::unix_name(path)).await.map_err(connect_error)?;
+            exchange(stream, kind, address, stage).await
         }
     }
 }
@@ -138,49 +138,49 @@ async fn connect_tcp(
         SocketAddr::V4(_) => TcpSocket::new_v4(),
         SocketAddr::V6(_) => TcpSocket::new_v6(),
     }
-    .map_err(connect_fault)?;
-    socket.set_nodelay(true).map_err(connect_fault)?;
+    .map_err(connect_error)?;
+    socket.set_nodelay(true).map_err(connect_error)?;
     if let Some(source) = source {
-        stream::start_at(&socket, source).map_err(connect_fault)?;
+        stream::start_at(&socket, source).map_err(connect_error)?;
     }
     if *kind == ProbeKind::Tcp {
         let raw = socket2::SockRef::from(&socket);
-        raw.set_linger(Some(Duration::ZERO)).map_err(connect_fault)?;
-        // A refinement; where it is refused the probe works all the same.
+        raw.set_linger(Some(Duration::ZERO)).map_err(connect_error)?;
+        // An optimization: the probe also works without it.
         let _ = raw.set_tcp_quickack(false);
     }
-    let stream = with_stage(socket.connect(to)).await.map_err(|(error, at_once)| match at_once
-        .then(|| local_errors::local_error_now(&error))
-        .flatten()
-    {
-        Some(kind) => ProbeError::Local(local_error_text(kind, &error), kind),
-        None => connect_fault(error),
+    let connected = note_immediate_error(socket.connect(to)).await;
+    let stream = connected.map_err(|(error, immediate)| {
+        match immediate.then(|| local_errors::local_error_now(&error)).flatten() {
+            Some(kind) => ProbeError::Local(local_error_text(kind, &error), kind),
+            None => connect_error(error),
+        }
     })?;
-    // Nobody listens, but the port the kernel lent us is the very one we
-    // called: TCP's simultaneous open then connects us to ourselves.
+    // Without a listener, the kernel may have chosen the destination port as the local
+    // port. The connection then leads to itself (TCP simultaneous open).
     if stream.local_addr().is_ok_and(|from| from == to) {
         return Err(ProbeError::Backend("connection refused".to_owned()));
     }
     Ok(stream)
 }
 
-/// Waits for a connect and says of its error whether connect(2) gave it at
-/// once, before any packet could have left this host: only then does it speak
-/// of our own routes and interfaces.
-async fn with_stage<T>(
+/// Waits for a connect. An error comes with a flag: connect(2) itself returned it,
+/// before any packet could leave this host. Only such an error is about the routes
+/// and interfaces of this host.
+async fn note_immediate_error<T>(
     connect: impl Future<Output = io::Result<T>>,
 ) -> Result<T, (io::Error, bool)> {
     let mut connect = std::pin::pin!(connect);
-    let mut at_once = true;
+    let mut immediate = true;
     std::future::poll_fn(|task| {
         let polled = connect.as_mut().poll(task);
-        let first = std::mem::replace(&mut at_once, false);
+        let first = std::mem::replace(&mut immediate, false);
         polled.map_err(|error| (error, first))
     })
     .await
 }
 
-async fn converse(
+async fn exchange(
     mut stream: impl AsyncRead + AsyncWrite + Unpin,
     kind: &ProbeKind,
     address: &BackendAddr,
@@ -190,7 +190,7 @@ async fn converse(
         ProbeKind::Tcp => Ok(()),
         ProbeKind::SendExpect { send, expect } => {
             *stage = ProbeStage::Sending;
-            stream.write_all(send.as_bytes()).await.map_err(talk_fault)?;
+            stream.write_all(send.as_bytes()).await.map_err(exchange_error)?;
             *stage = ProbeStage::Answer;
             match expect {
                 Expect::Starts(with) => answer::starts_with(&mut stream, with.as_bytes()).await,
@@ -201,15 +201,15 @@ async fn converse(
             *stage = ProbeStage::Sending;
             let host = host.clone().unwrap_or_else(|| default_host(address));
             let request = request(method, path, &host);
-            stream.write_all(request.as_bytes()).await.map_err(talk_fault)?;
+            stream.write_all(request.as_bytes()).await.map_err(exchange_error)?;
             *stage = ProbeStage::StatusLine;
             answer::http(&mut stream, status).await
         }
     }
 }
 
-/// RFC 9112, sections 3 and 9.6. Path, host and method come from the validated
-/// configuration and hold no line ends.
+/// Builds the HTTP request (RFC 9112, sections 3 and 9.6). Path, host and method come
+/// from the validated configuration and contain no line ends.
 fn request(method: &str, path: &str, host: &str) -> String {
     format!(
         "{method} {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: tidegate/{}\r\n\
@@ -225,38 +225,38 @@ fn default_host(address: &BackendAddr) -> String {
     }
 }
 
-/// Sorts an error of socket or connect.
-fn connect_fault(error: io::Error) -> ProbeError {
-    classify_error(&error).unwrap_or_else(|| {
-        let words = match error.raw_os_error() {
+/// Classifies an error of socket(2) or connect(2).
+fn connect_error(error: io::Error) -> ProbeError {
+    local_error(&error).unwrap_or_else(|| {
+        let reason = match error.raw_os_error() {
             Some(libc::ECONNREFUSED) => "connection refused".to_owned(),
-            Some(libc::ENOENT) => "no such socket".to_owned(),
+            Some(libc::ENOENT) => "socket file does not exist".to_owned(),
             Some(libc::EHOSTUNREACH) => "host unreachable".to_owned(),
             Some(libc::ENETUNREACH) => "network unreachable".to_owned(),
             Some(libc::ETIMEDOUT) => "connect timed out".to_owned(),
-            // unix(7) does not wait for room when the socket is non-blocking.
-            Some(libc::EAGAIN) => "the socket's accept queue is full".to_owned(),
+            // A non-blocking connect to a full UNIX socket fails immediately (unix(7)).
+            Some(libc::EAGAIN) => "listen queue of the socket is full".to_owned(),
             _ => format!("connect failed: {error}"),
         };
-        ProbeError::Backend(words)
+        ProbeError::Backend(reason)
     })
 }
 
-/// Sorts an error after the connection stood.
-fn talk_fault(error: io::Error) -> ProbeError {
-    classify_error(&error).unwrap_or_else(|| {
+/// Classifies an error of an established connection.
+fn exchange_error(error: io::Error) -> ProbeError {
+    local_error(&error).unwrap_or_else(|| {
         ProbeError::Backend(match error.kind() {
             io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
-                "connection reset before an answer".to_owned()
+                "connection reset before the answer was complete".to_owned()
             }
-            _ => format!("connection failed before an answer: {error}"),
+            _ => format!("connection failed before the answer was complete: {error}"),
         })
     })
 }
 
-/// Want of descriptors, source ports or memory, or a prohibition of this host,
-/// is our own trouble and proves nothing about the backend.
-fn classify_error(error: &io::Error) -> Option<ProbeError> {
+/// Returns the local error, if `error` is one: no file descriptors, source ports or
+/// memory, or rejected by this host.
+fn local_error(error: &io::Error) -> Option<ProbeError> {
     let kind = local_errors::local_error_kind(error)?;
     Some(ProbeError::Local(local_error_text(kind, error), kind))
 }
@@ -267,15 +267,17 @@ fn local_error_text(kind: LocalErrorKind, error: &io::Error) -> String {
             "too many open files in the system".into()
         }
         (LocalErrorKind::Descriptors, _) => "too many open files in this process".into(),
-        (LocalErrorKind::Ports, _) => "no source port left, or no such source address here".into(),
-        (LocalErrorKind::Memory, Some(libc::ENOBUFS)) => "no buffer space left".into(),
+        (LocalErrorKind::Ports, _) => {
+            "no free source port, or the source address is not on this host".into()
+        }
+        (LocalErrorKind::Memory, Some(libc::ENOBUFS)) => "out of kernel buffers".into(),
         (LocalErrorKind::Memory, _) => "out of memory".into(),
         (LocalErrorKind::Route, _) => format!("no route on this host: {error}"),
-        (LocalErrorKind::Other, _) => format!("this host does not allow it: {error}"),
+        (LocalErrorKind::Other, _) => format!("rejected by this host: {error}"),
     }
 }
 
-/// A quotation that fits a log line and holds no control characters.
+/// Quotes at most [`QUOTE_BYTES_MAX`] bytes, with control characters escaped.
 fn quote(bytes: &[u8]) -> QuotedBytes<'_> {
     QuotedBytes(bytes)
 }
@@ -294,18 +296,15 @@ fn bounded(mut reason: String) -> String {
 // === impl ProbeStage ===
 
 impl ProbeStage {
-    fn overdue(self, timeout: Duration) -> ProbeError {
+    fn timeout_error(self, timeout: Duration) -> ProbeError {
         let timeout = humantime::format_duration(timeout);
-        ProbeError::Backend(match self {
-            ProbeStage::Connecting => format!("no connection within {timeout}"),
-            ProbeStage::Sending => format!("no answer within {timeout} (connected, sending)"),
-            ProbeStage::Answer => {
-                format!("no answer within {timeout} (connected, waiting for the answer)")
-            }
-            ProbeStage::StatusLine => {
-                format!("no answer within {timeout} (connected, waiting for the status line)")
-            }
-        })
+        let doing = match self {
+            ProbeStage::Connecting => "connecting",
+            ProbeStage::Sending => "sending the request",
+            ProbeStage::Answer => "waiting for the answer",
+            ProbeStage::StatusLine => "waiting for the status line",
+        };
+        ProbeError::Backend(format!("timed out after {timeout} while {doing}"))
     }
 }
 

@@ -1,9 +1,12 @@
-//! Runs the probes the controller asks for, so many at a time.
+//! Runs the probes that the controller requests, a limited number at the same time.
 //!
-//! `daemon` passes each [`ControlEffect::Probe`](tidegate_core::control::ControlEffect::Probe) on and
-//! feeds the events that come back to the controller. Pools take turns, and within a
-//! pool those go first whose verdict is being changed; it never runs two probes of
-//! one backend, and judges nothing.
+//! The control loop passes each
+//! [`ControlEffect::Probe`](tidegate_core::control::ControlEffect::Probe) to
+//! [`ProbeRunner::probe`] and feeds the resulting events to the controller. The runner
+//! never runs two probes of one backend, and it does not interpret results.
+//!
+//! - The pool with the fewest running probes is served first.
+//! - Within a pool, probes of backends whose state is about to change come first.
 
 use super::sources::Turns;
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -16,20 +19,22 @@ use tidegate_core::table::state::BackendId;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
 
-/// Probes that run at once: a descriptor each, so well below the usual limits,
-/// and enough for ten thousand hanging backends to have their turn within ten
-/// timeouts. More wait; the pool that runs the fewest has the next turn.
+/// Probes that run at the same time; more wait. Each needs one file descriptor, so the
+/// cap is well below the usual limits. It is high enough to probe 10,000 hanging
+/// backends within ten timeouts.
 pub const PROBES_RUNNING_MAX: usize = 1024;
 
-/// One in so many of those is kept for pools that run few: one whose backends all
-/// hang takes the others, and a death elsewhere is found as soon as ever.
-const KEPT_ONE_IN: usize = 4;
+/// One in this many slots is reserved for pools with few running probes. A pool whose
+/// backends all hang fills the other slots, and failures in other pools are detected
+/// without delay.
+const RESERVED_ONE_IN: usize = 4;
 
-/// A pool runs few while it runs less than one in so many of those that are kept.
+/// A pool has few running probes if it runs less than one in this many of the reserved
+/// slots.
 const FEW_ONE_IN: usize = 8;
 
-/// Hands requests to the task that runs them; dropping it ends the task and
-/// all its probes.
+/// Passes requests to the task that runs the probes. Dropping it ends the task and
+/// its probes.
 #[derive(Debug)]
 pub struct ProbeRunner {
     requests: mpsc::UnboundedSender<ProbeRequest>,
@@ -47,37 +52,37 @@ struct ProbeRequest {
 
 type ProbeEnded = (BackendId, ProbeToken, ProbeOutcome);
 
-/// The running task's state.
+/// State of the task that runs the probes.
 #[derive(Debug)]
 struct ProbeTask {
     running_max: usize,
     lanes: Lanes,
-    /// Bounded by the number of backends: a newer request takes the place of
-    /// an older one.
+    /// Bounded by the number of backends: a newer request replaces an older one.
     requested: HashMap<BackendId, ProbeRequest>,
     running: HashMap<BackendId, (AbortHandle, u32)>,
     tasks: JoinSet<ProbeEnded>,
     turns: Turns,
-    /// Of the thread this runs on.
+    /// Counters of the thread that this task runs on.
     counters: Arc<WorkerCounters>,
 }
 
-/// Who is next.
+/// Decides which probe runs next.
 #[derive(Debug, Default)]
 struct Lanes {
-    /// Those in which somebody waits or runs.
+    /// Pools with waiting or running probes.
     pools: HashMap<u32, Lane>,
-    /// Those in which somebody waits: how many run, when it had its last turn, which.
+    /// Pools with waiting probes: running probes, last turn, pool.
     waiting: BTreeSet<(usize, u64, u32)>,
     turn: u64,
 }
 
-/// One pool.
+/// The probes of one pool.
 #[derive(Debug, Default)]
 struct Lane {
     running: usize,
     last_turn: u64,
-    /// In order of request; each is in `Running::requested`, or was.
+    /// Oldest request first. Entries without a request in `ProbeTask::requested` are
+    /// skipped.
     urgent: VecDeque<BackendId>,
     others: VecDeque<BackendId>,
 }
@@ -92,12 +97,13 @@ impl Lanes {
         });
     }
 
-    /// Whose turn it is, while `running` of `max` run.
+    /// Returns the next probe to start, if a slot is free for it: `running` of `max`
+    /// are in use.
     fn next(&mut self, running: usize, max: usize) -> Option<(u32, BackendId)> {
         let (own, _, pool) = *self.waiting.first()?;
-        let kept = max / KEPT_ONE_IN;
-        let few = own < (kept / FEW_ONE_IN).max(1);
-        if running >= max || (running >= max - kept && !few) {
+        let reserved = max / RESERVED_ONE_IN;
+        let few = own < (reserved / FEW_ONE_IN).max(1);
+        if running >= max || (running >= max - reserved && !few) {
             return None;
         }
         self.turn += 1;
@@ -109,7 +115,7 @@ impl Lanes {
         Some((pool, backend?))
     }
 
-    fn began(&mut self, pool: u32) {
+    fn started(&mut self, pool: u32) {
         self.change(pool, |pool| pool.running += 1);
     }
 
@@ -117,7 +123,7 @@ impl Lanes {
         self.change(pool, |pool| pool.running = pool.running.saturating_sub(1));
     }
 
-    /// Keeps `waiting` true to what `change` makes of the pool.
+    /// Applies `change` to a pool and updates `waiting`.
     fn change<T>(&mut self, pool: u32, change: impl FnOnce(&mut Lane) -> T) -> T {
         let lane = self.pools.entry(pool).or_default();
         self.waiting.remove(&(lane.running, lane.last_turn, pool));
@@ -135,16 +141,16 @@ impl Lanes {
 
 impl ProbeRunner {
     /// Starts the task on the current runtime, with at most `running_max` (at least 1)
-    /// probes at once. Results come as [`ControlEvent::Probed`]; a receiver that is
-    /// dropped ends the task. Local errors are counted in `counters`, which this thread
-    /// alone writes.
+    /// probes at the same time. The task sends results as [`ControlEvent::Probed`] and
+    /// ends if the receiver is dropped. It counts local errors in `counters`, which
+    /// only this thread must write.
     pub fn start(
         results: mpsc::Sender<ControlEvent>,
         running_max: usize,
         counters: Arc<WorkerCounters>,
     ) -> ProbeRunner {
         let (requests, incoming) = mpsc::unbounded_channel();
-        let running = ProbeTask {
+        let task = ProbeTask {
             running_max: running_max.max(1),
             lanes: Lanes::default(),
             requested: HashMap::new(),
@@ -153,12 +159,12 @@ impl ProbeRunner {
             turns: Turns::default(),
             counters,
         };
-        tokio::spawn(running.serve(incoming, results));
+        tokio::spawn(task.serve(incoming, results));
         ProbeRunner { requests }
     }
 
-    /// Runs the probe as soon as there is room. An older probe of the same
-    /// backend that has not ended is given up without a result.
+    /// Runs the probe when a slot is free. An older probe of the same backend that has
+    /// not ended is cancelled without a result.
     pub fn probe(
         &self,
         lane: ProbeLane,
@@ -167,7 +173,7 @@ impl ProbeRunner {
         address: BackendAddr,
         spec: Arc<ProbeSpec>,
     ) {
-        // It fails only when nobody listens for results any more.
+        // Fails only after the receiver of the results was dropped.
         let _ = self.requests.send(ProbeRequest { lane, backend, token, address, spec });
     }
 }
@@ -214,36 +220,38 @@ impl ProbeTask {
             self.lanes.ended(pool);
         }
         let before = self.requested.insert(backend, request).map(|older| older.lane);
-        // Its place stays, unless it has become urgent; a second place is passed over.
+        // The request keeps its position in the queue, unless its urgency changed.
+        // The older entry is then skipped.
         if before != Some(lane) {
             self.lanes.join(lane, backend);
         }
     }
 
-    /// Starts what there is room for.
+    /// Starts waiting probes while slots are free.
     fn fill(&mut self) {
         while let Some((pool, backend)) = self.lanes.next(self.running.len(), self.running_max) {
             let Some(request) = self.requested.remove(&backend) else { continue };
             let counters = Arc::clone(&self.counters);
             let turn = self.turns.next(backend, &request.spec.source);
             let task = self.tasks.spawn(async move {
-                let probe = super::run_with_stage(&request.address, &request.spec, turn);
-                let (outcome, short) = probe.await;
-                if let Some(kind) = short {
+                let probe = super::run_from(&request.address, &request.spec, turn);
+                let (outcome, local_error) = probe.await;
+                if let Some(kind) = local_error {
                     counters.local_trouble(kind, LocalErrorPlace::Probe);
                 }
                 (request.backend, request.token, outcome)
             });
-            self.lanes.began(pool);
+            self.lanes.started(pool);
             self.running.insert(backend, (task, pool));
         }
     }
 
-    /// The result, unless the probe was given up.
+    /// Removes an ended probe. Returns its result, unless the probe was cancelled or
+    /// panicked.
     fn ended(&mut self, ended: Result<(Id, ProbeEnded), JoinError>) -> Option<ProbeEnded> {
         let (id, backend) = match &ended {
             Ok((id, (backend, ..))) => (*id, *backend),
-            // Aborted, or a panic in it: only the task's name is left.
+            // Cancelled or panicked: only the task id is known.
             Err(error) => {
                 let id = error.id();
                 let mut running = self.running.iter();

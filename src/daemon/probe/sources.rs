@@ -1,9 +1,9 @@
-//! From which of the pool's sources a probe starts.
+//! Picks the source address of a probe.
 //!
-//! Used by the probes of TCP backends. Probes take the sources in turn, each
-//! backend for itself, as its sessions do: so they see what sessions see. A
-//! source that this host cannot use is passed over and proves nothing about
-//! the backend.
+//! Used by probes of TCP backends. The probes of each backend use the source
+//! addresses of the pool in turn, as its sessions do, so probes and sessions use the
+//! same paths. A source address that this host cannot use is skipped. It says
+//! nothing about the backend.
 
 use super::{ProbeError, connect_tcp};
 use std::collections::HashMap;
@@ -15,13 +15,13 @@ use tidegate_core::table::source_addrs::SOURCE_ADDRS_TRIED_MAX;
 use tidegate_core::table::state::BackendId;
 use tokio::net::TcpStream;
 
-/// Whose turn it is, for each backend that is probed.
+/// Number of the next source address for each probed backend.
 #[derive(Debug, Default)]
 pub(super) struct Turns(HashMap<BackendId, usize>);
 
-/// Connects from the source whose turn it is, or from one of those after it
-/// where this host cannot use it; where none is of the family, from where the
-/// kernel chooses.
+/// Connects from the source address number `turn`. If this host cannot use that
+/// address, tries the following ones, at most [`WAYS_TRIED_MAX`] in total. If no
+/// source address has the family of `to`, the kernel chooses the source address.
 pub(super) async fn connect(
     (sources, turn): (&[SourceAddr], usize),
     to: SocketAddr,
@@ -33,10 +33,10 @@ pub(super) async fn connect(
     for step in 0..fitting.len().min(SOURCE_ADDRS_TRIED_MAX) {
         let source = fitting[turn.wrapping_add(step) % fitting.len()];
         match connect_tcp(Some(source.ip()), to, kind).await {
-            Err(ProbeError::Local(reason, kind)) if of_source(kind) => {
+            Err(ProbeError::Local(reason, kind)) if depends_on_source(kind) => {
                 failed = Some(ProbeError::Local(format!("{reason} (source {source})"), kind));
             }
-            decided => return decided,
+            result => return result,
         }
     }
     match failed {
@@ -45,9 +45,8 @@ pub(super) async fn connect(
     }
 }
 
-/// Trouble that another source may not have: no free port, no such address, no
-/// way from there.
-fn of_source(kind: LocalErrorKind) -> bool {
+/// Returns whether another source address may work despite this local error.
+fn depends_on_source(kind: LocalErrorKind) -> bool {
     match kind {
         LocalErrorKind::Ports | LocalErrorKind::Route | LocalErrorKind::Other => true,
         LocalErrorKind::Descriptors | LocalErrorKind::Memory => false,
@@ -57,11 +56,11 @@ fn of_source(kind: LocalErrorKind) -> bool {
 // === impl Turns ===
 
 impl Turns {
-    /// Backends whose turn is known: as many as a file may have. Beyond it all
-    /// begin again with their first source.
+    /// Largest number of entries: the number of backends that a configuration can
+    /// have. At the bound, all backends restart with their first source address.
     const KNOWN_MAX: usize = config::BACKENDS_MAX;
 
-    /// The place in the pool's list that the backend's next probe begins at.
+    /// Returns the number of the source address for the next probe of the backend.
     pub(super) fn next(&mut self, backend: BackendId, sources: &[SourceAddr]) -> usize {
         if sources.len() < 2 {
             return 0;

@@ -1,4 +1,4 @@
-//! Answers that come in several parts: interim responses before the final one.
+//! Answers of several segments, and interim responses before the final response.
 
 use super::*;
 
@@ -22,7 +22,7 @@ async fn holds_master(answer: &'static [&'static [u8]]) -> ProbeOutcome {
 }
 
 #[test]
-fn an_answer_may_hold_what_is_expected_anywhere() {
+fn expected_text_is_found_anywhere_in_the_answer() {
     on_runtime(async {
         let first: &'static [&'static [u8]] = &[b"role:master\r\n"];
         let late: &'static [&'static [u8]] = &[b"# Replication\r\nrole:master\r\nconnected"];
@@ -32,21 +32,21 @@ fn an_answer_may_hold_what_is_expected_anywhere() {
         }
         let reason = failure(holds_master(&[b"role:slave\r\n", b"role:maste"]).await);
         assert!(reason.starts_with("connection closed after 22 bytes"), "{reason}");
-        assert!(reason.ends_with("expected \"role:master\" in them"), "{reason}");
+        assert!(reason.ends_with("expected \"role:master\" in the answer"), "{reason}");
     });
 }
 
 #[test]
-fn an_answer_without_end_is_searched_up_to_a_bound() {
+fn endless_answer_is_searched_up_to_64_kib() {
     on_runtime(async {
         let whole: &'static [u8] = Vec::leak(vec![b'x'; 200 * 1024]);
         let reason = failure(holds_master(Box::leak(Box::new([whole]))).await);
-        assert_eq!(reason, "65536 bytes of answer without \"role:master\"");
+        assert_eq!(reason, "first 64 KiB of the answer do not contain \"role:master\"");
     });
 }
 
 #[test]
-fn interim_responses_are_skipped_and_the_final_status_counts() {
+fn interim_responses_are_skipped_and_the_final_status_decides() {
     on_runtime(async {
         const EARLY: &[u8] = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\n\r\n";
         static GOOD: [&[u8]; 2] = [EARLY, b"HTTP/1.1 200 OK\r\n\r\n"];
@@ -58,7 +58,7 @@ fn interim_responses_are_skipped_and_the_final_status_counts() {
 }
 
 #[test]
-fn interim_responses_may_come_in_one_packet_or_in_many() {
+fn interim_responses_are_skipped_in_any_segmentation() {
     on_runtime(async {
         let one: &'static [&'static [u8]] =
             &[b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102\r\n\r\nHTTP/1.0 204\r\n\r\n"];
@@ -71,7 +71,7 @@ fn interim_responses_may_come_in_one_packet_or_in_many() {
 }
 
 #[test]
-fn interim_responses_never_pass_even_where_their_status_is_in_the_range() {
+fn interim_response_does_not_succeed_even_with_a_status_in_range() {
     on_runtime(async {
         let reason = failure(outcome(&[b"HTTP/1.1 100 Continue\r\n\r\n"], (100, 399)).await);
         assert!(reason.starts_with("connection closed after 25 bytes"), "{reason}");
@@ -89,11 +89,11 @@ fn switching_protocols_is_final() {
 }
 
 #[test]
-fn interim_responses_without_end_fail_at_the_bound() {
+fn endless_interim_responses_fail_at_8_kib() {
     static ENDLESS: [&[u8]; 300] = [b"HTTP/1.1 102 Processing\r\nX: 0123456789\r\n\r\n"; 300];
     on_runtime(async {
         let whole: &'static [u8] = Vec::leak(ENDLESS.concat());
         let reason = failure(outcome(Box::leak(Box::new([whole])), (200, 399)).await);
-        assert!(reason.starts_with("no final status line within 8192 bytes"), "{reason}");
+        assert!(reason.starts_with("no final status line in the first 8 KiB"), "{reason}");
     });
 }

@@ -1,6 +1,7 @@
-//! The way from a configured path to the final file, link by link: every name
-//! on it whose replacement changes what is read. Used by the watcher. It only
-//! looks at names and links, never at contents.
+//! Resolves a configured path link by link to the final file.
+//!
+//! Used by the watcher to find the directories to watch. It reads links and metadata,
+//! never the content of a file.
 
 use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
@@ -8,20 +9,20 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
-/// Symbolic links followed before giving up, as the kernel does (path_resolution(7)).
+/// Largest number of symbolic links in a path, as in the kernel (path_resolution(7)).
 pub(super) const LINKS_MAX: usize = 40;
 
-/// The names on the way from the configured path to the final file whose
-/// replacement changes what is read.
+/// The paths whose replacement changes which file is read: every symbolic link of the
+/// configured path, and the final file.
 #[derive(Debug, PartialEq, Eq, Default)]
 pub(super) struct WatchedPath {
-    /// Full paths, each below a directory free of symbolic links.
+    /// Full paths. Their directories contain no symbolic links.
     pub(super) names: Vec<PathBuf>,
 }
 
 impl WatchedPath {
-    /// Follows `path`, which is absolute, link by link. Ends at the file, at
-    /// the first missing name or at [`LINKS_MAX`].
+    /// Resolves `path`, which is absolute. Stops at the file, at the first missing
+    /// component, or after [`LINKS_MAX`] links.
     pub(super) fn walk(path: &Path) -> WatchedPath {
         let mut names = Vec::new();
         let mut links = 0;
@@ -63,7 +64,7 @@ impl WatchedPath {
         WatchedPath { names }
     }
 
-    /// The directories the names stand in, with device and inode.
+    /// Returns the parent directories of the names, with device and inode.
     pub(super) fn directories(&self) -> HashMap<PathBuf, (u64, u64)> {
         let parents = self.names.iter().filter_map(|name| name.parent());
         parents
@@ -75,7 +76,7 @@ impl WatchedPath {
     }
 }
 
-/// The parts of a path that lead somewhere.
+/// Returns the components of a path without `/` and `.`.
 fn parts(path: &Path) -> impl DoubleEndedIterator<Item = OsString> {
     path.components().filter_map(|part| match part {
         Component::Normal(name) => Some(name.to_owned()),
