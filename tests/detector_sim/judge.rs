@@ -70,7 +70,7 @@ impl Ours {
                 _ => {}
             }
         }
-        match step.ask {
+        match step.request {
             Some(DetectorRequest::Probe(next)) => {
                 let end = now + next.timeout.as_micros() as Micros;
                 let result = match link.connect(now) {

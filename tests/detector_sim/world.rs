@@ -223,7 +223,7 @@ impl World {
             let entry = Entry { at: self.millis, backend: index, from, to, reason: change.reason };
             self.log.push(entry);
         }
-        match step.ask {
+        match step.request {
             Some(DetectorRequest::Probe(next)) => {
                 let timeout = next.timeout.as_millis() as u64;
                 let (wait, answer) = match self.doing(index) {

@@ -1,9 +1,8 @@
-//! Every configured or registered backend, and which of them the next table has to be
-//! asked about.
+//! All configured or registered backends, and the set of changed ones.
 //!
-//! Filled by `configure` and `heartbeats`, used by the whole controller. Whoever changes
-//! a backend gets it by [`BackendSet::touch`], which notes it: a change cannot be
-//! forgotten. It decides nothing and builds no table.
+//! Filled by `configure` and `heartbeats`, used by the whole controller. Code that changes
+//! a backend gets it from [`BackendSet::touch`], which marks it as changed, so no change
+//! is missed in the next table. This module decides nothing and builds no table.
 
 use super::ProbeToken;
 use super::heartbeats::confirmation::ConfirmationInFlight;
@@ -22,16 +21,16 @@ use std::ops::Bound;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// See the module's documentation. Ordered by number, so by age.
+/// See the module documentation. Ordered by id, hence by age.
 #[derive(Debug, Default)]
 pub(super) struct BackendSet {
     entries: BTreeMap<BackendId, BackendEntry>,
-    /// Their standing may have changed since the end of the last event.
+    /// Possibly changed since the last event. A change is published at once.
     touched: BTreeSet<BackendId>,
-    /// Their standing may have changed since the last table, for the better or a
-    /// little: the next table may wait for its turn.
+    /// Possibly changed since the last table, for the better or slightly. The table may be
+    /// delayed.
     waiting: BTreeSet<BackendId>,
-    /// Those of `waiting` that came since the last look.
+    /// Of `waiting`, those added since the last [`BackendSet::take_fresh`].
     fresh: Vec<BackendId>,
 }
 
@@ -42,37 +41,38 @@ pub(super) struct BackendEntry {
     pub(super) pool: PoolId,
     pub(super) spec: model::BackendConfig,
     pub(super) health: BackendHealth,
-    /// The member sources that name it.
+    /// The member sources that list the backend.
     pub(super) origins: Origins,
     pub(super) in_flight: Option<ProbeInFlight>,
-    /// What its heartbeats have said, where any were heard.
+    /// Its heartbeats, once one has been received.
     pub(super) heartbeats: Option<Box<BackendHeartbeats>>,
-    /// The confirming probe under way.
+    /// The running confirmation probe.
     pub(super) confirmation: Option<ConfirmationInFlight>,
-    /// Until then it serves without the heartbeats it needs: they were not
-    /// required when it came.
+    /// Until this time the backend is eligible without its required heartbeats, because
+    /// they were not required when it joined.
     pub(super) heartbeats_from: Option<Instant>,
     pub(super) requested_since: Instant,
-    /// Since when its observation stands.
+    /// When the observation last changed.
     pub(super) observed_since: Instant,
-    /// Its slow start, and the share it has reached, in percent.
+    /// The slow start.
     pub(super) ramp: Option<Ramp>,
+    /// Share that the slow start has reached, in percent.
     pub(super) ramp_share: u32,
-    /// Whether it was eligible when last looked at.
+    /// Whether the backend was eligible at the last check.
     pub(super) served: bool,
-    /// What the newest table says of it, to tell whether a new one is due.
+    /// The backend in the newest table; a new table is due if it differs.
     pub(super) published: BackendTableState,
     pub(super) history: TransitionHistory,
 }
 
-/// A probe the shell was asked for.
+/// A requested probe.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ProbeInFlight {
     pub(super) token: ProbeToken,
     pub(super) started: Instant,
-    /// No result is expected any more from then on.
+    /// From this time on, the controller expects no result.
     pub(super) lost_at: Instant,
-    /// Its result means nothing any more; it only keeps the next one waiting.
+    /// The result no longer counts; the next probe still waits for it.
     pub(super) stale: bool,
 }
 
@@ -87,27 +87,27 @@ impl BackendSet {
         self.entries.len()
     }
 
-    /// Oldest first.
+    /// Returns all backends, oldest first.
     pub(super) fn iter(&self) -> impl Iterator<Item = &BackendEntry> {
         self.entries.values()
     }
 
-    /// Those that came after `last`, oldest first.
+    /// Returns the backends added after `last`, oldest first.
     pub(super) fn after(&self, last: Option<BackendId>) -> impl Iterator<Item = &BackendEntry> {
         let from = last.map_or(Bound::Unbounded, Bound::Excluded);
         self.entries.range((from, Bound::Unbounded)).map(|(_, entry)| entry)
     }
 
-    /// The backend, to be changed: at the end of the event it is asked whether the table
-    /// is wrong about it, and if so a new one is made at once.
+    /// Returns the backend for a change. After the event the controller compares it with
+    /// the table, and publishes a new table at once if they differ.
     pub(super) fn touch(&mut self, id: BackendId) -> Option<&mut BackendEntry> {
         let entry = self.entries.get_mut(&id)?;
         self.touched.insert(id);
         Some(entry)
     }
 
-    /// As [`BackendSet::touch`], where the table may wait for its turn: a share or a
-    /// newcomer, never a backend that is broken.
+    /// As [`BackendSet::touch`], for a change that the table may delay: a new backend or a
+    /// changed share, never a failed backend.
     pub(super) fn touch_later(&mut self, id: BackendId) -> Option<&mut BackendEntry> {
         let entry = self.entries.get_mut(&id)?;
         self.waiting.insert(id);
@@ -115,21 +115,21 @@ impl BackendSet {
         Some(entry)
     }
 
-    /// The backend, for evidence that changes no table by itself: heartbeats, probes
-    /// under way, rows of failures. It notes nothing, since heartbeats come 100,000 times
-    /// a second and a comparison with the table after each would cost a tenth of their
-    /// handling. What follows from the evidence is done by [`BackendSet::touch`];
-    /// `Controller::check_noted` checks it in builds with debug assertions.
+    /// Returns the backend for evidence that changes no table by itself: heartbeats,
+    /// running probes, rows of failures. Marks nothing: at 100,000 heartbeats per second,
+    /// comparing each backend with the table would cost a tenth of their handling. Code that
+    /// acts on the evidence calls [`BackendSet::touch`]. With debug assertions,
+    /// `Publisher::check_noted` verifies it.
     pub(super) fn observe(&mut self, id: BackendId) -> Option<&mut BackendEntry> {
         self.entries.get_mut(&id)
     }
 
-    /// What its heartbeats have said, where any were heard; as [`BackendSet::observe`].
+    /// Returns its heartbeats, if one has been received; as [`BackendSet::observe`].
     pub(super) fn heard(&mut self, id: BackendId) -> Option<&mut BackendHeartbeats> {
         self.observe(id)?.heartbeats.as_deref_mut()
     }
 
-    /// Adds a backend, which the next table may wait for.
+    /// Adds a backend; the table may be delayed.
     pub(super) fn insert(&mut self, entry: BackendEntry) {
         let id = entry.state.id;
         self.entries.insert(id, entry);
@@ -141,44 +141,44 @@ impl BackendSet {
         self.entries.remove(&id)
     }
 
-    /// Takes all of them out.
+    /// Removes and returns all backends.
     pub(super) fn take(&mut self) -> BTreeMap<BackendId, BackendEntry> {
         std::mem::take(&mut self.entries)
     }
 
-    /// What a table is to say of the backend from now on.
+    /// Returns the backend's input for a new table, and records it as published.
     pub(super) fn publish(&mut self, id: BackendId, pool: &PoolEntry) -> Option<BackendInput> {
         let entry = self.entries.get_mut(&id)?;
         entry.published = BackendTableState::of(entry, pool);
         Some(entry.published.input(entry))
     }
 
-    /// Those that were touched in this event.
+    /// Returns the backends touched in this event.
     pub(super) fn touched(&self) -> &BTreeSet<BackendId> {
         &self.touched
     }
 
-    /// The same, for the last time.
+    /// Removes and returns the touched backends.
     pub(super) fn take_touched(&mut self) -> BTreeSet<BackendId> {
         std::mem::take(&mut self.touched)
     }
 
-    /// Those that the table may wait for.
+    /// Returns the changed backends whose table may be delayed.
     pub(super) fn waiting(&self) -> &BTreeSet<BackendId> {
         &self.waiting
     }
 
-    /// Those of them that came since the last call.
+    /// Returns the waiting backends added since the last call.
     pub(super) fn take_fresh(&mut self) -> Vec<BackendId> {
         std::mem::take(&mut self.fresh)
     }
 
-    /// The same, once the table is asked about them.
+    /// Removes and returns the waiting backends.
     pub(super) fn take_waiting(&mut self) -> BTreeSet<BackendId> {
         std::mem::take(&mut self.waiting)
     }
 
-    /// Those of them that the table is wrong about wait on.
+    /// Puts back the waiting backends that still differ from the table.
     pub(super) fn wait_on(&mut self, waiting: BTreeSet<BackendId>) {
         self.waiting = waiting;
     }
@@ -187,7 +187,7 @@ impl BackendSet {
 // === impl BackendEntry ===
 
 impl BackendEntry {
-    /// A backend that nothing is known of.
+    /// Returns a backend without any result.
     pub(super) fn new(
         state: BackendState,
         pool: PoolId,

@@ -1,9 +1,9 @@
-//! What a new configuration keeps, starts and ends.
+//! Applies a new configuration.
 //!
-//! Called by the controller for each accepted configuration. Frontends are
-//! known by name, backends by pool + name + address; what is known again keeps
-//! its state, whatever else changed. It never touches a session: removed
-//! backends go to `leaving`.
+//! Called by the controller for each accepted configuration. A frontend is identified by
+//! its name, a backend by pool, name and address. A frontend or backend that is still
+//! configured keeps its state. This module changes no session: removed backends go to
+//! `removal`.
 
 use super::backends::BackendEntry;
 use super::heartbeats::HeartbeatWatch;
@@ -23,16 +23,16 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// What was there before the reload.
+/// The state before the reload.
 struct PreviousConfig {
     /// By pool name.
     pools: HashMap<Arc<str>, PoolEntry>,
     backends: BTreeMap<BackendId, BackendEntry>,
-    /// Configured and leaving ones.
+    /// Configured and removed backends.
     known: HashMap<BackendKey, BackendId>,
-    /// What probes have found at an address, by how they were made.
+    /// Probe detectors by address, with the probe settings.
     verdicts: HashMap<BackendAddr, Vec<(Arc<ProbeSpec>, ProbeDetector)>>,
-    /// Who is ejected at an address, by the rule for it.
+    /// Ejections by address, with the ejection settings.
     ejections: HashMap<BackendAddr, Vec<(EjectionSpec, EjectionState)>>,
 }
 
@@ -41,23 +41,23 @@ struct PreviousConfig {
 enum JoinKind {
     /// It was configured before.
     Kept,
-    /// It is new, or had left.
+    /// It is new, or was removed before.
     Joined,
 }
 
-/// What becomes of a backend's probes.
+/// What a reload does with a backend's probes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ProbePlan {
-    /// Schedule and row go on, or there is nothing to probe with.
+    /// Schedule and row continue, or the pool has no probe.
     Continue,
-    /// The schedule starts anew.
+    /// The schedule restarts.
     Start,
 }
 
 // === impl Controller ===
 
 impl Controller {
-    /// Takes over a validated configuration whose listeners are bound.
+    /// Applies a validated configuration whose listeners are bound.
     pub(super) fn configure(&mut self, config: &Config, now: Instant) {
         self.publisher.configured(config.process.connections_max);
         let (state, heartbeats) = (&mut self.state, &mut self.heartbeats);
@@ -80,8 +80,8 @@ impl Controller {
 // === impl ControlState ===
 
 impl ControlState {
-    /// What probes have found by now. A backend of another name at the same address
-    /// goes on from it.
+    /// Returns the probe detectors by address. A backend with a new name at the same
+    /// address starts with the detector.
     fn verdicts(&self) -> HashMap<BackendAddr, Vec<(Arc<ProbeSpec>, ProbeDetector)>> {
         let mut verdicts: HashMap<_, Vec<_>> = HashMap::new();
         for pool in &self.pools {
@@ -98,8 +98,8 @@ impl ControlState {
         verdicts
     }
 
-    /// The ejections of now. A backend of another name at the same address stays
-    /// ejected.
+    /// Returns the current ejections by address. A backend with a new name at the same
+    /// address stays ejected.
     fn ejections(&self) -> HashMap<BackendAddr, Vec<(EjectionSpec, EjectionState)>> {
         let mut ejections: HashMap<_, Vec<_>> = HashMap::new();
         for (pool, id) in self.ejections.ejected() {
@@ -118,7 +118,8 @@ impl ControlState {
         let pools = self.pools.take();
         let backends = self.backends.take();
         let mut known = HashMap::new();
-        // Leaving ones first: where a name is in both, what is configured rules.
+        // Removed backends first, so that a configured backend replaces a removed one of
+        // the same identity.
         for entry in self.removed.iter().chain(backends.values()) {
             let state = &entry.state;
             let name = (Arc::clone(&state.pool), Arc::clone(&state.name));
@@ -170,7 +171,7 @@ impl ControlState {
             }
             let known = entry.health.clone();
             if old.as_ref().is_none_or(|old| old.spec.ejection.is_none()) {
-                // Rows were not measured so far.
+                // Without ejection settings, no row was measured.
                 entry.health.outlier.restart_row();
             }
             let plan =
@@ -196,8 +197,8 @@ impl ControlState {
         self.pools.push(pool);
     }
 
-    /// The pool has no probe (any more): nothing would ever bring a verdict up
-    /// to date, so none is kept.
+    /// Cancels the probe timers of a backend whose pool has no probe, and records that a
+    /// backend found down is now unknown.
     fn unprobed(&mut self, id: BackendId, known: &BackendHealth, now: Instant) {
         self.schedule.cancel(TimerKind::Probe(id));
         self.schedule.cancel(TimerKind::ProbeLost(id));
@@ -232,7 +233,7 @@ impl ControlState {
         (self.new_entry(pool, spec, pool_id, now), JoinKind::Joined)
     }
 
-    /// A backend nobody has heard of yet.
+    /// Creates a new backend.
     pub(super) fn new_entry(
         &mut self,
         pool: &model::PoolConfig,
@@ -260,7 +261,7 @@ impl ControlState {
             return;
         }
         if pool.members().len() == 1 {
-            // The first one: there was nobody to have a result from.
+            // The first member: no backend could have had a result.
             pool.startup = StartupGrace::Waiting { since: now };
             let grace = TimerKind::GraceEnds(pool.id);
             self.schedule.set(grace, after(now, pool.spec.startup_grace));
@@ -269,7 +270,7 @@ impl ControlState {
         self.start_probing(id, order, now);
     }
 
-    /// How far the pool is in getting to know its backends after the reload.
+    /// Returns the pool's startup phase after the reload.
     fn startup(
         &self,
         old: Option<&PoolEntry>,
@@ -293,8 +294,7 @@ impl ControlState {
         }
     }
 
-    /// Schedules the grace's end, or lets new members join a pool that has
-    /// failed open.
+    /// Schedules the end of the grace. In a pool that fails open, new members fail open too.
     fn enter_startup(
         &mut self,
         id: PoolId,
@@ -321,7 +321,7 @@ impl ControlState {
         }
     }
 
-    /// Whatever the new configuration did not claim is gone.
+    /// Removes the pools and backends that the new configuration does not list.
     fn remove_rest(
         &mut self,
         heartbeats: &mut HeartbeatWatch,
@@ -336,7 +336,7 @@ impl ControlState {
             if let Some(detached) = &pool.detached {
                 detached.reopen();
             }
-            // The pool went with its backends: its last word holds.
+            // The pool was removed with its backends; its last `on_removal` applies.
             on_removal.insert(pool.id, pool.spec.on_removal);
         }
         for mut entry in before.backends.into_values() {
@@ -357,14 +357,14 @@ impl ControlState {
 // === impl PreviousConfig ===
 
 impl PreviousConfig {
-    /// What probes of that very spec have found at that address; the newest.
+    /// Returns the newest detector at this address with the same probe settings.
     fn verdict(&self, address: &BackendAddr, spec: Option<&ProbeSpec>) -> Option<ProbeDetector> {
         let found = self.verdicts.get(address)?.iter();
         let same = found.filter(|(probe, _)| Some(&**probe) == spec);
         same.map(|(_, detector)| detector).max_by_key(|detector| detector.since()).cloned()
     }
 
-    /// The ejection by that very rule at that address that lasts longest.
+    /// Returns the longest ejection at this address with the same ejection settings.
     fn ejection(
         &self,
         address: &BackendAddr,
@@ -376,8 +376,8 @@ impl PreviousConfig {
     }
 }
 
-/// Fits the backend's detector to its pool's probe spec: a changed spec keeps
-/// the verdict and restarts the row.
+/// Applies the pool's probe settings to the backend's detector. Changed settings keep the
+/// observation and restart the row.
 fn respecify(
     entry: &mut BackendEntry,
     old: Option<&ProbeSpec>,
@@ -398,7 +398,7 @@ fn respecify(
         Some(detector) => detector.retune(new.rise, new.fall),
         None => {
             entry.health.detector = Some(ProbeDetector::new(new.rise, new.fall, now));
-            // It took sessions without a probe so far.
+            // A kept backend was in rotation without a probe.
             entry.health.fails_open = arrival == JoinKind::Kept;
         }
     }

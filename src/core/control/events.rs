@@ -1,7 +1,7 @@
-//! What the controller is told, and what it asks the shell to do.
+//! Inputs and outputs of the controller.
 //!
-//! Made and read by `daemon`, `daemon::probe` and simulations. Values alone: nothing here
-//! does anything.
+//! `daemon`, `daemon::probe` and simulations create the events and perform the effects.
+//! This module holds data only.
 
 use super::members::MemberSource;
 use super::publish::detached_build::BuildToken;
@@ -14,125 +14,124 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_heartbeat::Heartbeat;
 
-/// Something that happened.
+/// An input of the controller.
 #[derive(Debug)]
 pub enum ControlEvent {
     /// A validated configuration whose listeners are bound.
     Configure(Arc<Config>),
-    /// A probe asked for by [`ControlEffect::Probe`] ended.
+    /// A probe requested by [`ControlEffect::Probe`] ended.
     Probed {
-        /// Whom it probed.
+        /// The probed backend.
         backend: BackendId,
-        /// From the effect that asked for it.
+        /// From the effect.
         token: ProbeToken,
-        /// How it ended.
+        /// Result of the probe.
         outcome: ProbeOutcome,
     },
-    /// A session could not connect, or was reset early, and the backend or its
-    /// path is to blame.
+    /// A session could not connect or was reset early, because of the backend or the path
+    /// to it.
     ConnectFailed {
-        /// To whom.
+        /// The backend.
         backend: BackendId,
-        /// How.
+        /// The failure.
         failure: ConnectFailure,
         /// Failures since the last success, this one included.
         in_a_row: u32,
-        /// When the attempt began: what was under way when the backend came back
-        /// says nothing of it since.
+        /// When the attempt began. An attempt that began before the backend returned is
+        /// no evidence about the backend now.
         begun: Instant,
     },
-    /// A heartbeat whose signature and freshness are proven. Those that have
-    /// arrived are to be given before or together with anything else, or their
-    /// silence is judged too early.
+    /// A heartbeat with a valid signature and a fresh timestamp. Pass in all received
+    /// heartbeats before or together with other events, so that no silence is detected too
+    /// early.
     Heartbeat {
-        /// What it says.
+        /// Content of the heartbeat.
         heartbeat: Heartbeat,
         /// When it arrived.
         at: Instant,
-        /// Heartbeats of the same sender that it stands for, itself included.
+        /// Heartbeats of the same sender that were merged into this one, itself included.
         stands_for: u32,
     },
-    /// The backends that a source names for a pool; they replace those it named before.
-    /// A set that is older than the one taken, that is too large or that is of an unknown
-    /// pool changes nothing and is counted ([`MembersIgnored`]).
+    /// The backends that a member source lists for a pool. They replace its previous set.
+    /// A set that is outdated, too large or for an unknown pool is ignored and counted
+    /// ([`MembersIgnored`]).
     ///
     /// [`MembersIgnored`]: super::MembersIgnored
     Members {
-        /// A [`MemberSource::Numbered`]: the file's members come by
-        /// [`ControlEvent::Configure`], heartbeats bring theirs one by one.
+        /// A [`MemberSource::Numbered`]. The members of the file arrive with
+        /// [`ControlEvent::Configure`]; heartbeats register members one by one.
         source: MemberSource,
         /// Name of the pool.
         pool: Arc<str>,
-        /// Grows with each set of the source for the pool.
+        /// Increases with each set of the source for the pool.
         revision: u64,
-        /// All of them, at most [`MEMBERS_MAX`](super::MEMBERS_MAX).
+        /// The complete set, at most [`MEMBERS_MAX`](super::MEMBERS_MAX).
         set: Vec<BackendConfig>,
     },
-    /// That many heartbeats were lost on this machine.
+    /// This many heartbeats were lost on this host.
     HeartbeatsLost(u64),
-    /// What [`ControlEffect::Build`] asked for is made.
+    /// A build requested by [`ControlEffect::Build`] is complete.
     Built {
-        /// From the effect that asked for it.
+        /// From the effect.
         token: BuildToken,
-        /// What has come of it.
+        /// Result of the build.
         built: Box<PoolBuilt>,
-        /// How long that took.
+        /// Duration of the build.
         took: Duration,
     },
-    /// The time named by [`Controller::next_due`](super::Controller::next_due) has come.
+    /// The time returned by [`Controller::next_due`](super::Controller::next_due) has come.
     Tick,
 }
 
-/// Something for the shell to do.
+/// An action for the daemon to perform.
 #[derive(Debug)]
 pub enum ControlEffect {
-    /// New sessions go by this table.
+    /// Publish this table. New sessions use it.
     Publish(Arc<Table>),
-    /// Run it on another thread and report it as [`ControlEvent::Built`]. A pool has one at a
-    /// time.
+    /// Run the build on another thread and report it with [`ControlEvent::Built`]. A pool
+    /// has one build at a time.
     Build {
-        /// To be given back with the result.
+        /// Returned with the result.
         token: BuildToken,
-        /// To be run.
+        /// The build.
         build: Box<PoolBuild>,
     },
-    /// Run one probe and report it as [`ControlEvent::Probed`].
+    /// Run one probe and report it with [`ControlEvent::Probed`].
     Probe {
-        /// Whose turn it is.
+        /// Priority of the probe.
         lane: ProbeLane,
-        /// Whom.
+        /// The backend to probe.
         backend: BackendId,
-        /// To be given back with the result.
+        /// Returned with the result.
         token: ProbeToken,
-        /// Where.
+        /// Address of the backend.
         address: BackendAddr,
-        /// How.
+        /// Kind and settings of the probe.
         spec: Arc<ProbeSpec>,
     },
-    /// Write this to the log.
+    /// Log a transition.
     Log(Transition),
-    /// Write this to the log as a warning: nothing changed its standing, but
-    /// somebody should know.
+    /// Log a warning that is not a transition.
     Notice(Notice),
-    /// A backend takes more sessions than before, by the same table: whoever
-    /// waits for one may look again.
+    /// A backend accepts more sessions than before under the same table: wake the queues.
     SlotsFreed,
-    /// Reset every session of that backend: its removal grace is over. Asked
-    /// again every second while it still holds sessions.
+    /// Reset every session of this backend, because its removal grace has ended. Repeated
+    /// every second while the backend has sessions.
     ResetSessions(BackendId),
 }
 
-/// Names one probe for the life of the process, so that a late result is not
-/// taken for a newer probe's.
+/// Identifies one probe of this process, so that a late result does not count for a newer
+/// probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ProbeToken(pub u64);
 
-/// Where a probe waits while too many run.
+/// Priority of a probe while the cap on running probes is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ProbeLane {
-    /// Names its pool: pools take turns.
+    /// The pool. Pools take turns.
     pub pool: u32,
-    /// A verdict is being changed, or there is none yet: before others of its pool.
+    /// The observation is about to change, or there is none yet: precedes other probes of
+    /// the pool.
     pub urgent: bool,
 }
 
@@ -147,11 +146,11 @@ pub struct Notice {
     pub message: String,
 }
 
-/// Why an operator's request was refused.
+/// Why an operator's request was rejected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum OperatorError {
-    /// No pool of that name.
+    /// No pool has this name.
     UnknownPool,
-    /// No backend of that name in the pool.
+    /// No backend of the pool has this name.
     UnknownBackend,
 }

@@ -1,7 +1,7 @@
-//! The configured frontends, in file order, found by name.
+//! The configured frontends, in file order, indexed by name.
 //!
-//! Filled by `configure`, read by status, handover and the tables. A frontend that stays
-//! configured keeps its state. It routes nothing.
+//! Filled by `configure`, read by `status`, `handover` and `publish`. A frontend that stays
+//! configured keeps its state.
 
 use super::state::StateAllocator;
 use crate::model;
@@ -11,13 +11,13 @@ use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
-/// See the module's documentation.
+/// See the module documentation.
 #[derive(Debug, Default)]
 pub(super) struct FrontendSet {
     list: Vec<FrontendEntry>,
     /// Positions in `list`.
     by_name: HashMap<Arc<str>, usize>,
-    /// Where the frontends' listeners are bound.
+    /// Addresses that the frontends are bound to.
     binds: HashSet<SocketAddr>,
 }
 
@@ -31,7 +31,7 @@ pub(super) struct FrontendEntry {
 // === impl FrontendSet ===
 
 impl FrontendSet {
-    /// Takes over the frontends of a configuration.
+    /// Applies the frontends of a configuration.
     pub(super) fn configure(&mut self, config: &Config, allocator: &mut StateAllocator) {
         let before = std::mem::take(self).list.into_iter();
         let mut known: HashMap<Arc<str>, Arc<FrontendState>> =
@@ -49,12 +49,12 @@ impl FrontendSet {
         self.list.get(*self.by_name.get(name)?)
     }
 
-    /// In file order.
+    /// Returns all frontends in file order.
     pub(super) fn iter(&self) -> std::slice::Iter<'_, FrontendEntry> {
         self.list.iter()
     }
 
-    /// Whether a connection to that address would reach one of the listeners.
+    /// Whether a connection to this address would reach a listener of Tidegate.
     pub(super) fn listens_at(&self, address: SocketAddr) -> bool {
         let any = match address.ip() {
             IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),

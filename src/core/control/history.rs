@@ -1,7 +1,7 @@
-//! The newest changes of one backend's standing, for `tidegate explain`.
+//! The newest transitions of one backend, for `tidegate explain`.
 //!
-//! The controller adds each transition it records. A bounded ring: what is
-//! older than the newest [`TRANSITIONS_MAX`] is only in the log.
+//! The controller adds each transition that it records. The ring holds the newest
+//! [`TRANSITIONS_MAX`]. Older transitions are in the log only.
 
 use crate::health::Transition;
 use serde::{Deserialize, Serialize};
@@ -9,20 +9,19 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Enough for the story of a bad night, little enough for ten thousand
-/// backends.
+/// Transitions kept per backend. Bounds the memory for ten thousand backends.
 pub const TRANSITIONS_MAX: usize = 32;
 
-/// See the module's documentation.
+/// See the module documentation.
 #[derive(Debug, Clone, Default)]
 pub(super) struct TransitionHistory {
     /// Oldest first; at most [`TRANSITIONS_MAX`].
     ring: VecDeque<Transition>,
-    /// The oldest of them are from another process.
+    /// This many of the oldest are from another process.
     adopted: usize,
 }
 
-/// What one process tells the next of one change; times are in milliseconds.
+/// A transition in a handover. Times are in milliseconds.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SavedTransition {
@@ -32,13 +31,13 @@ pub struct SavedTransition {
     pub to: String,
     /// The evidence.
     pub reason: String,
-    /// It was so long before the moment of saving.
+    /// Time from the transition to the moment of saving.
     pub ago_ms: u64,
     /// How long the state before had lasted.
     pub lasted_ms: u64,
 }
 
-/// Every state that a transition may name.
+/// All states of a transition.
 const STATES: [&str; 13] = [
     "new",
     "unknown",
@@ -66,7 +65,7 @@ impl TransitionHistory {
         self.ring.push_back(transition);
     }
 
-    /// The newest `count`, for another process.
+    /// Returns the newest `count` transitions for a handover.
     pub(super) fn save(&self, count: usize, now: Instant) -> Vec<SavedTransition> {
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let saved = |transition: &Transition| SavedTransition {
@@ -79,8 +78,8 @@ impl TransitionHistory {
         self.ring.iter().skip(self.ring.len().saturating_sub(count)).map(saved).collect()
     }
 
-    /// Puts what another process has said of that backend before what happened
-    /// here, in place of what it said before.
+    /// Replaces the transitions from another process by `saved`. They precede those
+    /// of this process.
     pub(super) fn adopt(
         &mut self,
         saved: &[SavedTransition],
@@ -88,8 +87,8 @@ impl TransitionHistory {
         now: Instant,
     ) {
         self.ring.drain(..self.adopted);
-        let room = TRANSITIONS_MAX - self.ring.len();
-        let newest = &saved[saved.len().saturating_sub(room)..];
+        let free = TRANSITIONS_MAX - self.ring.len();
+        let newest = &saved[saved.len().saturating_sub(free)..];
         self.adopted = newest.len();
         let state =
             |name: &str| STATES.into_iter().find(|state| *state == name).unwrap_or("unknown");
@@ -106,12 +105,12 @@ impl TransitionHistory {
         }
     }
 
-    /// The newest, if there was any.
+    /// Returns the newest transition.
     pub(super) fn last(&self) -> Option<&Transition> {
         self.ring.back()
     }
 
-    /// Newest first.
+    /// Returns the transitions, newest first.
     pub(super) fn newest_first(&self) -> impl Iterator<Item = &Transition> {
         self.ring.iter().rev()
     }
@@ -122,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_transitions_are_kept_and_no_more() {
+    fn history_keeps_the_newest_transitions_up_to_its_bound() {
         let mut history = TransitionHistory::default();
         for number in 0..40 {
             history.add(Transition {

@@ -1,9 +1,9 @@
-//! What operators wanted of backends that are no longer configured.
+//! Operators' intents for backends that are no longer configured.
 //!
-//! `leaving` notes an intent when a backend goes, `configure` and `heartbeats`
-//! take it up when the same one (pool, name and address) comes back: a file that
-//! is without a drained backend for a moment does not put it back into service.
-//! It decides nothing and reads no clock.
+//! `removal` stores the intent of a removed backend. `configure` and `members` restore it
+//! when a backend with the same pool, name and address joins. So a file that lacks a
+//! drained backend for a short time does not return it to rotation. This module also saves
+//! and restores all intents for handovers. It reads no clock.
 
 use super::PublishReason;
 use super::backends::BackendEntry;
@@ -16,21 +16,20 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long the intent of a backend is kept after it left.
+/// How long the intent of a removed backend is kept.
 pub const REMOVED_INTENTS_FOR: Duration = Duration::from_secs(600);
 
-/// Most backends whose intents are kept after they left; beyond that the one
-/// that left first is forgotten.
+/// Most intents of removed backends. Beyond it the oldest is dropped.
 pub const REMOVED_INTENTS_MAX: usize = 10_000;
 
 /// Pool, name, address as text.
 type Identity = (Arc<str>, Arc<str>, Arc<str>);
 
-/// See the module's documentation.
+/// See the module documentation.
 #[derive(Debug, Default)]
 pub(super) struct RemovedIntents {
     by_identity: HashMap<Identity, RemovedIntent>,
-    /// In the order in which they left; those taken up again are still in it.
+    /// In order of removal; includes backends that have returned.
     order: VecDeque<(Instant, Identity)>,
     forgotten: u64,
 }
@@ -42,66 +41,66 @@ struct RemovedIntent {
     at: Instant,
 }
 
-/// What one process tells the next of one of them.
+/// An intent of a removed backend in a handover.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SavedIntent {
-    /// Of the backend.
+    /// Name of the pool.
     pub pool: String,
-    /// Of the backend.
+    /// Name of the backend.
     pub name: String,
-    /// As the file spelt it.
+    /// Address as spelled in the file.
     pub address: String,
     /// Name of the intent.
     pub intent: String,
     /// Age of the intent, in milliseconds.
     pub intent_ms: u64,
-    /// It left so long ago.
+    /// Time since the removal, in milliseconds.
     pub left_ms: u64,
 }
 
 // === impl RemovedIntents ===
 
 impl RemovedIntents {
-    /// A backend leaves; `ready` needs no keeping.
-    pub(super) fn keep(&mut self, who: Identity, (intent, since): (Intent, Instant), at: Instant) {
+    /// Stores the intent of a removed backend. `ready` is not stored.
+    pub(super) fn keep(&mut self, key: Identity, (intent, since): (Intent, Instant), at: Instant) {
         self.expire(at);
         if intent == Intent::Ready {
-            self.by_identity.remove(&who);
+            self.by_identity.remove(&key);
             return;
         }
-        self.by_identity.insert(who.clone(), RemovedIntent { intent, since, at });
-        self.order.push_back((at, who));
+        self.by_identity.insert(key.clone(), RemovedIntent { intent, since, at });
+        self.order.push_back((at, key));
         while self.order.len() > REMOVED_INTENTS_MAX {
-            let Some((at, who)) = self.order.pop_front() else { break };
-            if self.drop_left_at(at, &who) {
+            let Some((at, key)) = self.order.pop_front() else { break };
+            if self.drop_left_at(at, &key) {
                 self.forgotten += 1;
             }
         }
     }
 
-    /// It comes back.
-    pub(super) fn take(&mut self, who: &Identity, now: Instant) -> Option<(Intent, Instant)> {
+    /// Removes and returns the intent of a backend that joins again.
+    pub(super) fn take(&mut self, key: &Identity, now: Instant) -> Option<(Intent, Instant)> {
         self.expire(now);
-        let left = self.by_identity.remove(who)?;
+        let left = self.by_identity.remove(key)?;
         let in_time = now.saturating_duration_since(left.at) < REMOVED_INTENTS_FOR;
         in_time.then_some((left.intent, left.since))
     }
 
-    /// Intents forgotten for want of room.
+    /// Returns the number of intents dropped at [`REMOVED_INTENTS_MAX`].
     #[cfg(test)]
     pub(super) fn forgotten(&self) -> u64 {
         self.forgotten
     }
 
-    /// For another process.
+    /// Returns all intents for a handover.
     pub(super) fn save(&self, now: Instant) -> Vec<SavedIntent> {
         let ms = |then: Instant| {
             u64::try_from(now.saturating_duration_since(then).as_millis()).unwrap_or(u64::MAX)
         };
-        let standing = self.order.iter().filter_map(|(at, who)| {
-            let left = self.by_identity.get(who).filter(|left| left.at == *at)?;
-            let (pool, name, address) = who;
+        let current = self.order.iter().filter_map(|(at, key)| {
+            let left = self.by_identity.get(key).filter(|left| left.at == *at)?;
+            let (pool, name, address) = key;
             Some(SavedIntent {
                 pool: pool.to_string(),
                 name: name.to_string(),
@@ -111,23 +110,23 @@ impl RemovedIntents {
                 left_ms: ms(left.at),
             })
         });
-        standing.collect()
+        current.collect()
     }
 
     fn expire(&mut self, now: Instant) {
         while let Some((at, _)) = self.order.front()
             && now.saturating_duration_since(*at) >= REMOVED_INTENTS_FOR
         {
-            let Some((at, who)) = self.order.pop_front() else { return };
-            self.drop_left_at(at, &who);
+            let Some((at, key)) = self.order.pop_front() else { return };
+            self.drop_left_at(at, &key);
         }
     }
 
-    /// Forgets it unless it has come back and left again since.
-    fn drop_left_at(&mut self, at: Instant, who: &Identity) -> bool {
-        let is_it = self.by_identity.get(who).is_some_and(|left| left.at == at);
+    /// Drops the intent unless the backend has returned and been removed again since `at`.
+    fn drop_left_at(&mut self, at: Instant, key: &Identity) -> bool {
+        let is_it = self.by_identity.get(key).is_some_and(|left| left.at == at);
         if is_it {
-            self.by_identity.remove(who);
+            self.by_identity.remove(key);
         }
         is_it
     }
@@ -136,13 +135,13 @@ impl RemovedIntents {
 // === impl Controller ===
 
 impl Controller {
-    /// Operators' intents alone, by names: of backends that are not simply ready.
+    /// Returns only the operators' intents, of backends that are not ready.
     pub fn save_intents(&self, now: Instant) -> Saved {
         self.state.save_intents(now)
     }
 
-    /// Goes on with operators' intents as another process has saved them
-    /// ([`Controller::save_intents`]); a backend that is not among them is ready.
+    /// Applies operators' intents that another process saved with
+    /// [`Controller::save_intents`]. Backends not listed become ready.
     pub fn adopt_intents(&mut self, newer: &Saved, now: Instant) -> Vec<ControlEffect> {
         self.run_due(now);
         let left = newer.removed_intents.iter().map(|one| [&*one.pool, &*one.name, &*one.address]);
@@ -177,7 +176,7 @@ impl Controller {
 // === impl ControlState ===
 
 impl ControlState {
-    /// Intents of backends that are not simply ready.
+    /// Returns the intents of backends that are not ready.
     fn save_intents(&self, now: Instant) -> Saved {
         let save = |entry: &BackendEntry| SavedBackend {
             name: entry.state.name.to_string(),
@@ -186,9 +185,9 @@ impl ControlState {
             intent_ms: millis(now.saturating_duration_since(entry.health.intent_since)),
             ..SavedBackend::default()
         };
-        let taken_out = self.backends.iter().filter(|it| it.health.intent != Intent::Ready);
+        let not_ready = self.backends.iter().filter(|it| it.health.intent != Intent::Ready);
         let mut pools: BTreeMap<usize, Vec<SavedBackend>> = BTreeMap::new();
-        for entry in taken_out {
+        for entry in not_ready {
             if let Some(place) = self.pools.place(entry.pool) {
                 pools.entry(place).or_default().push(save(entry));
             }
@@ -205,22 +204,21 @@ impl ControlState {
         }
     }
 
-    /// What an operator wanted of a backend that this configuration is without:
-    /// it may come back.
+    /// Stores the intent of a backend that this configuration lacks.
     pub(super) fn keep_intent(&mut self, pool: &SavedPool, backend: &SavedBackend, now: Instant) {
         let Some(intent) = Intent::named(&backend.intent) else { return };
-        let who = (pool.name.as_str().into(), backend.name.as_str().into());
+        let key = (pool.name.as_str().into(), backend.name.as_str().into());
         let wanted = (intent, ago(now, backend.intent_ms));
-        self.removed.intents.keep((who.0, who.1, backend.address.as_str().into()), wanted, now);
+        self.removed.intents.keep((key.0, key.1, backend.address.as_str().into()), wanted, now);
     }
 
-    /// Goes on with an intent of a backend that has left in the other process.
+    /// Applies the intent of a backend that was removed in the other process.
     pub(super) fn adopt_intent(&mut self, left: &SavedIntent, now: Instant) {
         let Some(intent) = Intent::named(&left.intent) else { return };
         let since = ago(now, left.intent_ms);
         match self.find_saved(&left.pool, &left.name, &left.address) {
             Some(id) => {
-                // It came back during the upgrade.
+                // The backend joined again during the upgrade.
                 if let Some(entry) = self.backends.touch(id)
                     && entry.health.intent == Intent::Ready
                 {
@@ -245,36 +243,36 @@ fn identity<'s>((pool, backend): (&'s SavedPool, &'s SavedBackend)) -> [&'s str;
 mod tests {
     use super::*;
 
-    fn who(name: &str) -> Identity {
+    fn key(name: &str) -> Identity {
         ("web".into(), name.into(), "10.0.0.1:80".into())
     }
 
     #[test]
-    fn an_intent_is_kept_for_its_time_and_given_once() {
+    fn intent_is_kept_for_ten_minutes_and_restored_once() {
         let start = tidegate_net::clock::now();
         let mut intents = RemovedIntents::default();
         let drained = (Intent::Draining, start);
-        intents.keep(who("a"), drained, start);
-        intents.keep(who("b"), drained, start);
-        intents.keep(who("c"), (Intent::Ready, start), start);
+        intents.keep(key("a"), drained, start);
+        intents.keep(key("b"), drained, start);
+        intents.keep(key("c"), (Intent::Ready, start), start);
         let soon = start + REMOVED_INTENTS_FOR - Duration::from_millis(1);
-        assert_eq!(intents.take(&who("a"), soon), Some(drained));
-        assert_eq!(intents.take(&who("a"), soon), None);
-        assert_eq!(intents.take(&who("c"), soon), None);
+        assert_eq!(intents.take(&key("a"), soon), Some(drained));
+        assert_eq!(intents.take(&key("a"), soon), None);
+        assert_eq!(intents.take(&key("c"), soon), None);
         assert_eq!(intents.save(soon).len(), 1);
-        assert_eq!(intents.take(&who("b"), start + REMOVED_INTENTS_FOR), None);
+        assert_eq!(intents.take(&key("b"), start + REMOVED_INTENTS_FOR), None);
     }
 
     #[test]
-    fn no_more_intents_are_kept_than_the_bound_and_the_newest_stay() {
+    fn oldest_intents_are_dropped_at_the_bound() {
         let start = tidegate_net::clock::now();
         let mut intents = RemovedIntents::default();
         for number in 0..REMOVED_INTENTS_MAX + 3 {
-            intents.keep(who(&number.to_string()), (Intent::Draining, start), start);
+            intents.keep(key(&number.to_string()), (Intent::Draining, start), start);
         }
         assert_eq!((intents.by_identity.len(), intents.forgotten()), (REMOVED_INTENTS_MAX, 3));
         assert!(
-            intents.take(&who("2"), start).is_none() && intents.take(&who("3"), start).is_some()
+            intents.take(&key("2"), start).is_none() && intents.take(&key("3"), start).is_some()
         );
     }
 }

@@ -1,15 +1,15 @@
-//! Which backends a pool has: what all member sources say, put together.
+//! The members of a pool: merges the lists of all member sources.
 //!
-//! Called by `configure` for the file's backends, by `heartbeats` for senders that
-//! register, and by the controller for [`ControlEvent::Members`]. A backend has a set of
-//! origins and leaves with the last of them. Where two sources disagree about a name or
-//! an address, the file wins, then heartbeats, then the source with the lower number.
-//! Nothing here asks a source.
+//! Called by `configure` for the file, by `heartbeats` for senders that register, and by
+//! the controller for [`ControlEvent::Members`]. This module queries no source.
 //!
-//! Heartbeats of a backend that the file names say how it is, not that it is a member:
-//! once the file names a registered backend, heartbeats are no origin of it any more.
-//! Heartbeats join and leave one by one, since whole sets would cost a walk over the pool
-//! for each datagram; the other sources send whole sets.
+//! - A backend has a set of origins and leaves with the last of them.
+//! - If two sources disagree about a name or an address, the file takes precedence, then
+//!   heartbeats, then the source with the lower number.
+//! - Heartbeats of a backend that the file lists report its health only. When the file
+//!   lists a registered backend, heartbeats are no longer an origin of it.
+//! - Heartbeats add and remove members one by one, because a set per datagram would cost a
+//!   scan of the pool. The other sources send complete sets.
 //!
 //! [`ControlEvent::Members`]: super::ControlEvent::Members
 
@@ -28,33 +28,35 @@ use std::time::{Duration, Instant};
 /// Most members in one set of a numbered source.
 pub const MEMBERS_MAX: usize = 10_000;
 
-/// What says that a pool has a backend. The order is that of precedence.
+/// A source of a pool's members, in order of precedence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum MemberSource {
     /// The configuration file.
     File,
     /// Signed heartbeats.
     Heartbeats,
-    /// Any other, such as DNS or a registry; below [`MemberSource::NUMBERED_MAX`].
+    /// Any other source, such as DNS or a registry; the number is below
+    /// [`MemberSource::NUMBERED_MAX`].
     Numbered(u8),
 }
 
-/// The sources that say that a pool has a backend.
+/// The sources that list a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Origins(u64);
 
-/// Why a set of members, or one of its members, changed nothing; the label of a metric.
+/// Why a member set, or one of its members, was ignored; the label of a metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MembersIgnored {
-    /// No pool of that name.
+    /// No pool has this name.
     UnknownPool,
-    /// The file and heartbeats send no sets, or the number is too large.
+    /// The source is the file or heartbeats, which send no sets, or the number is too large.
     UnknownSource,
     /// The source has sent a newer set.
     OlderRevision,
-    /// More than [`MEMBERS_MAX`], or more than the pool has `hash_slots`.
+    /// More than [`MEMBERS_MAX`] members, or more than `hash_slots` of the pool.
     TooMany,
-    /// Another source has the member's name or address, or Tidegate listens there.
+    /// Another source uses the member's name or address, or a frontend is bound to the
+    /// address.
     Conflict,
 }
 
@@ -68,12 +70,12 @@ struct MemberSet {
     members: Vec<BackendConfig>,
 }
 
-/// The members of a pool by all its sources, each once.
+/// The members of a pool, merged from all its sources.
 #[derive(Debug, Default)]
 pub(super) struct MergedMembers {
     /// By precedence of the source, then in its order.
     pub(super) list: Vec<(BackendConfig, Origins)>,
-    /// Members that the sources before them exclude.
+    /// Members excluded by a source of higher precedence.
     conflicts: u64,
     /// Positions in `list`.
     by_name: HashMap<Arc<str>, usize>,
@@ -83,7 +85,7 @@ pub(super) struct MergedMembers {
 // === impl MemberSource ===
 
 impl MemberSource {
-    /// Numbered sources there can be.
+    /// Upper bound of the number of numbered sources.
     pub const NUMBERED_MAX: u8 = 62;
 
     fn bit(self) -> u64 {
@@ -98,17 +100,17 @@ impl MemberSource {
 // === impl Origins ===
 
 impl Origins {
-    /// That one alone.
+    /// Returns a set with this source only.
     pub fn of(source: MemberSource) -> Origins {
         Origins(source.bit())
     }
 
-    /// Whether the source is among them.
+    /// Whether the set contains the source.
     pub fn contains(self, source: MemberSource) -> bool {
         self.0 & source.bit() != 0
     }
 
-    /// Whether heartbeats brought it.
+    /// Whether heartbeats registered the backend.
     pub fn is_registered(self) -> bool {
         self.contains(MemberSource::Heartbeats)
     }
@@ -125,7 +127,7 @@ impl Origins {
 // === impl MembersIgnored ===
 
 impl MembersIgnored {
-    /// Every reason there is.
+    /// All reasons.
     pub const ALL: [MembersIgnored; 5] = [
         MembersIgnored::UnknownPool,
         MembersIgnored::UnknownSource,
@@ -134,7 +136,7 @@ impl MembersIgnored {
         MembersIgnored::Conflict,
     ];
 
-    /// As in metrics.
+    /// Returns the label value in metrics.
     pub fn name(self) -> &'static str {
         match self {
             MembersIgnored::UnknownPool => "unknown-pool",
@@ -149,7 +151,7 @@ impl MembersIgnored {
 // === impl MemberSets ===
 
 impl MemberSets {
-    /// All their members.
+    /// Returns the members of all sets.
     pub(super) fn iter(&self) -> impl Iterator<Item = (MemberSource, &BackendConfig)> {
         let sets = self.0.iter();
         sets.flat_map(|(source, set)| set.members.iter().map(move |member| (*source, member)))
@@ -167,7 +169,7 @@ impl MemberSets {
 // === impl MergedMembers ===
 
 impl MergedMembers {
-    /// Puts the members together; sources of higher precedence come first.
+    /// Merges `members`, which must be sorted by precedence of their source.
     pub(super) fn of<'a>(
         members: impl Iterator<Item = (MemberSource, &'a BackendConfig)>,
     ) -> MergedMembers {
@@ -185,7 +187,7 @@ impl MergedMembers {
                 self.by_address.insert(member.address.clone(), self.list.len());
                 self.list.push((member.clone(), Origins::of(source)));
             }
-            // The file has it: heartbeats are no origin of it.
+            // The file lists the backend, so heartbeats are no origin of it.
             _ if source == MemberSource::Heartbeats => {}
             (Some(named), Some(placed)) if named == placed => {
                 let origins = &mut self.list[named].1;
@@ -195,7 +197,7 @@ impl MergedMembers {
         }
     }
 
-    /// The origins of the member of that name and address.
+    /// Returns the member with the same name and address.
     fn find(&self, member: &BackendConfig) -> Option<&(BackendConfig, Origins)> {
         let found = self.list.get(*self.by_name.get(&member.name)?)?;
         (found.0.address == member.address).then_some(found)
@@ -205,7 +207,7 @@ impl MergedMembers {
 // === impl ControlState ===
 
 impl ControlState {
-    /// Takes the newest set of members that a numbered source has for a pool.
+    /// Applies a member set of a numbered source.
     pub(super) fn take_members(
         &mut self,
         heartbeats: &mut HeartbeatWatch,
@@ -252,7 +254,7 @@ impl ControlState {
         Ok(())
     }
 
-    /// Gives the pool the members that its sources name now.
+    /// Adds and removes members until the pool matches its sources.
     fn fit_members(&mut self, heartbeats: &mut HeartbeatWatch, id: PoolId, now: Instant) {
         let Some(pool) = self.pool(id) else { return };
         let present = || pool.members().iter().filter_map(|id| self.backends.get(*id));
@@ -283,7 +285,7 @@ impl ControlState {
         }
     }
 
-    /// A member has other origins, and what the first of them says of it.
+    /// Sets the origins of a member, and its settings from the first origin.
     fn set_origins(&mut self, id: BackendId, spec: &BackendConfig, origins: Origins) {
         let is_same = |entry: &BackendEntry| entry.origins == origins && entry.spec == *spec;
         if self.backends.get(id).is_some_and(is_same) {
@@ -295,8 +297,8 @@ impl ControlState {
         self.pools.count_registered(entry.pool, before, origins);
     }
 
-    /// Heartbeats do not bring the backend any more: it leaves, unless another source
-    /// names it.
+    /// Removes heartbeats from the origins of a backend. The backend leaves unless another
+    /// source lists it.
     pub(super) fn withdraw_registration(
         &mut self,
         heartbeats: &mut HeartbeatWatch,
@@ -327,7 +329,7 @@ impl ControlState {
         self.fit_members(heartbeats, pool, now);
     }
 
-    /// Makes a new member of the pool, or takes one back that had left: the `index`-th of
+    /// Adds a member to the pool, or restores a removed one. It is number `index` of
     /// `count` that join together.
     pub(super) fn join(
         &mut self,
@@ -338,7 +340,7 @@ impl ControlState {
         now: Instant,
     ) -> BackendId {
         let Some(pool) = self.pool(pool_id) else {
-            unreachable!("the pool was looked up for this very backend")
+            unreachable!("the caller has looked up the pool")
         };
         let pool_spec = Arc::clone(&pool.spec);
         let returned =
@@ -364,7 +366,7 @@ impl ControlState {
         id
     }
 
-    /// Takes a member out of its pool for good.
+    /// Removes a member from its pool.
     pub(super) fn leave(
         &mut self,
         heartbeats: &mut HeartbeatWatch,
@@ -383,7 +385,7 @@ impl ControlState {
     }
 }
 
-/// The pool's registered members, unless `spec` lets none register.
+/// Returns the pool's registered members; none if `lets_register` is false.
 pub(super) fn registered<'a>(
     lets_register: bool,
     old: Option<&'a PoolEntry>,

@@ -1,24 +1,25 @@
-//! The controller: the single writer of everything sessions are routed by.
+//! The controller: the only writer of the routing tables.
 //!
-//! `daemon` feeds it events with the time and performs the effects it returns.
-//! Pure: it does no I/O and reads no clock, so a test drives a year in a
-//! millisecond.
+//! `daemon` passes in events with the time and performs the effects that the controller
+//! returns. It does no I/O and reads no clock, so a test simulates a year within
+//! milliseconds.
 //!
-//! # The parts
+//! # Parts
 //!
-//! All parts work on one `ControlState` (`state`), whose sets keep their own fields:
-//! `frontends`, `pools`, `backends`, `removal` (backends that have left), `schedule`. What
-//! a change means is in the files beside, as methods of it: `probing` (when probes run),
-//! `probe_results` (what they mean), `ejections` and `trials`, `ramps` (slow start),
-//! `settling` (pools of which no backend has been judged yet), `members` (which backends a
-//! pool has), `operator` and `intents` (drains).
+//! The [`Controller`] passes each event to the parts it concerns, and returns the effects.
 //!
-//! Three parts have state of their own and get the common one for a call: `heartbeats`
-//! (who joins, what silence means), `slow_backends` (who does not answer) and `publish`
-//! (which table is due, and building it). The [`Controller`] gives each event to the
-//! parts it concerns and hands out the effects. `configure` takes a configuration,
-//! `handover`, `sessions_elsewhere` and `intents` what other processes know; `status` and
-//! `explain` show what there is.
+//! - **State.** All parts use one `ControlState` (`state`) with the sets `frontends`,
+//!   `pools`, `backends`, `removal` (removed backends) and `schedule` (timers).
+//! - **Rules**, as methods of `ControlState`: `probing` (when probes run),
+//!   `probe_results`, `ejections`, `trials`, `ramps` (slow start), `settling` (pools
+//!   without results after a start or reload), `members` (the backends of a pool),
+//!   `operator` and `intents` (drains).
+//! - **Parts with their own state**, which borrow the `ControlState` for a call:
+//!   `heartbeats` (registration, silence), `slow_backends` (missing first bytes) and
+//!   `publish` (building the tables).
+//! - **Input.** `configure` applies a configuration. `handover`, `sessions_elsewhere` and
+//!   `intents` apply the state of other processes.
+//! - **Output.** `status` and `explain`.
 
 mod backends;
 mod configure;
@@ -75,7 +76,7 @@ use state::ControlState;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// See the module's documentation.
+/// See the module documentation.
 #[derive(Debug)]
 pub struct Controller {
     state: ControlState,
@@ -87,8 +88,8 @@ pub struct Controller {
 // === impl Controller ===
 
 impl Controller {
-    /// Nothing configured yet. `workers` sizes the counters' shards; `seed`
-    /// drives probe jitter.
+    /// Returns a controller without a configuration. `workers` is the number of shards of
+    /// each counter; `seed` is the seed of the probe jitter.
     pub fn new(workers: usize, seed: u64) -> Controller {
         Controller {
             state: ControlState::new(workers, seed),
@@ -98,37 +99,35 @@ impl Controller {
         }
     }
 
-    /// The same, with counts from there for every backend and frontend to come.
+    /// Sets the source of the counters of all future backends and frontends.
     pub fn counting(mut self, counts: Arc<dyn Counts>) -> Controller {
         self.state.allocator.counts = counts;
         self
     }
 
-    /// Makes the parts of tables for pools of more than so many backends on another
-    /// thread, and no others; for simulations with small pools.
+    /// Builds table parts on another thread for pools with more than `members` backends,
+    /// and for no other pools. For simulations with small pools.
     pub fn detach_builds_above(&mut self, members: usize) {
         self.publisher.detach_builds_above(members);
     }
 
-    /// Takes one event and gives what follows from it: at most one
-    /// [`ControlEffect::Publish`], which comes first, and none when sessions would be
-    /// routed as before.
+    /// Applies one event and returns its effects. A [`ControlEffect::Publish`] is the first
+    /// effect. There is at most one, and none if routing has not changed.
     ///
-    /// Whatever is due by `now` is done before and after the event, so a late
-    /// tick changes no verdict's order.
+    /// Timers that are due by `now` run before and after the event, so a late tick does not
+    /// change the order of results.
     pub fn apply(&mut self, event: ControlEvent, now: Instant) -> Vec<ControlEffect> {
         self.apply_all([event], now)
     }
 
-    /// As [`Controller::apply`], for all events that are at hand: ten thousand
-    /// first results make one table.
+    /// As [`Controller::apply`], for all events that have arrived. They cause at most one
+    /// table together.
     pub fn apply_all(
         &mut self,
         events: impl IntoIterator<Item = ControlEvent>,
         now: Instant,
     ) -> Vec<ControlEffect> {
-        // Heartbeats that have arrived come first: what is due may be a silence
-        // that they have ended.
+        // Heartbeats first: a heartbeat in this batch can end a silence whose timer is due.
         let mut later = Vec::new();
         for event in events {
             match event {
@@ -190,8 +189,8 @@ impl Controller {
         self.state.consider_ejection(id, failure, in_a_row, now);
     }
 
-    /// Sets an operator's intent for one backend. Setting what is set already
-    /// changes and logs nothing; an error changes nothing either.
+    /// Sets the operator's intent for one backend. An intent that is already set changes
+    /// and logs nothing, and neither does an error.
     pub fn set_intent(
         &mut self,
         pool: &str,
@@ -206,28 +205,28 @@ impl Controller {
         Ok(self.finish(now))
     }
 
-    /// When [`ControlEvent::Tick`] is wanted next. Never before the last `now`.
+    /// Returns when the next [`ControlEvent::Tick`] is due; never before the last `now`.
     pub fn next_due(&self) -> Option<Instant> {
         self.state.schedule.next()
     }
 
-    /// Pool and name of a configured backend.
+    /// Returns pool and name of a configured backend.
     pub fn name_of(&self, id: BackendId) -> Option<(Arc<str>, Arc<str>)> {
         let state = &self.state.backends.get(id)?.state;
         Some((Arc::clone(&state.pool), Arc::clone(&state.name)))
     }
 
-    /// Accepted configurations so far.
+    /// Returns the number of accepted configurations.
     pub fn generation(&self) -> u64 {
         self.publisher.generation()
     }
 
-    /// Every backend configured or registered, oldest first.
+    /// Returns all configured or registered backends, oldest first.
     pub fn backends(&self) -> impl Iterator<Item = &Arc<BackendState>> {
         self.backends_after(None)
     }
 
-    /// Those that came after `last`, oldest first.
+    /// Returns the backends added after `last`, oldest first.
     pub fn backends_after(
         &self,
         last: Option<BackendId>,
@@ -235,32 +234,33 @@ impl Controller {
         self.state.backends.after(last).map(|entry| &entry.state)
     }
 
-    /// Whether it is configured, or has left and sessions are on it yet.
+    /// Whether the backend is configured, or was removed and still has sessions.
     pub fn is_known(&self, id: BackendId) -> bool {
         self.known(id).is_some()
     }
 
-    /// Every backend that is known in that way.
+    /// Returns all backends for which [`Controller::is_known`] holds.
     pub fn all_known(&self) -> impl Iterator<Item = BackendId> {
         self.every_known().map(|state| state.id)
     }
 
-    /// How many backends there have been so far; goes around at 2^32.
+    /// Returns the number of backends created so far; wraps at 2^32.
     pub fn backends_seen(&self) -> u32 {
         self.state.allocator.backends_seen()
     }
 
-    /// Sets of members and single members that changed nothing, by reason.
+    /// Returns the ignored member sets and members, by reason.
     pub fn ignored_members(&self) -> [(MembersIgnored, u64); MembersIgnored::ALL.len()] {
         MembersIgnored::ALL.map(|why| (why, self.state.ignored_members[why as usize]))
     }
 
-    /// Pools in which no backend serves yet, and a first verdict is due.
+    /// Returns the number of pools without an eligible backend that wait for a first
+    /// result.
     pub fn undecided_pools(&self) -> usize {
         self.publisher.table().pools.iter().filter(|pool| pool.undecided).count()
     }
 
-    /// The newest table; an empty one before the first configuration.
+    /// Returns the newest table; an empty table before the first configuration.
     pub fn current_table(&self) -> Arc<Table> {
         Arc::clone(self.publisher.table())
     }
@@ -285,13 +285,13 @@ impl Controller {
                 TimerKind::GuardTick => heartbeats.guard_tick(state, now),
                 TimerKind::CheckGuard(pool) => heartbeats.check_guard(state, pool, now),
                 TimerKind::Ramp(id) => state.ramp_step(id, now),
-                // Whether a table or a part of one is due is asked at the end of every event.
+                // `finish` checks after every event whether a table or a build is due.
                 TimerKind::Publish | TimerKind::Build => {}
             }
         }
     }
 
-    /// Does what the events left to be done once, and hands out the effects.
+    /// Completes the events: performs pending work once and returns the effects.
     fn finish(&mut self, now: Instant) -> Vec<ControlEffect> {
         self.run_due(now);
         let state = &mut self.state;
@@ -300,7 +300,7 @@ impl Controller {
             state.recheck_ejections(pool, now);
         }
         state.settle_ramps(now);
-        state.look_at_settling();
+        state.check_settling();
         if let Some(table) = self.publisher.publish(state, now) {
             state.pending.effects.insert(0, ControlEffect::Publish(table));
         }

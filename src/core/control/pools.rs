@@ -1,10 +1,9 @@
-//! The configured pools, in file order, found by number and by name.
+//! The configured pools, in file order, indexed by id and by name.
 //!
-//! Filled by `configure`, used by the whole controller. Every look-up costs the same
-//! however many pools there are, and so does what heartbeats ask of all of them: that is
-//! kept up to date as pools are added. A pool's members and its settling change here
-//! alone, and the pool is noted where its table is wrong by that. It knows nothing of
-//! health.
+//! Filled by `configure`, used by the whole controller. The cost of a look-up does not
+//! depend on the number of pools, and neither does the cost of the summary values that
+//! heartbeats need. Only this module changes the members and the settling of a pool. It
+//! marks the pool as changed if the table becomes outdated. It knows no health.
 
 use super::backends::BackendEntry;
 use super::heartbeats::confirmation::confirming;
@@ -20,30 +19,30 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// See the module's documentation. A pool's name and number never change.
+/// See the module documentation. The name and the id of a pool never change.
 #[derive(Debug, Default)]
 pub(super) struct PoolSet {
     list: Vec<PoolEntry>,
     by_id: HashMap<PoolId, usize>,
     by_name: HashMap<Arc<str>, usize>,
-    /// Pools that take heartbeats.
+    /// Number of pools with heartbeats.
     listening: usize,
-    /// The shortest interval among them.
+    /// Shortest heartbeat interval of all pools.
     fastest: Option<Duration>,
-    /// The last number given to a pool.
+    /// The last id given to a pool.
     last_id: u32,
-    /// How many of them are settling.
+    /// Number of settling pools.
     settling: usize,
-    /// Members came or went, or may stand in no more, since the last table.
+    /// Pools whose members or stand-ins have changed since the last table.
     changed: BTreeSet<PoolId>,
 }
 
-/// Names a pool for as long as its name stays configured.
+/// Identifies a pool while its name stays configured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct PoolId(pub(super) u32);
 
 impl PoolId {
-    /// No pool has this number.
+    /// No pool has this id.
     pub(super) const NONE: PoolId = PoolId(0);
 }
 
@@ -52,47 +51,47 @@ impl PoolId {
 pub(super) struct PoolEntry {
     pub(super) id: PoolId,
     pub(super) spec: Arc<model::PoolConfig>,
-    /// In file order, then registered ones by age.
+    /// In file order, then registered backends by age.
     members: Vec<BackendId>,
     /// Members by name.
     names: HashMap<Arc<str>, BackendId>,
-    /// Members by address; kept where heartbeats are taken.
+    /// Members by address; filled only if the pool has heartbeats.
     addresses: HashMap<SocketAddr, BackendId>,
-    /// Members that are registered.
+    /// Number of registered members.
     registered: usize,
-    /// While none of its backends serves and some have no verdict yet.
+    /// Present while no backend is eligible and some have no result yet.
     settling: Option<PoolSettling>,
-    /// What numbered sources say of its members.
+    /// The members that numbered sources list.
     pub(super) sets: MemberSets,
     pub(super) startup: StartupGrace,
-    /// Whether the file has backups for it.
+    /// Whether the file configures backups for the pool.
     pub(super) has_backups: bool,
     pub(super) full_noticed: Option<Instant>,
-    /// Whether many fell silent together.
+    /// Guard against many simultaneous suspicions.
     pub(super) guard: PathGuard,
-    /// How a suspicion is confirmed.
+    /// The probe that confirms suspicions.
     pub(super) confirming: Arc<ProbeSpec>,
-    /// Since when some backend serves; `None`: none does.
+    /// Since when at least one backend is eligible; `None`: none is.
     pub(super) in_service_since: Option<Instant>,
-    /// Where it is so large that its part of a table is made on another thread.
+    /// Present if the pool is so large that another thread builds its table part.
     pub(super) detached: Option<DetachedBuild>,
 }
 
-/// How far a pool with probes is in getting to know its backends.
+/// Startup phase of a pool with probes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum StartupGrace {
     /// No result yet; unknown backends wait.
     Waiting { since: Instant },
-    /// No result came within `startup_grace`: unknown backends serve.
+    /// No result within `startup_grace`; unknown backends are eligible.
     FailingOpen,
-    /// There was a result (or there is no probe).
+    /// The pool has had a result, or has no probe.
     Decided,
 }
 
 // === impl PoolSet ===
 
 impl PoolSet {
-    /// Adds a pool whose name and number are new.
+    /// Adds a pool with a new name and id.
     pub(super) fn push(&mut self, pool: PoolEntry) {
         self.by_id.insert(pool.id, self.list.len());
         self.by_name.insert(Arc::clone(&pool.spec.name), self.list.len());
@@ -108,17 +107,17 @@ impl PoolSet {
         self.list.get(*self.by_id.get(&id)?)
     }
 
-    /// The pool, for what no table is made of: its table is not noted as wrong.
+    /// Returns the pool for a change that does not affect the table.
     pub(super) fn observe(&mut self, id: PoolId) -> Option<&mut PoolEntry> {
         self.list.get_mut(*self.by_id.get(&id)?)
     }
 
-    /// Its place in file order.
+    /// Returns the pool's position in file order.
     pub(super) fn place(&self, id: PoolId) -> Option<usize> {
         self.by_id.get(&id).copied()
     }
 
-    /// The pool at that place in file order.
+    /// Returns the pool at this position in file order.
     pub(super) fn at(&self, place: usize) -> Option<&PoolEntry> {
         self.list.get(place)
     }
@@ -127,41 +126,42 @@ impl PoolSet {
         self.list.get(*self.by_name.get(name)?)
     }
 
-    /// In file order.
+    /// Returns all pools in file order.
     pub(super) fn iter(&self) -> std::slice::Iter<'_, PoolEntry> {
         self.list.iter()
     }
 
-    /// How many of them take heartbeats.
+    /// Returns the number of pools with heartbeats.
     pub(super) fn listening(&self) -> usize {
         self.listening
     }
 
-    /// The shortest interval at which one of them expects heartbeats.
+    /// Returns the shortest heartbeat interval of all pools.
     pub(super) fn fastest(&self) -> Option<Duration> {
         self.fastest
     }
 
-    /// Takes all of them out.
+    /// Removes and returns all pools.
     pub(super) fn take(&mut self) -> Vec<PoolEntry> {
         let last_id = self.last_id;
         std::mem::replace(self, PoolSet { last_id, ..PoolSet::default() }).list
     }
 
-    /// A number that no pool has had.
+    /// Returns an unused id.
     pub(super) fn next_id(&mut self) -> PoolId {
         self.last_id += 1;
         PoolId(self.last_id)
     }
 
-    /// A backend joins its pool. Its table is wrong once the backend may take sessions.
+    /// Adds a backend to its pool. The table becomes outdated only when the backend is
+    /// eligible.
     pub(super) fn add_member(&mut self, entry: &BackendEntry) {
         if let Some(pool) = self.observe(entry.pool) {
             pool.add(entry);
         }
     }
 
-    /// The origins of a member have changed.
+    /// Updates the number of registered members after a member's origins have changed.
     pub(super) fn count_registered(&mut self, pool: PoolId, before: Origins, now: Origins) {
         if let Some(pool) = self.observe(pool) {
             pool.registered -= usize::from(before.is_registered());
@@ -169,12 +169,12 @@ impl PoolSet {
         }
     }
 
-    /// The next table of the pool has to be made of its members of now.
+    /// Marks the pool as changed: the next table lists its current members.
     pub(super) fn note_change(&mut self, pool: PoolId) {
         self.changed.insert(pool);
     }
 
-    /// A backend leaves its pool; a table that knows it is wrong.
+    /// Removes a backend from its pool. A table that lists the backend becomes outdated.
     pub(super) fn remove_member(&mut self, entry: &BackendEntry) {
         let Some(pool) = self.observe(entry.pool) else { return };
         let id = entry.state.id;
@@ -198,7 +198,7 @@ impl PoolSet {
         self.settling > 0
     }
 
-    /// Begins or ends the pool's settling, as part of a reload.
+    /// Begins or ends the pool's settling, during a reload.
     pub(super) fn set_settling(&mut self, id: PoolId, settling: Option<PoolSettling>) {
         let Some(place) = self.place(id) else { return };
         let pool = &mut self.list[place];
@@ -207,7 +207,7 @@ impl PoolSet {
         pool.settling = settling;
     }
 
-    /// Ends the pool's settling; true if its table is wrong by that.
+    /// Ends the pool's settling. Returns true if the table becomes outdated.
     pub(super) fn end_settling(&mut self, id: PoolId) -> bool {
         let ends = self.get(id).is_some_and(|pool| pool.settling.is_some());
         if ends {
@@ -217,7 +217,8 @@ impl PoolSet {
         ends
     }
 
-    /// A former backend stands in no more; true if some pool's table is wrong by that.
+    /// Removes a former backend from the stand-ins. Returns true if a table becomes
+    /// outdated.
     pub(super) fn remove_stand_in(&mut self, id: BackendId) -> bool {
         let mut any = false;
         for pool in &mut self.list {
@@ -232,12 +233,12 @@ impl PoolSet {
         any
     }
 
-    /// Pools whose tables are wrong by their members.
+    /// Returns the pools whose members differ from the table.
     pub(super) fn changed(&self) -> &BTreeSet<PoolId> {
         &self.changed
     }
 
-    /// A table was made of all that changed, or is being made.
+    /// Clears the changed pools, because a table of them was built or is being built.
     pub(super) fn clear_changed(&mut self) {
         self.changed.clear();
     }
@@ -255,7 +256,7 @@ impl<'a> IntoIterator for &'a PoolSet {
 // === impl PoolEntry ===
 
 impl PoolEntry {
-    /// A pool without members that goes on with what is known of `old`.
+    /// Returns a pool without members that keeps the state of `old`.
     pub(super) fn new(
         id: PoolId,
         spec: &Arc<model::PoolConfig>,
@@ -304,27 +305,27 @@ impl PoolEntry {
         }
     }
 
-    /// In file order, then registered ones by age.
+    /// Returns the members in file order, then registered backends by age.
     pub(super) fn members(&self) -> &[BackendId] {
         &self.members
     }
 
-    /// The member of that name.
+    /// Returns the member with this name.
     pub(super) fn member_named(&self, name: &str) -> Option<BackendId> {
         self.names.get(name).copied()
     }
 
-    /// The member at that address, where heartbeats are taken.
+    /// Returns the member at this address. `None` if the pool has no heartbeats.
     pub(super) fn member_at(&self, address: SocketAddr) -> Option<BackendId> {
         self.addresses.get(&address).copied()
     }
 
-    /// How many members are registered.
+    /// Returns the number of registered members.
     pub(super) fn registered(&self) -> usize {
         self.registered
     }
 
-    /// While none of its backends serves and some have no verdict yet.
+    /// Returns the settling, while no backend is eligible and some have no result yet.
     pub(super) fn settling(&self) -> Option<&PoolSettling> {
         self.settling.as_ref()
     }

@@ -90,7 +90,7 @@ impl ControlState {
     }
 
     /// Ends it in the pools that need it no more. An event changes few backends.
-    pub(super) fn look_at_settling(&mut self) {
+    pub(super) fn check_settling(&mut self) {
         if !self.pools.any_settling() {
             return;
         }

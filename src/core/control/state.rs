@@ -1,9 +1,9 @@
-//! What all parts of the controller work on: the sets of frontends, pools and backends,
-//! the due times, and what the event at hand leaves to be finished.
+//! State shared by all parts of the controller: frontends, pools, backends, timers, and
+//! the work that the current event leaves pending.
 //!
-//! Owned by the controller, lent to each part for a call. Each set keeps its own fields.
-//! What a change of health, a probe or an ejection means is in the files beside, as
-//! methods of [`ControlState`]. It builds no table and hands out no effect.
+//! Owned by the controller, which lends it to each part for a call. The rules for health,
+//! probes and ejections are methods of [`ControlState`] in the sibling modules. This
+//! module builds no table and returns no effect.
 
 use super::backends::BackendSet;
 use super::ejections::EjectionIndex;
@@ -23,55 +23,54 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// See the module's documentation.
+/// See the module documentation.
 #[derive(Debug)]
 pub(super) struct ControlState {
     pub(super) allocator: StateAllocator,
     pub(super) frontends: FrontendSet,
     pub(super) pools: PoolSet,
-    /// Every configured or registered backend, whichever pool it is in.
+    /// The configured or registered backends of all pools.
     pub(super) backends: BackendSet,
     pub(super) ejections: EjectionIndex,
-    /// Backends that have left.
+    /// Removed backends.
     pub(super) removed: RemovedBackends,
     pub(super) schedule: Schedule,
     pub(super) probes: ProbeLog,
-    /// Sets of members and single members that changed nothing, by [`MembersIgnored`].
+    /// Ignored member sets and members, by [`MembersIgnored`].
     pub(super) ignored_members: [u64; MembersIgnored::ALL.len()],
-    /// What the event at hand leaves to be finished; empty between events.
+    /// Pending work of the current event; empty between events.
     pub(super) pending: PendingEffects,
 }
 
-/// Makes the long-lived state of backends and frontends; no number is used twice.
+/// Creates the long-lived state of backends and frontends. No id is used twice.
 #[derive(Debug)]
 pub(super) struct StateAllocator {
     pub(super) workers: usize,
-    /// Where sessions are counted.
+    /// Source of the session counters.
     pub(super) counts: Arc<dyn Counts>,
     backend: u32,
     frontend: u32,
 }
 
-/// What handling an event leaves to be finished once, however many events came
-/// together.
+/// Work that is performed once after a batch of events.
 #[derive(Debug, Default)]
 pub(super) struct PendingEffects {
     pub(super) effects: Vec<ControlEffect>,
-    /// A new table is due whatever the backends' standings.
+    /// A new table is due even if no backend changed.
     pub(super) rebuild: Option<PublishReason>,
-    /// What caused it, where it was not health.
+    /// The cause of a change, if it is not health.
     pub(super) cause: Option<PublishReason>,
-    /// Pools whose ejections are to be looked at again.
+    /// Pools whose ejections must be rechecked.
     pub(super) unsettled: BTreeSet<PoolId>,
-    /// Large pools' parts of the table are made at once, too.
+    /// The table parts of large pools are built at once, not on another thread.
     pub(super) at_once: bool,
 }
 
 // === impl ControlState ===
 
 impl ControlState {
-    /// Nothing configured yet. `workers` sizes the counters' shards; `seed` drives probe
-    /// jitter.
+    /// Returns a state without a configuration. `workers` is the number of shards of each
+    /// counter; `seed` is the seed of the probe jitter.
     pub(super) fn new(workers: usize, seed: u64) -> ControlState {
         let counts = Arc::new(Unshared);
         ControlState {
@@ -88,12 +87,12 @@ impl ControlState {
         }
     }
 
-    /// The pool of that number.
+    /// Returns the pool with this id.
     pub(super) fn pool(&self, id: PoolId) -> Option<&PoolEntry> {
         self.pools.get(id)
     }
 
-    /// Records a change of a configured backend's standing.
+    /// Records a change of a configured backend's state.
     pub(super) fn record(
         &mut self,
         id: BackendId,
@@ -106,7 +105,7 @@ impl ControlState {
         self.record_lazily(id, names, reason, lasted, now);
     }
 
-    /// As [`ControlState::record`], where the table may wait.
+    /// As [`ControlState::record`], for a change that the table may delay.
     pub(super) fn record_lazily(
         &mut self,
         id: BackendId,
@@ -162,7 +161,7 @@ impl StateAllocator {
         FrontendState::new(id, Arc::clone(name), self.workers, reasons).counted_by(in_flight)
     }
 
-    /// How many backends there have been so far; goes around at 2^32.
+    /// Returns the number of backends created so far; wraps at 2^32.
     pub(super) fn backends_seen(&self) -> u32 {
         self.backend
     }

@@ -1,22 +1,20 @@
-//! How long a backend takes to answer a probe, and so how long one may be
-//! waited for.
+//! Answer time of one backend's probes, and the timeout of a try that follows from it.
 //!
-//! The heartbeat detector owns one and gives each try its time-out from it. It
-//! learns from answers, becomes more patient where none come, judges nobody and
-//! reads no clock.
+//! The heartbeat detector owns one. The timeout is learned from answers and doubles after
+//! rounds without an answer. This code reads no clock.
 //!
-//! The estimate is that of TCP's retransmission timer (RFC 6298): a smoothed
-//! time, plus four times its smoothed deviation. A try is a connect of its own,
-//! so no answer is ever ambiguous.
+//! The estimate is the one of TCP's retransmission timer (RFC 6298): the smoothed time plus
+//! four times its smoothed deviation. Each try is a separate connect, so an answer always
+//! belongs to one try.
 
 use std::time::Duration;
 
-/// A try is waited for at least that long, however near the backend: scheduling
-/// and queues. Short enough for two within the promised bound.
+/// Shortest timeout of a try: allows for scheduling and queues. Two tries fit into the
+/// bound on detection time.
 pub const TRY_TIMEOUT_MIN: Duration = Duration::from_millis(100);
 
-/// And at most that long: after a second the kernel repeats a lost SYN, and a
-/// fresh connect is as good.
+/// Longest timeout of a try. After 1 s the kernel retransmits a lost SYN, and a new connect
+/// is as good.
 pub const TRY_TIMEOUT_MAX: Duration = Duration::from_secs(1);
 
 /// Gains of the smoothed time and of its deviation, RFC 6298 section 2.3.
@@ -24,37 +22,37 @@ const TIME_GAIN: f64 = 1.0 / 8.0;
 const DEVIATION_GAIN: f64 = 1.0 / 4.0;
 const DEVIATIONS: f64 = 4.0;
 
-/// Deviation assumed with the first answer, as a share of its time: with it a
-/// try may take twice as long.
+/// Initial deviation, as a share of the first answer time. The timeout is then twice that
+/// time.
 const DEVIATION_FIRST: f64 = 0.25;
 
-/// Doubled so often, the least time-out is more than the largest.
+/// After this many doublings the shortest timeout exceeds the longest.
 const DOUBLINGS_MAX: u32 = 4;
 
-/// See the module's documentation.
+/// See the module documentation.
 #[derive(Debug, Clone, Default)]
 pub(super) struct AnswerTime {
     /// Time and deviation in seconds; `None` before the first answer.
     known: Option<(f64, f64)>,
-    /// Rounds without an answer since the last.
+    /// Rounds without an answer since the last answer.
     failed: u32,
 }
 
 // === impl AnswerTime ===
 
 impl AnswerTime {
-    /// As another process knew it; what makes no sense is not known.
+    /// Restores values that the old process handed over. Ignores values out of range.
     pub(super) fn knowing(known: Option<(f64, f64)>) -> AnswerTime {
         let sane = |value: f64| (0.0..=3600.0).contains(&value);
         AnswerTime { known: known.filter(|(time, more)| sane(*time) && sane(*more)), failed: 0 }
     }
 
-    /// Time and deviation, for another process.
+    /// Returns time and deviation, for an upgrade's handover.
     pub(super) fn known(&self) -> Option<(f64, f64)> {
         self.known
     }
 
-    /// It answered after that long.
+    /// Records an answer.
     pub(super) fn answered(&mut self, took: Duration) {
         self.failed = 0;
         let took = took.as_secs_f64();
@@ -67,14 +65,14 @@ impl AnswerTime {
         });
     }
 
-    /// A whole round of tries had no answer. The way may have become longer, so
-    /// the next is waited for twice as long.
+    /// Records a round without an answer. Doubles the timeout, because the path may have
+    /// become longer.
     pub(super) fn failed(&mut self) {
         self.failed = (self.failed + 1).min(DOUBLINGS_MAX);
     }
 
-    /// How long the next try may take, within [`TRY_TIMEOUT_MIN`] and
-    /// [`TRY_TIMEOUT_MAX`]; the latter while nothing is known.
+    /// Returns the timeout of the next try, within [`TRY_TIMEOUT_MIN`] and
+    /// [`TRY_TIMEOUT_MAX`]; the latter before the first answer.
     pub(super) fn timeout(&self) -> Duration {
         let Some((time, deviation)) = self.known else { return TRY_TIMEOUT_MAX };
         let wanted = (time + DEVIATIONS * deviation).min(TRY_TIMEOUT_MAX.as_secs_f64());
@@ -92,19 +90,19 @@ mod tests {
     }
 
     fn after(answers: impl IntoIterator<Item = u64>) -> AnswerTime {
-        let mut reach = AnswerTime::default();
-        answers.into_iter().for_each(|took| reach.answered(ms(took)));
-        reach
+        let mut time = AnswerTime::default();
+        answers.into_iter().for_each(|took| time.answered(ms(took)));
+        time
     }
 
     #[test]
-    fn a_near_backend_is_waited_for_no_less_than_the_least() {
+    fn near_backend_gets_the_shortest_timeout() {
         assert_eq!(after([1]).timeout(), TRY_TIMEOUT_MIN);
         assert_eq!(after((0..1000).map(|n| 40 + n % 10)).timeout(), TRY_TIMEOUT_MIN);
     }
 
     #[test]
-    fn a_far_backend_is_waited_for_as_long_as_it_needs() {
+    fn timeout_follows_the_answer_times_of_a_far_backend() {
         assert_eq!(after([300]).timeout(), ms(600), "twice the first answer");
         let steady = after([300; 100]).timeout();
         assert!(steady >= ms(300) && steady < ms(320), "{steady:?}");
@@ -114,16 +112,16 @@ mod tests {
     }
 
     #[test]
-    fn nothing_known_and_nothing_answered_is_waited_for_longest() {
+    fn timeout_is_longest_without_any_answer_and_doubles_without_new_answers() {
         assert_eq!(AnswerTime::default().timeout(), TRY_TIMEOUT_MAX);
-        let mut reach = after([1; 10]);
+        let mut time = after([1; 10]);
         let mut timeouts = Vec::new();
         for _ in 0..6 {
-            timeouts.push(reach.timeout().as_millis());
-            reach.failed();
+            timeouts.push(time.timeout().as_millis());
+            time.failed();
         }
         assert_eq!(timeouts, [100, 200, 400, 800, 1000, 1000]);
-        reach.answered(ms(1));
-        assert_eq!(reach.timeout(), TRY_TIMEOUT_MIN, "it is near after all");
+        time.answered(ms(1));
+        assert_eq!(time.timeout(), TRY_TIMEOUT_MIN, "an answer resets the doublings");
     }
 }

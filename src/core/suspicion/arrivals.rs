@@ -1,13 +1,13 @@
-//! What a sender's heartbeats teach: how many get lost, how much they are
-//! delayed, and how long a silence may last.
+//! Statistics of one sender's heartbeats: loss, delay, and the timeout that follows.
 //!
-//! Each detector owns one. It believes whatever it is given (signatures and
-//! replays are checked before), never reads a clock, and judges nobody.
+//! Each detector owns one. The caller has checked signatures and replays. This code reads
+//! no clock and decides no state.
 //!
-//! Losses come from gaps in the sequence numbers alone, delays from arrivals
-//! against the time expected for their sequence number, so neither spoils the
-//! other. The expected time follows an alpha-beta filter: it settles on the
-//! true phase and the true interval, also of a sender whose clock is off.
+//! - Loss is measured from gaps in the sequence numbers only.
+//! - Delay is measured against the time expected for a sequence number, so losses do not
+//!   affect it.
+//! - An alpha-beta filter estimates the expected time. It converges to the sender's phase
+//!   and interval, even if the sender's clock runs at a different speed.
 
 mod saved;
 
@@ -16,113 +16,110 @@ pub use saved::SavedArrivals;
 use super::{BeatInfo, INTERVAL_MAX, INTERVAL_MIN};
 use std::time::{Duration, Instant};
 
-/// Wanted time between two false suspicions of one backend.
+/// Target time between two false suspicions of one backend.
 const SUSPICION_EVERY: Duration = Duration::from_secs(4 * 3600);
 
-/// Heartbeats that may be missing, whatever was measured: fewer than three is
-/// two lost packets, more than twelve breaks the bound on detection.
+/// Bounds of the missing heartbeats allowed. Two lost packets must not cause a suspicion;
+/// more than 12 would exceed the bound on detection time.
 const MISSING_MIN: u32 = 3;
 const MISSING_MAX: u32 = 12;
 
-/// A silence is never allowed to last longer, in intervals.
+/// Longest timeout, in intervals.
 const TIMEOUT_MAX: f64 = 12.5;
 
-/// Added to the missing intervals, as a share of one: timers and queues here.
+/// Added to the missing intervals, as a share of one: local timers and queues.
 const SLACK: f64 = 0.1;
 
-/// Deviations added to the missing intervals. Three are plenty: the last of
-/// several heartbeats has to be late after all others were lost.
+/// Standard deviations added to the missing intervals. Three are sufficient, because a
+/// false suspicion needs several losses and then a late heartbeat.
 const DEVIATIONS: f64 = 3.0;
 
-/// Weight of the newest datagram in the share of losses: a memory of a
-/// thousand, 100 s at 100 ms.
+/// Weight of the newest datagram in the loss rate: a memory of 1,000 datagrams, 100 s at
+/// 100 ms.
 const LOSS_GAIN: f64 = 0.001;
 
-/// The same for how often runs of losses begin: on a good link that is so rare
-/// that a hundred seconds without are no news.
+/// Weight of the newest datagram in the slow loss rate, which estimates how often runs of
+/// losses begin. On a good link they are too rare for a memory of 100 s.
 const SLOW_LOSS_GAIN: f64 = 0.000_33;
 
-/// The share before the first datagram, and the datagrams it counts for. High
-/// enough to allow four missing at first; a minute of heartbeats outweighs it.
+/// Initial loss rate, and the number of datagrams it counts for. It allows four missing
+/// heartbeats at first. After a minute of heartbeats, the measurement dominates.
 const LOSS_PRIOR: f64 = 0.02;
 const LOSS_PRIOR_COUNT: u32 = 100;
 
-/// Bounds of the share: one loss in ten thousand is as good as none, and above
-/// 60 % no number of heartbeats within the bound would do.
+/// Bounds of the loss rate. Below, a loss is negligible. Above, no number of heartbeats
+/// within the bound on detection time is sufficient.
 const LOSS_MIN: f64 = 0.0001;
 const LOSS_MAX: f64 = 0.6;
 
-/// Memory of how often one loss follows another, in losses and in heartbeats
-/// (half a day at 100 ms: on a good link bursts are rare, and each would be
-/// news).
+/// Memory of how often one loss follows another, in losses and in heartbeats. Half a day
+/// at 100 ms, because bursts are rare on a good link.
 const RUN_MEMORY_LOSSES: f64 = 500.0;
 const RUN_MEMORY_BEATS: f64 = 500_000.0;
 
-/// Losses that speak for independence before any have been seen: a lone pair
-/// of losses is no burst.
+/// Initial number of independent losses, so that a single pair of losses is no burst.
 const RUN_PRIOR: f64 = 30.0;
 
-/// Gains of the filter for the expected time (alpha) and the interval (beta).
-/// Slow enough to average delays away, fast enough to follow a clock that is
-/// 1 % off within a few ten heartbeats.
+/// Gains of the filter for the expected time (alpha) and the interval (beta). Small enough
+/// to average delays, large enough to follow a clock that is 1 % off within tens of
+/// heartbeats.
 const PHASE_GAIN: f64 = 0.125;
 const SPACING_GAIN: f64 = 0.004;
 
-/// Weight of the newest delay in the variance, once there are that many.
+/// Memory of the variance, in delays.
 const JITTER_MEMORY: u32 = 128;
 
-/// The deviation before the first delay, as a share of the interval, and the
-/// delays it counts for.
+/// Initial deviation, as a share of the interval, and the number of delays it counts for.
 const JITTER_PRIOR: f64 = 0.1;
 const JITTER_PRIOR_COUNT: u32 = 8;
 
-/// The learned interval stays within these multiples of the declared one: a
-/// sender that is slower than that breaks its word, and is suspected.
+/// Bounds of the learned interval, in declared intervals. A slower sender becomes suspect.
 const SPACING_MIN: f64 = 0.5;
 const SPACING_MAX: f64 = 3.0;
 
-/// Delays beyond that many intervals teach only so much.
+/// Longest delay that is learned, in intervals.
 const DELAY_MAX: f64 = 2.0;
 
-/// Longer gaps are outages, not losses.
+/// Longest gap that counts as loss, in heartbeats. A longer gap is an outage.
 const LEARNED_GAP_MAX: u64 = 16;
 
-/// What one heartbeat was, as far as its order goes.
+/// Order of a heartbeat relative to the earlier ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ArrivalOrder {
     /// The first of its sender, or of its sender's new incarnation.
     First,
-    /// Newer than all before, with that many missing in between.
+    /// Newer than all before.
     Next {
         /// Sequence numbers skipped.
         missing: u64,
     },
-    /// Late, repeated, or of an incarnation that is over: says nothing.
+    /// Late, repeated, or of an earlier incarnation. Does not count.
     Old,
 }
 
-/// See the module's documentation.
+/// See the module documentation.
 #[derive(Debug, Clone)]
 pub struct Arrivals {
     newest: Option<NewestBeat>,
-    /// As declared, in seconds, within [`INTERVAL_MIN`]..=[`INTERVAL_MAX`].
+    /// Declared interval in seconds, within [`INTERVAL_MIN`]..=[`INTERVAL_MAX`].
     interval: f64,
-    /// As learned, in seconds.
+    /// Learned interval in seconds.
     spacing: f64,
-    /// Of delays, in seconds squared.
+    /// Variance of delays, in seconds squared.
     variance: f64,
     delays: u32,
     loss: f64,
-    /// The same with a longer memory.
+    /// Loss rate with a longer memory.
     slow_loss: f64,
     datagrams: u32,
-    /// Losses remembered, and how many of them followed a loss.
+    /// Losses in memory.
     losses: f64,
+    /// Of `losses`, those that followed a loss.
     repeats: f64,
     since_loss: f64,
-    /// Until then heartbeats set the phase and teach nothing.
+    /// Until this time heartbeats set the phase and are not learned.
     unlearning_until: Option<Instant>,
-    /// The next gap is not the path's doing.
+    /// The next gap has a local cause and is not learned.
     gap_excused: bool,
     beats_total: u64,
     lost_total: u64,
@@ -133,11 +130,11 @@ struct NewestBeat {
     incarnation: u64,
     sequence: u64,
     arrived: Instant,
-    /// How much later than expected it came, in seconds, smoothed.
+    /// How much later than expected it arrived, in seconds, smoothed.
     lag: f64,
 }
 
-/// `at`, as much later as was lost, but not later than `now`.
+/// Returns `at` plus `lost`, but at most `now`.
 pub(super) fn later(at: Instant, lost: Duration, now: Instant) -> Instant {
     at.checked_add(lost).map_or(now, |later| later.min(now)).max(at)
 }
@@ -145,7 +142,7 @@ pub(super) fn later(at: Instant, lost: Duration, now: Instant) -> Instant {
 // === impl Arrivals ===
 
 impl Arrivals {
-    /// Nothing received yet; `interval` is what the pool expects.
+    /// Returns statistics without a heartbeat. `interval` is the one the pool expects.
     pub fn new(interval: Duration) -> Arrivals {
         let interval = seconds(interval);
         Arrivals {
@@ -167,8 +164,8 @@ impl Arrivals {
         }
     }
 
-    /// Takes one heartbeat. `ends_outage`: the silence before it was no mere
-    /// loss (the backend was down), so it teaches nothing.
+    /// Records a heartbeat. `ends_outage`: the backend was down before it, so the gap is
+    /// not learned as loss.
     pub fn beat(&mut self, beat: &BeatInfo, ends_outage: bool, now: Instant) -> ArrivalOrder {
         let Some(newest) = self.newest else { return self.first(beat, now) };
         if (beat.incarnation, beat.sequence) <= (newest.incarnation, newest.sequence) {
@@ -202,10 +199,10 @@ impl Arrivals {
         ArrivalOrder::Next { missing }
     }
 
-    /// We, not the sender or the path, were the cause of what is missing (a
-    /// stall, a full socket buffer): the next gap teaches nothing, nor do
-    /// heartbeats that had queued up and come all at once, and the time `lost`
-    /// does not count as silence. What was silence before stays silence.
+    /// Excludes the time `lost` before `now`, because heartbeats were lost or delayed on
+    /// this host (a stall, a full socket buffer). The next gap and the heartbeats of the
+    /// next two intervals are not learned. `lost` does not count as silence; earlier
+    /// silence still does.
     pub fn skip_gap(&mut self, lost: Duration, now: Instant) {
         self.gap_excused = true;
         self.unlearning_until = Some(now + Duration::from_secs_f64(2.0 * self.interval));
@@ -214,22 +211,21 @@ impl Arrivals {
         }
     }
 
-    /// How many heartbeats may be missing in a row: the fewest that make a
-    /// false suspicion rarer than one in four hours, if losses go on as
-    /// measured.
+    /// Returns how many heartbeats may be missing in a row: the smallest number for which
+    /// a false suspicion is rarer than one in four hours at the measured loss.
     pub fn missing_allowed(&self) -> u32 {
         let wanted = self.interval / SUSPICION_EVERY.as_secs_f64();
         let (loss, again) = (self.loss(), self.loss_after_loss());
         let independent = wanted.ln() / loss.ln();
-        // A run of k losses begins with one after a heartbeat that came, and
-        // goes on k - 1 times.
+        // A run of k losses begins with a loss after a received heartbeat and continues
+        // k - 1 times.
         let starts = loss.max(self.slow_loss) * (1.0 - again);
         let in_runs = 1.0 + ((wanted / starts).ln() / again.ln()).max(0.0).ceil();
         let missing = independent.ceil().max(in_runs);
         (missing as u32).clamp(MISSING_MIN, MISSING_MAX)
     }
 
-    /// How long a silence may last, from the expected time of the newest
+    /// Returns how long a silence may last, from the expected time of the newest
     /// heartbeat.
     pub fn timeout(&self) -> Duration {
         let missing = f64::from(self.missing_allowed()) + SLACK;
@@ -237,7 +233,7 @@ impl Arrivals {
         Duration::from_secs_f64(timeout.min(TIMEOUT_MAX * self.interval))
     }
 
-    /// When the silence becomes suspicious; `None` before the first heartbeat.
+    /// Returns when the next heartbeat is overdue; `None` before the first heartbeat.
     pub fn deadline(&self) -> Option<Instant> {
         let newest = self.newest?;
         let timeout = self.timeout().as_secs_f64() - newest.lag;
@@ -245,51 +241,51 @@ impl Arrivals {
         Some(newest.arrived + Duration::from_secs_f64(timeout))
     }
 
-    /// Share of heartbeats lost, as a fraction.
+    /// Returns the share of heartbeats lost, as a fraction.
     pub fn loss(&self) -> f64 {
         self.loss.clamp(LOSS_MIN, LOSS_MAX)
     }
 
-    /// Share of losses followed by another, as a fraction; [`Arrivals::loss`]
-    /// where losses are independent.
+    /// Returns the share of losses followed by another, as a fraction. Equals
+    /// [`Arrivals::loss`] if losses are independent.
     pub fn loss_after_loss(&self) -> f64 {
         let measured = (self.repeats + RUN_PRIOR * self.loss) / (self.losses + RUN_PRIOR);
-        // Below one, for its logarithm is divided by.
+        // Less than 1, because its logarithm is a divisor.
         measured.clamp(self.loss(), 0.95)
     }
 
-    /// Deviation of arrivals from their expected times.
+    /// Returns the standard deviation of arrivals from their expected times.
     pub fn jitter(&self) -> Duration {
         Duration::from_secs_f64(self.variance.sqrt())
     }
 
-    /// The interval as declared.
+    /// Returns the declared interval.
     pub fn interval(&self) -> Duration {
         Duration::from_secs_f64(self.interval)
     }
 
-    /// The interval as learned.
+    /// Returns the learned interval.
     pub fn mean_interval(&self) -> Duration {
         Duration::from_secs_f64(self.spacing)
     }
 
-    /// When the newest heartbeat came (or silence began to count, after
-    /// [`Arrivals::skip_gap`]).
+    /// Returns when the newest heartbeat arrived, moved forward by
+    /// [`Arrivals::skip_gap`].
     pub fn newest_at(&self) -> Option<Instant> {
         self.newest.map(|newest| newest.arrived)
     }
 
-    /// Incarnation and sequence number of the newest heartbeat.
+    /// Returns incarnation and sequence number of the newest heartbeat.
     pub fn newest(&self) -> Option<(u64, u64)> {
         self.newest.map(|newest| (newest.incarnation, newest.sequence))
     }
 
-    /// Heartbeats that counted, of all incarnations.
+    /// Returns the heartbeats counted, of all incarnations.
     pub fn beats_total(&self) -> u64 {
         self.beats_total
     }
 
-    /// Sequence numbers skipped, of all incarnations, for whatever reason.
+    /// Returns the sequence numbers skipped, of all incarnations and for any reason.
     pub fn lost_total(&self) -> u64 {
         self.lost_total
     }
@@ -302,8 +298,8 @@ impl Arrivals {
         ArrivalOrder::First
     }
 
-    /// Takes over the sender's interval; true if it is another one. Losses stay
-    /// known: they are the path's.
+    /// Adopts the sender's interval. Returns true if it changed. The loss rate stays,
+    /// because it belongs to the path.
     fn redeclare(&mut self, interval: Duration) -> bool {
         let interval = seconds(interval);
         if interval == self.interval {
@@ -316,12 +312,12 @@ impl Arrivals {
         true
     }
 
-    /// Learns from `missing` losses followed by a heartbeat that came.
+    /// Learns from `missing` losses followed by a received heartbeat.
     fn learn_loss(&mut self, missing: u64) {
         self.since_loss += 1.0;
         for lost in (0..=missing).map(|index| if index < missing { 1.0 } else { 0.0 }) {
             self.datagrams = self.datagrams.saturating_add(1);
-            // A plain mean at first, a moving one once there are enough.
+            // A plain mean at first, later a moving mean.
             let first = 1.0 / f64::from(self.datagrams.saturating_add(LOSS_PRIOR_COUNT));
             self.loss += first.max(LOSS_GAIN) * (lost - self.loss);
             self.slow_loss += first.max(SLOW_LOSS_GAIN) * (lost - self.slow_loss);
@@ -335,8 +331,8 @@ impl Arrivals {
         }
     }
 
-    /// Learns from one arrival, `steps` sequence numbers after `before`, and
-    /// gives its lag.
+    /// Learns from one arrival, `steps` sequence numbers after `before`, and returns its
+    /// lag.
     fn learn_delay(&mut self, before: &NewestBeat, steps: u64, now: Instant) -> f64 {
         let steps = steps as f64;
         let gap = now.saturating_duration_since(before.arrived).as_secs_f64();

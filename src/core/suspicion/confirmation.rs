@@ -1,77 +1,77 @@
-//! One round of a confirming probe: some tries, one after another, of which a
-//! single answer is enough.
+//! One confirmation probe: a round of tries, one after another, that ends with the first
+//! answer.
 //!
-//! The heartbeat detector owns at most one at a time. It asks for tries and
-//! counts what becomes of them; it never makes one, and reads no clock.
+//! The heartbeat detector owns at most one at a time. This code requests tries and counts
+//! their results. It makes no connect and reads no clock.
 
 use super::TRY_TIMEOUT_MIN;
 use std::time::{Duration, Instant};
 
-/// A try whose result has not been reported that long after its timeout is
-/// made again: then the report is lost, not the answer.
+/// If no result is reported this long after the timeout of a try, the report is lost, and
+/// the try is repeated.
 const REPORT_MARGIN: Duration = Duration::from_millis(200);
 
-/// Tries of one round that are made again because we were late.
+/// Tries of one round that are repeated because the control loop was late.
 const REPEATS_MAX: u32 = 2;
 
-/// Names one try of one detector, so that a late result is not taken for a
-/// newer one's.
+/// Identifies one try of one detector, so that a late result does not count for a newer
+/// try.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TryId(pub u64);
 
 /// A connect to be made now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConfirmationTry {
-    /// To be given back with the result.
+    /// Returned with the result.
     pub id: TryId,
-    /// No answer by then is a failure.
+    /// The try fails without an answer within this time.
     pub timeout: Duration,
 }
 
-/// What became of a try.
+/// Result of a try.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum TryResult {
     /// The service works.
     Answered,
-    /// It does not, or nothing came in time; in words for the log.
+    /// The service does not work, or did not answer in time. Holds the reason for the log.
     Failed(String),
-    /// Its host said that nobody listens: the path works, the service does not.
+    /// The host refused the connect: the path works, the service does not.
     Refused,
-    /// The try could not be made for want of something here: proves nothing.
+    /// A local error prevented the try: no evidence.
     Local,
 }
 
-/// Where a round stands after an answer.
+/// State of a round after a result.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum ConfirmationProgress {
-    /// Nobody waited for that.
+    /// The round did not wait for this result.
     Ignored,
     /// The next try is due now.
     Again(ConfirmationTry),
     /// The next try is due later.
     Wait,
-    /// Over: it works, and took that long to say so.
+    /// Ended: the service answered after this time.
     Answered(Duration),
-    /// Over: every try failed; the evidence in words.
+    /// Ended: every try failed. Holds the evidence as text.
     Failed(String),
-    /// Over: refused.
+    /// Ended: refused.
     Refused,
 }
 
-/// See the module's documentation.
+/// See the module documentation.
 #[derive(Debug, Clone)]
 pub(super) struct Confirmation {
-    /// Tries that have to fail; at least 1.
+    /// Tries that must fail; at least 1.
     tries: u32,
     failed: u32,
-    /// Tries made again for our being late.
+    /// Tries repeated because the control loop was late.
     repeats: u32,
-    /// Of each try.
+    /// Timeout of each try.
     timeout: Duration,
     stage: ConfirmationStage,
 }
 
-/// Invariant: there is always a next event, so a round never hangs.
+/// Each stage has a due time, so a round always ends.
 #[derive(Debug, Clone, Copy)]
 enum ConfirmationStage {
     InFlight { id: TryId, since: Instant, lost_at: Instant },
@@ -81,7 +81,8 @@ enum ConfirmationStage {
 // === impl Confirmation ===
 
 impl Confirmation {
-    /// The first try is due now. `serial` numbers the owner's tries.
+    /// Starts a round and returns its first try. `serial` numbers the tries of the
+    /// detector.
     pub(super) fn start(
         (tries, timeout): (u32, Duration),
         serial: &mut u64,
@@ -91,7 +92,7 @@ impl Confirmation {
         (Confirmation { tries: tries.max(1), failed: 0, repeats: 0, timeout, stage }, next)
     }
 
-    /// Takes a result.
+    /// Records the result of a try.
     pub(super) fn answer(
         &mut self,
         id: TryId,
@@ -128,10 +129,10 @@ impl Confirmation {
         }
     }
 
-    /// We were late for so long: the try to make again, as what becomes of the one
-    /// under way may be our own doing. What failed before it stays failed, and after
-    /// [`REPEATS_MAX`] the one under way is waited for: being late again and again
-    /// must not keep a round from its end.
+    /// Repeats the current try after the control loop was late by `lost`, because a
+    /// failure can have a local cause. Earlier failures count. After [`REPEATS_MAX`]
+    /// repeats the round waits longer instead, so that repeated lateness cannot keep it
+    /// from ending.
     pub(super) fn repeat(
         &mut self,
         lost: Duration,
@@ -153,7 +154,7 @@ impl Confirmation {
         }
     }
 
-    /// The try to make now, if its time has come.
+    /// Returns the next try if it is due.
     pub(super) fn check(&mut self, serial: &mut u64, now: Instant) -> Option<ConfirmationTry> {
         if now < self.due() {
             return None;
@@ -163,7 +164,7 @@ impl Confirmation {
         Some(next)
     }
 
-    /// When [`Confirmation::check`] has something to do.
+    /// Returns when to call [`Confirmation::check`].
     pub(super) fn due(&self) -> Instant {
         match self.stage {
             ConfirmationStage::InFlight { lost_at, .. } => lost_at,

@@ -1,9 +1,9 @@
-//! One backend's state machine over its heartbeats and confirming probes.
+//! State machine of one backend over its heartbeats and confirmation probes.
 //!
-//! The controller owns one for each backend of a pool with heartbeats, gives it
-//! whatever happens and performs the [`DetectorStep`]s it returns. It never reads a
-//! clock, makes no probe itself, and knows nothing of other backends: taking
-//! one out is asked for, and granted by `guards`.
+//! The controller owns one per backend of a pool with heartbeats, passes in every event
+//! and performs the [`DetectorStep`]s that it returns. This code reads no clock, sends no
+//! probe and knows no other backend. It requests a removal; `guards` allows or prevents
+//! it.
 
 mod reading;
 mod saved;
@@ -11,8 +11,8 @@ mod saved;
 pub use saved::SavedDetector;
 
 use super::{
-    ArrivalOrder, Arrivals, BeatInfo, ChannelState, ConfirmationTry, DOUBT_INTERVAL,
-    DetectorRequest, DetectorState, DetectorStep, DetectorTransition, RECOVERY_BEATS,
+    ArrivalOrder, Arrivals, BeatInfo, ChannelState, ConfirmationTry, DetectorRequest,
+    DetectorState, DetectorStep, DetectorTransition, RECOVERY_BEATS, SUSPECT_PROBE_INTERVAL,
     SUSPECT_WEIGHT_PERCENT, TryId, TryResult,
 };
 use crate::suspicion::answer_time::AnswerTime;
@@ -20,42 +20,42 @@ use crate::suspicion::confirmation::{Confirmation, ConfirmationProgress};
 use crate::suspicion::flap_damping::FlapDamping;
 use std::time::{Duration, Instant};
 
-/// Tries of a confirming probe that have to fail, one after another.
+/// Tries of a confirmation probe that must fail, one after another.
 const TRIES: u32 = 2;
 
-/// Above that loss two lost connects in a row are nothing special: then more
-/// tries are made, as far as they fit.
+/// Above this loss, two lost connects in a row are common. Then there are up to
+/// `TRIES_MAX` tries if they fit into `CONFIRMED_WITHIN`.
 const TRIES_MORE_ABOVE: f64 = 0.15;
 const TRIES_MAX: u32 = 3;
 
-/// Further tries end within so many intervals of the last heartbeat.
+/// Additional tries end within this many intervals after the last heartbeat.
 const CONFIRMED_WITHIN: f64 = 14.5;
 
-/// What a guard has held back is not confirmed anew so soon after the suspicion.
+/// A prevented removal needs no new confirmation within this time after the suspicion.
 const CONFIRMED_FOR: Duration = Duration::from_secs(1);
 
-/// Phi's deviation is at least that share of the interval: one that is too
-/// regular makes phi leap.
+/// Lower bound of phi's deviation, as a share of the interval. Very regular heartbeats
+/// would make phi jump.
 const PHI_DEVIATION_MIN: f64 = 0.1;
 
-/// See the module's documentation.
+/// See the module documentation.
 #[derive(Debug, Clone)]
 pub struct HeartbeatDetector {
     arrivals: Arrivals,
-    reach: AnswerTime,
-    standing: DetectorPhase,
+    answer_time: AnswerTime,
+    phase: DetectorPhase,
     since: Instant,
-    /// The probing under way.
+    /// The current confirmation probe.
     round: Option<Confirmation>,
-    /// When the next round may begin.
+    /// The next round starts at this time or later.
     next_round: Option<Instant>,
     try_serial: u64,
-    /// It comes back after a failure, not for the first time.
+    /// The backend was down before; it does not come up for the first time.
     was_down: bool,
-    /// It stays out until then, however well it does.
+    /// End of the hold-down.
     hold_until: Option<Instant>,
     flaps: FlapDamping,
-    /// When a probe was answered last.
+    /// When a probe last succeeded.
     answered_at: Option<Instant>,
     suspicions_total: u64,
     downs_total: u64,
@@ -76,18 +76,18 @@ enum DetectorPhase {
 #[derive(Debug, Clone)]
 struct Suspicion {
     cause: SuspicionCause,
-    /// The evidence that began it.
+    /// The evidence that caused the suspicion.
     evidence: String,
     confirmed: Option<Confirmed>,
     held: Option<String>,
 }
 
-/// What began a suspicion decides what clears it.
+/// Cause of a suspicion. It decides which evidence clears the suspicion.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum SuspicionCause {
-    /// No heartbeats: a heartbeat clears it.
+    /// Heartbeats are overdue: a heartbeat clears it.
     Silent,
-    /// The service did not answer: a probe that is answered clears it.
+    /// The service refused a connect: a successful probe clears it.
     Service,
 }
 
@@ -100,12 +100,12 @@ struct Confirmed {
 // === impl HeartbeatDetector ===
 
 impl HeartbeatDetector {
-    /// Has heard nothing yet; the pool expects a heartbeat every `interval`.
+    /// Returns a detector without a heartbeat. The pool expects one every `interval`.
     pub fn new(interval: Duration, now: Instant) -> HeartbeatDetector {
         HeartbeatDetector {
             arrivals: Arrivals::new(interval),
-            reach: AnswerTime::default(),
-            standing: DetectorPhase::Waiting,
+            answer_time: AnswerTime::default(),
+            phase: DetectorPhase::Waiting,
             since: now,
             round: None,
             next_round: None,
@@ -119,13 +119,13 @@ impl HeartbeatDetector {
         }
     }
 
-    /// A heartbeat of a sender that serves (or means to) came. For one that
-    /// stops, call [`HeartbeatDetector::stopping`] instead.
+    /// Records a heartbeat. If the sender reports stopping, call
+    /// [`HeartbeatDetector::stopping`] instead.
     ///
-    /// `ArrivalOrder` says whether it counted: an old one says nothing about now.
+    /// A heartbeat of order [`ArrivalOrder::Old`] changes nothing.
     pub fn beat(&mut self, beat: &BeatInfo, now: Instant) -> (ArrivalOrder, DetectorStep) {
         let silence = self.silence(now);
-        let ends_outage = match &self.standing {
+        let ends_outage = match &self.phase {
             DetectorPhase::Down => true,
             DetectorPhase::Suspect(suspicion) => suspicion.confirmed.is_some(),
             DetectorPhase::Waiting | DetectorPhase::Up | DetectorPhase::Recovering { .. } => false,
@@ -134,9 +134,9 @@ impl HeartbeatDetector {
         if arrival == ArrivalOrder::Old {
             return (arrival, DetectorStep::default());
         }
-        let step = match &mut self.standing {
+        let step = match &mut self.phase {
             DetectorPhase::Up => {
-                // A probe that was to tell whether silence means anything.
+                // The probe that a silent channel started is no longer needed.
                 self.round = None;
                 self.next_round = None;
                 DetectorStep::default()
@@ -152,7 +152,8 @@ impl HeartbeatDetector {
                     )
                 }
                 (SuspicionCause::Silent, Some(_)) => {
-                    // Silent, not answering, held back, and now it is heard.
+                    // A guard prevented the removal, and now a heartbeat has arrived. A
+                    // probe must show that the service works.
                     suspicion.cause = SuspicionCause::Service;
                     suspicion.confirmed = None;
                     suspicion.held = None;
@@ -160,10 +161,10 @@ impl HeartbeatDetector {
                 }
             },
             DetectorPhase::Waiting | DetectorPhase::Down => {
-                let first = matches!(self.standing, DetectorPhase::Waiting);
+                let first = matches!(self.phase, DetectorPhase::Waiting);
                 let reason = if first { "first heartbeat" } else { "heartbeats resumed" };
                 let step = self.change(DetectorState::Recovering, reason.to_owned(), now);
-                DetectorStep { ask: self.try_recovery(now).ask, ..step }
+                DetectorStep { request: self.try_recovery(now).request, ..step }
             }
             DetectorPhase::Recovering { beats } => {
                 *beats = beats.saturating_add(1);
@@ -173,11 +174,11 @@ impl HeartbeatDetector {
         (arrival, step)
     }
 
-    /// Does what has come due; to be called at [`HeartbeatDetector::due`].
-    /// Calling it at any other time does no harm.
+    /// Performs due work. Call it at [`HeartbeatDetector::due`]; calls at other times are
+    /// harmless.
     pub fn check(&mut self, channel: ChannelState, now: Instant) -> DetectorStep {
         let overdue = self.overdue(now);
-        if overdue && matches!(self.standing, DetectorPhase::Recovering { .. }) {
+        if overdue && matches!(self.phase, DetectorPhase::Recovering { .. }) {
             self.round = None;
             self.next_round = None;
             let reason = format!("{} while recovering", self.overdue_reason(now));
@@ -188,7 +189,7 @@ impl HeartbeatDetector {
         {
             return DetectorStep::probe(again);
         }
-        match &self.standing {
+        match &self.phase {
             DetectorPhase::Waiting | DetectorPhase::Down => DetectorStep::default(),
             DetectorPhase::Up if !overdue => DetectorStep::default(),
             DetectorPhase::Up if channel == ChannelState::Silent => self.start_round_if_due(now),
@@ -201,18 +202,18 @@ impl HeartbeatDetector {
         }
     }
 
-    /// When [`HeartbeatDetector::check`] is wanted next; later than the `now`
-    /// of the last check. `None`: only a heartbeat changes anything.
+    /// Returns when to call [`HeartbeatDetector::check`] next; later than the `now` of
+    /// the last check. `None`: only a heartbeat changes the state.
     pub fn due(&self) -> Option<Instant> {
         if let Some(round) = &self.round {
-            let silent = match self.standing {
+            let silent = match self.phase {
                 DetectorPhase::Recovering { .. } => self.arrivals.deadline(),
                 _ => None,
             };
             return Some(silent.map_or(round.due(), |at| at.min(round.due())));
         }
         let deadline = self.arrivals.deadline();
-        match &self.standing {
+        match &self.phase {
             DetectorPhase::Waiting | DetectorPhase::Down => None,
             DetectorPhase::Up => deadline.max(self.next_round),
             DetectorPhase::Suspect(_) => self.next_round,
@@ -224,7 +225,8 @@ impl HeartbeatDetector {
         }
     }
 
-    /// A try ended. What nobody waits for any more is ignored.
+    /// Records the result of a try. Ignores a result that the current round does not wait
+    /// for.
     pub fn probed(&mut self, id: TryId, answer: TryResult, now: Instant) -> DetectorStep {
         let Some(round) = &mut self.round else { return DetectorStep::default() };
         let progress = round.answer(id, answer, &mut self.try_serial, now);
@@ -232,12 +234,12 @@ impl HeartbeatDetector {
             ConfirmationProgress::Ignored | ConfirmationProgress::Wait => DetectorStep::default(),
             ConfirmationProgress::Again(next) => DetectorStep::probe(next),
             ConfirmationProgress::Answered(took) => {
-                self.reach.answered(took);
+                self.answer_time.answered(took);
                 self.end_round(now);
                 self.answered(now)
             }
             ConfirmationProgress::Failed(evidence) => {
-                self.reach.failed();
+                self.answer_time.failed();
                 self.end_round(now);
                 self.confirmed(Confirmed { evidence, proven: false }, now)
             }
@@ -249,16 +251,17 @@ impl HeartbeatDetector {
         }
     }
 
-    /// The pool's own probe, of the kind that confirms, was answered after so
-    /// long: later tries get as much time. It clears no suspicion.
+    /// Records how long the pool's own probe took, so that later tries get enough time.
+    /// Clears no suspicion.
     pub fn note_connect_success(&mut self, took: Duration) {
-        self.reach.answered(took);
+        self.answer_time.answered(took);
     }
 
-    /// A session's connect (or the pool's own probe) was refused. A crash shows
-    /// here first; one probe decides, for a single reset may come from anywhere.
+    /// Records that a session's connect or the pool's own probe was refused. A crash is
+    /// visible here first. One probe decides, because a single reset can have other
+    /// causes.
     pub fn note_connect_refused(&mut self, now: Instant) -> DetectorStep {
-        match &self.standing {
+        match &self.phase {
             DetectorPhase::Up => {
                 let evidence = "a session's connect was refused".to_owned();
                 self.suspect(SuspicionCause::Service, evidence, now)
@@ -270,23 +273,23 @@ impl HeartbeatDetector {
         }
     }
 
-    /// The sender says that it stops: out at once, in good order, and without
-    /// a hold-down for when it comes back.
+    /// Records that the sender reported stopping: the backend is down at once. Its
+    /// return needs no hold-down.
     pub fn stopping(&mut self, now: Instant) -> DetectorStep {
         self.round = None;
         self.next_round = None;
-        if matches!(self.standing, DetectorPhase::Down) {
+        if matches!(self.phase, DetectorPhase::Down) {
             return DetectorStep::default();
         }
         self.was_down = true;
         self.hold_until = None;
-        self.flaps.time_left(now);
+        self.flaps.stopped(now);
         self.change(DetectorState::Down, "the sender reported stopping".to_owned(), now)
     }
 
-    /// The guards allow what [`DetectorRequest::Eject`] asked for: it is down.
+    /// Makes the backend down, after the guards allowed [`DetectorRequest::Eject`].
     pub fn eject(&mut self, now: Instant) -> DetectorStep {
-        let DetectorPhase::Suspect(suspicion) = &self.standing else {
+        let DetectorPhase::Suspect(suspicion) = &self.phase else {
             return DetectorStep::default();
         };
         let Some(confirmed) = &suspicion.confirmed else { return DetectorStep::default() };
@@ -299,10 +302,11 @@ impl HeartbeatDetector {
         self.change(DetectorState::Down, reason, now)
     }
 
-    /// The guards do not: it stays suspect and is probed every
-    /// [`DOUBT_INTERVAL`], each failure asking again. True if that is news.
+    /// Keeps the backend suspect, because a guard prevented the removal. It is probed
+    /// every [`SUSPECT_PROBE_INTERVAL`], and each failure requests the removal again.
+    /// Returns true if the reason is new.
     pub fn hold_in_rotation(&mut self, reason: String) -> bool {
-        let DetectorPhase::Suspect(suspicion) = &mut self.standing else { return false };
+        let DetectorPhase::Suspect(suspicion) = &mut self.phase else { return false };
         if suspicion.confirmed.is_none() {
             return false;
         }
@@ -311,11 +315,11 @@ impl HeartbeatDetector {
         news
     }
 
-    /// The guards may have changed their mind: asks again for what was held
-    /// back. Who has been suspect for a while is asked anew first: the path may be
-    /// back, and so may the backend.
+    /// Requests a prevented removal again, because the guards may allow it now. If the
+    /// confirmation is older than 1 s, a new probe comes first: the path may work
+    /// again, and so may the backend.
     pub fn reconsider(&mut self, now: Instant) -> DetectorStep {
-        let DetectorPhase::Suspect(Suspicion { confirmed: Some(confirmed), .. }) = &self.standing
+        let DetectorPhase::Suspect(Suspicion { confirmed: Some(confirmed), .. }) = &self.phase
         else {
             return DetectorStep::default();
         };
@@ -323,16 +327,16 @@ impl HeartbeatDetector {
         match (confirmed.proven || !stale, &self.round) {
             (true, _) => DetectorStep {
                 change: None,
-                ask: Some(DetectorRequest::Eject { proven: confirmed.proven }),
+                request: Some(DetectorRequest::Eject { proven: confirmed.proven }),
             },
             (false, Some(_)) => DetectorStep::default(),
             (false, None) => self.start_round(now),
         }
     }
 
-    /// We were deaf or late for so long by `now`, for whatever reason: that much
-    /// silence does not count, gaps and delays until then teach nothing, and a
-    /// probe of that time is made again.
+    /// Excludes the time `lost` before `now`, in which this process was late or its socket
+    /// dropped datagrams. It does not count as silence, its gaps and delays are not
+    /// learned, and a try of that time is repeated.
     pub fn ignore_silence_until(&mut self, lost: Duration, now: Instant) -> DetectorStep {
         self.arrivals.skip_gap(lost, now);
         match &mut self.round {
@@ -344,9 +348,9 @@ impl HeartbeatDetector {
         }
     }
 
-    /// Its state.
+    /// Returns the state.
     pub fn state(&self) -> DetectorState {
-        match self.standing {
+        match self.phase {
             DetectorPhase::Waiting => DetectorState::Waiting,
             DetectorPhase::Up => DetectorState::Up,
             DetectorPhase::Suspect(_) => DetectorState::Suspect,
@@ -355,21 +359,20 @@ impl HeartbeatDetector {
         }
     }
 
-    /// Since when.
+    /// Returns when the state last changed.
     pub fn since(&self) -> Instant {
         self.since
     }
 
-    /// Whether it recovers from a failure or stop, not from never having been
-    /// heard.
+    /// Whether the backend was down before, after a failure or a stop.
     pub fn was_down(&self) -> bool {
         self.was_down
     }
 
-    /// What is left of its weight, in percent; `None`: no opinion, for it has
-    /// never been up.
+    /// Returns the share of its weight, in percent; `None` if the backend has never been
+    /// up.
     pub fn weight_percent(&self) -> Option<u32> {
-        match self.standing {
+        match self.phase {
             DetectorPhase::Up => Some(100),
             DetectorPhase::Suspect(_) => Some(SUSPECT_WEIGHT_PERCENT),
             DetectorPhase::Down => Some(0),
@@ -378,24 +381,24 @@ impl HeartbeatDetector {
         }
     }
 
-    /// The interval as declared.
+    /// Returns the declared interval.
     pub fn interval(&self) -> Duration {
         self.arrivals.interval()
     }
 
-    /// Whether more heartbeats are missing than may be.
+    /// Whether more heartbeats are missing than allowed.
     pub fn overdue(&self, now: Instant) -> bool {
         self.arrivals.deadline().is_some_and(|deadline| deadline <= now)
     }
 
-    /// Whether a probe was answered of late: its path works, and so does it.
+    /// Whether a probe succeeded within the last 1.5 s.
     pub fn answers(&self, now: Instant) -> bool {
-        let late = DOUBT_INTERVAL + DOUBT_INTERVAL / 2;
+        let late = SUSPECT_PROBE_INTERVAL + SUSPECT_PROBE_INTERVAL / 2;
         self.answered_at.is_some_and(|at| now.saturating_duration_since(at) < late)
     }
 
-    /// Whether it was heard an interval or more after `since`, or answered a
-    /// probe after it: nothing that was under way by then.
+    /// Whether a heartbeat arrived at least one interval after `since`, or a probe
+    /// succeeded after it. The interval excludes datagrams that were already in flight.
     pub fn heard_since(&self, since: Instant) -> bool {
         let beaten = self.arrivals.newest_at().is_some_and(|at| at >= since + self.interval());
         beaten || self.answered_at.is_some_and(|at| at > since)
@@ -405,25 +408,25 @@ impl HeartbeatDetector {
         self.suspicions_total += 1;
         let reason = evidence.clone();
         let step = self.change(DetectorState::Suspect, reason, now);
-        self.standing =
+        self.phase =
             DetectorPhase::Suspect(Suspicion { cause, evidence, confirmed: None, held: None });
-        // One that asks about the same silence already goes on.
-        let ask = if self.round.is_none() { self.start_round(now).ask } else { None };
-        DetectorStep { ask, ..step }
+        // A round that tests the same silence continues.
+        let request = if self.round.is_none() { self.start_round(now).request } else { None };
+        DetectorStep { request, ..step }
     }
 
-    /// A round ended well.
+    /// Applies a successful round.
     fn answered(&mut self, now: Instant) -> DetectorStep {
         self.answered_at = Some(now);
         let overdue = self.overdue(now);
-        match &mut self.standing {
+        match &mut self.phase {
             DetectorPhase::Suspect(suspicion)
                 if suspicion.cause == SuspicionCause::Service && !overdue =>
             {
                 self.change(DetectorState::Up, "confirmation probe succeeded".to_owned(), now)
             }
             DetectorPhase::Suspect(suspicion) => {
-                // Silent but answering, whatever it began with.
+                // Silent but answering, whatever the cause was before.
                 suspicion.cause = SuspicionCause::Silent;
                 suspicion.confirmed = None;
                 suspicion.held = None;
@@ -443,25 +446,25 @@ impl HeartbeatDetector {
         }
     }
 
-    /// A round ended badly.
+    /// Applies a failed or refused round.
     fn confirmed(&mut self, confirmed: Confirmed, now: Instant) -> DetectorStep {
         let proven = confirmed.proven;
-        match &mut self.standing {
+        match &mut self.phase {
             DetectorPhase::Up => {
-                // The channel is silent, and so is the service.
+                // The channel is silent, and the service does not answer.
                 let evidence = self.overdue_reason(now);
                 let next_round = self.next_round;
                 let step = self.suspect(SuspicionCause::Silent, evidence, now);
                 self.round = None;
                 self.next_round = next_round;
-                if let DetectorPhase::Suspect(suspicion) = &mut self.standing {
+                if let DetectorPhase::Suspect(suspicion) = &mut self.phase {
                     suspicion.confirmed = Some(confirmed);
                 }
-                DetectorStep { ask: Some(DetectorRequest::Eject { proven }), ..step }
+                DetectorStep { request: Some(DetectorRequest::Eject { proven }), ..step }
             }
             DetectorPhase::Suspect(suspicion) => {
                 suspicion.confirmed = Some(confirmed);
-                DetectorStep { change: None, ask: Some(DetectorRequest::Eject { proven }) }
+                DetectorStep { change: None, request: Some(DetectorRequest::Eject { proven }) }
             }
             DetectorPhase::Recovering { beats } => {
                 *beats = 0;
@@ -472,7 +475,7 @@ impl HeartbeatDetector {
     }
 
     fn try_recovery(&mut self, now: Instant) -> DetectorStep {
-        let DetectorPhase::Recovering { beats } = self.standing else {
+        let DetectorPhase::Recovering { beats } = self.phase else {
             return DetectorStep::default();
         };
         let held = self.hold_until.is_some_and(|until| now < until);
@@ -482,7 +485,8 @@ impl HeartbeatDetector {
         self.start_round_if_due(now)
     }
 
-    /// The first time, one is enough: there is nothing to distrust it for.
+    /// Returns the heartbeats needed before the recovery probe: one for a backend that
+    /// was never down.
     fn beats_needed(&self) -> u32 {
         if self.was_down { RECOVERY_BEATS } else { 1 }
     }
@@ -495,8 +499,11 @@ impl HeartbeatDetector {
     }
 
     fn start_round(&mut self, now: Instant) -> DetectorStep {
-        let (round, first) =
-            Confirmation::start((self.tries(), self.reach.timeout()), &mut self.try_serial, now);
+        let (round, first) = Confirmation::start(
+            (self.tries(), self.answer_time.timeout()),
+            &mut self.try_serial,
+            now,
+        );
         self.round = Some(round);
         self.next_round = None;
         DetectorStep::probe(first)
@@ -504,7 +511,7 @@ impl HeartbeatDetector {
 
     fn end_round(&mut self, now: Instant) {
         self.round = None;
-        self.next_round = Some(now + DOUBT_INTERVAL);
+        self.next_round = Some(now + SUSPECT_PROBE_INTERVAL);
     }
 
     fn tries(&self) -> u32 {
@@ -513,7 +520,7 @@ impl HeartbeatDetector {
         }
         let within = self.arrivals.interval().mul_f64(CONFIRMED_WITHIN);
         let left = within.saturating_sub(self.arrivals.timeout());
-        let fit = left.as_nanos() / self.reach.timeout().as_nanos();
+        let fit = left.as_nanos() / self.answer_time.timeout().as_nanos();
         u32::try_from(fit).unwrap_or(TRIES_MAX).clamp(TRIES, TRIES_MAX)
     }
 
@@ -523,7 +530,7 @@ impl HeartbeatDetector {
         let after_down =
             to == DetectorState::Up && from == DetectorState::Recovering && self.was_down;
         self.since = now;
-        self.standing = match to {
+        self.phase = match to {
             DetectorState::Waiting => DetectorPhase::Waiting,
             DetectorState::Up => DetectorPhase::Up,
             DetectorState::Suspect => DetectorPhase::Suspect(Suspicion {
@@ -545,7 +552,7 @@ impl HeartbeatDetector {
         }
         DetectorStep {
             change: Some(DetectorTransition { from, to, reason, lasted, after_down }),
-            ask: None,
+            request: None,
         }
     }
 
@@ -567,7 +574,7 @@ impl HeartbeatDetector {
 
 impl DetectorStep {
     fn probe(next: ConfirmationTry) -> DetectorStep {
-        DetectorStep { change: None, ask: Some(DetectorRequest::Probe(next)) }
+        DetectorStep { change: None, request: Some(DetectorRequest::Probe(next)) }
     }
 }
 

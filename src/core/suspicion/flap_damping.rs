@@ -1,61 +1,62 @@
-//! Flap damping: a backend that keeps failing is kept out longer each time.
+//! Flap damping: the hold-down of a backend that fails repeatedly doubles each time.
 //!
-//! The heartbeat detector owns one. It decides how long, never whether, and
+//! The heartbeat detector owns one. This code computes the duration of a hold-down and
 //! reads no clock.
 
 use std::time::{Duration, Instant};
 
-/// How long the first failure keeps a backend out at least.
+/// Hold-down after the first failure.
 pub const HOLD_MIN: Duration = Duration::from_secs(1);
 
-/// No failure keeps a backend out longer, once it works again.
+/// Longest hold-down.
 pub const HOLD_MAX: Duration = Duration::from_secs(60);
 
-/// So long in service forgives one failure.
+/// This time in rotation removes one failure from the count.
 pub const FORGIVEN_AFTER: Duration = Duration::from_secs(60);
 
-/// 1, 2, 4, 8, 16, 32, 60 s: a larger count would only take longer to fade.
+/// 1, 2, 4, 8, 16, 32, 60 s. A larger count would not lengthen the hold-down, only the
+/// time until it fades.
 const COUNT_MAX: u32 = 7;
 
-/// Failures in a row, faded by time in service.
+/// Failures in a row, reduced by time in rotation.
 #[derive(Debug, Clone, Default)]
 pub struct FlapDamping {
     count: u32,
-    /// When it last came into service; taken when it leaves.
+    /// When the backend last came into rotation; `None` while it is out.
     up_since: Option<Instant>,
 }
 
 // === impl FlapDamping ===
 
 impl FlapDamping {
-    /// It is in service from now on.
+    /// Records that the backend is in rotation from now on.
     pub fn up(&mut self, now: Instant) {
         self.up_since = Some(now);
     }
 
-    /// It failed; gives when it may come back.
+    /// Records a failure and returns the end of the hold-down.
     pub fn down(&mut self, now: Instant) -> Instant {
         self.decay(now);
         self.count = (self.count + 1).min(COUNT_MAX);
         now + HOLD_MIN.saturating_mul(1 << (self.count - 1)).min(HOLD_MAX)
     }
 
-    /// It left in good order.
-    pub fn time_left(&mut self, now: Instant) {
+    /// Records a stop without a failure.
+    pub fn stopped(&mut self, now: Instant) {
         self.decay(now);
     }
 
-    /// As another process knew it.
+    /// Restores values that the old process handed over.
     pub(super) fn of(count: u32, up_since: Option<Instant>) -> FlapDamping {
         FlapDamping { count: count.min(COUNT_MAX), up_since }
     }
 
-    /// For another process.
+    /// Returns the values for an upgrade's handover.
     pub(super) fn parts(&self) -> (u32, Option<Instant>) {
         (self.count, self.up_since)
     }
 
-    /// Failures that still count.
+    /// Returns the failures that still count.
     pub fn count(&self) -> u32 {
         self.count
     }
@@ -87,12 +88,12 @@ mod tests {
     }
 
     #[test]
-    fn each_failure_in_a_row_doubles_the_hold_down_to_a_minute() {
+    fn each_failure_in_a_row_doubles_the_hold_down_up_to_60_s() {
         assert_eq!(holds(Duration::from_secs(5), 9), [1, 2, 4, 8, 16, 32, 60, 60, 60]);
     }
 
     #[test]
-    fn each_minute_in_service_forgives_one_failure() {
+    fn each_minute_in_rotation_removes_one_failure() {
         assert_eq!(holds(Duration::from_secs(61), 5), [1, 1, 1, 1, 1]);
         let mut now = tidegate_net::clock::now();
         let mut flaps = FlapDamping::default();

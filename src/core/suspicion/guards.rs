@@ -1,129 +1,126 @@
-//! Guards over many detectors: is it them, or is it us?
+//! Guards over many detectors: they prevent removals whose cause can be on this host.
 //!
-//! The controller keeps one [`ChannelGuard`] for the process and one
-//! [`PathGuard`] for each pool and for all pools together, and asks them before
-//! it takes anything out. They never judge a single backend, and read no clock.
+//! The controller owns one [`ChannelGuard`] for the process, and one [`PathGuard`] per
+//! pool and for all pools together. It calls them before it removes a backend. Guards
+//! know no single backend and read no clock.
 //!
-//! - [`is_late`]: our own loop was late, and that much silence does not count: call
-//!   [`HeartbeatDetector::ignore_silence_until`] on every detector. The controller wants a
-//!   tick of its own every interval, to notice.
-//! - [`ChannelGuard`]: *nobody* is heard. Either all died at once or it is our
-//!   socket, our key, our switch: silence no longer makes a suspect, probes
+//! - [`is_late`]: the control loop ran late. That time does not count as silence: call
+//!   [`HeartbeatDetector::ignore_silence_until`] on every detector. The controller
+//!   schedules a tick every interval to notice it.
+//! - [`ChannelGuard`]: no heartbeat arrives from any backend. The cause can be the local
+//!   socket, the key or a switch. Silence no longer makes a backend suspect; probes
 //!   decide.
-//! - [`PathGuard`]: at least half of a path's backends (two at least) became
-//!   suspect together. Taking them out waits until the others have been heard
-//!   anew, an interval or more after it began: it takes a good
-//!   [`CORRELATED_LOOK`] where the path works, and for ever where it is us.
-//! - [`may_remove`]: at most so many percent of a pool are out at once; one of a
+//! - [`PathGuard`]: at least two backends and at least half of a path became suspect
+//!   together. Removals are frozen until other backends have sent heartbeats again, an
+//!   interval or more after the freeze began. That takes a little more than
+//!   [`CORRELATED_LOOK`] if the path works. The freeze lasts while it does not.
+//! - [`may_remove`]: at most a percentage of a pool is down at a time; one backend of a
 //!   pool of two or three, none of a pool of one.
 //!
-//! None of them holds back what is *proven*: a refused connect shows that path
-//! and host work and the service does not.
+//! No guard prevents a *proven* removal: a refused connect shows that path and host work
+//! and the service does not.
 
 use super::arrivals::later;
 use super::{DetectorState, HeartbeatDetector};
 use std::time::{Duration, Instant};
 
-/// How often a frozen path is looked at for the others' signs of life. Shorter
-/// than confirming a suspicion takes, and more than two usual intervals.
+/// How often a frozen path is checked for heartbeats of other backends. Shorter than the
+/// confirmation of a suspicion, longer than two usual intervals.
 pub const CORRELATED_LOOK: Duration = Duration::from_millis(250);
 
-/// From then on a backend counts as heard that is merely not overdue: senders
-/// may be slower than that.
+/// After this time a backend that is not overdue counts as heard, because its sender can
+/// have a longer interval.
 const CORRELATED_HOLD: Duration = Duration::from_secs(1);
 
-/// Suspicions this many intervals apart are one event: backends differ in
-/// phase by one interval and in what they are allowed to miss by several.
+/// Suspicions up to this many intervals apart are one event. Backends differ in phase by
+/// one interval, and in the heartbeats allowed to be missing by several.
 const CORRELATED_INTERVALS: u32 = 5;
 
-/// Nobody is heard for that long, in intervals: shorter than any backend's own
-/// timeout, so that the guard is there before the first suspect.
+/// The channel is silent after this many intervals without any heartbeat. Shorter than the
+/// timeout of any backend, so that the guard acts before the first suspicion.
 const SILENT_INTERVALS: f64 = 2.2;
 
-/// A quarter of a path's backends must be heard for it to work; after that long
-/// any will do, for nine of ten may well have died.
+/// The path works if one in `HEARD_PARTS` backends is heard. After `PATIENCE` a single
+/// backend is sufficient, because the others may really have failed.
 const HEARD_PARTS: usize = 4;
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// What the heartbeats' channel as a whole is like.
+/// State of the heartbeat channel as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChannelState {
-    /// Somebody is heard.
+    /// At least one backend is heard.
     Alive,
-    /// Nobody is.
+    /// No backend is heard.
     Silent,
 }
 
-/// Notices that nobody at all is heard.
+/// Detects that no backend is heard.
 #[derive(Debug, Clone, Default)]
 pub struct ChannelGuard {
     last: Option<Instant>,
 }
 
-/// Why nothing is taken out.
+/// A freeze: no backend of the path is removed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Freeze {
-    /// Since when.
+    /// When the freeze began.
     pub since: Instant,
-    /// In words, such as `3 of 4 backends fell silent together`.
+    /// Reason, such as `3 of 4 backends became suspect together`.
     pub reason: String,
 }
 
-/// Notices that many backends of one path became suspect together.
+/// Detects that many backends of one path became suspect together.
 #[derive(Debug, Clone, Default)]
 pub struct PathGuard {
     freeze: Option<Freeze>,
-    /// Next look at whether the path works.
+    /// Time of the next check while frozen.
     look_at: Option<Instant>,
 }
 
-/// How the backends of one path stand, counted by [`PathView::of`].
+/// Backends of one path, counted by state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PathView {
-    /// That have been heard at all, and are not down.
+    /// Have sent a heartbeat and are not down.
     pub live: usize,
-    /// Suspect now.
+    /// Suspect.
     pub suspects: usize,
-    /// Suspect, and became so together with others just now.
+    /// Became suspect within the last `CORRELATED_INTERVALS`.
     pub fresh: usize,
-    /// Heard in time, or answering probes; while the path is frozen: since then.
+    /// Sent heartbeats in time or answered probes; while frozen, since the freeze began.
     pub heard: usize,
-    /// Answering probes.
+    /// Answer probes.
     pub answering: usize,
     /// Down.
     pub down: usize,
-    /// All.
+    /// All backends.
     pub members: usize,
 }
 
-/// What changed at a look; to be logged.
+/// Change of a freeze, to be logged. Holds the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FreezeChange {
-    /// Nothing is taken out from now on, for that reason.
+    /// No backend is removed from now on.
     Started(String),
-    /// What is confirmed may be taken out again, for that reason: call
-    /// [`HeartbeatDetector::reconsider`] on every suspect.
+    /// Confirmed backends may be removed again: call [`HeartbeatDetector::reconsider`] on
+    /// every suspect.
     Ended(String),
 }
 
-/// Whether our own loop was late by more than `interval`; `due` is when it had
-/// been asked to run.
+/// Whether the control loop ran more than `interval` later than `due`.
 pub fn is_late(due: Instant, now: Instant, interval: Duration) -> bool {
     now.saturating_duration_since(due) > interval
 }
 
-/// How many of a pool's `members` may be out at once.
+/// Returns how many of a pool's `members` may be down at a time.
 pub fn down_max(percent: u8, members: usize) -> usize {
     let share = members.saturating_mul(usize::from(percent.min(100))) / 100;
-    // Half of three is one; a pool of two lives on one, a pool of one does not
-    // live on none. Zero percent means what it says.
+    // At least one, except at 0 % and in a pool of one backend.
     if percent > 0 && members > 1 { share.max(1) } else { share }
 }
 
-/// Whether a confirmed backend of a pool may be taken out; if not, why.
-/// `freezes` are those of the pool's path and of all paths together. While
-/// nobody is heard, the backends that answer probes have to show that the path
-/// works.
+/// Whether a backend confirmed as down may be removed from rotation. The error is the
+/// reason for the log. `freezes` are those of the pool's path and of all paths together.
+/// While no backend is heard, a quarter of the pool must answer probes.
 pub fn may_remove(
     proven: bool,
     pool: PathView,
@@ -156,22 +153,22 @@ pub fn may_remove(
 // === impl ChannelGuard ===
 
 impl ChannelGuard {
-    /// A heartbeat that counts came, from whomever; `interval` is the slowest
-    /// sender's. True if nobody had been heard for long: then what was held back
-    /// is to be reconsidered ([`HeartbeatDetector::reconsider`]).
+    /// Records a heartbeat that counts, from any sender. `interval` is the longest of all
+    /// senders. Returns true if the channel was silent before: then call
+    /// [`HeartbeatDetector::reconsider`] on every suspect.
     pub fn beat(&mut self, interval: Duration, now: Instant) -> bool {
         let silent = self.silent(interval, now);
         self.last = Some(now);
         silent
     }
 
-    /// So much of the silence was our own doing: it does not count.
+    /// Excludes the time `lost` before `now` from the silence.
     pub fn ignore_silence(&mut self, lost: Duration, now: Instant) {
         self.last = self.last.map(|last| later(last, lost, now));
     }
 
-    /// `live` backends are expected to be heard, the slowest every `interval`.
-    /// A single one is no channel: its silence is its own.
+    /// Returns the state of the channel. `live` backends should be heard, the slowest every
+    /// `interval`. With a single backend the channel is never silent.
     pub fn state(&self, live: usize, interval: Duration, now: Instant) -> ChannelState {
         if live > 1 && self.silent(interval, now) {
             ChannelState::Silent
@@ -189,7 +186,7 @@ impl ChannelGuard {
 // === impl PathView ===
 
 impl PathView {
-    /// Counts. `frozen`: since when the path is, if it is.
+    /// Counts the backends of a path. `frozen` is the start of its freeze, if any.
     pub fn of<'a>(
         detectors: impl IntoIterator<Item = &'a HeartbeatDetector>,
         frozen: Option<Instant>,
@@ -204,7 +201,7 @@ impl PathView {
             match detector.state() {
                 DetectorState::Waiting => {}
                 DetectorState::Down => view.down += 1,
-                // It is still out, but it is heard.
+                // Not in rotation yet, but heard.
                 DetectorState::Recovering => {
                     view.down += usize::from(detector.was_down());
                     view.heard += usize::from(heard);
@@ -231,9 +228,9 @@ impl PathView {
     }
 }
 
-/// Whether it shows that its path works. On a frozen one what was heard before
-/// shows nothing, nor does a silence that is not long enough yet to mean
-/// anything: when we go deaf, backends fall silent one after the other.
+/// Whether a backend shows that its path works. After a freeze began, earlier heartbeats
+/// show nothing, and neither does a backend that is not overdue yet: if heartbeats stop
+/// arriving on this host, backends become overdue one after the other.
 fn heard(detector: &HeartbeatDetector, frozen: Option<Instant>, now: Instant) -> bool {
     let in_time = detector.answers(now) || !detector.overdue(now);
     let Some(since) = frozen else { return in_time };
@@ -243,9 +240,8 @@ fn heard(detector: &HeartbeatDetector, frozen: Option<Instant>, now: Instant) ->
 // === impl PathGuard ===
 
 impl PathGuard {
-    /// Looks at how the path's backends stand: to be called after a backend
-    /// became suspect, before anything is asked to be taken out, and at
-    /// [`PathGuard::due`].
+    /// Starts or ends the freeze. Call it after a backend became suspect, before any
+    /// removal is requested, and at [`PathGuard::due`].
     pub fn look(&mut self, view: PathView, now: Instant) -> Option<FreezeChange> {
         let Some(freeze) = &self.freeze else {
             if !view.together() {
@@ -277,12 +273,12 @@ impl PathGuard {
         None
     }
 
-    /// When it wants to look again.
+    /// Returns the time of the next check while frozen.
     pub fn due(&self) -> Option<Instant> {
         self.look_at
     }
 
-    /// Why nothing is taken out, if so.
+    /// Returns the freeze, if any.
     pub fn freeze(&self) -> Option<&Freeze> {
         self.freeze.as_ref()
     }

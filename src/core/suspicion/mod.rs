@@ -1,84 +1,79 @@
-//! The failure detector for heartbeats: what silence means, for one backend
-//! and for many at once.
+//! Failure detector for heartbeats: one state machine per backend, and guards over
+//! many backends.
 //!
-//! The controller feeds it heartbeats, probe answers and due times and does
-//! what it asks for. It never reads a clock, sends nothing, and never decides
-//! who takes traffic: that is derived in [`super`].
+//! The controller passes in heartbeats, probe results and due times, and performs the
+//! requests that the detector returns. The detector reads no clock and sends nothing.
+//! It does not decide which backend is eligible: [`super::health`] derives that.
 //!
-//! # How silence is judged
+//! # When silence is suspicious
 //!
-//! Sequence numbers tell losses from delays, so [`arrivals`] *measures* how
-//! many heartbeats are lost, and how often one loss follows another, and allows
-//! for as many missing in a row as make a false suspicion rare (one in four
-//! hours), 3 to 12 of them. Phi accrual ([`phi`]) knows gaps only, takes two
-//! lost packets for a catastrophe or needs many seconds, and is exported as a
-//! figure; nothing acts on it.
+//! Sequence numbers distinguish losses from delays. [`arrivals`] measures how many
+//! heartbeats are lost and how often one loss follows another. It allows 3 to 12 missing
+//! heartbeats in a row: the smallest number for which a false suspicion occurs about
+//! once in four hours. Phi accrual ([`phi`]) uses gaps only. Under packet loss it either
+//! reports failures after two lost packets or needs many seconds. Tidegate therefore
+//! exports phi as a metric, and nothing acts on it.
 //!
-//! # What follows
+//! # States
 //!
 //! ```text
-//! Waiting --heartbeat--> Recovering --probe answered--> Up
+//! Waiting --heartbeat--> Recovering --probe succeeded--> Up
 //! Up --overdue, or a session's connect was refused--> Suspect
 //! Suspect --all tries of a probe failed, or one was refused--> Down
-//! Suspect --heartbeat (silent) or probe answered (refused)--> Up
-//! Down --heartbeat--> Recovering --3 heartbeats, hold-down over, probe answered--> Up
-//! any --the sender says it stops--> Down
+//! Suspect --heartbeat (if overdue), or probe succeeded (if refused)--> Up
+//! Down --heartbeat--> Recovering --3 heartbeats, hold-down over, probe succeeded--> Up
+//! any --the sender reports stopping--> Down
 //! ```
 //!
-//! - **What clears what.** Each suspicion is cleared by evidence of its own
-//!   kind. A silent backend is up again with its next heartbeat, as long as
-//!   nothing was confirmed. One whose service refused a connect needs a probe
-//!   that is answered: heartbeats come from beside the service.
-//! - **Silent but answering.** Where probes are answered and heartbeats stay
-//!   away (the sidecar died, the service did not), the backend stays suspect,
-//!   at [`SUSPECT_WEIGHT_PERCENT`], and is probed every [`DOUBT_INTERVAL`] for
-//!   as long as that lasts. It never goes down while it answers.
-//! - **What a probe is.** The pool's own probe where it has one, a plain TCP
-//!   connect where it has none; each try is a fresh connect, since the kernel
-//!   would repeat a lost SYN only after a second. It has as long as answers have
-//!   taken so far ([`answer_time`]): 100 ms for backends nearby, up to a second, but no
-//!   longer than the pool's own probe (or its connects) may take. Trouble of our own (no descriptors, no ports) proves nothing: the
-//!   try is made again.
-//! - **Coming back** takes heartbeats, a hold-down that doubles with each
-//!   failure ([`flap_damping`]), a probe, and then a slow start ([`ramp`]).
+//! - **What clears a suspicion.** Evidence of the same kind. A backend with overdue
+//!   heartbeats is up again after its next heartbeat, unless probes have confirmed the
+//!   failure. A backend that refused a connect needs a successful probe, because
+//!   heartbeats do not come from the service itself.
+//! - **Silent but answering.** If probes succeed and heartbeats are missing (the sender
+//!   failed, the service works), the backend stays suspect with
+//!   [`SUSPECT_WEIGHT_PERCENT`] of its weight. It is probed every
+//!   [`SUSPECT_PROBE_INTERVAL`], and it is not down while probes succeed.
+//! - **Confirmation probe.** The pool's own probe, or a TCP connect if the pool has none.
+//!   Each try is a new connect, because the kernel retransmits a lost SYN only after 1 s.
+//!   The timeout of a try follows the measured answer times ([`answer_time`]): 100 ms to
+//!   1 s, and at most the timeout of the pool's probe or connects. A local error (no
+//!   descriptors, no ports) is no evidence; the try is repeated.
+//! - **Return.** It needs heartbeats, a hold-down that doubles with each failure
+//!   ([`flap_damping`]), a successful probe, and then a slow start ([`ramp`]).
 //!
-//! Before anything is taken out, [`guards`] asks whether the trouble might be
-//! ours.
+//! Before a backend is removed, [`guards`] checks whether the cause can be on this host.
 //!
-//! # How it is driven
+//! # Call sequence
 //!
-//! 1. Before anything else, if [`is_late`]: [`HeartbeatDetector::ignore_silence_until`] for
-//!    all, [`ChannelGuard::ignore_silence`]. A tick every interval keeps this honest.
-//!    The same if the socket dropped datagrams.
-//! 2. A heartbeat: [`ChannelGuard::beat`], then [`HeartbeatDetector::beat`] or
+//! 1. First, if [`is_late`]: [`HeartbeatDetector::ignore_silence_until`] on every
+//!    detector, and [`ChannelGuard::ignore_silence`]. The same if the socket dropped
+//!    datagrams. The controller schedules a tick every interval to measure its lateness.
+//! 2. On a heartbeat: [`ChannelGuard::beat`], then [`HeartbeatDetector::beat`] or
 //!    [`HeartbeatDetector::stopping`].
 //! 3. At [`HeartbeatDetector::due`]: [`HeartbeatDetector::check`] with
 //!    [`ChannelGuard::state`].
-//! 4. Whenever a backend became suspect, and at [`PathGuard::due`]:
-//!    [`PathGuard::look`] with the pool's [`PathView`], and with everybody's.
-//!    A [`FreezeChange::Ended`] asks for [`HeartbeatDetector::reconsider`].
-//! 5. [`DetectorRequest::Eject`], after step 4: [`may_remove`], then
+//! 4. When a backend became suspect, and at [`PathGuard::due`]: [`PathGuard::look`] with
+//!    the [`PathView`] of the pool, and with the view of all pools. After a
+//!    [`FreezeChange::Ended`]: [`HeartbeatDetector::reconsider`].
+//! 5. On [`DetectorRequest::Eject`], after step 4: [`may_remove`], then
 //!    [`HeartbeatDetector::eject`] or [`HeartbeatDetector::hold_in_rotation`].
 //!
-//! Views and the channel's state cost a walk over the backends: make them once
-//! for everything that happens at one moment. `tests/detector_sim/world.rs`
-//! drives many backends this way.
+//! A view and the channel's state cost a scan of the backends. Compute them once for all
+//! events of one moment. `tests/detector_sim/world.rs` is an example with many backends.
 //!
 //! # Bounds
 //!
-//! A silent death is confirmed within `12.5 · interval + 2 tries` of the last
-//! heartbeat's arrival, 1.45 s at 100 ms, whatever was measured; above 15 % loss
-//! a third try is made where it ends within `14.5 · interval`. A try is 100 ms
-//! where answers take less than about half of that, else up to a second. That
-//! holds while probes can be made here and no guard objects: those that die
-//! together with half of their pool are out about a quarter of a second later
-//! than one alone, where the others are heard.
+//! A silent failure is confirmed within `12.5 · interval + 2 tries` after the last
+//! heartbeat, whatever was measured: 1.45 s at an interval of 100 ms. Above 15 % loss
+//! there is a third try if it ends within `14.5 · interval`. A try takes 100 ms if answers
+//! take less than about 50 ms, else up to 1 s. Exceptions: probes fail with local errors,
+//! or a guard prevents the removal. If half of a pool fails together and the other half
+//! sends heartbeats, the removal takes about 250 ms longer.
 //!
-//! What the bound costs: a path that is dead for longer than that, in both
-//! directions and for one backend alone, looks like a death. `scripts/detector-sim`
-//! measures how rarely a healthy backend is taken out: never in 2,777
-//! backend-hours at each of 0.1 to 30 % independent loss; where whole bursts of
-//! 150 ms are lost, 0.08 to 3 times an hour.
+//! The cost of the bound: a path that fails in both directions for longer, for one backend
+//! alone, looks like a failed backend. `scripts/detector-sim` measures how often a healthy
+//! backend is removed: never in 2,777 backend-hours at each independent loss rate from
+//! 0.1 to 30 %; 0.08 to 3 times per hour if bursts of 150 ms are lost.
 
 mod answer_time;
 pub mod arrivals;
@@ -106,90 +101,88 @@ pub use ramp::Ramp;
 
 use std::time::Duration;
 
-/// Heartbeats in time that a backend needs before it is probed for coming back.
+/// Heartbeats in time that a backend needs before its recovery probe.
 pub const RECOVERY_BEATS: u32 = 3;
 
-/// How often a backend is probed that is silent but answers, or whose removal
-/// is held back; and how soon after a failed recovery probe the next may come.
-pub const DOUBT_INTERVAL: Duration = Duration::from_secs(1);
+/// Interval of confirmation probes while a backend is silent but answering, or while a
+/// guard prevents its removal; also the shortest time between two recovery probes.
+pub const SUSPECT_PROBE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Intervals below are taken for this one: a receiver's timers are no finer.
+/// Lower bound for declared intervals. The receiver's timers are not finer.
 pub const INTERVAL_MIN: Duration = Duration::from_millis(10);
 
-/// Intervals above are taken for this one: a silence has to mean something.
+/// Upper bound for declared intervals. With a longer one, silence would show nothing.
 pub const INTERVAL_MAX: Duration = Duration::from_secs(60);
 
-/// What a heartbeat tells the detector; its other contents are the
-/// controller's.
+/// The part of a heartbeat that the detector uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BeatInfo {
-    /// Grows with every start of the sender.
+    /// Increases with every start of the sender.
     pub incarnation: u64,
-    /// Grows by one with every datagram of an incarnation.
+    /// Increases by one with every datagram of an incarnation.
     pub sequence: u64,
-    /// How often the sender says it sends.
+    /// The interval that the sender declares.
     pub interval: Duration,
 }
 
-/// Where a backend stands with its heartbeats.
+/// State of a backend according to its heartbeats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DetectorState {
-    /// Not one heartbeat yet: no opinion.
+    /// No heartbeat received yet.
     Waiting,
-    /// Heartbeats come.
+    /// Heartbeats arrive in time.
     Up,
-    /// Overdue or refusing, and not confirmed (or held back by a guard).
+    /// Overdue or refused, and not confirmed, or a guard prevents the removal.
     Suspect,
-    /// Confirmed, or its sender said it stops.
+    /// Confirmed, or the sender reported stopping.
     Down,
-    /// Heartbeats come (again); not proven yet.
+    /// Heartbeats arrive (again); no successful probe yet.
     Recovering,
 }
 
 /// A change of state, with the evidence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DetectorTransition {
-    /// Before.
+    /// The state before.
     pub from: DetectorState,
-    /// Now.
+    /// The state now.
     pub to: DetectorState,
-    /// The evidence, in words for the log.
+    /// The evidence, as text for the log.
     pub reason: String,
     /// How long the state before had lasted.
     pub lasted: Duration,
-    /// It comes back after it had been down: start slowly.
+    /// The backend returns after it was down: use a slow start.
     pub after_down: bool,
 }
 
-/// Something the detector needs done.
+/// An action that the detector requests.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DetectorRequest {
-    /// Make one fresh connect now and report it with
-    /// [`HeartbeatDetector::probed`].
+    /// Make one new connect and report its result with [`HeartbeatDetector::probed`].
     Probe(ConfirmationTry),
-    /// It is confirmed: ask the guards ([`may_remove`]), then call
+    /// The failure is confirmed: call the guards ([`may_remove`]), then
     /// [`HeartbeatDetector::eject`] or [`HeartbeatDetector::hold_in_rotation`].
     Eject {
-        /// Proof that the path works and the service does not (a refused
-        /// connect): no guard may hold this back.
+        /// A refused connect: the path works and the service does not. No guard may
+        /// prevent the removal.
         proven: bool,
     },
 }
 
-/// What follows from one input.
+/// Result of one input.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[must_use = "it may ask for a probe"]
+#[must_use = "it can request a probe"]
 pub struct DetectorStep {
-    /// The state changed.
+    /// The change of state, if any.
     pub change: Option<DetectorTransition>,
-    /// Something is to be done.
-    pub ask: Option<DetectorRequest>,
+    /// The action to perform, if any.
+    pub request: Option<DetectorRequest>,
 }
 
 // === impl DetectorState ===
 
 impl DetectorState {
-    /// As in status and log.
+    /// Returns the name that `status` and the log show.
     pub fn name(self) -> &'static str {
         match self {
             DetectorState::Waiting => "waiting",

@@ -1,28 +1,26 @@
-//! Phi, the suspicion level of accrual failure detectors, with both tails in
-//! use.
+//! Phi, the suspicion level of accrual failure detectors, in two variants: normal and
+//! exponential tail.
 //!
-//! Metrics and explanations show it. Nothing acts on it, since under packet
-//! loss it either cries wolf or takes many seconds; `tests/detector_sim`
-//! measures both.
+//! Metrics and `explain` show it. Nothing acts on it: under packet loss it either causes
+//! false alarms or takes many seconds. `tests/detector_sim` measures both.
 //!
-//! Sources: Hayashibara et al., *The φ accrual failure detector* (2004);
-//! Cassandra's exponential variant.
+//! Sources: Hayashibara et al., *The φ accrual failure detector* (2004); the exponential
+//! variant of Cassandra.
 
 use std::f64::consts::{LN_10, LOG10_E, PI, SQRT_2};
 use std::time::Duration;
 
-/// No phi is larger: beyond it the figure says no more, and the tail of a
-/// normal distribution soon leaves what a float can hold.
+/// Largest phi. Smaller probabilities soon underflow a float.
 pub const PHI_MAX: f64 = 300.0;
 
-/// From here on the continued fraction converges quickly.
+/// From this z on, the continued fraction converges quickly.
 const FRACTION_FROM: f64 = 2.5;
 
-/// `-log10` of the probability that a heartbeat comes later than `since` after
-/// the last one, where gaps are normally distributed. The tail is exact to
-/// twelve digits, not the logistic approximation that overstates phi above 6.
+/// Returns `-log10` of the probability that a heartbeat arrives later than `since` after
+/// the last one, if gaps are normally distributed. The tail is exact to twelve digits. (The
+/// usual logistic approximation is too large above 6.)
 ///
-/// Finite, and within `0..=PHI_MAX`, for any input; without a deviation it is
+/// The result is finite and within `0..=PHI_MAX` for any input. Without a deviation it is
 /// 0 up to the mean and `PHI_MAX` after it.
 pub fn normal(since: Duration, mean: Duration, deviation: Duration) -> f64 {
     let distance = since.as_secs_f64() - mean.as_secs_f64();
@@ -33,8 +31,8 @@ pub fn normal(since: Duration, mean: Duration, deviation: Duration) -> f64 {
     normal_tail(distance / deviation).clamp(0.0, PHI_MAX)
 }
 
-/// As [`normal`], where gaps are exponentially distributed: `since / (mean ·
-/// ln 10)`, which reaches 8 at 18.4 means.
+/// As [`normal`], if gaps are exponentially distributed: `since / (mean · ln 10)`, which
+/// reaches 8 at 18.4 means.
 pub fn exponential(since: Duration, mean: Duration) -> f64 {
     let mean = mean.as_secs_f64();
     if mean <= 0.0 {
@@ -43,7 +41,7 @@ pub fn exponential(since: Duration, mean: Duration) -> f64 {
     (since.as_secs_f64() / (mean * LN_10)).clamp(0.0, PHI_MAX)
 }
 
-/// `-log10 Q(z)`, `Q` being the upper tail of the standard normal distribution.
+/// `-log10 Q(z)`; `Q` is the upper tail of the standard normal distribution.
 fn normal_tail(z: f64) -> f64 {
     if z < 0.0 {
         return -(-upper_tail(-z)).ln_1p() / LN_10;
@@ -51,7 +49,7 @@ fn normal_tail(z: f64) -> f64 {
     if z < FRACTION_FROM {
         return -upper_tail(z).log10();
     }
-    // Q(z) = density(z) / f(z), taken apart so that nothing underflows.
+    // Q(z) = density(z) / f(z), as a sum of logarithms to avoid underflow.
     z * z / 2.0 * LOG10_E + (2.0 * PI).sqrt().log10() + fraction(z).log10()
 }
 
@@ -88,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn known_values_of_the_normal_tail() {
+    fn normal_tail_matches_known_values() {
         for (seconds, expected) in [
             (0.5, 0.0),
             (1.0, std::f64::consts::LOG10_2),
@@ -103,19 +101,19 @@ mod tests {
     }
 
     #[test]
-    fn the_two_ways_to_compute_the_tail_meet() {
+    fn both_methods_agree_at_their_boundary() {
         let (below, above) = (FRACTION_FROM - 1e-9, FRACTION_FROM + 1e-9);
         assert!((normal_tail(below) - normal_tail(above)).abs() < 1e-7);
     }
 
     #[test]
-    fn phi_only_grows_with_time() {
+    fn phi_never_decreases_with_time() {
         let values: Vec<f64> = (0..4000).map(|i| phi(f64::from(i) / 1000.0)).collect();
         assert!(values.windows(2).all(|pair| pair[0] <= pair[1]));
     }
 
     #[test]
-    fn a_year_of_silence_is_a_finite_phi() {
+    fn phi_is_capped_after_a_year_of_silence() {
         let year = Duration::from_secs(365 * 86_400);
         assert_eq!(normal(year, Duration::from_millis(100), Duration::from_millis(5)), PHI_MAX);
         assert_eq!(exponential(year, Duration::from_millis(100)), PHI_MAX);
@@ -124,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn the_exponential_tail_reaches_8_at_18_4_means() {
+    fn exponential_tail_reaches_8_at_18_4_means() {
         let mean = Duration::from_secs(1);
         assert!((exponential(mean.mul_f64(18.42), mean) - 8.0).abs() < 0.001);
     }

@@ -1,46 +1,46 @@
-//! Slow start: how much of its share a backend takes while it warms up.
+//! Slow start: the share of its weight that a backend gets while it warms up.
 //!
-//! The controller applies the percentage to its weight and its cap alike. Policies
-//! that compare loads prefer an empty backend whatever its weight is, so the
-//! balancer also bounds its share of the picks until the ramp is over.
-//! It never reads a clock and holds no timer.
+//! The controller applies the percentage to the weight and to the cap. Policies that
+//! compare loads prefer an empty backend whatever its weight, so the balancer also bounds
+//! the backend's share of the picks during the ramp. This code reads no clock and holds no
+//! timer.
 
 use std::time::{Duration, Instant};
 
-/// Steps of one ramp: each makes a new table, so there are not many.
+/// Steps of one ramp. Each step publishes a new table.
 const STEPS: u32 = 20;
 
-/// Where a ramp begins, in percent: enough to learn whether it works at all.
+/// Start of a ramp, in percent: enough sessions to see failures.
 pub const PERCENT_MIN: u32 = 10;
 
 /// A linear ramp from [`PERCENT_MIN`] to 100 percent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ramp {
-    /// When it began.
+    /// When the ramp began.
     pub since: Instant,
-    /// How long it takes; zero is no ramp at all.
+    /// Duration of the ramp; zero: no ramp.
     pub over: Duration,
 }
 
 // === impl Ramp ===
 
 impl Ramp {
-    /// The share at `now`, in percent, [`PERCENT_MIN`]..=100.
+    /// Returns the share at `now`, in percent, [`PERCENT_MIN`]..=100.
     pub fn percent(&self, now: Instant) -> u32 {
         (self.step(now) * 100 / STEPS).clamp(PERCENT_MIN, 100)
     }
 
-    /// Whether it is at 100 percent.
+    /// Whether the share is 100 percent.
     pub fn is_over(&self, now: Instant) -> bool {
         self.step(now) >= STEPS
     }
 
-    /// When the share grows next; later than `now`, `None` at the end.
+    /// Returns when the share next increases; later than `now`; `None` at the end.
     pub fn next_step(&self, now: Instant) -> Option<Instant> {
-        // The first steps lie below the least share and change nothing.
+        // The first steps are below `PERCENT_MIN` and change nothing.
         let next = (self.step(now) + 1).max(PERCENT_MIN * STEPS / 100 + 1);
         (next <= STEPS).then(|| {
-            // Rounded up, so that the step has been reached by then.
+            // Rounded up, so that the step is reached at that time.
             let nanos = (self.over.as_nanos() * u128::from(next)).div_ceil(u128::from(STEPS));
             self.since + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
         })
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_ramp_grows_in_few_steps_from_a_tenth_to_all() {
+    fn ramp_rises_in_at_most_20_steps_from_10_to_100_percent() {
         let since = tidegate_net::clock::now();
         let ramp = Ramp { since, over: Duration::from_millis(9_999) };
         let mut now = since;
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn no_time_is_no_ramp() {
+    fn zero_duration_is_no_ramp() {
         let since = tidegate_net::clock::now();
         let ramp = Ramp { since, over: Duration::ZERO };
         assert_eq!((ramp.percent(since), ramp.next_step(since)), (100, None));

@@ -1,20 +1,19 @@
-//! Whose heartbeats are rejected and why, for the log, `status` and `explain`.
+//! Senders with rejected heartbeats and the reasons, for the log, `status` and `explain`.
 //!
-//! The receiving thread keeps one for what `trust` rejects, the controller one
-//! for what the configuration has no place for. Pure: it decides who is listed
-//! and when a warning is due; others write it.
+//! The receiving thread owns one list for rejections by `trust`; the controller owns one
+//! for heartbeats that do not match the configuration. This code decides which senders are
+//! listed and when a warning is due. It writes no log line.
 //!
-//! Senders that have proven a key are kept apart from sources that have proven
-//! nothing: a flood of forged datagrams neither hides a sender nor uses up the
-//! warnings about it.
+//! Senders with a valid signature and sources without one are listed separately. A flood of
+//! forged datagrams therefore hides no sender and uses no warning about one.
 //!
 //! # Bounds
 //!
 //! | what | bound | beyond it |
 //! |---|---|---|
-//! | listed, each kind | [`LISTED_MAX`] | those without a rejection for a minute are forgotten; while none are, newer ones are only counted by reason |
-//! | warnings of one sender | one a minute, after [`WARN_AFTER`] rejections | none |
-//! | warnings, each kind | [`WARNINGS_MAX`] a minute | suppressed, and the next one says how many |
+//! | listed, per kind | [`LISTED_MAX`] | entries without a rejection for a minute are dropped; if there are none, the new sender is not listed |
+//! | warnings about one sender | one per minute, after [`WARN_AFTER`] rejections | none |
+//! | warnings, per kind | [`WARNINGS_MAX`] per minute | suppressed; the next warning counts them |
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -22,65 +21,65 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Rejected senders that are known one by one.
+/// Listed senders, per kind.
 pub const LISTED_MAX: usize = 1024;
 
-/// Rejections of a sender before the first warning: the late datagram of a
-/// sender that has just been restarted is no news.
+/// Rejections of a sender before its first warning. A late datagram after a restart of
+/// the sender must not warn.
 pub const WARN_AFTER: u64 = 3;
 
-/// Warnings in a minute over all senders.
+/// Warnings per minute over all senders of a kind.
 pub const WARNINGS_MAX: u32 = 30;
 
-/// Between two warnings about one sender.
+/// Time between two warnings about one sender.
 const WARN_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Looking for senders to forget costs a walk over all.
+/// Time between two searches for expired entries. Each scans the whole list.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
 /// One rejected heartbeat.
 #[derive(Debug, Clone, Copy)]
 pub struct Rejected<'a> {
-    /// Pool and backend it speaks for, where it could be read.
+    /// Pool and backend in the datagram, if readable.
     pub claim: Option<(&'a str, &'a str)>,
-    /// Whether a key in force has signed it, so that the claim is the sender's.
+    /// Whether the signature is valid under a configured key.
     pub signed: bool,
-    /// Where it came from, where that is known.
+    /// Source address, if known.
     pub from: Option<SocketAddr>,
-    /// The key it names.
+    /// Key id in the datagram.
     pub key_id: Option<u32>,
-    /// As in metrics.
+    /// Reason, as in metrics.
     pub reason: &'static str,
     /// What the operator can do about it.
     pub help: &'static str,
-    /// The sender's clock less ours, in milliseconds, where it is proven.
+    /// The sender's clock minus the local clock, in milliseconds, if signed.
     pub skew: Option<i64>,
-    /// Whether it is worth a warning.
+    /// Whether the rejection counts towards a warning.
     pub warns: bool,
 }
 
 /// The rejections of one sender.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rejection {
-    /// Pool and backend it speaks for, as last said.
+    /// Pool and backend in the datagrams.
     pub claim: Option<(Arc<str>, Arc<str>)>,
-    /// Whether a key in force has signed the last one.
+    /// Whether the signatures are valid under a configured key.
     pub signed: bool,
-    /// Where the last one came from.
+    /// Source address of the last datagram.
     pub from: Option<SocketAddr>,
-    /// The key it names.
+    /// Key id in the last datagram.
     pub key_id: Option<u32>,
-    /// Why the last one was rejected, as in metrics.
+    /// Reason of the last rejection, as in metrics.
     pub reason: &'static str,
     /// What the operator can do about it.
     pub help: &'static str,
-    /// The sender's clock less ours, in milliseconds, where it is proven.
+    /// The sender's clock minus the local clock, in milliseconds, if signed.
     pub skew: Option<i64>,
     /// Rejections so far.
     pub count: u64,
-    /// Of those, since a heartbeat of this sender was believed.
+    /// Rejections since the last accepted heartbeat of this sender.
     pub row: u64,
-    /// When the last one came.
+    /// When the last datagram arrived.
     pub at: Instant,
     warned: Option<Instant>,
     unwarned: u64,
@@ -89,24 +88,24 @@ pub struct Rejection {
 /// A warning that is due.
 #[derive(Debug, Clone)]
 pub struct RejectionWarning {
-    /// About whom.
+    /// The sender.
     pub rejection: Rejection,
-    /// Warnings suppressed since the last, because there were too many.
+    /// Warnings suppressed by the rate limit since the last warning.
     pub suppressed: u64,
 }
 
-/// All of them; see the module's documentation.
+/// See the module documentation.
 #[derive(Debug, Default)]
 pub struct Rejections {
-    senders: Side,
-    sources: Side,
+    senders: RejectionList,
+    sources: RejectionList,
 }
 
 #[derive(Debug, Default)]
-struct Side {
+struct RejectionList {
     list: HashMap<Key, Rejection>,
     swept: Option<Instant>,
-    /// The minute whose warnings are counted.
+    /// Start of the minute whose warnings are counted.
     minute: Option<Instant>,
     warnings: u32,
     suppressed: u64,
@@ -114,31 +113,31 @@ struct Side {
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Key {
-    /// Pool and name; neither holds a slash.
+    /// Pool and backend name; neither contains a slash.
     Sender(String),
-    /// An address and a hash of what was claimed from there.
+    /// Source address and a hash of the claim.
     Source(Option<IpAddr>, u64),
 }
 
-/// How a clock that is off is called: `5m behind`.
+/// Formats a clock offset: `5m behind`.
 pub fn skew_words(skew: i64) -> String {
     let off = Duration::from_millis(skew.unsigned_abs());
-    // Nobody sets a clock by milliseconds that is seconds off.
+    // Milliseconds only for offsets below 1 s.
     let off = if off.as_secs() > 0 { Duration::from_secs(off.as_secs()) } else { off };
-    let way = if skew < 0 { "behind" } else { "ahead" };
-    format!("{} {way}", humantime::format_duration(off))
+    let direction = if skew < 0 { "behind" } else { "ahead" };
+    format!("{} {direction}", humantime::format_duration(off))
 }
 
 // === impl Rejections ===
 
 impl Rejections {
-    /// Notes one; gives a warning if one is due.
+    /// Records a rejection. Returns a warning if one is due.
     pub fn add(&mut self, rejected: &Rejected<'_>, now: Instant) -> Option<RejectionWarning> {
-        let side = if rejected.signed { &mut self.senders } else { &mut self.sources };
-        side.add(rejected, now)
+        let list = if rejected.signed { &mut self.senders } else { &mut self.sources };
+        list.add(rejected, now)
     }
 
-    /// A heartbeat of that sender was believed.
+    /// Records an accepted heartbeat: ends the sender's row of rejections.
     pub fn believed(&mut self, pool: &str, name: &str) {
         if self.senders.list.is_empty() {
             return;
@@ -148,7 +147,7 @@ impl Rejections {
         }
     }
 
-    /// The rejections in the name of that backend: signed ones before others.
+    /// Returns the rejections with the name of this backend; signed ones take precedence.
     pub fn of(&self, pool: &str, name: &str) -> Option<&Rejection> {
         let signed = self.senders.list.get(&Key::sender(pool, name));
         signed.or_else(|| {
@@ -159,15 +158,15 @@ impl Rejections {
         })
     }
 
-    /// Every sender that is known, in no order.
+    /// Returns all listed senders, in no order.
     pub fn all(&self) -> impl Iterator<Item = &Rejection> {
         self.senders.list.values().chain(self.sources.list.values())
     }
 }
 
-// === impl Side ===
+// === impl RejectionList ===
 
-impl Side {
+impl RejectionList {
     fn add(&mut self, rejected: &Rejected<'_>, now: Instant) -> Option<RejectionWarning> {
         let key = Key::of(rejected);
         if !self.list.contains_key(&key) {
@@ -224,7 +223,7 @@ impl Rejection {
         }
     }
 
-    /// Whether a warning is due.
+    /// Records a rejection and returns whether a warning is due.
     fn note(&mut self, rejected: &Rejected<'_>, now: Instant) -> bool {
         self.from = rejected.from;
         self.key_id = rejected.key_id;
@@ -242,7 +241,7 @@ impl Rejection {
         true
     }
 
-    /// Why, in words: `stale, its clock is 5m behind`.
+    /// Returns the reason as text: `stale, its clock is 5m behind`.
     pub fn words(&self) -> String {
         match self.skew {
             Some(skew) if matches!(self.reason, "stale" | "future") => {
@@ -300,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sender_is_warned_of_once_a_minute_from_the_third_rejection_on() {
+    fn sender_causes_one_warning_per_minute_from_the_third_rejection() {
         let (mut rejections, began) = (Rejections::default(), tidegate_net::clock::now());
         let mut warned = Vec::new();
         for second in 0..130 {
@@ -314,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn rejections_between_believed_heartbeats_warn_of_nothing() {
+    fn rejections_between_accepted_heartbeats_cause_no_warning() {
         let (mut rejections, began) = (Rejections::default(), tidegate_net::clock::now());
         for second in 0..500 {
             assert!(rejections.add(&stale("a"), began + seconds(second)).is_none());
@@ -324,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_forged_datagrams_hides_no_sender_and_stays_bounded() {
+    fn flood_of_forged_datagrams_hides_no_sender_and_is_bounded() {
         let (mut rejections, began) = (Rejections::default(), tidegate_net::clock::now());
         let warnings = (0..100_000_u32)
             .filter(|n| rejections.add(&forged("a", n / 10), began).is_some())
@@ -333,7 +332,7 @@ mod tests {
         assert_eq!(rejections.all().count(), LISTED_MAX);
         let mut warned = (0..3).filter_map(|_| rejections.add(&stale("b"), began));
         assert_eq!(warned.next().unwrap().suppressed, 0);
-        // A minute later others have their turn.
+        // After a minute the entries expire and new sources are listed.
         let later = began + seconds(60);
         rejections.add(&forged("c", u32::MAX), later);
         assert!(rejections.of("web", "c").is_some());
@@ -341,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn unsigned_claims_are_told_where_there_is_nothing_better() {
+    fn unsigned_rejections_are_shown_only_without_signed_ones() {
         let (mut rejections, now) = (Rejections::default(), tidegate_net::clock::now());
         rejections.add(&forged("a", 1), now);
         assert_eq!(rejections.of("web", "a").map(|of| of.signed), Some(false));

@@ -1,56 +1,55 @@
-//! What is known of one backend's heartbeats, as figures for people.
+//! Values of one backend's heartbeat detector, for metrics and `explain`.
 //!
-//! Made by the heartbeat detector, shown by metrics and explanations. Nothing
-//! is decided by it.
+//! The detector creates it. No decision uses it.
 
 use super::DetectorState;
 use std::time::{Duration, Instant};
 
-/// Everything known of one backend's heartbeats, for metrics and explanations.
+/// See the module documentation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DetectorReading {
-    /// Its state.
+    /// State of the detector.
     pub state: DetectorState,
-    /// Since when.
+    /// When the state last changed.
     pub since: Instant,
-    /// Of the sender heard last.
+    /// Incarnation of the newest heartbeat.
     pub incarnation: Option<u64>,
-    /// Newest sequence number.
+    /// Sequence number of the newest heartbeat.
     pub sequence: Option<u64>,
-    /// Heartbeats that counted.
+    /// Heartbeats counted.
     pub beats_total: u64,
     /// Sequence numbers skipped, outages included.
     pub lost_total: u64,
-    /// Times it became suspect.
+    /// Suspicions.
     pub suspicions_total: u64,
-    /// Times it was taken out for a failure.
+    /// Removals after a confirmed failure.
     pub downs_total: u64,
     /// Share of heartbeats lost, as a fraction.
     pub loss: f64,
     /// Share of losses followed by another, as a fraction.
     pub loss_after_loss: f64,
-    /// Deviation of arrivals from their expected times.
+    /// Standard deviation of arrivals from their expected times.
     pub jitter: Duration,
-    /// As declared.
+    /// Declared interval.
     pub interval: Duration,
-    /// As learned.
+    /// Learned interval.
     pub mean_interval: Duration,
     /// Heartbeats that may be missing in a row.
     pub missing_allowed: u32,
-    /// Silence that makes it suspect.
+    /// Silence after which the backend becomes suspect.
     pub timeout: Duration,
-    /// How long a confirming try may take.
+    /// Timeout of a try of a confirmation probe.
     pub try_timeout: Duration,
-    /// Since the newest heartbeat.
+    /// Time since the newest heartbeat.
     pub silence: Option<Duration>,
-    /// Normal tail; a figure, not a verdict.
+    /// Phi with a normal tail. No decision uses it.
     pub phi_normal: f64,
-    /// Exponential tail; a figure, not a verdict.
+    /// Phi with an exponential tail. No decision uses it.
     pub phi_exponential: f64,
     /// Failures that still count towards the hold-down.
     pub flaps: u32,
-    /// Not back before then.
+    /// End of the hold-down.
     pub hold_until: Option<Instant>,
-    /// Why it is not taken out though confirmed.
+    /// Why a guard prevents the removal of a backend confirmed as down.
     pub held: Option<String>,
 }

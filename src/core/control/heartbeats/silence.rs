@@ -345,7 +345,7 @@ impl HeartbeatWatch {
                 self.check_both_guards(state, pool, now);
             }
         }
-        match step.ask {
+        match step.request {
             Some(DetectorRequest::Probe(next)) => state.start_try(id, next, now),
             Some(DetectorRequest::Eject { proven }) => {
                 self.guards.confirmed.push_back((id, proven))

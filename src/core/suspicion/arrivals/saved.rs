@@ -1,7 +1,7 @@
-//! What one process tells the next of a backend's arrivals.
+//! Handover of a backend's heartbeat statistics in an upgrade.
 //!
-//! Used by the detector's. Whatever comes is brought within bounds: a nonsensical
-//! figure must not make a detector deaf or panic.
+//! Called by `detector::saved`. Restored values are clamped: no value can make the
+//! detector panic or ignore failures.
 
 use super::{
     Arrivals, INTERVAL_MAX, INTERVAL_MIN, JITTER_MEMORY, JITTER_PRIOR, JITTER_PRIOR_COUNT,
@@ -10,41 +10,41 @@ use super::{
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
-/// See [`Arrivals`]; times are counted back from the moment of saving.
+/// [`Arrivals`] in a handover. Times are relative to the moment of saving.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SavedArrivals {
     /// Incarnation and sequence number of the newest heartbeat.
     pub newest: Option<(u64, u64)>,
-    /// It came so long ago, in milliseconds.
+    /// Age of the newest heartbeat, in milliseconds.
     pub newest_ms: u64,
-    /// As declared, in seconds.
+    /// Declared interval, in seconds.
     pub interval: f64,
-    /// As learned, in seconds.
+    /// Learned interval, in seconds.
     pub spacing: f64,
-    /// Of delays, in seconds squared.
+    /// Variance of delays, in seconds squared.
     pub variance: f64,
-    /// Delays it is the variance of.
+    /// Number of delays in the variance.
     pub delays: u32,
-    /// Share lost.
+    /// Loss rate.
     pub loss: f64,
-    /// The same with a longer memory.
+    /// Loss rate with a longer memory.
     pub slow_loss: f64,
-    /// Datagrams both were learned from.
+    /// Datagrams in both loss rates.
     pub datagrams: u32,
-    /// Losses remembered.
+    /// Losses in memory.
     pub losses: f64,
-    /// Those that followed a loss.
+    /// Of `losses`, those that followed a loss.
     pub repeats: f64,
     /// Heartbeats since the last loss.
     pub since_loss: f64,
-    /// Heartbeats that counted.
+    /// Heartbeats counted.
     pub beats_total: u64,
     /// Sequence numbers skipped.
     pub lost_total: u64,
 }
 
-/// More losses than are ever remembered.
+/// Upper bounds for restored values; the memory never holds as many.
 const LOSSES_MAX: f64 = 1e6;
 const BEATS_MAX: f64 = 1e12;
 
@@ -73,8 +73,8 @@ impl Arrivals {
         }
     }
 
-    /// Goes on with what another process has said at `now`. What came meanwhile
-    /// was not heard here, so the next gap teaches nothing.
+    /// Restores statistics that the old process handed over at `now`. The next gap is not
+    /// learned, because this process received no heartbeats during the handover.
     pub(in crate::suspicion) fn restore(saved: &SavedArrivals, now: Instant) -> Arrivals {
         let within = |value: f64, from: f64, to: f64, other: f64| {
             if value.is_finite() { value.clamp(from, to) } else { other }

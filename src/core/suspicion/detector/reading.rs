@@ -1,6 +1,4 @@
-//! Everything a detector knows, for people.
-//!
-//! Used by the controller's status and `explain`. It changes nothing.
+//! Reads the values of a detector, for metrics, `status` and `explain`.
 
 use super::{DetectorPhase, HeartbeatDetector, PHI_DEVIATION_MIN};
 use crate::suspicion::phi;
@@ -8,13 +6,13 @@ use crate::suspicion::snapshot::DetectorReading;
 use std::time::Instant;
 
 impl HeartbeatDetector {
-    /// Everything, for people.
+    /// Returns all values of the detector.
     pub fn reading(&self, now: Instant) -> DetectorReading {
         let arrivals = &self.arrivals;
         let silence = self.silence(now);
         let mean = arrivals.mean_interval();
         let deviation = arrivals.jitter().max(mean.mul_f64(PHI_DEVIATION_MIN));
-        let held = match &self.standing {
+        let held = match &self.phase {
             DetectorPhase::Suspect(suspicion) => suspicion.held.clone(),
             _ => None,
         };
@@ -34,7 +32,7 @@ impl HeartbeatDetector {
             mean_interval: mean,
             missing_allowed: arrivals.missing_allowed(),
             timeout: arrivals.timeout(),
-            try_timeout: self.reach.timeout(),
+            try_timeout: self.answer_time.timeout(),
             silence,
             phi_normal: silence.map_or(0.0, |silence| phi::normal(silence, mean, deviation)),
             phi_exponential: silence.map_or(0.0, |silence| phi::exponential(silence, mean)),

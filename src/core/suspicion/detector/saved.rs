@@ -1,7 +1,7 @@
-//! What one process tells the next of a detector, and how that goes on.
+//! Handover of a heartbeat detector in an upgrade.
 //!
-//! Used by the controller's hand-over. A verdict stands; a round of probes under
-//! way is made again.
+//! Called by the controller's handover. The state is kept; a running confirmation probe
+//! is restarted.
 
 use super::{
     AnswerTime, DetectorPhase, DetectorState, FlapDamping, HeartbeatDetector, Suspicion,
@@ -12,39 +12,39 @@ use crate::suspicion::flap_damping::HOLD_MAX;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
-/// See [`HeartbeatDetector`]; times are in milliseconds, counted from the moment
-/// of saving.
+/// [`HeartbeatDetector`] in a handover. Times are in milliseconds relative to the moment of
+/// saving.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SavedDetector {
     /// Name of the state.
     pub state: String,
-    /// It has lasted so long.
+    /// Age of the state.
     pub since_ms: u64,
-    /// It comes back after a failure, not for the first time.
+    /// The backend was down before.
     pub was_down: bool,
-    /// It stays out for so much longer.
+    /// Rest of the hold-down.
     pub hold_ms: Option<u64>,
     /// Failures that still count.
     pub flaps: u32,
-    /// It came into service so long ago.
+    /// Time since the backend came into rotation.
     pub up_ms: Option<u64>,
-    /// A probe was answered so long ago.
+    /// Time since a probe last succeeded.
     pub answered_ms: Option<u64>,
-    /// How long answers take and their deviation, in seconds.
+    /// Answer time of probes and its deviation, in seconds.
     pub reach: Option<(f64, f64)>,
     /// Suspicions so far.
     pub suspicions_total: u64,
-    /// Times it was found to be gone.
+    /// Removals after a confirmed failure.
     pub downs_total: u64,
-    /// What its heartbeats have taught.
+    /// Statistics of the heartbeats.
     pub arrivals: SavedArrivals,
 }
 
 // === impl HeartbeatDetector ===
 
 impl HeartbeatDetector {
-    /// For another process.
+    /// Returns the state for an upgrade's handover.
     pub fn save(&self, now: Instant) -> SavedDetector {
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let ago = |then: Instant| millis(now.saturating_duration_since(then));
@@ -57,20 +57,20 @@ impl HeartbeatDetector {
             flaps,
             up_ms: up_since.map(ago),
             answered_ms: self.answered_at.map(ago),
-            reach: self.reach.known(),
+            reach: self.answer_time.known(),
             suspicions_total: self.suspicions_total,
             downs_total: self.downs_total,
             arrivals: self.arrivals.save(now),
         }
     }
 
-    /// Goes on with what another process has said at `now`.
+    /// Restores a state that the old process handed over at `now`.
     pub fn restore(saved: &SavedDetector, now: Instant) -> HeartbeatDetector {
         let before = |ms: u64| now.checked_sub(Duration::from_millis(ms)).unwrap_or(now);
         let arrivals = Arrivals::restore(&saved.arrivals, now);
         let heard = arrivals.newest().is_some();
         let named = |state: DetectorState| heard && saved.state == state.name();
-        let standing = if named(DetectorState::Up) {
+        let phase = if named(DetectorState::Up) {
             DetectorPhase::Up
         } else if named(DetectorState::Suspect) {
             DetectorPhase::Suspect(Suspicion {
@@ -86,12 +86,12 @@ impl HeartbeatDetector {
         } else {
             DetectorPhase::Waiting
         };
-        let asks = matches!(standing, DetectorPhase::Suspect(_) | DetectorPhase::Recovering { .. });
+        let asks = matches!(phase, DetectorPhase::Suspect(_) | DetectorPhase::Recovering { .. });
         let hold = |ms: u64| now + Duration::from_millis(ms).min(HOLD_MAX);
         HeartbeatDetector {
             arrivals,
-            reach: AnswerTime::knowing(saved.reach),
-            standing,
+            answer_time: AnswerTime::knowing(saved.reach),
+            phase,
             since: before(saved.since_ms),
             round: None,
             next_round: asks.then_some(now),
@@ -105,7 +105,7 @@ impl HeartbeatDetector {
         }
     }
 
-    /// Incarnation, sequence number and time of the newest heartbeat.
+    /// Returns incarnation, sequence number and time of the newest heartbeat.
     pub fn newest(&self) -> Option<((u64, u64), Instant)> {
         self.arrivals.newest().zip(self.arrivals.newest_at())
     }
@@ -125,7 +125,7 @@ mod tests {
         for sequence in 1..=beats {
             let beat = BeatInfo { incarnation: 3, sequence, interval: INTERVAL };
             let (_, step) = detector.beat(&beat, now);
-            if let Some(crate::suspicion::DetectorRequest::Probe(next)) = step.ask {
+            if let Some(crate::suspicion::DetectorRequest::Probe(next)) = step.request {
                 let _ = detector.probed(next.id, crate::suspicion::TryResult::Answered, now);
             }
             now += INTERVAL;
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backend_that_is_up_stays_up_and_is_found_when_it_dies() {
+    fn backend_stays_up_after_an_upgrade_and_a_later_failure_is_detected() {
         let (old, now) = heard(50);
         assert_eq!(old.state(), DetectorState::Up);
         let mut new = next(&old, now);
@@ -147,13 +147,13 @@ mod tests {
         let (was, is) = (old.reading(now), new.reading(now));
         assert_eq!((was.loss, was.jitter, was.sequence), (is.loss, is.jitter, is.sequence));
         assert_eq!((was.beats_total, was.timeout), (is.beats_total, is.timeout));
-        let due = new.due().expect("it is watched");
+        let due = new.due().expect("an up backend has a due time");
         let _ = new.check(ChannelState::Alive, due);
         assert_eq!(new.state(), DetectorState::Suspect);
     }
 
     #[test]
-    fn heartbeats_that_came_between_the_processes_teach_no_loss() {
+    fn heartbeats_during_the_handover_are_not_learned_as_loss() {
         let (old, now) = heard(50);
         let mut new = next(&old, now);
         let loss = new.reading(now).loss;
@@ -161,12 +161,12 @@ mod tests {
         assert_eq!(new.beat(&beat, now + INTERVAL).0, ArrivalOrder::Next { missing: 2 });
         assert_eq!(new.reading(now).loss, loss);
         let again = new.beat(&BeatInfo { sequence: 20, ..beat }, now + INTERVAL).0;
-        assert_eq!(again, ArrivalOrder::Old, "what was heard before the upgrade is old");
+        assert_eq!(again, ArrivalOrder::Old, "received before the upgrade");
     }
 
     proptest! {
         #[test]
-        fn whatever_figures_come_a_detector_goes_on(
+        fn detector_works_after_restoring_arbitrary_values(
             numbers: [f64; 8], newest: Option<(u64, u64)>, state in "up|down|suspect|recovering|x",
             ms: [u64; 4],
         ) {

@@ -1,11 +1,11 @@
-//! What `Arrivals` learns, and what it must not.
+//! What `Arrivals` learns and what it ignores.
 
 use super::*;
 use expect_test::expect;
 use std::fmt::Write;
 
-/// Arrivals that get `count` heartbeats; `lost` says which are lost, `delay`
-/// how many milliseconds each takes.
+/// Returns arrivals after `count` heartbeats. `lost` selects the lost ones; `delay` is the
+/// delay of each in milliseconds.
 fn after(
     count: u64,
     lost: impl Fn(u64) -> bool,
@@ -25,7 +25,7 @@ fn beat(incarnation: u64, sequence: u64) -> BeatInfo {
 }
 
 #[test]
-fn losses_are_measured_from_gaps_in_the_sequence() {
+fn loss_is_measured_from_gaps_in_the_sequence() {
     let (arrivals, _) = after(20_000, |sequence| sequence % 10 == 9, |_| 0);
     assert!((arrivals.loss() - 0.1).abs() < 0.01, "{}", arrivals.loss());
     assert_eq!(arrivals.lost_total(), 1_999);
@@ -33,30 +33,30 @@ fn losses_are_measured_from_gaps_in_the_sequence() {
 }
 
 #[test]
-fn a_minute_is_enough_to_know_a_lossy_link() {
+fn loss_of_20_percent_is_measured_within_a_minute() {
     let (arrivals, _) = after(600, |sequence| sequence % 5 == 4, |_| 0);
     assert!((0.15..0.2).contains(&arrivals.loss()), "{}", arrivals.loss());
 }
 
 #[test]
-fn delays_are_no_losses_and_losses_no_delays() {
+fn delays_do_not_count_as_loss_and_loss_does_not_count_as_delay() {
     let (late, _) = after(5_000, |_| false, |sequence| [0, 10, 0, 30][sequence as usize % 4]);
     assert!(late.loss() < 0.001, "{}", late.loss());
-    // The deviation of those four delays is 12.2 ms.
+    // The standard deviation of the four delays is 12.2 ms.
     assert!((ms(11)..ms(14)).contains(&late.jitter()), "{:?}", late.jitter());
     let (lossy, _) = after(5_000, |sequence| sequence % 5 == 4, |_| 0);
     assert!(lossy.jitter() < ms(1), "{:?}", lossy.jitter());
 }
 
 #[test]
-fn a_sender_that_is_slower_than_it_says_is_followed() {
+fn learned_interval_follows_a_sender_slower_than_declared() {
     let (arrivals, _) = after(5_000, |_| false, |sequence| sequence * 3);
     assert!((ms(102)..ms(104)).contains(&arrivals.mean_interval()));
     assert!(arrivals.jitter() < ms(2), "{:?}", arrivals.jitter());
 }
 
 #[test]
-fn late_and_repeated_heartbeats_say_nothing() {
+fn late_and_repeated_heartbeats_are_ignored() {
     let (mut arrivals, now) = after(100, |_| false, |_| 0);
     let deadline = arrivals.deadline();
     for old in [99, 98, 0] {
@@ -83,7 +83,7 @@ fn new_incarnation_starts_with_no_history() {
 }
 
 #[test]
-fn what_an_outage_or_we_swallowed_is_not_learned() {
+fn gaps_of_outages_and_local_stalls_are_not_learned() {
     let (arrivals, now) = after(2_000, |_| false, |_| 0);
     let known = (arrivals.loss(), arrivals.jitter(), arrivals.loss_after_loss());
     let learned = |arrivals: &Arrivals| {
@@ -96,7 +96,7 @@ fn what_an_outage_or_we_swallowed_is_not_learned() {
     outage.beat(&beat(1, 2_010), true, now + ms(1_000));
     let mut long = arrivals.clone();
     long.beat(&beat(1, 2_040), false, now + ms(4_000));
-    // Deaf for three seconds: some were dropped, some queued and come at once.
+    // A stall of 3 s: some heartbeats were dropped, the queued ones arrive at once.
     let mut stalled = arrivals.clone();
     let awake = now + ms(3_000);
     stalled.skip_gap(Duration::MAX, awake);
@@ -107,17 +107,17 @@ fn what_an_outage_or_we_swallowed_is_not_learned() {
     let mut plain = arrivals.clone();
     plain.beat(&beat(1, 2_010), false, now + ms(1_000));
     assert!(!learned(&outage) && !learned(&long) && !learned(&stalled));
-    assert!(learned(&plain), "the same gap is learned without an excuse");
+    assert!(learned(&plain), "the same gap is learned otherwise");
 }
 
 #[test]
-fn how_many_may_be_missing() {
+fn missing_allowed_by_loss_rate() {
     let mut out = String::new();
     for per_mille in [1, 10, 50, 100, 200, 300, 500] {
         let mut rng = fastrand::Rng::with_seed(7);
         let lost: Vec<bool> = (0..20_000).map(|_| rng.u64(0..1_000) < per_mille).collect();
         let (alone, _) = after(20_000, |sequence| lost[sequence as usize], |_| 0);
-        // The same share in runs of four.
+        // The same loss rate in runs of four.
         let (runs, _) = after(20_000, |sequence| lost[sequence as usize / 4 * 4], |_| 0);
         writeln!(
             out,
@@ -142,7 +142,7 @@ fn how_many_may_be_missing() {
 }
 
 #[test]
-fn the_timeout_never_exceeds_its_bound() {
+fn timeout_never_exceeds_its_bound() {
     let (mut arrivals, now) =
         after(10_000, |sequence| sequence % 2 == 0, |sequence| sequence % 7 * 60);
     assert!(arrivals.timeout() <= ms(1_250), "{:?}", arrivals.timeout());

@@ -1,12 +1,12 @@
-//! Tests of the heartbeat detector: learning, judging, guarding.
+//! Tests of the heartbeat detector in virtual time.
 //!
-//! All in virtual time, through a small laboratory that plays the controller
-//! for one backend. `tests/detector_sim` measures it on lossy links.
+//! [`Lab`] takes the place of the controller for one backend. `tests/detector_sim` measures
+//! the detector on lossy links.
 
+mod arbitrary_input;
 mod guarding;
-mod judging;
 mod learning;
-mod surprises;
+mod state_machine;
 
 use super::*;
 use std::time::{Duration, Instant};
@@ -21,18 +21,18 @@ fn failed() -> TryResult {
     TryResult::Failed("connect timed out".to_owned())
 }
 
-/// One detector, its sender, and the time.
+/// One detector with its sender and the time.
 struct Lab {
     detector: HeartbeatDetector,
     now: Instant,
     sequence: u64,
     incarnation: u64,
-    /// The newest try asked for.
-    asked: Option<ConfirmationTry>,
-    /// What was asked for last, of whatever kind.
-    ask: Option<DetectorRequest>,
-    /// Changes so far, as `from>to`.
-    story: Vec<String>,
+    /// The newest requested try.
+    next_try: Option<ConfirmationTry>,
+    /// The last request of any kind.
+    request: Option<DetectorRequest>,
+    /// Transitions so far, as `from>to`.
+    transitions: Vec<String>,
     reason: String,
 }
 
@@ -44,37 +44,37 @@ impl Lab {
             now,
             sequence: 0,
             incarnation: 1,
-            asked: None,
-            ask: None,
-            story: Vec::new(),
+            next_try: None,
+            request: None,
+            transitions: Vec::new(),
             reason: String::new(),
         }
     }
 
-    /// Up, with a hundred heartbeats heard and nothing lost.
+    /// Returns an up detector after 101 heartbeats without loss.
     fn up() -> Lab {
         let mut lab = Lab::new();
         lab.beat();
         lab.answer(TryResult::Answered);
         lab.beats(100);
         assert_eq!(lab.detector.state(), DetectorState::Up);
-        lab.story.clear();
-        lab.ask = None;
+        lab.transitions.clear();
+        lab.request = None;
         lab
     }
 
-    /// Down after a silence.
+    /// Returns a detector that is down after a confirmed silence.
     fn down() -> Lab {
         let mut lab = Lab::up();
-        lab.fall_silent();
+        lab.stop_heartbeats();
         lab.answer(failed());
         lab.answer(failed());
         lab.eject();
-        lab.story.clear();
+        lab.transitions.clear();
         lab
     }
 
-    /// The next heartbeat, an interval later.
+    /// Delivers the next heartbeat, an interval later.
     fn beat(&mut self) {
         self.now += INTERVAL;
         self.beat_now();
@@ -94,9 +94,10 @@ impl Lab {
         }
     }
 
-    /// Heartbeats get lost until the detector minds.
-    fn fall_silent(&mut self) {
-        self.check_at(self.detector.due().expect("it waits for a heartbeat"), ChannelState::Alive);
+    /// Delivers no heartbeat until the next one is overdue.
+    fn stop_heartbeats(&mut self) {
+        let due = self.detector.due().expect("a heartbeat is expected");
+        self.check_at(due, ChannelState::Alive);
     }
 
     fn check_at(&mut self, at: Instant, channel: ChannelState) {
@@ -110,7 +111,7 @@ impl Lab {
     }
 
     fn answer(&mut self, answer: TryResult) {
-        let asked = self.asked.take().expect("a try was asked for");
+        let asked = self.next_try.take().expect("a try was requested");
         if matches!(answer, TryResult::Failed(_)) {
             self.now += asked.timeout;
         }
@@ -119,21 +120,21 @@ impl Lab {
     }
 
     fn eject(&mut self) {
-        assert!(matches!(self.ask, Some(DetectorRequest::Eject { .. })), "{:?}", self.ask);
+        assert!(matches!(self.request, Some(DetectorRequest::Eject { .. })), "{:?}", self.request);
         let step = self.detector.eject(self.now);
         self.take(step);
     }
 
     fn take(&mut self, step: DetectorStep) {
         if let Some(change) = &step.change {
-            self.story.push(format!("{}>{}", change.from.name(), change.to.name()));
+            self.transitions.push(format!("{}>{}", change.from.name(), change.to.name()));
             self.reason.clone_from(&change.reason);
         }
-        if let Some(DetectorRequest::Probe(asked)) = step.ask {
-            self.asked = Some(asked);
+        if let Some(DetectorRequest::Probe(asked)) = step.request {
+            self.next_try = Some(asked);
         }
-        if step.ask.is_some() {
-            self.ask = step.ask;
+        if step.request.is_some() {
+            self.request = step.request;
         }
     }
 }

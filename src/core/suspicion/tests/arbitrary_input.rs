@@ -1,5 +1,5 @@
-//! Whatever comes, in whatever order: no panic, no figure that is none, and
-//! never a due time that has passed.
+//! Arbitrary inputs in arbitrary order: no panic, no value out of range, and no due time in
+//! the past.
 
 use super::*;
 use proptest::prelude::*;
@@ -7,14 +7,14 @@ use proptest::prelude::*;
 #[derive(Debug, Clone)]
 enum Input {
     Wait(u64),
-    /// To the due time, if there is one.
+    /// Advances to the due time, if any, and checks.
     Due,
     Beat {
         incarnation: u64,
         sequence: u64,
         interval: u64,
     },
-    /// The sender's next, after that many lost.
+    /// The next heartbeat of the sender, after this many lost ones.
     Next(u64),
     Check(bool),
     Probed(u8, bool),
@@ -77,7 +77,7 @@ fn apply(lab: &mut Lab, input: Input) {
             lab.detector.check(channel, now)
         }
         Input::Probed(answer, known) => {
-            let id = lab.asked.filter(|_| known).map_or(TryId(0), |asked| asked.id);
+            let id = lab.next_try.filter(|_| known).map_or(TryId(0), |asked| asked.id);
             let answers = [TryResult::Answered, failed(), TryResult::Refused, TryResult::Local];
             lab.detector.probed(id, answers[usize::from(answer)].clone(), now)
         }
@@ -95,7 +95,7 @@ fn apply(lab: &mut Lab, input: Input) {
 
 proptest! {
     #[test]
-    fn whatever_comes_in_whatever_order(inputs in prop::collection::vec(input(), 1..200)) {
+    fn arbitrary_inputs_keep_all_values_in_range(inputs in prop::collection::vec(input(), 1..200)) {
         let mut lab = Lab::new();
         for input in inputs {
             apply(&mut lab, input);
@@ -114,7 +114,7 @@ proptest! {
             let due = lab.detector.due();
             prop_assert!(due.is_none_or(|due| due > now), "due {:?} late", now - due.unwrap());
             let idle = matches!(lab.detector.state(), DetectorState::Waiting | DetectorState::Down);
-            prop_assert_eq!(due.is_none(), idle, "only these wait for heartbeats alone");
+            prop_assert_eq!(due.is_none(), idle, "only these states have no due time");
         }
     }
 }

@@ -1,76 +1,76 @@
-//! What the state machine makes of silence, probes and heartbeats.
+//! Transitions of the detector after silence, probes and heartbeats.
 
 use super::*;
 use expect_test::expect;
 use std::fmt::Write;
 
 #[test]
-fn the_first_heartbeat_and_an_answered_probe_make_it_up() {
+fn first_heartbeat_and_successful_probe_make_the_backend_up() {
     let mut lab = Lab::new();
     assert_eq!((lab.detector.due(), lab.detector.weight_percent()), (None, None));
     lab.beat();
-    assert_eq!(lab.detector.weight_percent(), None, "still no opinion");
+    assert_eq!(lab.detector.weight_percent(), None, "never up");
     lab.answer(TryResult::Answered);
-    assert_eq!(lab.story, ["waiting>recovering", "recovering>up"]);
+    assert_eq!(lab.transitions, ["waiting>recovering", "recovering>up"]);
     assert_eq!(lab.detector.weight_percent(), Some(100));
 }
 
 #[test]
-fn silence_makes_a_suspect_that_two_failed_tries_confirm() {
+fn silence_makes_a_backend_suspect_and_two_failed_tries_make_it_down() {
     let mut lab = Lab::up();
     let heard = lab.now;
-    lab.fall_silent();
+    lab.stop_heartbeats();
     assert_eq!(lab.detector.weight_percent(), Some(SUSPECT_WEIGHT_PERCENT));
     lab.answer(failed());
     lab.answer(failed());
     lab.eject();
-    assert_eq!(lab.story, ["up>suspect", "suspect>down"]);
+    assert_eq!(lab.transitions, ["up>suspect", "suspect>down"]);
     assert!(lab.now - heard < ms(600), "{:?}", lab.now - heard);
     assert_eq!(lab.detector.weight_percent(), Some(0));
     expect!["no heartbeat for 318 ms (3 may be missing at 1.0% loss); 2 confirmation probes failed, last: connect timed out"].assert_eq(&lab.reason);
 }
 
 #[test]
-fn a_heartbeat_clears_a_suspicion_that_was_not_confirmed() {
+fn heartbeat_clears_an_unconfirmed_suspicion() {
     let mut lab = Lab::up();
-    lab.fall_silent();
+    lab.stop_heartbeats();
     lab.answer(failed());
-    let late = lab.asked;
+    let late = lab.next_try;
     lab.beat_now();
-    assert_eq!(lab.story, ["up>suspect", "suspect>up"]);
-    lab.asked = late;
+    assert_eq!(lab.transitions, ["up>suspect", "suspect>up"]);
+    lab.next_try = late;
     lab.answer(failed());
-    assert_eq!(lab.detector.state(), DetectorState::Up, "a result nobody waits for");
+    assert_eq!(lab.detector.state(), DetectorState::Up, "the late result is ignored");
 }
 
 #[test]
-fn a_backend_that_is_silent_but_answers_stays_suspect_and_is_probed_every_second() {
+fn silent_but_answering_backend_stays_suspect_and_is_probed_every_second() {
     let mut lab = Lab::up();
-    lab.fall_silent();
+    lab.stop_heartbeats();
     for _ in 0..50 {
         lab.answer(TryResult::Answered);
-        assert_eq!(lab.detector.due(), Some(lab.now + DOUBT_INTERVAL));
-        lab.wait(DOUBT_INTERVAL);
+        assert_eq!(lab.detector.due(), Some(lab.now + SUSPECT_PROBE_INTERVAL));
+        lab.wait(SUSPECT_PROBE_INTERVAL);
     }
-    assert_eq!(lab.story, ["up>suspect"]);
+    assert_eq!(lab.transitions, ["up>suspect"]);
     lab.answer(failed());
     lab.answer(failed());
     lab.eject();
-    assert_eq!(lab.detector.state(), DetectorState::Down, "now the service died, too");
+    assert_eq!(lab.detector.state(), DetectorState::Down, "the service has failed too");
 }
 
 #[test]
-fn a_refused_probe_decides_at_once_and_is_proof() {
+fn one_refused_probe_proves_the_failure() {
     let mut lab = Lab::up();
-    lab.fall_silent();
+    lab.stop_heartbeats();
     lab.answer(TryResult::Refused);
-    assert_eq!(lab.ask, Some(DetectorRequest::Eject { proven: true }));
+    assert_eq!(lab.request, Some(DetectorRequest::Eject { proven: true }));
     lab.eject();
     assert_eq!(lab.detector.state(), DetectorState::Down);
 }
 
 #[test]
-fn a_refused_connect_is_probed_at_once_and_heartbeats_do_not_clear_it() {
+fn refused_connect_starts_a_probe_and_heartbeats_do_not_clear_it() {
     let mut lab = Lab::up();
     let step = lab.detector.note_connect_refused(lab.now);
     lab.take(step);
@@ -78,28 +78,28 @@ fn a_refused_connect_is_probed_at_once_and_heartbeats_do_not_clear_it() {
     assert_eq!(lab.detector.state(), DetectorState::Suspect);
     lab.answer(TryResult::Refused);
     lab.eject();
-    assert_eq!(lab.story, ["up>suspect", "suspect>down"]);
+    assert_eq!(lab.transitions, ["up>suspect", "suspect>down"]);
 
     let mut lab = Lab::up();
     let step = lab.detector.note_connect_refused(lab.now);
     lab.take(step);
     lab.answer(TryResult::Answered);
-    assert_eq!(lab.story, ["up>suspect", "suspect>up"], "a stray reset");
+    assert_eq!(lab.transitions, ["up>suspect", "suspect>up"], "a stray reset");
 }
 
 #[test]
-fn coming_back_takes_three_heartbeats_a_hold_down_and_a_probe() {
+fn return_needs_three_heartbeats_a_hold_down_and_a_probe() {
     let mut lab = Lab::down();
     let down_at = lab.now;
     lab.beats(2);
-    lab.asked = None;
+    lab.next_try = None;
     for _ in 0..8 {
         lab.beat();
         let held = lab.now < down_at + flap_damping::HOLD_MIN;
-        assert_eq!(lab.asked.is_none(), held, "{:?} after it fell", lab.now - down_at);
+        assert_eq!(lab.next_try.is_none(), held, "{:?} after it went down", lab.now - down_at);
     }
     lab.answer(TryResult::Answered);
-    assert_eq!(lab.story, ["down>recovering", "recovering>up"]);
+    assert_eq!(lab.transitions, ["down>recovering", "recovering>up"]);
     assert!(
         lab.reason.contains("heartbeats received and the confirmation probe succeeded"),
         "{}",
@@ -108,46 +108,46 @@ fn coming_back_takes_three_heartbeats_a_hold_down_and_a_probe() {
 }
 
 #[test]
-fn a_service_that_stays_dead_beside_its_sender_is_not_let_back() {
+fn failed_service_with_a_working_sender_does_not_return() {
     let mut lab = Lab::down();
     let mut probes = 0;
     for _ in 0..300 {
         lab.beat();
-        if lab.asked.is_some() {
+        if lab.next_try.is_some() {
             probes += 1;
             lab.answer(TryResult::Refused);
         }
     }
-    assert_eq!(lab.story, ["down>recovering"]);
-    assert!((20..=30).contains(&probes), "about one a second: {probes}");
+    assert_eq!(lab.transitions, ["down>recovering"]);
+    assert!((20..=30).contains(&probes), "about one per second: {probes}");
 }
 
 #[test]
-fn silence_during_recovery_ends_it() {
+fn silence_ends_a_recovery() {
     let mut lab = Lab::down();
     lab.beats(2);
-    lab.fall_silent();
-    assert_eq!(lab.story, ["down>recovering", "recovering>down"]);
+    lab.stop_heartbeats();
+    assert_eq!(lab.transitions, ["down>recovering", "recovering>down"]);
     assert_eq!(lab.detector.due(), None);
 }
 
 #[test]
-fn trouble_of_our_own_and_lost_reports_prove_nothing() {
+fn local_errors_and_lost_reports_are_no_evidence() {
     let mut lab = Lab::up();
-    lab.fall_silent();
+    lab.stop_heartbeats();
     for _ in 0..20 {
         lab.answer(TryResult::Local);
         lab.check_at(lab.detector.due().unwrap(), ChannelState::Alive);
-        // The report of this one never comes; it is asked for again.
-        let lost = lab.asked.take().unwrap();
+        // The report of this try is lost; the try is requested again.
+        let lost = lab.next_try.take().unwrap();
         lab.check_at(lab.detector.due().unwrap(), ChannelState::Alive);
-        assert_ne!(lab.asked.unwrap().id, lost.id);
+        assert_ne!(lab.next_try.unwrap().id, lost.id);
     }
-    assert_eq!(lab.story, ["up>suspect"]);
+    assert_eq!(lab.transitions, ["up>suspect"]);
 }
 
 #[test]
-fn a_sender_that_stops_is_out_at_once_and_back_without_a_hold_down() {
+fn stopping_sender_is_down_at_once_and_returns_without_a_hold_down() {
     let mut lab = Lab::up();
     let step = lab.detector.stopping(lab.now);
     lab.take(step);
@@ -156,7 +156,7 @@ fn a_sender_that_stops_is_out_at_once_and_back_without_a_hold_down() {
     lab.sequence = 0;
     lab.beats(3);
     lab.answer(TryResult::Answered);
-    assert_eq!(lab.story, ["up>down", "down>recovering", "recovering>up"]);
+    assert_eq!(lab.transitions, ["up>down", "down>recovering", "recovering>up"]);
     assert_eq!(lab.detector.reading(lab.now).downs_total, 0);
 }
 
@@ -168,29 +168,32 @@ fn local_stall_removes_no_backend() {
     lab.take(step);
     lab.wait(ms(200));
     lab.beat_now();
-    assert!(lab.story.is_empty(), "{:?}", lab.story);
+    assert!(lab.transitions.is_empty(), "{:?}", lab.transitions);
 
-    // In the midst of a confirming probe: what fails meanwhile counts for nothing.
-    lab.fall_silent();
-    let under_way = lab.asked;
+    // A stall during a confirmation probe: a try that fails during it does not count.
+    lab.stop_heartbeats();
+    let under_way = lab.next_try;
     let step = lab.detector.ignore_silence_until(ms(300), lab.now);
     lab.take(step);
-    let again = std::mem::replace(&mut lab.asked, under_way);
+    let again = std::mem::replace(&mut lab.next_try, under_way);
     lab.answer(failed());
-    lab.asked = again;
+    lab.next_try = again;
     lab.answer(failed());
-    assert_eq!(lab.ask.as_ref().map(|ask| matches!(ask, DetectorRequest::Probe(_))), Some(true));
+    assert_eq!(
+        lab.request.as_ref().map(|request| matches!(request, DetectorRequest::Probe(_))),
+        Some(true)
+    );
 }
 
 #[test]
-fn being_late_again_and_again_puts_a_verdict_off_by_the_time_lost_and_no_more() {
+fn repeated_stalls_delay_detection_by_at_most_the_time_lost() {
     let (late, every) = (ms(300), ms(1_500));
     let took = |late: Duration| {
         let mut lab = Lab::up();
         let (began, mut lost) = (lab.now, Duration::ZERO);
         let mut next = lab.now + every;
         while lab.detector.state() != DetectorState::Down {
-            assert!(lab.now < began + Duration::from_secs(20), "{:?}", lab.story);
+            assert!(lab.now < began + Duration::from_secs(20), "{:?}", lab.transitions);
             lab.now += ms(50);
             if lab.now >= next {
                 (lab.now, lost) = (lab.now + late, lost + late);
@@ -200,10 +203,10 @@ fn being_late_again_and_again_puts_a_verdict_off_by_the_time_lost_and_no_more() 
             }
             let step = lab.detector.check(ChannelState::Alive, lab.now);
             lab.take(step);
-            if lab.asked.is_some() {
+            if lab.next_try.is_some() {
                 lab.answer(failed());
             }
-            if matches!(lab.ask.take(), Some(DetectorRequest::Eject { .. })) {
+            if matches!(lab.request.take(), Some(DetectorRequest::Eject { .. })) {
                 let step = lab.detector.eject(lab.now);
                 lab.take(step);
             }
@@ -216,20 +219,20 @@ fn being_late_again_and_again_puts_a_verdict_off_by_the_time_lost_and_no_more() 
 }
 
 #[test]
-fn what_the_guards_hold_back_is_asked_for_again_every_second() {
+fn prevented_removal_is_requested_again_every_second() {
     let mut lab = Lab::up();
-    lab.fall_silent();
+    lab.stop_heartbeats();
     lab.answer(failed());
     lab.answer(failed());
     assert!(lab.detector.hold_in_rotation("2 of 4 are down".to_owned()));
-    assert!(!lab.detector.hold_in_rotation("2 of 4 are down".to_owned()), "no news");
+    assert!(!lab.detector.hold_in_rotation("2 of 4 are down".to_owned()), "same reason");
     assert_eq!(lab.detector.reading(lab.now).held.as_deref(), Some("2 of 4 are down"));
     assert_eq!(
-        lab.detector.reconsider(lab.now).ask,
+        lab.detector.reconsider(lab.now).request,
         Some(DetectorRequest::Eject { proven: false })
     );
-    lab.ask = None;
-    lab.wait(DOUBT_INTERVAL);
+    lab.request = None;
+    lab.wait(SUSPECT_PROBE_INTERVAL);
     lab.answer(failed());
     lab.answer(failed());
     lab.eject();
@@ -237,46 +240,46 @@ fn what_the_guards_hold_back_is_asked_for_again_every_second() {
 }
 
 #[test]
-fn what_was_confirmed_and_held_needs_a_heartbeat_and_a_probe() {
+fn confirmed_and_held_backend_needs_a_heartbeat_and_a_probe_to_be_up() {
     let mut lab = Lab::up();
-    lab.fall_silent();
+    lab.stop_heartbeats();
     lab.answer(failed());
     lab.answer(failed());
     lab.detector.hold_in_rotation("held".to_owned());
     lab.beat_now();
     assert_eq!(lab.detector.state(), DetectorState::Suspect);
     lab.answer(TryResult::Answered);
-    assert_eq!(lab.story, ["up>suspect", "suspect>up"]);
+    assert_eq!(lab.transitions, ["up>suspect", "suspect>up"]);
 }
 
 #[test]
-fn without_any_heartbeats_probes_decide() {
+fn probes_decide_while_the_channel_is_silent() {
     let mut lab = Lab::up();
     let due = lab.detector.due().unwrap();
     lab.check_at(due, ChannelState::Silent);
     lab.answer(TryResult::Answered);
     lab.check_at(lab.detector.due().unwrap(), ChannelState::Silent);
-    assert!(lab.story.is_empty(), "silence alone says nothing now");
+    assert!(lab.transitions.is_empty(), "silence alone is no evidence");
     lab.answer(failed());
     lab.answer(failed());
-    assert_eq!(lab.story, ["up>suspect"]);
+    assert_eq!(lab.transitions, ["up>suspect"]);
     lab.eject();
     assert_eq!(lab.detector.state(), DetectorState::Down);
 }
 
 #[test]
-fn a_backend_that_keeps_failing_is_held_down_longer_each_time() {
+fn hold_down_doubles_with_each_failure() {
     let mut lab = Lab::down();
     let mut holds = Vec::new();
     for _ in 0..8 {
         let down_at = lab.now;
-        lab.asked = None;
-        while lab.asked.is_none() {
+        lab.next_try = None;
+        while lab.next_try.is_none() {
             lab.beat();
         }
         holds.push((lab.now - down_at).as_secs());
         lab.answer(TryResult::Answered);
-        lab.fall_silent();
+        lab.stop_heartbeats();
         lab.answer(failed());
         lab.answer(failed());
         lab.eject();
@@ -288,24 +291,24 @@ type Build = fn() -> Lab;
 type Event = fn(&mut Lab) -> DetectorStep;
 
 #[test]
-fn the_whole_matrix() {
+fn every_state_and_event() {
     let labs: [(&str, Build); 7] = [
         ("waiting", Lab::new),
         ("up", Lab::up),
         ("suspect", || {
             let mut lab = Lab::up();
-            lab.fall_silent();
+            lab.stop_heartbeats();
             lab
         }),
         ("answering", || {
             let mut lab = Lab::up();
-            lab.fall_silent();
+            lab.stop_heartbeats();
             lab.answer(TryResult::Answered);
             lab
         }),
         ("held", || {
             let mut lab = Lab::up();
-            lab.fall_silent();
+            lab.stop_heartbeats();
             lab.answer(failed());
             lab.answer(failed());
             lab.detector.hold_in_rotation("held".to_owned());
@@ -340,7 +343,7 @@ fn the_whole_matrix() {
         for (_, event) in events {
             let mut lab = build();
             let step = event(&mut lab);
-            let asks = match step.ask {
+            let asks = match step.request {
                 Some(DetectorRequest::Probe(_)) => " + probe",
                 Some(DetectorRequest::Eject { .. }) => " + eject",
                 None => "",
