@@ -37,14 +37,7 @@ pub(super) struct PoolSet {
     changed: BTreeSet<PoolId>,
 }
 
-/// Identifies a pool while its name stays configured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) struct PoolId(pub(super) u32);
-
-impl PoolId {
-    /// No pool has this id.
-    pub(super) const NONE: PoolId = PoolId(0);
-}
+pub(super) use crate::model::PoolId;
 
 /// A configured pool.
 #[derive(Debug)]

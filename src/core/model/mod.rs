@@ -4,10 +4,12 @@
 //! some". Read by all parts. Nothing here reads a file or checks a value.
 
 mod addresses;
+mod ids;
 mod process;
 mod text_forms;
 
 pub use addresses::{BackendAddr, BindAddr, BindKey, ClientAddr, PeerAddr, Protocol, SourceAddr};
+pub use ids::{BackendId, FrontendId, PoolId};
 pub use process::{
     ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
     ProcessConfig, Sandbox,
@@ -255,6 +257,28 @@ pub enum Policy {
     PeakEwma,
     /// Weighted Maglev over the client address.
     SourceHash,
+}
+
+impl Policy {
+    /// All, in the order of their numbers.
+    pub const ALL: [Policy; 6] = [
+        Policy::WeightedRoundRobin,
+        Policy::LeastConnections,
+        Policy::Random,
+        Policy::TwoChoices,
+        Policy::PeakEwma,
+        Policy::SourceHash,
+    ];
+
+    /// Position in [`Policy::ALL`].
+    pub fn number(self) -> u8 {
+        self as u8
+    }
+
+    /// The policy with that number.
+    pub fn of_number(number: u8) -> Option<Policy> {
+        Policy::ALL.get(usize::from(number)).copied()
+    }
 }
 
 /// `when_none_eligible = ...`

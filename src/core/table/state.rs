@@ -4,6 +4,8 @@
 //! admin API reads it. A reload that keeps a backend's identity keeps its state.
 //! Nothing here decides eligibility: that is derived at table build.
 
+pub use crate::model::{BackendId, FrontendId, PoolId};
+
 use crate::balance::in_flight::InFlight;
 use crate::balance::latency::Latency;
 use crate::limits::client_sources::SourceTable;
@@ -14,14 +16,6 @@ use arc_swap::ArcSwap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-
-/// Identifies a backend for the lifetime of the process; never reused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct BackendId(pub u32);
-
-/// Identifies a frontend for the lifetime of the process; never reused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct FrontendId(pub u32);
 
 /// Identity, counts and statistics of a backend, independent of tables.
 ///

@@ -1,0 +1,366 @@
+//! Why a session got its backend: the record that each pick leaves.
+//!
+//! The data plane fills a [`Decision`] at each pick and keeps it in a [`DecisionRing`];
+//! `daemon` reads the rings for `GET /v1/explain`. A record holds numbers, not names, and
+//! keeps no table alive. Nothing here picks.
+
+pub mod ring;
+mod words;
+
+use crate::metrics::counters::LocalErrorKind;
+use crate::model::{BackendId, ClientAddr, FrontendId, Policy, PoolId};
+use crate::outcome::{Cause, Phase};
+
+/// Backends passed over that a [`Decision`] names; it counts the rest.
+pub const SKIPPED_NAMED: usize = 8;
+
+/// One pick of a backend, or the failure to pick one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decision {
+    /// Number of the session; never 0.
+    pub session: u64,
+    /// Wall time of the pick, in microseconds since 1970.
+    pub at_micros: u64,
+    /// Serial of the table.
+    pub serial: u64,
+    /// The client.
+    pub client: ClientAddr,
+    /// Frontend that accepted it.
+    pub frontend: FrontendId,
+    /// Position of the route it took, from 1; 0 for the frontend's pool.
+    pub route: u8,
+    /// Pool that the route leads to; `None` if the route refuses or the client was rejected
+    /// before routing.
+    pub pool: Option<PoolId>,
+    /// The pool's policy.
+    pub policy: Policy,
+    /// What decided.
+    pub why: Why,
+    /// The backend; `None` if there was none to pick.
+    pub chosen: Option<BackendId>,
+    /// Backends that the balancer could pick from.
+    pub candidates: u32,
+    /// What the policy decided by.
+    pub figures: Figures,
+    /// Backends of the pool that were passed over.
+    pub skipped: SkippedList,
+    /// Which connect attempt the pick was for, from 1.
+    pub attempt: u8,
+    /// How long the session waited in the pool's queue before the pick, in microseconds.
+    pub waited_micros: u32,
+    /// What became known later.
+    pub outcome: Outcome,
+}
+
+/// What decided a pick. If several hold, the first in this order: `Trial`, `Retry`, `Queue`,
+/// `FailOpen`, `Backup`, `Only`, then the policy's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum Why {
+    /// Nothing was picked.
+    None,
+    /// The next backend in turn (`weighted-round-robin`).
+    Turn,
+    /// The lowest load, or the lower of two (`least-connections`, `two-choices`,
+    /// `peak-ewma`).
+    Least,
+    /// A weighted random draw (`random`).
+    Draw,
+    /// The hash of the client's address (`source-hash`).
+    Hash,
+    /// It was the only backend that could be picked.
+    Only,
+    /// A connect attempt to another backend had failed.
+    Retry,
+    /// The session decides the trial of a backend that was ejected.
+    Trial,
+    /// The session had waited in the pool's queue, for a slot or for a first verdict.
+    Queue,
+    /// No backend was eligible, and the pool fails open (`when_none_eligible =
+    /// "try-all"`).
+    FailOpen,
+    /// No primary was eligible; backups serve.
+    Backup,
+    /// An entry of a session table (no policy has such tables yet).
+    Sticky,
+}
+
+/// What the policy compared or drew.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Figures {
+    /// Nothing was picked, or nothing was compared.
+    None,
+    /// Position in the sequence of turns, below `period`.
+    Turn {
+        /// Position of this pick.
+        position: u64,
+        /// Picks after which the sequence repeats.
+        period: u64,
+    },
+    /// Loads before the pick: the chosen backend's, and the best other one's, if another
+    /// was compared.
+    Loads {
+        /// Of the chosen backend.
+        chosen: Load,
+        /// The backend it was compared with.
+        other: Option<(BackendId, Load)>,
+    },
+    /// Slot of the hash table.
+    Slot {
+        /// Slot, below `slots`.
+        slot: u32,
+        /// Number of slots.
+        slots: u32,
+        /// 0: the client's own slot; n: its n-th alternative, because those before could
+        /// not be used; above 16: the sorted candidates in turn.
+        alternative: u16,
+    },
+    /// Weight of the chosen backend, and the sum of all candidates' weights.
+    Share {
+        /// Of the chosen backend.
+        weight: u32,
+        /// Sum over the candidates.
+        total: u64,
+    },
+}
+
+/// Load of one backend at a pick.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Load {
+    /// Open sessions.
+    pub sessions: u32,
+    /// Effective weight, in the table's unit.
+    pub weight: u32,
+    /// Expected time to answer in microseconds; 0 unless `peak-ewma` compared it.
+    pub answer_micros: u32,
+}
+
+/// Backends that a pick passed over: the first [`SKIPPED_NAMED`] and the number of all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SkippedList {
+    named: [Skipped; SKIPPED_NAMED],
+    total: u32,
+}
+
+/// One backend passed over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Skipped {
+    /// The backend.
+    pub backend: BackendId,
+    /// Why.
+    pub reason: SkipReason,
+    /// Wall time in seconds since 1970: since when the reason holds, or for
+    /// [`SkipReason::Ejected`] until when; 0 if unknown.
+    pub time: u32,
+}
+
+/// Why a pick passed over a backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(u8)]
+pub enum SkipReason {
+    /// Probes or heartbeats report it down.
+    Down,
+    /// Ejected after failures.
+    Ejected,
+    /// An operator drains it.
+    DrainedByOperator,
+    /// An operator has put it into maintenance.
+    Maintenance,
+    /// Its heartbeats report `starting`, `draining` or `stopping`.
+    DrainedBySender,
+    /// It waits for its first probe result or heartbeat.
+    NoVerdict,
+    /// It is a backup and primaries serve.
+    Backup,
+    /// It is at its cap.
+    AtCap,
+    /// Its trial session is not decided yet.
+    TrialOpen,
+    /// Its slow start gives this pick to others.
+    SlowStart,
+    /// This session has tried it before.
+    Tried,
+    /// The question asked to leave it out (`--without`).
+    Excluded,
+}
+
+/// What became known after the pick. Fields stay `None` until then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Outcome {
+    /// Time from the pick to the established connection, in microseconds.
+    pub connect_micros: Option<u32>,
+    /// Why the connect attempt failed, and its errno (0: none).
+    pub failure: Option<(AttemptFailureKind, i32)>,
+    /// How the session ended.
+    pub end: Option<(Cause, Phase)>,
+    /// How long the session lasted, from accept to its end, in milliseconds.
+    pub lasted_millis: u32,
+}
+
+/// Why a connect attempt failed; its name is the `failure` of the access log's `tries`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AttemptFailureKind {
+    /// The backend refused.
+    Refused,
+    /// No answer within the connect timeout.
+    Timeout,
+    /// ICMP unreachable and the like.
+    Unreachable,
+    /// The backend reset the connection before its first byte.
+    EarlyReset,
+    /// Another errno that the backend or its path caused.
+    Other,
+    /// A local error.
+    Local(LocalErrorKind),
+}
+
+// === impl Why ===
+
+impl Why {
+    /// All, in the order of their numbers.
+    pub const ALL: [Why; 12] = [
+        Why::None,
+        Why::Turn,
+        Why::Least,
+        Why::Draw,
+        Why::Hash,
+        Why::Only,
+        Why::Retry,
+        Why::Trial,
+        Why::Queue,
+        Why::FailOpen,
+        Why::Backup,
+        Why::Sticky,
+    ];
+
+    /// Word of the access log and the API.
+    pub fn name(self) -> &'static str {
+        match self {
+            Why::None => "none",
+            Why::Turn => "turn",
+            Why::Least => "least",
+            Why::Draw => "draw",
+            Why::Hash => "hash",
+            Why::Only => "only",
+            Why::Retry => "retry",
+            Why::Trial => "trial",
+            Why::Queue => "queue",
+            Why::FailOpen => "fail-open",
+            Why::Backup => "backup",
+            Why::Sticky => "sticky",
+        }
+    }
+
+    /// What decides under `policy` if nothing else does.
+    pub fn of_policy(policy: Policy) -> Why {
+        match policy {
+            Policy::WeightedRoundRobin => Why::Turn,
+            Policy::LeastConnections | Policy::TwoChoices | Policy::PeakEwma => Why::Least,
+            Policy::Random => Why::Draw,
+            Policy::SourceHash => Why::Hash,
+        }
+    }
+}
+
+// === impl SkipReason ===
+
+impl SkipReason {
+    /// All, in the order of their numbers.
+    pub const ALL: [SkipReason; 12] = [
+        SkipReason::Down,
+        SkipReason::Ejected,
+        SkipReason::DrainedByOperator,
+        SkipReason::Maintenance,
+        SkipReason::DrainedBySender,
+        SkipReason::NoVerdict,
+        SkipReason::Backup,
+        SkipReason::AtCap,
+        SkipReason::TrialOpen,
+        SkipReason::SlowStart,
+        SkipReason::Tried,
+        SkipReason::Excluded,
+    ];
+
+    /// Word of the API.
+    pub fn name(self) -> &'static str {
+        match self {
+            SkipReason::Down => "down",
+            SkipReason::Ejected => "ejected",
+            SkipReason::DrainedByOperator => "draining",
+            SkipReason::Maintenance => "maintenance",
+            SkipReason::DrainedBySender => "draining-by-sender",
+            SkipReason::NoVerdict => "no-verdict",
+            SkipReason::Backup => "backup",
+            SkipReason::AtCap => "at-cap",
+            SkipReason::TrialOpen => "trial-open",
+            SkipReason::SlowStart => "slow-start",
+            SkipReason::Tried => "tried",
+            SkipReason::Excluded => "excluded",
+        }
+    }
+}
+
+// === impl AttemptFailureKind ===
+
+impl AttemptFailureKind {
+    /// All, in the order of their numbers.
+    pub const ALL: [AttemptFailureKind; 10] = [
+        AttemptFailureKind::Refused,
+        AttemptFailureKind::Timeout,
+        AttemptFailureKind::Unreachable,
+        AttemptFailureKind::EarlyReset,
+        AttemptFailureKind::Other,
+        AttemptFailureKind::Local(LocalErrorKind::Descriptors),
+        AttemptFailureKind::Local(LocalErrorKind::Ports),
+        AttemptFailureKind::Local(LocalErrorKind::Memory),
+        AttemptFailureKind::Local(LocalErrorKind::Route),
+        AttemptFailureKind::Local(LocalErrorKind::Other),
+    ];
+
+    /// Position in [`AttemptFailureKind::ALL`].
+    pub fn number(self) -> u8 {
+        let place = AttemptFailureKind::ALL.iter().position(|kind| *kind == self);
+        place.map_or(0, |place| place as u8)
+    }
+}
+
+// === impl SkippedList ===
+
+impl SkippedList {
+    /// No backend.
+    pub const EMPTY: SkippedList = SkippedList {
+        named: [Skipped { backend: BackendId(0), reason: SkipReason::Down, time: 0 };
+            SKIPPED_NAMED],
+        total: 0,
+    };
+
+    /// Adds a backend; beyond the eighth only the count rises.
+    #[inline]
+    pub fn push(&mut self, skipped: Skipped) {
+        if let Some(free) = self.named.get_mut(self.total as usize) {
+            *free = skipped;
+        }
+        self.total = self.total.saturating_add(1);
+    }
+
+    /// Counts backends without naming them.
+    pub fn count_more(&mut self, more: u32) {
+        self.total = self.total.saturating_add(more);
+    }
+
+    /// Those that are named, in the order they were added.
+    pub fn named(&self) -> &[Skipped] {
+        &self.named[..SKIPPED_NAMED.min(self.total as usize)]
+    }
+
+    /// How many there were.
+    pub fn total(&self) -> u32 {
+        self.total
+    }
+}
+
+impl Default for SkippedList {
+    fn default() -> SkippedList {
+        SkippedList::EMPTY
+    }
+}
