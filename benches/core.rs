@@ -1,5 +1,5 @@
-//! What the smaller parts cost: the timer wheel, a histogram record, a
-//! counter, reading a configuration.
+//! Cost of the smaller parts: the timer wheel, a histogram record, a counter, reading a
+//! configuration.
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use std::fmt::Write;
@@ -51,7 +51,7 @@ fn telemetry(c: &mut Criterion) {
     c.bench_function("counter add", |b| b.iter(|| counter.add(black_box(1))));
 }
 
-/// A file with one pool of that many backends.
+/// Returns a configuration file with one pool of `backends` backends.
 fn file(backends: usize) -> String {
     let mut text =
         String::from("[frontend.web]\nbind = [\"0.0.0.0:80\"]\npool = \"web\"\n[pool.web]\n");

@@ -1,5 +1,5 @@
-//! What a heartbeat costs to make and to judge, and a forged one to refuse.
-//! Run with `cargo bench --bench heartbeat`.
+//! Cost of encoding, verifying and rejecting a heartbeat. Run with `cargo bench --bench
+//! heartbeat`.
 
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, missing_docs)]
 
@@ -42,7 +42,7 @@ fn heartbeat(c: &mut Criterion) {
         SenderIdentity::new("web", "backend-11", "10.0.0.11:8080".parse().unwrap()).unwrap();
     let (from, stranger): (SocketAddr, SocketAddr) =
         ("10.0.0.11:4000".parse().unwrap(), "10.9.9.9:4000".parse().unwrap());
-    // 1,000 a second by the gate's time: far below its limits.
+    // 1,000 per second in the verifier's time: far below its rate limits.
     let (began, wall) = (Instant::now(), UNIX_EPOCH + Duration::from_millis(NOW));
     let mut ticks = 0;
     let mut later = || {
@@ -70,18 +70,18 @@ fn heartbeat(c: &mut Criterion) {
     });
     let mut forged = good.to_vec();
     *forged.last_mut().unwrap() ^= 1;
-    c.bench_function("refuse a forged tag", |b| {
+    c.bench_function("reject a forged tag", |b| {
         b.iter(|| {
             gate.admit(black_box(&forged), from, later(), wall) == Err(RejectReason::Signature)
         });
     });
-    c.bench_function("refuse a stranger beyond the limit", |b| {
+    c.bench_function("reject an unknown sender beyond the rate limit", |b| {
         let now = later();
         b.iter(|| {
             gate.admit(black_box(&forged), stranger, now, wall) == Err(RejectReason::Limited)
         });
     });
-    c.bench_function("refuse what is no heartbeat", |b| {
+    c.bench_function("reject a datagram that is not a heartbeat", |b| {
         b.iter(|| gate.admit(black_box(&[0; 120]), stranger, later(), wall).is_err());
     });
 }

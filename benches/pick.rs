@@ -1,10 +1,10 @@
-//! What a pick costs: each policy alone and with every core contending, the
-//! table load in front of it, and building tables. Run with
-//! `cargo bench --bench pick`; the last argument filters by name.
+//! Cost of a pick: each policy on one core and with all cores contending, the table
+//! load before it, and building tables. Run with `cargo bench --bench pick`; the last
+//! argument filters by name.
 //!
-//! Beside them stands what one would write first: a smooth weighted round robin
-//! behind a mutex. All hold a slot of the chosen one and give it back, as a session
-//! does; what that alone costs is `slot`.
+//! The baseline is the simplest implementation: a smooth weighted round robin behind a
+//! mutex. All take a slot of the picked backend and give it back, as a session does.
+//! The cost of the slot alone is `slot`.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -33,7 +33,7 @@ fn weight(index: usize) -> u32 {
     1 + index as u32 % 3
 }
 
-/// Known since half a second, so that every estimate has to be faded.
+/// Latency measured half a second ago, so that every estimate must decay.
 fn latency(index: usize) -> Arc<Latency> {
     let latency = Latency::new();
     latency.connected(Duration::from_micros(100 + index as u64 % 7), 500);
@@ -59,16 +59,16 @@ fn key(number: u64) -> PickKey {
     PickKey { client, draw: number.wrapping_mul(0x9e37_79b9_7f4a_7c15), at: 1_000 + number / 1_000 }
 }
 
-/// Pick and give back, as one session does.
+/// Picks and gives the slot back, as a session does.
 fn session(balancer: &Balancer, number: u64) -> usize {
     let index = balancer.pick(key(number), &[]).unwrap();
     balancer.candidates()[index].in_flight.leave();
     index
 }
 
-/// The textbook version.
+/// The simplest implementation.
 struct Naive {
-    /// Weight and balance of each.
+    /// Weight and credit of each backend.
     peers: Mutex<Vec<(i64, i64)>>,
     in_flight: Vec<InFlight>,
 }

@@ -1,9 +1,9 @@
-//! What a relayed message costs on each engine: one connection through a worker
-//! of this process to an echo backend of this process, all over loopback. Run
-//! with `cargo bench --bench relay`; the last argument filters by name.
+//! Cost of a relayed message on each engine: one connection through a worker to an echo
+//! backend, both in this process, over loopback. Run with `cargo bench --bench relay`;
+//! the last argument filters by name.
 //!
-//! Worker, backend and client are a thread each. On fewer than three free cores
-//! they take turns, and the time is that of all three.
+//! Worker, backend and client each have a thread. With fewer than three free cores they
+//! share cores, and the result is the sum of their times.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -29,11 +29,11 @@ use tidegate_net::listen;
 
 const SIZES: [(usize, &str); 3] = [(64, "64 B"), (16 * 1024, "16 KiB"), (1024 * 1024, "1 MiB")];
 
-/// What loopback sockets hold at least: a message up to this size is written
-/// whole before its echo is read.
+/// Minimum capacity of loopback sockets. A message up to this size is written
+/// completely before its echo is read.
 const FITS: usize = 16 * 1024;
 
-/// A worker that sends everything on `bind` to `backend`.
+/// Starts a worker that sends everything on `bind` to `backend`.
 fn balancer(runtime: EngineKind, bind: SocketAddr, backend: SocketAddr) -> Worker {
     let text = format!(
         "[frontend.web]\nbind = [\"{bind}\"]\npool = \"web\"\n\
@@ -68,16 +68,16 @@ fn balancer(runtime: EngineKind, bind: SocketAddr, backend: SocketAddr) -> Worke
     worker
 }
 
-/// A loopback address nobody has.
+/// Returns a loopback address that is not in use.
 fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
-/// Sends a message and takes its echo, again and again.
+/// Sends a message and reads its echo, repeatedly.
 struct Client {
     stream: TcpStream,
     message: Vec<u8>,
-    /// Big messages are sent by another thread while the echo is taken.
+    /// Starts another thread's send of a large message while the echo is read.
     go: Option<mpsc::Sender<()>>,
 }
 
@@ -129,7 +129,7 @@ fn relay(c: &mut Criterion) {
             let mut client = Client::new(bind, size);
             client.exchange();
             let mut group = c.benchmark_group(format!("relay {name} and back"));
-            // Both ways.
+            // Both directions.
             group.throughput(Throughput::Bytes(2 * size as u64));
             group.bench_function(BenchmarkId::from_parameter(runtime.name()), |b| {
                 b.iter(|| client.exchange());

@@ -1,8 +1,8 @@
-//! The pure part of the balancer: the model, limits, outcomes, policies, the table,
-//! health and the controller.
+//! The pure part of the balancer: model, limits, outcomes, policies, tables, health and
+//! the controller.
 //!
-//! Every other part uses it. Time and randomness come in as arguments, effects go out
-//! as values; nothing here does I/O, reads a clock or starts a thread.
+//! All other parts use it. Time and randomness are arguments, effects are return
+//! values. Nothing here does I/O, reads a clock or starts a thread.
 
 pub mod balance;
 pub mod control;

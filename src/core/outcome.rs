@@ -1,72 +1,73 @@
-//! How sessions end: cause by phase.
+//! How sessions end: cause and phase.
 //!
-//! Both are metric labels, access-log fields and what tests assert. Adding a
-//! way to end means adding a variant and its line here. Pure.
+//! Both are metric labels, access-log fields and values that tests assert. A new way to
+//! end needs a variant and its line here. Pure.
 
 /// What ended a session first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Cause {
-    /// Both directions ended in order (FIN and FIN).
+    /// Both sides closed with FIN.
     Finished,
     /// The client reset the connection.
     ClientReset,
     /// The backend reset the connection.
     BackendReset,
-    /// The client ended its side without a word while it waited in line.
+    /// The client sent FIN without data while it waited in a queue.
     ClientLeft,
-    /// The client stopped answering (keepalive, `TCP_USER_TIMEOUT`, no route).
+    /// The client stopped responding (keepalive, `TCP_USER_TIMEOUT`, no route).
     ClientLost,
-    /// The backend stopped answering.
+    /// The backend stopped responding.
     BackendLost,
     /// The last connect attempt was refused.
     ConnectRefused,
-    /// The last connect attempt ran into its deadline.
+    /// The last connect attempt timed out.
     ConnectTimeout,
-    /// The last connect attempt failed otherwise.
+    /// The last connect attempt failed for another reason.
     ConnectFailed,
-    /// Nobody was eligible.
+    /// No backend was eligible.
     NoBackend,
-    /// A backend slot did not come free in time.
+    /// No backend slot became free within the queue timeout.
     QueueTimeout,
-    /// Neither side said a word within the first-byte timeout.
+    /// Neither side sent data within the first-byte timeout.
     FirstByteTimeout,
-    /// Nothing moved for the idle timeout.
+    /// No data was transferred within the idle timeout.
     IdleTimeout,
-    /// Nothing moved for the half-closed timeout after one side's FIN.
+    /// No data was transferred within the half-closed timeout after the FIN of one
+    /// side.
     HalfClosedTimeout,
-    /// The drain deadline (or a second signal) cut it.
+    /// The drain timeout expired, or a second signal ended the drain.
     DrainDeadline,
-    /// Its backend left the pool and the grace after that is over.
+    /// Its backend was removed from the pool, and the time of `on_removal` expired.
     BackendRemoved,
-    /// Descriptors, memory or ports ran out here, or this host has no route or
-    /// forbids the connect.
+    /// This host ran out of descriptors, memory or ports, has no route, or forbids the
+    /// connect.
     LocalResource,
-    /// The frontend's `sources` do not let that address in.
+    /// The frontend's `sources` deny the client address.
     Denied,
-    /// Its source has as many sessions as it may.
+    /// The client source reached its connection limit.
     SourceConnections,
-    /// Its source connects faster than it may.
+    /// The client source exceeded its rate limit.
     SourceRate,
-    /// A route of the frontend refuses it.
+    /// A route of the frontend rejects the connection.
     Route,
-    /// A bug here: its task or its worker has panicked.
+    /// A bug: the session's task or its worker panicked.
     InternalError,
 }
 
-/// How far a session had come.
+/// How far a session had come when it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Phase {
-    /// Accepted, nothing chosen yet.
+    /// Accepted, no backend picked.
     Admit,
-    /// Waiting for the client's first bytes, which its route needs.
+    /// Waiting for the client's first bytes, which routing needs.
     Preread,
     /// Waiting for a backend below its cap.
     Queue,
-    /// Connecting upstream.
+    /// Connecting to a backend.
     Connect,
-    /// Both directions open.
+    /// Both directions are open.
     Data,
     /// One direction has ended.
     HalfClosed,
@@ -74,62 +75,62 @@ pub enum Phase {
     Closed,
 }
 
-/// Which side ended (FIN or RST) first.
+/// A side of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum SessionSide {
-    /// Downstream.
+    /// The client.
     Client,
-    /// Upstream.
+    /// The backend.
     Backend,
 }
 
-/// How a relayed session ended, and what it moved.
+/// How a session ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SessionEnd {
     /// What ended it first.
     pub cause: Cause,
     /// How far it had come.
     pub phase: Phase,
-    /// The errno behind it; 0 for none.
+    /// The errno of the failure; 0 for none.
     pub errno: i32,
-    /// Which side ended (FIN or RST) first, if either did.
+    /// The side that sent the first FIN or RST, if either did.
     pub closed_first: Option<SessionSide>,
 }
 
-/// Why a client was turned away before it had a backend.
+/// Why a client was rejected before it had a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum RefusedReason {
-    /// Nobody was eligible.
+    /// No backend was eligible.
     NoBackend,
-    /// Descriptors, memory or buffers ran out here.
+    /// This host ran out of descriptors, memory or buffers.
     LocalResource,
-    /// No backend slot came free in time.
+    /// No backend slot became free within the queue timeout.
     QueueTimeout,
     /// Every connect attempt failed.
     ConnectFailed,
-    /// The frontend's `sources` do not let that address in.
+    /// The frontend's `sources` deny the client address.
     Denied,
-    /// Its source has as many sessions as it may.
+    /// The client source reached its connection limit.
     SourceConnections,
-    /// Its source connects faster than it may.
+    /// The client source exceeded its rate limit.
     SourceRate,
-    /// A route of the frontend refuses it.
+    /// A route of the frontend rejects the connection.
     Route,
 }
 
 // === impl Cause ===
 
 impl Cause {
-    /// The cause when a socket of `side` fails with `errno`. What this host has
-    /// run out of is nobody's fault at the other end.
+    /// Returns the cause if a socket of `side` fails with `errno`. If this host is out of
+    /// a resource, neither peer is the cause.
     pub fn of_failure(side: SessionSide, errno: i32) -> Cause {
-        let ours = matches!(
+        let local = matches!(
             errno,
             libc::ENOMEM | libc::ENOBUFS | libc::EMFILE | libc::ENFILE | libc::ENOSPC
         );
-        if ours {
+        if local {
             return Cause::LocalResource;
         }
         let lost = matches!(
@@ -144,8 +145,9 @@ impl Cause {
         }
     }
 
-    /// Whether both sockets are closed in order, with FIN, when so many bytes were
-    /// not delivered. To a peer, a stream cut short must not look like a whole one.
+    /// Returns whether both sockets are closed with FIN if `undelivered` bytes were not
+    /// delivered. Otherwise they are reset: a truncated stream must not look complete
+    /// to a peer.
     pub fn closes_in_order(self, undelivered: u64) -> bool {
         match self {
             Cause::Finished => true,
@@ -159,7 +161,7 @@ impl Cause {
     /// Number of causes.
     pub const COUNT: usize = Cause::ALL.len();
 
-    /// Every cause, in the order of their numbers.
+    /// Every cause, in numeric order.
     pub const ALL: [Cause; 22] = [
         Cause::Finished,
         Cause::ClientReset,
@@ -185,7 +187,7 @@ impl Cause {
         Cause::InternalError,
     ];
 
-    /// Metric label and access-log word.
+    /// Metric label and access-log value.
     pub fn name(self) -> &'static str {
         match self {
             Cause::Finished => "finished",
@@ -213,7 +215,7 @@ impl Cause {
         }
     }
 
-    /// The timer that fired, in the configuration's word; empty for none.
+    /// Configuration key of the timeout that expired; empty if none did.
     pub fn timer(self) -> &'static str {
         match self {
             Cause::ConnectTimeout => "connect_timeout",
@@ -234,7 +236,7 @@ impl Phase {
     /// Number of phases.
     pub const COUNT: usize = Phase::ALL.len();
 
-    /// Every phase, in the order of their numbers.
+    /// Every phase, in numeric order.
     pub const ALL: [Phase; 7] = [
         Phase::Admit,
         Phase::Preread,
@@ -245,7 +247,7 @@ impl Phase {
         Phase::Closed,
     ];
 
-    /// Metric label and access-log word.
+    /// Metric label and access-log value.
     pub fn name(self) -> &'static str {
         match self {
             Phase::Admit => "admit",
@@ -262,10 +264,10 @@ impl Phase {
 // === impl SessionSide ===
 
 impl SessionSide {
-    /// Both, client first.
+    /// Both sides, client first.
     pub const BOTH: [SessionSide; 2] = [SessionSide::Client, SessionSide::Backend];
 
-    /// The one across.
+    /// The opposite side.
     #[inline]
     pub fn other(self) -> SessionSide {
         match self {
@@ -274,7 +276,7 @@ impl SessionSide {
         }
     }
 
-    /// Access-log word.
+    /// Access-log value.
     pub fn name(self) -> &'static str {
         match self {
             SessionSide::Client => "client",
@@ -286,8 +288,7 @@ impl SessionSide {
 // === impl RefusedReason ===
 
 impl RefusedReason {
-    /// Why a session that never had a backend was turned away; `None` for one
-    /// that ended otherwise.
+    /// Returns why a session without a backend was rejected; `None` for other endings.
     pub fn of(ending: SessionEnd) -> Option<RefusedReason> {
         if matches!(ending.phase, Phase::Data | Phase::HalfClosed | Phase::Closed) {
             return None;
@@ -310,7 +311,7 @@ impl RefusedReason {
     /// Number of reasons.
     pub const COUNT: usize = RefusedReason::ALL.len();
 
-    /// Every reason, in the order of their numbers.
+    /// Every reason, in numeric order.
     pub const ALL: [RefusedReason; 8] = [
         RefusedReason::NoBackend,
         RefusedReason::LocalResource,
@@ -337,8 +338,8 @@ impl RefusedReason {
     }
 }
 
-/// The two letters HAProxy's log tools know (its manual, section 8.5): who
-/// ended it first, then in which phase.
+/// Returns the two letters that HAProxy's log tools use (its manual, section 8.5): the
+/// side that ended the session first, and the phase.
 pub fn code(cause: Cause, phase: Phase) -> [u8; 2] {
     let first = match cause {
         Cause::Finished => b'-',

@@ -1,7 +1,7 @@
-//! Configurations about which there is nothing to say, for tests and benches.
+//! Minimal configurations for tests and benches.
 //!
-//! Called by tests of this member and, by the feature `testing`, of others. Each field is
-//! the simplest value: what a test is about it sets itself.
+//! Called by tests of this crate and, with the feature `testing`, of other crates. Each
+//! field has the simplest value. A test sets the fields that it is about.
 
 use crate::model::{
     AccessLogTarget, Admin, AdminListen, Bind, Config, EngineChoice, FrontendConfig, HASH_SLOTS,
@@ -11,7 +11,7 @@ use crate::model::{
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A pool without backends, probes, ejection and heartbeats.
+/// Returns a pool without backends, probes, ejection and heartbeats.
 pub fn pool(name: &str) -> PoolConfig {
     PoolConfig {
         name: name.into(),
@@ -33,7 +33,7 @@ pub fn pool(name: &str) -> PoolConfig {
     }
 }
 
-/// A frontend at that port of 127.0.0.1, without time-outs and limits.
+/// Returns a frontend at `port` of 127.0.0.1, without timeouts and limits.
 pub fn frontend(name: &str, port: u16, pool: &PoolConfig) -> FrontendConfig {
     FrontendConfig {
         name: name.into(),
@@ -51,7 +51,7 @@ pub fn frontend(name: &str, port: u16, pool: &PoolConfig) -> FrontendConfig {
     }
 }
 
-/// A configuration of those frontends and pools, for at most 1,000 sessions.
+/// Returns a configuration with these frontends and pools, for at most 1,000 sessions.
 pub fn config(frontends: Vec<FrontendConfig>, pools: Vec<Arc<PoolConfig>>) -> Config {
     Config {
         process: ProcessConfig {

@@ -160,7 +160,7 @@ impl Control {
             return;
         };
         let kind = local_errors::local_kind(&error);
-        self.telemetry.local().local_trouble(kind, LocalErrorPlace::Reload);
+        self.telemetry.local().count_local_error(kind, LocalErrorPlace::Reload);
         tracing::warn!(%error, "reload postponed because of a local error; retrying");
         self.reloads.retry_later();
     }

@@ -1,4 +1,4 @@
-//! `least-connections`, `random` and `two-choices`: how load and weights are met.
+//! Load and weights in `least-connections`, `random` and `two-choices`.
 
 use super::*;
 
@@ -17,7 +17,7 @@ fn chi_square(hits: &[u64], weights: &[u32]) -> f64 {
 
 proptest! {
     #[test]
-    fn least_connections_takes_a_least_loaded_one(
+    fn least_connections_picks_a_least_loaded_candidate(
         specs in prop::collection::vec((1u32..1_000, 0u32..60, 0u32..50), 1..=64),
         tried in prop::collection::vec(0usize..64, 0..4),
         draw: u64,
@@ -49,7 +49,7 @@ proptest! {
 }
 
 #[test]
-fn ties_fall_evenly_even_between_neighbours() {
+fn equal_loads_are_picked_equally_often() {
     let balancer = balancer(Policy::LeastConnections, &[2, 2, 1, 1, 1, 1, 1, 1]);
     let hits = hits(&balancer, 10_000);
     assert!((4_700..5_300).contains(&hits[0]), "{hits:?}");
@@ -57,7 +57,7 @@ fn ties_fall_evenly_even_between_neighbours() {
 }
 
 #[test]
-fn held_connections_come_to_the_proportions_of_the_weights() {
+fn held_connections_are_proportional_to_the_weights() {
     let balancer = balancer(Policy::LeastConnections, &[4, 2, 1]);
     for number in 0..700 {
         balancer.pick(key(number), &[]).unwrap();
@@ -68,7 +68,7 @@ fn held_connections_come_to_the_proportions_of_the_weights() {
 }
 
 #[test]
-fn racing_threads_do_not_all_find_the_same_candidate_empty() {
+fn racing_threads_do_not_all_pick_the_same_candidate() {
     let balancer = balancer(Policy::LeastConnections, &[1; 8]);
     thread::scope(|scope| {
         for thread in 0..8 {
@@ -80,14 +80,14 @@ fn racing_threads_do_not_all_find_the_same_candidate_empty() {
             });
         }
     });
-    // Each of the other threads may have looked before this one's count rose.
+    // Each other thread can have compared loads before this thread raised the count.
     for held in held(&balancer) {
         assert!(held.abs_diff(1_000) <= 16, "{held}");
     }
 }
 
 #[test]
-fn large_pools_stay_close_to_even_without_being_scanned() {
+fn large_pools_stay_close_to_the_weights_without_a_scan() {
     for policy in [Policy::LeastConnections, Policy::TwoChoices] {
         let weights: Vec<u32> = (0..1_000).map(|i| 1 + i % 3).collect();
         let balancer = balancer(policy, &weights);
@@ -106,13 +106,13 @@ fn large_pools_stay_close_to_even_without_being_scanned() {
 fn random_follows_the_weights() {
     let weights = [10, 1, 5, 4, 30, 50];
     let hits = hits(&balancer(Policy::Random, &weights), 100_000);
-    // 99.9 % of fair draws with 5 degrees of freedom stay below 20.5; the keys
-    // are fixed, so this never flickers.
+    // 99.9 % of fair draws with 5 degrees of freedom stay below 20.5. The keys are
+    // fixed, so the result is always the same.
     assert!(chi_square(&hits, &weights) < 20.5, "{hits:?}");
 }
 
 #[test]
-fn random_among_those_left_still_follows_the_weights() {
+fn random_follows_the_weights_of_the_usable_candidates() {
     let specs = [(900, 1), (1, 0), (3, 0)];
     let balancer = Balancer::new(Policy::Random, capped(&specs), None);
     assert!(balancer.candidates()[0].in_flight.try_enter(1));
@@ -121,7 +121,7 @@ fn random_among_those_left_still_follows_the_weights() {
 }
 
 #[test]
-fn two_choices_between_two_is_least_connections() {
+fn two_choices_with_two_candidates_equals_least_connections() {
     let balancer = balancer(Policy::TwoChoices, &[999, 1]);
     for number in 0..5_000 {
         balancer.pick(key(number), &[]).unwrap();
@@ -130,7 +130,7 @@ fn two_choices_between_two_is_least_connections() {
 }
 
 #[test]
-fn two_choices_spread_better_than_one() {
+fn two_choices_spread_load_better_than_random() {
     let spread = |policy| {
         let balancer = balancer(policy, &[1; 100]);
         for number in 0..10_000 {
@@ -142,7 +142,7 @@ fn two_choices_spread_better_than_one() {
     assert!(spread(Policy::Random) >= 115, "{}", spread(Policy::Random));
 }
 
-/// A digest of picks over loads that change, one session in three given back.
+/// A digest of picks while loads change. One session in three gives its slot back.
 fn digest(policy: Policy, pool: usize) -> u64 {
     let specs: Vec<(u32, u32)> = (0..pool as u32)
         .map(|i| (1 + i % 7 * 31, if i % 3 == 0 { 0 } else { 5 + i % 11 }))

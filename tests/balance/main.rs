@@ -1,5 +1,5 @@
-//! What every balancing policy promises, through the public API: weights,
-//! caps, retries and hand-over between tables, one thread and many.
+//! Tests of the balancing policies through the public API: weights, caps, retries and
+//! handover between tables, with one thread and with many.
 
 #![cfg(not(tidegate_loom))]
 #![allow(clippy::unwrap_used)]
@@ -23,7 +23,7 @@ use tidegate_core::model::{Policy, Words};
 
 // === helpers ===
 
-/// Candidates `10.0.X.Y:80` with those weights and caps.
+/// Candidates `10.0.X.Y:80` with these weights and caps.
 fn capped(specs: &[(u32, u32)]) -> Vec<Candidate> {
     specs
         .iter()
@@ -47,7 +47,7 @@ fn balancer(policy: Policy, weights: &[u32]) -> Balancer {
     Balancer::new(policy, weighted(weights), None)
 }
 
-/// Keys whose draws and clients differ from number to number.
+/// A key whose draw and client depend on `number`.
 fn key(number: u64) -> PickKey {
     PickKey { client: IpAddr::V4(Ipv4Addr::from_bits(number as u32)), draw: number, at: 0 }
 }
@@ -56,7 +56,7 @@ fn client(ip: impl Into<IpAddr>) -> PickKey {
     PickKey { client: ip.into(), draw: 0, at: 0 }
 }
 
-/// Picks and gives back at once.
+/// Picks and gives the slot back immediately.
 fn touch(balancer: &Balancer, key: PickKey, tried: &[usize]) -> Result<usize, PickError> {
     let picked = balancer.pick(key, tried);
     if let Ok(index) = picked {
@@ -65,7 +65,7 @@ fn touch(balancer: &Balancer, key: PickKey, tried: &[usize]) -> Result<usize, Pi
     picked
 }
 
-/// Hits of each candidate over `count` picks, given back at once.
+/// Hits of each candidate in `count` picks; slots are given back immediately.
 fn hits(balancer: &Balancer, count: u64) -> Vec<u64> {
     let mut hits = vec![0; balancer.candidates().len()];
     for number in 0..count {
@@ -86,7 +86,7 @@ fn any_policy() -> impl Strategy<Value = Policy> {
 
 proptest! {
     #[test]
-    fn pick_is_untried_below_its_cap_and_failure_has_the_right_reason(
+    fn pick_returns_an_untried_candidate_below_its_cap_or_the_reason(
         policy in any_policy(),
         specs in prop::collection::vec((1u32..20, 0u32..4), 1..90),
         tried in prop::collection::vec(0usize..100, 0..6),
@@ -123,7 +123,7 @@ proptest! {
 }
 
 #[test]
-fn no_candidate_is_exhausted() {
+fn empty_balancer_is_exhausted() {
     for policy in Policy::all() {
         let balancer = Balancer::new(policy, Vec::new(), None);
         assert_eq!(balancer.pick(key(1), &[]), Err(PickError::Exhausted));
@@ -132,7 +132,7 @@ fn no_candidate_is_exhausted() {
 }
 
 #[test]
-fn weight_of_zero_counts_as_one() {
+fn weight_of_zero_is_treated_as_one() {
     for policy in Policy::all() {
         let hits = hits(&balancer(policy, &[0, 1]), 10_000);
         assert!(hits.iter().all(|&hit| hit > 4_000), "{policy:?}: {hits:?}");
@@ -140,7 +140,7 @@ fn weight_of_zero_counts_as_one() {
 }
 
 #[test]
-fn last_free_one_among_thousands_is_found() {
+fn last_free_slot_among_thousands_of_candidates_is_found() {
     for policy in Policy::all() {
         let mut specs = vec![(3, 1); 5_000];
         specs[1_234] = (1, 2);
@@ -155,15 +155,15 @@ fn last_free_one_among_thousands_is_found() {
     }
 }
 
-/// What the sessions themselves have seen of a candidate.
+/// What the sessions of a candidate have counted themselves.
 #[derive(Default)]
 struct Seen {
     inside: AtomicU32,
     peak: AtomicU32,
 }
 
-/// Opens sessions as fast as it can, holding up to three, and closes them all. All
-/// threads hold theirs at once at the start, however the scheduler runs them.
+/// Opens sessions as fast as possible, holds up to three, and closes them all. At the
+/// start all threads hold their sessions at the same time, whatever the scheduler does.
 fn hammer(balancer: &Balancer, seen: &[Seen], thread: u64, all_open: &Barrier) {
     let close = |index: usize| {
         seen[index].inside.fetch_sub(1, Ordering::SeqCst);
@@ -190,7 +190,7 @@ fn hammer(balancer: &Balancer, seen: &[Seen], thread: u64, all_open: &Barrier) {
 }
 
 #[test]
-fn eight_threads_never_overshoot_a_cap_and_leave_nothing_behind() {
+fn eight_threads_never_exceed_a_cap_and_leave_no_slot_taken() {
     for policy in Policy::all() {
         let caps = [(5, 3), (1, 1), (2, 7), (1, 2)];
         let balancer = Balancer::new(policy, capped(&caps), None);

@@ -1,17 +1,17 @@
-//! `peak-ewma`: slow backends get little, and are not forgotten.
+//! `peak-ewma`: slow backends get few sessions, and get more after they recover.
 
 use super::*;
 use std::time::Duration;
 
-/// Milliseconds.
+/// In milliseconds.
 const START: u64 = 1_000_000;
 
 fn at(number: u64, at: u64) -> PickKey {
     PickKey { at, ..key(number) }
 }
 
-/// Serves one session after another, one each millisecond, each taking what its
-/// backend takes; how many each got.
+/// Starts one session per millisecond. Each lasts as long as its backend takes. Returns
+/// the number of sessions per backend.
 fn serve(balancer: &Balancer, takes: &[Duration], from: u64, sessions: u64) -> Vec<u64> {
     let mut hits = vec![0; takes.len()];
     let mut open: VecDeque<(u64, usize)> = VecDeque::new();
@@ -46,7 +46,7 @@ fn slow_backend_gets_far_less_than_its_share() {
 }
 
 #[test]
-fn once_slow_backend_is_tried_again_and_gets_its_share_back() {
+fn recovered_backend_is_tried_again_and_regains_its_share() {
     let balancer = balancer(Policy::PeakEwma, &[1, 1]);
     let hits = serve(&balancer, &[millis(1), millis(100)], START, 10_000);
     assert!(hits[1] < 100, "{hits:?}");
@@ -55,14 +55,14 @@ fn once_slow_backend_is_tried_again_and_gets_its_share_back() {
 }
 
 #[test]
-fn unmeasured_backend_is_compared_by_load_alone() {
+fn unmeasured_backend_is_compared_by_load_only() {
     let balancer = balancer(Policy::PeakEwma, &[1, 1]);
     balancer.candidates()[0].latency.connected(Duration::from_micros(10), START);
     let mut hits = [0u64; 2];
     for number in 0..100 {
         hits[balancer.pick(at(number, START), &[]).unwrap()] += 1;
     }
-    assert_eq!(hits, [50, 50], "no herd to the new one");
+    assert_eq!(hits, [50, 50], "the new backend does not get all sessions");
 }
 
 #[test]

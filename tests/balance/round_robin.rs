@@ -1,4 +1,4 @@
-//! `weighted-round-robin`: exact, smooth, and not started over by a reload.
+//! `weighted-round-robin`: exact, smooth, and continued after a reload.
 
 use super::*;
 
@@ -34,7 +34,7 @@ fn gcd(a: u32, b: u32) -> u32 {
 }
 
 #[test]
-fn round_robin_is_exact_over_all_threads_and_over_reloads_that_change_nothing() {
+fn round_robin_is_exact_over_all_threads_and_unchanged_reloads() {
     let weights = [7, 3, 2];
     let candidates = weighted(&weights);
     let mut generations = vec![Balancer::new(WRR, candidates.clone(), None)];
@@ -57,13 +57,13 @@ fn round_robin_is_exact_over_all_threads_and_over_reloads_that_change_nothing() 
 }
 
 #[test]
-fn changed_round_robin_goes_on_as_far_into_its_period_as_the_old_one_was() {
+fn changed_round_robin_continues_at_its_relative_position() {
     let old = balancer(WRR, &[1, 1, 1, 1]);
     assert_eq!(letters(&old, 6), "abcdab");
-    // Half a period in: two of four places, so four of eight.
+    // Half a period: two of four places, so four of eight.
     let new = Balancer::new(WRR, weighted(&[1; 8]), Some(&old));
     assert_eq!(letters(&new, 8), "efghabcd");
-    // Another policy has no position to go on from.
+    // Another policy has no position.
     let other = balancer(Policy::Random, &[1; 4]);
     assert_eq!(letters(&Balancer::new(WRR, weighted(&[1; 4]), Some(&other)), 4), "abcd");
 }
@@ -79,7 +79,7 @@ fn other_candidates_in_the_same_proportions_do_not_share_a_position() {
 }
 
 #[test]
-fn turn_of_a_full_candidate_is_shared_out_by_weight() {
+fn share_of_a_full_candidate_is_distributed_by_weight() {
     let specs = [(3, 1), (1, 0), (2, 0)];
     let balancer = Balancer::new(WRR, capped(&specs), None);
     assert!(balancer.candidates()[0].in_flight.try_enter(1));
@@ -89,7 +89,7 @@ fn turn_of_a_full_candidate_is_shared_out_by_weight() {
 }
 
 #[test]
-fn retries_after_one_failing_candidate_do_not_all_land_on_its_successor() {
+fn retries_after_a_failing_candidate_are_spread_over_the_others() {
     let balancer = balancer(WRR, &[1, 1, 1, 1]);
     let mut landed = [0u32; 4];
     for number in 0..4_000 {

@@ -1,11 +1,11 @@
-//! A candidate in its slow start gets at most its share of the picks, whatever the
-//! loads are.
+//! A candidate in slow start gets at most its share of the picks, whatever the loads
+//! are.
 
 use super::*;
 
 const BY_LOAD: [Policy; 3] = [Policy::LeastConnections, Policy::TwoChoices, Policy::PeakEwma];
 
-/// Weight, sessions held and whether it is in its slow start.
+/// Weight, sessions held and whether it is in slow start.
 type Spec = (u32, u32, bool);
 
 fn pool(specs: &[Spec]) -> Vec<Candidate> {
@@ -22,7 +22,7 @@ fn share(specs: &[Spec], index: usize) -> f64 {
     f64::from(specs[index].0) / f64::from(total)
 }
 
-/// As many picks as nearly no fair draw of that share exceeds.
+/// A number of picks that a fair draw with this share almost never exceeds.
 fn at_most(share: f64, picks: u64) -> f64 {
     let mean = share * picks as f64;
     mean + 5.0 * mean.sqrt() + 5.0
@@ -32,7 +32,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
 
     #[test]
-    fn share_of_a_slow_start_is_bounded_whatever_the_loads_are(
+    fn share_of_a_candidate_in_slow_start_is_bounded_under_any_load(
         specs in prop::collection::vec((1u32..1_000, 0u32..300, any::<bool>()), 2..90),
         keep: bool,
         from: u32,
@@ -56,7 +56,7 @@ proptest! {
 }
 
 #[test]
-fn emptied_one_gets_its_share_at_each_step_and_no_more() {
+fn idle_candidate_in_slow_start_gets_exactly_its_share() {
     for (policy, others) in BY_LOAD.into_iter().flat_map(|p| [2, 63, 64, 299].map(|n| (p, n))) {
         let mut specs = vec![(1_000, 200, false); others];
         specs.push((1_000, 0, true));
@@ -71,7 +71,7 @@ fn emptied_one_gets_its_share_at_each_step_and_no_more() {
 }
 
 #[test]
-fn several_slow_starts_each_get_their_own_share() {
+fn candidates_in_slow_start_each_get_their_own_share() {
     let specs = [(100, 50, false), (10, 0, true), (100, 90, false), (40, 3, true), (20, 0, true)];
     for policy in BY_LOAD {
         let hits = hits(&Balancer::new(policy, pool(&specs), None), 27_000);
@@ -83,7 +83,7 @@ fn several_slow_starts_each_get_their_own_share() {
 }
 
 #[test]
-fn loaded_one_gets_less_than_its_share() {
+fn loaded_candidate_in_slow_start_gets_less_than_its_share() {
     let specs = [(100, 0, false), (100, 0, false), (50, 90, true)];
     for policy in BY_LOAD {
         let hits = hits(&Balancer::new(policy, pool(&specs), None), 1_000);
@@ -92,7 +92,7 @@ fn loaded_one_gets_less_than_its_share() {
 }
 
 #[test]
-fn slow_start_refuses_no_session_that_others_have_no_room_for() {
+fn candidate_in_slow_start_gets_all_sessions_if_others_are_full() {
     for (policy, others) in BY_LOAD.into_iter().flat_map(|p| [2, 80].map(|n| (p, n))) {
         let mut candidates = pool(&vec![(1_000, 1, false); others]);
         candidates.iter_mut().for_each(|candidate| candidate.connections_max = 1);
@@ -105,14 +105,14 @@ fn slow_start_refuses_no_session_that_others_have_no_room_for() {
         assert_eq!(balancer.pick(key(100), &[]), Err(PickError::AtCapacity));
         balancer.candidates()[others].in_flight.leave();
         let all_others: Vec<usize> = (0..others).collect();
-        assert_eq!(balancer.pick(key(101), &all_others), Ok(others), "they were tried");
+        assert_eq!(balancer.pick(key(101), &all_others), Ok(others), "the others were tried");
         balancer.candidates()[others].in_flight.leave();
         assert_eq!(balancer.pick(key(102), &[others]), Err(PickError::AtCapacity));
     }
 }
 
 #[test]
-fn where_all_start_slowly_they_are_balanced_as_ever() {
+fn pool_of_only_slow_starts_is_balanced_normally() {
     let specs: [Spec; 3] = [(10, 0, false), (20, 5, false), (10, 0, false)];
     for policy in BY_LOAD {
         let plain = hits(&Balancer::new(policy, pool(&specs), None), 1_000);
@@ -122,7 +122,7 @@ fn where_all_start_slowly_they_are_balanced_as_ever() {
 }
 
 #[test]
-fn policies_that_follow_weights_alone_need_no_bound() {
+fn slow_start_does_not_change_picks_of_policies_that_ignore_load() {
     let specs = [(1_000, 200, false), (1_000, 200, false), (100, 0, true)];
     for policy in [Policy::WeightedRoundRobin, Policy::Random] {
         let hits = hits(&Balancer::new(policy, pool(&specs), None), 21_000)[2];
@@ -136,7 +136,7 @@ fn policies_that_follow_weights_alone_need_no_bound() {
 }
 
 #[test]
-fn balancer_stays_until_a_slow_start_begins_or_ends() {
+fn balancer_is_reused_until_a_slow_start_begins_or_ends() {
     let (starting, plain) = (pool(&[(10, 0, true), (10, 0, false)]), |mut all: Vec<Candidate>| {
         all.iter_mut().for_each(|candidate| candidate.slow_start = false);
         all

@@ -1,10 +1,10 @@
-//! `source-hash`: the same client to the same backend, on every machine.
+//! `source-hash`: the same client gets the same backend, on every machine.
 
 use super::*;
 use std::collections::HashSet;
 use std::net::Ipv6Addr;
 
-/// Where each of `count` clients goes, by key.
+/// The backend of each of `count` clients, by key.
 fn homes(balancer: &Balancer, count: u32) -> Vec<Arc<str>> {
     (0..count)
         .map(|n| {
@@ -23,7 +23,7 @@ fn moved(before: &[Arc<str>], after: &[Arc<str>]) -> f64 {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(12))]
     #[test]
-    fn removing_one_of_n_equal_backends_moves_few_others(count in 2usize..80, gone in 0usize..80) {
+    fn removed_backend_moves_few_clients_of_the_others(count in 2usize..80, gone in 0usize..80) {
         let mut candidates = weighted(&vec![1; count]);
         let before = homes(&Balancer::new(Policy::SourceHash, candidates.clone(), None), 20_000);
         candidates.remove(gone % count);
@@ -33,7 +33,7 @@ proptest! {
     }
 
     #[test]
-    fn sources_follow_the_weights(weights in prop::collection::vec(1u32..20, 2..12)) {
+    fn clients_are_distributed_by_weight(weights in prop::collection::vec(1u32..20, 2..12)) {
         let balancer = balancer(Policy::SourceHash, &weights);
         let hits = hits(&balancer, 60_000);
         let total: u32 = weights.iter().sum();
@@ -44,8 +44,8 @@ proptest! {
     }
 }
 
-/// Whether one more backend, and then one less, moves at most its share of the
-/// clients and 2 %.
+/// Checks that adding and removing the last backend moves at most its share of the
+/// clients plus 2 %.
 fn one_more_and_one_less(weights: &[u32], clients: u32) {
     let (n, all) = (weights.len(), weighted(weights));
     let of = |candidates: &[Candidate]| {
@@ -57,21 +57,21 @@ fn one_more_and_one_less(weights: &[u32], clients: u32) {
     assert!(moved <= share + 0.02, "{moved} of the clients moved between {} and {n}", n - 1);
 }
 
-/// The numbers of backends at which one more is looked at.
+/// Pool sizes that are checked with one backend more and one less.
 fn sizes() -> Vec<usize> {
     let long = std::env::var("TIDEGATE_LONG").is_ok_and(|value| value == "1");
     if long { (2..=2_000).collect() } else { vec![2, 3, 10, 100, 650, 651, 652, 1_999, 2_000] }
 }
 
 #[test]
-fn one_backend_more_or_less_moves_few_clients_whatever_the_size_of_the_pool() {
+fn added_or_removed_backend_moves_few_clients_in_pools_of_any_size() {
     for size in sizes() {
         one_more_and_one_less(&vec![1; size], 20_000);
     }
 }
 
 #[test]
-fn one_backend_more_or_less_moves_few_clients_with_weights() {
+fn added_or_removed_backend_moves_few_clients_with_weights() {
     for size in sizes() {
         let weights: Vec<u32> = (0..size as u32).map(|n| n.wrapping_mul(37) % 1_000 + 1).collect();
         one_more_and_one_less(&weights, 20_000);
@@ -89,7 +89,7 @@ fn pool_with_many_backends_down_keeps_the_clients_of_the_others() {
 }
 
 #[test]
-fn every_backend_has_a_slot_where_there_are_as_many_slots_as_backends() {
+fn every_backend_has_a_slot_if_slots_equal_backends() {
     let all = weighted(&[1; 251]);
     let balancer = Balancer::of_pool(Policy::SourceHash, all, 251, None);
     let hit = hits(&balancer, 20_000);
@@ -107,7 +107,7 @@ fn order_in_the_file_does_not_matter() {
 }
 
 #[test]
-fn mapped_ipv6_client_is_the_ipv4_client_and_the_draw_does_not_matter() {
+fn ipv4_mapped_client_is_hashed_as_ipv4_and_the_draw_is_ignored() {
     let balancer = balancer(Policy::SourceHash, &[1; 50]);
     for n in 0..500u64 {
         let v4 = Ipv4Addr::from_bits(n as u32 * 7_919);
@@ -118,7 +118,7 @@ fn mapped_ipv6_client_is_the_ipv4_client_and_the_draw_does_not_matter() {
 }
 
 #[test]
-fn every_try_of_a_client_has_its_fixed_successor() {
+fn retries_of_a_client_follow_a_fixed_order() {
     let one = balancer(Policy::SourceHash, &[1, 5, 3, 1]);
     let other = balancer(Policy::SourceHash, &[1, 5, 3, 1]);
     for n in 0..300 {
@@ -132,19 +132,19 @@ fn every_try_of_a_client_has_its_fixed_successor() {
 }
 
 #[test]
-fn sources_of_a_full_backend_spread_over_the_others() {
+fn clients_of_a_full_backend_spread_over_the_others() {
     let balancer = Balancer::new(Policy::SourceHash, capped(&[(1, 1), (1, 0), (1, 0)]), None);
     assert!(balancer.candidates()[0].in_flight.try_enter(1));
     let hits = hits(&balancer, 9_000);
     assert!((4_200..4_800).contains(&hits[1]), "{hits:?}");
 }
 
-/// Choice and next three choices of each client, as an implementation written
-/// from the description in `balance::source_hash` alone also gives them.
-/// Pinned for good: a change here sends clients elsewhere after an upgrade and
-/// breaks agreement between machines of different versions.
+/// Choice and next three choices of each client. An independent implementation, written
+/// from the description in `balance::source_hash`, gives the same. These values must
+/// never change: a change moves clients after an upgrade, and machines with different
+/// versions disagree.
 #[test]
-fn golden_homes_of_clients_hold() {
+fn choices_of_clients_match_the_golden_values() {
     let clients: [IpAddr; 4] = [
         Ipv4Addr::new(192, 0, 2, 1).into(),
         Ipv4Addr::new(198, 51, 100, 77).into(),

@@ -1,27 +1,25 @@
-//! Who may connect at all: allow and deny lists of address ranges.
+//! Access lists: allowed and denied address ranges of clients.
 //!
-//! Built by the configuration, asked by the listener for each accepted
-//! connection. Pure; it counts nobody and knows no limits: those are
-//! `sources`.
+//! The configuration builds them. The listener checks each accepted connection. Pure;
+//! it counts nothing and knows no limits (see `client_sources`).
 //!
-//! The longest prefix that holds an address decides. Ranges nest or are
-//! disjoint, so a list is flattened once, when it is built, into the places
-//! where the verdict changes; a question is one binary search, 17 steps among
-//! 100,000 ranges.
+//! The longest prefix that contains an address decides. Ranges are nested or disjoint.
+//! A list is therefore flattened once, when it is built, into the addresses at which
+//! the result changes. A lookup is one binary search: 17 steps for 100,000 ranges.
 
 use ipnet::IpNet;
 use std::net::IpAddr;
 
-/// What a list says of an address.
+/// Result of a lookup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Access {
-    /// May connect.
+    /// The client is admitted.
     Allowed,
-    /// Is turned away.
+    /// The client is rejected.
     Denied,
 }
 
-/// See the module's documentation.
+/// Flattened allow and deny lists.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AccessList {
     v4: Box<[RangeStart<u32>]>,
@@ -29,14 +27,14 @@ pub struct AccessList {
     rules: usize,
 }
 
-/// From this address on, up to the next change, that verdict holds.
+/// `access` applies from this address up to the next start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct RangeStart<T> {
     from: T,
     access: Access,
 }
 
-/// One range, both ends included.
+/// A range, inclusive at both ends.
 struct Range {
     first: u128,
     last: u128,
@@ -46,8 +44,8 @@ struct Range {
 // === impl AccessList ===
 
 impl AccessList {
-    /// Everybody is allowed but `deny`; where `allow` names anybody, nobody but
-    /// them is. A range in both lists is denied.
+    /// Builds a list. An address outside all ranges is denied if `allow` is not empty,
+    /// and allowed otherwise. A range in both lists is denied.
     pub fn new(allow: &[IpNet], deny: &[IpNet]) -> AccessList {
         let otherwise = if allow.is_empty() { Access::Allowed } else { Access::Denied };
         let of_kind = |v4: bool| -> Vec<Range> {
@@ -64,7 +62,7 @@ impl AccessList {
                 .collect()
         };
         let narrow = |change: RangeStart<u128>| {
-            // IPv4 ranges lie within 32 bits.
+            // IPv4 ranges fit 32 bits.
             u32::try_from(change.from).ok().map(|from| RangeStart { from, access: change.access })
         };
         AccessList {
@@ -74,7 +72,7 @@ impl AccessList {
         }
     }
 
-    /// Whether `address` may connect. An IPv4-mapped IPv6 address counts as
+    /// Returns whether `address` is allowed. An IPv4-mapped IPv6 address is treated as
     /// IPv4.
     #[inline]
     pub fn of(&self, address: IpAddr) -> Access {
@@ -84,7 +82,7 @@ impl AccessList {
         }
     }
 
-    /// Ranges it was made of.
+    /// Returns the number of ranges in both lists.
     pub fn rules(&self) -> usize {
         self.rules
     }
@@ -97,16 +95,17 @@ fn number(address: IpAddr) -> u128 {
     }
 }
 
-/// The first change is at zero, so there always is one before `address`.
+/// Returns the access at `address`. The first start is 0, so a start at or before
+/// `address` always exists.
 fn verdict<T: Copy + Ord>(changes: &[RangeStart<T>], address: T) -> Access {
     let after = changes.partition_point(|change| change.from <= address);
     changes[after - 1].access
 }
 
-/// Sweeps over the ranges with those that are open on a stack, innermost on
-/// top: the innermost is the longest prefix.
+/// Flattens the ranges with a sweep. `open` is a stack of the ranges that contain the
+/// current address, innermost on top. The innermost has the longest prefix.
 fn flatten(mut ranges: Vec<Range>, otherwise: Access) -> Vec<RangeStart<u128>> {
-    // Outer before inner; of equal ones the denied last, so that it decides.
+    // Outer before inner. Of two equal ranges the denied range is last, so it decides.
     ranges.sort_by_key(|r| (r.first, std::cmp::Reverse(r.last), r.access == Access::Denied));
     let mut changes = vec![RangeStart { from: 0, access: otherwise }];
     let mut open: Vec<Range> = Vec::new();
@@ -120,7 +119,7 @@ fn flatten(mut ranges: Vec<Range>, otherwise: Access) -> Vec<RangeStart<u128>> {
     changes
 }
 
-/// Closes what ends before `next` (everything, where there is no next).
+/// Closes the ranges that end before `next`; all of them if `next` is `None`.
 fn close_before(
     open: &mut Vec<Range>,
     next: Option<u128>,
@@ -135,7 +134,7 @@ fn close_before(
     }
 }
 
-/// What was said of the same place before is overruled.
+/// Adds a start. A start at the same address is replaced.
 fn change(changes: &mut Vec<RangeStart<u128>>, from: u128, access: Access) {
     match changes.last_mut() {
         Some(last) if last.from == from => last.access = access,
@@ -174,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_prefix_decides() {
+    fn longest_prefix_decides() {
         let allow = nets(&["10.0.0.0/8", "10.1.2.0/24", "0.0.0.0/0", "2001:db8::/32"]);
         let deny = nets(&["10.1.0.0/16", "10.1.2.3/32", "2001:db8:1::/48", "255.0.0.0/8"]);
         let list = AccessList::new(&allow, &deny);
@@ -197,19 +196,19 @@ mod tests {
     }
 
     #[test]
-    fn a_range_in_both_lists_is_denied() {
+    fn range_in_both_lists_is_denied() {
         let both = nets(&["192.0.2.0/24"]);
         assert_eq!(of(&AccessList::new(&both, &both), "192.0.2.7"), Access::Denied);
     }
 
     #[test]
-    fn a_mapped_address_counts_as_ipv4() {
+    fn ipv4_mapped_address_is_treated_as_ipv4() {
         let list = AccessList::new(&[], &nets(&["192.0.2.0/24"]));
         assert_eq!(of(&list, "::ffff:192.0.2.9"), Access::Denied);
     }
 
     fn any_net() -> impl Strategy<Value = IpNet> {
-        // Few distinct bits, so that ranges nest and touch.
+        // Addresses vary in few bits, so that ranges are nested and adjacent.
         let v4 = (0u32..16, 0u32..16, 0u8..=32).prop_map(|(high, low, length)| {
             let address = std::net::Ipv4Addr::from_bits(high << 28 | low);
             IpNet::new(address.into(), length).unwrap().trunc()
@@ -221,7 +220,7 @@ mod tests {
         prop_oneof![v4, v6]
     }
 
-    /// The rule itself, one range after the other.
+    /// The rule itself, applied to every range.
     fn by_hand(allow: &[IpNet], deny: &[IpNet], address: IpAddr) -> Access {
         let longest = |nets: &[IpNet]| {
             nets.iter().filter(|net| net.contains(&address)).map(|net| net.prefix_len()).max()
@@ -237,7 +236,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_says_what_a_look_at_every_range_says(
+        fn lookup_matches_the_rule_applied_to_every_range(
             allow in prop::collection::vec(any_net(), 0..8),
             deny in prop::collection::vec(any_net(), 0..8),
         ) {

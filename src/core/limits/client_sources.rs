@@ -1,30 +1,31 @@
-//! How much one source may ask for: connections at once and new ones a second,
-//! by address prefix.
+//! Limits per client source (an address prefix): concurrent connections and new
+//! connections per second.
 //!
-//! One table a frontend that has such limits; the listeners of all workers ask
-//! it for each accepted connection, before any backend is thought of. Pure but
-//! for the shared counts: time comes in as an argument.
+//! A frontend with such limits has one table. The listeners of all workers check it for
+//! each accepted connection, before a backend is picked. Pure except for the shared
+//! counts: time is an argument.
 //!
-//! # What is kept, and its bound
+//! # Entries and their bound
 //!
-//! The table has room for [`SOURCES_MAX`] prefixes and never grows (4 MiB).
-//! A prefix is kept as long as it says something: while it has connections, or
-//! while its rate is not yet what a stranger's would be. One that says nothing
-//! is overwritten by whoever needs the room. Where all [`WAYS`] places a
-//! prefix may take hold others that do, it is let in untracked, and that is
-//! counted: then limits are not kept for it, but nobody is refused for the
-//! sake of strangers.
+//! The table holds [`SOURCES_MAX`] prefixes and never grows (4 MiB). An entry is in use
+//! while its prefix has connections, or while its rate allows less than the rate of a
+//! new prefix. An entry that is not in use is overwritten when another prefix needs it.
+//! If all [`WAYS`] entries that a prefix can use are taken by other prefixes, its
+//! connection is admitted untracked, and that is counted. Limits do not apply to an
+//! untracked connection. The alternative is to reject clients because other sources
+//! filled the table.
 //!
 //! # The rate
 //!
-//! The generic cell rate algorithm (ITU-T I.371, virtual scheduling): one
-//! number for each source, the time its next connection is *due*. A
-//! connection may come up to `burst - 1` intervals early. A refused connection
-//! costs nothing: who keeps trying gets its rate.
+//! The generic cell rate algorithm (ITU-T I.371, virtual scheduling). Each source has
+//! one number: the time at which its next connection is *due*. A connection can be up
+//! to `burst - 1` intervals early. A rejected connection does not change the number, so
+//! a client that keeps retrying gets its full rate.
 //!
-//! Each set of eight places has a lock of its own, held for some ten
-//! nanoseconds; two workers meet at one only when the same set is asked at the
-//! same moment.
+//! # Locking
+//!
+//! Each set of [`WAYS`] entries has its own lock, which is held for about 10 ns. Two
+//! workers contend for it only if they check the same set at the same moment.
 
 use crossbeam::utils::CachePadded;
 use serde::Serialize;
@@ -34,52 +35,53 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-/// Prefixes one table keeps at most.
+/// Maximum number of prefixes in a table.
 pub const SOURCES_MAX: usize = SETS * WAYS;
 
 const SETS: usize = 8192;
 
-/// Places a prefix may take; one lock and one look at them all a question.
+/// Entries per set: the entries that a prefix can use. A check takes one lock and looks
+/// at all of them.
 pub const WAYS: usize = 8;
 
-/// What one source may ask for.
+/// Limits of a client source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct SourceLimits {
-    /// Leading bits that make two IPv4 addresses one source, 0..=32.
+    /// Prefix length that defines an IPv4 source, 0..=32.
     pub prefix_v4: u8,
-    /// The same for IPv6, 0..=128.
+    /// Prefix length that defines an IPv6 source, 0..=128.
     pub prefix_v6: u8,
-    /// Connections at once; 0 means no cap.
+    /// Cap on concurrent connections; 0 means no cap.
     pub connections_max: u32,
-    /// New connections; `None` means any number.
+    /// Rate limit of new connections; `None` means no limit.
     #[serde(flatten)]
     pub rate: Option<Rate>,
 }
 
-/// Unit of time that a rate is given in, and its seconds.
+/// Unit of time of a rate, and its length in seconds.
 pub type RateUnit = (&'static str, u32);
 
-/// So many connections in so much time, and how many may come at once.
+/// A rate limit: connections per unit of time, and a burst.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rate {
     count: u32,
     unit: RateUnit,
-    /// Time between two connections in the long run.
+    /// Average time between two connections.
     pub interval: Duration,
-    /// Connections that may come at once after a quiet time; at least 1.
+    /// Connections that are admitted at the same time after a quiet period; at least 1.
     pub burst: u32,
 }
 
-/// Why a source is turned away.
+/// Why a client source is rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SourceRefused {
-    /// It has as many connections as it may.
+    /// It has the maximum number of connections.
     TooMany,
-    /// Its connections come too fast.
+    /// It exceeds its rate.
     TooFast,
 }
 
-/// See the module's documentation.
+/// Counts of client sources; see the module's documentation.
 #[derive(Debug)]
 pub struct SourceTable {
     sets: Box<[CachePadded<Mutex<[SourceEntry; WAYS]>>]>,
@@ -87,17 +89,17 @@ pub struct SourceTable {
     epoch: Instant,
 }
 
-/// One prefix's counts.
+/// Counts of one prefix.
 #[derive(Debug, Clone, Copy, Default)]
 struct SourceEntry {
-    /// Address bits and prefix length; 0 for an empty place: no key is zero.
+    /// Address bits and prefix length; 0 marks an empty entry, because no key is zero.
     key: (u128, u8),
     connections: u32,
-    /// When the next connection is due, in nanoseconds since the epoch.
+    /// Time at which the next connection is due, in nanoseconds since the epoch.
     due: u64,
 }
 
-/// A connection's share of its source's count; dropping it gives it back.
+/// A counted connection of a client source. Dropping it lowers the count.
 #[derive(Debug)]
 pub struct SourcePermit {
     table: Arc<SourceTable>,
@@ -105,20 +107,20 @@ pub struct SourcePermit {
     way: u8,
 }
 
-/// What [`SourceTable::admit`] gives.
+/// Result of [`SourceTable::admit`].
 #[derive(Debug)]
 pub enum SourceAdmission {
-    /// Counted as long as the slot lives.
+    /// Counted while the permit lives.
     Counted(SourcePermit),
-    /// Let in without being counted: its places are taken. Not an error, but
-    /// worth a counter.
+    /// Admitted without being counted, because the entries of its set are in use. Not
+    /// an error; the caller counts it.
     Untracked,
 }
 
 // === impl SourceLimits ===
 
 impl SourceLimits {
-    /// Whether there is anything to keep count of.
+    /// Returns whether there is a limit, so that a table is needed.
     pub fn are_any(&self) -> bool {
         self.connections_max != 0 || self.rate.is_some()
     }
@@ -127,18 +129,19 @@ impl SourceLimits {
 // === impl Rate ===
 
 impl Rate {
-    /// The units there are.
+    /// All units.
     pub const UNITS: [RateUnit; 3] = [("s", 1), ("m", 60), ("h", 3600)];
 
-    /// `count` connections, at least 1, in a unit of [`Rate::UNITS`]. A `burst` that is not
-    /// given is a second's worth, since clients open several connections at once.
+    /// Creates a rate of `count` connections (at least 1) per `unit`, one of
+    /// [`Rate::UNITS`]. The default `burst` is the number of connections in a second,
+    /// because clients open several connections at the same time.
     pub fn per(count: u32, unit: RateUnit, burst: Option<u32>) -> Rate {
         let burst = burst.unwrap_or(count.div_ceil(unit.1));
         Rate { count, unit, interval: Duration::from_secs(unit.1.into()) / count, burst }
     }
 }
 
-/// As the keys `rate` and `burst` of a configuration file.
+/// Serialises as the configuration keys `rate` and `burst`.
 impl Serialize for Rate {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut keys = serializer.serialize_struct("Rate", 2)?;
@@ -153,8 +156,8 @@ impl Serialize for Rate {
 // === impl SourceTable ===
 
 impl SourceTable {
-    /// Nobody known yet. `seed` keeps strangers from choosing which sources
-    /// share their places.
+    /// Creates an empty table. With a secret `seed`, clients cannot choose which
+    /// sources share a set.
     pub fn new(seed: u64, now: Instant) -> SourceTable {
         SourceTable {
             sets: (0..SETS).map(|_| CachePadded::new(Mutex::new(Default::default()))).collect(),
@@ -163,8 +166,8 @@ impl SourceTable {
         }
     }
 
-    /// Counts one more connection of the source that `address` belongs to, or
-    /// says why not. `now` is not before the table's making.
+    /// Counts a connection of the source of `address`, or returns why it is rejected.
+    /// `now` must not be earlier than the creation of the table.
     pub fn admit(
         self: &Arc<SourceTable>,
         address: IpAddr,
@@ -174,32 +177,32 @@ impl SourceTable {
         let key = key(address, limits);
         let now = self.nanoseconds(now);
         let set = self.set_of(key);
-        let mut places = lock(&self.sets[set]);
-        let Some(way) = find(&places, key, now) else { return Ok(SourceAdmission::Untracked) };
-        let place = &mut places[way];
-        if place.key != key {
-            *place = SourceEntry { key, connections: 0, due: now };
+        let mut entries = lock(&self.sets[set]);
+        let Some(way) = find(&entries, key, now) else { return Ok(SourceAdmission::Untracked) };
+        let entry = &mut entries[way];
+        if entry.key != key {
+            *entry = SourceEntry { key, connections: 0, due: now };
         }
-        if limits.connections_max != 0 && place.connections >= limits.connections_max {
+        if limits.connections_max != 0 && entry.connections >= limits.connections_max {
             return Err(SourceRefused::TooMany);
         }
         if let Some(rate) = limits.rate {
-            place.due = next_due(place.due, now, rate).ok_or(SourceRefused::TooFast)?;
+            entry.due = next_due(entry.due, now, rate).ok_or(SourceRefused::TooFast)?;
         }
-        place.connections += 1;
-        // Both are far below their types' limits.
+        entry.connections += 1;
+        // Both are far below the limits of their types.
         let (set, way) = (set as u32, way as u8);
         Ok(SourceAdmission::Counted(SourcePermit { table: Arc::clone(self), set, way }))
     }
 
-    /// Prefixes kept at this moment. Looks at every place: for tests and rare
+    /// Returns the number of entries in use. Scans the whole table: for tests and rare
     /// reports.
     pub fn kept(&self, now: Instant) -> usize {
         let now = self.nanoseconds(now);
-        let says_something = |set: &CachePadded<Mutex<[SourceEntry; WAYS]>>| {
-            lock(set).iter().filter(|place| !place.is_free(now)).count()
+        let in_use = |set: &CachePadded<Mutex<[SourceEntry; WAYS]>>| {
+            lock(set).iter().filter(|entry| !entry.is_free(now)).count()
         };
-        self.sets.iter().map(says_something).sum()
+        self.sets.iter().map(in_use).sum()
     }
 
     fn nanoseconds(&self, now: Instant) -> u64 {
@@ -214,8 +217,8 @@ impl SourceTable {
     }
 }
 
-/// The source an address belongs to. The length keeps 10.0.0.0/8 and
-/// 10.0.0.0/16 apart across a reload, and one is added to keep it from zero.
+/// Returns the source of an address. The key contains the prefix length, so 10.0.0.0/8
+/// and 10.0.0.0/16 differ across a reload. An offset keeps it from 0.
 fn key(address: IpAddr, limits: &SourceLimits) -> (u128, u8) {
     let (bits, width, length) = match address.to_canonical() {
         IpAddr::V4(v4) => (u128::from(v4.to_bits()) << 96, 32, limits.prefix_v4.min(32)),
@@ -227,13 +230,14 @@ fn key(address: IpAddr, limits: &SourceLimits) -> (u128, u8) {
     (bits & mask, length + offset)
 }
 
-/// The prefix's own place, or one that is free.
-fn find(places: &[SourceEntry; WAYS], key: (u128, u8), now: u64) -> Option<usize> {
-    let own = places.iter().position(|place| place.key == key);
-    own.or_else(|| places.iter().position(|place| place.is_free(now)))
+/// Returns the entry of the prefix, or an entry that is not in use.
+fn find(entries: &[SourceEntry; WAYS], key: (u128, u8), now: u64) -> Option<usize> {
+    let own = entries.iter().position(|entry| entry.key == key);
+    own.or_else(|| entries.iter().position(|entry| entry.is_free(now)))
 }
 
-/// When the connection after this one is due; `None` if this one is too early.
+/// Returns when the connection after this one is due; `None` if this connection is too
+/// early.
 fn next_due(due: u64, now: u64, rate: Rate) -> Option<u64> {
     let interval = u64::try_from(rate.interval.as_nanos()).unwrap_or(u64::MAX);
     let early = interval.saturating_mul(u64::from(rate.burst.saturating_sub(1)));
@@ -242,14 +246,14 @@ fn next_due(due: u64, now: u64, rate: Rate) -> Option<u64> {
 }
 
 fn lock(set: &Mutex<[SourceEntry; WAYS]>) -> std::sync::MutexGuard<'_, [SourceEntry; WAYS]> {
-    // Nothing under the lock can panic half-way.
+    // Code under the lock cannot panic between two changes.
     set.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 // === impl SourceEntry ===
 
 impl SourceEntry {
-    /// Whether it says nothing a stranger's would not.
+    /// Returns whether the entry is equivalent to a new one.
     fn is_free(&self, now: u64) -> bool {
         self.connections == 0 && self.due <= now
     }
@@ -259,11 +263,11 @@ impl SourceEntry {
 
 impl Drop for SourcePermit {
     fn drop(&mut self) {
-        // A place with connections is never given to another prefix.
-        let mut places = lock(&self.table.sets[self.set as usize]);
-        let place = &mut places[usize::from(self.way)];
-        debug_assert!(place.connections > 0, "a slot was counted");
-        place.connections = place.connections.saturating_sub(1);
+        // An entry with connections is never given to another prefix.
+        let mut entries = lock(&self.table.sets[self.set as usize]);
+        let entry = &mut entries[usize::from(self.way)];
+        debug_assert!(entry.connections > 0, "a slot was counted");
+        entry.connections = entry.connections.saturating_sub(1);
     }
 }
 
@@ -302,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_has_so_many_connections_and_no_more_until_one_ends() {
+    fn source_at_its_cap_is_rejected_until_a_connection_ends() {
         let (table, now) = table();
         let mut held: Vec<_> =
             (0..3).map(|_| slot(table.admit(ip("192.0.2.1"), &MANY, now))).collect();
@@ -314,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_prefix_is_one_source() {
+    fn addresses_of_a_prefix_share_one_source() {
         let (table, now) = table();
         let limits = SourceLimits { prefix_v4: 24, connections_max: 1, ..MANY };
         let _held = slot(table.admit(ip("192.0.2.1"), &limits, now));
@@ -326,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn families_and_lengths_are_never_mixed_up() {
+    fn families_and_prefix_lengths_are_separate_sources() {
         let (table, now) = table();
         let all = SourceLimits { prefix_v4: 0, prefix_v6: 0, connections_max: 1, rate: None };
         let _v4 = slot(table.admit(ip("192.0.2.1"), &all, now));
@@ -338,18 +342,18 @@ mod tests {
     }
 
     #[test]
-    fn the_burst_may_come_at_once_and_then_the_rate_holds() {
+    fn burst_is_admitted_immediately_and_then_the_rate_applies() {
         let (table, start) = table();
         let admitted = |at: u64| {
             table.admit(ip("192.0.2.1"), &FAST, start + Duration::from_millis(at)).is_ok()
         };
         assert_eq!((0..20).filter(|_| admitted(0)).count(), 5);
         let over_ten_seconds = (1..=1000).filter(|step| admitted(step * 10)).count();
-        assert_eq!(over_ten_seconds, 100, "ten a second, however often it tries");
+        assert_eq!(over_ten_seconds, 100, "10 per second for any number of attempts");
     }
 
     #[test]
-    fn a_quiet_time_earns_the_burst_again_and_nothing_more() {
+    fn quiet_period_restores_exactly_the_burst() {
         let (table, start) = table();
         let admitted =
             |at: u64| table.admit(ip("192.0.2.1"), &FAST, start + Duration::from_secs(at)).is_ok();
@@ -358,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_for_number_costs_no_rate() {
+    fn rejection_by_the_cap_does_not_use_up_the_rate() {
         let (table, now) = table();
         let limits = SourceLimits { connections_max: 1, ..FAST };
         let held = slot(table.admit(ip("192.0.2.1"), &limits, now));
@@ -373,14 +377,14 @@ mod tests {
     }
 
     #[test]
-    fn strangers_without_end_leave_the_table_as_large_as_it_was() {
+    fn table_does_not_grow_with_new_sources() {
         let (table, now) = table();
         let held = slot(table.admit(ip("192.0.2.1"), &MANY, now));
         for n in 0..(SOURCES_MAX as u32 * 4) {
             let address = IpAddr::from(std::net::Ipv4Addr::from_bits(0x0a00_0000 + n));
             assert!(matches!(table.admit(address, &MANY, now), Ok(SourceAdmission::Counted(_))));
         }
-        assert_eq!(table.kept(now), 1, "only who still holds a connection");
+        assert_eq!(table.kept(now), 1, "only the source that holds a connection");
         drop(held);
         assert_eq!(table.kept(now), 0);
     }
@@ -403,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn two_threads_never_overshoot_one_source() {
+    fn two_threads_never_exceed_the_cap_of_a_source() {
         let (table, now) = table();
         let most = std::sync::atomic::AtomicU32::new(0);
         let inside = std::sync::atomic::AtomicU32::new(0);

@@ -1,7 +1,7 @@
-//! What may be refused before a backend is picked: addresses and rates of clients.
+//! Admission by client address: access lists, and limits per client source.
 //!
-//! Called by the data plane for each accepted connection. Nothing here counts
-//! refusals or closes sockets.
+//! Called by the data plane for each accepted connection, before a backend is picked.
+//! Nothing here counts rejections or closes sockets.
 
 pub mod access_list;
 pub mod client_sources;

@@ -1,8 +1,8 @@
 //! Single-writer counters: a plain load, add and store instead of a locked
 //! read-modify-write.
 //!
-//! Each worker owns one shard of every counter set, on cache lines of its own;
-//! the admin API sums the shards. A counter never goes down.
+//! Each worker owns one shard of every counter set, on separate cache lines. The admin
+//! API sums the shards. A counter never decreases.
 
 use crate::metrics::progress::WorkerProgress;
 use crossbeam::utils::CachePadded;
@@ -11,12 +11,12 @@ use loom::sync::atomic::{AtomicU64, Ordering};
 #[cfg(not(tidegate_loom))]
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A count with exactly one writing thread and any number of readers, on top of
-/// what was counted before the process took over from another.
+/// A count with exactly one writing thread and any number of readers. It includes the
+/// count of the old process after an upgrade.
 #[derive(Debug, Default)]
 pub struct Counter {
     own: AtomicU64,
-    /// Written by the control thread alone.
+    /// Written by the control thread only.
     before: AtomicU64,
 }
 
@@ -27,37 +27,37 @@ impl Counter {
         self.own.store(self.own.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
     }
 
-    /// The count as of some recent moment.
+    /// Returns the count at some recent moment.
     #[inline]
     pub fn get(&self) -> u64 {
         self.before.load(Ordering::Relaxed).wrapping_add(self.own.load(Ordering::Relaxed))
     }
 
-    /// Says what a predecessor has counted; replaces what was said before. Any
-    /// one thread may call this, beside the owning one.
+    /// Sets the count of the old process, replacing the previous value. One thread
+    /// other than the owner can call this.
     pub fn carry(&self, before: u64) {
         self.before.store(before, Ordering::Relaxed);
     }
 }
 
-/// A level with exactly one writing thread: goes up and down.
+/// A level with exactly one writing thread. It can increase and decrease.
 #[derive(Debug, Default)]
 pub struct Gauge(AtomicU64);
 
 impl Gauge {
-    /// It is `level` now. Only the owning thread may call this.
+    /// Sets the level. Only the owning thread may call this.
     #[inline]
     pub fn set(&self, level: u64) {
         self.0.store(level, Ordering::Relaxed);
     }
 
-    /// The level as of some recent moment.
+    /// Returns the level at some recent moment.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
-/// A fixed table of counters, such as cause by phase.
+/// A table of counters with a fixed size, such as cause by phase.
 #[derive(Debug)]
 pub struct CounterTable {
     columns: usize,
@@ -65,148 +65,149 @@ pub struct CounterTable {
 }
 
 impl CounterTable {
-    /// All zero.
+    /// Creates a table of zeros.
     pub fn new(rows: usize, columns: usize) -> CounterTable {
         CounterTable { columns, cells: (0..rows * columns).map(|_| Counter::default()).collect() }
     }
 
-    /// The cell of that row and column; both are below the sizes given to `new`.
+    /// Returns a cell. `row` and `column` must be less than the sizes given to `new`.
     #[inline]
     pub fn cell(&self, row: usize, column: usize) -> &Counter {
         &self.cells[row * self.columns + column]
     }
 }
 
-/// One `T` for each worker, each on its own cache lines.
+/// One `T` per worker, each on separate cache lines.
 #[derive(Debug)]
 pub struct Sharded<T>(Box<[CachePadded<T>]>);
 
 impl<T> Sharded<T> {
-    /// One shard a worker.
+    /// Creates one shard per worker.
     pub fn new(workers: usize, make: impl Fn() -> T) -> Sharded<T> {
         Sharded((0..workers).map(|_| CachePadded::new(make())).collect())
     }
 
-    /// The shard that `worker` alone writes.
+    /// Returns the shard of `worker`, which only this worker writes.
     #[inline]
     pub fn of(&self, worker: usize) -> &T {
         &self.0[worker]
     }
 
-    /// The sum over all workers.
+    /// Returns the sum over all workers.
     pub fn sum(&self, read: impl Fn(&T) -> u64) -> u64 {
         self.0.iter().map(|shard| read(shard)).fold(0, u64::wrapping_add)
     }
 
-    /// Every shard, in worker order.
+    /// Returns every shard, in worker order.
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         self.0.iter().map(|shard| &**shard)
     }
 }
 
-/// What one worker counts besides its frontends and backends.
+/// What one worker counts, except per frontend and backend.
 #[derive(Debug)]
 pub struct WorkerCounters {
     /// Ended sessions: row `core::outcome::Cause`, column `core::outcome::Phase`.
     pub session_end: CounterTable,
-    /// Connections taken off the listen queues.
+    /// Accepted connections.
     pub accepted: Counter,
-    /// Sessions that have ended, refused ones included.
+    /// Ended sessions, including rejected ones.
     pub ended: Counter,
     /// Times a listener stopped accepting because a cap was reached.
     pub accept_held_at_cap: Counter,
-    /// Sessions that had to wait in line for a backend.
+    /// Sessions that waited in a queue for a backend.
     pub queued: Counter,
-    /// Probes that had to wait for others to end.
+    /// Probes delayed because too many probes ran.
     pub probes_waited: Counter,
-    /// Sessions that had to wait for their pool's first verdict.
+    /// Sessions that waited for the first probe results of their pool.
     pub undecided_waits: Counter,
-    /// Trouble of our own: row [`LocalErrorKind`], column [`LocalErrorPlace`].
+    /// Local errors: row [`LocalErrorKind`], column [`LocalErrorPlace`].
     pub local_errors: CounterTable,
     /// Connect attempts beyond a session's first.
     pub connect_retries: Counter,
-    /// Reports to the control thread that found its queue full.
+    /// Reports dropped because the queue to the control thread was full.
     pub reports_dropped: Counter,
-    /// Access-log lines that found their queue full.
+    /// Access-log lines dropped because their queue was full.
     pub access_log_dropped: Counter,
-    /// What went on inside the worker's ring (row [`RingEvent`]).
+    /// Events inside the worker's io_uring (row [`RingEvent`]).
     pub ring_events: CounterTable,
     /// Panics (row [`PanicScope`]).
     pub panics: CounterTable,
-    /// Times the worker began anew after a panic.
+    /// Restarts of the worker after a panic.
     pub restarts: Counter,
-    /// Times its loop did not turn; written by the control thread.
+    /// Stalls of the event loop; written by the control thread.
     pub stalls: Counter,
-    /// Whether its loop turns.
+    /// Progress of the event loop.
     pub pulse: CachePadded<WorkerProgress>,
-    /// Bytes of the ring's pool that hold what was received and not yet sent.
+    /// Bytes of the ring's buffer pool that hold received and unsent data.
     pub ring_held: Gauge,
 }
 
-/// What a panic was the end of.
+/// What a panic ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum PanicScope {
     /// One session.
     Session,
-    /// The worker's thread, and every session on it.
+    /// The worker's thread and all its sessions.
     Worker,
 }
 
-/// What goes on inside a ring beside moving bytes.
+/// Events inside an io_uring, other than moved bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum RingEvent {
-    /// Completions had outgrown their queue.
+    /// The completion queue overflowed.
     Overflow,
-    /// A receive found no buffer.
+    /// A receive found no free buffer.
     Starved,
-    /// A send came back short and was resumed.
+    /// A short send was resumed.
     Resumed,
-    /// A completion named an operation long over.
+    /// A completion named an operation that had already ended.
     Stray,
-    /// The kernel's flag for deferred work stood for none.
+    /// The kernel's flag for deferred work was set without any work.
     StaleFlag,
-    /// Operations of an ended session did not come back: its sockets were reset.
+    /// Operations of an ended session did not complete, and its sockets were reset.
     TornDown,
 }
 
-/// Trouble of our own, never blamed on a backend.
+/// Kind of a local error. Local errors are never attributed to a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum LocalErrorKind {
     /// EMFILE, ENFILE.
     Descriptors,
-    /// EADDRNOTAVAIL: no source port left, or the source address is gone.
+    /// EADDRNOTAVAIL, EADDRINUSE: no local port is free, or the source address is not
+    /// local any more.
     Ports,
     /// ENOBUFS, ENOMEM; ENOSPC of an epoll set.
     Memory,
-    /// ENETUNREACH, ENETDOWN from connect(2) itself: this host has no way there.
+    /// ENETUNREACH, ENETDOWN, ENONET from connect(2): this host has no route.
     Route,
-    /// Anything else that is ours.
+    /// Any other local error.
     Other,
 }
 
-/// What was being done when we ran short ourselves.
+/// What Tidegate was doing when a local error occurred.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum LocalErrorPlace {
-    /// Taking a client off a listen queue, or listening at all.
+    /// Accepting a connection, or opening a listener.
     Accept,
-    /// Opening a session, or its connection to a backend.
+    /// Starting a session, or connecting to its backend.
     Connect,
     /// Moving bytes, or opening a pipe for them.
     Relay,
-    /// Taking a connection of the admin API.
+    /// Accepting a connection of the admin API.
     Admin,
     /// Probing a backend.
     Probe,
-    /// Reading the configuration again.
+    /// Rereading the configuration.
     Reload,
 }
 
 impl LocalErrorPlace {
-    /// Every one, in the order of their numbers.
+    /// Every place, in numeric order.
     pub const ALL: [LocalErrorPlace; 6] = [
         LocalErrorPlace::Accept,
         LocalErrorPlace::Connect,
@@ -230,7 +231,7 @@ impl LocalErrorPlace {
 }
 
 impl LocalErrorKind {
-    /// Every kind, in the order of their numbers.
+    /// Every kind, in numeric order.
     pub const ALL: [LocalErrorKind; 5] = [
         LocalErrorKind::Descriptors,
         LocalErrorKind::Ports,
@@ -252,7 +253,7 @@ impl LocalErrorKind {
 }
 
 impl RingEvent {
-    /// Every kind, in the order of their numbers.
+    /// Every event, in numeric order.
     pub const ALL: [RingEvent; 6] = [
         RingEvent::Overflow,
         RingEvent::Starved,
@@ -276,7 +277,7 @@ impl RingEvent {
 }
 
 impl PanicScope {
-    /// Both, in the order of their numbers.
+    /// Both scopes, in numeric order.
     pub const ALL: [PanicScope; 2] = [PanicScope::Session, PanicScope::Worker];
 
     /// Metric label.
@@ -289,12 +290,12 @@ impl PanicScope {
 }
 
 impl WorkerCounters {
-    /// Counts trouble of our own.
-    pub fn local_trouble(&self, kind: LocalErrorKind, at: LocalErrorPlace) {
+    /// Counts a local error.
+    pub fn count_local_error(&self, kind: LocalErrorKind, at: LocalErrorPlace) {
         self.local_errors.cell(kind as usize, at as usize).add(1);
     }
 
-    /// All zero, for that many causes and phases.
+    /// Creates counters of zero for this number of causes and phases.
     pub fn new(causes: usize, phases: usize) -> WorkerCounters {
         WorkerCounters {
             session_end: CounterTable::new(causes, phases),
@@ -324,7 +325,7 @@ mod loom_models {
     use std::sync::Arc;
 
     #[test]
-    fn reader_sees_a_count_that_never_goes_down_and_is_whole_at_the_end() {
+    fn reader_sees_a_non_decreasing_count_and_the_final_sum() {
         loom::model(|| {
             let counter = Arc::new(Counter::default());
             let writer = {

@@ -1,51 +1,52 @@
-//! How long things take: one recorder a worker, merged where they are read.
+//! Latency histograms: one recorder per worker, merged for readers.
 //!
-//! Workers record into a [`Recorder`] of their own and hand a [`HistogramDelta`] to the
-//! control thread now and then; the admin API reads [`MergedHistograms`]. Nothing here is
-//! shared while it is written, and recording never blocks and, once warm, never
-//! allocates.
+//! Each worker records into its own [`Recorder`] and regularly sends a
+//! [`HistogramDelta`] to the control thread. The admin API reads [`MergedHistograms`].
+//! Nothing is shared while it is written. Recording never blocks, and allocates only
+//! while histograms grow.
 //!
-//! Values are kept in microseconds to two significant digits (an error below
-//! 1 %), as in HdrHistogram by Gil Tene; sums are exact. A histogram grows to
-//! the largest value it has seen and never beyond its clamp: at most 13.5 KB
-//! for connect and first byte, 18 KB for sessions, so no backend costs a worker
-//! more than 45 KB (twice that in [`MergedHistograms`]); with answers under 50 ms it is
-//! 5 KB a series.
+//! # Precision and memory
+//!
+//! Values are stored in microseconds with two significant digits (an error below 1 %),
+//! as in HdrHistogram by Gil Tene. Sums are exact. A histogram grows to its largest
+//! value, up to a clamp: at most 13.5 KB for connect and first byte, 18 KB for
+//! sessions. A worker therefore uses at most 45 KB per backend, and [`MergedHistograms`]
+//! twice that. If all values are below 50 ms, a series takes 5 KB.
 
 use hdrhistogram::Histogram;
 use std::collections::HashMap;
 use std::time::Duration;
 
-/// What is measured of a backend.
+/// What is measured for a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Series {
     /// From the start of a connect attempt to its success.
     Connect,
-    /// From the upstream connection to the backend's first byte.
+    /// From the established backend connection to the backend's first byte.
     FirstByte,
     /// From accept to close.
     Session,
 }
 
-/// One worker's recordings since it last gave them away.
+/// The recordings of one worker since the last [`Recorder::take`].
 #[derive(Debug, Default)]
 pub struct Recorder {
     slots: HashMap<u32, BackendHistograms>,
-    /// Empty slots that have their memory already; at most [`SPARE_MAX`].
+    /// Empty slots that keep their memory; at most [`SPARE_MAX`].
     spare: Vec<BackendHistograms>,
 }
 
-/// What a worker recorded between two takes: non-empty.
+/// The recordings of a worker between two takes; never empty.
 #[derive(Debug)]
 pub struct HistogramDelta(Vec<(u32, BackendHistograms)>);
 
-/// Emptied histograms on their way back to a worker, so that it need not
-/// allocate new ones. Dropping it is fine, too.
+/// Emptied histograms that return to a worker, which then allocates less. They can also
+/// be dropped.
 #[derive(Debug)]
 pub struct RecycledHistograms(Vec<BackendHistograms>);
 
-/// Everything recorded by all workers since each backend was first seen.
+/// All recordings of all workers since each backend was first seen.
 #[derive(Debug, Default)]
 pub struct MergedHistograms {
     backends: HashMap<u32, [Option<SeriesData>; Series::COUNT]>,
@@ -59,20 +60,20 @@ pub struct SeriesData {
     sum_nanos: u128,
 }
 
-/// What one process tells the next of a [`SeriesData`]; values in microseconds.
+/// Form of a [`SeriesData`] in a handover; values in microseconds.
 #[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
 pub struct SavedSeries {
-    /// A value and how often it came, ascending.
+    /// Pairs of value and count, ascending.
     pub values: Vec<(u64, u64)>,
-    /// The sum's whole seconds.
+    /// Whole seconds of the sum.
     pub sum_seconds: u64,
-    /// What is left of it.
+    /// Nanoseconds of the sum, less than one second.
     pub sum_nanos: u32,
 }
 
-/// Values beyond this are not taken over from another process: whoever sums the
-/// counts up must not overflow, now or while they grow here.
+/// Maximum count that is accepted from another process. Sums of counts must not
+/// overflow, now or while they grow in this process.
 const SAVED_COUNT_MAX: u64 = u64::MAX / 2;
 
 #[derive(Debug, Default)]
@@ -87,27 +88,28 @@ struct Recording {
     sum_nanos: u128,
 }
 
-/// No connect timeout and no sensible answer time is longer; beyond it a value
-/// counts as this long (sums stay exact).
+/// Clamp of connect and first byte. Connect timeouts and useful answer times are
+/// shorter. A longer value is counted as this value, and the sum stays exact.
 pub const LATENCY_MAX: Duration = Duration::from_secs(3600);
 
-/// Sessions are often longer than an hour; a week tells "long" from "forever".
+/// Clamp of sessions. Sessions are often longer than an hour; a week distinguishes long
+/// from endless sessions.
 pub const SESSION_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// Emptied slots a worker keeps: 256 at a typical 15 KB are 4 MB. More backends
-/// than that in one interval cost an allocation each.
+/// Maximum number of emptied slots that a worker keeps: 256 slots of typically 15 KB
+/// are 4 MB. If more backends are used in an interval, each further backend costs an
+/// allocation.
 pub const SPARE_MAX: usize = 256;
 
-/// Upper bounds of the exported buckets in seconds, ascending: dense from
-/// 50 us, where a local connect lies, to an hour. The `+Inf` bucket is the
-/// count.
+/// Upper bounds of the exported buckets in seconds, ascending from 50 µs, the time of a
+/// local connect, to an hour. The `+Inf` bucket is the count.
 pub const BOUNDS_SECONDS: [f64; 22] = [
     0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
     2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0,
 ];
 
-/// Two digits keep every quantile within 1 % at a fifteenth of the memory that
-/// three would take.
+/// Two digits keep every quantile within 1 %. Three digits would take 15 times the
+/// memory.
 const SIGNIFICANT_DIGITS: u8 = 2;
 
 // === impl Series ===
@@ -116,10 +118,10 @@ impl Series {
     /// Number of series.
     pub const COUNT: usize = Series::ALL.len();
 
-    /// Every series, in the order of their numbers.
+    /// Every series, in numeric order.
     pub const ALL: [Series; 3] = [Series::Connect, Series::FirstByte, Series::Session];
 
-    /// Longer values count as this long.
+    /// Longer values are counted as this value.
     fn clamp(self) -> Duration {
         match self {
             Series::Connect | Series::FirstByte => LATENCY_MAX,
@@ -131,20 +133,20 @@ impl Series {
 // === impl Recorder ===
 
 impl Recorder {
-    /// Nothing recorded.
+    /// Creates an empty recorder.
     pub fn new() -> Recorder {
         Recorder::default()
     }
 
-    /// Records one value for the backend with that number.
+    /// Records a value for the backend with this number.
     pub fn record(&mut self, backend: u32, series: Series, value: Duration) {
         let spare = &mut self.spare;
         let slot = self.slots.entry(backend).or_insert_with(|| spare.pop().unwrap_or_default());
         slot.series[series as usize].get_or_insert_with(Recording::new).record(series, value);
     }
 
-    /// Gives everything recorded away and starts over; `None` when there is
-    /// nothing. Costs a few moves for each backend that was used.
+    /// Returns all recordings and starts again from zero; `None` if there are none.
+    /// Costs a few moves per backend that was used.
     pub fn take(&mut self) -> Option<HistogramDelta> {
         if self.slots.is_empty() {
             return None;
@@ -152,7 +154,7 @@ impl Recorder {
         Some(HistogramDelta(self.slots.drain().collect()))
     }
 
-    /// Takes back what [`MergedHistograms::absorb`] emptied, up to [`SPARE_MAX`].
+    /// Keeps histograms that [`MergedHistograms::absorb`] emptied, up to [`SPARE_MAX`].
     pub fn give_back(&mut self, spent: RecycledHistograms) {
         let room = SPARE_MAX.saturating_sub(self.spare.len());
         self.spare.extend(spent.0.into_iter().take(room));
@@ -168,7 +170,8 @@ impl Recording {
 
     fn record(&mut self, series: Series, value: Duration) {
         let micros = value.min(series.clamp()).as_micros() as u64;
-        // Grows to the value; only a 32-bit address space could refuse that.
+        // The histogram grows to the value. Growing can fail only in a 32-bit address
+        // space.
         if self.histogram.record(micros).is_err() {
             self.histogram.saturating_record(micros);
         }
@@ -186,12 +189,12 @@ impl Recording {
 // === impl MergedHistograms ===
 
 impl MergedHistograms {
-    /// Nothing merged.
+    /// Creates an empty collection.
     pub fn new() -> MergedHistograms {
         MergedHistograms::default()
     }
 
-    /// Adds a worker's recordings and gives the emptied histograms back.
+    /// Adds the recordings of a worker and returns the emptied histograms.
     pub fn absorb(&mut self, delta: HistogramDelta) -> RecycledHistograms {
         let mut spent = Vec::with_capacity(delta.0.len());
         for (backend, mut slot) in delta.0 {
@@ -208,19 +211,19 @@ impl MergedHistograms {
         RecycledHistograms(spent)
     }
 
-    /// That series of that backend; `None` while nothing was recorded.
+    /// Returns a series of a backend; `None` if nothing was recorded.
     pub fn get(&self, backend: u32, series: Series) -> Option<&SeriesData> {
         self.backends.get(&backend)?[series as usize].as_ref()
     }
 
-    /// What was recorded of that backend, for another process to go on with:
-    /// in the order of [`Series::ALL`], empty where nothing was.
+    /// Returns the recordings of a backend for another process, in the order of
+    /// [`Series::ALL`]. Empty entries have no recordings.
     pub fn save(&self, backend: u32) -> [SavedSeries; Series::COUNT] {
         Series::ALL
             .map(|series| self.get(backend, series).map(SeriesData::save).unwrap_or_default())
     }
 
-    /// Adds what another process has recorded of that backend.
+    /// Adds the recordings of another process for this backend.
     pub fn add_saved(&mut self, backend: u32, saved: &[SavedSeries; Series::COUNT]) {
         for (series, saved) in Series::ALL.into_iter().zip(saved) {
             if !saved.values.is_empty() {
@@ -230,20 +233,20 @@ impl MergedHistograms {
         }
     }
 
-    /// Starts over, as after everything was [saved](MergedHistograms::save).
+    /// Removes everything, as after everything was [saved](MergedHistograms::save).
     pub fn clear(&mut self) {
         self.backends.clear();
     }
 
-    /// Drops everything about a backend that is gone for good.
+    /// Removes a backend that no longer exists.
     ///
-    /// A delta that still arrives for it brings it back; [`MergedHistograms::retain`]
-    /// from time to time clears such stragglers.
+    /// A delta that still arrives for it creates it again. A regular
+    /// [`MergedHistograms::retain`] removes such entries.
     pub fn forget(&mut self, backend: u32) {
         self.backends.remove(&backend);
     }
 
-    /// Drops every backend for which `live` is false.
+    /// Removes every backend for which `live` returns false.
     pub fn retain(&mut self, live: impl Fn(u32) -> bool) {
         self.backends.retain(|backend, _| live(*backend));
     }
@@ -280,7 +283,7 @@ impl SeriesData {
 
     fn add_saved(&mut self, saved: &SavedSeries) {
         for (value, count) in &saved.values {
-            // Whoever sent them clamped them; whoever did not is clamped here.
+            // The sender clamps values too, but its data is not trusted.
             let value = (*value).min(SESSION_MAX.as_micros() as u64);
             let count = (*count).min(SAVED_COUNT_MAX.saturating_sub(self.count));
             if self.histogram.record_n(value, count).is_err() {
@@ -292,24 +295,25 @@ impl SeriesData {
         self.sum_nanos = self.sum_nanos.saturating_add(nanos);
     }
 
-    /// Values recorded.
+    /// Returns the number of recorded values.
     pub fn count(&self) -> u64 {
         self.count
     }
 
-    /// Exact sum of all values, in seconds.
+    /// Returns the exact sum of all values, in seconds.
     pub fn sum_seconds(&self) -> f64 {
         self.sum_nanos as f64 / 1e9
     }
 
-    /// The value that a share `q` (0..=1) of all values does not exceed, within
+    /// Returns the value that a share `q` (0..=1) of all values does not exceed, within
     /// 1 %.
     pub fn quantile(&self, q: f64) -> Duration {
         Duration::from_micros(self.histogram.value_at_quantile(q.clamp(0.0, 1.0)))
     }
 
-    /// How many values were at most [`BOUNDS_SECONDS`]`[i]`, for each `i`; never
-    /// decreasing, each within 1 % of its bound, none above [`SeriesData::count`].
+    /// Returns for each `i` the number of values that are at most
+    /// [`BOUNDS_SECONDS`]`[i]`. The numbers never decrease and never exceed
+    /// [`SeriesData::count`]. Each is exact for a bound within 1 % of the nominal one.
     pub fn cumulative(&self) -> [u64; BOUNDS_SECONDS.len()] {
         let mut buckets = [0u64; BOUNDS_SECONDS.len()];
         for step in self.histogram.iter_recorded() {
@@ -327,7 +331,7 @@ impl SeriesData {
     }
 }
 
-/// Starts small; grows to what it sees.
+/// Creates a small histogram that grows with its values.
 fn empty<C: hdrhistogram::Counter>() -> Histogram<C> {
     Histogram::new(SIGNIFICANT_DIGITS).expect("two significant digits are within 0..=5")
 }
@@ -393,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn cumulative_counts_rise_and_end_below_the_count() {
+    fn cumulative_counts_never_decrease_or_exceed_the_count() {
         let mut recorder = Recorder::new();
         for value in [40, 50, 51, 900, 30_000, 3_000_000] {
             recorder.record(0, Series::Session, micros(value));
@@ -405,11 +409,11 @@ mod tests {
         let cumulative = data.cumulative();
         assert!(cumulative.is_sorted());
         assert_eq!((cumulative[0], cumulative[1], cumulative[21]), (2, 3, 6));
-        assert_eq!(data.count(), 7, "the day-long session is in +Inf alone");
+        assert_eq!(data.count(), 7, "the day-long session is only in +Inf");
     }
 
     #[test]
-    fn values_beyond_the_clamp_count_as_the_clamp_and_sum_exactly() {
+    fn values_beyond_the_clamp_are_clamped_and_summed_exactly() {
         let mut recorder = Recorder::new();
         recorder.record(0, Series::Connect, Duration::from_secs(1_000_000));
         recorder.record(0, Series::Session, Duration::MAX);
@@ -438,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn given_back_histograms_are_used_again_and_are_empty() {
+    fn returned_histograms_are_reused_and_empty() {
         let (mut recorder, mut merged) = (Recorder::new(), MergedHistograms::new());
         recorder.record(1, Series::Connect, Duration::from_secs(1));
         let grown = {
@@ -459,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn what_another_process_adds_is_what_was_saved() {
+    fn saved_series_is_added_unchanged() {
         let mut recorder = Recorder::new();
         for value in [40, 900, 3_000_000, 77_000_000_000] {
             recorder.record(3, Series::Session, micros(value));
@@ -479,7 +483,7 @@ mod tests {
     }
 
     #[test]
-    fn forgotten_backends_are_gone() {
+    fn forgotten_backends_are_removed() {
         let (mut recorder, mut merged) = (Recorder::new(), MergedHistograms::new());
         for backend in 0..4 {
             recorder.record(backend, Series::Connect, micros(10));

@@ -1,8 +1,7 @@
-//! Counting and recording, knowing nothing of sessions.
+//! Counters and recorders that know nothing about sessions.
 //!
-//! Called by the workers (write), the admin API (read) and `daemon`. Every counter
-//! has one writing thread; readers sum over the shards. Nothing here decides
-//! anything.
+//! Workers write them; the admin API and `daemon` read them. Every counter has one
+//! writing thread, and readers sum over the shards. Nothing here decides anything.
 
 pub mod counters;
 pub mod histograms;

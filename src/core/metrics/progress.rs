@@ -1,40 +1,40 @@
-//! A worker's pulse: whether its loop turns, and what it was last about.
+//! Progress reports of a worker: whether its event loop makes progress, and its stage.
 //!
-//! The control thread asks, the worker answers when its loop comes by, and says
-//! on its way what it is doing: relaxed stores to a cache line of its own. An idle
-//! worker is woken by the question; nothing here waits or reads a clock.
+//! The control thread requests a report, and the worker's loop answers in its next
+//! turn. The worker also stores its stage. Both are relaxed stores to a separate cache
+//! line. A request wakes an idle worker. Nothing here waits or reads a clock.
 
 use std::sync::atomic::{AtomicI32, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
-/// What a worker's thread is about.
+/// What a worker's thread is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum WorkerStage {
-    /// Nothing yet.
+    /// No stage yet.
     Starting,
-    /// Taking connections off a listen queue.
+    /// Accepting connections.
     Accepting,
     /// Moving bytes.
     Relaying,
-    /// Obeying the control thread.
+    /// Executing a command of the control thread.
     RunningCommand,
-    /// Sessions that connect or end; or asleep.
+    /// Connecting or closing sessions, or sleeping.
     Waiting,
 }
 
-/// See the module's documentation.
+/// Progress of a worker; see the module's documentation.
 #[derive(Debug, Default)]
 pub struct WorkerProgress {
-    /// Number of the newest question; written by the control thread.
+    /// Number of the last request; written by the control thread.
     asked: AtomicU64,
-    /// Number of the newest answer; written by the worker, like the stage.
+    /// Number of the last answered request; written by the worker, as is the stage.
     answered: AtomicU64,
     stage: AtomicU8,
-    /// The thread, as the kernel numbers it; 0 before there is one.
+    /// Thread id of the kernel; 0 before the thread exists.
     thread: AtomicI32,
-    /// For how long it has not turned, in milliseconds; 0 while it does. Written
-    /// by the control thread.
+    /// Duration of the current stall in milliseconds; 0 if there is none. Written by
+    /// the control thread.
     stalled: AtomicU64,
 }
 
@@ -49,7 +49,7 @@ impl WorkerStage {
         WorkerStage::Waiting,
     ];
 
-    /// For the log and status.
+    /// Text for the log and status.
     pub fn name(self) -> &'static str {
         match self {
             WorkerStage::Starting => "starting",
@@ -64,18 +64,18 @@ impl WorkerStage {
 // === impl WorkerProgress: the worker's side ===
 
 impl WorkerProgress {
-    /// The thread that runs from now on.
+    /// Sets the thread that runs the worker from now on.
     pub fn set_thread(&self, thread: i32) {
         self.thread.store(thread, Ordering::Relaxed);
     }
 
-    /// What it is about now.
+    /// Sets the current stage.
     #[inline]
     pub fn at(&self, stage: WorkerStage) {
         self.stage.store(stage as u8, Ordering::Relaxed);
     }
 
-    /// The loop has come by.
+    /// Answers the last request. Called once per turn of the event loop.
     pub fn report_progress(&self) {
         self.answered.store(self.asked.load(Ordering::Relaxed), Ordering::Relaxed);
     }
@@ -84,8 +84,8 @@ impl WorkerProgress {
 // === impl WorkerProgress: the control thread's side ===
 
 impl WorkerProgress {
-    /// Asks, where the last question is answered; false where it is not. The
-    /// worker has to be woken after it.
+    /// Requests a progress report. Returns false if the last request is still open. The
+    /// caller must wake the worker.
     pub fn request_progress(&self) -> bool {
         let answered = self.is_answered();
         if answered {
@@ -94,29 +94,29 @@ impl WorkerProgress {
         answered
     }
 
-    /// Whether the loop has come by since the last question.
+    /// Returns whether the last request was answered.
     pub fn is_answered(&self) -> bool {
         self.answered.load(Ordering::Relaxed) == self.asked.load(Ordering::Relaxed)
     }
 
-    /// What it was about when somebody last heard of it.
+    /// Returns the last stage that the worker stored.
     pub fn stage(&self) -> WorkerStage {
         let stage = usize::from(self.stage.load(Ordering::Relaxed));
         WorkerStage::ALL.get(stage).copied().unwrap_or(WorkerStage::Starting)
     }
 
-    /// The thread, as the kernel numbers it; `None` before there is one.
+    /// Returns the thread id of the kernel; `None` before the thread exists.
     pub fn thread(&self) -> Option<i32> {
         Some(self.thread.load(Ordering::Relaxed)).filter(|thread| *thread != 0)
     }
 
-    /// Says for how long it has not turned.
+    /// Sets the duration of the current stall; `None` if the worker is responsive.
     pub fn set_stalled(&self, time: Option<Duration>) {
         let millis = time.map_or(0, |time| (time.as_millis() as u64).max(1));
         self.stalled.store(millis, Ordering::Relaxed);
     }
 
-    /// For how long it has not turned, where that is too long.
+    /// Returns the duration of the current stall; `None` if the worker is responsive.
     pub fn stalled_for(&self) -> Option<Duration> {
         let millis = self.stalled.load(Ordering::Relaxed);
         (millis != 0).then(|| Duration::from_millis(millis))

@@ -1,7 +1,7 @@
-//! Addresses by their role, so that none is used in the place of another.
+//! Address types by role, so that one role is not used in place of another.
 //!
-//! Used by every member that handles an address. Each type prints and serialises as the
-//! plain address. There is no `From` between the roles: a change of role is a named call.
+//! All crates that handle addresses use them. Each type prints and serialises as the
+//! plain address. There is no `From` between roles: a change of role is a named call.
 //! Nothing here resolves, binds or connects.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
@@ -10,23 +10,23 @@ use std::net::{AddrParseError, IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// Address of the client a session is for: limits, hashing and the access log go by it.
+/// Address of the client of a session; used for limits, hashing and the access log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct ClientAddr(SocketAddr);
 
-/// Address at the other end of an accepted connection.
+/// Address of the peer of an accepted connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct PeerAddr(SocketAddr);
 
-/// Address of this host that connections to backends start at; the kernel chooses the
-/// port.
+/// Address of this host from which connections to backends start. The kernel chooses
+/// the port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct SourceAddr(IpAddr);
 
-/// Where a backend listens.
+/// Address that a backend listens on.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum BackendAddr {
     /// IPv4 or IPv6.
@@ -35,15 +35,15 @@ pub enum BackendAddr {
     Unix(PathBuf),
 }
 
-/// What tells one bind from another.
+/// Identity of a bind.
 ///
-/// Only what the kernel tells sockets apart by belongs here. Options of a socket, such as
-/// `IP_FREEBIND`, do not: two sockets at one address share its clients whatever their
-/// options are, and a changed option must not close the address. They are
-/// [`BindOptions`](super::BindOptions).
+/// It contains only what distinguishes sockets for the kernel. Socket options such as
+/// `IP_FREEBIND` do not belong here: two sockets at one address share its clients
+/// whatever their options, and a changed option must not close the address. Options are
+/// in [`BindOptions`](super::BindOptions).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BindKey {
-    /// TCP and UDP ports are apart.
+    /// TCP and UDP ports are separate.
     pub protocol: Protocol,
     /// Unique among the binds of a protocol.
     pub address: BindAddr,
@@ -59,19 +59,20 @@ pub enum Protocol {
 /// Address of a bind.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum BindAddr {
-    /// IPv4 or IPv6, a wildcard or one address of this host.
+    /// IPv4 or IPv6: a wildcard or a local address.
     Ip(SocketAddr),
 }
 
 // === impl ClientAddr ===
 
 impl ClientAddr {
-    /// The client of a connection that announces no other: the peer itself.
+    /// Returns the peer as the client. Used if the connection announces no other
+    /// client.
     pub fn of_peer(peer: PeerAddr) -> ClientAddr {
         ClientAddr(peer.0)
     }
 
-    /// The address without its port.
+    /// Returns the address without its port.
     pub fn ip(self) -> IpAddr {
         self.0.ip()
     }
@@ -91,7 +92,7 @@ impl fmt::Display for ClientAddr {
 // === impl PeerAddr ===
 
 impl PeerAddr {
-    /// As accept(2) gave it.
+    /// Wraps an address from accept(2).
     pub fn new(address: SocketAddr) -> PeerAddr {
         PeerAddr(address)
     }
@@ -106,12 +107,12 @@ impl fmt::Display for PeerAddr {
 // === impl SourceAddr ===
 
 impl SourceAddr {
-    /// As configured.
+    /// Wraps an address from the configuration.
     pub fn new(address: IpAddr) -> SourceAddr {
         SourceAddr(address)
     }
 
-    /// For bind(2) before connect(2).
+    /// Returns the address for bind(2) before connect(2).
     pub fn ip(self) -> IpAddr {
         self.0
     }
@@ -137,12 +138,12 @@ impl fmt::Display for BackendAddr {
 // === impl BindKey ===
 
 impl BindKey {
-    /// TCP at that address.
+    /// Returns the key of a TCP bind.
     pub fn tcp(address: SocketAddr) -> BindKey {
         BindKey { protocol: Protocol::Tcp, address: BindAddr::Ip(address) }
     }
 
-    /// For bind(2).
+    /// Returns the address for bind(2).
     pub fn socket_addr(&self) -> SocketAddr {
         match self.address {
             BindAddr::Ip(address) => address,
@@ -150,7 +151,7 @@ impl BindKey {
     }
 }
 
-/// The address alone for TCP, as older programs print and read it.
+/// Prints only the address of a TCP bind, as older versions print and read it.
 impl fmt::Display for BindKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.protocol, &self.address) {
@@ -183,10 +184,10 @@ impl<'de> Deserialize<'de> for BindKey {
 mod tests {
     use super::*;
 
-    /// Upgrade messages and names of kept sockets were plain addresses before they were
-    /// keys, and older programs still read and write them.
+    /// Older versions use plain addresses in upgrade messages and in the names of kept
+    /// sockets. They must read this form, and their form must be readable.
     #[test]
-    fn a_bind_key_reads_and_writes_as_the_plain_address() {
+    fn bind_key_serialises_as_the_plain_address() {
         for text in ["127.0.0.1:80", "[::1]:80", "[fe80::1%3]:443"] {
             let address: SocketAddr = text.parse().unwrap();
             let key = BindKey::tcp(address);
@@ -199,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn every_role_prints_and_serialises_as_the_plain_address() {
+    fn all_roles_print_and_serialise_as_the_plain_address() {
         let address: SocketAddr = "[2001:db8::1]:4000".parse().unwrap();
         let (peer, source) = (PeerAddr::new(address), SourceAddr::new(address.ip()));
         let client = ClientAddr::of_peer(peer);

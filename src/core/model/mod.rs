@@ -1,7 +1,8 @@
-//! The validated configuration: immutable values the rest of the program runs on.
+//! The validated configuration: immutable values that the rest of the program uses.
 //!
-//! Built by `config`, which fills in every default, so that no `Option` here "must be
-//! some". Read by all parts. Nothing here reads a file or checks a value.
+//! `config` builds it and fills in every default, so an `Option` here is never a
+//! missing required value. All parts read it. Nothing here reads a file or checks a
+//! value.
 
 mod addresses;
 mod ids;
@@ -29,16 +30,16 @@ use std::time::Duration;
 use text_forms::words;
 use tidegate_heartbeat::keys::Secret;
 
-/// A whole configuration, proven consistent by `validate`.
+/// A whole configuration, checked for consistency by `validate`.
 ///
-/// Invariants: at least one frontend; every frontend's pool exists; every pool
-/// has a backend or lets senders register; names are unique; no bind repeats or
-/// overlaps another.
+/// Invariants: at least one frontend; every frontend's pool exists; every pool has a
+/// backend or lets senders register; names are unique; no bind repeats or overlaps
+/// another.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Config {
-    /// Threads, engine and whole-process limits.
+    /// Threads, engine and process-wide limits.
     pub process: ProcessConfig,
-    /// Where the admin API listens.
+    /// Admin API.
     pub admin: Admin,
     /// Log and access log.
     pub log: Log,
@@ -48,15 +49,15 @@ pub struct Config {
     /// In file order.
     #[serde(rename = "pool", serialize_with = "text_forms::pools")]
     pub pools: Vec<Arc<PoolConfig>>,
-    /// `None`: nobody listens for heartbeats, and no pool expects any.
+    /// `None`: heartbeats are not received, and no pool expects them.
     pub heartbeat: Option<HeartbeatConfig>,
 }
 
-/// `[heartbeat]`: where heartbeats are received and whom to believe. All of it
-/// may change while the process runs.
+/// `[heartbeat]`: where heartbeats are received, and the keys that are accepted. A
+/// reload applies all changes.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct HeartbeatConfig {
-    /// UDP addresses; at least one, none repeating or overlapping another.
+    /// UDP addresses: at least one, without repetition or overlap.
     pub listen: Vec<SocketAddr>,
     /// At least one; unique by id.
     #[serde(rename = "key")]
@@ -66,18 +67,19 @@ pub struct HeartbeatConfig {
 /// `[[heartbeat.key]]`
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct HeartbeatKeyConfig {
-    /// Named by every datagram it signs; at least 1.
+    /// At least 1. Every datagram that the key signs contains it.
     pub id: u32,
-    /// Where the secret was read.
+    /// File that contains the secret.
     pub file: PathBuf,
-    /// Pools it may speak for; at least one, all of them expect heartbeats.
+    /// Pools that the key is valid for: at least one, and all of them expect
+    /// heartbeats.
     pub pools: Vec<Arc<str>>,
-    /// Ranges the announced address must lie in; at least one.
+    /// Ranges that must contain the announced address; at least one.
     #[serde(serialize_with = "text_forms::ranges")]
     pub addresses: Vec<IpNet>,
-    /// What the file holds; `None` where the configuration was read by `config::parse`,
-    /// which opens no file. Part of the comparison: a file with another secret
-    /// under the same name is another configuration.
+    /// Content of the file; `None` if `config::parse` read the configuration, which
+    /// opens no files. It is compared: the same file name with another secret is a
+    /// different configuration.
     #[serde(skip)]
     pub secret: Option<Secret>,
 }
@@ -91,153 +93,157 @@ pub struct FrontendConfig {
     /// At least one; IPv6 wildcards are v6-only.
     #[serde(rename = "bind", serialize_with = "text_forms::binds")]
     pub binds: Vec<Bind>,
-    /// Asked in order before `pool`; at most `config::ROUTES_MAX`.
+    /// Checked in order before `pool`; at most `config::ROUTES_MAX`.
     #[serde(rename = "route")]
     pub routes: Vec<RouteConfig>,
-    /// Name of an existing pool: where sessions go that no route matches.
+    /// Name of the pool for sessions that no route matches. It exists.
     pub pool: Arc<str>,
-    /// Close a session in which nobody has said a word for so long after it was
-    /// established; `None` is off.
+    /// Time from the established session to the first byte of either side; then the
+    /// session is closed. `None`: off.
     #[serde(serialize_with = "text_forms::timer")]
     pub first_byte_timeout: Option<Duration>,
-    /// Close a session in which nothing moved for so long; `None` is off.
+    /// Time without transferred data after which a session is closed. `None`: off.
     #[serde(serialize_with = "text_forms::timer")]
     pub idle_timeout: Option<Duration>,
-    /// The same once one side has sent FIN; `None` is off.
+    /// The same after one side has sent FIN. `None`: off.
     #[serde(serialize_with = "text_forms::timer")]
     pub half_closed_timeout: Option<Duration>,
-    /// How long at least a peer without room for what waits may take nothing before
-    /// one of the three ends the session; `None`: as they say.
+    /// Minimum time without progress for a peer that has no room for waiting bytes,
+    /// before `idle_timeout` or `half_closed_timeout` closes the session. `None`: these
+    /// timeouts apply unchanged.
     #[serde(serialize_with = "text_forms::timer")]
     pub stalled_timeout: Option<Duration>,
-    /// TCP keepalive idle time on both legs; `None` is off.
+    /// Idle time before TCP keepalive probes, on both connections of a session. `None`:
+    /// off.
     #[serde(serialize_with = "text_forms::timer")]
     pub keepalive: Option<Duration>,
-    /// `TCP_USER_TIMEOUT` on both legs; `None` leaves the kernel's.
+    /// `TCP_USER_TIMEOUT` on both connections of a session. `None`: the kernel's
+    /// default.
     #[serde(serialize_with = "text_forms::timer")]
     pub user_timeout: Option<Duration>,
-    /// Sessions at once through this frontend; 0 means no cap.
+    /// Cap on sessions of this frontend; 0 means no cap.
     pub connections_max: u32,
-    /// Who may connect and how much one source may ask for; `None`: everybody,
-    /// anything.
+    /// Allowed client addresses and limits per client source. `None`: no restrictions.
     pub sources: Option<Arc<SourceRules>>,
 }
 
-/// `[[frontend.NAME.route]]`: where connections go of which all conditions hold. At
-/// least one of the lists is not empty.
+/// `[[frontend.NAME.route]]`: a target for connections that meet all conditions. At
+/// least one list is not empty.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct RouteConfig {
     /// Ranges of client addresses; empty: any.
     #[serde(serialize_with = "text_forms::ranges", skip_serializing_if = "Vec::is_empty")]
     pub sources: Vec<IpNet>,
-    /// Ports that clients connect to, both ends included; empty: any.
+    /// Ports that clients connect to, inclusive ranges; empty: any.
     #[serde(serialize_with = "text_forms::ports", skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<RangeInclusive<u16>>,
     /// Ranges of addresses that clients connect to; empty: any.
     #[serde(serialize_with = "text_forms::ranges", skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<IpNet>,
-    /// Where they go.
+    /// What happens to a matching connection.
     #[serde(flatten, serialize_with = "text_forms::route_target")]
     pub target: RouteTarget,
 }
 
-/// Where a route leads.
+/// Target of a route.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RouteTarget {
     /// Name of an existing pool.
     Pool(Arc<str>),
-    /// Clients are reset.
+    /// The client is reset.
     Refuse,
 }
 
-/// One address a frontend listens on.
+/// An address that a frontend listens on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bind {
-    /// What tells it from other binds.
+    /// Its identity.
     pub key: BindKey,
-    /// How it is bound.
+    /// Its socket options.
     pub options: BindOptions,
 }
 
-/// How an address is bound. A change needs no new socket.
+/// Options of a bind. A change does not need a new socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct BindOptions {
-    /// Listen even while no interface has the address (ip(7), `IP_FREEBIND`).
+    /// Listen even if no interface has the address (ip(7), `IP_FREEBIND`).
     pub freebind: bool,
-    /// The IPv6 half of `*:PORT`: left out on a host without IPv6.
+    /// The IPv6 part of `*:PORT`: skipped on a host without IPv6.
     pub if_ipv6: bool,
 }
 
 /// `[frontend.NAME.sources]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct SourceRules {
-    /// Ranges of the configuration file itself, sorted.
+    /// Allowed ranges in the configuration file, sorted.
     #[serde(serialize_with = "text_forms::ranges")]
     pub allow: Vec<IpNet>,
-    /// The same, denied.
+    /// Denied ranges in the configuration file, sorted.
     #[serde(serialize_with = "text_forms::ranges")]
     pub deny: Vec<IpNet>,
-    /// Of both and of the lists that the file names.
+    /// Built from both and from the lists in the files below.
     #[serde(skip)]
     pub access: AccessList,
-    /// Where more allowed ranges were read.
+    /// File with more allowed ranges.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allow_file: Option<PathBuf>,
-    /// Where more denied ranges were read.
+    /// File with more denied ranges.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deny_file: Option<PathBuf>,
-    /// For each source.
+    /// Limits per client source.
     #[serde(flatten)]
     pub limits: SourceLimits,
 }
 
-/// `[pool.NAME]`: backends, balancing policy and health spec.
+/// `[pool.NAME]`: backends, balancing policy and health settings.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PoolConfig {
     /// Unique among pools.
     #[serde(skip)]
     pub name: Arc<str>,
-    /// How a backend is chosen.
+    /// Balancing policy.
     pub balance: Policy,
-    /// Slots of the table that `source-hash` looks clients up in; a prime, never
-    /// fewer than the pool may have backends.
+    /// Slots of the lookup table of `source-hash`: a prime, at least the maximum number
+    /// of backends of the pool.
     pub hash_slots: u32,
-    /// Addresses of this host that connections to backends (and probes) start
-    /// at, in turn, where they are of the backend's family; empty: the kernel
-    /// chooses. At most `config::POOL_SOURCES_MAX`, none twice.
+    /// Local addresses from which connections to backends and probes start, in turn.
+    /// Only addresses of the backend's family are used. Empty: the kernel chooses. At
+    /// most `config::POOL_SOURCES_MAX`, without repetition.
     pub source: Arc<[SourceAddr]>,
-    /// Deadline of one connect attempt.
+    /// Timeout of one connect attempt.
     #[serde(serialize_with = "text_forms::duration")]
     pub connect_timeout: Duration,
-    /// Clients that may wait in line while every backend is at its cap; beyond it
-    /// they wait in the kernel's queue. Exceeded by at most one a worker.
+    /// Maximum number of clients in the pool's queue while every backend is at its cap.
+    /// Further clients stay in the listen queue. Workers can exceed it by at most one
+    /// client each.
     pub queue_max: u32,
-    /// How long one may wait there.
+    /// Timeout of a client in that queue.
     #[serde(serialize_with = "text_forms::duration")]
     pub queue_timeout: Duration,
-    /// Connect attempts for one session, each on another backend; at least 1.
+    /// Maximum number of connect attempts per session, each on another backend; at
+    /// least 1.
     pub connect_attempts: u8,
     /// What to do when no backend is eligible.
     pub when_none_eligible: WhenNoneEligible,
-    /// How long never-probed backends wait for their first result before the
+    /// Time for which backends without a probe result wait for the first one before the
     /// pool fails open.
     #[serde(serialize_with = "text_forms::duration")]
     pub startup_grace: Duration,
     /// What happens to the sessions of a backend that leaves the pool.
     pub on_removal: OnRemoval,
-    /// Active probes; `None` leaves every backend assumed up.
+    /// Active probes; `None`: every backend is treated as up.
     pub probe: Option<Arc<ProbeSpec>>,
     /// Passive ejection; `None` is off.
     #[serde(serialize_with = "text_forms::or_off")]
     pub ejection: Option<EjectionSpec>,
-    /// What heartbeats are expected; `None`: none are taken.
+    /// Expected heartbeats; `None`: heartbeats are ignored.
     pub heartbeat: Option<Arc<HeartbeatSpec>>,
-    /// How long a backend that joins or comes back takes to reach its full
-    /// weight and cap; `None` is at once.
+    /// Time in which a new or returning backend reaches its full weight and cap;
+    /// `None`: immediately.
     #[serde(serialize_with = "text_forms::timer")]
     pub slow_start: Option<Duration>,
-    /// At least one, unless senders of heartbeats may register; unique by name
-    /// and by address.
+    /// At least one, unless heartbeat senders can register; unique by name and by
+    /// address.
     #[serde(rename = "backend")]
     pub backends: Vec<BackendConfig>,
 }
@@ -247,13 +253,14 @@ pub struct PoolConfig {
 pub enum Policy {
     /// Smooth weighted round robin, exact over the whole process.
     WeightedRoundRobin,
-    /// Least (in-flight + 1) / weight.
+    /// Lowest (in-flight + 1) / weight.
     LeastConnections,
     /// Weighted random.
     Random,
     /// The better of two weighted random draws.
     TwoChoices,
-    /// The one of two weighted random draws with the lower expected latency.
+    /// The one of two weighted random draws with the lower expected cost: latency x
+    /// (in-flight + 1) / weight.
     PeakEwma,
     /// Weighted Maglev over the client address.
     SourceHash,
@@ -284,16 +291,16 @@ impl Policy {
 /// `when_none_eligible = ...`
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WhenNoneEligible {
-    /// Reset the client at once.
+    /// Reset the client immediately.
     Refuse,
-    /// Balance over every backend that no operator has taken out.
+    /// Balance over all backends that no operator drains.
     TryAll,
 }
 
 /// `on_removal = ...`
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnRemoval {
-    /// Sessions run to their end.
+    /// Sessions continue until they end.
     Keep,
     /// Sessions still open after this long are reset.
     CloseAfter(Duration),
@@ -305,20 +312,21 @@ pub struct ProbeSpec {
     /// What one probe does.
     #[serde(flatten)]
     pub kind: ProbeKind,
-    /// Time between probes of a backend whose state is settled.
+    /// Time between probes of a backend with a settled state.
     #[serde(serialize_with = "text_forms::duration")]
     pub interval: Duration,
-    /// Time between probes while a change of state is being counted.
+    /// Time between probes while consecutive results are counted towards a state
+    /// change.
     #[serde(serialize_with = "text_forms::duration")]
     pub fast_interval: Duration,
-    /// Deadline of one probe; never above either interval.
+    /// Timeout of one probe; at most either interval.
     #[serde(serialize_with = "text_forms::duration")]
     pub timeout: Duration,
-    /// Successes in a row that bring a backend up; at least 1.
+    /// Consecutive successes that set a backend to up; at least 1.
     pub rise: u32,
-    /// Failures in a row that take a backend down; at least 1.
+    /// Consecutive failures that set a backend to down; at least 1.
     pub fall: u32,
-    /// The pool's: where probes start.
+    /// Source addresses of the pool, from which probes start.
     #[serde(skip)]
     pub source: Arc<[SourceAddr]>,
 }
@@ -327,20 +335,20 @@ pub struct ProbeSpec {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum ProbeKind {
-    /// The connection is accepted.
+    /// Succeeds if the connection is accepted.
     Tcp,
-    /// The answer to `send` is as `expect` says. `send` may be empty.
+    /// Succeeds if the answer to `send` matches `expect`. `send` can be empty.
     SendExpect {
         /// Sent after connecting.
         send: String,
-        /// What the answer must hold.
+        /// What the answer must contain.
         expect: Expect,
     },
-    /// An HTTP/1.1 request whose status lies in `status`.
+    /// Succeeds if the status of an HTTP/1.1 response is in `status`.
     Http {
-        /// Request target, starts with `/`.
+        /// Request target; starts with `/`.
         path: String,
-        /// `Host` header; `None` uses the backend's address.
+        /// `Host` header; `None`: the backend's address.
         #[serde(skip_serializing_if = "Option::is_none")]
         host: Option<String>,
         /// Request method.
@@ -351,7 +359,7 @@ pub enum ProbeKind {
     },
 }
 
-/// `expect = ...`: what an answer must hold, and where.
+/// `expect = ...`: text that an answer must contain, and where.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Expect {
     /// At its start.
@@ -360,22 +368,21 @@ pub enum Expect {
     Contains(String),
 }
 
-/// `[pool.NAME.ejection]`: what sessions tell of backends.
+/// `[pool.NAME.ejection]`: passive health from the results of sessions.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct EjectionSpec {
-    /// Consecutive failures (connects, early resets) that eject; at least 1.
+    /// Consecutive failures (connects, early resets) that eject a backend; at least 1.
     pub failures: u32,
-    /// Length of the first ejection; the n-th in a row lasts n times that, at
-    /// most 5 minutes.
+    /// Duration of the first ejection. The n-th ejection in a row lasts n times as
+    /// long, at most 5 minutes.
     #[serde(serialize_with = "text_forms::duration")]
     pub time: Duration,
-    /// Share of a pool that may be ejected at once, in percent, 0..=100.
+    /// Maximum share of a pool that is ejected at the same time, in percent, 0..=100.
     #[serde(rename = "max_ejected", serialize_with = "text_forms::percent")]
     pub max_ejected_percent: u8,
-    /// Resets before the first byte count as failures, too.
+    /// Whether resets before the first byte also count as failures.
     pub early_resets: bool,
-    /// Waiting longer than this for a first byte may make a backend suspect;
-    /// `None` is off.
+    /// First-byte time above which a backend can become suspect; `None`: off.
     #[serde(serialize_with = "text_forms::timer")]
     pub slow_first_byte: Option<Duration>,
 }
@@ -383,49 +390,49 @@ pub struct EjectionSpec {
 /// `[pool.NAME.heartbeat]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct HeartbeatSpec {
-    /// Signed senders that are not in the file may join.
+    /// Whether signed senders that are not in the file can register.
     pub register: bool,
-    /// Backends of the file are eligible only while they send heartbeats.
+    /// Whether backends of the file are eligible only while they send heartbeats.
     pub require: bool,
-    /// Between two heartbeats, where the sender does not say; 20 ms to 10 s.
+    /// Default time between two heartbeats if the sender announces none; 20 ms to 10 s.
     #[serde(serialize_with = "text_forms::duration")]
     pub interval: Duration,
-    /// Silence that ends what heartbeats vouch for: a registered backend is
-    /// down. At least three intervals.
+    /// Time without heartbeats after which earlier heartbeats expire; a registered
+    /// backend is then down. At least three intervals.
     #[serde(serialize_with = "text_forms::duration")]
     pub ttl: Duration,
-    /// How long after that a registered backend is forgotten.
+    /// Time after that until a registered backend is removed.
     #[serde(serialize_with = "text_forms::duration")]
     pub forget_after: Duration,
-    /// Registered backends at once; at least 1.
+    /// Maximum number of registered backends; at least 1.
     pub backends_max: u32,
-    /// The largest weight a registered backend may ask for, 1..=[`WEIGHT_MAX`].
-    /// For a backend of the file its own weight is the largest.
+    /// Maximum weight that a registered backend can announce, 1..=[`WEIGHT_MAX`]. For a
+    /// backend of the file, its configured weight is the maximum.
     pub weight_max: u16,
 }
 
 /// `[[pool.NAME.backend]]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct BackendConfig {
-    /// Unique in its pool; the address where the file gives none.
+    /// Unique in its pool; the address if the file gives no name.
     pub name: Arc<str>,
     /// Unique in its pool.
     #[serde(serialize_with = "text_forms::shown")]
     pub address: BackendAddr,
     /// 1..=[`WEIGHT_MAX`].
     pub weight: u16,
-    /// Serves only while no primary is eligible.
+    /// Whether the backend serves only while no primary is eligible.
     pub backup: bool,
-    /// Sessions at once on this backend; 0 means no cap.
+    /// Cap on sessions of this backend; 0 means no cap.
     pub connections_max: u32,
 }
 
-/// Largest weight a backend may have: keeps the smooth sequence of two
-/// co-prime neighbours within 2,000 slots.
+/// Maximum weight of a backend. It limits the smooth sequence of two backends to 2,000
+/// places.
 pub const WEIGHT_MAX: u16 = 1000;
 
-/// `hash_slots` where a pool does not say: 100 slots a backend, and so shares
-/// that are 1 % apart, up to 655 backends.
+/// Default of `hash_slots`. Up to 655 backends it gives 100 slots per backend, so
+/// shares are accurate to 1 %.
 pub const HASH_SLOTS: u32 = 65_537;
 
 words!(
@@ -453,7 +460,7 @@ impl Serialize for Expect {
 // === impl Bind ===
 
 impl Bind {
-    /// TCP at that address, without options.
+    /// Returns a TCP bind without options.
     pub fn tcp(address: SocketAddr) -> Bind {
         Bind { key: BindKey::tcp(address), options: BindOptions::default() }
     }
@@ -462,7 +469,7 @@ impl Bind {
 // === impl Config ===
 
 impl Config {
-    /// Every file that is read together with this configuration.
+    /// Returns every file that is read together with this configuration.
     pub fn named_files(&self) -> Vec<PathBuf> {
         let token = self.admin.token_file.iter();
         let keys = self.heartbeat.iter().flat_map(|heartbeat| &heartbeat.keys);

@@ -1,6 +1,7 @@
-//! The model of what concerns the whole process: `[process]`, `[admin]`, `[log]`.
+//! The process-wide part of the model: `[process]`, `[admin]`, `[log]`.
 //!
-//! Filled by `validate`, read by `daemon`; part of `Config`. It checks nothing itself.
+//! `validate` fills it, `daemon` reads it. It is part of `Config` and checks nothing
+//! itself.
 
 use super::text_forms;
 use super::text_forms::words;
@@ -10,9 +11,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// `[process]`. All but `leave_delay`, `drain_timeout`, `upgrade_timeout`, `connections_max` and
-/// `buffers_max` need a restart to change; most of the others may change with an
-/// upgrade.
+/// `[process]`. A reload applies changes of `leave_delay`, `drain_timeout`,
+/// `upgrade_timeout`, `connections_max` and `buffers_max`. Changes of the other keys
+/// need a restart, or for most of them an upgrade.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ProcessConfig {
     /// `None`: one worker per CPU the process may use.
@@ -20,35 +21,36 @@ pub struct ProcessConfig {
     pub workers: Option<usize>,
     /// Pin each worker to its CPU.
     pub pin: bool,
-    /// Requested engine.
+    /// Relay engine.
     pub engine: EngineChoice,
-    /// How long a worker polls after its last activity before it sleeps.
+    /// Time for which a worker polls after its last activity before it sleeps.
     #[serde(serialize_with = "text_forms::timer")]
     pub spin: Option<Duration>,
-    /// How long it goes on accepting after it was told to stop, while `/ready` says
-    /// no already; zero: not at all.
+    /// Time for which the process still accepts clients after a stop request, while
+    /// `/ready` already fails; 0 skips it.
     #[serde(serialize_with = "text_forms::duration")]
     pub leave_delay: Duration,
-    /// How long sessions may go on after that.
+    /// Time after that in which sessions can finish.
     #[serde(serialize_with = "text_forms::duration")]
     pub drain_timeout: Duration,
-    /// How long a new process may take to serve when the program is upgraded.
+    /// Time in which the new process of an upgrade must be ready.
     #[serde(serialize_with = "text_forms::duration")]
     pub upgrade_timeout: Duration,
-    /// Sessions at once in the whole process.
+    /// Cap on sessions of the whole process.
     pub connections_max: u32,
-    /// Bytes held for sessions, all together: received and not yet sent, and
-    /// pipes by their size.
+    /// Maximum number of bytes held for all sessions: received and unsent data, and the
+    /// sizes of pipes.
     #[serde(serialize_with = "text_forms::size")]
     pub buffers_max: usize,
-    /// Whom the process becomes before it opens anything, by name or number;
-    /// `None`: it stays who started it.
+    /// User that the process switches to before it opens anything, by name or number;
+    /// `None`: no switch.
     pub user: Option<String>,
-    /// With which group; `None`: the groups the user database gives `user`.
+    /// Group to switch to; `None`: the groups of `user` in the user database.
     pub group: Option<String>,
-    /// Whether it confines itself.
+    /// Use of the sandbox.
     pub sandbox: Sandbox,
-    /// Where operators' intents survive a restart: an absolute path. `None`: nowhere.
+    /// Directory in which operator intents survive a restart: an absolute path. `None`:
+    /// they are not stored.
     #[serde(serialize_with = "text_forms::or_off")]
     pub state: Option<PathBuf>,
 }
@@ -56,57 +58,57 @@ pub struct ProcessConfig {
 /// `sandbox = ...`
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sandbox {
-    /// As far as the kernel has it.
+    /// All layers that the kernel supports.
     Auto,
-    /// Wholly, or not at all: then the process does not start.
+    /// All layers; the process does not start without them.
     On,
-    /// Not at all.
+    /// No layers.
     Off,
 }
 
 /// `engine = ...`
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EngineChoice {
-    /// Whichever is ahead today: epoll; see `daemon::start`.
+    /// The faster engine, currently epoll; see `daemon::start`.
     Auto,
-    /// io_uring, or epoll with the reason logged where it is refused.
+    /// io_uring; epoll with a logged reason if io_uring is not available.
     IoUring,
-    /// Never touch io_uring.
+    /// Never uses io_uring.
     Epoll,
 }
 
-/// Where the admin API listens unless told otherwise.
+/// Default address of the admin API.
 pub const ADMIN_SOCKET: &str = "/run/tidegate/admin.sock";
 
-/// `[admin]`. A change of where it listens needs a restart.
+/// `[admin]`. A change of `listen` needs a restart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Admin {
-    /// Where the API listens.
+    /// Address of the admin API.
     #[serde(serialize_with = "text_forms::shown")]
     pub listen: AdminListen,
-    /// File holding the bearer token (trailing white space ignored).
+    /// File with the bearer token (trailing white space is ignored).
     pub token_file: Option<PathBuf>,
-    /// With more backends than that the metrics have no series of each.
+    /// Maximum number of backends for which the metrics contain series per backend.
     pub backend_metrics_max: u32,
 }
 
-/// An admin address.
+/// Address of the admin API.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AdminListen {
     /// A Unix socket, mode 0600.
     Unix(PathBuf),
-    /// A TCP address; anything but loopback has a `token_file`.
+    /// A TCP address. An address other than loopback requires a `token_file`.
     Tcp(SocketAddr),
 }
 
 /// `[log]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Log {
-    /// Least severe level written.
+    /// Least severe level that is written.
     pub level: LogLevel,
-    /// Text for people, JSON for machines.
+    /// Text for people, JSON for programs.
     pub format: LogFormat,
-    /// Where access-log lines go.
+    /// Destination of access-log lines.
     #[serde(serialize_with = "text_forms::shown")]
     pub access: AccessLogTarget,
 }
@@ -137,7 +139,7 @@ pub enum AccessLogTarget {
     Off,
     /// Standard output.
     Stdout,
-    /// Appended to this file; reopened when the file is moved away.
+    /// Appended to this file, which is reopened after a rotation.
     File(PathBuf),
 }
 
@@ -151,7 +153,8 @@ words!(LogFormat: "text" => Text, "json" => Json);
 // === impl Admin ===
 
 impl Admin {
-    /// The default place. A process that cannot use it chooses another one.
+    /// Returns whether `listen` is the default. If the default is not usable, the
+    /// process chooses another path.
     pub fn is_default(&self) -> bool {
         self.listen == AdminListen::Unix(PathBuf::from(ADMIN_SOCKET))
     }

@@ -1,8 +1,8 @@
-//! Text forms of the model's values: words, durations, sizes, as a configuration file
-//! gives them.
+//! Text forms of the model's values: keywords, durations, sizes, as in a configuration
+//! file.
 //!
-//! Used by the model's `Serialize` implementations and by the messages of `config`, which
-//! reads the same forms. Nothing here reads a text.
+//! Used by the model's `Serialize` implementations and by the messages of `config`,
+//! which parses the same forms. Nothing here parses.
 
 use super::{Bind, FrontendConfig, OnRemoval, PoolConfig, RouteTarget};
 use ipnet::IpNet;
@@ -13,27 +13,27 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Units of sizes, smallest first: name, and the power of two.
+/// Units of sizes, smallest first: name and power of two.
 pub const SIZE_UNITS: [(&str, u32); 5] =
     [("B", 0), ("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
 
-/// A setting that takes one of a closed set of words.
+/// A setting with a closed set of keywords.
 pub trait Words: Copy + PartialEq + 'static {
-    /// Every word with its value, in the order the documentation lists them.
+    /// Every keyword and its value, in the order of the documentation.
     const WORDS: &'static [(&'static str, Self)];
 
-    /// Every value, in that order.
+    /// Returns every value, in that order.
     fn all() -> impl Iterator<Item = Self> {
         Self::WORDS.iter().map(|(_, value)| *value)
     }
 
-    /// The word of this value.
+    /// Returns the keyword of this value.
     fn word(self) -> &'static str {
         Self::WORDS.iter().find(|(_, value)| *value == self).map_or("", |(word, _)| word)
     }
 }
 
-/// Gives a type its words, and serialises it as one.
+/// Implements [`Words`] for a type, and serialises it as its keyword.
 macro_rules! words {
     ($type:ty: $($word:literal => $value:ident),+ $(,)?) => {
         impl $crate::model::Words for $type {
@@ -50,13 +50,13 @@ macro_rules! words {
 
 pub(super) use words;
 
-/// `1m30s`
+/// Formats a duration like `1m30s`.
 pub fn show_duration(value: Duration) -> String {
     let text = humantime::format_duration(value).to_string();
     text.replace("days", "d").replace("day", "d").replace(' ', "")
 }
 
-/// `64MiB`, in the largest unit that divides it.
+/// Formats a size like `64MiB`, in the largest unit that divides it.
 pub fn show_size(bytes: u64) -> String {
     let divides = |(_, shift): &(&str, u32)| bytes.is_multiple_of(1 << shift);
     let (unit, shift) = SIZE_UNITS.into_iter().rev().find(divides).unwrap_or(SIZE_UNITS[0]);
@@ -77,7 +77,7 @@ pub(super) fn timer<S: Serializer>(
     or_off(&value.map(show_duration), serializer)
 }
 
-/// What is there, or `off`.
+/// The value, or `off`.
 pub(super) fn or_off<T: Serialize, S: Serializer>(
     value: &Option<T>,
     serializer: S,
@@ -152,7 +152,7 @@ pub(super) fn route_target<S: Serializer>(
     }
 }
 
-/// Addresses, with their options where there are any; `*:PORT` for a pair of wildcards.
+/// Addresses, with their options if any are set; `*:PORT` for a pair of wildcards.
 pub(super) fn binds<S: Serializer>(binds: &[Bind], serializer: S) -> Result<S::Ok, S::Error> {
     let firsts = binds.iter().enumerate().filter(|(_, bind)| !bind.options.if_ipv6);
     serializer.collect_seq(firsts.map(|(index, bind)| BindForm {
@@ -186,7 +186,7 @@ pub(super) fn pools<S: Serializer>(
     serializer.collect_map(pools.iter().map(|pool| (&*pool.name, pool)))
 }
 
-/// By its `Display`.
+/// The `Display` form.
 pub(super) fn shown<T: Display, S: Serializer>(
     value: &T,
     serializer: S,

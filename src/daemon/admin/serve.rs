@@ -243,7 +243,7 @@ impl AdminServer {
     }
 
     fn accept_failed(&self, error: &io::Error, logged: &mut Option<Instant>) {
-        self.counters.local_trouble(local_errors::local_kind(error), LocalErrorPlace::Admin);
+        self.counters.count_local_error(local_errors::local_kind(error), LocalErrorPlace::Admin);
         let now = clock::now();
         if logged.is_none_or(|logged| now >= logged + LOG_INTERVAL) {
             *logged = Some(now);

@@ -237,7 +237,7 @@ impl ProbeTask {
                 let probe = super::run_from(&request.address, &request.spec, turn);
                 let (outcome, local_error) = probe.await;
                 if let Some(kind) = local_error {
-                    counters.local_trouble(kind, LocalErrorPlace::Probe);
+                    counters.count_local_error(kind, LocalErrorPlace::Probe);
                 }
                 (request.backend, request.token, outcome)
             });

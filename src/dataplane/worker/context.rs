@@ -200,7 +200,7 @@ impl WorkerContext {
     /// wait a moment.
     #[cold]
     pub(crate) fn local_error(&self, kind: LocalErrorKind, at: LocalErrorPlace, error: &io::Error) {
-        self.counters.local_trouble(kind, at);
+        self.counters.count_local_error(kind, at);
         let now = clock::now();
         if at == LocalErrorPlace::Connect
             && matches!(kind, LocalErrorKind::Descriptors | LocalErrorKind::Memory)

@@ -69,7 +69,7 @@ fn text_of(backend_metrics_max: usize) -> String {
     workers[0].accepted.add(9);
     workers[0].ended.add(4);
     workers[1].session_end.cell(Cause::ClientReset as usize, Phase::Connect as usize).add(1);
-    workers[1].local_trouble(LocalErrorKind::Ports, LocalErrorPlace::Connect);
+    workers[1].count_local_error(LocalErrorKind::Ports, LocalErrorPlace::Connect);
     workers[1]
         .local_errors
         .cell(LocalErrorKind::Ports as usize, LocalErrorPlace::Connect as usize)

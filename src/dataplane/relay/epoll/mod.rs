@@ -146,7 +146,7 @@ impl EpollEngine {
 
     #[cold]
     fn count(&self, kind: LocalErrorKind) {
-        self.worker.local_trouble(kind, LocalErrorPlace::Relay);
+        self.worker.count_local_error(kind, LocalErrorPlace::Relay);
     }
 
     /// From now on that side's room to send is reported, too. Most sessions

@@ -177,7 +177,7 @@ impl RingEngine {
     /// Has that side go on at the next tick.
     #[cold]
     fn note_shortage(&mut self, key: u32, side: SessionSide) {
-        self.worker.local_trouble(LocalErrorKind::Memory, LocalErrorPlace::Relay);
+        self.worker.count_local_error(LocalErrorKind::Memory, LocalErrorPlace::Relay);
         self.short.push((key, side));
     }
 
@@ -317,7 +317,7 @@ impl EngineIo for RingEngine {
         io.stalled = stalled;
         io.pipes.trim();
         if let Some(error) = io.pipes.last_error() {
-            io.worker.local_trouble(local_errors::local_kind(&error), LocalErrorPlace::Relay);
+            io.worker.count_local_error(local_errors::local_kind(&error), LocalErrorPlace::Relay);
         }
         io.show_counts();
         io.show_held();
