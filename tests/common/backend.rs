@@ -1,8 +1,8 @@
-//! Scripted backends: threads that do one thing to every connection.
+//! Scripted backends: threads that run one script for every connection.
 //!
-//! Started by tests on loopback or on a Unix socket; each counts what it saw,
-//! so that a test can hold the balancer's numbers against the truth. Dropping
-//! one closes its listener and its connections and joins its threads.
+//! Tests start a backend on loopback or on a Unix socket. Each backend counts what
+//! it observed, so that a test can compare Tidegate's numbers with it. Dropping a
+//! backend closes its listener and its connections and joins its threads.
 
 use super::ports::free_port;
 use super::{patience, secs};
@@ -15,7 +15,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// What a backend does with one connection; returning closes it.
+/// What a backend does with one connection. The connection closes when the script returns.
 pub type Script = Arc<dyn Fn(&Conn) + Send + Sync>;
 
 /// One connection at the backend.
@@ -32,9 +32,9 @@ pub struct Counts {
     pub active_peak: AtomicU64,
     pub bytes_read: AtomicU64,
     pub bytes_written: AtomicU64,
-    /// Connections that ended with a RST from the balancer.
+    /// Connections that ended with a RST from Tidegate.
     pub resets_seen: AtomicU64,
-    /// Connections that ended with a FIN from the balancer.
+    /// Connections that ended with a FIN from Tidegate.
     pub fins_seen: AtomicU64,
 }
 
@@ -54,18 +54,18 @@ struct Shared {
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
-/// Something scripts wait at until the test opens it.
+/// A barrier at which scripts wait until the test opens it.
 #[derive(Clone, Default)]
 pub struct Gate(Arc<(Mutex<bool>, Condvar)>);
 
 impl Gate {
-    /// Lets everybody through, now and later.
+    /// Releases all waiting scripts, and every later script at once.
     pub fn open(&self) {
         *self.0.0.lock().expect("no panic in here") = true;
         self.0.1.notify_all();
     }
 
-    /// Waits for the gate to open, a minute at most.
+    /// Waits until the gate opens, for at most 60 s.
     pub fn wait(&self) {
         let held = self.0.0.lock().expect("no panic in here");
         let _ = self.0.1.wait_timeout_while(held, secs(60), |open| !*open);
@@ -74,7 +74,7 @@ impl Gate {
 
 // === scripts ===
 
-/// Sends back what it gets, FIN for FIN.
+/// Sends back every byte it receives, and a FIN for a FIN.
 pub fn echo() -> Script {
     Arc::new(|conn| {
         let mut buffer = vec![0; 64 * 1024];
@@ -86,7 +86,7 @@ pub fn echo() -> Script {
     })
 }
 
-/// Says its name and closes once the client has.
+/// Sends its name and closes after the client has closed.
 pub fn name(name: &str) -> Script {
     let name = name.to_string();
     Arc::new(move |conn| {
@@ -96,7 +96,7 @@ pub fn name(name: &str) -> Script {
     })
 }
 
-/// Greets first, then echoes.
+/// Sends a greeting first, then echoes.
 pub fn greet(greeting: &str) -> Script {
     let greeting = greeting.to_string();
     let echo = echo();
@@ -107,12 +107,12 @@ pub fn greet(greeting: &str) -> Script {
     })
 }
 
-/// Takes the connection and never reads or writes, until stopped.
+/// Accepts the connection and neither reads nor writes until it closes.
 pub fn stall() -> Script {
-    Arc::new(|conn| conn.wait_for_hang_up())
+    Arc::new(|conn| conn.wait_for_close())
 }
 
-/// Resets the connection once `n` bytes have come.
+/// Resets the connection after `n` received bytes.
 pub fn reset_after(n: u64) -> Script {
     Arc::new(move |conn| {
         if conn.read_exactly(n) {
@@ -121,7 +121,7 @@ pub fn reset_after(n: u64) -> Script {
     })
 }
 
-/// Sends FIN once `n` bytes have come and goes on reading.
+/// Sends FIN after `n` received bytes and continues to read.
 pub fn half_close_after(n: u64) -> Script {
     Arc::new(move |conn| {
         if conn.read_exactly(n) {
@@ -131,22 +131,22 @@ pub fn half_close_after(n: u64) -> Script {
     })
 }
 
-/// Reads `chunk` bytes each `pause`, to the end.
+/// Reads `chunk` bytes per `pause` until the stream ends.
 pub fn slow_read(chunk: usize, pause: Duration) -> Script {
     Arc::new(move |conn| {
-        // A small window, or the kernel takes megabytes on its own account; but
-        // not below loopback's segments, or each waits for the persist timer.
+        // A small window, because the kernel otherwise buffers megabytes. Not below the
+        // segment size of loopback, because each segment would wait for the persist timer.
         let _ = conn.socket.set_recv_buffer_size(128 * 1024);
         let mut buffer = vec![0; chunk];
         while matches!(conn.read(&mut buffer), Ok(n) if n > 0) {
-            // Its pace.
+            // The pace of this reader.
             std::thread::sleep(pause);
         }
     })
 }
 
-/// Answers every HTTP request on the connection with `status` and its name,
-/// and closes after one that asks for it.
+/// Answers every HTTP request on the connection with `status` and the backend's name.
+/// Closes after a request with `Connection: close`.
 pub fn http(name: &str, status: u16) -> Script {
     let answer = format!(
         "HTTP/1.1 {status} X\r\nContent-Length: {}\r\nContent-Type: text/plain\r\n\r\n{name}",
@@ -169,7 +169,7 @@ pub fn http(name: &str, status: u16) -> Script {
     })
 }
 
-/// Any closure.
+/// Makes a script of a closure.
 pub fn script(run: impl Fn(&Conn) + Send + Sync + 'static) -> Script {
     Arc::new(run)
 }
@@ -177,7 +177,7 @@ pub fn script(run: impl Fn(&Conn) + Send + Sync + 'static) -> Script {
 // === impl Conn ===
 
 impl Conn {
-    /// Reads some bytes, counting them and how the stream ended.
+    /// Reads some bytes and counts them and the end of the stream.
     pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         let result = (&*self.socket).read(buffer);
         match &result {
@@ -197,7 +197,7 @@ impl Conn {
         Ok(())
     }
 
-    /// Ends the sending direction.
+    /// Closes the sending direction with a FIN.
     pub fn fin(&self) {
         let _ = self.socket.shutdown(Shutdown::Write);
     }
@@ -207,13 +207,13 @@ impl Conn {
         let _ = self.socket.set_linger(Some(Duration::ZERO));
     }
 
-    /// Reads and forgets everything up to the end.
+    /// Reads and discards everything until the stream ends.
     pub fn drain(&self) {
         let mut buffer = vec![0; 64 * 1024];
         while matches!(self.read(&mut buffer), Ok(n) if n > 0) {}
     }
 
-    /// Reads exactly `n` bytes; false where the stream ended before.
+    /// Reads exactly `n` bytes. Returns false if the stream ends earlier.
     pub fn read_exactly(&self, n: u64) -> bool {
         let mut left = n;
         let mut buffer = vec![0; 64 * 1024];
@@ -227,9 +227,8 @@ impl Conn {
         true
     }
 
-    /// Returns once the peer has hung up for good (FIN both ways or RST),
-    /// without reading a byte.
-    pub fn wait_for_hang_up(&self) {
+    /// Returns after the peer has closed or reset the connection. Reads no byte.
+    pub fn wait_for_close(&self) {
         use rustix::event::{PollFd, PollFlags, poll};
         let mut fds = [PollFd::new(&*self.socket, PollFlags::RDHUP)];
         let _ = poll(&mut fds, None);
@@ -245,7 +244,7 @@ impl ScriptedBackend {
         ScriptedBackend::start_on(address, script)
     }
 
-    /// Listens there: for IPv6, or to come back on an old address.
+    /// Listens on `address`: for IPv6, or to restart on an earlier address.
     pub fn start_on(address: SocketAddr, script: Script) -> ScriptedBackend {
         let listener = listen(address, 4096);
         ScriptedBackend::serve(listener, address.to_string(), Some(address), script)
@@ -279,17 +278,17 @@ impl ScriptedBackend {
         ScriptedBackend { address, socket_address, listener, shared, acceptor: Some(acceptor) }
     }
 
-    /// As the configuration takes it.
+    /// The address in the form of the configuration.
     pub fn address(&self) -> &str {
         &self.address
     }
 
-    /// Where it listens, for TCP.
+    /// The TCP address of the listener.
     pub fn socket_address(&self) -> SocketAddr {
         self.socket_address.expect("a TCP backend")
     }
 
-    /// Connections taken so far.
+    /// Connections accepted since the start.
     pub fn accepted(&self) -> u64 {
         self.shared.counts.accepted.load(Ordering::Relaxed)
     }
@@ -299,7 +298,7 @@ impl ScriptedBackend {
         self.shared.counts.active.load(Ordering::Relaxed)
     }
 
-    /// The most connections that were ever open at once.
+    /// The largest number of connections that were open at the same time.
     pub fn active_peak(&self) -> u64 {
         self.shared.counts.active_peak.load(Ordering::Relaxed)
     }
@@ -308,7 +307,7 @@ impl ScriptedBackend {
         &self.shared.counts
     }
 
-    /// Resets every open connection and goes on listening.
+    /// Resets every open connection and continues to listen.
     pub fn reset_all(&self) {
         for socket in self.shared.open.lock().expect("no panic in here").values() {
             let _ = socket.set_linger(Some(Duration::ZERO));
@@ -317,7 +316,7 @@ impl ScriptedBackend {
         }
     }
 
-    /// Stops listening and closes everything, as a dying process does.
+    /// Stops listening and closes every connection, as the exit of a process does.
     pub fn stop(&mut self) {
         if self.shared.stopping.swap(true, Ordering::SeqCst) {
             return;
@@ -350,7 +349,7 @@ fn accept_loop(listener: &Socket, shared: &Arc<Shared>, script: &Script) {
             if shared.stopping.load(Ordering::SeqCst) {
                 return;
             }
-            // A failure stays for a while: do not ask a million times.
+            // An accept error usually lasts, so the loop must not spin.
             std::thread::sleep(Duration::from_millis(1));
             continue;
         };
@@ -369,8 +368,8 @@ fn accept_loop(listener: &Socket, shared: &Arc<Shared>, script: &Script) {
                 let conn = Conn { socket, counts: shared.counts.clone() };
                 script(&conn);
                 shared.open.lock().expect("no panic in here").remove(&id);
-                // Counted before the close: the balancer may fill the slot the
-                // moment it sees the FIN.
+                // Counted before the close, because Tidegate can fill the slot as soon as it
+                // receives the FIN.
                 shared.counts.active.fetch_sub(1, Ordering::SeqCst);
                 drop(conn);
             }
@@ -383,9 +382,9 @@ fn accept_loop(listener: &Socket, shared: &Arc<Shared>, script: &Script) {
     }
 }
 
-// === addresses nobody serves ===
+// === addresses without a server ===
 
-/// Bound and not listening: connects are refused, and nobody else can take it.
+/// A bound socket that does not listen: connects are refused, and no other process gets the port.
 pub struct Refusing {
     pub address: SocketAddr,
     _socket: Socket,
@@ -402,7 +401,7 @@ impl Refusing {
     }
 }
 
-/// Listening with its accept queue full: connects get no answer at all.
+/// A listener with a full accept queue: connects get no answer.
 pub struct Unresponsive {
     pub address: SocketAddr,
     _listener: Socket,
@@ -413,8 +412,8 @@ impl Unresponsive {
     pub fn new() -> Unresponsive {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
         let listener = listen(address, 0);
-        // A queue of 0 holds one connection (tcp(7)); one more for good measure
-        // stays in SYN_SENT.
+        // A queue of 0 holds one connection (tcp(7)). The second connection stays in
+        // SYN_SENT.
         let filling = (0..2).map(|_| {
             let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
             let _ = socket.connect_timeout(&address.into(), Duration::from_millis(100));
@@ -423,7 +422,7 @@ impl Unresponsive {
         let filling = filling.collect();
         let probe = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
         let result = probe.connect_timeout(&address.into(), Duration::from_millis(200));
-        let kind = result.expect_err("a full accept queue answers nobody").kind();
+        let kind = result.expect_err("a full accept queue gives no answer").kind();
         assert_eq!(kind, io::ErrorKind::TimedOut);
         Unresponsive { address, _listener: listener, _filling: filling }
     }

@@ -1,7 +1,7 @@
 //! Plain blocking clients.
 //!
-//! Thin wrappers over sockets with deadlines, so that a hang in the balancer
-//! fails a test by name instead of stopping the suite. They retry nothing.
+//! Thin wrappers over sockets with deadlines. A hang in Tidegate then fails one test
+//! with its name instead of blocking the suite. The clients retry nothing.
 
 use super::{patience, secs};
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -15,14 +15,14 @@ pub fn connect(address: SocketAddr) -> TcpStream {
     try_connect(address).unwrap_or_else(|error| panic!("connect to {address}: {error}"))
 }
 
-/// The same, giving errors back.
+/// Connects like [`connect`] and returns errors.
 pub fn try_connect(address: SocketAddr) -> io::Result<TcpStream> {
     let stream = TcpStream::connect_timeout(&address, patience(secs(10)))?;
     with_deadlines(&stream)?;
     Ok(stream)
 }
 
-/// Connects from that source address.
+/// Connects from the address `source`.
 pub fn connect_from(source: IpAddr, address: SocketAddr) -> io::Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.bind(&SockAddr::from(SocketAddr::new(source, 0)))?;
@@ -32,21 +32,21 @@ pub fn connect_from(source: IpAddr, address: SocketAddr) -> io::Result<TcpStream
     Ok(stream)
 }
 
-/// Reads everything up to the peer's FIN as text; any error is an error.
+/// Reads text until the peer's FIN. Any other end is an error.
 pub fn read_text(mut stream: &TcpStream) -> io::Result<String> {
     let mut text = String::new();
     stream.read_to_string(&mut text)?;
     Ok(text)
 }
 
-/// One whole session: connect, FIN, and everything the backend says.
+/// Runs one whole session: connects, sends FIN, and returns everything the backend sent.
 pub fn ask(address: SocketAddr) -> io::Result<String> {
     let stream = try_connect(address)?;
     stream.shutdown(Shutdown::Write)?;
     read_text(&stream)
 }
 
-/// Sends `request` and reads exactly that many bytes of answer.
+/// Sends `request` and reads an answer of the same length.
 pub fn exchange(mut stream: &TcpStream, request: &[u8]) -> io::Result<Vec<u8>> {
     stream.write_all(request)?;
     let mut answer = vec![0; request.len()];
@@ -63,15 +63,15 @@ pub fn reset(stream: TcpStream) {
 /// How the peer ended this direction.
 #[derive(Debug, PartialEq, Eq)]
 pub enum End {
-    /// FIN after that many bytes.
+    /// FIN after this many bytes.
     Fin(u64),
-    /// RST after that many bytes.
+    /// RST after this many bytes.
     Reset(u64),
-    /// Nothing came before the deadline.
+    /// No end before the deadline, after this many bytes.
     Silence(u64),
 }
 
-/// Reads to the end and says how it ended.
+/// Reads until the stream ends and returns how it ended.
 #[track_caller]
 pub fn read_to_end(mut stream: &TcpStream) -> End {
     let mut buffer = vec![0; 64 * 1024];
@@ -90,8 +90,8 @@ pub fn read_to_end(mut stream: &TcpStream) -> End {
     }
 }
 
-/// Connects and reads to the end. Where the connection is reset at once, that may
-/// show while it is made.
+/// Connects and reads until the stream ends. An immediate reset can already fail the
+/// connect.
 #[track_caller]
 pub fn connect_and_read_to_end(address: SocketAddr) -> End {
     match try_connect(address) {

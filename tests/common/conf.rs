@@ -1,8 +1,8 @@
 //! Configurations as values that a test can change and render again.
 //!
-//! Tests describe frontends and pools; the proxy handle adds the admin socket
-//! and the log. The text that comes out is what users write: nothing here
-//! knows more than the documented keys.
+//! Tests describe frontends and pools. The proxy handle adds the admin socket and the
+//! log. The rendered text is a configuration file as an operator writes it, with
+//! documented keys only.
 
 use super::Engine;
 use super::ports::free_port;
@@ -13,15 +13,15 @@ use std::net::SocketAddr;
 #[derive(Debug, Clone)]
 pub struct Conf {
     pub engine: Engine,
-    /// Another word for the `engine` key than the engine's own.
+    /// A value for the `engine` key that differs from the engine's name.
     pub engine_key: Option<String>,
-    /// 0 stands for "auto".
+    /// 0 means "auto".
     pub workers: usize,
-    /// More keys of `[process]`, a line each.
+    /// More keys of `[process]`, one per line.
     pub process: String,
-    /// More keys of `[log]`; the handle adds `access`.
+    /// More keys of `[log]`. The handle adds `access`.
     pub log: String,
-    /// Another access-log target than a file in the handle's directory.
+    /// An access-log target other than a file in the handle's directory.
     pub access: Option<String>,
     pub frontends: Vec<Frontend>,
     pub pools: Vec<Pool>,
@@ -35,7 +35,7 @@ pub struct Frontend {
     pub name: String,
     pub binds: Vec<SocketAddr>,
     pub pool: String,
-    /// More keys, a line each.
+    /// More keys, one per line.
     pub keys: String,
 }
 
@@ -43,7 +43,7 @@ pub struct Frontend {
 #[derive(Debug, Clone)]
 pub struct Pool {
     pub name: String,
-    /// More keys of the pool itself, a line each.
+    /// More keys of the pool itself, one per line.
     pub keys: String,
     /// Keys of `[pool.NAME.probe]`; empty for none.
     pub probe: String,
@@ -59,14 +59,14 @@ pub struct Pool {
 pub struct Backend {
     pub name: String,
     pub address: String,
-    /// More keys, a line each.
+    /// More keys, one per line.
     pub keys: String,
 }
 
 // === impl Conf ===
 
 impl Conf {
-    /// Two workers, nothing else.
+    /// A configuration with two workers and nothing else.
     pub fn new(engine: Engine) -> Conf {
         Conf {
             engine,
@@ -102,7 +102,7 @@ impl Conf {
         self.frontend_on("127.0.0.1", name, pool, keys)
     }
 
-    /// Adds a frontend on a free port of that address.
+    /// Adds a frontend on a free port of the address `ip`.
     pub fn frontend_on(mut self, ip: &str, name: &str, pool: &str, keys: &str) -> Conf {
         let ip = ip.parse().expect("an IP address");
         self.frontends.push(Frontend {
@@ -119,26 +119,26 @@ impl Conf {
         self
     }
 
-    /// The pool of that name, to change it.
+    /// Returns the pool of this name for changes.
     #[track_caller]
     pub fn pool_mut(&mut self, name: &str) -> &mut Pool {
         self.pools.iter_mut().find(|pool| pool.name == name).expect("a pool of that name")
     }
 
-    /// The frontend of that name, to change it.
+    /// Returns the frontend of this name for changes.
     #[track_caller]
     pub fn frontend_mut(&mut self, name: &str) -> &mut Frontend {
-        self.frontends.iter_mut().find(|one| one.name == name).expect("a frontend of that name")
+        self.frontends.iter_mut().find(|frontend| frontend.name == name).expect("a frontend of that name")
     }
 
-    /// Where the frontend of that name listens first.
+    /// The first address on which the frontend of this name listens.
     #[track_caller]
     pub fn address(&self, frontend: &str) -> SocketAddr {
-        let found = self.frontends.iter().find(|one| one.name == frontend);
+        let found = self.frontends.iter().find(|entry| entry.name == frontend);
         found.expect("a frontend of that name").binds[0]
     }
 
-    /// Other ports for every frontend, after an address clash.
+    /// Gives every frontend new ports after an address conflict.
     pub fn move_ports(&mut self) {
         for bind in self.frontends.iter_mut().flat_map(|frontend| &mut frontend.binds) {
             bind.set_port(free_port());
@@ -154,7 +154,7 @@ impl Conf {
             number => number.to_string(),
         };
         let _ = writeln!(text, "[process]\nworkers = {workers}\nengine = \"{engine}\"");
-        // Several balancers run side by side in tests: none owns a CPU.
+        // Several processes under test share the CPUs, so no process pins its workers.
         if !self.process.contains("pin") {
             text.push_str("pin = false\n");
         }

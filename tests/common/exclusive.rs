@@ -1,22 +1,22 @@
-//! Which tests may run at the same time: light ones share the machine, heavy ones have it alone.
+//! The lock that decides which tests can run at the same time: light tests share the
+//! machine, heavy tests run alone.
 //!
-//! A file lock, so that it holds between the processes of cargo-nextest and
-//! between the threads of `cargo test` alike. Taken by the engine macros; holds
-//! nothing but the lock.
+//! Called by the engine macros. A file lock works between the processes of
+//! cargo-nextest and also between the threads of `cargo test`.
 
 use std::fs::File;
 
-/// Held for the length of a test.
+/// The lock of one test, held while the test runs.
 pub struct MachineShare(#[allow(dead_code)] File);
 
-/// Runs next to other light tests, never next to a heavy one.
+/// Waits until no heavy test runs. Other light tests can run at the same time.
 pub fn shared() -> MachineShare {
     let file = lock_file();
     file.lock_shared().expect("lock a local file");
     MachineShare(file)
 }
 
-/// Runs next to no other test.
+/// Waits until no other test runs.
 pub fn alone() -> MachineShare {
     let file = lock_file();
     file.lock().expect("lock a local file");
@@ -25,7 +25,7 @@ pub fn alone() -> MachineShare {
 
 fn lock_file() -> File {
     let path = std::env::temp_dir().join("tidegate-test-exclusive.lock");
-    // Opened again each time: two opens of one file lock against each other
-    // even within one process (flock(2)).
+    // Opened on every call: two opens of one file exclude each other even within one
+    // process (flock(2)).
     File::options().create(true).truncate(false).write(true).open(path).expect("open the lock file")
 }

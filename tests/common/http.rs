@@ -1,7 +1,8 @@
 //! A minimal HTTP/1.1 client for the admin API and for HTTP backends.
 //!
-//! One request a connection, `Connection: close`, answers read to the end.
-//! Used by the proxy handle and the tests; it trusts nothing it cannot parse.
+//! Called by the proxy handle and by tests. It sends one request per connection with
+//! `Connection: close` and reads the whole answer. An answer that does not parse is an
+//! error.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -17,7 +18,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// The body as JSON; panics with the body where it is none.
+    /// The body as JSON. Panics and prints the body if it is not JSON.
     #[track_caller]
     pub fn json(&self) -> serde_json::Value {
         serde_json::from_str(&self.body)
@@ -61,7 +62,7 @@ fn parse(raw: &[u8]) -> Option<Answer> {
     let body = if head.contains("transfer-encoding: chunked") {
         dechunk(body)?
     } else if let Some(length) = length {
-        // A short body is a broken answer, not a short text.
+        // A body shorter than its declared length is an error.
         body.get(..length.trim().parse().ok()?)?.to_vec()
     } else {
         body.to_vec()

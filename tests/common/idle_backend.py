@@ -1,4 +1,4 @@
-"""Echoes on 127.0.0.1:PORT and keeps every connection: a peer for idle sessions."""
+"""Echoes on 127.0.0.1:PORT and keeps every connection open: a backend for idle sessions."""
 import resource, select, socket, sys
 
 hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

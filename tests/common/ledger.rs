@@ -1,5 +1,5 @@
-//! The stream ledger of `tidegate selftest`, as tests use it: with scripted
-//! backends at its other end, and panics for faults.
+//! The stream ledger of `tidegate selftest` for tests: scripted backends serve its
+//! backend end, and faults become panics.
 
 use super::backend::{Script, script};
 use super::{eventually, patience, secs};
@@ -12,7 +12,7 @@ use tidegate_lab::ledger;
 
 pub use tidegate_lab::ledger::StreamSizes;
 
-/// Both ends' records and the count of streams.
+/// The records of both ends and the number of streams.
 pub struct Ledger(ledger::Ledger);
 
 impl Ledger {
@@ -20,12 +20,12 @@ impl Ledger {
         Ledger::make(sizes, true, secs(20))
     }
 
-    /// Without streams that end in a reset: every stream must be whole.
+    /// A ledger without streams that end in a reset: every stream must be complete.
     pub fn without_aborts(sizes: StreamSizes) -> Arc<Ledger> {
         Ledger::make(sizes, false, secs(20))
     }
 
-    /// The same with little patience, for tests that break streams on purpose.
+    /// A ledger with a timeout of 1 s, for tests that break streams on purpose.
     pub fn impatient(sizes: StreamSizes) -> Arc<Ledger> {
         Ledger::make(sizes, false, secs(1))
     }
@@ -34,7 +34,7 @@ impl Ledger {
         Arc::new(Ledger(ledger::Ledger::new(sizes, aborts, patience(silence))))
     }
 
-    /// The backend's end, for as many backends as wanted.
+    /// The script for the backend end. Any number of backends can run it.
     pub fn script(self: &Arc<Ledger>) -> Script {
         let ledger = self.clone();
         script(move |conn| ledger.serve(&conn.socket, |_| {}))
@@ -45,12 +45,12 @@ impl Ledger {
         self.run_from(1, addresses, stop, at_once);
     }
 
-    /// Everything that differed, each with its seed.
+    /// Every difference found, with the seed of its stream.
     pub fn faults(&self) -> Vec<String> {
         self.0.faults().iter().map(ToString::to_string).collect()
     }
 
-    /// Panics with the first differences, if there are any.
+    /// Panics with the first differences if any exist.
     #[track_caller]
     pub fn assert_clean(&self) {
         let faults = self.faults();
@@ -58,7 +58,7 @@ impl Ledger {
         assert!(faults.is_empty(), "{} of {} streams: {first:#?}", faults.len(), self.streams());
     }
 
-    /// Waits until no record waits for its other end.
+    /// Waits until both ends of every stream have reported.
     pub fn settle(&self) {
         eventually(secs(20), "both ends of every stream have reported", || self.is_settled());
     }

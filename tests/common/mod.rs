@@ -1,9 +1,9 @@
-//! The integration harness: a real balancer process, scripted and real
-//! backends, a stream ledger, and the waiting and locking around them.
+//! The integration harness: a real Tidegate process, scripted and real backends, a
+//! stream ledger, and the waits and locks that tests need.
 //!
-//! Used by the modules of `tests/it`; one test owns what it starts and every
-//! guard here ends its own children by pid. Nothing here sleeps for luck: waits
-//! go through [`eventually`], scaled by `TIDEGATE_TEST_PATIENCE`.
+//! Used by all test binaries that start a process. A test owns what it starts, and every
+//! guard ends its own children by pid. No test waits by a plain sleep: all waits go
+//! through [`eventually`], scaled by `TIDEGATE_TEST_PATIENCE`.
 
 pub mod backend;
 pub mod client;
@@ -23,7 +23,7 @@ pub use wait::{eventually, eventually_some, ms, patience, secs, within};
 
 use std::io::Write;
 
-/// Which engine the balancer under test is told to run on.
+/// The engine on which Tidegate must run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Engine {
     IoUring,
@@ -31,7 +31,7 @@ pub enum Engine {
 }
 
 impl Engine {
-    /// The configuration's and the status's word.
+    /// The engine's name in the configuration and in `status`.
     pub fn name(self) -> &'static str {
         match self {
             Engine::IoUring => "io_uring",
@@ -42,8 +42,7 @@ impl Engine {
 
 /// Makes two tests of each function: `name::io_uring` and `name::epoll`.
 ///
-/// A function that is written but not listed is dead code, which the lints
-/// refuse.
+/// A function that no macro lists is dead code, and the lints reject it.
 macro_rules! on_every_engine {
     ($($name:ident),+ $(,)?) => {$(
         mod $name {
@@ -66,8 +65,9 @@ macro_rules! on_every_engine {
     )+};
 }
 
-/// The same for tests that load or time the machine: they run with no other
-/// test beside them, as `name::alone::io_uring` and `name::alone::epoll`.
+/// Makes two tests of each function that loads the machine or measures time:
+/// `name::alone::io_uring` and `name::alone::epoll`. No other test runs at the same
+/// time.
 macro_rules! on_every_engine_alone {
     ($($name:ident),+ $(,)?) => {$(
         mod $name {
@@ -94,15 +94,15 @@ macro_rules! on_every_engine_alone {
 
 pub(crate) use {on_every_engine, on_every_engine_alone};
 
-/// Whether the long versions of the tests were asked for (`TIDEGATE_LONG=1`).
+/// Returns true if the long versions of the tests are requested (`TIDEGATE_LONG=1`).
 pub fn long() -> bool {
     std::env::var("TIDEGATE_LONG").is_ok_and(|value| value == "1")
 }
 
-/// Whether every one of `programs` is on the PATH.
+/// Returns true if all `programs` are found.
 ///
-/// Where one is missing the test is skipped loudly, and in CI (`CI` is set) it
-/// fails: a suite that quietly tests less is worse than a red one.
+/// If a program is missing, the test reports that it is skipped. In CI (`CI` is set) it
+/// fails, because a suite that silently tests less hides defects.
 pub fn have(programs: &[&str]) -> bool {
     programs.iter().all(|program| {
         let found = servers::find(program).is_some();
@@ -113,8 +113,8 @@ pub fn have(programs: &[&str]) -> bool {
     })
 }
 
-/// Whether this machine lets us make a ring; where it does not, the test is
-/// skipped loudly, and fails in CI unless `TIDEGATE_NO_IO_URING` is set.
+/// Returns true if this machine allows io_uring. If it does not, the test reports that it
+/// is skipped. In CI it then fails unless `TIDEGATE_NO_IO_URING` is set.
 pub fn io_uring_runs() -> bool {
     match tokio_uring::Runtime::new(&tokio_uring::builder()) {
         Ok(_) => true,
@@ -129,20 +129,20 @@ pub fn io_uring_runs() -> bool {
     }
 }
 
-/// Says that the current test did not run, and fails it in CI.
+/// Reports that the current test is skipped, and fails it in CI.
 pub fn skip(why: &str) {
     assert!(std::env::var_os("CI").is_none(), "cannot run in CI: {why}");
     report("SKIPPED", why);
 }
 
-/// Says a measured number.
+/// Reports a measured number.
 pub fn measured(what: &str) {
     report("MEASURED", what);
 }
 
-/// One line past the runner's capture: on the real standard error, where
-/// `eprintln` would be swallowed, and in the file named by
-/// `TIDEGATE_TEST_NOTES`, which `scripts/test` prints at its end.
+/// Writes one line past the runner's capture. The line goes to the real standard error,
+/// because the runner captures `eprintln`, and to the file that `TIDEGATE_TEST_NOTES`
+/// names. `scripts/test` prints that file at its end.
 pub fn report(kind: &str, what: &str) {
     let name = std::thread::current().name().unwrap_or("?").to_string();
     let line = format!("{kind} {name}: {what}\n");

@@ -1,6 +1,6 @@
 //! The project's Markdown pages as text, tables, links and blocks.
 //!
-//! Used by the tests that compare pages with the program. It runs nothing.
+//! Called by tests that compare pages with the program. It runs no program.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,16 +9,16 @@ pub(crate) fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The text of a page, named from the project's root.
+/// Returns the text of a page. `name` is relative to the project's root.
 pub(crate) fn page(name: &str) -> String {
     fs::read_to_string(root().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
-/// Every page for readers: those beside the README, all of `docs` and of `examples`, sorted.
+/// Returns every page for readers, sorted: in the project's root, in `docs` and in `examples`.
 pub(crate) fn pages() -> Vec<String> {
     let mut found = Vec::new();
-    let beside = fs::read_dir(root()).unwrap().map(|entry| entry.unwrap().path());
-    found.extend(beside.filter(|path| is_page(path)));
+    let root_entries = fs::read_dir(root()).unwrap().map(|entry| entry.unwrap().path());
+    found.extend(root_entries.filter(|path| is_page(path)));
     for directory in ["docs", "examples"] {
         collect(&root().join(directory), &mut found);
     }
@@ -44,7 +44,8 @@ fn collect(directory: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// The rows of the first table whose head starts so, the head first, without code marks.
+/// Returns the rows of the first table whose head starts with `head`, without code marks. The
+/// first row is the head.
 pub(crate) fn table(text: &str, head: &str) -> Vec<Vec<String>> {
     let cells = |line: &str| -> Vec<String> {
         let inner = line.trim().trim_start_matches('|').trim_end_matches('|');
@@ -57,36 +58,36 @@ pub(crate) fn table(text: &str, head: &str) -> Vec<Vec<String>> {
         .map(cells)
         .collect();
     assert!(rows.len() > 2, "no table {head:?}");
-    // Without the line between the head and the rows.
+    // Skips the line between the head and the rows.
     rows.into_iter().enumerate().filter(|(index, _)| *index != 1).map(|(_, row)| row).collect()
 }
 
-/// A column of that table, without its head.
+/// Returns column `number` of that table without its head.
 pub(crate) fn column(text: &str, head: &str, number: usize) -> Vec<String> {
     table(text, head)[1..].iter().map(|row| row[number].clone()).collect()
 }
 
-/// The fenced blocks of that language.
+/// Returns the fenced blocks of a language.
 pub(crate) fn blocks<'t>(text: &'t str, language: &str) -> Vec<&'t str> {
     let open = format!("```{language}\n");
     let ends = |rest: &'t str| rest.split_once("\n```").expect("an end of the block").0;
     text.split(open.as_str()).skip(1).map(ends).collect()
 }
 
-/// Text outside of fenced blocks.
+/// Returns the text outside of fenced blocks.
 pub(crate) fn prose(text: &str) -> String {
     let pieces = text.split("```").step_by(2);
     pieces.collect::<Vec<_>>().join("\n")
 }
 
-/// The targets of the links in a page's prose.
+/// Returns the targets of the links in a page's prose.
 pub(crate) fn links(text: &str) -> Vec<String> {
     let prose = prose(text);
     let inline = prose.split("](").skip(1).filter_map(|rest| rest.split_once(')'));
     inline.map(|(target, _)| target.to_owned()).collect()
 }
 
-/// The anchors that a page's headings make, as GitHub names them.
+/// Returns the anchors of a page's headings, as GitHub forms them.
 pub(crate) fn anchors(text: &str) -> Vec<String> {
     let prose = prose(text);
     let headings = prose.lines().filter(|line| line.starts_with('#'));

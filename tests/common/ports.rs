@@ -1,8 +1,8 @@
-//! Ports that nobody else uses, this suite's other processes included.
+//! Ports that no other process uses, including other processes of this suite.
 //!
-//! A port is taken from below the ephemeral range, so that no outgoing
-//! connection lands on it, and locked by a file for the life of the process:
-//! listeners with SO_REUSEPORT would otherwise share it in silence.
+//! Ports are below the ephemeral range, so that no outgoing connection uses one. A
+//! file lock reserves the port while the test process lives, because listeners with
+//! SO_REUSEPORT could otherwise share a port unnoticed.
 
 use std::fs::File;
 use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
@@ -14,8 +14,8 @@ const RANGE: std::ops::Range<u16> = 12_000..32_000;
 /// Locks held until this process ends.
 static TAKEN: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
-/// A TCP port that was free on IPv4 and IPv6 a moment ago and that no other
-/// test will be given while this process lives.
+/// Returns a TCP port that was free on IPv4 and IPv6. No other test gets it while this
+/// process lives.
 pub fn free_port() -> u16 {
     let dir = std::env::temp_dir().join("tidegate-test-ports");
     std::fs::create_dir_all(&dir).expect("create the port directory");

@@ -1,7 +1,7 @@
-//! Reading `/proc` about a child, and signalling it by pid.
+//! Reads `/proc` for a child process and signals it by pid.
 //!
-//! Used by the handles that own children. Numbers come from the kernel alone,
-//! so that a leak in the balancer cannot hide behind its own metrics.
+//! Called by the handles that own children. The numbers come only from the kernel, so
+//! that Tidegate's own metrics cannot hide a leak.
 
 use rustix::process::{Pid, Signal};
 use std::time::Duration;
@@ -11,7 +11,7 @@ pub fn fd_count(pid: u32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd")).map(Iterator::count).unwrap_or(0)
 }
 
-/// Where each open descriptor leads, sorted; for messages about leaks.
+/// The target of each open descriptor, sorted, for messages about leaks.
 pub fn fds(pid: u32) -> Vec<String> {
     let mut links: Vec<String> = std::fs::read_dir(format!("/proc/{pid}/fd"))
         .into_iter()
@@ -23,11 +23,11 @@ pub fn fds(pid: u32) -> Vec<String> {
     links
 }
 
-/// What ss(8) shows of a process's TCP sockets; empty where there is no ss.
+/// What ss(8) prints about a process's TCP sockets. Empty without ss.
 pub fn tcp_sockets(pid: u32) -> Vec<String> {
     let output = std::process::Command::new("ss").args(["-tinoemH"]).output();
     let text = output.map(|output| output.stdout).unwrap_or_default();
-    // Two lines a socket: the addresses, then the details.
+    // Two lines per socket: the addresses, then the details.
     let text = String::from_utf8_lossy(&text).replace("\n\t", "  ");
     let inodes: Vec<String> = fds(pid)
         .iter()
@@ -37,7 +37,7 @@ pub fn tcp_sockets(pid: u32) -> Vec<String> {
     text.lines().filter(mine).map(str::to_string).collect()
 }
 
-/// What each of its threads waits for, and how long it has waited for a CPU.
+/// What each thread of the process waits for, and how long it has waited for a CPU.
 pub fn where_threads_are(pid: u32) -> Vec<String> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let read = |task: &std::path::Path, name: &str| {
@@ -58,24 +58,24 @@ pub fn rss_kib(pid: u32) -> u64 {
     status_field(pid, "VmRSS:")
 }
 
-/// Threads.
+/// Number of threads.
 pub fn threads(pid: u32) -> u64 {
     status_field(pid, "Threads:")
 }
 
-/// User plus system time used so far.
+/// User plus system time since the start of the process.
 pub fn cpu_time(pid: u32) -> Duration {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the child lives");
-    // Fields are counted after the command name, which may hold spaces (proc(5)).
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("the child is running");
+    // Fields are counted after the command name, because it can contain spaces (proc(5)).
     let after = stat.rsplit_once(')').expect("a command name in brackets").1;
     let fields: Vec<&str> = after.split_whitespace().collect();
     let ticks: u64 = fields[11].parse::<u64>().expect("utime is a number")
         + fields[12].parse::<u64>().expect("stime is a number");
-    // USER_HZ is 100 on every Linux this runs on.
+    // USER_HZ is 100 on every supported Linux.
     Duration::from_millis(ticks * 10)
 }
 
-/// Direct children, whichever thread has started them.
+/// Direct children of all threads of the process.
 pub fn children(pid: u32) -> Vec<u32> {
     std::fs::read_dir(format!("/proc/{pid}/task"))
         .into_iter()
@@ -86,8 +86,8 @@ pub fn children(pid: u32) -> Vec<u32> {
         .collect()
 }
 
-/// SIGKILL to a process and all below it. They are stopped first: none starts another
-/// meanwhile.
+/// Kills a process and all its descendants. Stops each process first, so that it cannot
+/// start a child in between.
 pub fn kill_with_all_below(pid: u32) {
     signal(pid, Signal::STOP);
     for child in children(pid) {
@@ -96,12 +96,12 @@ pub fn kill_with_all_below(pid: u32) {
     signal(pid, Signal::KILL);
 }
 
-/// Its parent.
+/// The pid of the parent.
 pub fn parent(pid: u32) -> u32 {
     status_field(pid, "PPid:") as u32
 }
 
-/// Every thread of it is stopped.
+/// Returns true if every thread of the process is stopped.
 pub fn is_stopped(pid: u32) -> bool {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten();
     tasks.flatten().all(|task| {
@@ -110,24 +110,24 @@ pub fn is_stopped(pid: u32) -> bool {
     })
 }
 
-/// Gone, or a zombie that waits for its parent.
+/// Returns true if the process does not exist or is a zombie.
 pub fn is_dead(pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| {
         stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
     })
 }
 
-/// Sends a signal; a process that is gone already is fine.
+/// Sends a signal. A process that has already ended is no error.
 pub fn signal(pid: u32, signal: Signal) {
     let pid = Pid::from_raw(pid as i32).expect("a pid is never 0");
     let _ = rustix::process::kill_process(pid, signal);
 }
 
-/// Sets another process's soft descriptor limit and returns the one before.
+/// Sets another process's soft descriptor limit and returns the previous limit.
 pub fn set_fd_limit(pid: u32, soft: u64) -> u64 {
     use rustix::process::{Resource, Rlimit};
     let target = Pid::from_raw(pid as i32).expect("a pid is never 0");
-    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).expect("the child lives");
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).expect("the child is running");
     let line = limits.lines().find(|line| line.starts_with("Max open files")).expect("NOFILE");
     let hard = line.split_whitespace().nth(4).and_then(|word| word.parse().ok());
     let new = Rlimit { current: Some(soft), maximum: hard };
@@ -140,7 +140,7 @@ pub fn raise_own_fd_limit() -> u64 {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
-    setrlimit(Resource::Nofile, raised).expect("the soft limit may go up to the hard one");
+    setrlimit(Resource::Nofile, raised).expect("the soft limit can be raised to the hard limit");
     limit.maximum.unwrap_or(u64::MAX)
 }
 

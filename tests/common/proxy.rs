@@ -1,9 +1,9 @@
-//! The balancer under test: a child process, its admin API and its files.
+//! The Tidegate process under test: a child process, its admin API and its files.
 //!
-//! A test starts one with [`TestProxy::start`] and lets it drop; dropping runs
-//! the leak check (sessions, descriptors, a clean exit on SIGTERM) unless the
-//! test fails already, in which case the child's log is printed. The handle
-//! knows only what an operator could: files, signals, CLI, admin API, /proc.
+//! A test calls [`TestProxy::start`]. Dropping the handle runs the leak check: no
+//! sessions, no extra descriptors, and exit code 0 after SIGTERM. If the test has
+//! already failed, dropping prints the child's log instead. The handle uses only what
+//! an operator has: files, signals, CLI, admin API, `/proc`.
 
 use super::conf::Conf;
 use super::http::{self, Answer};
@@ -20,22 +20,21 @@ use std::time::Duration;
 /// The program under test.
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_tidegate");
 
-/// A running balancer.
+/// A running Tidegate process.
 pub struct TestProxy {
     dir: tempfile::TempDir,
     conf: Conf,
     config_path: PathBuf,
     child: Child,
-    /// The process that serves, and the one to signal.
+    /// The process that serves and the process that receives signals.
     serving: Serving,
-    /// Open descriptors right after the start (or the last [`TestProxy::rebaseline`]).
+    /// Open descriptors after the start or after the last [`TestProxy::rebaseline`].
     fd_baseline: usize,
     exited: Option<ExitStatus>,
 }
 
 impl TestProxy {
-    /// Starts the balancer and waits until it is ready and runs on the engine
-    /// asked for.
+    /// Starts Tidegate and waits until it is ready and runs on the requested engine.
     #[track_caller]
     pub fn start(conf: Conf) -> TestProxy {
         let proxy = TestProxy::start_under(conf, &[]);
@@ -45,40 +44,39 @@ impl TestProxy {
         proxy
     }
 
-    /// The same under a wrapper such as `["prlimit", "--nofile=64"]`, on
-    /// whatever engine comes up.
+    /// Starts Tidegate under a wrapper such as `["prlimit", "--nofile=64"]`, on any engine.
     #[track_caller]
     pub fn start_under(mut conf: Conf, wrapper: &[&str]) -> TestProxy {
         for _ in 0..3 {
             match TestProxy::try_start(conf.clone(), wrapper) {
                 Ok(proxy) => return proxy,
                 Err(log) if log.to_lowercase().contains("in use") => conf.move_ports(),
-                Err(log) => panic!("the balancer did not come up:\n{log}"),
+                Err(log) => panic!("Tidegate did not start:\n{log}"),
             }
         }
-        panic!("the balancer found its addresses taken three times");
+        panic!("the addresses were in use three times");
     }
 
-    /// Starts the balancer; an exit before it is ready gives its log back.
+    /// Starts Tidegate. If it exits before it is ready, returns its log as the error.
     pub fn try_start(conf: Conf, wrapper: &[&str]) -> Result<TestProxy, String> {
         TestProxy::try_start_as(conf, wrapper, false)
     }
 
-    /// Starts it without a supervisor (`run --single`).
+    /// Starts Tidegate without a supervisor (`run --single`).
     #[track_caller]
     pub fn start_single(conf: Conf) -> TestProxy {
         TestProxy::start_single_under(conf, &[])
     }
 
-    /// The same under a wrapper.
+    /// Starts Tidegate without a supervisor under a wrapper.
     #[track_caller]
     pub fn start_single_under(conf: Conf, wrapper: &[&str]) -> TestProxy {
         TestProxy::try_start_as(conf, wrapper, true)
-            .unwrap_or_else(|log| panic!("the balancer did not come up:\n{log}"))
+            .unwrap_or_else(|log| panic!("Tidegate did not start:\n{log}"))
     }
 
     fn try_start_as(conf: Conf, wrapper: &[&str], single: bool) -> Result<TestProxy, String> {
-        // Directly under /tmp: a Unix socket's path holds 107 bytes at most.
+        // Directly under /tmp, because the path of a Unix socket has at most 107 bytes.
         let dir = tempfile::Builder::new().prefix("tg-").tempdir_in("/tmp").expect("temp dir");
         let config_path = dir.path().join("tidegate.toml");
         std::fs::write(&config_path, render(&conf, dir.path())).expect("write the config");
@@ -91,15 +89,15 @@ impl TestProxy {
         Ok(proxy)
     }
 
-    // --- what it is ---
+    // --- state of the process ---
 
-    /// Where the frontend of that name listens first.
+    /// The first address on which the frontend of this name listens.
     #[track_caller]
     pub fn addr(&self, frontend: &str) -> SocketAddr {
         self.conf.address(frontend)
     }
 
-    /// A copy of the configuration in force, to change and reload.
+    /// A copy of the current configuration, to change and reload.
     pub fn conf(&self) -> Conf {
         self.conf.clone()
     }
@@ -109,27 +107,27 @@ impl TestProxy {
         self.serving.pid()
     }
 
-    /// The process to signal: the supervisor, where there is one.
+    /// The process to signal: the supervisor, or the serving process without a supervisor.
     pub fn service(&self) -> u32 {
         self.serving.service(&self.child)
     }
 
-    /// Its processes beside the one that serves.
+    /// Processes of the service other than the serving process.
     pub fn others(&self) -> Vec<u32> {
         self.serving.others()
     }
 
-    /// Looks again for the process that serves: the one before has crashed.
+    /// Finds the serving process again after a crash.
     pub fn find_serving(&mut self) {
         self.serving.find(&self.child);
     }
 
-    /// From now on that process is meant, which the one before was upgraded to.
+    /// Makes `pid` the serving process after an upgrade.
     pub fn serve_by(&mut self, pid: u32) {
         self.serving.becomes(pid);
     }
 
-    /// Numbers of the processes before, gone or not.
+    /// Pids of the earlier serving processes, running or not.
     pub fn pids_before(&self) -> Vec<u32> {
         self.serving.before()
     }
@@ -142,7 +140,7 @@ impl TestProxy {
         &self.config_path
     }
 
-    /// The admin address as the command line takes it.
+    /// The admin address in the form of the command line.
     pub fn admin(&self) -> String {
         admin_address(self.dir.path())
     }
@@ -163,14 +161,14 @@ impl TestProxy {
         proc::cpu_time(self.pid())
     }
 
-    /// What it has written to standard error so far.
+    /// What the process has written to standard error.
     pub fn log(&self) -> String {
         read_log(self.dir.path())
     }
 
     // --- admin API and command line ---
 
-    /// One admin request; panics where nobody answers.
+    /// Sends one admin request. Panics if it gets no answer.
     #[track_caller]
     pub fn admin_request(&self, method: &str, target: &str) -> Answer {
         let socket = self.dir.path().join("admin.sock");
@@ -198,7 +196,7 @@ impl TestProxy {
         find(&find(&status["pools"], pool)["backends"], name).clone()
     }
 
-    /// Why one backend is in its state.
+    /// Returns the `explain` answer for one backend.
     #[track_caller]
     pub fn explained(&self, pool: &str, name: &str) -> Value {
         let path = format!("/v1/pools/{pool}/backends/{name}/explain");
@@ -207,18 +205,19 @@ impl TestProxy {
         answer.json()
     }
 
-    /// What the detector reads from one backend's heartbeats; null before any.
+    /// Returns the detector's data on one backend's heartbeats, or null before the first
+    /// heartbeat.
     #[track_caller]
     pub fn sender(&self, pool: &str, name: &str) -> Value {
         self.explained(pool, name)["heartbeat"]["sender"].clone()
     }
 
-    /// Waits until so many more of its heartbeats have been taken.
+    /// Waits until `count` more heartbeats of the backend have been accepted.
     #[track_caller]
-    pub fn wait_beats(&self, pool: &str, name: &str, count: u64) {
+    pub fn wait_heartbeats(&self, pool: &str, name: &str, count: u64) {
         let taken = || self.sender(pool, name)["received_total"].as_u64().unwrap_or(0);
         let wanted = taken() + count;
-        let what = format!("{pool}/{name} is heard {count} times");
+        let what = format!("{pool}/{name} has {count} more accepted heartbeats");
         eventually(secs(10), &what, || taken() >= wanted);
     }
 
@@ -228,7 +227,7 @@ impl TestProxy {
         find(&self.status()["frontends"], name).clone()
     }
 
-    /// Waits until the backend's field has that value.
+    /// Waits until the backend's field `field` has the value `value`.
     #[track_caller]
     pub fn wait_backend(&self, pool: &str, name: &str, field: &str, value: impl Into<Value>) {
         let value = value.into();
@@ -236,8 +235,8 @@ impl TestProxy {
         eventually(secs(10), &what, || self.backend(pool, name)[field] == value);
     }
 
-    /// The sum of all samples of that metric whose labels include `labels`;
-    /// panics where the metric does not exist at all.
+    /// Returns the sum of all samples of the metric whose labels include `labels`. Panics if
+    /// the metric does not exist.
     #[track_caller]
     pub fn metric(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let text = self.admin_request("GET", "/metrics").body;
@@ -249,7 +248,7 @@ impl TestProxy {
         sum_samples(&text, name, labels)
     }
 
-    /// Runs one subcommand against this balancer.
+    /// Runs one subcommand against this process.
     pub fn cli(&self, arguments: &[&str]) -> Output {
         Command::new(PROGRAM)
             .args(arguments)
@@ -258,7 +257,7 @@ impl TestProxy {
             .expect("run the program")
     }
 
-    /// The same, expecting exit code 0; gives standard output.
+    /// Runs one subcommand, expects exit code 0 and returns standard output.
     #[track_caller]
     pub fn cli_ok(&self, arguments: &[&str]) -> String {
         let output = self.cli(arguments);
@@ -268,8 +267,8 @@ impl TestProxy {
 
     // --- configuration ---
 
-    /// Renders `conf`, replaces the file by rename and asks for a reload,
-    /// which must be accepted.
+    /// Renders `conf`, replaces the file by rename and requests a reload, which must
+    /// succeed.
     #[track_caller]
     pub fn reload(&mut self, conf: Conf) -> Value {
         self.rewrite_by_rename(&render(&conf, self.dir.path()));
@@ -279,17 +278,17 @@ impl TestProxy {
         answer.json()
     }
 
-    /// The text this balancer would read for `conf`.
+    /// Renders `conf` as the text of this process's configuration file.
     pub fn render(&self, conf: &Conf) -> String {
         render(conf, self.dir.path())
     }
 
-    /// Takes `conf` as the one in force without telling the balancer.
+    /// Records `conf` as the current configuration. Tidegate is not notified.
     pub fn adopt(&mut self, conf: Conf) {
         self.conf = conf;
     }
 
-    /// Overwrites the file where it is.
+    /// Overwrites the file in place.
     pub fn rewrite_in_place(&self, text: &str) {
         std::fs::write(&self.config_path, text).expect("write the config");
     }
@@ -299,16 +298,15 @@ impl TestProxy {
         self.rewrite_by_rename_bytes(text.as_bytes());
     }
 
-    /// The same for files that may not even be text.
+    /// Replaces the file by rename with content that can be invalid text.
     pub fn rewrite_by_rename_bytes(&self, text: &[u8]) {
         let new = self.dir.path().join(".tidegate.toml.new");
         std::fs::write(&new, text).expect("write the config");
         std::fs::rename(new, &self.config_path).expect("rename the config");
     }
 
-    /// Replaces the file as Kubernetes does for a ConfigMap: the file is a link
-    /// to `..data/tidegate.toml`, and `..data`, a link to a directory, is
-    /// swapped by rename.
+    /// Replaces the file as Kubernetes does for a ConfigMap. The file is a link to
+    /// `..data/tidegate.toml`. `..data` is a link to a directory and is replaced by rename.
     pub fn rewrite_by_symlink_swap(&self, text: &str) {
         use std::os::unix::fs::symlink;
         let dir = self.dir.path();
@@ -323,10 +321,10 @@ impl TestProxy {
         }
     }
 
-    // --- life ---
+    // --- signals, exit and restart ---
 
-    /// To the supervisor, which passes on what can be taken; the process that serves is
-    /// stopped and continued itself.
+    /// Sends a signal to the supervisor, which passes on signals that a process can catch.
+    /// SIGSTOP and SIGCONT go directly to the serving process.
     pub fn signal(&self, signal: Signal) {
         let direct = matches!(signal, Signal::STOP | Signal::CONT);
         proc::signal(if direct { self.pid() } else { self.service() }, signal);
@@ -340,29 +338,29 @@ impl TestProxy {
         self.signal(Signal::HUP);
     }
 
-    /// Waits for the process to end by itself and gives its exit code.
+    /// Waits until the process exits without a signal of the harness. Returns its exit code.
     #[track_caller]
     pub fn wait_exit(&mut self, timeout: Duration) -> Option<i32> {
         let status = within(timeout, || self.serving.try_wait(&mut self.child));
         let Some(status) = status else {
             let threads = [self.service(), self.pid()].map(proc::where_threads_are).concat();
-            panic!("the balancer still runs after {timeout:?}\n{}{threads:#?}", self.log());
+            panic!("the process still runs after {timeout:?}\n{}{threads:#?}", self.log());
         };
         self.exited = Some(status);
         status.code()
     }
 
-    /// Ends it in order and starts it anew on the same file.
+    /// Stops the process with SIGTERM and starts it again with the same file.
     #[track_caller]
     pub fn restart(&mut self) {
         self.check_for_leaks();
         self.start_again();
     }
 
-    /// Starts it anew on the same file after it has ended.
+    /// Starts the process again with the same file after it has exited.
     #[track_caller]
     pub fn start_again(&mut self) {
-        assert!(self.exited.is_some(), "it still runs");
+        assert!(self.exited.is_some(), "the process still runs");
         self.child = spawn(&self.config_path, self.dir.path(), &[], false);
         self.serving = Serving::new(false);
         self.exited = None;
@@ -370,13 +368,13 @@ impl TestProxy {
         self.rebaseline();
     }
 
-    /// Takes the present number of descriptors as the new normal: after a
-    /// reload that adds or removes listeners.
+    /// Makes the current number of descriptors the new baseline, after a reload that adds or
+    /// removes listeners.
     pub fn rebaseline(&mut self) {
-        // The server's end of the last admin connection may still be closing.
+        // The server end of the last admin connection can still be closing.
         let mut last = self.fd_count();
         self.fd_baseline = eventually_some(secs(5), "a steady number of descriptors", || {
-            // Far enough from the last count to differ from it.
+            // Long enough for the count to change.
             std::thread::sleep(ms(20));
             let count = self.fd_count();
             let steady = count == last;
@@ -385,8 +383,8 @@ impl TestProxy {
         });
     }
 
-    /// No session left anywhere, descriptors back at the baseline, and SIGTERM
-    /// ends it with code 0 within 2 s. Runs by itself when the handle drops.
+    /// Checks that no session is left, that descriptors are back at the baseline, and that
+    /// the process exits with code 0 within 2 s of SIGTERM. Dropping the handle calls it.
     #[track_caller]
     pub fn check_for_leaks(&mut self) {
         if self.exited.is_some() {
@@ -395,7 +393,7 @@ impl TestProxy {
         let none_left = within(secs(10), || (sum_active(&self.status()) == 0).then_some(()));
         assert!(
             none_left.is_some(),
-            "sessions left: {:#}\nthe balancer's sockets: {:#?}",
+            "sessions left: {:#}\nsockets of the process: {:#?}",
             self.status(),
             proc::tcp_sockets(self.pid())
         );
@@ -409,18 +407,18 @@ impl TestProxy {
         );
         self.sigterm();
         let code = self.wait_exit(secs(2));
-        assert_eq!(code, Some(0), "SIGTERM without sessions ends in order\n{}", self.log());
+        assert_eq!(code, Some(0), "SIGTERM without sessions gives exit code 0\n{}", self.log());
     }
 
     fn wait_ready(&mut self) -> Result<(), String> {
         let socket = self.dir.path().join("admin.sock");
         let ready = || http::over_unix(&socket, "GET", "/ready").is_ok_and(|a| a.status == 200);
-        let came_to =
+        let result =
             within(secs(20), || match self.child.try_wait().expect("wait for the child") {
                 Some(status) => Some(Err(status)),
                 None => ready().then_some(Ok(())),
             });
-        match came_to {
+        match result {
             Some(Ok(())) => {
                 self.serving.find(&self.child);
                 Ok(())
@@ -437,14 +435,13 @@ impl TestProxy {
 impl Drop for TestProxy {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("--- the balancer's log ---\n{}--- end of log ---", self.log());
+            eprintln!("--- Tidegate's log ---\n{}--- end of log ---", self.log());
         } else {
-            // A failed check panics, and then the child must still be reaped:
-            // the guard inside does that.
+            // A failed check panics. The child must be reaped before the panic continues.
             let checked =
                 std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.check_for_leaks()));
             if let Err(failure) = checked {
-                eprintln!("--- the balancer's log ---\n{}--- end of log ---", self.log());
+                eprintln!("--- Tidegate's log ---\n{}--- end of log ---", self.log());
                 self.kill();
                 std::panic::resume_unwind(failure);
             }
@@ -454,7 +451,7 @@ impl Drop for TestProxy {
 }
 
 impl TestProxy {
-    /// Ends the child at once and reaps it.
+    /// Kills and reaps the child.
     pub fn kill(&mut self) {
         if self.exited.is_none() {
             self.exited = self.serving.kill(&mut self.child);
@@ -477,7 +474,7 @@ fn spawn(config: &Path, dir: &Path, wrapper: &[&str], single: bool) -> Child {
         .stdout(log.try_clone().expect("a second handle of the log"))
         .stderr(log)
         .spawn()
-        .expect("start the balancer")
+        .expect("start Tidegate")
 }
 
 fn render(conf: &Conf, dir: &Path) -> String {
@@ -503,7 +500,7 @@ fn find<'a>(list: &'a Value, name: &str) -> &'a Value {
         .unwrap_or_else(|| panic!("no {name:?} in {list:#}"))
 }
 
-/// Sessions open at any frontend or backend, removed backends included.
+/// Sessions that are open on any frontend or backend, including removed backends.
 pub fn sum_active(status: &Value) -> u64 {
     let active = |items: &Value| -> u64 {
         let items = items.as_array().into_iter().flatten();
@@ -529,24 +526,25 @@ pub fn sum_samples(text: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
         .sum()
 }
 
-/// The access log so far, a JSON object a line.
 impl TestProxy {
+    /// Returns the access log, one JSON object per line.
     pub fn access_log(&self) -> Vec<Value> {
         std::fs::read_to_string(access_log_path(self.dir.path()))
             .unwrap_or_default()
             .lines()
-            .map(|line| serde_json::from_str(line).expect("a JSON object a line"))
+            .map(|line| serde_json::from_str(line).expect("one JSON object per line"))
             .collect()
     }
 
-    /// The lines of the access log that do not hold `text`: it may be long.
+    /// Returns the lines of the access log that do not contain `text`. Reads line by line,
+    /// because the log can be long.
     pub fn access_lines_without(&self, text: &str) -> String {
-        let file = std::fs::File::open(access_log_path(self.dir.path())).expect("it is there");
+        let file = std::fs::File::open(access_log_path(self.dir.path())).expect("the access log exists");
         let lines = std::io::BufRead::lines(std::io::BufReader::new(file)).map_while(Result::ok);
         lines.filter(|line| !line.contains(text)).collect::<Vec<_>>().join("\n")
     }
 
-    /// Waits for the access log to hold `count` lines and gives them.
+    /// Waits until the access log has `count` lines and returns them.
     #[track_caller]
     pub fn wait_access_log(&self, count: usize) -> Vec<Value> {
         eventually(secs(10), &format!("{count} lines in the access log"), || {

@@ -1,8 +1,8 @@
 //! Real servers and load tools: nginx, redis, wrk, redis-benchmark, iperf3.
 //!
-//! Each is started on its own ports and files and ended by pid when its handle
-//! drops, children included. A test asks [`super::have`] first; nothing here
-//! uses a system service or its configuration.
+//! Each program runs on its own ports and files. Dropping its handle kills it and its
+//! children by pid. A test calls [`super::have`] first. No system service and no system
+//! configuration is used.
 
 use super::ports::free_port;
 use super::{eventually, proc, secs};
@@ -11,8 +11,8 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-/// Where a program is, searching the PATH and the sbin directories that a
-/// user's PATH often lacks.
+/// Finds a program on the PATH and in the sbin directories, which a user's PATH often
+/// omits.
 pub fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let extra = ["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from);
@@ -22,7 +22,7 @@ pub fn find(program: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// A child that is killed, with its children, and reaped when this drops.
+/// A child process. Dropping it kills and reaps the process and kills its children.
 pub struct Running {
     child: Child,
     reaped: bool,
@@ -39,13 +39,13 @@ impl Running {
         self.child.id()
     }
 
-    /// SIGKILL to it and its children.
+    /// Sends SIGKILL to the process and its children.
     pub fn kill(&mut self) {
         if self.reaped {
             return;
         }
-        // Children first read, then all killed: a dead parent lists none, and one that
-        // is stopped starts none.
+        // Stopped first, so that it starts no more children. Children are listed before the
+        // kill, because a killed parent lists none.
         proc::signal(self.pid(), Signal::STOP);
         let children = proc::children(self.pid());
         for pid in &children {
@@ -53,8 +53,8 @@ impl Running {
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
-        // Orphans are somebody else's to reap; dead is what counts here.
-        super::eventually(secs(10), "the children are dead", || {
+        // Another process reaps orphans, so a zombie is sufficient here.
+        super::eventually(secs(10), "the children have ended", || {
             children.iter().all(|pid| proc::is_dead(*pid))
         });
         self.reaped = true;
@@ -67,7 +67,7 @@ impl Drop for Running {
     }
 }
 
-/// nginx with one worker that answers every request with its name.
+/// nginx with one worker, which answers every request with its name.
 pub struct Nginx {
     pub name: String,
     pub address: SocketAddr,
@@ -83,7 +83,7 @@ impl Nginx {
         std::fs::write(&config, nginx_config(name, address)).expect("write nginx.conf");
         let log = std::fs::File::create(dir.path().join("error.log")).expect("error log");
         let running = Running::start(
-            Command::new(find("nginx").expect("nginx was looked for before"))
+            Command::new(find("nginx").expect("the test checked for nginx"))
                 .arg("-p")
                 .arg(dir.path())
                 .arg("-c")
@@ -97,12 +97,12 @@ impl Nginx {
         nginx
     }
 
-    /// Stops its processes: the kernel goes on taking connections for it.
+    /// Stops its processes. The kernel continues to accept connections for it.
     pub fn pause(&self) {
         self.signal(Signal::STOP);
     }
 
-    /// Ends the pause.
+    /// Continues the stopped processes.
     pub fn resume(&self) {
         self.signal(Signal::CONT);
     }
@@ -114,7 +114,7 @@ impl Nginx {
         }
     }
 
-    /// SIGKILL to the master and its worker.
+    /// Sends SIGKILL to the master and its worker.
     pub fn kill(&mut self) {
         self.running.kill();
     }
@@ -151,7 +151,7 @@ http {{
     )
 }
 
-/// redis-server that saves nothing.
+/// redis-server without persistence.
 pub struct Redis {
     pub address: SocketAddr,
     _running: Running,
@@ -163,7 +163,7 @@ impl Redis {
         let dir = tempfile::Builder::new().prefix("tg-redis-").tempdir_in("/tmp").expect("dir");
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let running = Running::start(
-            Command::new(find("redis-server").expect("redis-server was looked for before"))
+            Command::new(find("redis-server").expect("the test checked for redis-server"))
                 .args(["--port", &address.port().to_string(), "--bind", "127.0.0.1"])
                 .args(["--save", "", "--appendonly", "no", "--dir"])
                 .arg(dir.path())
@@ -175,10 +175,10 @@ impl Redis {
     }
 }
 
-/// What redis-benchmark printed; panics on a non-zero exit or an error line.
+/// Returns the output of redis-benchmark. Panics on a non-zero exit or an error line.
 #[track_caller]
 pub fn redis_benchmark(address: SocketAddr, arguments: &[&str]) -> String {
-    let output = Command::new(find("redis-benchmark").expect("it was looked for before"))
+    let output = Command::new(find("redis-benchmark").expect("the test checked for redis-benchmark"))
         .args(["-h", &address.ip().to_string(), "-p", &address.port().to_string()])
         .args(arguments)
         .output()
@@ -186,17 +186,18 @@ pub fn redis_benchmark(address: SocketAddr, arguments: &[&str]) -> String {
     let text = String::from_utf8_lossy(&output.stdout).replace('\r', "\n")
         + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "redis-benchmark {arguments:?}: {text}");
-    let trouble = text.lines().find(|line| {
+    let error = text.lines().find(|line| {
         let line = line.to_lowercase();
-        // It asks for CONFIG first and warns where it gets none; not traffic.
+        // redis-benchmark sends CONFIG first and warns if it gets no answer. This is no
+        // traffic error.
         (line.contains("error") || line.contains("could not"))
             && !line.contains("fetch server config")
     });
-    assert!(trouble.is_none(), "redis-benchmark {arguments:?}: {text}");
+    assert!(error.is_none(), "redis-benchmark {arguments:?}: {text}");
     text
 }
 
-/// What wrk counted.
+/// The counts in wrk's report.
 #[derive(Debug, Clone, Default)]
 pub struct WrkReport {
     pub requests: u64,
@@ -214,13 +215,13 @@ impl WrkReport {
     }
 }
 
-/// A wrk run in the background.
+/// wrk running in the background.
 pub struct Wrk(Child);
 
 impl Wrk {
-    /// One thread, that many connections, that many seconds.
+    /// Starts wrk with one thread, `connections` connections and a duration of `seconds`.
     pub fn start(address: SocketAddr, connections: u32, seconds: u32) -> Wrk {
-        let child = Command::new(find("wrk").expect("wrk was looked for before"))
+        let child = Command::new(find("wrk").expect("the test checked for wrk"))
             .args(["-t1", &format!("-c{connections}"), &format!("-d{seconds}s")])
             .args(["--timeout", "5s", &format!("http://{address}/")])
             .stdin(Stdio::null())
@@ -230,7 +231,7 @@ impl Wrk {
         Wrk(child.expect("start wrk"))
     }
 
-    /// Waits for the end and reads the report.
+    /// Waits until wrk exits and parses its report.
     #[track_caller]
     pub fn report(mut self) -> WrkReport {
         use std::io::Read;
@@ -250,7 +251,7 @@ impl Drop for Wrk {
     }
 }
 
-/// Reads wrk's report.
+/// Parses wrk's report.
 #[track_caller]
 pub fn parse_wrk(text: &str) -> WrkReport {
     let number_after = |line: &str, word: &str| -> u64 {
@@ -289,12 +290,13 @@ impl Iperf3 {
     pub fn start() -> Iperf3 {
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let running = Running::start(
-            Command::new(find("iperf3").expect("iperf3 was looked for before"))
+            Command::new(find("iperf3").expect("the test checked for iperf3"))
                 .args(["-s", "-B", "127.0.0.1", "-p", &address.port().to_string()])
                 .stdout(Stdio::null())
                 .stderr(Stdio::null()),
         );
-        // A bare connect would count as a broken test for it: look instead.
+        // iperf3 would count a bare connect as a failed test, so the socket table is read
+        // instead.
         eventually(secs(10), "iperf3 listens", || {
             let hex = format!("0100007F:{:04X} 00000000:0000 0A", address.port());
             std::fs::read_to_string("/proc/net/tcp").is_ok_and(|table| table.contains(&hex))
@@ -303,10 +305,10 @@ impl Iperf3 {
     }
 }
 
-/// Runs an iperf3 client; gives the bits per second the receiver saw.
+/// Runs an iperf3 client and returns the bits per second that the receiver measured.
 #[track_caller]
 pub fn iperf3_client(address: SocketAddr, arguments: &[&str]) -> f64 {
-    let output = Command::new(find("iperf3").expect("iperf3 was looked for before"))
+    let output = Command::new(find("iperf3").expect("the test checked for iperf3"))
         .args(["-c", &address.ip().to_string(), "-p", &address.port().to_string(), "-J"])
         .args(arguments)
         .output()
@@ -317,8 +319,8 @@ pub fn iperf3_client(address: SocketAddr, arguments: &[&str]) -> f64 {
     report["end"]["sum_received"]["bits_per_second"].as_f64().expect("a rate")
 }
 
-/// An idle echo server in a process of its own, so that its descriptors do not
-/// count against the test's.
+/// An idle echo server in a separate process, so that its descriptors do not count
+/// against the test's limit.
 pub struct IdleBackend {
     pub address: SocketAddr,
     _running: Running,
@@ -337,8 +339,8 @@ impl IdleBackend {
     }
 }
 
-/// Words that run a program where io_uring_setup(2) fails with EPERM, as
-/// default container profiles have it.
+/// Returns the wrapper command that makes io_uring_setup(2) fail with EPERM, as default
+/// container profiles do.
 pub fn without_io_uring() -> Vec<&'static str> {
     vec!["python3", "-c", include_str!("without_io_uring.py")]
 }

@@ -1,8 +1,7 @@
-//! A steady stream of short HTTP sessions that remembers when each began and
-//! how it ended.
+//! A steady stream of short HTTP sessions that records the start and the result of each.
 //!
-//! Used while something is done to the balancer or its backends, so that a test
-//! can tell the sessions caught in the act from those that came after.
+//! Tests run it while they change Tidegate or its backends. They can then separate
+//! sessions that were open during the change from later sessions.
 
 use super::http;
 use std::net::SocketAddr;
@@ -15,23 +14,24 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub struct Attempt {
     pub began: Instant,
-    /// The answering backend's name, or what went wrong.
+    /// The name of the answering backend, or the error.
     pub result: Result<String, std::io::Error>,
 }
 
-/// The stream, running until it is stopped or dropped.
+/// The stream. It runs until it is stopped or dropped.
 pub struct Steady {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<Vec<Attempt>>>,
 }
 
 impl Steady {
-    /// `threads` sessions at a time.
+    /// Starts a stream with `threads` concurrent sessions.
     pub fn start(address: SocketAddr, threads: usize) -> Steady {
         Steady::paced(address, threads, f64::INFINITY)
     }
 
-    /// The same, but no more than `rate` sessions begun a second.
+    /// Starts a stream with `threads` concurrent sessions and at most `rate` new sessions per
+    /// second.
     pub fn paced(address: SocketAddr, threads: usize, rate: f64) -> Steady {
         let stop = Arc::new(AtomicBool::new(false));
         let (begin, next) = (Instant::now(), Arc::new(AtomicU64::new(0)));
@@ -40,7 +40,7 @@ impl Steady {
             while !stop.load(Ordering::Relaxed) {
                 let number = next.fetch_add(1, Ordering::Relaxed);
                 let due = begin + Duration::from_secs_f64(number as f64 / rate);
-                // The pace asked for.
+                // Waits for the requested pace.
                 std::thread::sleep(due.saturating_duration_since(Instant::now()));
                 let began = Instant::now();
                 let result = http::over_tcp(address, "/").and_then(|answer| match answer.status {
@@ -48,7 +48,7 @@ impl Steady {
                     status => Err(std::io::Error::other(format!("status {status}"))),
                 });
                 if result.is_err() {
-                    // A refused connect costs nothing: do not make a million.
+                    // A refused connect returns immediately, so the loop must not spin.
                     std::thread::sleep(super::ms(1));
                 }
                 attempts.push(Attempt { began, result });
@@ -62,7 +62,7 @@ impl Steady {
         Steady { threads: threads.collect(), stop }
     }
 
-    /// Every session so far, in no particular order.
+    /// Stops the stream and returns every session, in no particular order.
     pub fn stop(mut self) -> Vec<Attempt> {
         self.stop.store(true, Ordering::Relaxed);
         let threads = std::mem::take(&mut self.threads);
@@ -76,12 +76,12 @@ impl Drop for Steady {
     }
 }
 
-/// The failures among the sessions that began at or after `since`.
+/// Returns the failures among the sessions that began at or after `since`.
 pub fn failures_since(attempts: &[Attempt], since: Instant) -> Vec<&Attempt> {
-    attempts.iter().filter(|one| one.began >= since && one.result.is_err()).collect()
+    attempts.iter().filter(|session| session.began >= since && session.result.is_err()).collect()
 }
 
-/// How many sessions a backend of that name answered.
+/// Returns the number of sessions that the backend `name` answered.
 pub fn answered_by(attempts: &[Attempt], name: &str) -> usize {
-    attempts.iter().filter(|one| one.result.as_ref().is_ok_and(|who| who == name)).count()
+    attempts.iter().filter(|session| session.result.as_deref().is_ok_and(|from| from == name)).count()
 }

@@ -1,9 +1,9 @@
-//! The processes a balancer is upgraded to: found, waited for and ended.
+//! Finds, awaits and ends the processes to which a Tidegate process is upgraded.
 //!
-//! Used by the proxy's handle. Under a supervisor that is who reaps them. Without one
-//! the test's process adopts them (prctl(2), PR_SET_CHILD_SUBREAPER) when the process
-//! that started them has ended, so that their exit codes are seen and none is left
-//! behind.
+//! Used by the proxy handle. A supervisor reaps these processes. Without a supervisor
+//! the test process adopts them (prctl(2), PR_SET_CHILD_SUBREAPER) after the process
+//! that started them has ended. The test then gets their exit codes, and no process is
+//! left behind.
 
 use super::http::Answer;
 use super::proxy::{PROGRAM, TestProxy};
@@ -14,12 +14,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::time::Duration;
 
-/// Which process serves, and which one is the service to whoever signals it.
+/// The process that serves and the process that receives signals.
 #[derive(Debug, Default)]
 pub struct Serving {
-    /// There is no supervisor: the process that serves is the service.
+    /// No supervisor exists, and the serving process receives the signals.
     single: bool,
-    /// The supervisor, or the process that serves; 0 before it is known.
+    /// The supervisor, or the serving process without a supervisor. 0 before it is known.
     service: u32,
     pid: u32,
     before: Vec<u32>,
@@ -32,8 +32,8 @@ impl Serving {
         Serving { single, ..Serving::default() }
     }
 
-    /// Looks for the processes below the one the test has started, which may be a
-    /// wrapper that stays.
+    /// Finds the processes below the child that the test started. That child can be a wrapper
+    /// that keeps running.
     pub fn find(&mut self, child: &Child) {
         let mut line = vec![child.id()];
         while let [one] = proc::children(line[line.len() - 1])[..] {
@@ -55,7 +55,7 @@ impl Serving {
         self.before.clone()
     }
 
-    /// Processes of the service beside the one that serves.
+    /// Processes of the service other than the serving process.
     pub fn others(&self) -> Vec<u32> {
         let mut all = proc::children(self.service);
         all.retain(|pid| *pid != self.pid);
@@ -70,7 +70,7 @@ impl Serving {
         }
     }
 
-    /// The service's exit status, once it has ended. Reaps the processes before as well.
+    /// Returns the service's exit status after it has ended. Also reaps earlier processes.
     pub fn try_wait(&self, child: &mut Child) -> Option<ExitStatus> {
         let first = child.try_wait().expect("wait for the child");
         if !self.single || self.before.is_empty() {
@@ -79,12 +79,12 @@ impl Serving {
         for old in self.before.iter().skip(1) {
             let _ = reap(*old);
         }
-        // The one that started it may have reaped it, with its status.
+        // The process that started it can have reaped it, together with its status.
         let gone = !std::path::Path::new(&format!("/proc/{}", self.pid)).exists();
         reap(self.pid).or(gone.then(|| ExitStatus::from_raw(0)))
     }
 
-    /// Ends every process of it at once.
+    /// Kills every process of the service.
     pub fn kill(&self, child: &mut Child) -> Option<ExitStatus> {
         proc::kill_with_all_below(child.id());
         for pid in self.before().into_iter().chain([self.pid]) {
@@ -101,15 +101,15 @@ impl Serving {
     }
 }
 
-/// The exit status of a process that is ours by now and has ended.
+/// Returns the exit status of a process that this process has adopted and that has ended.
 fn reap(pid: u32) -> Option<ExitStatus> {
     let pid = Pid::from_raw(pid as i32)?;
-    // Not a child yet while the process that started it still drains.
+    // It is no child yet while the process that started it drains.
     let (_, status) = waitpid(Some(pid), WaitOptions::NOHANG).ok().flatten()?;
     Some(ExitStatus::from_raw(status.as_raw()))
 }
 
-/// Makes this process the parent of orphans below it.
+/// Makes this process the parent of orphaned descendants.
 pub fn adopt_orphans() {
     set_child_subreaper(Some(getpid())).expect("PR_SET_CHILD_SUBREAPER");
 }
@@ -117,35 +117,35 @@ pub fn adopt_orphans() {
 // === impl TestProxy ===
 
 impl TestProxy {
-    /// Upgrades to the same program, which must succeed; gives the process before.
+    /// Upgrades to the same program, which must succeed. Returns the old process.
     #[track_caller]
     pub fn upgrade(&mut self) -> u32 {
         self.upgrade_with("")
     }
 
-    /// The same to another program, which must be one that works.
+    /// Upgrades to another program, which must succeed. Returns the old process.
     #[track_caller]
     pub fn upgrade_to(&mut self, program: &Path) -> u32 {
         self.upgrade_with(&format!("?binary={}", program.display()))
     }
 
-    /// Another build of the program: that at `TIDEGATE_OTHER_BUILD`, or a copy of
-    /// this one that only its length tells from it, which lies in a directory of its
-    /// own beside the program's: the balancer may start nothing from elsewhere.
+    /// Returns another build of the program: the file that `TIDEGATE_OTHER_BUILD` names, or a
+    /// copy of this program with a few bytes appended. The copy is in a new directory next to
+    /// the program, because the sandbox allows Tidegate to execute files only there.
     pub fn other_build(&self) -> (PathBuf, Option<tempfile::TempDir>) {
         if let Some(path) = std::env::var_os("TIDEGATE_OTHER_BUILD") {
             return (PathBuf::from(path), None);
         }
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
         let path = dir.path().join("other-build");
-        // Copied by another process: a file that is open for writing cannot be run.
+        // Another process copies, because a file that is open for writing cannot be executed.
         let script = format!("cp '{PROGRAM}' '{0}' && printf other >> '{0}'", path.display());
         let status = Command::new("sh").args(["-c", &script]).status().expect("a shell");
         assert!(status.success(), "{script}");
         (path, Some(dir))
     }
 
-    /// The same with this query.
+    /// Upgrades with a query, which must succeed. Returns the old process.
     #[track_caller]
     pub fn upgrade_with(&mut self, query: &str) -> u32 {
         let answer = self.try_upgrade(query);
@@ -157,13 +157,13 @@ impl TestProxy {
         before
     }
 
-    /// Asks for an upgrade with that query.
+    /// Requests an upgrade with a query.
     pub fn try_upgrade(&self, query: &str) -> Answer {
         adopt_orphans();
         self.admin_request("POST", &format!("/v1/upgrade{query}"))
     }
 
-    /// Waits until that process has ended.
+    /// Waits until the process has ended.
     #[track_caller]
     pub fn wait_gone(&self, pid: u32, limit: Duration) {
         eventually(patience(limit), &format!("process {pid} ends"), || proc::is_dead(pid));

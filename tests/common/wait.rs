@@ -1,11 +1,11 @@
-//! Waiting for what must come, as long as the machine may take and no longer.
+//! Waits with a deadline that scales with the speed of the machine.
 //!
-//! Used by every suite that waits.
+//! Used by every test binary that waits.
 
 use std::time::{Duration, Instant};
 
-/// `limit` times the factor in `TIDEGATE_TEST_PATIENCE` (1 where it is unset):
-/// for slow machines, valgrind and the like.
+/// Returns `limit` times the factor in `TIDEGATE_TEST_PATIENCE` (default 1), for slow
+/// machines and tools such as valgrind.
 pub fn patience(limit: Duration) -> Duration {
     let factor = std::env::var("TIDEGATE_TEST_PATIENCE")
         .map(|text| text.parse::<f64>().expect("TIDEGATE_TEST_PATIENCE is a number"))
@@ -23,21 +23,21 @@ pub const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// Waits until `done` holds; panics naming `what` after the (patient) timeout.
+/// Waits until `done` returns true. Panics with `what` after the scaled timeout.
 #[track_caller]
 pub fn eventually(timeout: Duration, what: &str, mut done: impl FnMut() -> bool) {
     eventually_some(timeout, what, || done().then_some(()));
 }
 
-/// Waits until `get` gives something and returns it; panics naming `what`
-/// after the (patient) timeout.
+/// Waits until `get` returns a value and returns it. Panics with `what` after the scaled
+/// timeout.
 #[track_caller]
 pub fn eventually_some<T>(timeout: Duration, what: &str, get: impl FnMut() -> Option<T>) -> T {
-    within(timeout, get).unwrap_or_else(|| panic!("waited {timeout:?} in vain: {what}"))
+    within(timeout, get).unwrap_or_else(|| panic!("not within {timeout:?}: {what}"))
 }
 
-/// What `get` gives first within the (patient) timeout, for callers with more to
-/// say of a failure. Asks once at least.
+/// Returns the first value that `get` gives within the scaled timeout, for callers with
+/// their own error message. Calls `get` at least once.
 pub fn within<T>(timeout: Duration, mut get: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + patience(timeout);
     loop {
@@ -45,7 +45,7 @@ pub fn within<T>(timeout: Duration, mut get: impl FnMut() -> Option<T>) -> Optio
         if got.is_some() || Instant::now() >= deadline {
             return got;
         }
-        // Between two questions.
+        // The polling interval.
         std::thread::sleep(ms(5));
     }
 }

@@ -7,7 +7,7 @@ program = b"".join(
     struct.pack("HBBI", *instruction)
     for instruction in [
         (0x20, 0, 0, 0),  # load the system call's number
-        (0x15, 0, 1, IO_URING_SETUP),  # equal: go on; else skip one
+        (0x15, 0, 1, IO_URING_SETUP),  # equal: next instruction; else skip one
         (0x06, 0, 0, 0x00050000 | EPERM),  # fail with EPERM
         (0x06, 0, 0, 0x7FFF0000),  # allow
     ]

@@ -1,5 +1,4 @@
-//! Numbers that equal the truth: metrics, status and access log against what
-//! the peers counted themselves.
+//! Metrics, `status` and the access log, compared with the counts of clients and backends.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, End, connect};
@@ -12,15 +11,15 @@ use std::sync::atomic::Ordering;
 
 on_every_engine!(
     counters_equal_the_truth,
-    access_log_lines_say_all_that_is_documented,
-    active_sessions_are_gauged,
+    access_log_lines_have_every_documented_field,
+    sessions_active_counts_open_sessions,
     every_sample_has_a_declared_type_and_closed_labels,
-    wrong_paths_and_methods_are_told_apart,
-    access_log_is_reopened_when_moved_away,
-    session_numbers_are_small_unique_and_continued_over_an_upgrade,
+    wrong_path_gives_404_and_wrong_method_405,
+    access_log_is_reopened_after_a_rename,
+    session_numbers_are_unique_across_an_upgrade,
 );
 
-/// One session that sends `up` bytes and gets them back.
+/// Runs one session that sends `up` bytes and receives them back.
 fn echo_session(proxy: &TestProxy, up: usize) {
     let client = connect(proxy.addr("web"));
     client::exchange(&client, &vec![5; up]).expect("an echo");
@@ -65,7 +64,7 @@ fn counters_equal_the_truth(engine: Engine) {
     assert_eq!((logged("bytes_in"), logged("bytes_out")), (bytes as u64, bytes as u64));
 }
 
-fn access_log_lines_say_all_that_is_documented(engine: Engine) {
+fn access_log_lines_have_every_documented_field(engine: Engine) {
     let (backend, proxy) = echo_proxy(engine);
     let client = connect(proxy.addr("web"));
     let from = client.local_addr().unwrap().to_string();
@@ -97,7 +96,7 @@ fn access_log_lines_say_all_that_is_documented(engine: Engine) {
     assert!(seconds[0] <= seconds[2] && seconds[1] <= seconds[2], "{line:#}");
 }
 
-fn session_numbers_are_small_unique_and_continued_over_an_upgrade(engine: Engine) {
+fn session_numbers_are_unique_across_an_upgrade(engine: Engine) {
     let (_backend, mut proxy) = echo_proxy(engine);
     let numbers = |proxy: &TestProxy, count: usize| {
         let lines = proxy.wait_access_log(count);
@@ -111,11 +110,11 @@ fn session_numbers_are_small_unique_and_continued_over_an_upgrade(engine: Engine
     (0..100).for_each(|_| echo_session(&proxy, 1));
     let mut all = numbers(&proxy, 200);
     all.sort_unstable();
-    assert!(all.windows(2).all(|pair| pair[0] < pair[1]), "a number came twice: {all:?}");
+    assert!(all.windows(2).all(|pair| pair[0] < pair[1]), "a number is used twice: {all:?}");
     assert!(all[100] > before[99] && all[199] < 2_000_000, "{all:?}");
 }
 
-fn active_sessions_are_gauged(engine: Engine) {
+fn sessions_active_counts_open_sessions(engine: Engine) {
     let (_backend, proxy) = echo_proxy(engine);
     let open: Vec<_> = (0..7)
         .map(|_| {
@@ -170,7 +169,7 @@ fn every_sample_has_a_declared_type_and_closed_labels(engine: Engine) {
             .filter(|family| declared.contains(family))
             .unwrap_or(name);
         assert!(declared.contains(&family), "no # TYPE for {line}");
-        // `process_` is Prometheus's own prefix for what every process has.
+        // `process_` is the prefix that Prometheus defines for values of any process.
         assert!(name.starts_with("tidegate_") || name.starts_with("process_"), "{line}");
         line.rsplit(' ').next().unwrap().parse::<f64>().unwrap_or_else(|_| panic!("{line}"));
         let Some((_, rest)) = line.split_once('{') else { continue };
@@ -182,7 +181,7 @@ fn every_sample_has_a_declared_type_and_closed_labels(engine: Engine) {
     }
 }
 
-fn wrong_paths_and_methods_are_told_apart(engine: Engine) {
+fn wrong_path_gives_404_and_wrong_method_405(engine: Engine) {
     let (_backend, proxy) = echo_proxy(engine);
     for (method, path, status) in [
         ("GET", "/nowhere", 404),
@@ -200,13 +199,13 @@ fn wrong_paths_and_methods_are_told_apart(engine: Engine) {
     }
 }
 
-fn access_log_is_reopened_when_moved_away(engine: Engine) {
+fn access_log_is_reopened_after_a_rename(engine: Engine) {
     let (_backend, proxy) = echo_proxy(engine);
     echo_session(&proxy, 1);
     proxy.wait_access_log(1);
     let (current, moved) = (proxy.dir().join("access.log"), proxy.dir().join("access.log.1"));
     std::fs::rename(&current, &moved).unwrap();
-    // One line may still go to the old file; then the new one is there.
+    // One line can still go to the old file before the new file exists.
     eventually(secs(10), "lines go to a new file", || {
         echo_session(&proxy, 1);
         current.exists() && !proxy.access_log().is_empty()

@@ -1,6 +1,6 @@
-//! Who gets which connection: the split, the caps and the backups.
+//! Distribution of connections over backends: the split, the caps and the backups.
 //!
-//! Counts come from the backends themselves, never from the balancer alone.
+//! The backends count their connections themselves.
 
 use crate::common::backend::{self, ScriptedBackend, script};
 use crate::common::client::{self, connect_from};
@@ -21,13 +21,13 @@ use std::time::{Duration, Instant};
 
 on_every_engine!(
     seven_hundred_connections_split_exactly,
-    the_split_stays_exact_over_reloads_of_other_pools,
-    the_split_stays_exact_under_concurrency,
-    least_connections_prefers_the_emptier_backend,
-    a_restarted_backend_gets_no_more_than_its_share_in_its_slow_start,
+    split_stays_exact_during_reloads_of_other_pools,
+    split_stays_exact_under_concurrency,
+    least_connections_follows_the_weights,
+    restarted_backend_gets_at_most_its_share_in_slow_start,
     random_and_two_choices_use_every_backend,
-    a_slow_backend_gets_far_less_than_its_share_and_is_tried_again,
-    a_source_keeps_its_backend_over_restarts,
+    peak_ewma_reduces_the_share_of_a_slow_backend,
+    source_hash_keeps_the_backend_after_a_restart,
     removing_a_backend_moves_few_sources,
     backend_cap_is_never_exceeded,
     frontend_cap_is_never_exceeded,
@@ -35,15 +35,15 @@ on_every_engine!(
     backup_serves_only_without_primaries,
 );
 on_every_engine_alone!(
-    redis_benchmark_runs_without_an_error,
-    waiting_clients_are_served_soon_after_a_slot_comes_free,
+    redis_benchmark_runs_without_errors,
+    waiting_client_is_served_within_60_ms_of_a_free_slot,
 );
 
 const TCP_PROBE: &str = "kind = \"tcp\"\ninterval = \"100ms\"\ntimeout = \"100ms\"";
 const WEIGHTS: [(&str, u64); 3] = [("a", 5), ("b", 1), ("c", 1)];
 
-/// One request for each of `count` connections over `threads` threads; how
-/// many each name answered.
+/// Sends one request on each of `count` connections over `threads` threads. Returns how
+/// many requests each name answered.
 fn split(address: SocketAddr, count: u64, threads: usize) -> BTreeMap<String, u64> {
     let names = Mutex::new(BTreeMap::new());
     let left = AtomicU64::new(count);
@@ -84,13 +84,13 @@ fn seven_hundred_connections_split_exactly(engine: Engine) {
     assert_eq!(split(proxy.addr("web"), 700, 1), expected(700));
 }
 
-fn the_split_stays_exact_under_concurrency(engine: Engine) {
+fn split_stays_exact_under_concurrency(engine: Engine) {
     let Some((_servers, conf)) = weighted_nginx(engine) else { return };
     let proxy = TestProxy::start(conf);
     assert_eq!(split(proxy.addr("web"), 700, 16), expected(700));
 }
 
-fn the_split_stays_exact_over_reloads_of_other_pools(engine: Engine) {
+fn split_stays_exact_during_reloads_of_other_pools(engine: Engine) {
     let Some((_servers, conf)) = weighted_nginx(engine) else { return };
     let other = ScriptedBackend::start(backend::echo());
     let pool = Pool::new("other").backend_with("x", other.address(), "weight = 1");
@@ -116,7 +116,7 @@ fn the_split_stays_exact_over_reloads_of_other_pools(engine: Engine) {
     assert!(proxy.generation() > 20);
 }
 
-fn redis_benchmark_runs_without_an_error(engine: Engine) {
+fn redis_benchmark_runs_without_errors(engine: Engine) {
     if !have(&["redis-server", "redis-benchmark"]) {
         return;
     }
@@ -134,19 +134,19 @@ fn redis_benchmark_runs_without_an_error(engine: Engine) {
         measured(&format!("{extra:?}: {}", last.unwrap_or("?").trim()));
     }
     let totals = ["a", "b"].map(|name| proxy.backend("redis", name)["sessions_total"].as_u64());
-    // 50 clients each time, one by one to the emptier server.
+    // 50 clients in each run. Each goes to the backend with fewer connections.
     let [Some(a), Some(b)] = totals else { panic!("no totals: {totals:?}") };
     assert!(a >= 50 && b >= 50, "{a} and {b} sessions");
 }
 
-fn least_connections_prefers_the_emptier_backend(engine: Engine) {
+fn least_connections_follows_the_weights(engine: Engine) {
     let backends = [(); 2].map(|()| ScriptedBackend::start(backend::greet("x")));
     let pool = Pool::new("web")
         .key("balance = \"least-connections\"")
         .backend("a", backends[0].address())
         .backend_with("b", backends[1].address(), "weight = 3");
     let proxy = TestProxy::start(Conf::simple(engine, pool));
-    // One after the other, all held: in flight follow the weights.
+    // All connections are held, so the connections in flight follow the weights.
     let held: Vec<TcpStream> = (0..40).map(|_| greeted(proxy.addr("web"))).collect();
     let open = backends.each_ref().map(ScriptedBackend::active);
     assert_eq!(open, [10, 30]);
@@ -159,7 +159,7 @@ fn greeted(address: SocketAddr) -> TcpStream {
     stream
 }
 
-/// So many sessions that stay, each with the name of its backend.
+/// Opens `count` sessions and keeps them open, each with the name of its backend.
 fn named_sessions(address: SocketAddr, count: usize) -> Vec<(char, TcpStream)> {
     let open = || {
         let (mut stream, mut name) = (client::connect(address), [0]);
@@ -169,7 +169,7 @@ fn named_sessions(address: SocketAddr, count: usize) -> Vec<(char, TcpStream)> {
     (0..count).map(|_| open()).collect()
 }
 
-fn a_restarted_backend_gets_no_more_than_its_share_in_its_slow_start(engine: Engine) {
+fn restarted_backend_gets_at_most_its_share_in_slow_start(engine: Engine) {
     let [mut a, b, c] = ["a", "b", "c"].map(|name| ScriptedBackend::start(backend::greet(name)));
     let pool = Pool::new("web")
         .key("balance = \"least-connections\"\nslow_start = \"3s\"")
@@ -189,7 +189,7 @@ fn a_restarted_backend_gets_no_more_than_its_share_in_its_slow_start(engine: Eng
     proxy.wait_backend("web", "a", "observation", "down");
     let others = named_sessions(proxy.addr("web"), 800);
     assert_eq!(of_a(&others), 0);
-    eventually(secs(10), "in service for as long as a slow start", || up.elapsed() > ms(3_100));
+    eventually(secs(10), "the slow start has passed", || up.elapsed() > ms(3_100));
     let _restarted = ScriptedBackend::start_on(address, backend::greet("a"));
     proxy.wait_backend("web", "a", "observation", "up");
     let (mut sessions, mut ramp) = (Vec::new(), 0.0);
@@ -199,7 +199,7 @@ fn a_restarted_backend_gets_no_more_than_its_share_in_its_slow_start(engine: Eng
     }
     let (its, all) = (of_a(&sessions), sessions.len());
     let share = ramp / (200.0 + ramp) * all as f64;
-    measured(&format!("{its} of {all}, its share is {share:.1}"));
+    measured(&format!("{its} of {all}, expected {share:.1}"));
     assert!((its as f64) < share + 10.0, "{its} of {all}");
 }
 
@@ -220,24 +220,24 @@ fn random_and_two_choices_use_every_backend(engine: Engine) {
             client::ask(proxy.addr("web")).unwrap();
         }
         for (backend, before) in backends.iter().zip(before) {
-            // 100 are expected; 60 is more than 5 standard deviations off.
+            // 100 are expected. 60 and 140 are more than 5 standard deviations away.
             let share = backend.accepted() - before;
             assert!((60..=140).contains(&share), "{policy}: {share} of 300");
         }
     }
 }
 
-/// Answers HTTP after so many milliseconds.
+/// Starts a backend that answers HTTP after a delay of `millis`.
 fn delayed(millis: &Arc<AtomicU64>) -> ScriptedBackend {
     let (millis, answer) = (millis.clone(), backend::http("x", 200));
     ScriptedBackend::start(script(move |conn| {
-        // Slowness is what it is for.
+        // The delay that this backend exists for.
         std::thread::sleep(ms(millis.load(Ordering::Relaxed)));
         answer(conn);
     }))
 }
 
-fn a_slow_backend_gets_far_less_than_its_share_and_is_tried_again(engine: Engine) {
+fn peak_ewma_reduces_the_share_of_a_slow_backend(engine: Engine) {
     let delays = [15, 15, 90].map(|millis| Arc::new(AtomicU64::new(millis)));
     let backends = delays.each_ref().map(delayed);
     let mut pool = Pool::new("web").key("balance = \"peak-ewma\"");
@@ -251,15 +251,15 @@ fn a_slow_backend_gets_far_less_than_its_share_and_is_tried_again(engine: Engine
         (backends[2].accepted() - before) as f64 / sessions as f64
     };
     let slow = share(300);
-    assert!(slow < 1.0 / 3.0 / 2.0, "{slow:.3} of the sessions went to the slow one");
+    assert!(slow < 1.0 / 3.0 / 2.0, "{slow:.3} of the sessions went to the slow backend");
     delays[2].store(15, Ordering::Relaxed);
     let started = Instant::now();
-    // What was known of it fades: from 90 ms to 15 takes 18 s.
-    eventually(secs(60), "it has its share again", || share(100) > 1.0 / 3.0 / 2.0);
+    // The measured latency decays: from 90 ms to 15 ms it takes 18 s.
+    eventually(secs(60), "the backend has its share again", || share(100) > 1.0 / 3.0 / 2.0);
     measured(&format!("{slow:.3} while slow, its share again after {:.1?}", started.elapsed()));
 }
 
-/// Which backend each of 40 source addresses gets.
+/// Returns the backend of each of 40 source addresses.
 fn by_source(address: SocketAddr) -> BTreeMap<IpAddr, String> {
     (1..=40)
         .map(|last| {
@@ -279,7 +279,7 @@ fn source_hash_pool(backends: &[ScriptedBackend]) -> Pool {
         .fold(pool, |pool, (backend, name)| pool.backend(name, backend.address()))
 }
 
-fn a_source_keeps_its_backend_over_restarts(engine: Engine) {
+fn source_hash_keeps_the_backend_after_a_restart(engine: Engine) {
     let backends = ["a", "b", "c", "d"].map(|name| ScriptedBackend::start(backend::name(name)));
     let mut proxy = TestProxy::start(Conf::simple(engine, source_hash_pool(&backends)));
     let first = by_source(proxy.addr("web"));
@@ -301,20 +301,20 @@ fn removing_a_backend_moves_few_sources(engine: Engine) {
     assert!(after.values().all(|name| name != "b"));
     let strays: Vec<_> =
         before.iter().filter(|(ip, name)| *name != "b" && after[ip] != **name).collect();
-    // At most 2 % of sources move without need; of 40 that is none, or one by
-    // bad luck of rounding.
+    // At most 2 % of the sources move without need. Of 40 sources that is 0, or 1 by
+    // rounding.
     assert!(strays.len() <= 1, "moved without need: {strays:?}");
 }
 
-/// Opens `clients` connections through a cap of `cap` and watches that no more
-/// than `cap` are served at once while all get their turn.
-fn all_get_their_turn(proxy: &TestProxy, backends: &[&ScriptedBackend], cap: u64, clients: usize) {
+/// Opens `clients` connections through a cap of `cap`. Checks that at most `cap` are open
+/// at the same time and that every client is served.
+fn assert_cap_holds(proxy: &TestProxy, backends: &[&ScriptedBackend], cap: u64, clients: usize) {
     let address = proxy.addr("web");
     std::thread::scope(|scope| {
         for _ in 0..clients {
             scope.spawn(move || {
                 let stream = greeted(address);
-                // Long enough for others to want its place.
+                // Long enough for other clients to wait for the slot.
                 std::thread::sleep(ms(20));
                 drop(stream);
             });
@@ -323,12 +323,12 @@ fn all_get_their_turn(proxy: &TestProxy, backends: &[&ScriptedBackend], cap: u64
     let peak: u64 = backends.iter().map(|backend| backend.active_peak()).sum();
     let accepted: u64 = backends.iter().map(|backend| backend.accepted()).sum();
     assert_eq!(accepted, clients as u64);
-    assert!(peak <= cap, "{peak} at once where the cap is {cap}");
-    assert!(peak > cap / 2, "only {peak} at once: was the cap ever reached?");
+    assert!(peak <= cap, "{peak} connections with a cap of {cap}");
+    assert!(peak > cap / 2, "at most {peak} connections, so the cap was not reached");
 }
 
-/// Greets, and ends its connection the moment the client's end is seen, before
-/// the balancer can count the slot free.
+/// Starts a backend that greets and closes as soon as it sees the client's FIN, before
+/// Tidegate can count the slot as free.
 fn capped_backend() -> ScriptedBackend {
     ScriptedBackend::start(script(|conn| {
         let _ = conn.write_all(b"x");
@@ -344,7 +344,7 @@ fn backend_cap_is_never_exceeded(engine: Engine) {
         "connections_max = 5",
     );
     let proxy = TestProxy::start(Conf::simple(engine, pool));
-    all_get_their_turn(&proxy, &[&a, &b], 8, 60);
+    assert_cap_holds(&proxy, &[&a, &b], 8, 60);
     assert!(a.active_peak() <= 3 && b.active_peak() <= 5);
 }
 
@@ -352,17 +352,17 @@ fn frontend_cap_is_never_exceeded(engine: Engine) {
     let a = capped_backend();
     let pool = Pool::new("web").backend("a", a.address());
     let conf = Conf::new(engine).frontend("web", "web", "connections_max = 7").pool(pool);
-    all_get_their_turn(&TestProxy::start(conf), &[&a], 7, 60);
+    assert_cap_holds(&TestProxy::start(conf), &[&a], 7, 60);
 }
 
 fn process_cap_is_never_exceeded(engine: Engine) {
     let a = capped_backend();
     let conf = Conf::simple(engine, Pool::new("web").backend("a", a.address()));
     let proxy = TestProxy::start(conf.process("connections_max = 9"));
-    all_get_their_turn(&proxy, &[&a], 9, 60);
+    assert_cap_holds(&proxy, &[&a], 9, 60);
 }
 
-fn waiting_clients_are_served_soon_after_a_slot_comes_free(engine: Engine) {
+fn waiting_client_is_served_within_60_ms_of_a_free_slot(engine: Engine) {
     for (what, frontend_keys, backend_keys, process) in [
         ("frontend", "connections_max = 2", "", ""),
         ("backend", "", "connections_max = 2", ""),
@@ -382,15 +382,15 @@ fn waiting_clients_are_served_soon_after_a_slot_comes_free(engine: Engine) {
              machine late by {lateness:.2?}"
         ));
         assert!(median <= patience(ms(10)), "{what}: median {median:?}");
-        // Three wake-ups lie in between, and each may be as late as the machine
-        // makes anybody; 50 ms more for the time slices of a machine shared
-        // with others, which a sleeper does not feel.
+        // A freed slot takes three wake-ups, and each can be as late as the measured lateness.
+        // 50 ms more cover the time slices of a shared machine, which a sleeping thread does
+        // not notice.
         let allowed = patience(ms(60)) + 3 * lateness;
         assert!(worst <= allowed, "{what}: worst {worst:?}, machine late by {lateness:?}");
     }
 }
 
-/// How late this machine wakes a sleeping thread while something is measured.
+/// Measures how late this machine wakes a sleeping thread.
 struct Lateness {
     stop: Arc<AtomicBool>,
     thread: std::thread::JoinHandle<Duration>,
@@ -416,12 +416,12 @@ impl Lateness {
 
     fn worst(self) -> Duration {
         self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().expect("it only sleeps")
+        self.thread.join().expect("the thread only sleeps")
     }
 }
 
-/// With two slots and 2 + `rounds` clients: how long after one client leaves
-/// the next is served, sorted.
+/// Runs 2 + `rounds` clients through two slots. Returns the times from the end of one
+/// session to the start of the next, sorted.
 fn wait_times(address: SocketAddr, rounds: usize) -> Vec<Duration> {
     let (served, inbox) = mpsc::channel();
     for _ in 0..rounds + 2 {
@@ -468,6 +468,6 @@ fn backup_serves_only_without_primaries(engine: Engine) {
     proxy.wait_backend("web", "a", "observation", "down");
     assert!((0..20).all(|_| ask() == "spare"));
     proxy.cli_ok(&["undrain", "web/b"]);
-    eventually(secs(5), "the primary is back", || ask() == "b");
+    eventually(secs(5), "the primary is eligible", || ask() == "b");
     assert!((0..20).all(|_| ask() == "b"));
 }

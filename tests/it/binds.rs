@@ -1,6 +1,7 @@
-//! Addresses that are in the way: another balancer's, another program's. Each is
-//! refused with the process that holds it and its place in the file; none is
-//! shared in silence.
+//! Bind addresses in use by another Tidegate process or by another program.
+//!
+//! Tidegate rejects each of them, names the process that holds it and its place in the
+//! configuration file. No address is shared unnoticed.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client;
@@ -11,18 +12,18 @@ use crate::common::{Engine, on_every_engine};
 use std::net::{SocketAddr, TcpListener};
 
 on_every_engine!(
-    an_address_of_another_balancer_is_refused_at_a_reload,
-    an_address_of_another_balancer_is_refused_at_a_start,
-    a_taken_address_is_refused_with_its_holder_and_its_place,
-    a_star_listens_on_both_families,
-    an_abstract_unix_socket_is_a_backend,
+    reload_rejects_an_address_of_another_tidegate,
+    start_rejects_an_address_of_another_tidegate,
+    address_in_use_is_reported_with_its_holder_and_place,
+    star_bind_listens_on_both_families,
+    abstract_unix_socket_can_be_a_backend,
 );
 
 fn named(name: &str) -> ScriptedBackend {
     ScriptedBackend::start(backend::name(name))
 }
 
-/// A balancer on those addresses, before one backend.
+/// A configuration with these bind addresses and one backend.
 fn conf(engine: Engine, backend: &ScriptedBackend, binds: &[SocketAddr]) -> Conf {
     let pool = Pool::new("web").backend("a", backend.address());
     let mut conf = Conf::simple(engine, pool);
@@ -30,13 +31,13 @@ fn conf(engine: Engine, backend: &ScriptedBackend, binds: &[SocketAddr]) -> Conf
     conf
 }
 
-/// The same port of three addresses of this host.
+/// The same port on three addresses of this host.
 fn neighbours() -> [SocketAddr; 3] {
     let port = free_port();
     [[127, 0, 0, 1], [127, 0, 0, 2], [0, 0, 0, 0]].map(|ip| SocketAddr::from((ip, port)))
 }
 
-fn an_address_of_another_balancer_is_refused_at_a_reload(engine: Engine) {
+fn reload_rejects_an_address_of_another_tidegate(engine: Engine) {
     let (a, b) = (named("a"), named("b"));
     let [mine, theirs, everywhere] = neighbours();
     let mut proxy = TestProxy::start(conf(engine, &a, &[mine]));
@@ -45,13 +46,13 @@ fn an_address_of_another_balancer_is_refused_at_a_reload(engine: Engine) {
         proxy.rewrite_by_rename(&proxy.render(&conf(engine, &a, binds)));
         let answer = proxy.admin_request("POST", "/v1/reload");
         assert_eq!(answer.status, 422, "{binds:?}: {}", answer.body);
-        // In its sandbox it may not look into other processes.
+        // The sandbox denies access to other processes, so the holder's name is missing.
         assert!(answer.body.contains(&format!("listens on {theirs}")), "{}", answer.body);
         assert!(answer.body.contains("`ss -ltnp`"), "{}", answer.body);
         assert_eq!(client::ask(mine).unwrap(), "a");
         assert_eq!(client::ask(theirs).unwrap(), "b");
     }
-    // Its own addresses are in no one's way.
+    // Its own addresses never conflict.
     drop(other);
     for binds in [&[everywhere][..], &[mine, theirs][..], &[mine][..]] {
         proxy.reload(conf(engine, &a, binds));
@@ -60,13 +61,13 @@ fn an_address_of_another_balancer_is_refused_at_a_reload(engine: Engine) {
     proxy.rebaseline();
 }
 
-fn an_address_of_another_balancer_is_refused_at_a_start(engine: Engine) {
+fn start_rejects_an_address_of_another_tidegate(engine: Engine) {
     let (a, b) = (named("a"), named("b"));
     let [mine, theirs, everywhere] = neighbours();
     let other = TestProxy::start(conf(engine, &b, &[theirs]));
     for binds in [&[mine, theirs][..], &[everywhere][..]] {
         let started = TestProxy::try_start(conf(engine, &a, binds), &[]);
-        let Err(log) = started else { panic!("it came up on {binds:?}") };
+        let Err(log) = started else { panic!("it started on {binds:?}") };
         assert!(log.starts_with("exit status: 3"), "{log}");
         assert!(log.contains(&format!("(tidegate) listens on {theirs}")), "{log}");
     }
@@ -74,13 +75,13 @@ fn an_address_of_another_balancer_is_refused_at_a_start(engine: Engine) {
     drop(other);
 }
 
-fn a_taken_address_is_refused_with_its_holder_and_its_place(engine: Engine) {
+fn address_in_use_is_reported_with_its_holder_and_place(engine: Engine) {
     let a = named("a");
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap();
     let conf = conf(engine, &a, &[address]);
-    let Err(log) = TestProxy::try_start(conf, &[]) else { panic!("it came up") };
-    // The test's process itself, by the name of its main thread.
+    let Err(log) = TestProxy::try_start(conf, &[]) else { panic!("it started") };
+    // The test process holds the address. Its name is that of its main thread.
     let holder = format!("process {} (", std::process::id());
     assert!(log.contains(&holder), "{log}");
     assert!(log.contains(&format!("listens on {address}")), "{log}");
@@ -89,7 +90,7 @@ fn a_taken_address_is_refused_with_its_holder_and_its_place(engine: Engine) {
     assert!(log.contains(&format!("bind = [\"{address}\"]")) && log.contains('^'), "{log}");
 }
 
-/// Rewrites the file with `from` as `to` and has it read.
+/// Replaces `from` by `to` in the file and reloads it.
 #[track_caller]
 fn reload_with(proxy: &TestProxy, from: &str, to: &str) {
     let text = std::fs::read_to_string(proxy.config_path()).unwrap();
@@ -99,7 +100,7 @@ fn reload_with(proxy: &TestProxy, from: &str, to: &str) {
     assert_eq!(answer.status, 200, "{}", answer.body);
 }
 
-fn a_star_listens_on_both_families(engine: Engine) {
+fn star_bind_listens_on_both_families(engine: Engine) {
     let a = named("a");
     let mut proxy = TestProxy::start(conf(engine, &a, &[neighbours()[0]]));
     let port = free_port();
@@ -113,7 +114,7 @@ fn a_star_listens_on_both_families(engine: Engine) {
     proxy.rebaseline();
 }
 
-fn an_abstract_unix_socket_is_a_backend(engine: Engine) {
+fn abstract_unix_socket_can_be_a_backend(engine: Engine) {
     use std::io::{Read, Write};
     use std::os::linux::net::SocketAddrExt;
     use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener};

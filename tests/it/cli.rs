@@ -1,4 +1,4 @@
-//! The command line: exit codes, help with examples, and what goes where.
+//! The command line: exit codes, help with examples, and what goes to which stream.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client;
@@ -8,9 +8,9 @@ use crate::common::{Engine, exclusive, on_every_engine};
 use std::process::{Command, Output};
 
 on_every_engine!(
-    status_is_for_people_and_for_machines,
-    taken_address_is_a_runtime_failure,
-    live_admin_socket_is_a_runtime_failure_and_a_stale_one_is_replaced,
+    status_prints_text_and_json,
+    address_in_use_exits_with_3,
+    live_admin_socket_exits_with_3_and_stale_socket_is_replaced,
     admin_socket_is_private,
 );
 
@@ -46,7 +46,7 @@ fn usage_errors_exit_with_2() {
 }
 
 #[test]
-fn check_sums_up_a_good_file_in_one_line() {
+fn check_prints_one_line_for_a_valid_file() {
     let _share = exclusive::shared();
     let conf = Conf::simple(Engine::Epoll, Pool::new("web").backend("a", "127.0.0.1:9"));
     let file = tempfile::NamedTempFile::new_in("/tmp").unwrap();
@@ -58,7 +58,7 @@ fn check_sums_up_a_good_file_in_one_line() {
 }
 
 #[test]
-fn check_and_run_refuse_a_bad_file_with_its_places() {
+fn check_and_run_reject_an_invalid_file_with_places() {
     let _share = exclusive::shared();
     let file = tempfile::NamedTempFile::new_in("/tmp").unwrap();
     let path = file.path().to_string_lossy().into_owned();
@@ -80,7 +80,7 @@ fn check_and_run_refuse_a_bad_file_with_its_places() {
 }
 
 #[test]
-fn check_and_run_refuse_a_state_directory_that_cannot_be_used() {
+fn check_and_run_reject_an_unusable_state_directory() {
     let _share = exclusive::shared();
     let file = tempfile::NamedTempFile::new_in("/tmp").unwrap();
     let path = file.path().to_string_lossy().into_owned();
@@ -104,7 +104,7 @@ fn check_and_run_refuse_a_state_directory_that_cannot_be_used() {
 }
 
 #[test]
-fn commands_without_a_balancer_exit_with_3() {
+fn commands_without_a_running_process_exit_with_3() {
     let _share = exclusive::shared();
     for command in [&["status"][..], &["reload"], &["drain", "web/a"], &["shutdown"]] {
         let admin = ["--admin", "unix:/tmp/nobody-listens-here.sock"];
@@ -122,7 +122,7 @@ fn demo_runs_and_shows_the_split() {
     assert!(!output.stdout.is_empty(), "{output:?}");
 }
 
-fn status_is_for_people_and_for_machines(engine: Engine) {
+fn status_prints_text_and_json(engine: Engine) {
     let a = ScriptedBackend::start(backend::name("a"));
     let proxy = TestProxy::start(Conf::simple(engine, Pool::new("web").backend("a", a.address())));
     let people = proxy.cli_ok(&["status"]);
@@ -137,9 +137,9 @@ fn status_is_for_people_and_for_machines(engine: Engine) {
     assert_eq!((&machines["workers"], &machines["state"]), (&2.into(), &"serving".into()));
 }
 
-/// A file that `check` and `run` refuse with the same first line, exit code 1.
+/// Checks that `check` and `run` reject a file with the same first line and exit code 1.
 #[track_caller]
-fn refused_alike(name: &str, text: &str, directory: &std::path::Path, why: &str) {
+fn assert_rejected_by_check_and_run(name: &str, text: &str, directory: &std::path::Path, why: &str) {
     let file = directory.join("t.toml");
     std::fs::write(&file, text).unwrap();
     let file = file.to_string_lossy();
@@ -155,7 +155,7 @@ fn refused_alike(name: &str, text: &str, directory: &std::path::Path, why: &str)
 }
 
 #[test]
-fn check_refuses_what_run_refuses() {
+fn check_rejects_what_run_rejects() {
     use std::os::unix::fs::PermissionsExt;
     let _share = exclusive::shared();
     let directory = tempfile::tempdir().unwrap();
@@ -176,13 +176,13 @@ fn check_refuses_what_run_refuses() {
         ("open", "is accessible to others than its owner"),
     ] {
         let line = format!("[admin]\ntoken_file = \"{}\"\n", path.join(name).display());
-        refused_alike(name, &text(&conf()).replace("[admin]\n", &line), path, why);
+        assert_rejected_by_check_and_run(name, &text(&conf()).replace("[admin]\n", &line), path, why);
     }
     let unknown = conf().process("user = \"no-such-user\"");
-    refused_alike("user", &text(&unknown), path, "no-such-user");
+    assert_rejected_by_check_and_run("user", &text(&unknown), path, "no-such-user");
     let mut logs = conf();
     logs.access = Some("/nonexistent/access.log".into());
-    refused_alike("access log", &text(&logs), path, "cannot open the access log: No such file");
+    assert_rejected_by_check_and_run("access log", &text(&logs), path, "cannot open the access log: No such file");
     let mut source = conf();
     source.pools[0].keys = "source = \"203.0.113.7\"".into();
     let file = path.join("source.toml");
@@ -190,23 +190,23 @@ fn check_refuses_what_run_refuses() {
     let output = tidegate(&["check", &file.to_string_lossy()]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     assert!(stderr(&output).contains("no connection can start at source 203.0.113.7"));
-    // And says nothing of what would do.
+    // A valid file gives no output on standard error.
     let file = path.join("good.toml");
     std::fs::write(&file, conf().render("unix:/tmp/tg-none.sock", "off")).unwrap();
     let output = tidegate(&["check", "--config", &file.to_string_lossy()]);
     assert_eq!((output.status.code(), stderr(&output)), (Some(0), String::new()), "{output:?}");
 }
 
-fn taken_address_is_a_runtime_failure(engine: Engine) {
+fn address_in_use_exits_with_3(engine: Engine) {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let mut conf = Conf::simple(engine, Pool::new("web").backend("a", "127.0.0.1:9"));
     conf.frontends[0].binds = vec![taken.local_addr().unwrap()];
-    let Err(said) = TestProxy::try_start(conf, &[]) else { panic!("it came up") };
+    let Err(said) = TestProxy::try_start(conf, &[]) else { panic!("it started") };
     assert!(said.starts_with("exit status: 3"), "{said}");
     assert!(said.contains(&taken.local_addr().unwrap().to_string()), "{said}");
 }
 
-fn live_admin_socket_is_a_runtime_failure_and_a_stale_one_is_replaced(engine: Engine) {
+fn live_admin_socket_exits_with_3_and_stale_socket_is_replaced(engine: Engine) {
     let a = ScriptedBackend::start(backend::name("a"));
     let mut proxy =
         TestProxy::start(Conf::simple(engine, Pool::new("web").backend("a", a.address())));
@@ -217,8 +217,8 @@ fn live_admin_socket_is_a_runtime_failure_and_a_stale_one_is_replaced(engine: En
     let output = tidegate(&["run", "--config", &file.to_string_lossy()]);
     assert_eq!(output.status.code(), Some(3), "{output:?}");
     assert!(stderr(&output).contains("admin.sock"), "{output:?}");
-    assert_eq!(proxy.status()["state"], "serving", "the live one goes on");
-    // Killed, it leaves its socket behind.
+    assert_eq!(proxy.status()["state"], "serving", "the running process continues");
+    // A killed process leaves its socket behind.
     let conf = proxy.conf();
     proxy.kill();
     assert!(proxy.dir().join("admin.sock").exists());

@@ -1,8 +1,7 @@
-//! What the balancer gives up: its user, its capabilities, the files and the
-//! system calls it does not need; and that it goes on as before.
+//! The sandbox: user, capabilities, files and system calls that Tidegate gives up.
 //!
-//! What needs root says so and is skipped loudly without. Every other suite runs
-//! confined as well, for that is the default.
+//! Tests that need root are skipped with a report if the user is not root. All other
+//! tests also run in the sandbox, because it is on by default.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, connect};
@@ -18,14 +17,14 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-on_every_engine!(as_a_user_of_its_own_it_binds_low_ports_reloads_and_is_upgraded);
+on_every_engine!(unprivileged_user_binds_low_ports_reloads_and_upgrades);
 
-/// Nobody: these numbers stand in no database.
+/// Uids that no user database contains.
 const USER: u32 = 54_321;
 const OTHER: u32 = 54_322;
 
-/// A balancer in a directory that its user owns, with a program of its own that
-/// this user may run.
+/// A directory that belongs to `USER`, with a copy of the program that this user can
+/// execute.
 struct Place {
     dir: tempfile::TempDir,
     backend: ScriptedBackend,
@@ -35,7 +34,7 @@ struct Place {
 fn is_root() -> bool {
     let root = rustix::process::geteuid().is_root();
     if !root {
-        skip("only root can become somebody else");
+        skip("only root can switch to another user");
     }
     root
 }
@@ -54,7 +53,7 @@ impl Place {
         self.dir.path().join("own").join(name)
     }
 
-    /// Writes a file of that user and mode.
+    /// Writes a file with an owner and a mode.
     fn write(&self, name: &str, text: &str, owner: u32, mode: u32) -> PathBuf {
         let path = self.file(name);
         fs::write(&path, text).unwrap();
@@ -93,7 +92,7 @@ impl Place {
 
     fn wait_ready(&self) {
         let ready = || http::over_unix(&self.file("admin.sock"), "GET", "/ready");
-        eventually(secs(20), "it is ready", || ready().is_ok_and(|answer| answer.status == 200));
+        eventually(secs(20), "the process is ready", || ready().is_ok_and(|answer| answer.status == 200));
     }
 
     fn serves(&self, port: u16) {
@@ -101,13 +100,13 @@ impl Place {
         client::exchange(&client, b"hello").unwrap();
     }
 
-    /// The supervisor, who is root still, and leaves its own number.
+    /// The supervisor, which runs as root and writes the pid file.
     fn service(&self) -> u32 {
         fs::read_to_string(self.file("pid")).unwrap().trim().parse().unwrap()
     }
 }
 
-/// Two ports that only the privileged may bind.
+/// Two free ports below 1024.
 fn low_ports() -> [u16; 2] {
     let free = |port: &u16| TcpListener::bind((Ipv4Addr::UNSPECIFIED, *port)).is_ok();
     let mut all: Vec<u16> = (600..1000).collect();
@@ -116,7 +115,8 @@ fn low_ports() -> [u16; 2] {
     found.try_into().unwrap()
 }
 
-/// One field of `/proc/PID/task/TID/status`, of every thread, each value once.
+/// Returns the values of one field of `/proc/PID/task/TID/status` over all threads, without
+/// duplicates.
 fn of_every_thread(pid: u32, field: &str) -> Vec<String> {
     let mut found: Vec<String> = fs::read_dir(format!("/proc/{pid}/task"))
         .unwrap()
@@ -131,7 +131,7 @@ fn of_every_thread(pid: u32, field: &str) -> Vec<String> {
     found
 }
 
-/// Everything is given up, on every thread.
+/// Checks that every thread has given up its privileges.
 #[track_caller]
 fn is_confined(pid: u32, status: &Value) {
     let own = [(); 4].map(|()| USER.to_string()).join(" ");
@@ -143,13 +143,13 @@ fn is_confined(pid: u32, status: &Value) {
         assert_eq!(one(set), ["0000000000000400"], "{set}");
     }
     assert_eq!((one("NoNewPrivs"), one("Seccomp")), (vec!["1".into()], vec!["2".into()]));
-    assert_eq!(one("Seccomp_filters"), ["1"], "an upgrade stacks none");
+    assert_eq!(one("Seccomp_filters"), ["1"], "an upgrade adds no filter");
     let layers = status["confinement"].as_array().unwrap();
     assert_eq!(layers.len(), 5);
     assert!(layers.iter().all(|layer| layer["in_force"] == true), "{layers:#?}");
 }
 
-fn as_a_user_of_its_own_it_binds_low_ports_reloads_and_is_upgraded(engine: Engine) {
+fn unprivileged_user_binds_low_ports_reloads_and_upgrades(engine: Engine) {
     if !is_root() {
         return;
     }
@@ -180,13 +180,13 @@ fn as_a_user_of_its_own_it_binds_low_ports_reloads_and_is_upgraded(engine: Engin
     assert_eq!(place.service(), service);
     let last = serving;
     assert_eq!(place.ask("POST", "/v1/shutdown").status, 200);
-    eventually(secs(10), "the last has ended", || {
+    eventually(secs(10), "the last process has ended", || {
         proc::is_dead(last) || !Path::new(&format!("/proc/{last}")).exists()
     });
 }
 
 #[test]
-fn a_key_only_root_may_read_is_an_error_at_the_start_and_at_a_reload() {
+fn key_readable_only_by_root_is_rejected_at_start_and_reload() {
     if !is_root() {
         return;
     }
@@ -216,7 +216,7 @@ fn a_key_only_root_may_read_is_an_error_at_the_start_and_at_a_reload() {
 }
 
 #[test]
-fn process_that_cannot_become_the_user_does_not_start() {
+fn process_that_cannot_switch_its_user_does_not_start() {
     if !is_root() {
         return;
     }
@@ -256,15 +256,15 @@ fn simple(line: &str) -> (ScriptedBackend, TestProxy) {
 fn has_landlock(proxy: &TestProxy) -> bool {
     let status = proxy.status();
     let layers = status["confinement"].as_array().unwrap();
-    let landlock = layers.iter().find(|one| one["layer"] == "landlock").unwrap();
+    let landlock = layers.iter().find(|layer| layer["layer"] == "landlock").unwrap();
     if landlock["in_force"] == false {
         skip(&format!("no landlock: {landlock}"));
     }
     landlock["in_force"] == true
 }
 
-/// What a reload says to a list of denied sources in a directory that no
-/// configuration named before.
+/// Reloads a configuration with a list of denied sources in a directory that no earlier
+/// configuration named.
 fn reload_with_a_list_elsewhere(proxy: &TestProxy) -> http::Answer {
     let elsewhere = tempfile::tempdir().unwrap();
     let list = elsewhere.path().join("denied");
@@ -276,7 +276,7 @@ fn reload_with_a_list_elsewhere(proxy: &TestProxy) -> http::Answer {
 }
 
 #[test]
-fn by_default_a_reload_may_name_files_that_lie_anywhere() {
+fn default_sandbox_lets_a_reload_read_any_directory() {
     let (_backend, proxy) = simple("");
     let answer = reload_with_a_list_elsewhere(&proxy);
     assert_eq!(answer.status, 200, "{}", answer.body);
@@ -285,8 +285,8 @@ fn by_default_a_reload_may_name_files_that_lie_anywhere() {
 }
 
 #[test]
-fn strictly_confined_it_reads_no_other_directory_and_says_why() {
-    // What "on" demands needs a user that may give up capabilities.
+fn strict_sandbox_rejects_files_in_other_directories_with_the_reason() {
+    // sandbox = "on" requires a user that can give up capabilities.
     if !is_root() {
         return;
     }
@@ -306,7 +306,7 @@ fn strictly_confined_it_reads_no_other_directory_and_says_why() {
 }
 
 #[test]
-fn by_default_nothing_is_written_elsewhere_and_the_answer_says_why() {
+fn default_sandbox_rejects_logs_in_other_directories_with_the_reason() {
     let (_backend, proxy) = simple("");
     if !has_landlock(&proxy) {
         return;
@@ -325,7 +325,7 @@ fn by_default_nothing_is_written_elsewhere_and_the_answer_says_why() {
 }
 
 #[test]
-fn switched_off_nothing_is_put_up_and_a_change_waits_for_a_restart() {
+fn disabled_sandbox_sets_no_filter_and_a_change_needs_a_restart() {
     let (_backend, mut proxy) = simple("sandbox = \"off\"");
     let inherited = of_every_thread(std::process::id(), "NoNewPrivs");
     assert_eq!(of_every_thread(proxy.pid(), "NoNewPrivs"), inherited);
@@ -339,7 +339,7 @@ fn switched_off_nothing_is_put_up_and_a_change_waits_for_a_restart() {
 }
 
 #[test]
-fn no_secret_shows_in_anything_the_balancer_says() {
+fn output_and_logs_contain_no_secrets() {
     const TOKEN: &str = "token-that-nobody-must-see";
     const KEY: &str = "key-that-nobody-must-see-32-bytes";
     let backend = ScriptedBackend::start(backend::echo());
@@ -371,7 +371,7 @@ fn no_secret_shows_in_anything_the_balancer_says() {
     command.env("RUST_LOG", "trace").stdout(log.try_clone().unwrap()).stderr(log);
     let _balancer = Running::start(&mut command);
     let to: SocketAddr = admin.parse().unwrap();
-    eventually(secs(20), "it is ready", || {
+    eventually(secs(20), "the process is ready", || {
         http::over_tcp(to, "/ready").is_ok_and(|answer| answer.status == 200)
     });
     let mut said: Vec<String> =
@@ -394,14 +394,14 @@ fn no_secret_shows_in_anything_the_balancer_says() {
     let check = Command::new(PROGRAM).args(["check", "--config", &config]).output().unwrap();
     said.push(format!("{check:?}"));
     said.push(format!("{:?}", tidegate_config::load(&file("t.toml")).unwrap()));
-    // A wrong key file is told without what is in it.
+    // The error about a wrong key file must not contain the file's content.
     fs::write(file("key"), "short-key").unwrap();
     said.push(cli(&["reload"]));
-    eventually(secs(5), "the refusal is in the log", || {
+    eventually(secs(5), "the rejection is in the log", || {
         fs::read_to_string(file("log")).unwrap().contains("configuration rejected")
     });
     said.push(fs::read_to_string(file("log")).unwrap());
-    assert!(said.iter().any(|text| text.contains("holds 9 bytes")), "the reload was refused");
+    assert!(said.iter().any(|text| text.contains("holds 9 bytes")), "the reload was rejected");
     for text in &said {
         for secret in [TOKEN, KEY, "short-key", "nobody-must-see"] {
             assert!(!text.contains(secret), "{secret} in {text}");

@@ -1,7 +1,7 @@
-//! Ending: of the process by signal or command, of one backend by an operator.
+//! Draining the process by signal or command, and draining one backend by an operator.
 //!
-//! Old sessions go on, new ones go elsewhere or are refused, and the exit code
-//! tells what happened.
+//! Open sessions continue. New sessions go to other backends or are refused. The exit
+//! code reports the result.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, End, connect, try_connect};
@@ -18,24 +18,24 @@ use std::time::{Duration, Instant};
 
 on_every_engine!(
     sigterm_lets_open_sessions_finish,
-    sigint_drains_as_well,
-    shutdown_command_drains_as_well,
-    drain_deadline_cuts_what_is_left_and_says_how_many,
+    sigint_drains,
+    shutdown_command_drains,
+    drain_timeout_resets_open_sessions_and_reports_their_number,
     second_signal_exits_at_once,
     exit_without_sessions_is_prompt,
-    drain_ends_on_time_however_many_probes_come_in,
-    drained_backend_gets_nothing_new_and_keeps_its_sessions,
+    drain_ends_on_time_during_many_probes,
+    drained_backend_gets_no_new_sessions_and_keeps_open_sessions,
     drain_over_the_api_equals_the_command,
     drain_survives_a_reload,
-    unknown_backend_is_refused,
+    drain_of_an_unknown_backend_is_rejected,
     reload_while_draining_is_rejected_from_every_origin,
-    a_leaving_balancer_serves_on_until_its_delay_is_over,
-    a_second_signal_ends_the_delay_and_a_third_the_process,
-    ready_says_by_its_exit_code_whether_clients_are_taken,
-    drain_waits_for_the_last_session_and_says_what_is_left,
-    a_drain_stays_with_the_machine_and_outlives_a_moment_out_of_the_file,
+    leave_delay_serves_new_clients_while_not_ready,
+    second_signal_ends_the_leave_delay_and_third_the_process,
+    ready_command_reports_readiness_by_exit_code,
+    drain_wait_waits_for_the_last_session_and_reports_the_rest,
+    drain_stays_with_the_address_across_removal_from_the_file,
 );
-on_every_engine_alone!(clients_behind_a_router_notice_nothing_of_a_balancer_that_leaves);
+on_every_engine_alone!(clients_behind_a_router_see_no_failure_while_a_process_leaves);
 
 fn echo_proxy(engine: Engine, drain_timeout: &str) -> (ScriptedBackend, TestProxy) {
     let backend = ScriptedBackend::start(backend::echo());
@@ -50,16 +50,16 @@ fn open_session(proxy: &TestProxy) -> TcpStream {
     stream
 }
 
-/// What every ordered ending looks like from outside, whoever asked for it.
+/// Checks what every drain of the process looks like from outside, for any origin.
 fn assert_drains(proxy: &mut TestProxy, end: impl FnOnce(&TestProxy)) {
     let open = open_session(proxy);
     end(proxy);
-    eventually(secs(2), "/ready says 503", || proxy.admin_request("GET", "/ready").status == 503);
+    eventually(secs(2), "/ready returns 503", || proxy.admin_request("GET", "/ready").status == 503);
     assert_eq!(proxy.status()["state"], "draining");
     assert_eq!(proxy.admin_request("GET", "/live").status, 200);
     let address = proxy.addr("web");
     eventually(secs(2), "new connections are refused", || try_connect(address).is_err());
-    client::exchange(&open, b"still served").expect("the old session goes on");
+    client::exchange(&open, b"still served").expect("the open session continues");
     drop(open);
     assert_eq!(proxy.wait_exit(secs(3)), Some(0), "{}", proxy.log());
     let log = proxy.access_log();
@@ -72,19 +72,19 @@ fn sigterm_lets_open_sessions_finish(engine: Engine) {
     assert_drains(&mut proxy, TestProxy::sigterm);
 }
 
-fn sigint_drains_as_well(engine: Engine) {
+fn sigint_drains(engine: Engine) {
     let (_backend, mut proxy) = echo_proxy(engine, "20s");
     assert_drains(&mut proxy, |proxy| proxy.signal(Signal::INT));
 }
 
-fn shutdown_command_drains_as_well(engine: Engine) {
+fn shutdown_command_drains(engine: Engine) {
     let (_backend, mut proxy) = echo_proxy(engine, "20s");
     assert_drains(&mut proxy, |proxy| {
         proxy.cli_ok(&["shutdown"]);
     });
 }
 
-fn drain_deadline_cuts_what_is_left_and_says_how_many(engine: Engine) {
+fn drain_timeout_resets_open_sessions_and_reports_their_number(engine: Engine) {
     let (backend, mut proxy) = echo_proxy(engine, "1s");
     let open: Vec<TcpStream> = (0..3).map(|_| open_session(&proxy)).collect();
     let start = Instant::now();
@@ -93,11 +93,11 @@ fn drain_deadline_cuts_what_is_left_and_says_how_many(engine: Engine) {
         assert_eq!(client::read_to_end(stream), End::Reset(0));
     }
     let after = start.elapsed();
-    assert!(after > ms(800) && after < patience(secs(3)), "cut after {after:?}");
+    assert!(after > ms(800) && after < patience(secs(3)), "reset after {after:?}");
     assert_eq!(proxy.wait_exit(secs(2)), Some(0));
     let said = proxy.log().lines().any(|line| line.contains('3') && line.contains("session"));
-    assert!(said, "says how many: {}", proxy.log());
-    eventually(secs(2), "the backend's ends are closed", || backend.active() == 0);
+    assert!(said, "no count of sessions: {}", proxy.log());
+    eventually(secs(2), "the backend connections are closed", || backend.active() == 0);
     let log = proxy.access_log();
     assert_eq!(log.len(), 3);
     assert!(log.iter().all(|line| line["cause"] == "drain-deadline"), "{log:#?}");
@@ -107,8 +107,8 @@ fn second_signal_exits_at_once(engine: Engine) {
     let (_backend, mut proxy) = echo_proxy(engine, "60s");
     let _open = open_session(&proxy);
     proxy.sigterm();
-    eventually(secs(2), "it drains", || proxy.admin_request("GET", "/ready").status == 503);
-    // Longer than what counts as a repetition.
+    eventually(secs(2), "the process drains", || proxy.admin_request("GET", "/ready").status == 503);
+    // Longer than the time in which signals count as one.
     std::thread::sleep(ms(200));
     let start = Instant::now();
     proxy.sigterm();
@@ -127,8 +127,8 @@ fn exit_without_sessions_is_prompt(engine: Engine) {
     assert!(!proxy.dir().join("admin.sock").exists(), "the admin socket is removed");
 }
 
-/// A result every half a millisecond once put off every look at the drain.
-fn drain_ends_on_time_however_many_probes_come_in(engine: Engine) {
+/// A probe result every 0.5 ms must not delay the drain timeout.
+fn drain_ends_on_time_during_many_probes(engine: Engine) {
     let probe = "kind = \"tcp\"\ninterval = \"10ms\"\ntimeout = \"10ms\"\nfast_interval = \"10ms\"";
     let server = ScriptedBackend::start(backend::echo());
     let pool = Pool::new("web").probe(probe).backend("a", server.address());
@@ -146,7 +146,7 @@ fn drain_ends_on_time_however_many_probes_come_in(engine: Engine) {
     assert_eq!(proxy.access_log()[0]["cause"], "drain-deadline");
 }
 
-/// Backends a and b in one pool, both greeting with their name.
+/// Starts backends `a` and `b` in one pool. Each greets with its name.
 fn two_greeting(engine: Engine) -> ([ScriptedBackend; 2], TestProxy) {
     let backends = ["a", "b"].map(|name| ScriptedBackend::start(backend::greet(name)));
     let pool =
@@ -154,7 +154,7 @@ fn two_greeting(engine: Engine) -> ([ScriptedBackend; 2], TestProxy) {
     (backends, TestProxy::start(Conf::simple(engine, pool)))
 }
 
-/// A session and the name it was greeted with.
+/// Opens a session and reads the name in its greeting.
 fn greeted(proxy: &TestProxy) -> (TcpStream, u8) {
     let stream = connect(proxy.addr("web"));
     let mut name = [0];
@@ -162,7 +162,7 @@ fn greeted(proxy: &TestProxy) -> (TcpStream, u8) {
     (stream, name[0])
 }
 
-fn drained_backend_gets_nothing_new_and_keeps_its_sessions(engine: Engine) {
+fn drained_backend_gets_no_new_sessions_and_keeps_open_sessions(engine: Engine) {
     let (_backends, proxy) = two_greeting(engine);
     let held: Vec<(TcpStream, u8)> = (0..4).map(|_| greeted(&proxy)).collect();
     proxy.cli_ok(&["drain", "web/a"]);
@@ -183,7 +183,7 @@ fn drain_over_the_api_equals_the_command(engine: Engine) {
     let post =
         |action: &str| proxy.admin_request("POST", &format!("/v1/pools/web/backends/b/{action}"));
     assert_eq!(post("drain").status, 200);
-    assert_eq!(post("drain").status, 200, "twice is fine");
+    assert_eq!(post("drain").status, 200, "a repeated drain succeeds");
     assert!((0..20).all(|_| greeted(&proxy).1 == b'a'));
     assert_eq!(post("undrain").status, 200);
     assert!((0..4).any(|_| greeted(&proxy).1 == b'b'));
@@ -195,12 +195,12 @@ fn drain_survives_a_reload(engine: Engine) {
     let mut conf = proxy.conf();
     conf.pool_mut("web").backends[0].keys = "weight = 100".into();
     proxy.reload(conf);
-    assert_eq!(proxy.backend("web", "a")["weight"], 100, "the reload took place");
+    assert_eq!(proxy.backend("web", "a")["weight"], 100, "the reload took effect");
     assert_eq!(proxy.backend("web", "a")["intent"], "draining");
     assert!((0..20).all(|_| greeted(&proxy).1 == b'b'));
 }
 
-fn unknown_backend_is_refused(engine: Engine) {
+fn drain_of_an_unknown_backend_is_rejected(engine: Engine) {
     let (_backends, proxy) = two_greeting(engine);
     for target in ["web/nobody", "nowhere/a"] {
         let output = proxy.cli(&["drain", target]);
@@ -212,7 +212,8 @@ fn unknown_backend_is_refused(engine: Engine) {
     assert_eq!(proxy.cli(&["drain", "no-slash"]).status.code(), Some(2), "a usage error");
 }
 
-/// The listeners would open again, and their clients be cut at the deadline.
+/// A reload during the drain would reopen the listeners, and their clients would be reset at
+/// the deadline.
 fn reload_while_draining_is_rejected_from_every_origin(engine: Engine) {
     let (_backend, mut proxy) = echo_proxy(engine, "20s");
     let open = open_session(&proxy);
@@ -228,13 +229,13 @@ fn reload_while_draining_is_rejected_from_every_origin(engine: Engine) {
     let text = proxy.render(&proxy.conf());
     proxy.rewrite_by_rename(&format!("# another comment\n{text}"));
     for asked in ["admin request", "SIGHUP", "file change"] {
-        eventually(secs(5), &format!("{asked} is refused in the log"), || {
+        eventually(secs(5), &format!("{asked} is rejected in the log"), || {
             proxy.log().lines().any(|l| l.contains("reload rejected") && l.contains(asked))
         });
     }
-    assert!(try_connect(address).is_err(), "nobody new gets in");
+    assert!(try_connect(address).is_err(), "no new client is accepted");
     assert_eq!(proxy.cli(&["reload"]).status.code(), Some(1));
-    client::exchange(&open, b"still served").expect("the old session goes on");
+    client::exchange(&open, b"still served").expect("the open session continues");
     drop(open);
     assert_eq!(proxy.wait_exit(secs(5)), Some(0), "{}", proxy.log());
 }
@@ -250,26 +251,26 @@ fn is_ready(proxy: &TestProxy) -> bool {
     proxy.admin_request("GET", "/ready").status == 200
 }
 
-fn a_leaving_balancer_serves_on_until_its_delay_is_over(engine: Engine) {
+fn leave_delay_serves_new_clients_while_not_ready(engine: Engine) {
     let (_backend, mut proxy) = leaving_proxy(engine, "2s");
     let began = Instant::now();
     proxy.sigterm();
-    eventually(secs(2), "/ready says no", || !is_ready(&proxy));
+    eventually(secs(2), "/ready returns 503", || !is_ready(&proxy));
     let open = open_session(&proxy);
     assert_eq!(proxy.status()["state"], "draining");
     let address = proxy.addr("web");
-    eventually(secs(10), "then the drain begins", || try_connect(address).is_err());
+    eventually(secs(10), "the drain begins after the delay", || try_connect(address).is_err());
     assert!(began.elapsed() > ms(1800), "after {:?}", began.elapsed());
-    client::exchange(&open, b"still served").expect("what was let in goes on");
+    client::exchange(&open, b"still served").expect("the accepted session continues");
     drop(open);
     assert_eq!(proxy.wait_exit(secs(5)), Some(0), "{}", proxy.log());
 }
 
-fn a_second_signal_ends_the_delay_and_a_third_the_process(engine: Engine) {
+fn second_signal_ends_the_leave_delay_and_third_the_process(engine: Engine) {
     let (_backend, mut proxy) = leaving_proxy(engine, "60s");
     let _open = open_session(&proxy);
     proxy.sigterm();
-    eventually(secs(2), "/ready says no", || !is_ready(&proxy));
+    eventually(secs(2), "/ready returns 503", || !is_ready(&proxy));
     let address = proxy.addr("web");
     assert!(try_connect(address).is_ok());
     std::thread::sleep(ms(150));
@@ -280,14 +281,14 @@ fn a_second_signal_ends_the_delay_and_a_third_the_process(engine: Engine) {
     assert_eq!(proxy.wait_exit(secs(5)), Some(3), "{}", proxy.log());
 }
 
-fn ready_says_by_its_exit_code_whether_clients_are_taken(engine: Engine) {
+fn ready_command_reports_readiness_by_exit_code(engine: Engine) {
     let (_backend, mut proxy) = leaving_proxy(engine, "60s");
     let ready = |proxy: &TestProxy| proxy.cli(&["ready"]);
     assert_eq!(ready(&proxy).status.code(), Some(0));
     assert!(ready(&proxy).stdout.is_empty());
     assert_eq!(proxy.cli_ok(&["ready", "--json"]).trim(), r#"{"state":"serving"}"#);
     proxy.sigterm();
-    eventually(secs(2), "/ready says no", || !is_ready(&proxy));
+    eventually(secs(2), "/ready returns 503", || !is_ready(&proxy));
     let output = ready(&proxy);
     assert_eq!(output.status.code(), Some(3));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -296,10 +297,10 @@ fn ready_says_by_its_exit_code_whether_clients_are_taken(engine: Engine) {
     proxy.sigterm();
     assert_eq!(proxy.wait_exit(secs(5)), Some(0));
     let output = ready(&proxy);
-    assert_eq!(output.status.code(), Some(3), "nobody is there: {output:?}");
+    assert_eq!(output.status.code(), Some(3), "no process: {output:?}");
 }
 
-fn drain_waits_for_the_last_session_and_says_what_is_left(engine: Engine) {
+fn drain_wait_waits_for_the_last_session_and_reports_the_rest(engine: Engine) {
     let (_backend, proxy) = echo_proxy(engine, "20s");
     let held = [open_session(&proxy), open_session(&proxy)];
     let output = proxy.cli(&["drain", "--wait=300ms", "web/a"]);
@@ -319,7 +320,7 @@ fn drain_waits_for_the_last_session_and_says_what_is_left(engine: Engine) {
     assert_eq!(proxy.cli(&["drain", "web/nobody", "--wait"]).status.code(), Some(1));
 }
 
-fn a_drain_stays_with_the_machine_and_outlives_a_moment_out_of_the_file(engine: Engine) {
+fn drain_stays_with_the_address_across_removal_from_the_file(engine: Engine) {
     let ([a, b], mut proxy) = two_greeting(engine);
     let third = ScriptedBackend::start(backend::greet("c"));
     proxy.cli_ok(&["drain", "web/a"]);
@@ -345,8 +346,8 @@ fn a_drain_stays_with_the_machine_and_outlives_a_moment_out_of_the_file(engine: 
     assert_eq!(proxy.backend("web", "a")["intent"], "draining");
 }
 
-/// Sends clients to whoever says that it is ready, and looks every 100 ms.
-fn clients_behind_a_router_notice_nothing_of_a_balancer_that_leaves(engine: Engine) {
+/// A router sends clients to every process whose `/ready` returns 200. It checks every 100 ms.
+fn clients_behind_a_router_see_no_failure_while_a_process_leaves(engine: Engine) {
     let attempts = if long() { 5_000 } else { 600 };
     let (_one, mut leaves) = leaving_proxy(engine, "1s");
     let (_two, stays) = leaving_proxy(engine, "1s");

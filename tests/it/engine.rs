@@ -1,4 +1,4 @@
-//! The choice of engine, where io_uring is there and where it is forbidden.
+//! The choice of engine with io_uring available and forbidden.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client;
@@ -8,7 +8,7 @@ use crate::common::proxy::TestProxy;
 use crate::common::servers::without_io_uring;
 use crate::common::{Engine, exclusive, have};
 
-/// A configuration whose `engine` line is replaced by that one.
+/// Starts Tidegate with this value of the `engine` key.
 fn start(engine: &str, wrapper: &[&str], backend: &ScriptedBackend) -> TestProxy {
     let mut conf = Conf::simple(Engine::Epoll, Pool::new("web").backend("a", backend.address()));
     conf.engine_key = Some(engine.into());
@@ -16,7 +16,7 @@ fn start(engine: &str, wrapper: &[&str], backend: &ScriptedBackend) -> TestProxy
 }
 
 #[test]
-fn forbidden_io_uring_falls_back_to_epoll_and_says_why() {
+fn forbidden_io_uring_falls_back_to_epoll_with_the_reason() {
     let _share = exclusive::shared();
     if !have(&["python3"]) {
         return;
@@ -31,7 +31,7 @@ fn forbidden_io_uring_falls_back_to_epoll_and_says_why() {
         assert!(reason.contains("EPERM") || reason.contains("not permitted"), "{reason}");
         let log = proxy.log();
         let lines = log.lines().filter(|line| line.contains("engine") && line.contains("epoll"));
-        assert_eq!(lines.count(), 1, "said once, in one line: {log}");
+        assert_eq!(lines.count(), 1, "reported once, in one line: {log}");
         ledger.run(&[proxy.addr("web")], 0..100, 8);
         ledger.settle();
         ledger.assert_clean();
@@ -39,7 +39,7 @@ fn forbidden_io_uring_falls_back_to_epoll_and_says_why() {
 }
 
 #[test]
-fn auto_takes_epoll_and_says_that_io_uring_could_be_had() {
+fn auto_selects_epoll_and_reports_that_io_uring_is_available() {
     let _share = exclusive::shared();
     let backend = ScriptedBackend::start(backend::name("a"));
     let proxy = start("auto", &[], &backend);
@@ -53,7 +53,7 @@ fn auto_takes_epoll_and_says_that_io_uring_could_be_had() {
 }
 
 #[test]
-fn io_uring_on_request_is_named_in_status_and_metrics() {
+fn configured_io_uring_is_shown_in_status_and_metrics() {
     let _share = exclusive::shared();
     let backend = ScriptedBackend::start(backend::name("a"));
     let proxy = start("io_uring", &[], &backend);
@@ -64,7 +64,7 @@ fn io_uring_on_request_is_named_in_status_and_metrics() {
 }
 
 #[test]
-fn epoll_on_request_makes_no_ring() {
+fn configured_epoll_creates_no_ring() {
     let _share = exclusive::shared();
     let backend = ScriptedBackend::start(backend::name("a"));
     let proxy = start("epoll", &[], &backend);

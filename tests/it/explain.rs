@@ -1,5 +1,5 @@
-//! What `explain`, `status` and the access log say of failures that were not enough to
-//! take a backend out, and of those that were.
+//! What `explain`, `status` and the access log report about failures that eject a backend
+//! and about failures that do not.
 
 use crate::common::backend::{self, Refusing, ScriptedBackend};
 use crate::common::client;
@@ -9,12 +9,12 @@ use crate::common::{Engine, eventually, on_every_engine, secs};
 use std::io::Write;
 
 on_every_engine!(
-    refused_connects_are_counted_named_and_followed_through_ejection_and_trial,
-    early_resets_are_evidence,
-    every_failed_attempt_is_in_the_access_log,
+    explain_shows_refused_connects_ejection_and_trial,
+    explain_counts_early_resets,
+    access_log_lists_every_failed_attempt,
 );
 
-fn refused_connects_are_counted_named_and_followed_through_ejection_and_trial(engine: Engine) {
+fn explain_shows_refused_connects_ejection_and_trial(engine: Engine) {
     let (a, b) = (ScriptedBackend::start(backend::name("a")), Refusing::new());
     let pool = Pool::new("web")
         .ejection("failures = 5\ntime = \"1s\"")
@@ -25,7 +25,7 @@ fn refused_connects_are_counted_named_and_followed_through_ejection_and_trial(en
     assert_eq!(explained()["why"], "no probes or heartbeats configured, full weight");
     assert!(proxy.cli_ok(&["status"]).contains("no probes"));
 
-    let ask = || assert_eq!(client::ask(proxy.addr("web")).expect("the other serves"), "a");
+    let ask = || assert_eq!(client::ask(proxy.addr("web")).expect("the other backend serves"), "a");
     eventually(secs(10), "three connects were refused", || {
         let failures = explained()["failures"]["connects"].as_u64().expect("a count");
         if failures < 3 {
@@ -45,14 +45,14 @@ fn refused_connects_are_counted_named_and_followed_through_ejection_and_trial(en
     assert!(said.contains(&format!("{count} in a row, ejected at 5")), "{said}");
     assert!(said.contains(&format!("{count} failed connects, 0 resets")), "{said}");
 
-    eventually(secs(10), "it is ejected", || {
+    eventually(secs(10), "the backend is ejected", || {
         ask();
         explained()["ejection"]["ejected"] == true
     });
     let why = explained()["why"].to_string();
     assert!(why.contains("ejected: ") && why.contains("5 connects failed in a row"), "{why}");
-    // No session comes to try it.
-    eventually(secs(10), "it is on trial", || !explained()["ejection"]["trial_seconds"].is_null());
+    // No session runs the trial.
+    eventually(secs(10), "the backend is on trial", || !explained()["ejection"]["trial_seconds"].is_null());
     let facts = explained();
     let why = facts["why"].to_string();
     assert!(why.contains("on trial for ") && why.contains("connection refused"), "{why}");
@@ -61,10 +61,10 @@ fn refused_connects_are_counted_named_and_followed_through_ejection_and_trial(en
         said.contains("IN ROTATION for one trial session") && said.contains("ON TRIAL"),
         "{said}"
     );
-    assert!(proxy.cli_ok(&["status"]).contains("  trial  "), "status says so too");
+    assert!(proxy.cli_ok(&["status"]).contains("  trial  "), "status shows the trial");
 }
 
-fn early_resets_are_evidence(engine: Engine) {
+fn explain_counts_early_resets(engine: Engine) {
     let bad = ScriptedBackend::start(backend::reset_after(1));
     let pool = Pool::new("web").backend("bad", bad.address());
     let proxy = TestProxy::start(Conf::simple(engine, pool));
@@ -78,7 +78,7 @@ fn early_resets_are_evidence(engine: Engine) {
     assert!(why.contains("1 session reset before the first byte"), "{why}");
 }
 
-fn every_failed_attempt_is_in_the_access_log(engine: Engine) {
+fn access_log_lists_every_failed_attempt(engine: Engine) {
     let a = ScriptedBackend::start(backend::name("a"));
     let (b, c) = (Refusing::new(), Refusing::new());
     let pool = Pool::new("web").backend("b", b.address).backend("c", c.address).backend_with(
@@ -91,19 +91,23 @@ fn every_failed_attempt_is_in_the_access_log(engine: Engine) {
     let line = &proxy.wait_access_log(1)[0];
     let tries = line["tries"].as_array().expect("a list");
     assert_eq!((line["attempts"].as_u64(), tries.len()), (Some(2), 2), "{line:#}");
-    let mut names: Vec<&str> = tries.iter().filter_map(|one| one["backend"].as_str()).collect();
+    let mut names: Vec<&str> = tries.iter().filter_map(|attempt| attempt["backend"].as_str()).collect();
     names.sort_unstable();
     assert_eq!(names, ["b", "c"], "{line:#}");
-    for one in tries {
-        assert_eq!((&one["failure"], &one["errno"]), (&"refused".into(), &111.into()), "{line:#}");
-        assert!(one["seconds"].as_f64().is_some(), "{line:#}");
+    for attempt in tries {
+        assert_eq!(
+            (&attempt["failure"], &attempt["errno"]),
+            (&"refused".into(), &111.into()),
+            "{line:#}"
+        );
+        assert!(attempt["seconds"].as_f64().is_some(), "{line:#}");
     }
-    // A session that is served in the end says where it was refused.
+    // A session that another backend serves lists the refused attempts.
     let mut conf = proxy.conf();
     *conf.pool_mut("web") = Pool::new("web").backend("b", b.address).backend("a", a.address());
     proxy.reload(conf);
     for _ in 0..4 {
-        assert_eq!(client::ask(proxy.addr("web")).expect("the other serves"), "a");
+        assert_eq!(client::ask(proxy.addr("web")).expect("the other backend serves"), "a");
     }
     let lines = proxy.wait_access_log(5);
     assert!(lines[1..].iter().any(|line| line["attempts"] == 2), "{lines:#?}");
@@ -111,6 +115,6 @@ fn every_failed_attempt_is_in_the_access_log(engine: Engine) {
         let refused = line["tries"].as_array().expect("a list");
         assert_eq!(line["backend"], "a", "{line:#}");
         assert_eq!(line["attempts"].as_u64(), Some(refused.len() as u64 + 1), "{line:#}");
-        assert!(refused.iter().all(|one| one["backend"] == "b"), "{line:#}");
+        assert!(refused.iter().all(|attempt| attempt["backend"] == "b"), "{line:#}");
     }
 }

@@ -1,8 +1,8 @@
-//! Backends that die, hang, refuse or come back, and a balancer out of its own
-//! resources.
+//! Backends that exit, stall, refuse or return, and a Tidegate process without file
+//! descriptors.
 //!
-//! What may fail is exactly what was already on a dead backend; everything new
-//! goes elsewhere.
+//! Only sessions that are open on a failed backend can fail. New sessions go to other
+//! backends.
 
 use crate::common::backend::{self, Refusing, ScriptedBackend, Unresponsive, script};
 use crate::common::client::{self, End, connect};
@@ -19,25 +19,25 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::Instant;
 
 on_every_engine!(
-    new_connections_see_no_error_while_a_backend_dies,
-    exhausted_pool_rejects_at_once,
-    refused_by_every_backend_is_refused_at_once,
+    new_sessions_succeed_while_a_backend_is_killed,
+    pool_without_eligible_backends_resets_clients_at_once,
+    client_is_reset_at_once_if_every_backend_refuses,
     try_all_serves_from_backends_that_are_down,
     startup_grace_fails_open,
-    new_backend_waits_for_its_first_probe_success,
-    unresponsive_backend_is_left_for_another_after_the_connect_timeout,
-    refusing_backend_is_ejected_and_comes_back,
+    added_backend_gets_no_sessions_before_its_first_probe_success,
+    connect_timeout_retries_on_another_backend,
+    refusing_backend_is_ejected_and_returns,
     last_eligible_backend_is_never_ejected,
-    revived_backend_serves_again,
-    http_probe_takes_out_a_backend_that_answers_503,
+    restarted_backend_serves_again,
+    http_probe_removes_a_backend_that_answers_503,
     send_expect_probe_speaks_redis,
-    a_backend_that_resets_before_a_word_is_left_for_another,
-    a_session_that_every_backend_resets_is_reset,
-    a_backend_that_ends_in_order_before_a_word_is_believed,
+    reset_before_the_first_byte_is_retried_on_another_backend,
+    session_is_reset_if_every_backend_resets,
+    fin_before_the_first_byte_is_not_retried,
 );
 on_every_engine_alone!(
-    killed_backend_costs_only_its_own_connections,
-    exhausted_descriptors_are_not_blamed_on_backends,
+    killed_backend_fails_only_its_own_sessions,
+    exhausted_descriptors_do_not_count_as_backend_failures,
 );
 
 const FAST_TCP: &str = "kind = \"tcp\"\ninterval = \"100ms\"\ntimeout = \"100ms\"";
@@ -57,35 +57,34 @@ fn three_nginx(engine: Engine) -> Option<(Vec<Nginx>, TestProxy)> {
     Some((servers.into(), proxy))
 }
 
-fn killed_backend_costs_only_its_own_connections(engine: Engine) {
+fn killed_backend_fails_only_its_own_sessions(engine: Engine) {
     let Some((mut servers, proxy)) = three_nginx(engine) else { return };
     let wrk = Wrk::start(proxy.addr("web"), 30, 5);
-    eventually(secs(3), "wrk's connections are spread", || {
+    eventually(secs(3), "wrk's connections are distributed", || {
         proxy.backend("web", "b")["sessions_active"] == 10
     });
-    // A moment of traffic on all three before the kill.
+    // Some traffic on all three backends before the kill.
     std::thread::sleep(ms(1000));
     servers[1].kill();
     let report = wrk.report();
-    // Its ten, and whoever of them came back in the instant in which the dying
-    // process had closed its connections and not yet its listening socket (the
-    // kernel closes the newest descriptor first).
+    // Ten sessions were open on it. More can reconnect before its listening socket closes,
+    // because the kernel closes the newest descriptors of an exiting process first.
     let on_the_killed = proxy.backend("web", "b")["sessions_total"].as_u64().expect("a count");
     let (requests, cut_off) = (report.requests, report.read_errors);
     measured(&format!("{requests} requests, {cut_off} cut off, {on_the_killed} were on it"));
-    assert!(on_the_killed <= 20, "{on_the_killed} sessions got through to a dead backend");
+    assert!(on_the_killed <= 20, "{on_the_killed} sessions reached a killed backend");
     assert!(report.read_errors + report.write_errors <= on_the_killed, "{}", report.text);
     let others = (report.connect_errors, report.timeouts, report.bad_status);
     assert_eq!(others, (0, 0, 0), "{}", report.text);
     assert!(report.requests > 1000, "{}", report.text);
     assert_eq!(proxy.backend("web", "b")["observation"], "down");
-    // Its ten clients went to the other two.
+    // Its ten clients reconnected to the other two backends.
     let served = proxy.metric("tidegate_session_end_total", &[("cause", "backend-reset")])
         + proxy.metric("tidegate_session_end_total", &[("cause", "finished")]);
     assert!(served >= 10.0, "{served} sessions have ended");
 }
 
-fn new_connections_see_no_error_while_a_backend_dies(engine: Engine) {
+fn new_sessions_succeed_while_a_backend_is_killed(engine: Engine) {
     let Some((mut servers, proxy)) = three_nginx(engine) else { return };
     let steady = Steady::start(proxy.addr("web"), 4);
     std::thread::sleep(ms(500));
@@ -96,22 +95,22 @@ fn new_connections_see_no_error_while_a_backend_dies(engine: Engine) {
     assert_eq!(format!("{:?}", failures_since(&attempts, killed)), "[]");
     let caught = attempts.iter().filter(|attempt| attempt.result.is_err()).count();
     assert!(caught <= 4, "{caught} failures with 4 sessions at a time");
-    measured(&format!("{} sessions, {caught} caught in the act", attempts.len()));
+    measured(&format!("{} sessions, {caught} failed at the kill", attempts.len()));
     assert!(answered_by(&attempts, "b") > 0 && attempts.len() > 100);
 }
 
-/// Connects and sees how it ends; at once means within a second.
+/// Connects and checks that the connection is reset within 1 s.
 #[track_caller]
 fn assert_reset_at_once(address: SocketAddr) {
     let start = Instant::now();
-    // The reset may come before the connect call has looked (ECONNRESET).
+    // The reset can already fail the connect call (ECONNRESET).
     if let Ok(stream) = client::try_connect(address) {
         assert_eq!(client::read_to_end(&stream), End::Reset(0));
     }
     assert!(start.elapsed() < patience(secs(1)), "refused after {:?}", start.elapsed());
 }
 
-fn exhausted_pool_rejects_at_once(engine: Engine) {
+fn pool_without_eligible_backends_resets_clients_at_once(engine: Engine) {
     let mut a = ScriptedBackend::start(backend::name("a"));
     let pool = Pool::new("web").probe(FAST_TCP).backend("a", a.address());
     let proxy = TestProxy::start(Conf::simple(engine, pool));
@@ -125,18 +124,18 @@ fn exhausted_pool_rejects_at_once(engine: Engine) {
     assert_eq!(refused, 10.0);
     let log = proxy.wait_access_log(10);
     assert!(log.iter().all(|line| line["cause"] == "no-backend"), "{log:#?}");
-    // The balancer itself is fine, and says so.
+    // The process itself is ready.
     assert_eq!(proxy.admin_request("GET", "/ready").status, 200);
 }
 
-fn refused_by_every_backend_is_refused_at_once(engine: Engine) {
+fn client_is_reset_at_once_if_every_backend_refuses(engine: Engine) {
     let nobody = [Refusing::new(), Refusing::new()];
     let pool = Pool::new("web").backend("a", nobody[0].address).backend("b", nobody[1].address);
     let proxy = TestProxy::start(Conf::simple(engine, pool));
     assert_reset_at_once(proxy.addr("web"));
     let log = proxy.wait_access_log(1);
     assert_eq!(log[0]["cause"], "connect-refused", "{:#}", log[0]);
-    // Two backends, two attempts: never one backend twice.
+    // Two backends and two attempts: no backend is tried twice.
     assert_eq!(log[0]["attempts"], 2, "{:#}", log[0]);
 }
 
@@ -154,7 +153,7 @@ fn try_all_serves_from_backends_that_are_down(engine: Engine) {
 }
 
 fn startup_grace_fails_open(engine: Engine) {
-    // It says "x?" and no more, so that the probe has no result for a minute.
+    // The backend sends "x?" and no more, so the probe has no result for 50 s.
     let a = ScriptedBackend::start(backend::greet("x"));
     let pool = Pool::new("web")
         .key("startup_grace = \"700ms\"")
@@ -165,7 +164,7 @@ fn startup_grace_fails_open(engine: Engine) {
         .backend("a", a.address());
     let start = Instant::now();
     let mut proxy = TestProxy::start(Conf::simple(engine, pool));
-    // It is ready once the grace is over, and clients wait until then.
+    // The process is ready after the grace time, and clients wait until then.
     assert_eq!(proxy.backend("web", "a")["eligible"], true, "the pool fails open");
     assert!(start.elapsed() >= ms(650), "open after {:?}", start.elapsed());
     assert_eq!(proxy.backend("web", "a")["observation"], "unknown");
@@ -174,7 +173,7 @@ fn startup_grace_fails_open(engine: Engine) {
     assert_eq!(first_byte(proxy.addr("web")), b'x');
 }
 
-fn new_backend_waits_for_its_first_probe_success(engine: Engine) {
+fn added_backend_gets_no_sessions_before_its_first_probe_success(engine: Engine) {
     let gate = backend::Gate::default();
     let a = ScriptedBackend::start(backend::http("a", 200));
     let b = ScriptedBackend::start(backend::script({
@@ -197,7 +196,7 @@ fn new_backend_waits_for_its_first_probe_success(engine: Engine) {
     assert_eq!(proxy.backend("web", "b")["observation"], "unknown");
     gate.open();
     proxy.wait_backend("web", "b", "observation", "up");
-    eventually(secs(2), "b takes sessions", || ask() == "b");
+    eventually(secs(2), "b is eligible", || ask() == "b");
 }
 
 fn first_byte(address: SocketAddr) -> u8 {
@@ -206,7 +205,7 @@ fn first_byte(address: SocketAddr) -> u8 {
     byte[0]
 }
 
-fn unresponsive_backend_is_left_for_another_after_the_connect_timeout(engine: Engine) {
+fn connect_timeout_retries_on_another_backend(engine: Engine) {
     let dead = Unresponsive::new();
     let b = ScriptedBackend::start(backend::name("b"));
     let pool = Pool::new("web")
@@ -229,7 +228,7 @@ fn unresponsive_backend_is_left_for_another_after_the_connect_timeout(engine: En
     assert_eq!(proxy.backend("web", "dead")["connect_failures_total"], 3);
 }
 
-fn refusing_backend_is_ejected_and_comes_back(engine: Engine) {
+fn refusing_backend_is_ejected_and_returns(engine: Engine) {
     let nobody = Refusing::new();
     let address = nobody.address;
     let b = ScriptedBackend::start(backend::name("b"));
@@ -240,14 +239,14 @@ fn refusing_backend_is_ejected_and_comes_back(engine: Engine) {
     let proxy = TestProxy::start(Conf::simple(engine, pool));
     let ask = || client::ask(proxy.addr("web")).unwrap();
     eventually(secs(5), "a is ejected", || {
-        assert_eq!(ask(), "b", "every session is retried elsewhere");
+        assert_eq!(ask(), "b", "every session is retried on the other backend");
         proxy.backend("web", "a")["ejected"] == true
     });
     let failures = proxy.backend("web", "a")["connect_failures_total"].as_u64().unwrap();
     assert!((3..=4).contains(&failures), "{failures} failures until the ejection");
     drop(nobody);
     let _a = ScriptedBackend::start_on(address, backend::name("a"));
-    eventually(secs(10), "a is back", || ask() == "a");
+    eventually(secs(10), "a serves again", || ask() == "a");
     assert_eq!(proxy.backend("web", "a")["ejected"], false);
 }
 
@@ -264,10 +263,10 @@ fn last_eligible_backend_is_never_ejected(engine: Engine) {
     let address = nobody.address;
     drop(nobody);
     let _a = ScriptedBackend::start_on(address, backend::name("a"));
-    assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a", "no ejection to wait for");
+    assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a", "no ejection delays the session");
 }
 
-fn revived_backend_serves_again(engine: Engine) {
+fn restarted_backend_serves_again(engine: Engine) {
     let mut a = ScriptedBackend::start(backend::name("a"));
     let address = a.socket_address();
     let b = ScriptedBackend::start(backend::name("b"));
@@ -282,7 +281,7 @@ fn revived_backend_serves_again(engine: Engine) {
     eventually(secs(2), "a serves again", || client::ask(proxy.addr("web")).unwrap() == "a");
 }
 
-fn http_probe_takes_out_a_backend_that_answers_503(engine: Engine) {
+fn http_probe_removes_a_backend_that_answers_503(engine: Engine) {
     let good = ScriptedBackend::start(backend::http("good", 204));
     let bad = ScriptedBackend::start(backend::http("bad", 503));
     let pool = Pool::new("web")
@@ -295,7 +294,7 @@ fn http_probe_takes_out_a_backend_that_answers_503(engine: Engine) {
     assert_eq!(proxy.metric("tidegate_backend_up", &[("backend", "good")]), 1.0);
     assert_eq!(proxy.metric("tidegate_backend_up", &[("backend", "bad")]), 0.0);
     let reason = proxy.backend("web", "bad")["last_transition"].to_string();
-    assert!(reason.contains("503"), "the evidence is named: {reason}");
+    assert!(reason.contains("503"), "the status code is missing: {reason}");
 }
 
 fn send_expect_probe_speaks_redis(engine: Engine) {
@@ -316,14 +315,14 @@ fn send_expect_probe_speaks_redis(engine: Engine) {
     proxy.wait_backend("redis", "silent", "observation", "down");
 }
 
-fn exhausted_descriptors_are_not_blamed_on_backends(engine: Engine) {
+fn exhausted_descriptors_do_not_count_as_backend_failures(engine: Engine) {
     let a = ScriptedBackend::start(backend::greet("x"));
     let pool = Pool::new("web").probe(FAST_TCP).backend("a", a.address());
     let proxy = TestProxy::start(Conf::simple(engine, pool));
     proxy.wait_backend("web", "a", "observation", "up");
     let old = proc::set_fd_limit(proxy.pid(), proxy.fd_count() as u64 + 20);
-    // Enough for a handful of sessions; the rest waits or is refused.
-    // A refusal may overtake the connect call's own look (ECONNRESET).
+    // Enough descriptors for a few sessions. Other clients wait or are reset, possibly
+    // before the connect call returns (ECONNRESET).
     let try_one = |_| client::try_connect(proxy.addr("web")).ok();
     let clients: Vec<TcpStream> = (0..100).filter_map(try_one).collect();
     std::thread::sleep(ms(500));
@@ -331,7 +330,7 @@ fn exhausted_descriptors_are_not_blamed_on_backends(engine: Engine) {
     std::thread::sleep(secs(2));
     let spent = proxy.cpu_time() - cpu;
     measured(&format!("{spent:?} of CPU in 2 s without descriptors"));
-    assert!(spent < ms(500), "spins: {spent:?} of CPU in 2 s");
+    assert!(spent < ms(500), "busy loop: {spent:?} of CPU in 2 s");
     proc::set_fd_limit(proxy.pid(), old);
     let start = Instant::now();
     eventually(secs(1), "new sessions are served", || {
@@ -340,35 +339,35 @@ fn exhausted_descriptors_are_not_blamed_on_backends(engine: Engine) {
                 && (&stream).read(&mut [0]).is_ok_and(|n| n == 1)
         })
     });
-    measured(&format!("recovered {:?} after descriptors were back", start.elapsed()));
+    measured(&format!("recovered {:?} after the limit was raised", start.elapsed()));
     drop(clients);
     let state = proxy.backend("web", "a");
     assert_eq!(state["connect_failures_total"], 0, "{state:#}");
-    let standing = (&state["ejected"], &state["observation"], &state["eligible"]);
-    assert_eq!(standing, (&false.into(), &"up".into(), &true.into()), "{state:#}");
+    let health = (&state["ejected"], &state["observation"], &state["eligible"]);
+    assert_eq!(health, (&false.into(), &"up".into(), &true.into()), "{state:#}");
 }
 
-/// Resets without a word, once the connection stands beyond doubt.
-fn resets_in_a_moment() -> backend::Script {
+/// Resets the connection without sending a byte, after it is surely established.
+fn reset_after_50_ms() -> backend::Script {
     script(|conn| {
         std::thread::sleep(ms(50));
         conn.reset();
     })
 }
 
-/// A pool whose first pick is a backend of that script, and its second an echo.
-fn two_of(first: backend::Script) -> (ScriptedBackend, ScriptedBackend, Pool) {
+/// A pool whose first pick is a backend with the script `first` and whose second is an echo.
+fn reset_then_echo(first: backend::Script) -> (ScriptedBackend, ScriptedBackend, Pool) {
     let (a, b) = (ScriptedBackend::start(first), ScriptedBackend::start(backend::echo()));
     let pool =
         Pool::new("web").backend_with("a", a.address(), "weight = 1000").backend("b", b.address());
     (a, b, pool)
 }
 
-fn a_backend_that_resets_before_a_word_is_left_for_another(engine: Engine) {
-    let (_a, b, pool) = two_of(resets_in_a_moment());
+fn reset_before_the_first_byte_is_retried_on_another_backend(engine: Engine) {
+    let (_a, b, pool) = reset_then_echo(reset_after_50_ms());
     let proxy = TestProxy::start(Conf::simple(engine, pool));
     let client = connect(proxy.addr("web"));
-    // Without a word from anybody.
+    // Neither end has sent a byte.
     eventually(secs(5), "the other backend has the session", || b.active() == 1);
     assert_eq!(client::exchange(&client, b"hello").unwrap(), b"hello");
     client.shutdown(Shutdown::Write).unwrap();
@@ -383,21 +382,21 @@ fn a_backend_that_resets_before_a_word_is_left_for_another(engine: Engine) {
     assert_eq!(proxy.metric("tidegate_session_end_total", &[]), 1.0);
 }
 
-fn a_session_that_every_backend_resets_is_reset(engine: Engine) {
-    let backends = [(); 2].map(|()| ScriptedBackend::start(resets_in_a_moment()));
+fn session_is_reset_if_every_backend_resets(engine: Engine) {
+    let backends = [(); 2].map(|()| ScriptedBackend::start(reset_after_50_ms()));
     let pool =
         Pool::new("web").backend("a", backends[0].address()).backend("b", backends[1].address());
     let proxy = TestProxy::start(Conf::simple(engine, pool));
     assert_eq!(client::connect_and_read_to_end(proxy.addr("web")), End::Reset(0));
     let line = &proxy.wait_access_log(1)[0];
     assert_eq!((&line["cause"], &line["attempts"]), (&"backend-reset".into(), &2.into()));
-    eventually(secs(5), "no slot is left behind", || {
+    eventually(secs(5), "every slot is released", || {
         ["a", "b"].iter().all(|name| proxy.backend("web", name)["sessions_active"] == 0)
     });
 }
 
-fn a_backend_that_ends_in_order_before_a_word_is_believed(engine: Engine) {
-    let (_a, b, pool) = two_of(script(|conn| conn.fin()));
+fn fin_before_the_first_byte_is_not_retried(engine: Engine) {
+    let (_a, b, pool) = reset_then_echo(script(|conn| conn.fin()));
     let proxy = TestProxy::start(Conf::simple(engine, pool));
     let client = connect(proxy.addr("web"));
     assert_eq!(client::read_to_end(&client), End::Fin(0));

@@ -1,7 +1,8 @@
-//! The harness held to account: a ledger that cannot fail proves nothing.
+//! Tests of the harness itself, because a ledger that cannot fail proves nothing.
 //!
-//! Streams go straight to a backend (must be clean) and through small relays
-//! that each break one promise (must be reported). No balancer runs here.
+//! Streams go directly to a backend, and the ledger must be clean. Streams also go through
+//! small relays that each break one promise, and the ledger must report it. Tidegate does
+//! not run here.
 
 use crate::common::backend::{self, ScriptedBackend, Unresponsive};
 use crate::common::ledger::{Ledger, StreamSizes};
@@ -13,7 +14,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 const SMALL: StreamSizes = StreamSizes { most: 64 * 1024, large_one_in: 50 };
 
 #[test]
-fn ledger_is_clean_straight_to_the_backend() {
+fn ledger_is_clean_without_a_relay() {
     let _share = exclusive::shared();
     let ledger = Ledger::new(SMALL);
     let backend = ScriptedBackend::start(ledger.script());
@@ -24,7 +25,7 @@ fn ledger_is_clean_straight_to_the_backend() {
 }
 
 #[test]
-fn ledger_is_clean_through_a_faithful_relay() {
+fn ledger_is_clean_through_a_correct_relay() {
     let _share = exclusive::shared();
     assert_eq!(faults_through(|chunk| chunk), Vec::<String>::new());
 }
@@ -55,7 +56,7 @@ fn ledger_reports_a_lost_tail() {
 }
 
 #[test]
-fn scripted_backends_keep_to_their_scripts() {
+fn scripted_backends_follow_their_scripts() {
     let _share = exclusive::shared();
     let echo = ScriptedBackend::start(backend::echo());
     let stream = client::connect(echo.socket_address());
@@ -74,12 +75,12 @@ fn scripted_backends_keep_to_their_scripts() {
     let refusing = backend::Refusing::new();
     let error = client::try_connect(refusing.address).unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
-    // Its constructor asserts that connects go unanswered.
+    // Its constructor asserts that connects get no answer.
     let _unresponsive = Unresponsive::new();
 }
 
 #[test]
-fn real_servers_start_answer_and_die() {
+fn real_servers_start_answer_and_end() {
     let _share = exclusive::shared();
     if !have(&["nginx", "wrk", "redis-server", "redis-benchmark", "iperf3", "python3"]) {
         return;
@@ -90,7 +91,7 @@ fn real_servers_start_answer_and_die() {
     assert!(report.requests > 100, "{report:?}");
     assert_eq!(report.errors(), 0, "{report:?}");
     nginx.kill();
-    assert!(TcpStream::connect(nginx.address).is_err(), "the worker died as well");
+    assert!(TcpStream::connect(nginx.address).is_err(), "the worker has ended too");
     let redis = servers::Redis::start();
     servers::redis_benchmark(redis.address, &["-n", "1000", "-c", "5", "-t", "get", "-q"]);
     let iperf = servers::Iperf3::start();
@@ -100,7 +101,7 @@ fn real_servers_start_answer_and_die() {
 }
 
 #[test]
-fn wrk_reports_are_read_with_their_errors() {
+fn wrk_reports_are_parsed_with_their_errors() {
     let text = "Running 5s test @ http://127.0.0.1:1/\n  3310 requests in 5.00s, 1.2MB read\n  \
                 Socket errors: connect 1, read 20, write 3, timeout 4\n  \
                 Non-2xx or 3xx responses: 7\nRequests/sec: 1\n";
@@ -117,7 +118,7 @@ fn metric_samples_are_summed_by_label() {
     assert_eq!(proxy::sum_samples(text, "b", &[]), 7.0);
 }
 
-/// Runs 60 streams through a relay that passes each chunk through `alter`.
+/// Runs 60 streams through a relay that passes each chunk through `alter`. Returns the faults.
 fn faults_through(alter: fn(Vec<u8>) -> Vec<u8>) -> Vec<String> {
     let ledger = Ledger::impatient(SMALL);
     let backend = ScriptedBackend::start(ledger.script());
@@ -133,7 +134,7 @@ fn faults_through(alter: fn(Vec<u8>) -> Vec<u8>) -> Vec<String> {
     ledger.faults()
 }
 
-/// The simplest relay there is: two threads, FIN for FIN.
+/// A minimal relay: two threads, and a FIN for a FIN.
 fn relay(client: TcpStream, target: SocketAddr, alter: fn(Vec<u8>) -> Vec<u8>) {
     let upstream = TcpStream::connect(target).unwrap();
     for (mut from, mut to) in

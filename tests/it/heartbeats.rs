@@ -1,8 +1,8 @@
-//! Heartbeats end to end: signed datagrams over real sockets, the sidecar, and
-//! what becomes of traffic.
+//! Heartbeats end to end: signed datagrams over real sockets, the sidecar, and the effect
+//! on traffic.
 //!
-//! Who comes, dies and goes is tried on both engines, for its sessions are
-//! theirs; the rest concerns the control thread alone and runs on one.
+//! Tests with sessions run on both engines. The other tests concern only the control
+//! thread and run on one engine.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client;
@@ -23,21 +23,21 @@ use tidegate_heartbeat::sender::{Sender, SenderSettings};
 use tidegate_heartbeat::wire::{HeartbeatFields, SenderIdentity, encode};
 
 on_every_engine!(
-    a_signed_sender_joins_serves_and_leaves_without_a_session_lost,
-    a_dead_backend_is_out_in_a_second_and_comes_back_slowly,
-    a_draining_sender_keeps_its_sessions_and_gets_no_new_ones,
+    signed_sender_registers_serves_and_leaves_without_lost_sessions,
+    killed_backend_is_down_within_a_second_and_returns_in_slow_start,
+    draining_sender_keeps_sessions_and_gets_no_new_sessions,
 );
 
-/// Quick enough for a test, slow enough for a busy machine.
+/// Short enough for a test and long enough for a busy machine.
 const QUICK: &str = "register = true\ninterval = \"50ms\"\nttl = \"1s\"\nforget_after = \"1s\"";
 
-/// Key files, and where heartbeats go.
+/// Key files, and the port that receives heartbeats.
 pub struct Keys {
     dir: tempfile::TempDir,
     port: u16,
 }
 
-/// A sidecar process; killed when it is dropped.
+/// A sidecar process. Dropping it kills the process.
 pub struct Sidecar(Child);
 
 impl Keys {
@@ -49,10 +49,10 @@ impl Keys {
         (Ipv4Addr::LOCALHOST, self.port).into()
     }
 
-    /// The file of a secret of one byte value.
+    /// The path of a key file with 32 times the value `byte`.
     pub fn file(&self, byte: u8) -> String {
         let path = self.dir.path().join(format!("{byte}.key"));
-        // Once: a sidecar may be reading it just now.
+        // Written only once, because a sidecar can be reading the file.
         if !path.exists() {
             std::fs::write(&path, [byte; 32]).unwrap();
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
@@ -60,7 +60,7 @@ impl Keys {
         path.display().to_string()
     }
 
-    /// `[heartbeat]` with keys whose id is their secret's byte.
+    /// `[heartbeat]` with keys whose id is the byte of their secret.
     pub fn section(&self, ids: &[u8]) -> String {
         let key = |id: &u8| {
             let file = self.file(*id);
@@ -82,7 +82,7 @@ impl Keys {
         TestProxy::start(Conf { heartbeat: self.section(&[1]), ..conf })
     }
 
-    /// Sends for that backend; `starting` until it is told otherwise.
+    /// Starts a sender for the backend. It sends `starting` until the test sets another state.
     fn sender(&self, name: &str, backend: &ScriptedBackend, key: u8) -> Sender {
         self.sender_with(name, backend, u32::from(key), key)
     }
@@ -129,7 +129,7 @@ impl Keys {
 }
 
 impl Sidecar {
-    /// Ends it without a last word.
+    /// Kills the process, so that it sends no final heartbeat.
     pub fn kill(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -152,26 +152,26 @@ fn names(proxy: &TestProxy) -> Vec<String> {
     backends.iter().map(|backend| backend["name"].as_str().unwrap_or("").to_owned()).collect()
 }
 
-/// Waits until the backend is there and its field has that value.
+/// Waits until the backend exists and its field has the value.
 #[track_caller]
 pub fn wait(proxy: &TestProxy, pool: &str, name: &str, field: &str, value: impl Into<Value>) {
     let value = value.into();
     eventually(secs(10), &format!("{pool}/{name} has {field} = {value}"), || {
         let path = format!("/v1/pools/{pool}/backends/{name}/explain");
-        let there = proxy.admin_request("GET", &path).status == 200;
-        there
+        let exists = proxy.admin_request("GET", &path).status == 200;
+        exists
             && names(proxy).contains(&name.to_owned())
             && proxy.backend(pool, name)[field] == value
     });
 }
 
-fn a_signed_sender_joins_serves_and_leaves_without_a_session_lost(engine: Engine) {
+fn signed_sender_registers_serves_and_leaves_without_lost_sessions(engine: Engine) {
     let keys = Keys::new();
     let proxy = keys.start_on(engine, Pool::new("web").heartbeat("register = true"));
     let echo = ScriptedBackend::start(backend::echo());
     let sender = keys.sender("a", &echo, 1);
-    eventually(secs(5), "it is registered", || names(&proxy) == ["a"]);
-    assert_eq!(proxy.backend("web", "a")["eligible"], false, "it has not said that it is ready");
+    eventually(secs(5), "the backend is registered", || names(&proxy) == ["a"]);
+    assert_eq!(proxy.backend("web", "a")["eligible"], false, "the sender has not sent ready");
     sender.set_state(SenderState::Ready);
     wait(&proxy, "web", "a", "eligible", true);
     assert_eq!(proxy.backend("web", "a")["registered"], true);
@@ -181,14 +181,14 @@ fn a_signed_sender_joins_serves_and_leaves_without_a_session_lost(engine: Engine
     assert!(said.contains("\nIN ROTATION: ") && said.contains("on time (required)"), "{said}");
     let left = Instant::now();
     sender.close();
-    eventually(secs(2), "it is gone", || names(&proxy).is_empty());
-    measured(&format!("gone {:?} after it said so", left.elapsed()));
+    eventually(secs(2), "the backend is removed", || names(&proxy).is_empty());
+    measured(&format!("removed {:?} after its final heartbeat", left.elapsed()));
     assert_eq!(client::exchange(&session, b"still here").unwrap(), b"still here");
     assert_eq!(proxy.cli(&["explain", "web/a"]).status.code(), Some(1));
 }
 
 #[test]
-fn a_forged_heartbeat_changes_nothing_and_is_counted() {
+fn forged_heartbeats_change_nothing_and_are_counted() {
     let _share = exclusive::shared();
     let keys = Keys::new();
     let proxy = keys.start(Pool::new("web").heartbeat("register = true"));
@@ -202,7 +202,7 @@ fn a_forged_heartbeat_changes_nothing_and_is_counted() {
     stranger.set_state(SenderState::Stopping);
     let rejected =
         |reason: &str| proxy.metric("tidegate_heartbeats_rejected_total", &[("reason", reason)]);
-    eventually(secs(5), "they are counted", || {
+    eventually(secs(5), "the rejected heartbeats are counted", || {
         rejected("signature") > 3.0 && rejected("unknown-key") > 3.0
     });
     assert_eq!((names(&proxy), &proxy.status()["table_serial"]), (vec!["a".into()], &serial));
@@ -210,7 +210,7 @@ fn a_forged_heartbeat_changes_nothing_and_is_counted() {
 }
 
 #[test]
-fn silence_makes_suspect_then_down_then_expired_then_forgotten() {
+fn missing_heartbeats_lead_to_suspect_down_and_forgotten() {
     let _share = exclusive::shared();
     let keys = Keys::new();
     let proxy = keys.start(Pool::new("web").heartbeat(QUICK));
@@ -222,16 +222,16 @@ fn silence_makes_suspect_then_down_then_expired_then_forgotten() {
     a.kill();
     wait(&proxy, "web", "a", "observation", "suspect");
     let suspect = proxy.backend("web", "a");
-    assert_eq!(suspect["eligible"], true, "its service answers: {suspect:#}");
+    assert_eq!(suspect["eligible"], true, "its service still answers: {suspect:#}");
     assert_eq!(suspect["effective_weight"], 0.1);
     wait(&proxy, "web", "a", "observation", "down");
     let said = proxy.cli_ok(&["explain", "web/a"]);
     assert!(said.contains("\nNOT IN ROTATION: ") && said.contains("(ttl)"), "{said}");
-    eventually(secs(5), "it is forgotten", || !names(&proxy).contains(&"a".to_owned()));
+    eventually(secs(5), "the backend is forgotten", || !names(&proxy).contains(&"a".to_owned()));
     assert_eq!(names(&proxy).len(), 2);
 }
 
-fn a_dead_backend_is_out_in_a_second_and_comes_back_slowly(engine: Engine) {
+fn killed_backend_is_down_within_a_second_and_returns_in_slow_start(engine: Engine) {
     let keys = Keys::new();
     let pool = Pool::new("web").key("slow_start = \"1s\"").heartbeat("register = true");
     let proxy = keys.start_on(engine, pool);
@@ -241,7 +241,7 @@ fn a_dead_backend_is_out_in_a_second_and_comes_back_slowly(engine: Engine) {
     wait(&proxy, "web", "a", "eligible", true);
     wait(&proxy, "web", "b", "eligible", true);
     let up_for = || proxy.sender("web", "b")["detector_seconds"].as_f64().unwrap_or(0.0);
-    eventually(secs(10), "in service for as long as a slow start", || up_for() > 1.0);
+    eventually(secs(10), "the slow start of b has passed", || up_for() > 1.0);
     let steady = Steady::start(proxy.addr("web"), 2);
     sidecar.kill();
     dying.stop();
@@ -258,11 +258,11 @@ fn a_dead_backend_is_out_in_a_second_and_comes_back_slowly(engine: Engine) {
     wait(&proxy, "web", "a", "ramp_percent", 100);
     assert!(proxy.sender("web", "a")["downs_total"].as_u64() >= Some(1));
     let failed = failures_since(&steady.stop(), out).len();
-    assert_eq!(failed, 0, "new sessions noticed nothing once it was out");
+    assert_eq!(failed, 0, "new sessions fail after the removal");
 }
 
 #[test]
-fn keys_and_addresses_change_while_senders_go_on() {
+fn keys_and_addresses_can_change_while_senders_run() {
     let _share = exclusive::shared();
     let keys = Keys::new();
     let mut proxy = keys.start(Pool::new("web").heartbeat("register = true"));
@@ -278,7 +278,7 @@ fn keys_and_addresses_change_while_senders_go_on() {
     assert_eq!(serial_of(&proxy), true);
     let only_new = Conf { heartbeat: keys.section(&[2]), ..proxy.conf() };
     proxy.reload(only_new);
-    eventually(secs(5), "the old key is refused", || {
+    eventually(secs(5), "the old key is rejected", || {
         proxy.metric("tidegate_heartbeats_rejected_total", &[("reason", "unknown-key")]) > 0.0
     });
     assert_eq!(proxy.backend("web", "b")["observation"], "up");
@@ -299,7 +299,7 @@ fn keys_and_addresses_change_while_senders_go_on() {
 }
 
 #[test]
-fn no_more_senders_register_than_the_pool_allows() {
+fn registrations_stop_at_backends_max() {
     let _share = exclusive::shared();
     let keys = Keys::new();
     let proxy = keys.start(Pool::new("web").heartbeat("register = true\nbackends_max = 2"));
@@ -307,11 +307,11 @@ fn no_more_senders_register_than_the_pool_allows() {
     let _senders: Vec<Sender> =
         backends.iter().zip(["a", "b", "c", "d"]).map(|(b, name)| keys.ready(name, b)).collect();
     let full = || proxy.metric("tidegate_heartbeats_rejected_total", &[("reason", "pool-full")]);
-    eventually(secs(5), "others are refused", || full() > 3.0);
+    eventually(secs(5), "other senders are rejected", || full() > 3.0);
     assert_eq!(names(&proxy).len(), 2);
 }
 
-fn a_draining_sender_keeps_its_sessions_and_gets_no_new_ones(engine: Engine) {
+fn draining_sender_keeps_sessions_and_gets_no_new_sessions(engine: Engine) {
     let keys = Keys::new();
     let proxy = keys.start_on(engine, Pool::new("web").heartbeat("register = true"));
     let [one, two] = ["a", "b"].map(|name| ScriptedBackend::start(backend::greet(name)));
@@ -323,16 +323,16 @@ fn a_draining_sender_keeps_its_sessions_and_gets_no_new_ones(engine: Engine) {
     wait(&proxy, "web", "b", "eligible", true);
     draining.set_state(SenderState::Draining);
     wait(&proxy, "web", "a", "eligible", false);
-    // A goodbye may wait a moment for the next table.
+    // The drain takes effect with the next table.
     let all_elsewhere = || (0..10).all(|_| greeted(&proxy).1 == b'b');
-    eventually(secs(2), "new sessions go elsewhere", all_elsewhere);
+    eventually(secs(2), "new sessions go to b", all_elsewhere);
     assert_eq!(client::exchange(&session, b"still here").unwrap(), b"still here");
     draining.set_state(SenderState::Ready);
     wait(&proxy, "web", "a", "eligible", true);
-    eventually(secs(5), "it serves again", || greeted(&proxy).1 == b'a');
+    eventually(secs(5), "a serves again", || greeted(&proxy).1 == b'a');
 }
 
-/// A new session, and the first letter its backend said.
+/// Opens a session. Returns it with the first byte of the backend's greeting.
 fn greeted(proxy: &TestProxy) -> (TcpStream, u8) {
     let (mut session, mut name) = (client::connect(proxy.addr("web")), [0]);
     session.read_exact(&mut name).unwrap();
@@ -340,7 +340,7 @@ fn greeted(proxy: &TestProxy) -> (TcpStream, u8) {
 }
 
 #[test]
-fn a_required_heartbeat_decides_over_a_backend_of_the_file() {
+fn required_heartbeat_decides_for_backends_of_the_file() {
     let _share = exclusive::shared();
     let keys = Keys::new();
     let (one, two) = (named("a"), named("b"));
@@ -358,7 +358,7 @@ fn a_required_heartbeat_decides_over_a_backend_of_the_file() {
     assert!(names(&proxy).contains(&"b".into()));
 }
 
-/// Sends what a thousand senders would.
+/// Sends the heartbeats of a thousand senders from one socket.
 struct Crowd {
     socket: UdpSocket,
     to: SocketAddr,
@@ -393,7 +393,7 @@ mod alone {
     use super::*;
 
     #[test]
-    fn a_thousand_come_and_go_each_second_and_no_session_is_lost() {
+    fn a_thousand_registrations_per_second_lose_no_sessions() {
         let _share = exclusive::alone();
         let keys = Keys::new();
         let proxy = keys.start(Pool::new("web").heartbeat("register = true"));
@@ -408,15 +408,15 @@ mod alone {
         for number in 0..100 {
             crowd.say(number, 1, SenderState::Ready);
         }
-        eventually(secs(5), "somebody serves", || proxy.status()["pools"][0]["registered"] == 100);
-        eventually(secs(5), "it serves", || http::over_tcp(proxy.addr("web"), "/").is_ok());
+        eventually(secs(5), "100 backends are registered", || proxy.status()["pools"][0]["registered"] == 100);
+        eventually(secs(5), "the pool serves", || http::over_tcp(proxy.addr("web"), "/").is_ok());
         let steady = Steady::start(proxy.addr("web"), 2);
         let published =
             || proxy.metric("tidegate_tables_published_total", &[("reason", "heartbeat")]);
         let (before, start) = (published(), Instant::now());
         let mut number = 100;
         while number < 3100 {
-            // A thousand a second, whatever the scheduler does.
+            // 1,000 per second, independent of the scheduler.
             while start.elapsed() < Duration::from_millis(u64::from(number - 100)) {
                 std::thread::sleep(ms(1));
             }
@@ -429,7 +429,7 @@ mod alone {
         let failed = failures_since(&attempts, start);
         measured(&format!("{tables} tables in {took:?}, {} sessions", attempts.len()));
         assert!(tables <= took.as_secs_f64() * 10.0 + 2.0, "{tables} tables in {took:?}");
-        assert!(tables >= 5.0, "newcomers were let in: {tables}");
+        assert!(tables >= 5.0, "too few tables for new backends: {tables}");
         assert!(failed.is_empty(), "{} failed, first: {:?}", failed.len(), failed.first());
         let lines = proxy.log().lines().filter(|line| line.contains("pool=web")).count() as f64;
         let unlogged = proxy.metric("tidegate_transitions_unlogged_total", &[]);

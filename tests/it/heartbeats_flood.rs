@@ -1,5 +1,4 @@
-//! Forged heartbeats by the thousand while a backend dies: the true death is
-//! seen no later for it.
+//! Thousands of forged heartbeats while a backend fails: they must not delay the detection.
 
 use super::heartbeats::{Keys, wait};
 use crate::common::backend::{self, ScriptedBackend};
@@ -13,17 +12,16 @@ use tidegate_heartbeat::SenderState;
 use tidegate_heartbeat::keys::Secret;
 use tidegate_heartbeat::wire::{HeartbeatFields, SenderIdentity, encode};
 
-/// Forged datagrams a second; an unoptimised build cannot make and refuse as
-/// many.
+/// Forged datagrams per second. A debug build cannot make and reject as many.
 const RATE: u64 = if cfg!(debug_assertions) { 20_000 } else { 100_000 };
 
-/// Deaths in quiet and in the flood, in turn.
+/// Failures without and with a flood, in turn.
 const ROUNDS: usize = 5;
 
-/// As the sidecars of these tests send.
+/// The heartbeat interval of the sidecars in these tests.
 const INTERVAL: Duration = Duration::from_millis(50);
 
-/// Right in everything but its tag: as dear as possible to refuse.
+/// A datagram with a valid header and a wrong tag, which is the most expensive to reject.
 fn forged() -> Vec<u8> {
     let identity = SenderIdentity::new("web", "a0", "127.0.0.1:80".parse().unwrap()).unwrap();
     let draft = HeartbeatFields {
@@ -41,7 +39,7 @@ fn forged() -> Vec<u8> {
     encode(&draft, &Secret::new(&[9; 32]).unwrap()).to_vec()
 }
 
-/// Sends at [`RATE`] in bursts of a millisecond while it is wanted.
+/// Sends at [`RATE`] in bursts of 1 ms while `wanted` is set, until `over` is set.
 fn flood(to: SocketAddr, wanted: &AtomicBool, over: &AtomicBool, sent: &AtomicU64) {
     let (socket, forged) = (UdpSocket::bind("127.0.0.1:0").unwrap(), forged());
     while !over.load(Ordering::Relaxed) {
@@ -59,10 +57,10 @@ fn flood(to: SocketAddr, wanted: &AtomicBool, over: &AtomicBool, sent: &AtomicU6
     }
 }
 
-/// How long a backend that dies without a word goes on being eligible; `begin`
-/// makes the noise it dies in. It has joined before: newcomers are held back in
-/// a flood from their own address.
-fn time_to_see_a_death(
+/// Returns the time from a backend's failure to its removal from rotation. `begin` starts
+/// the flood after the backend has registered, because a flood delays registrations from
+/// the same address.
+fn detection_time(
     keys: &Keys,
     proxy: &TestProxy,
     name: &str,
@@ -71,8 +69,8 @@ fn time_to_see_a_death(
     let mut dying = ScriptedBackend::start(backend::name(name));
     let mut sidecar = keys.sidecar(name, &dying);
     wait(proxy, "web", name, "eligible", true);
-    // The detector trusts a newcomer's rhythm only after some beats.
-    proxy.wait_beats("web", name, 20);
+    // The detector needs some heartbeats before it relies on their interval.
+    proxy.wait_heartbeats("web", name, 20);
     begin();
     sidecar.kill();
     dying.stop();
@@ -81,7 +79,7 @@ fn time_to_see_a_death(
     died.elapsed()
 }
 
-/// Ends the flood, in a panic too: the scope would wait for it for ever.
+/// Ends the flood even after a panic. Otherwise the thread scope would wait forever.
 struct Ends<'a>(&'a AtomicBool, &'a AtomicBool);
 
 impl Drop for Ends<'_> {
@@ -95,7 +93,7 @@ mod alone {
     use super::*;
 
     #[test]
-    fn forgeries_delay_the_sight_of_a_death_by_no_more_than_an_interval() {
+    fn forged_heartbeats_delay_detection_by_at_most_one_interval() {
         let _share = exclusive::alone();
         let keys = Keys::new();
         let pool = format!("register = true\ninterval = \"{}ms\"", INTERVAL.as_millis());
@@ -114,11 +112,11 @@ mod alone {
             for round in 0..ROUNDS {
                 for (flooded, times) in took.iter_mut().enumerate() {
                     let name = format!("a{round}-{flooded}");
-                    times.push(time_to_see_a_death(&keys, &proxy, &name, || {
+                    times.push(detection_time(&keys, &proxy, &name, || {
                         if flooded == 1 {
                             let half_a_second = sent.load(Ordering::Relaxed) + RATE / 2;
                             wanted.store(true, Ordering::Relaxed);
-                            eventually(secs(10), "it is flooded", || {
+                            eventually(secs(10), "the flood has started", || {
                                 sent.load(Ordering::Relaxed) > half_a_second
                             });
                         }
@@ -131,10 +129,10 @@ mod alone {
         let [quiet, flooded] = took.map(|times| times[ROUNDS / 2]);
         let refused = proxy.metric("tidegate_heartbeats_rejected_total", &[]);
         measured(&format!(
-            "median death seen after {quiet:?} in quiet, {flooded:?} among {} forgeries",
+            "median detection time {quiet:?} without a flood, {flooded:?} with {} forged datagrams",
             sent.into_inner()
         ));
-        assert!(refused > 1_000.0, "{refused} refused: the flood arrived");
+        assert!(refused > 1_000.0, "only {refused} rejected datagrams");
         assert!(flooded <= quiet + INTERVAL, "{flooded:?} against {quiet:?}");
     }
 }

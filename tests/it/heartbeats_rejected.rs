@@ -1,7 +1,7 @@
-//! Senders that are not believed: the log, `status` and `explain` name them and
-//! say why, and what this host can tell a sender it tells.
+//! Senders with rejected heartbeats. The log, `status` and `explain` name the sender and the
+//! reason.
 //!
-//! All of it concerns the control thread, so it runs on one engine.
+//! Only the control thread is involved, so the tests run on one engine.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::conf::{Conf, Pool};
@@ -19,24 +19,24 @@ use tidegate_heartbeat::SenderState;
 use tidegate_heartbeat::keys::Secret;
 use tidegate_heartbeat::wire::{HeartbeatFields, SenderIdentity, encode};
 
-/// A sender by hand, whose clock and secret may be wrong.
-struct Mouth {
+/// A sender with its own clock and secret, both of which can be wrong.
+struct ManualSender {
     socket: UdpSocket,
     to: SocketAddr,
     secret: Secret,
     name: &'static str,
     address: SocketAddr,
-    /// Its clock less this host's, in milliseconds.
+    /// Its clock minus the clock of this host, in milliseconds.
     skew: i64,
     sequence: u64,
 }
 
-/// A process that ends with its test, stopped or not.
+/// A process that is killed with its test, even if it is stopped.
 struct Process(Child);
 
-impl Mouth {
-    fn new(keys: &Keys, name: &'static str, address: SocketAddr) -> Mouth {
-        Mouth {
+impl ManualSender {
+    fn new(keys: &Keys, name: &'static str, address: SocketAddr) -> ManualSender {
+        ManualSender {
             socket: UdpSocket::bind("127.0.0.1:0").unwrap(),
             to: keys.to(),
             secret: Secret::new(&[1; 32]).unwrap(),
@@ -92,13 +92,13 @@ fn warnings(proxy: &TestProxy, of: &str) -> usize {
 }
 
 #[test]
-fn sender_with_a_slow_clock_is_named_with_its_skew() {
+fn sender_with_a_slow_clock_is_reported_with_its_skew() {
     let _share = exclusive::shared();
     let keys = Keys::new();
     let one = ScriptedBackend::start(backend::echo());
     let pool = Pool::new("web").heartbeat("require = true").backend("a", one.address());
     let proxy = keys.start(pool);
-    let mut slow = Mouth::new(&keys, "a", one.socket_address());
+    let mut slow = ManualSender::new(&keys, "a", one.socket_address());
     slow.skew = -300_400;
     eventually(secs(10), "a warning", || {
         slow.say(SenderState::Ready);
@@ -108,7 +108,7 @@ fn sender_with_a_slow_clock_is_named_with_its_skew() {
         slow.say(SenderState::Ready);
     }
     let rejected = |proxy: &TestProxy| proxy.backend("web", "a")["heartbeat"]["rejected"].clone();
-    eventually(secs(10), "all are counted", || rejected(&proxy)["total"] == slow.sequence);
+    eventually(secs(10), "all heartbeats are counted", || rejected(&proxy)["total"] == slow.sequence);
     let last = rejected(&proxy);
     assert_eq!((&last["reason"], &last["signed"]), (&"stale".into(), &true.into()));
     let skew = last["skew_seconds"].as_f64().unwrap();
@@ -120,11 +120,11 @@ fn sender_with_a_slow_clock_is_named_with_its_skew() {
     assert!(explained.contains("synchronise the clocks"), "{explained}");
     assert!(proxy.cli_ok(&["status"]).contains("rejected: web/a"));
     let log = proxy.log();
-    assert_eq!(warnings(&proxy, "5m behind"), 1, "one a minute: {log}");
+    assert_eq!(warnings(&proxy, "5m behind"), 1, "one per minute: {log}");
 
-    // The clock is set right, and the row is over.
+    // The clock is correct again, and the series of rejections ends.
     slow.skew = 0;
-    eventually(secs(10), "it is believed", || {
+    eventually(secs(10), "the heartbeat is accepted", || {
         slow.say(SenderState::Ready);
         proxy.backend("web", "a")["eligible"] == true
     });
@@ -134,13 +134,13 @@ fn sender_with_a_slow_clock_is_named_with_its_skew() {
 }
 
 #[test]
-fn sender_with_another_secret_is_named_as_unproven() {
+fn sender_with_a_wrong_secret_is_reported_as_unsigned() {
     let _share = exclusive::shared();
     let keys = Keys::new();
     let one = ScriptedBackend::start(backend::echo());
     let pool = Pool::new("web").heartbeat("require = true").backend("a", one.address());
     let proxy = keys.start(pool);
-    let mut wrong = Mouth::new(&keys, "a", one.socket_address());
+    let mut wrong = ManualSender::new(&keys, "a", one.socket_address());
     wrong.secret = Secret::new(&[2; 32]).unwrap();
     eventually(secs(10), "a warning", || {
         wrong.say(SenderState::Ready);
@@ -154,13 +154,13 @@ fn sender_with_another_secret_is_named_as_unproven() {
 }
 
 #[test]
-fn sender_that_fits_no_backend_is_named() {
+fn sender_without_a_matching_backend_is_reported() {
     let _share = exclusive::shared();
     let keys = Keys::new();
     let one = ScriptedBackend::start(backend::echo());
     let pool = Pool::new("web").heartbeat("require = true").backend("a", one.address());
     let proxy = keys.start(pool);
-    let mut stranger = Mouth::new(&keys, "b", ([127, 0, 0, 9], 80).into());
+    let mut stranger = ManualSender::new(&keys, "b", ([127, 0, 0, 9], 80).into());
     eventually(secs(10), "a warning", || {
         stranger.say(SenderState::Ready);
         warnings(&proxy, "unknown-backend") == 1
@@ -178,7 +178,7 @@ fn key_file(path: &Path, content: &[u8]) -> String {
 }
 
 #[test]
-fn key_file_with_the_line_ends_of_another_system_holds_the_same_secret() {
+fn key_file_with_crlf_contains_the_same_secret() {
     let _share = exclusive::shared();
     let dir = tempfile::tempdir().unwrap();
     let text = "0123456789abcdef0123456789abcdef";
@@ -198,16 +198,16 @@ fn key_file_with_the_line_ends_of_another_system_holds_the_same_secret() {
         &[&["heartbeat", "--to", &to, "--key-id", "1", "--key-file", &theirs], &arguments[..]]
             .concat(),
     );
-    // The address was written as IPv4 mapped into IPv6, too.
+    // The address was also written as an IPv4 address mapped into IPv6.
     wait(&proxy, "web", "a", "address", one.address().to_string());
     wait(&proxy, "web", "a", "eligible", true);
 }
 
 #[test]
-fn stopped_service_and_sender_are_found_by_the_probe_of_the_pool() {
+fn confirmation_probe_detects_a_stopped_service_and_sender() {
     let _share = exclusive::shared();
     let keys = Keys::new();
-    // The regular probes and ttl would take far longer.
+    // The regular probes and the ttl would take much longer.
     let pool = Pool::new("web")
         .heartbeat("register = true\ninterval = \"50ms\"\nttl = \"10m\"")
         .probe("kind = \"send-expect\"\nsend = \"PING\"\nexpect = \"PING\"\ninterval = \"1h\"\ntimeout = \"500ms\"");

@@ -1,7 +1,7 @@
-//! Peers, files and operators at their worst: nothing leaks, nothing hangs,
-//! nobody else notices.
+//! Misbehaving peers, files and operators: nothing leaks, nothing hangs, and other clients
+//! are not affected.
 //!
-//! Each test leaves the balancer to the leak check that runs when it drops.
+//! When its proxy handle drops, each test runs the leak check.
 
 use crate::common::backend::{self, Gate, ScriptedBackend, Unresponsive, script};
 use crate::common::client::{self, End, connect, try_connect};
@@ -18,40 +18,40 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 on_every_engine!(
-    client_that_resets_during_connect_is_let_go,
+    client_reset_during_connect_ends_the_session,
     client_that_half_closes_during_connect_is_served,
-    bytes_sent_before_the_backend_answers_are_not_lost,
-    clients_that_gave_up_waiting_cost_nothing,
-    waiting_clients_of_a_removed_frontend_are_served,
-    storm_of_resets_leaves_nothing_behind,
-    both_ends_that_reset_under_load_end_their_sessions,
-    one_way_traffic_is_not_idle,
-    half_closed_session_with_traffic_is_not_cut,
-    stuck_receiver_ends_by_the_idle_timeout,
+    bytes_sent_during_a_connect_retry_arrive,
+    clients_reset_in_the_listen_queue_hold_no_slot,
+    clients_in_the_listen_queue_of_a_removed_frontend_are_served,
+    thousands_of_resets_leave_no_sessions,
+    resets_from_both_ends_under_load_end_all_sessions,
+    one_way_traffic_resets_the_idle_timeout,
+    half_closed_session_with_traffic_continues,
+    receiver_that_does_not_read_ends_by_idle_timeout,
     unwritable_access_log_blocks_no_session,
-    deleted_config_file_changes_nothing_until_it_is_back,
-    burst_of_rewrites_ends_with_the_last,
-    second_balancer_on_the_same_address_is_refused,
+    deleted_config_file_changes_nothing_until_its_return,
+    last_of_many_rewrites_takes_effect,
+    second_process_on_the_same_address_exits,
     default_workers_and_pinning_serve,
-    spinning_workers_serve,
-    backend_that_says_everything_at_once_and_closes_is_heard,
-    address_taken_back_at_once_is_served,
-    backend_with_a_new_address_under_its_old_name_is_a_new_one,
-    streams_stay_whole_while_backends_are_drained_and_undrained,
-    admin_answers_while_traffic_flows,
+    busy_polling_workers_serve,
+    bytes_before_an_immediate_close_arrive,
+    address_removed_and_added_again_is_served,
+    backend_with_a_changed_address_is_a_new_backend,
+    streams_stay_complete_while_backends_are_drained_and_undrained,
+    admin_api_answers_under_load,
 );
-on_every_engine_alone!(thousands_of_backends_are_reloaded_quickly);
+on_every_engine_alone!(reload_of_thousands_of_backends_takes_under_5_seconds);
 
 fn to(backend: &ScriptedBackend) -> Pool {
     Pool::new("web").backend("a", backend.address())
 }
 
-fn client_that_resets_during_connect_is_let_go(engine: Engine) {
+fn client_reset_during_connect_ends_the_session(engine: Engine) {
     let dead = Unresponsive::new();
     let pool = Pool::new("web").key("connect_timeout = \"30s\"").backend("a", dead.address);
     let proxy = TestProxy::start(Conf::simple(engine, pool));
     let clients: Vec<TcpStream> = (0..20).map(|_| connect(proxy.addr("web"))).collect();
-    eventually(secs(5), "all are connecting", || {
+    eventually(secs(5), "all sessions are connecting", || {
         proxy.frontend("web")["sessions_active"] == clients.len()
     });
     clients.into_iter().for_each(client::reset);
@@ -60,7 +60,7 @@ fn client_that_resets_during_connect_is_let_go(engine: Engine) {
         let what = (&line["cause"], &line["phase"]);
         assert_eq!(what, (&"client-reset".into(), &"connect".into()), "{line:#}");
     }
-    assert_eq!(proxy.backend("web", "a")["connect_failures_total"], 0, "not the backend's fault");
+    assert_eq!(proxy.backend("web", "a")["connect_failures_total"], 0, "no backend failure");
 }
 
 fn client_that_half_closes_during_connect_is_served(engine: Engine) {
@@ -76,7 +76,7 @@ fn client_that_half_closes_during_connect_is_served(engine: Engine) {
     assert_eq!(client::read_text(&client).unwrap(), "all I have");
 }
 
-fn bytes_sent_before_the_backend_answers_are_not_lost(engine: Engine) {
+fn bytes_sent_during_a_connect_retry_arrive(engine: Engine) {
     let (dead, b) = (Unresponsive::new(), ScriptedBackend::start(backend::echo()));
     let pool = Pool::new("web")
         .key("connect_timeout = \"300ms\"")
@@ -93,7 +93,7 @@ fn bytes_sent_before_the_backend_answers_are_not_lost(engine: Engine) {
     });
 }
 
-fn clients_that_gave_up_waiting_cost_nothing(engine: Engine) {
+fn clients_reset_in_the_listen_queue_hold_no_slot(engine: Engine) {
     let backend = ScriptedBackend::start(backend::greet("x"));
     let conf = Conf::new(engine).frontend("web", "web", "connections_max = 1").pool(to(&backend));
     let proxy = TestProxy::start(conf);
@@ -107,12 +107,12 @@ fn clients_that_gave_up_waiting_cost_nothing(engine: Engine) {
     }
     let mut patient = connect(proxy.addr("web"));
     drop(holder);
-    patient.read_exact(&mut [0]).expect("served after those that left");
+    patient.read_exact(&mut [0]).expect("served after the clients that left");
     drop(patient);
-    assert_eq!(proxy.wait_access_log(102).len(), 102, "each is accounted for");
+    assert_eq!(proxy.wait_access_log(102).len(), 102, "every session is in the access log");
 }
 
-fn waiting_clients_of_a_removed_frontend_are_served(engine: Engine) {
+fn clients_in_the_listen_queue_of_a_removed_frontend_are_served(engine: Engine) {
     let backend = ScriptedBackend::start(backend::greet("x"));
     let conf = Conf::new(engine)
         .frontend("web", "web", "connections_max = 1")
@@ -126,22 +126,22 @@ fn waiting_clients_of_a_removed_frontend_are_served(engine: Engine) {
     let mut conf = proxy.conf();
     conf.frontends.remove(0);
     proxy.reload(conf);
-    // Longer than any lingering: they wait for the slot, not for the clock.
+    // The clients wait for the slot, however long it takes.
     std::thread::sleep(ms(800));
     drop(holder);
-    // Each leaves when it is served: that is the next one's slot.
+    // Each client closes after its greeting, which frees the slot for the next client.
     let serve = |mut stream: TcpStream| std::thread::spawn(move || stream.read_exact(&mut [0]));
     let threads: Vec<_> = waiting.into_iter().map(serve).collect();
     let served: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
     assert!(served.iter().all(Result::is_ok), "{served:?}");
-    eventually(secs(5), "the frontend is gone", || {
+    eventually(secs(5), "the frontend is removed", || {
         try_connect(address)
             .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
     });
     proxy.rebaseline();
 }
 
-fn storm_of_resets_leaves_nothing_behind(engine: Engine) {
+fn thousands_of_resets_leave_no_sessions(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let proxy = TestProxy::start(Conf::simple(engine, to(&backend)));
     let address = proxy.addr("web");
@@ -150,7 +150,8 @@ fn storm_of_resets_leaves_nothing_behind(engine: Engine) {
             scope.spawn(move || {
                 for round in 0..500 {
                     let mut client = connect(address);
-                    // At every age: unaccepted, connecting, with bytes on the way.
+                    // Resets in every phase: before accept, during connect and with bytes in
+                    // transit.
                     if round % 3 > 0 {
                         let _ = client.write_all(b"some bytes");
                     }
@@ -165,13 +166,13 @@ fn storm_of_resets_leaves_nothing_behind(engine: Engine) {
     eventually(secs(10), "every session has ended", || {
         proxy.metric("tidegate_sessions_active", &[]) == 0.0
     });
-    eventually(secs(5), "so have the backend's", || backend.active() == 0);
+    eventually(secs(5), "every backend connection has closed", || backend.active() == 0);
     let stream = connect(address);
     assert_eq!(client::exchange(&stream, b"well").unwrap(), b"well");
 }
 
-fn both_ends_that_reset_under_load_end_their_sessions(engine: Engine) {
-    // Each end writes a while, reads a little, and resets: about when the other does.
+fn resets_from_both_ends_under_load_end_all_sessions(engine: Engine) {
+    // Both ends write for a time, read a little, and reset at about the same time.
     let backend = ScriptedBackend::start(script(|conn| {
         for round in 0..fastrand::u32(4..12) {
             if conn.write_all(&[3; 64 * 1024]).is_err() {
@@ -207,10 +208,10 @@ fn both_ends_that_reset_under_load_end_their_sessions(engine: Engine) {
     let before = proxy.cpu_time();
     std::thread::sleep(ms(500));
     let spent = proxy.cpu_time() - before;
-    assert!(spent < ms(150), "spins with nobody left: {spent:?} of CPU in 0.5 s");
+    assert!(spent < ms(150), "busy loop without sessions: {spent:?} of CPU in 0.5 s");
 }
 
-fn one_way_traffic_is_not_idle(engine: Engine) {
+fn one_way_traffic_resets_the_idle_timeout(engine: Engine) {
     let backend = ScriptedBackend::start(script(|conn| {
         for _ in 0..20 {
             let _ = conn.write_all(b"x");
@@ -223,7 +224,7 @@ fn one_way_traffic_is_not_idle(engine: Engine) {
     assert_eq!(client::read_to_end(&connect(proxy.addr("web"))), End::Fin(20));
 }
 
-fn half_closed_session_with_traffic_is_not_cut(engine: Engine) {
+fn half_closed_session_with_traffic_continues(engine: Engine) {
     let backend = ScriptedBackend::start(script(|conn| {
         conn.drain();
         for _ in 0..20 {
@@ -238,7 +239,7 @@ fn half_closed_session_with_traffic_is_not_cut(engine: Engine) {
     assert_eq!(client::read_to_end(&client), End::Fin(20));
 }
 
-fn stuck_receiver_ends_by_the_idle_timeout(engine: Engine) {
+fn receiver_that_does_not_read_ends_by_idle_timeout(engine: Engine) {
     let gate = Gate::default();
     let backend = ScriptedBackend::start(script({
         let gate = gate.clone();
@@ -264,17 +265,18 @@ fn unwritable_access_log_blocks_no_session(engine: Engine) {
     for _ in 0..200 {
         assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a");
     }
-    // The lines wait for the disk; the log says so once, not for each line.
+    // The lines are kept until the disk is writable. The log reports the error once, not
+    // for each line.
     let complaints = || proxy.log().matches("No space left").count();
-    eventually(secs(5), "it complains", || complaints() > 0);
+    eventually(secs(5), "the error is logged", || complaints() > 0);
     assert!(complaints() < 10, "{}", proxy.log());
     proxy.sigterm();
-    // The exit waits 2 s for the disk, and then gives the lines up.
+    // The exit waits 2 s for the disk and then drops the lines.
     assert_eq!(proxy.wait_exit(secs(5)), Some(0));
-    assert!(proxy.log().contains("lines=200"), "says what is lost: {}", proxy.log());
+    assert!(proxy.log().contains("lines=200"), "no count of dropped lines: {}", proxy.log());
 }
 
-fn deleted_config_file_changes_nothing_until_it_is_back(engine: Engine) {
+fn deleted_config_file_changes_nothing_until_its_return(engine: Engine) {
     let backends = ["a", "b"].map(|name| ScriptedBackend::start(backend::name(name)));
     let proxy = TestProxy::start(Conf::simple(engine, to(&backends[0])));
     let mut conf = proxy.conf();
@@ -289,7 +291,7 @@ fn deleted_config_file_changes_nothing_until_it_is_back(engine: Engine) {
     });
 }
 
-fn burst_of_rewrites_ends_with_the_last(engine: Engine) {
+fn last_of_many_rewrites_takes_effect(engine: Engine) {
     let backends = ["a", "b"].map(|name| ScriptedBackend::start(backend::name(name)));
     let proxy = TestProxy::start(Conf::simple(engine, to(&backends[0])));
     for round in 1..=151u32 {
@@ -307,7 +309,7 @@ fn burst_of_rewrites_ends_with_the_last(engine: Engine) {
     assert_eq!(client::ask(proxy.addr("web")).unwrap(), "b");
 }
 
-fn second_balancer_on_the_same_address_is_refused(engine: Engine) {
+fn second_process_on_the_same_address_exits(engine: Engine) {
     let backend = ScriptedBackend::start(backend::name("a"));
     let proxy = TestProxy::start(Conf::simple(engine, to(&backend)));
     let file = proxy.dir().join("second.toml");
@@ -329,7 +331,7 @@ fn default_workers_and_pinning_serve(engine: Engine) {
     assert!((0..20).all(|_| client::ask(proxy.addr("web")).unwrap() == "a"));
 }
 
-fn spinning_workers_serve(engine: Engine) {
+fn busy_polling_workers_serve(engine: Engine) {
     let ledger = Ledger::new(StreamSizes { most: 64 * 1024, large_one_in: 20 });
     let backend = ScriptedBackend::start(ledger.script());
     let conf = Conf::simple(engine, to(&backend)).workers(1).process("spin = \"50us\"");
@@ -340,12 +342,12 @@ fn spinning_workers_serve(engine: Engine) {
     let before = proxy.cpu_time();
     std::thread::sleep(secs(1));
     let spent = proxy.cpu_time() - before;
-    assert!(spent < ms(300), "spins without activity: {spent:?} of CPU in 1 s");
+    assert!(spent < ms(300), "busy loop without activity: {spent:?} of CPU in 1 s");
 }
 
-fn backend_that_says_everything_at_once_and_closes_is_heard(engine: Engine) {
-    // Close with unread input resets on Linux; so it reads nothing and has
-    // nothing to read: FIN comes right behind the last byte.
+fn bytes_before_an_immediate_close_arrive(engine: Engine) {
+    // Closing with unread input resets the connection on Linux. This backend has no input
+    // and reads nothing, so its FIN directly follows the last byte.
     let backend = ScriptedBackend::start(script(|conn| {
         let _ = conn.write_all(&[9; 100_000]);
     }));
@@ -355,7 +357,7 @@ fn backend_that_says_everything_at_once_and_closes_is_heard(engine: Engine) {
     }
 }
 
-fn address_taken_back_at_once_is_served(engine: Engine) {
+fn address_removed_and_added_again_is_served(engine: Engine) {
     let backend = ScriptedBackend::start(backend::name("a"));
     let conf = Conf::simple(engine, to(&backend)).frontend("other", "web", "");
     let mut proxy = TestProxy::start(conf);
@@ -370,7 +372,7 @@ fn address_taken_back_at_once_is_served(engine: Engine) {
     proxy.rebaseline();
 }
 
-fn backend_with_a_new_address_under_its_old_name_is_a_new_one(engine: Engine) {
+fn backend_with_a_changed_address_is_a_new_backend(engine: Engine) {
     let old = ScriptedBackend::start(backend::echo());
     let new = ScriptedBackend::start(backend::name("new"));
     let mut proxy = TestProxy::start(Conf::simple(engine, to(&old)));
@@ -383,10 +385,10 @@ fn backend_with_a_new_address_under_its_old_name_is_a_new_one(engine: Engine) {
     assert_eq!(client::exchange(&open, b"after").unwrap(), b"after");
     let state = proxy.backend("web", "a");
     assert_eq!(state["address"], new.address());
-    assert_eq!(state["sessions_active"], 0, "the old one's session is not its own: {state:#}");
+    assert_eq!(state["sessions_active"], 0, "the session belongs to the old backend: {state:#}");
 }
 
-fn streams_stay_whole_while_backends_are_drained_and_undrained(engine: Engine) {
+fn streams_stay_complete_while_backends_are_drained_and_undrained(engine: Engine) {
     let ledger = Ledger::new(StreamSizes { most: 128 * 1024, large_one_in: 200 });
     let backends = [(); 3].map(|()| ScriptedBackend::start(ledger.script()));
     let names = ["a", "b", "c"];
@@ -418,7 +420,7 @@ fn streams_stay_whole_while_backends_are_drained_and_undrained(engine: Engine) {
     assert_eq!(proxy.metric("tidegate_refused_total", &[]), 0.0);
 }
 
-fn admin_answers_while_traffic_flows(engine: Engine) {
+fn admin_api_answers_under_load(engine: Engine) {
     let ledger = Ledger::without_aborts(StreamSizes { most: 64 * 1024, large_one_in: 100 });
     let backend = ScriptedBackend::start(ledger.script());
     let proxy = TestProxy::start(Conf::simple(engine, to(&backend)));
@@ -441,12 +443,11 @@ fn admin_answers_while_traffic_flows(engine: Engine) {
     ledger.assert_clean();
 }
 
-fn thousands_of_backends_are_reloaded_quickly(engine: Engine) {
+fn reload_of_thousands_of_backends_takes_under_5_seconds(engine: Engine) {
     const BACKENDS: u32 = 4000;
     let backend = ScriptedBackend::start(backend::name("a"));
     let mut pool = to(&backend);
-    // Nobody is asked to serve from these: they are in service with no weight
-    // to speak of, and drained addresses cost nothing.
+    // These backends get no session, because backups serve only without primaries.
     for number in 0..BACKENDS {
         let ip = std::net::Ipv4Addr::from(0x7F01_0000 + number);
         let name = format!("spare{number}");

@@ -1,4 +1,4 @@
-//! Nine thousand idle sessions and what each costs.
+//! Memory and CPU time of 9,000 idle sessions.
 
 use crate::common::client::{connect_from, exchange};
 use crate::common::conf::{Conf, Pool};
@@ -9,18 +9,18 @@ use crate::common::{
 };
 use std::net::{IpAddr, Ipv4Addr, TcpStream};
 
-on_every_engine_alone!(nine_thousand_idle_sessions_cost_a_kib_or_two_each);
+on_every_engine_alone!(idle_sessions_use_less_than_2_kib_each);
 
 const SESSIONS: usize = 9_000;
 
-/// Where memory is looked at on the way up.
+/// The session counts at which memory is measured.
 const STEPS: [usize; 4] = [1_000, 3_000, 6_000, SESSIONS];
 
-/// What a second crowd of sessions may take beyond the first.
+/// Memory that a second series of sessions can use beyond the first.
 const LEFT_KIB_MAX: u64 = 1024;
 
-/// Resident bytes an idle session may cost. On the ring it has operations in
-/// flight, which are remembered.
+/// Upper bound on resident bytes per idle session. io_uring needs more, because each session
+/// has operations in flight.
 fn bytes_max(engine: Engine) -> f64 {
     match engine {
         Engine::Epoll => 1_024.0,
@@ -28,18 +28,18 @@ fn bytes_max(engine: Engine) -> f64 {
     }
 }
 
-fn nine_thousand_idle_sessions_cost_a_kib_or_two_each(engine: Engine) {
+fn idle_sessions_use_less_than_2_kib_each(engine: Engine) {
     if !have(&["python3"]) {
         return;
     }
-    // The balancer holds two descriptors a session.
+    // Tidegate holds two descriptors per session.
     if proc::raise_own_fd_limit() < 2 * SESSIONS as u64 + 500 {
         return skip("the hard limit of descriptors is below 18,500");
     }
     let backend = IdleBackend::start();
     let proxy =
         TestProxy::start(Conf::simple(engine, Pool::new("web").backend("a", backend.address)));
-    // First-use costs (buffers, tables, code pages) are not the sessions'.
+    // Costs of the first use (buffers, tables, code pages) are not costs of a session.
     drop(open_sessions(&proxy, 200));
     eventually(secs(10), "the warm-up has ended", || {
         proxy.backend("web", "a")["sessions_active"] == 0
@@ -57,35 +57,35 @@ fn nine_thousand_idle_sessions_cost_a_kib_or_two_each(engine: Engine) {
     let grown = proxy.rss_kib().saturating_sub(before);
     let each = grown as f64 * 1024.0 / SESSIONS as f64;
     measured(&format!(
-        "{SESSIONS} idle sessions: {each:.0} B each, slope {:.0} B over {STEPS:?}, {spent:?} of CPU \
+        "{SESSIONS} idle sessions: {each:.0} B per session, slope {:.0} B over {STEPS:?}, {spent:?} of CPU \
          in 2 s",
         slope(&points)
     ));
     assert!(each <= bytes_max(engine), "{each:.0} B of resident memory for an idle session");
-    assert!(spent < ms(400), "{spent:?} of CPU in 2 s of idleness");
-    // They are idle, not dead.
+    assert!(spent < ms(400), "{spent:?} of CPU in 2 s without traffic");
+    // Idle sessions still relay.
     for session in sessions.iter().step_by(100) {
         assert_eq!(exchange(session, b"y").unwrap(), b"y");
     }
     drop(sessions);
     let ended = || proxy.backend("web", "a")["sessions_active"] == 0;
     eventually(secs(30), "every session has ended", ended);
-    // The allocator may keep what it had; it is not to need more for the next.
+    // The allocator can keep its memory, but the next sessions must not need more.
     let (peak, after) = (before + grown, proxy.rss_kib());
     let again = open_sessions(&proxy, SESSIONS / 3);
     let second = proxy.rss_kib();
     measured(&format!(
-        "{before} KiB before, {peak} at the peak, {after} after, {second} with a third again"
+        "{before} KiB before, {peak} at the peak, {after} after, {second} with a third of the sessions"
     ));
     assert!(
         second <= peak + LEFT_KIB_MAX,
         "{second} KiB with a third of the sessions, {peak} with all"
     );
     drop(again);
-    eventually(secs(30), "these have ended, too", ended);
+    eventually(secs(30), "the second series has ended", ended);
 }
 
-/// Of the line of least squares through `points`.
+/// Returns the slope of the least-squares line through `points`.
 fn slope(points: &[(f64, f64)]) -> f64 {
     let count = points.len() as f64;
     let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / count;
@@ -96,8 +96,8 @@ fn slope(points: &[(f64, f64)]) -> f64 {
     above / below
 }
 
-/// Sessions that have each carried one byte both ways, from several source
-/// addresses as ports of one would run short.
+/// Opens sessions and relays one byte each way. Uses several source addresses, because the
+/// ports of one address are not enough.
 fn open_sessions(proxy: &TestProxy, count: usize) -> Vec<TcpStream> {
     let address = proxy.addr("web");
     (0..count)

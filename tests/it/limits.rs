@@ -1,5 +1,5 @@
-//! Every bound holds, and what is beyond it waits, is refused or is left with the
-//! kernel, counted: silent clients, lines for full backends, buffered bytes.
+//! Limits: silent clients, queues of pools at their caps, and buffered bytes. Clients beyond a
+//! limit wait, are reset or stay in the listen queue, and are counted.
 
 use crate::common::backend::{self, ScriptedBackend, script};
 use crate::common::client::{self, End, connect};
@@ -11,13 +11,13 @@ use std::net::TcpStream;
 use std::time::Instant;
 
 on_every_engine!(
-    client_that_keeps_silent_is_closed_and_counted,
-    first_byte_of_either_side_meets_the_deadline,
-    clients_in_line_are_served_in_the_order_they_came,
+    silent_client_is_closed_after_first_byte_timeout,
+    first_byte_of_either_side_stops_first_byte_timeout,
+    queue_serves_clients_in_order_of_arrival,
     client_leaving_the_queue_frees_its_slot,
-    client_queued_too_long_is_reset_and_blames_no_backend,
+    queue_timeout_resets_the_client_without_a_backend_failure,
     raised_caps_and_new_backends_serve_queued_clients,
-    stalled_readers_hold_no_more_than_the_budget_and_lose_nothing,
+    stalled_readers_stay_within_buffers_max_and_lose_no_bytes,
 );
 
 fn to(backend: &ScriptedBackend) -> Pool {
@@ -29,7 +29,7 @@ fn with_deadline(engine: Engine, backend: &ScriptedBackend) -> TestProxy {
     TestProxy::start(Conf::new(engine).frontend("web", "web", keys).pool(to(backend)))
 }
 
-fn client_that_keeps_silent_is_closed_and_counted(engine: Engine) {
+fn silent_client_is_closed_after_first_byte_timeout(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let proxy = with_deadline(engine, &backend);
     let (silent, start) = (connect(proxy.addr("web")), Instant::now());
@@ -42,10 +42,10 @@ fn client_that_keeps_silent_is_closed_and_counted(engine: Engine) {
     assert_eq!((&line["timer"], &line["code"]), (&"first_byte_timeout".into(), &"cD".into()));
     let labels = [("cause", "first-byte-timeout"), ("phase", "data")];
     assert_eq!(proxy.metric("tidegate_session_end_total", &labels), 1.0);
-    eventually(secs(5), "the backend is let go", || backend.active() == 0);
+    eventually(secs(5), "the backend connection closes", || backend.active() == 0);
 }
 
-fn first_byte_of_either_side_meets_the_deadline(engine: Engine) {
+fn first_byte_of_either_side_stops_first_byte_timeout(engine: Engine) {
     let speaks_first = ScriptedBackend::start(backend::greet("hello"));
     let answers_late = ScriptedBackend::start(script(|conn| {
         conn.read_exactly(1);
@@ -59,11 +59,11 @@ fn first_byte_of_either_side_meets_the_deadline(engine: Engine) {
     let mut asker = connect(asked.addr("web"));
     asker.write_all(b"?").unwrap();
     let mut answer = [0; 4];
-    asker.read_exact(&mut answer).expect("an answer, however late");
+    asker.read_exact(&mut answer).expect("a late answer");
     assert_eq!(client::exchange(&listener, b"still there").unwrap(), b"still there");
 }
 
-/// A backend for one session at a time, held by the stream given back.
+/// Starts a backend with a cap of one session, which the returned stream occupies.
 fn full_backend(engine: Engine, keys: &str) -> (TestProxy, ScriptedBackend, TcpStream) {
     let backend = ScriptedBackend::start(backend::greet("x"));
     let pool =
@@ -85,10 +85,10 @@ fn queued(proxy: &TestProxy) -> f64 {
 
 #[track_caller]
 fn wait_queued(proxy: &TestProxy, count: usize) {
-    eventually(secs(10), &format!("{count} in line"), || queued(proxy) == count as f64);
+    eventually(secs(10), &format!("{count} queued clients"), || queued(proxy) == count as f64);
 }
 
-fn clients_in_line_are_served_in_the_order_they_came(engine: Engine) {
+fn queue_serves_clients_in_order_of_arrival(engine: Engine) {
     const CLIENTS: usize = 12;
     let (proxy, _backend, holder) =
         full_backend(engine, "queue_max = 100\nqueue_timeout = \"60s\"");
@@ -101,7 +101,7 @@ fn clients_in_line_are_served_in_the_order_they_came(engine: Engine) {
         .collect();
     assert_eq!(proxy.status()["pools"][0]["queued"], CLIENTS);
     drop(holder);
-    // One slot: whoever is served out of turn keeps it from the one in turn.
+    // One slot: a client served out of order would keep it from the first client.
     for (place, client) in line.into_iter().enumerate() {
         greeted(&client);
         assert_eq!(queued(&proxy), (CLIENTS - 1 - place) as f64);
@@ -117,8 +117,8 @@ fn client_leaving_the_queue_frees_its_slot(engine: Engine) {
         wait_queued(&proxy, place);
         client
     });
-    // The line is full: these wait in the kernel's queue. One has said something
-    // and ended its side; that is a question, not a farewell.
+    // The queue is full, so these clients wait in the listen queue. One client has sent a
+    // request and closed its sending side. It still waits for an answer.
     let asks = connect(address);
     (&asks).write_all(b"all I say").unwrap();
     asks.shutdown(std::net::Shutdown::Write).unwrap();
@@ -132,12 +132,12 @@ fn client_leaving_the_queue_frees_its_slot(engine: Engine) {
         assert_eq!((&line["phase"], &line["code"]), (&"queue".into(), &"CQ".into()), "{line:#}");
     }
     wait_queued(&proxy, 1);
-    assert_eq!(backend.accepted(), 1, "the holder's alone");
+    assert_eq!(backend.accepted(), 1, "only the holder's session");
     drop(holder);
     assert_eq!(client::read_text(&asks).unwrap(), "xall I say");
 }
 
-fn client_queued_too_long_is_reset_and_blames_no_backend(engine: Engine) {
+fn queue_timeout_resets_the_client_without_a_backend_failure(engine: Engine) {
     let (proxy, backend, _holder) =
         full_backend(engine, "queue_max = 5\nqueue_timeout = \"300ms\"");
     let start = Instant::now();
@@ -172,12 +172,12 @@ fn raised_caps_and_new_backends_serve_queued_clients(engine: Engine) {
     assert_eq!((b.accepted(), queued(&proxy)), (1, 0.0));
 }
 
-/// What stands at `offset` of every stream below.
+/// The repeating content of every stream below.
 fn pattern() -> Vec<u8> {
     (0..251 * 256_u32).map(|n| (n % 251) as u8).collect()
 }
 
-fn stalled_readers_hold_no_more_than_the_budget_and_lose_nothing(engine: Engine) {
+fn stalled_readers_stay_within_buffers_max_and_lose_no_bytes(engine: Engine) {
     const STALLED: usize = 24;
     const BYTES: usize = 251 * 256 * 128;
     const MAX: f64 = 1_048_576.0;
@@ -193,20 +193,20 @@ fn stalled_readers_hold_no_more_than_the_budget_and_lose_nothing(engine: Engine)
     let (buffered, refused) = ("tidegate_buffered_bytes", "tidegate_buffers_refused_total");
     let before = proxy.rss_kib();
     let stalled: Vec<TcpStream> = (0..STALLED).map(|_| connect(proxy.addr("web"))).collect();
-    eventually(secs(20), "the budget is spent", || proxy.metric(refused, &[]) > 0.0);
+    eventually(secs(20), "the buffer limit is reached", || proxy.metric(refused, &[]) > 0.0);
     let mut last = 0.0;
-    eventually(secs(20), "nothing moves any more", || {
+    eventually(secs(20), "no more bytes are relayed", || {
         std::thread::sleep(ms(300));
         let now = proxy.metric("tidegate_bytes_total", &[("direction", "out")]);
         std::mem::replace(&mut last, now) == now
     });
     let (held, grown) = (proxy.metric(buffered, &[]), proxy.rss_kib().saturating_sub(before));
     measured(&format!("{STALLED} stalled readers: {held} B held, {grown} KiB of memory grown"));
-    // Each worker may be one read beyond; a ring has its fixed pool besides.
+    // Each worker can exceed the limit by one read. io_uring also has its fixed buffer pool.
     let pools = if engine == Engine::IoUring { 2.0 * 16.0 * MAX } else { 0.0 };
     assert!(held <= MAX + 2.0 * 262_144.0 + pools, "{held}");
     let other = connect(proxy.addr("others"));
-    assert_eq!(client::exchange(&other, &[7; 100_000]).unwrap(), [7; 100_000], "others are served");
+    assert_eq!(client::exchange(&other, &[7; 100_000]).unwrap(), [7; 100_000], "other clients are not served");
     std::thread::scope(|scope| {
         for mut stream in stalled {
             scope.spawn(move || {
@@ -219,5 +219,5 @@ fn stalled_readers_hold_no_more_than_the_budget_and_lose_nothing(engine: Engine)
             });
         }
     });
-    eventually(secs(5), "everything is given back", || proxy.metric(buffered, &[]) == 0.0);
+    eventually(secs(5), "every buffer is released", || proxy.metric(buffered, &[]) == 0.0);
 }

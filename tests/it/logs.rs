@@ -1,4 +1,4 @@
-//! The program's log: one line an event, whatever is in it, and what each level has.
+//! The program's log: one line per event for any content, and what each level contains.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::conf::{Conf, Pool};
@@ -6,14 +6,14 @@ use crate::common::proxy::TestProxy;
 use crate::common::{Engine, client, eventually, on_every_engine, secs};
 
 on_every_engine!(
-    text_from_outside_forges_no_line_in_either_format,
-    debug_and_trace_tell_of_tables_probes_reloads_and_upgrades,
+    external_text_cannot_forge_a_log_line,
+    debug_and_trace_log_tables_probes_reloads_and_upgrades,
 );
 
-/// A name and a path that try to pass for a line of their own.
+/// A name with line breaks and escape codes that imitates a log line.
 const FORGED: &str = "a\\n2026-01-01T00:00:00Z ERROR forged: pool=\\\"web\\\" b\\u001b[31m";
 
-fn text_from_outside_forges_no_line_in_either_format(engine: Engine) {
+fn external_text_cannot_forge_a_log_line(engine: Engine) {
     let a = ScriptedBackend::start(backend::name("a"));
     let conf = Conf::simple(engine, Pool::new("web").backend("a", a.address()));
     let mut proxy = TestProxy::start(conf);
@@ -33,13 +33,13 @@ fn text_from_outside_forges_no_line_in_either_format(engine: Engine) {
         }
         let lines = || proxy.log().lines().skip(known).map(String::from).collect::<Vec<_>>();
         let tells = || lines().into_iter().find(|line| line.contains("first probe failed"));
-        eventually(secs(10), "the death of the strange one is logged", || tells().is_some());
-        assert!(!proxy.log().contains('\x1b'), "a terminal would obey: {}", proxy.log());
+        eventually(secs(10), "the failed probe is logged", || tells().is_some());
+        assert!(!proxy.log().contains('\x1b'), "an escape code in the log: {}", proxy.log());
         let lines = lines();
         let own = |line: &&String| line.starts_with("20") || line.starts_with('{');
         assert!(lines.iter().all(|line| own(&line)), "{lines:#?}");
         assert!(!lines.iter().any(|line| line.starts_with("2026-01-01")), "{lines:#?}");
-        let line = tells().expect("it was there");
+        let line = tells().expect("the line is in the log");
         if format == "json" {
             let value: serde_json::Value = serde_json::from_str(&line).expect("JSON");
             assert_eq!(value["fields"]["pool"], "web");
@@ -55,7 +55,7 @@ fn text_from_outside_forges_no_line_in_either_format(engine: Engine) {
     }
 }
 
-fn debug_and_trace_tell_of_tables_probes_reloads_and_upgrades(engine: Engine) {
+fn debug_and_trace_log_tables_probes_reloads_and_upgrades(engine: Engine) {
     let a = ScriptedBackend::start(backend::name("a"));
     let pool =
         Pool::new("web").probe("kind = \"tcp\"\ninterval = \"100ms\"").backend("a", a.address());
@@ -85,7 +85,7 @@ fn debug_and_trace_tell_of_tables_probes_reloads_and_upgrades(engine: Engine) {
         eventually(secs(10), step, || proxy.log()[known..].contains(step));
     }
     proxy.wait_gone(before, secs(10));
-    // Nothing on the way of the bytes.
+    // No line per session on the data path.
     let known = proxy.log().lines().filter(|line| line.contains("tidegate_dataplane")).count();
     for _ in 0..20 {
         client::ask(proxy.addr("web")).expect("an answer");

@@ -1,18 +1,19 @@
-//! The integration suite: a real balancer process between real and scripted
-//! peers, every behaviour on every engine.
+//! The integration tests: a real Tidegate process between real and scripted peers, on both
+//! engines.
 //!
-//! One binary, so that it links once; one module for each promise. Run it with
-//! `scripts/test`. It never looks inside the program: files, signals, the
+//! One binary, so that it links once, with one module per topic. Run it with
+//! `scripts/test`. It uses only files, signals, the command line, the admin API, sockets
+//! and `/proc`, and never looks inside the program.
 //! command line, the admin API, sockets and /proc are all it uses.
 
-// Tests wait and read the clock; the program under test may not.
+// The program must not sleep or read the clock directly. Tests can.
 #![allow(clippy::disallowed_methods)]
-// A failed unwrap in a test is a failed test.
+// A failed unwrap fails the test.
 #![allow(clippy::unwrap_used)]
-// Helpers are public to the suite, which nobody else links.
+// Helpers are public to the suite. No other crate links it.
 #![allow(unreachable_pub)]
 
-// A helper may wait for its first user; a test that no macro lists may not.
+// A helper can be unused. A test that no macro lists is an error.
 #[allow(dead_code)]
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,7 +1,6 @@
 //! The first use by a user without privileges: no `[admin] listen`, no `--admin`.
 //!
-//! Run by root, the tests become a user that owns nothing; else they stay who
-//! they are.
+//! If root runs the tests, they switch to a user that owns nothing.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::ports::free_port;
@@ -15,12 +14,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 on_every_engine!(
-    commands_find_the_balancer_in_the_runtime_directory_before_and_after_an_upgrade,
-    a_user_without_a_runtime_directory_gets_a_directory_in_tmp,
+    commands_find_the_process_in_the_runtime_directory,
+    user_without_a_runtime_directory_uses_a_directory_in_tmp,
 );
 
-/// A balancer that this user started, and what commands of this user see.
-struct OwnBalancer {
+/// A Tidegate process that this user has started, and commands of the same user.
+struct UserProcess {
     dir: tempfile::TempDir,
     uid: Option<u32>,
     runtime: Option<PathBuf>,
@@ -29,8 +28,8 @@ struct OwnBalancer {
     child: Child,
 }
 
-impl OwnBalancer {
-    fn start(engine: Engine, uid: u32, with_runtime: bool, backend: SocketAddr) -> OwnBalancer {
+impl UserProcess {
+    fn start(engine: Engine, uid: u32, with_runtime: bool, backend: SocketAddr) -> UserProcess {
         let uid = rustix::process::geteuid().is_root().then_some(uid);
         let dir = tempfile::Builder::new().prefix("tg-").tempdir_in("/tmp").unwrap();
         std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
@@ -53,7 +52,7 @@ impl OwnBalancer {
         run.args(["run", "--config"]).arg(&config);
         run.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let child = run.spawn().unwrap();
-        OwnBalancer { dir, uid, runtime, config, address, child }
+        UserProcess { dir, uid, runtime, config, address, child }
     }
 
     fn command(&self, arguments: &[&str]) -> Output {
@@ -69,9 +68,9 @@ impl OwnBalancer {
 
     #[track_caller]
     fn wait_until_it_answers(&mut self) {
-        eventually(secs(20), "a command reaches the balancer", || {
+        eventually(secs(20), "a command reaches the process", || {
             let ended = self.child.try_wait().unwrap();
-            assert_eq!(ended, None, "it did not start:\n{}", self.log());
+            assert_eq!(ended, None, "the process did not start:\n{}", self.log());
             self.command(&["status"]).status.success()
         });
     }
@@ -80,16 +79,16 @@ impl OwnBalancer {
         std::fs::read_to_string(self.dir.path().join("stderr")).unwrap()
     }
 
-    /// Ends it, by a command, and waits until its socket is gone.
+    /// Shuts the process down by a command and waits until its socket is removed.
     #[track_caller]
     fn shut_down(mut self, socket: &Path) {
         self.told(&["shutdown"]);
-        eventually(secs(20), "the socket goes with the balancer", || !socket.exists());
+        eventually(secs(20), "the socket is removed", || !socket.exists());
         eventually(secs(20), "the process ends", || self.child.try_wait().unwrap().is_some());
     }
 }
 
-impl Drop for OwnBalancer {
+impl Drop for UserProcess {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -103,21 +102,21 @@ fn as_user(uid: Option<u32>, runtime: Option<&Path>) -> Command {
         command.env("XDG_RUNTIME_DIR", runtime);
     }
     if let Some(uid) = uid {
-        // The standard library clears the supplementary groups as well.
+        // The standard library also clears the supplementary groups.
         command.uid(uid).gid(uid);
     }
     command
 }
 
-fn commands_find_the_balancer_in_the_runtime_directory_before_and_after_an_upgrade(engine: Engine) {
+fn commands_find_the_process_in_the_runtime_directory(engine: Engine) {
     let a = ScriptedBackend::start(backend::name("a"));
-    let mut own = OwnBalancer::start(engine, 65534, true, a.address().parse().unwrap());
+    let mut own = UserProcess::start(engine, 65534, true, a.address().parse().unwrap());
     own.wait_until_it_answers();
     let socket = own.runtime.clone().unwrap().join("tidegate/admin.sock");
     let line = format!("address=unix:{}", socket.display());
-    let said = own.log().lines().filter(|it| it.contains(&line)).count();
+    let said = own.log().lines().filter(|entry| entry.contains(&line)).count();
     assert_eq!(said, 1, "{}", own.log());
-    assert!(own.log().contains("/run/tidegate"), "it says why: {}", own.log());
+    assert!(own.log().contains("/run/tidegate"), "the reason is missing: {}", own.log());
     assert_eq!(client::ask(own.address).unwrap(), "a");
 
     let config = own.config.to_str().unwrap().to_owned();
@@ -134,22 +133,22 @@ fn commands_find_the_balancer_in_the_runtime_directory_before_and_after_an_upgra
     own.shut_down(&socket);
 }
 
-fn a_user_without_a_runtime_directory_gets_a_directory_in_tmp(engine: Engine) {
+fn user_without_a_runtime_directory_uses_a_directory_in_tmp(engine: Engine) {
     if !rustix::process::geteuid().is_root() {
-        // This user may have a balancer of its own there.
+        // This user can have a Tidegate process with that directory.
         return;
     }
-    // No account has such a number, and no other test.
+    // No account and no other test has this uid.
     let uid = 1_900_000_000 + u32::from(free_port()) * 2 + u32::from(engine == Engine::Epoll);
     let a = ScriptedBackend::start(backend::name("a"));
-    let mut own = OwnBalancer::start(engine, uid, false, a.address().parse().unwrap());
+    let mut own = UserProcess::start(engine, uid, false, a.address().parse().unwrap());
     own.wait_until_it_answers();
     let directory = PathBuf::from(format!("/tmp/tidegate-{uid}"));
     let mode = std::fs::metadata(&directory).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o700);
     let socket = directory.join("admin.sock");
 
-    // The variable precedes what a command finds by itself.
+    // The variable takes precedence over the address that a command finds itself.
     let output = as_user(own.uid, None)
         .env("TIDEGATE_ADMIN", "unix:/nowhere/admin.sock")
         .arg("status")
@@ -159,13 +158,13 @@ fn a_user_without_a_runtime_directory_gets_a_directory_in_tmp(engine: Engine) {
     assert!(output.status.code() == Some(3) && said.contains("unix:/nowhere/"), "{output:?}");
     own.shut_down(&socket);
 
-    // A directory that another user made first is not used, neither to listen nor to ask.
+    // A directory that another user created is used neither for listening nor for commands.
     chown(&directory, Some(0), Some(0)).unwrap();
     let output = as_user(Some(uid), None).arg("status").output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("is not a directory of this user"), "{said}");
-    let mut own = OwnBalancer::start(engine, uid, false, a.address().parse().unwrap());
-    eventually(secs(20), "it refuses to start", || own.child.try_wait().unwrap().is_some());
+    let mut own = UserProcess::start(engine, uid, false, a.address().parse().unwrap());
+    eventually(secs(20), "the process exits", || own.child.try_wait().unwrap().is_some());
     assert!(own.log().contains("set [admin] listen"), "{}", own.log());
     std::fs::remove_dir_all(&directory).unwrap();
 }

@@ -1,8 +1,8 @@
-//! Panics and stalls, ordered by the tests: who suffers, who does not, and what
-//! an operator sees of it.
+//! Panics and stalls that the tests inject: which sessions end, which continue, and what an
+//! operator sees.
 //!
-//! The faults are there in builds with debug assertions alone; elsewhere this
-//! module only finds that they are not.
+//! Only builds with debug assertions contain the faults. In other builds the tests skip
+//! them.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, End, connect, exchange, try_connect};
@@ -17,23 +17,23 @@ use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
 on_every_engine!(
-    a_panic_in_a_session_ends_that_session_alone,
+    panic_in_a_session_ends_only_that_session,
     panicked_worker_loses_only_its_own_sessions,
     client_queued_at_a_panicked_worker_is_served,
-    a_worker_that_falls_again_and_again_ends_the_process,
-    reload_and_upgrade_work_after_a_fall,
-    a_control_thread_that_panics_ends_the_process,
-    faults_need_the_secret_word,
-    a_process_whose_control_thread_panics_is_replaced_at_once,
+    process_exits_after_too_many_worker_panics,
+    reload_and_upgrade_work_after_a_worker_panic,
+    process_exits_if_its_control_thread_panics,
+    fault_injection_needs_the_environment_variable,
+    supervisor_replaces_a_process_after_a_control_thread_panic,
 );
 
 on_every_engine_alone!(
-    a_fallen_worker_serves_again_within_a_tenth_of_a_second,
-    a_worker_that_does_not_turn_is_named,
-    a_process_that_was_stopped_has_no_stalled_worker,
+    panicked_worker_restarts_within_100_ms,
+    stalled_worker_is_reported,
+    stopped_process_reports_no_stalled_worker,
 );
 
-/// A balancer that obeys orders of faults, and its echoing backend.
+/// Starts Tidegate with fault injection, and its echoing backend.
 fn start(engine: Engine, workers: usize) -> Option<(TestProxy, ScriptedBackend)> {
     start_with(engine, workers, &[])
 }
@@ -54,7 +54,7 @@ fn start_with(
     Some((proxy, backend))
 }
 
-/// The same without a supervisor, which would start another process.
+/// Starts without a supervisor, which would start another process.
 fn start_single(engine: Engine, workers: usize) -> Option<(TestProxy, ScriptedBackend)> {
     if !cfg!(debug_assertions) {
         return None;
@@ -75,7 +75,7 @@ fn of_worker(proxy: &TestProxy, metric: &str, worker: usize) -> f64 {
     proxy.metric(metric, &[("worker", &worker.to_string())])
 }
 
-/// Times that worker has fallen.
+/// Number of panics of the worker.
 fn falls(proxy: &TestProxy, worker: usize) -> f64 {
     let labels = [("worker", &*worker.to_string()), ("reason", "worker")];
     proxy.metric("tidegate_worker_panics_total", &labels)
@@ -92,18 +92,18 @@ fn wait_for_restarts(proxy: &TestProxy, worker: usize, count: f64) {
     });
 }
 
-/// A served client of that worker.
+/// Opens sessions until one is on the given worker.
 #[track_caller]
 fn client_of(proxy: &TestProxy, worker: usize) -> TcpStream {
     for _ in 0..200 {
         let before = of_worker(proxy, "tidegate_worker_accepted_total", worker);
         let client = connect(proxy.addr("web"));
-        exchange(&client, b"whose are you").expect("an echo");
+        exchange(&client, b"which worker ").expect("an echo");
         if of_worker(proxy, "tidegate_worker_accepted_total", worker) > before {
             return client;
         }
     }
-    panic!("worker {worker} has taken none of 200 connections");
+    panic!("worker {worker} has accepted none of 200 connections");
 }
 
 #[track_caller]
@@ -113,8 +113,8 @@ fn echoes(client: &TcpStream) {
 }
 
 #[track_caller]
-fn everything_adds_up(proxy: &TestProxy) {
-    eventually(secs(10), "every session that was accepted is accounted for", || {
+fn assert_counts_match(proxy: &TestProxy) {
+    eventually(secs(10), "every accepted session has an end", || {
         let ended = proxy.metric("tidegate_session_end_total", &[]);
         proxy.metric("tidegate_worker_accepted_total", &[]) == ended
             && proxy.metric("tidegate_worker_active", &[]) == 0.0
@@ -123,7 +123,7 @@ fn everything_adds_up(proxy: &TestProxy) {
     });
 }
 
-fn a_panic_in_a_session_ends_that_session_alone(engine: Engine) {
+fn panic_in_a_session_ends_only_that_session(engine: Engine) {
     let Some((proxy, _backend)) = start(engine, 1) else { return };
     let other = connect(proxy.addr("web"));
     echoes(&other);
@@ -132,7 +132,7 @@ fn a_panic_in_a_session_ends_that_session_alone(engine: Engine) {
         let end = client::connect_and_read_to_end(proxy.addr("web"));
         assert_eq!(end, End::Reset(0), "{place}");
         let labels = [("cause", "internal-error"), ("phase", phase)];
-        eventually(secs(5), "it is accounted for", || {
+        eventually(secs(5), "the session is counted", || {
             proxy.metric("tidegate_session_end_total", &labels) == 1.0
         });
     }
@@ -149,7 +149,7 @@ fn a_panic_in_a_session_ends_that_session_alone(engine: Engine) {
     assert!(lines.iter().all(|line| line["cause"] == "internal-error"), "{lines:?}");
     assert_eq!(proxy.frontend("web")["sessions_active"], 1);
     drop(other);
-    everything_adds_up(&proxy);
+    assert_counts_match(&proxy);
 }
 
 fn panicked_worker_loses_only_its_own_sessions(engine: Engine) {
@@ -160,8 +160,8 @@ fn panicked_worker_loses_only_its_own_sessions(engine: Engine) {
         let lost: Vec<TcpStream> = (0..3).map(|_| client_of(&proxy, 1)).collect();
         let errors = internal_errors(&proxy);
         order(&proxy, place, 1, 0);
-        eventually(secs(10), "the fault has come", || {
-            // Some of the places are passed only when somebody comes.
+        eventually(secs(10), "the worker has panicked", || {
+            // Some fault points are reached only by a new connection or new bytes.
             if let Ok(client) = try_connect(proxy.addr("web")) {
                 let _ = exchange(&client, b"x");
             }
@@ -178,7 +178,7 @@ fn panicked_worker_loses_only_its_own_sessions(engine: Engine) {
     }
     assert_eq!(falls(&proxy, 0), 0.0);
     drop(survivor);
-    everything_adds_up(&proxy);
+    assert_counts_match(&proxy);
     let lines = proxy.access_log();
     let broken_off: Vec<_> =
         lines.iter().filter(|line| line["cause"] == "internal-error").collect();
@@ -186,7 +186,7 @@ fn panicked_worker_loses_only_its_own_sessions(engine: Engine) {
     let relayed = broken_off.iter().filter(|line| {
         line["phase"] == "data" && line["code"] == "ID" && line["bytes_in"].as_u64() >= Some(13)
     });
-    assert!(relayed.count() >= 16, "what they had moved is told: {broken_off:?}");
+    assert!(relayed.count() >= 16, "byte counts are missing: {broken_off:?}");
     let mut numbers: Vec<u64> =
         lines.iter().map(|line| line["session"].as_u64().unwrap()).collect();
     numbers.sort_unstable();
@@ -196,7 +196,7 @@ fn panicked_worker_loses_only_its_own_sessions(engine: Engine) {
 fn client_queued_at_a_panicked_worker_is_served(engine: Engine) {
     let Some((proxy, _backend)) = start(engine, 2) else { return };
     for worker in [0, 1] {
-        // It takes nobody, then it falls with whoever has queued meanwhile.
+        // The worker stalls, and then panics with the clients in its listen queue.
         order(&proxy, "stall", worker, 500);
         order(&proxy, "worker", worker, 0);
     }
@@ -208,18 +208,18 @@ fn client_queued_at_a_panicked_worker_is_served(engine: Engine) {
         wait_for_restarts(&proxy, worker, 1.0);
     }
     drop(queued);
-    everything_adds_up(&proxy);
-    assert_eq!(internal_errors(&proxy), 0.0, "nobody had a session yet");
+    assert_counts_match(&proxy);
+    assert_eq!(internal_errors(&proxy), 0.0, "a queued client was counted");
 }
 
-fn a_worker_that_falls_again_and_again_ends_the_process(engine: Engine) {
+fn process_exits_after_too_many_worker_panics(engine: Engine) {
     let Some((mut proxy, _backend)) = start_single(engine, 1) else { return };
     for n in 1..=5_u32 {
         order(&proxy, "worker", 0, 0);
         wait_for_restarts(&proxy, 0, f64::from(n));
         echoes(&connect(proxy.addr("web")));
     }
-    // Perhaps nobody is left to answer.
+    // The process can exit before it answers.
     let socket = proxy.dir().join("admin.sock");
     let _ = http::over_unix(&socket, "POST", "/debug/fault/worker/0/0");
     assert_eq!(proxy.wait_exit(secs(10)), Some(3));
@@ -227,11 +227,11 @@ fn a_worker_that_falls_again_and_again_ends_the_process(engine: Engine) {
     assert!(log.contains("worker panicked too often"), "{log}");
 }
 
-fn reload_and_upgrade_work_after_a_fall(engine: Engine) {
+fn reload_and_upgrade_work_after_a_worker_panic(engine: Engine) {
     let Some((mut proxy, _backend)) = start(engine, 2) else { return };
     order(&proxy, "worker", 1, 0);
     wait_for_restarts(&proxy, 1, 1.0);
-    // Another address: the new thread listens there, and retires from it.
+    // A new address: the new thread listens on it and later stops listening on it.
     let conf = proxy.conf();
     let mut both = conf.clone().frontend("two", "web", "");
     both.pool_mut("web").backends[0].keys = "weight = 2".into();
@@ -247,18 +247,18 @@ fn reload_and_upgrade_work_after_a_fall(engine: Engine) {
     proxy.upgrade();
     echoes(&survivor);
     echoes(&client_of(&proxy, 1));
-    assert_eq!(falls(&proxy, 1), 1.0, "counted on by the next process");
+    assert_eq!(falls(&proxy, 1), 1.0, "the count survives the upgrade");
     drop(survivor);
     let before = proxy.pids_before()[0];
     eventually(secs(10), "the old process ends", || crate::common::proc::is_dead(before));
     proxy.rebaseline();
 }
 
-fn a_control_thread_that_panics_ends_the_process(engine: Engine) {
+fn process_exits_if_its_control_thread_panics(engine: Engine) {
     let Some((mut proxy, _backend)) = start_single(engine, 1) else { return };
     let client = connect(proxy.addr("web"));
     echoes(&client);
-    // Nobody is left to answer.
+    // The process exits without an answer.
     let socket = proxy.dir().join("admin.sock");
     let _ = http::over_unix(&socket, "POST", "/debug/fault/control/0/0");
     assert_eq!(proxy.wait_exit(secs(10)), Some(3));
@@ -267,7 +267,7 @@ fn a_control_thread_that_panics_ends_the_process(engine: Engine) {
     assert!(log.contains("control thread panicked; exiting"), "{log}");
 }
 
-fn a_process_whose_control_thread_panics_is_replaced_at_once(engine: Engine) {
+fn supervisor_replaces_a_process_after_a_control_thread_panic(engine: Engine) {
     let Some((mut proxy, _backend)) = start(engine, 1) else { return };
     let before = proxy.pid();
     let socket = proxy.dir().join("admin.sock");
@@ -286,7 +286,7 @@ fn a_process_whose_control_thread_panics_is_replaced_at_once(engine: Engine) {
     proxy.rebaseline();
 }
 
-fn faults_need_the_secret_word(engine: Engine) {
+fn fault_injection_needs_the_environment_variable(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()));
     let proxy = TestProxy::start(conf);
@@ -295,20 +295,20 @@ fn faults_need_the_secret_word(engine: Engine) {
 
 // === alone ===
 
-/// What the log says of each restart.
+/// Restart times of the worker from the log.
 fn restarts_took(proxy: &TestProxy) -> Vec<Duration> {
     let log = proxy.log();
     let lines = log.lines().filter(|line| line.contains("worker restarted"));
     lines
         .map(|line| {
-            let (_, rest) = line.split_once("took_us=").expect("how long it took");
+            let (_, rest) = line.split_once("took_us=").expect("a duration");
             let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
             Duration::from_micros(digits.parse().expect("a number"))
         })
         .collect()
 }
 
-fn a_fallen_worker_serves_again_within_a_tenth_of_a_second(engine: Engine) {
+fn panicked_worker_restarts_within_100_ms(engine: Engine) {
     let Some((proxy, backend)) = start(engine, 1) else { return };
     for n in 1..=3_u32 {
         let clients: Vec<TcpStream> = (0..300).map(|_| connect(proxy.addr("web"))).collect();
@@ -318,17 +318,17 @@ fn a_fallen_worker_serves_again_within_a_tenth_of_a_second(engine: Engine) {
         for client in &clients {
             assert_eq!(client::read_to_end(client), End::Reset(0));
         }
-        eventually(secs(10), "the backend has lost them, too", || backend.active() == 0);
+        eventually(secs(10), "the backend connections have closed", || backend.active() == 0);
     }
     assert_eq!(internal_errors(&proxy), 900.0);
     let took = restarts_took(&proxy);
     measured(&format!("a worker with 300 sessions, serving again after {took:?}"));
     let best = took.iter().min().expect("three restarts");
     assert!(took.len() == 3 && *best < patience(ms(100)), "{took:?}");
-    everything_adds_up(&proxy);
+    assert_counts_match(&proxy);
 }
 
-fn a_worker_that_does_not_turn_is_named(engine: Engine) {
+fn stalled_worker_is_reported(engine: Engine) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("notify");
     let manager = UnixDatagram::bind(&path).unwrap();
@@ -346,7 +346,7 @@ fn a_worker_that_does_not_turn_is_named(engine: Engine) {
     let stalled = |worker| of_worker(&proxy, "tidegate_worker_stalled", worker);
     assert_eq!(stalled(1), 0.0);
     order(&proxy, "stall", 1, 4_500);
-    eventually(secs(4), "it is noticed", || stalled(1) == 1.0);
+    eventually(secs(4), "the stall is reported", || stalled(1) == 1.0);
     echoes(&survivor);
     let ready = proxy.admin_request("GET", "/ready");
     assert_eq!((ready.status, ready.body.contains("worker 1 is stalled")), (503, true));
@@ -355,29 +355,29 @@ fn a_worker_that_does_not_turn_is_named(engine: Engine) {
     let line = line.expect("a line in the log");
     assert!(line.contains("worker=1") && line.contains("stage=\"running a command\""), "{line}");
     assert!(line.contains("thread_state=\"sleeping\""), "{line}");
-    // From 1.2 s on the manager hears nothing more.
-    eventually(secs(4), "the service manager is not told that all is well", || {
+    // After 1.2 s the service manager receives no more watchdog messages.
+    eventually(secs(4), "the watchdog messages stop", || {
         beats();
         let since = Instant::now();
         std::thread::sleep(ms(1_000));
         beats() == 0 && stalled(1) == 1.0 && since.elapsed() >= ms(1_000)
     });
-    eventually(secs(10), "it turns again", || stalled(1) == 0.0);
+    eventually(secs(10), "the stall ends", || stalled(1) == 0.0);
     assert_eq!(proxy.admin_request("GET", "/ready").status, 200);
     assert!(proxy.log().contains("worker responsive again"));
-    eventually(secs(5), "all is well", || beats() > 0);
+    eventually(secs(5), "the watchdog messages continue", || beats() > 0);
     let stalls = |worker| of_worker(&proxy, "tidegate_worker_stalls_total", worker);
     assert_eq!((stalls(0), stalls(1)), (0.0, 1.0));
     echoes(&client_of(&proxy, 1));
     drop(survivor);
 }
 
-fn a_process_that_was_stopped_has_no_stalled_worker(engine: Engine) {
+fn stopped_process_reports_no_stalled_worker(engine: Engine) {
     let Some((proxy, _backend)) = start(engine, 2) else { return };
     proxy.signal(Signal::STOP);
     std::thread::sleep(ms(2_500));
     proxy.signal(Signal::CONT);
-    // Long enough for the watcher to look, and to look again.
+    // Long enough for two checks of the watchdog thread.
     std::thread::sleep(ms(800));
     assert_eq!(proxy.metric("tidegate_worker_stalls_total", &[]), 0.0, "{}", proxy.log());
     assert_eq!(proxy.admin_request("GET", "/ready").status, 200);

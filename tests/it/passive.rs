@@ -1,5 +1,5 @@
-//! What sessions tell of a backend: it resets early, it takes connections and
-//! does not answer, it is back; and whom that is never held against.
+//! Passive health checks: early resets, backends that accept and do not answer, and trial
+//! sessions. Also cases that must not count as failures.
 
 use crate::common::backend::{self, Refusing, ScriptedBackend, script};
 use crate::common::client::{self, End};
@@ -15,15 +15,15 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 on_every_engine!(
-    a_backend_that_accepts_and_hangs_loses_weight_within_two_seconds,
+    backend_that_accepts_and_hangs_is_suspect_within_2_s,
     resets_before_the_first_byte_eject,
-    an_end_in_order_without_a_byte_is_no_failure,
-    one_trial_connection_after_an_ejection,
-    a_failed_trial_ejects_again_for_longer,
+    fin_without_bytes_is_no_failure,
+    ejection_ends_with_one_trial_session,
+    failed_trial_session_ejects_again,
     long_poll_pool_suspects_no_backend,
 );
 
-/// Answers HTTP, `delay` after the request.
+/// Answers HTTP after `delay`.
 fn late(name: &str, delay: Duration) -> backend::Script {
     let answer = format!(
         "HTTP/1.1 200 X\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{name}",
@@ -41,14 +41,14 @@ fn reason(proxy: &TestProxy, name: &str) -> String {
     proxy.backend("web", name)["last_transition"]["reason"].to_string()
 }
 
-/// Sends a byte and sees how it ends.
+/// Sends a byte and returns how the stream ends.
 fn speak(address: SocketAddr) -> End {
     let Ok(mut stream) = client::try_connect(address) else { return End::Reset(0) };
     let _ = stream.write_all(b"x");
     client::read_to_end(&stream)
 }
 
-fn a_backend_that_accepts_and_hangs_loses_weight_within_two_seconds(engine: Engine) {
+fn backend_that_accepts_and_hangs_is_suspect_within_2_s(engine: Engine) {
     if !have(&["nginx"]) {
         return;
     }
@@ -59,7 +59,7 @@ fn a_backend_that_accepts_and_hangs_loses_weight_within_two_seconds(engine: Engi
     let proxy = TestProxy::start(Conf::simple(engine, pool).workers(2));
     let steady = Steady::start(proxy.addr("web"), 8);
     std::thread::sleep(secs(1));
-    // The kernel goes on taking connections for it.
+    // The kernel continues to accept connections for the stopped server.
     servers[2].pause();
     let paused = Instant::now();
     let weight = || proxy.backend("web", "c")["effective_weight"].as_f64().expect("a weight");
@@ -77,14 +77,14 @@ fn a_backend_that_accepts_and_hangs_loses_weight_within_two_seconds(engine: Engi
     assert!(stuck <= 3, "{stuck} more sessions");
     servers[2].resume();
     let resumed = Instant::now();
-    eventually(secs(10), "c is cleared", || weight() == 1.0);
+    eventually(secs(10), "c has its full weight", || weight() == 1.0);
     measured(&format!(
-        "cleared {:.2?} after it went on: {}",
+        "full weight {:.2?} after it continued: {}",
         resumed.elapsed(),
         reason(&proxy, "c")
     ));
     let attempts: Vec<_> = steady.stop().into_iter().chain(more.stop()).collect();
-    assert!(attempts.iter().all(|attempt| attempt.result.is_ok()), "nobody was reset");
+    assert!(attempts.iter().all(|attempt| attempt.result.is_ok()), "every session succeeds");
     assert!(answered_by(&attempts, "c") > 0);
     assert_eq!(proxy.backend("web", "a")["effective_weight"], 1);
 }
@@ -104,9 +104,9 @@ fn resets_before_the_first_byte_eject(engine: Engine) {
     let reset = bad.accepted();
     assert!((3..=4).contains(&reset), "{reset} resets until the ejection");
     assert!(reason(&proxy, "bad").contains("connection reset before the first byte"));
-    assert_eq!(proxy.backend("web", "bad")["connect_failures_total"], 0, "it did connect");
+    assert_eq!(proxy.backend("web", "bad")["connect_failures_total"], 0, "the connect succeeds");
     assert!((0..10).all(|_| speak(proxy.addr("web")) != End::Reset(0)));
-    // Nobody minds where it is switched off.
+    // Early resets have no effect if they are switched off.
     let mut conf = proxy.conf();
     *conf.pool_mut("web") = pool.ejection("failures = 3\nearly_resets = false");
     proxy.reload(conf);
@@ -118,7 +118,7 @@ fn resets_before_the_first_byte_eject(engine: Engine) {
     assert_eq!(proxy.backend("web", "bad")["ejected"], false);
 }
 
-fn an_end_in_order_without_a_byte_is_no_failure(engine: Engine) {
+fn fin_without_bytes_is_no_failure(engine: Engine) {
     let mute = ScriptedBackend::start(script(|conn| {
         let _ = conn.read(&mut [0; 4096]);
         conn.fin();
@@ -138,7 +138,7 @@ fn an_end_in_order_without_a_byte_is_no_failure(engine: Engine) {
     assert_eq!((&status["ejected"], &status["ejections_total"]), (&false.into(), &0.into()));
 }
 
-/// A pool whose backend `a` refuses until it is ejected, and the address it had.
+/// A pool with backend `a`, which refuses until it is ejected. Returns the address of `a`.
 fn ejected(engine: Engine, good: &ScriptedBackend) -> (TestProxy, SocketAddr) {
     let nobody = Refusing::new();
     let address = nobody.address;
@@ -148,13 +148,13 @@ fn ejected(engine: Engine, good: &ScriptedBackend) -> (TestProxy, SocketAddr) {
         .backend("b", good.address());
     let proxy = TestProxy::start(Conf::simple(engine, pool).workers(2));
     eventually(secs(5), "a is ejected", || {
-        assert_eq!(http::over_tcp(proxy.addr("web"), "/").expect("retried elsewhere").body, "b");
+        assert_eq!(http::over_tcp(proxy.addr("web"), "/").expect("a retry on b").body, "b");
         proxy.backend("web", "a")["ejected"] == true
     });
     (proxy, address)
 }
 
-fn one_trial_connection_after_an_ejection(engine: Engine) {
+fn ejection_ends_with_one_trial_session(engine: Engine) {
     let good = ScriptedBackend::start(late("b", Duration::ZERO));
     let (proxy, address) = ejected(engine, &good);
     let gate = backend::Gate::default();
@@ -170,19 +170,19 @@ fn one_trial_connection_after_an_ejection(engine: Engine) {
         }),
     );
     let steady = Steady::start(proxy.addr("web"), 16);
-    eventually(secs(10), "one session tries it", || a.accepted() > 0);
+    eventually(secs(10), "the trial session starts", || a.accepted() > 0);
     let others = good.accepted();
     std::thread::sleep(ms(500));
-    assert_eq!(a.accepted(), 1, "others came while it was tried");
-    assert!(good.accepted() > others + 20, "the others were served meanwhile");
+    assert_eq!(a.accepted(), 1, "more than one session during the trial");
+    assert!(good.accepted() > others + 20, "b served too few sessions");
     gate.open();
-    eventually(secs(5), "everybody comes", || a.accepted() > 20);
+    eventually(secs(5), "a gets its share", || a.accepted() > 20);
     let attempts = steady.stop();
     assert!(attempts.iter().all(|attempt| attempt.result.is_ok()), "{attempts:?}");
     assert!(reason(&proxy, "a").contains("trial session succeeded"), "{}", reason(&proxy, "a"));
 }
 
-fn a_failed_trial_ejects_again_for_longer(engine: Engine) {
+fn failed_trial_session_ejects_again(engine: Engine) {
     let good = ScriptedBackend::start(late("b", Duration::ZERO));
     let (proxy, address) = ejected(engine, &good);
     let a = ScriptedBackend::start_on(address, backend::reset_after(1));

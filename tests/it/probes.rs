@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 const PROBE: &str =
     "interval = \"500ms\"\ntimeout = \"400ms\"\nfast_interval = \"400ms\"\nfall = 2";
 
-/// How long a death of the pool `web`'s one backend takes to be seen.
+/// Stops the backend `name` of pool `web`. Returns the time until it is down.
 fn death(proxy: &TestProxy, name: &str, backend: ScriptedBackend) -> Duration {
     proxy.wait_backend("web", name, "observation", "up");
     let path = format!("/v1/pools/web/backends/{name}/explain");
     let began = Instant::now();
     drop(backend);
-    eventually(secs(30), "its death is seen", || {
+    eventually(secs(30), "the backend is down", || {
         proxy.admin_request("GET", &path).json()["observation"] == "down"
     });
     began.elapsed()
@@ -26,7 +26,7 @@ mod alone {
     use super::*;
 
     #[test]
-    fn a_death_is_seen_as_soon_beside_thousands_of_backends_that_hang() {
+    fn thousands_of_hanging_backends_do_not_delay_detection() {
         let _share = exclusive::alone();
         let count = if long() { 5_000 } else { 3_000 };
         let start = || {
@@ -47,7 +47,7 @@ mod alone {
         let (backends, conf) = start();
         let alone = deaths(&TestProxy::start(conf), backends);
 
-        // Nobody accepts there: connections stand or not, and no probe is answered.
+        // No process accepts here: some connects succeed and no probe gets an answer.
         let hanging = TcpListener::bind("0.0.0.0:0").unwrap();
         let mute = "kind = \"send-expect\"\nsend = \"?\"\nexpect = \"!\"\ninterval = \"2s\"\n\
                     timeout = \"1s\"\nfast_interval = \"1s\"";
@@ -62,7 +62,7 @@ mod alone {
         let beside = deaths(&proxy, backends);
         let waited = proxy.metric("tidegate_probes_waited_total", &[]);
         measured(&format!(
-            "deaths seen after {alone:.0?} alone, {beside:.0?} beside {count} that hang; {waited} probes waited"
+            "down after {alone:.0?} alone, {beside:.0?} next to {count} that hang; {waited} probes waited"
         ));
         assert!(beside[1] < alone[1].mul_f64(1.5) + ms(300), "{beside:?} instead of {alone:?}");
     }

@@ -1,7 +1,6 @@
-//! Established sessions: every byte arrives, in order, and ends travel as they
-//! were sent.
+//! Established sessions: every byte arrives in order, and FIN and RST are passed on.
 //!
-//! Scripted peers on both sides, 1 GiB and 10,000-stream runs among them.
+//! Scripted peers on both sides, with runs of up to 1 GiB and thousands of streams.
 
 use crate::common::backend::{self, Gate, ScriptedBackend, script};
 use crate::common::client::{self, End, connect};
@@ -26,22 +25,22 @@ on_every_engine!(
     reset_from_the_backend_reaches_the_client_as_a_reset,
     fin_comes_only_after_the_last_byte_to_a_slow_reader,
     fin_from_the_backend_waits_for_a_slow_client,
-    backend_that_speaks_first_is_heard,
+    greeting_of_the_backend_arrives,
     ipv6_on_both_sides,
-    unix_socket_backend_is_served,
+    unix_socket_backend_serves,
     one_frontend_listens_on_several_addresses,
-    sessions_without_a_byte_end_in_order,
+    sessions_without_bytes_end_with_fin,
     idle_sessions_are_closed_with_fin_on_both_sides,
-    half_closed_sessions_are_closed_after_their_timeout,
+    half_closed_sessions_are_closed_after_half_closed_timeout,
     backend_half_close_leaves_the_other_direction_open,
     urgent_byte_does_not_break_the_stream,
-    reset_while_output_is_pending_is_remembered,
-    thousand_connections_come_at_once,
+    reset_with_pending_output_reaches_the_backend,
+    thousand_simultaneous_connections_are_served,
 );
 on_every_engine_alone!(
     bulk_each_way_arrives_unchanged,
     ten_thousand_streams_arrive_unchanged,
-    slow_backend_does_not_grow_the_balancer,
+    slow_backend_does_not_grow_memory,
     iperf3_runs_both_ways_in_parallel,
 );
 
@@ -49,7 +48,7 @@ fn relay_to(engine: Engine, backend: &ScriptedBackend) -> TestProxy {
     TestProxy::start(Conf::simple(engine, Pool::new("web").backend("a", backend.address())))
 }
 
-/// `len` bytes, no two MiB alike; returns their SHA-256.
+/// Writes `len` bytes without repetition. Returns the length and the SHA-256.
 fn pour(len: u64, seed: u64, mut to: impl FnMut(&[u8]) -> io::Result<()>) -> String {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut block: Vec<u8> = (0..1 << 20).map(|_| random.u8(..)).collect();
@@ -65,7 +64,7 @@ fn pour(len: u64, seed: u64, mut to: impl FnMut(&[u8]) -> io::Result<()>) -> Str
     format!("{len} {:x?}", hash.finalize())
 }
 
-/// Reads to FIN; returns the length and SHA-256.
+/// Reads until FIN. Returns the length and the SHA-256.
 fn drink(mut from: impl FnMut(&mut [u8]) -> io::Result<usize>) -> String {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 256 * 1024];
@@ -84,7 +83,7 @@ fn bulk_each_way_arrives_unchanged(engine: Engine) {
     let len: u64 = if long() { 1 << 30 } else { 1 << 28 };
     let (digests, at_the_backend) = mpsc::channel();
     let backend = ScriptedBackend::start(script(move |conn| {
-        // Up first: the client's FIN ends it. Then down.
+        // First up to the client's FIN, then down.
         digests.send(drink(|buffer| conn.read(buffer))).unwrap();
         digests.send(pour(len, 2, |bytes| conn.write_all(bytes))).unwrap();
     }));
@@ -118,7 +117,7 @@ fn half_close_after_64_mib_gets_the_whole_answer(engine: Engine) {
 }
 
 fn ten_thousand_streams_arrive_unchanged(engine: Engine) {
-    // 5,000 on each engine make the ten thousand; the long run has tenfold.
+    // 10,000 streams on the two engines together. The long run has ten times as many.
     let streams = if long() { 50_000 } else { 5_000 };
     let ledger = Ledger::new(StreamSizes { most: 256 * 1024, large_one_in: 500 });
     let backends = [(); 3].map(|()| ScriptedBackend::start(ledger.script()));
@@ -197,7 +196,7 @@ fn fin_from_the_backend_waits_for_a_slow_client(engine: Engine) {
     assert_eq!(total, LEN);
 }
 
-fn backend_that_speaks_first_is_heard(engine: Engine) {
+fn greeting_of_the_backend_arrives(engine: Engine) {
     let backend = ScriptedBackend::start(backend::greet("220 ready\r\n"));
     let proxy = relay_to(engine, &backend);
     let mut client = connect(proxy.addr("web"));
@@ -207,7 +206,7 @@ fn backend_that_speaks_first_is_heard(engine: Engine) {
     assert_eq!(client::exchange(&client, b"EHLO").unwrap(), b"EHLO");
 }
 
-fn slow_backend_does_not_grow_the_balancer(engine: Engine) {
+fn slow_backend_does_not_grow_memory(engine: Engine) {
     const CLIENTS: usize = 64;
     let gate = Gate::default();
     let backend = ScriptedBackend::start(script({
@@ -239,21 +238,21 @@ fn slow_backend_does_not_grow_the_balancer(engine: Engine) {
     };
     let sent: u64 = std::thread::scope(|scope| {
         let filling: Vec<_> = clients.iter().map(|client| scope.spawn(|| fill(client))).collect();
-        filling.into_iter().map(|one| one.join().unwrap()).sum()
+        filling.into_iter().map(|thread| thread.join().unwrap()).sum()
     });
     let grown = proxy.rss_kib().saturating_sub(before);
     measured(&format!("{CLIENTS} blocked clients hold {grown} KiB; {} MiB sent", sent >> 20));
-    // epoll keeps one read for each; the ring engine's sessions share each
-    // worker's pool of 1,024 buffers of 16 KiB, and no more than that.
+    // epoll keeps one read per session. io_uring sessions share the buffer pool of each
+    // worker: 1,024 buffers of 16 KiB.
     let bound = match engine {
         Engine::Epoll => CLIENTS as u64 * 256,
         Engine::IoUring => 2 * 16 * 1024 + 4 * 1024,
     };
-    assert!(grown < bound, "{grown} KiB for {CLIENTS} blocked sessions, {bound} are allowed");
+    assert!(grown < bound, "{grown} KiB for {CLIENTS} blocked sessions, {bound} KiB allowed");
     gate.open();
     clients.iter().for_each(|client| client.shutdown(Shutdown::Write).unwrap());
     let counts = backend.counts();
-    eventually(secs(20), "everything that was sent has arrived", || {
+    eventually(secs(20), "all bytes have arrived", || {
         counts.bytes_read.load(Ordering::Relaxed) == sent
     });
 }
@@ -273,7 +272,7 @@ fn ipv6_on_both_sides(engine: Engine) {
     assert!(from.is_ipv6());
 }
 
-fn unix_socket_backend_is_served(engine: Engine) {
+fn unix_socket_backend_serves(engine: Engine) {
     let dir = tempfile::Builder::new().prefix("tg-ux-").tempdir_in("/tmp").unwrap();
     let backend = ScriptedBackend::start_unix(&dir.path().join("b.sock"), backend::echo());
     let proxy = relay_to(engine, &backend);
@@ -301,7 +300,7 @@ fn one_frontend_listens_on_several_addresses(engine: Engine) {
     }
 }
 
-fn sessions_without_a_byte_end_in_order(engine: Engine) {
+fn sessions_without_bytes_end_with_fin(engine: Engine) {
     let backend = ScriptedBackend::start(script(|conn| conn.drain()));
     let proxy = relay_to(engine, &backend);
     for round in 0..50 {
@@ -327,7 +326,7 @@ fn idle_sessions_are_closed_with_fin_on_both_sides(engine: Engine) {
     let client = connect(proxy.addr("web"));
     let start = Instant::now();
     while start.elapsed() < ms(1800) {
-        // Three timeouts long, never idle for one.
+        // Three timeouts long, and never idle for a whole timeout.
         client::exchange(&client, b"x").unwrap();
         std::thread::sleep(ms(100));
     }
@@ -343,7 +342,7 @@ fn idle_sessions_are_closed_with_fin_on_both_sides(engine: Engine) {
     assert_eq!(log[0]["timer"], "idle_timeout", "{:#}", log[0]);
 }
 
-fn half_closed_sessions_are_closed_after_their_timeout(engine: Engine) {
+fn half_closed_sessions_are_closed_after_half_closed_timeout(engine: Engine) {
     let gate = Gate::default();
     let backend = ScriptedBackend::start(script({
         let gate = gate.clone();
@@ -385,8 +384,8 @@ fn urgent_byte_does_not_break_the_stream(engine: Engine) {
     let client = connect(proxy.addr("web"));
     assert_eq!(client::exchange(&client, b"before").unwrap(), b"before");
     socket2::SockRef::from(&client).send_out_of_band(b"!").unwrap();
-    // It stays in the stream as an ordinary byte (RFC 6093 has new applications
-    // read it so), and what follows arrives whole.
+    // The urgent byte stays in the stream as an ordinary byte, as RFC 6093 recommends. All
+    // following bytes arrive.
     (&client).write_all(b"after").unwrap();
     let mut echoed = [0; 6];
     (&client).read_exact(&mut echoed).unwrap();
@@ -395,11 +394,11 @@ fn urgent_byte_does_not_break_the_stream(engine: Engine) {
     assert_eq!(client::read_to_end(&client), End::Fin(0));
 }
 
-fn reset_while_output_is_pending_is_remembered(engine: Engine) {
+fn reset_with_pending_output_reaches_the_backend(engine: Engine) {
     let gate = Gate::default();
     let backend = ScriptedBackend::start(script({
         let gate = gate.clone();
-        // Reads late, so that output for it is pending when the reset comes.
+        // Reads late, so that output for the backend is pending at the reset.
         move |conn| {
             gate.wait();
             conn.drain();
@@ -419,7 +418,7 @@ fn reset_while_output_is_pending_is_remembered(engine: Engine) {
     assert_eq!(log[0]["cause"], "client-reset", "{:#}", log[0]);
 }
 
-fn thousand_connections_come_at_once(engine: Engine) {
+fn thousand_simultaneous_connections_are_served(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let proxy = relay_to(engine, &backend);
     let clients: Vec<_> = (0..1000).map(|_| connect(proxy.addr("web"))).collect();

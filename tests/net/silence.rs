@@ -58,7 +58,7 @@ impl Beating {
     #[track_caller]
     fn wait_for_beats(&self, count: u64) {
         for host in &self.hosts.backends {
-            self.proxy.wait_beats("web", host.name, count);
+            self.proxy.wait_heartbeats("web", host.name, count);
         }
     }
 
