@@ -128,7 +128,10 @@ impl Conf {
     /// Returns the frontend of this name for changes.
     #[track_caller]
     pub fn frontend_mut(&mut self, name: &str) -> &mut Frontend {
-        self.frontends.iter_mut().find(|frontend| frontend.name == name).expect("a frontend of that name")
+        self.frontends
+            .iter_mut()
+            .find(|frontend| frontend.name == name)
+            .expect("a frontend of that name")
     }
 
     /// The first address on which the frontend of this name listens.

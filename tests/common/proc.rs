@@ -127,7 +127,8 @@ pub fn signal(pid: u32, signal: Signal) {
 pub fn set_fd_limit(pid: u32, soft: u64) -> u64 {
     use rustix::process::{Resource, Rlimit};
     let target = Pid::from_raw(pid as i32).expect("a pid is never 0");
-    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).expect("the child is running");
+    let limits =
+        std::fs::read_to_string(format!("/proc/{pid}/limits")).expect("the child is running");
     let line = limits.lines().find(|line| line.starts_with("Max open files")).expect("NOFILE");
     let hard = line.split_whitespace().nth(4).and_then(|word| word.parse().ok());
     let new = Rlimit { current: Some(soft), maximum: hard };

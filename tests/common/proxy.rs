@@ -539,7 +539,8 @@ impl TestProxy {
     /// Returns the lines of the access log that do not contain `text`. Reads line by line,
     /// because the log can be long.
     pub fn access_lines_without(&self, text: &str) -> String {
-        let file = std::fs::File::open(access_log_path(self.dir.path())).expect("the access log exists");
+        let file =
+            std::fs::File::open(access_log_path(self.dir.path())).expect("the access log exists");
         let lines = std::io::BufRead::lines(std::io::BufReader::new(file)).map_while(Result::ok);
         lines.filter(|line| !line.contains(text)).collect::<Vec<_>>().join("\n")
     }

@@ -178,11 +178,12 @@ impl Redis {
 /// Returns the output of redis-benchmark. Panics on a non-zero exit or an error line.
 #[track_caller]
 pub fn redis_benchmark(address: SocketAddr, arguments: &[&str]) -> String {
-    let output = Command::new(find("redis-benchmark").expect("the test checked for redis-benchmark"))
-        .args(["-h", &address.ip().to_string(), "-p", &address.port().to_string()])
-        .args(arguments)
-        .output()
-        .expect("run redis-benchmark");
+    let output =
+        Command::new(find("redis-benchmark").expect("the test checked for redis-benchmark"))
+            .args(["-h", &address.ip().to_string(), "-p", &address.port().to_string()])
+            .args(arguments)
+            .output()
+            .expect("run redis-benchmark");
     let text = String::from_utf8_lossy(&output.stdout).replace('\r', "\n")
         + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "redis-benchmark {arguments:?}: {text}");

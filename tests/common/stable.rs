@@ -83,5 +83,8 @@ pub fn failures_since(attempts: &[Attempt], since: Instant) -> Vec<&Attempt> {
 
 /// Returns the number of sessions that the backend `name` answered.
 pub fn answered_by(attempts: &[Attempt], name: &str) -> usize {
-    attempts.iter().filter(|session| session.result.as_deref().is_ok_and(|from| from == name)).count()
+    attempts
+        .iter()
+        .filter(|session| session.result.as_deref().is_ok_and(|from| from == name))
+        .count()
 }

@@ -187,7 +187,7 @@ fn wrong_path_gives_404_and_wrong_method_405(engine: Engine) {
         ("GET", "/nowhere", 404),
         ("POST", "/metrics", 405),
         ("GET", "/v1/reload", 405),
-        ("POST", "/v1/pools/web/backends/nobody/drain", 404),
+        ("POST", "/v1/pools/web/backends/unknown/drain", 404),
         ("GET", "/live", 200),
         ("GET", "/ready", 200),
     ] {

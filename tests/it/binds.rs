@@ -39,39 +39,39 @@ fn neighbours() -> [SocketAddr; 3] {
 
 fn reload_rejects_an_address_of_another_tidegate(engine: Engine) {
     let (a, b) = (named("a"), named("b"));
-    let [mine, theirs, everywhere] = neighbours();
-    let mut proxy = TestProxy::start(conf(engine, &a, &[mine]));
-    let other = TestProxy::start(conf(engine, &b, &[theirs]));
-    for binds in [&[mine, theirs][..], &[everywhere][..]] {
+    let [own, foreign, everywhere] = neighbours();
+    let mut proxy = TestProxy::start(conf(engine, &a, &[own]));
+    let other = TestProxy::start(conf(engine, &b, &[foreign]));
+    for binds in [&[own, foreign][..], &[everywhere][..]] {
         proxy.rewrite_by_rename(&proxy.render(&conf(engine, &a, binds)));
         let answer = proxy.admin_request("POST", "/v1/reload");
         assert_eq!(answer.status, 422, "{binds:?}: {}", answer.body);
         // The sandbox denies access to other processes, so the holder's name is missing.
-        assert!(answer.body.contains(&format!("listens on {theirs}")), "{}", answer.body);
+        assert!(answer.body.contains(&format!("listens on {foreign}")), "{}", answer.body);
         assert!(answer.body.contains("`ss -ltnp`"), "{}", answer.body);
-        assert_eq!(client::ask(mine).unwrap(), "a");
-        assert_eq!(client::ask(theirs).unwrap(), "b");
+        assert_eq!(client::ask(own).unwrap(), "a");
+        assert_eq!(client::ask(foreign).unwrap(), "b");
     }
     // Its own addresses never conflict.
     drop(other);
-    for binds in [&[everywhere][..], &[mine, theirs][..], &[mine][..]] {
+    for binds in [&[everywhere][..], &[own, foreign][..], &[own][..]] {
         proxy.reload(conf(engine, &a, binds));
-        assert_eq!(client::ask(mine).unwrap(), "a", "{binds:?}");
+        assert_eq!(client::ask(own).unwrap(), "a", "{binds:?}");
     }
     proxy.rebaseline();
 }
 
 fn start_rejects_an_address_of_another_tidegate(engine: Engine) {
     let (a, b) = (named("a"), named("b"));
-    let [mine, theirs, everywhere] = neighbours();
-    let other = TestProxy::start(conf(engine, &b, &[theirs]));
-    for binds in [&[mine, theirs][..], &[everywhere][..]] {
+    let [own, foreign, everywhere] = neighbours();
+    let other = TestProxy::start(conf(engine, &b, &[foreign]));
+    for binds in [&[own, foreign][..], &[everywhere][..]] {
         let started = TestProxy::try_start(conf(engine, &a, binds), &[]);
         let Err(log) = started else { panic!("it started on {binds:?}") };
         assert!(log.starts_with("exit status: 3"), "{log}");
-        assert!(log.contains(&format!("(tidegate) listens on {theirs}")), "{log}");
+        assert!(log.contains(&format!("(tidegate) listens on {foreign}")), "{log}");
     }
-    assert_eq!(client::ask(theirs).unwrap(), "b");
+    assert_eq!(client::ask(foreign).unwrap(), "b");
     drop(other);
 }
 

@@ -107,10 +107,10 @@ fn check_and_run_reject_an_unusable_state_directory() {
 fn commands_without_a_running_process_exit_with_3() {
     let _share = exclusive::shared();
     for command in [&["status"][..], &["reload"], &["drain", "web/a"], &["shutdown"]] {
-        let admin = ["--admin", "unix:/tmp/nobody-listens-here.sock"];
+        let admin = ["--admin", "unix:/tmp/no-listener.sock"];
         let output = tidegate(&[command, &admin].concat());
         assert_eq!(output.status.code(), Some(3), "{command:?}: {output:?}");
-        assert!(stderr(&output).contains("nobody-listens-here.sock"), "{output:?}");
+        assert!(stderr(&output).contains("no-listener.sock"), "{output:?}");
     }
 }
 
@@ -139,7 +139,12 @@ fn status_prints_text_and_json(engine: Engine) {
 
 /// Checks that `check` and `run` reject a file with the same first line and exit code 1.
 #[track_caller]
-fn assert_rejected_by_check_and_run(name: &str, text: &str, directory: &std::path::Path, why: &str) {
+fn assert_rejected_by_check_and_run(
+    name: &str,
+    text: &str,
+    directory: &std::path::Path,
+    why: &str,
+) {
     let file = directory.join("t.toml");
     std::fs::write(&file, text).unwrap();
     let file = file.to_string_lossy();
@@ -176,13 +181,23 @@ fn check_rejects_what_run_rejects() {
         ("open", "is accessible to others than its owner"),
     ] {
         let line = format!("[admin]\ntoken_file = \"{}\"\n", path.join(name).display());
-        assert_rejected_by_check_and_run(name, &text(&conf()).replace("[admin]\n", &line), path, why);
+        assert_rejected_by_check_and_run(
+            name,
+            &text(&conf()).replace("[admin]\n", &line),
+            path,
+            why,
+        );
     }
     let unknown = conf().process("user = \"no-such-user\"");
     assert_rejected_by_check_and_run("user", &text(&unknown), path, "no-such-user");
     let mut logs = conf();
     logs.access = Some("/nonexistent/access.log".into());
-    assert_rejected_by_check_and_run("access log", &text(&logs), path, "cannot open the access log: No such file");
+    assert_rejected_by_check_and_run(
+        "access log",
+        &text(&logs),
+        path,
+        "cannot open the access log: No such file",
+    );
     let mut source = conf();
     source.pools[0].keys = "source = \"203.0.113.7\"".into();
     let file = path.join("source.toml");

@@ -92,7 +92,9 @@ impl Place {
 
     fn wait_ready(&self) {
         let ready = || http::over_unix(&self.file("admin.sock"), "GET", "/ready");
-        eventually(secs(20), "the process is ready", || ready().is_ok_and(|answer| answer.status == 200));
+        eventually(secs(20), "the process is ready", || {
+            ready().is_ok_and(|answer| answer.status == 200)
+        });
     }
 
     fn serves(&self, port: u16) {
@@ -280,7 +282,7 @@ fn default_sandbox_lets_a_reload_read_any_directory() {
     let (_backend, proxy) = simple("");
     let answer = reload_with_a_list_elsewhere(&proxy);
     assert_eq!(answer.status, 200, "{}", answer.body);
-    client::exchange(&connect(proxy.addr("web")), b"and it goes on").unwrap();
+    client::exchange(&connect(proxy.addr("web")), b"another session").unwrap();
     proxy.rewrite_in_place(&proxy.render(&proxy.conf()));
 }
 
@@ -301,7 +303,7 @@ fn strict_sandbox_rejects_files_in_other_directories_with_the_reason() {
         "{}",
         refused.body
     );
-    client::exchange(&connect(proxy.addr("web")), b"and it goes on").unwrap();
+    client::exchange(&connect(proxy.addr("web")), b"another session").unwrap();
     proxy.rewrite_in_place(&proxy.render(&proxy.conf()));
 }
 
@@ -319,7 +321,7 @@ fn default_sandbox_rejects_logs_in_other_directories_with_the_reason() {
     let refused = proxy.admin_request("POST", "/v1/reload");
     assert_eq!(refused.status, 422, "{}", refused.body);
     assert!(refused.body.contains("the sandbox allows writing only to"), "{}", refused.body);
-    client::exchange(&connect(proxy.addr("web")), b"and it goes on").unwrap();
+    client::exchange(&connect(proxy.addr("web")), b"another session").unwrap();
     assert!(proxy.cli_ok(&["status"]).contains("sandbox: "));
     proxy.rewrite_in_place(&proxy.render(&proxy.conf()));
 }
@@ -340,8 +342,8 @@ fn disabled_sandbox_sets_no_filter_and_a_change_needs_a_restart() {
 
 #[test]
 fn output_and_logs_contain_no_secrets() {
-    const TOKEN: &str = "token-that-nobody-must-see";
-    const KEY: &str = "key-that-nobody-must-see-32-bytes";
+    const TOKEN: &str = "token-that-must-not-appear";
+    const KEY: &str = "key-that-must-not-appear-32-bytes";
     let backend = ScriptedBackend::start(backend::echo());
     let dir = tempfile::Builder::new().prefix("tg-").tempdir_in("/tmp").unwrap();
     let file = |name: &str| dir.path().join(name);
@@ -403,7 +405,7 @@ fn output_and_logs_contain_no_secrets() {
     said.push(fs::read_to_string(file("log")).unwrap());
     assert!(said.iter().any(|text| text.contains("holds 9 bytes")), "the reload was rejected");
     for text in &said {
-        for secret in [TOKEN, KEY, "short-key", "nobody-must-see"] {
+        for secret in [TOKEN, KEY, "short-key", "must-not-appear"] {
             assert!(!text.contains(secret), "{secret} in {text}");
         }
     }

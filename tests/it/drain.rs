@@ -54,7 +54,9 @@ fn open_session(proxy: &TestProxy) -> TcpStream {
 fn assert_drains(proxy: &mut TestProxy, end: impl FnOnce(&TestProxy)) {
     let open = open_session(proxy);
     end(proxy);
-    eventually(secs(2), "/ready returns 503", || proxy.admin_request("GET", "/ready").status == 503);
+    eventually(secs(2), "/ready returns 503", || {
+        proxy.admin_request("GET", "/ready").status == 503
+    });
     assert_eq!(proxy.status()["state"], "draining");
     assert_eq!(proxy.admin_request("GET", "/live").status, 200);
     let address = proxy.addr("web");
@@ -107,7 +109,9 @@ fn second_signal_exits_at_once(engine: Engine) {
     let (_backend, mut proxy) = echo_proxy(engine, "60s");
     let _open = open_session(&proxy);
     proxy.sigterm();
-    eventually(secs(2), "the process drains", || proxy.admin_request("GET", "/ready").status == 503);
+    eventually(secs(2), "the process drains", || {
+        proxy.admin_request("GET", "/ready").status == 503
+    });
     // Longer than the time in which signals count as one.
     std::thread::sleep(ms(200));
     let start = Instant::now();
@@ -202,11 +206,11 @@ fn drain_survives_a_reload(engine: Engine) {
 
 fn drain_of_an_unknown_backend_is_rejected(engine: Engine) {
     let (_backends, proxy) = two_greeting(engine);
-    for target in ["web/nobody", "nowhere/a"] {
+    for target in ["web/unknown", "nowhere/a"] {
         let output = proxy.cli(&["drain", target]);
         assert_eq!(output.status.code(), Some(1), "{target}: {output:?}");
     }
-    let answer = proxy.admin_request("POST", "/v1/pools/web/backends/nobody/drain");
+    let answer = proxy.admin_request("POST", "/v1/pools/web/backends/unknown/drain");
     assert_eq!(answer.status, 404, "{}", answer.body);
     assert!(answer.json()["error"].is_string());
     assert_eq!(proxy.cli(&["drain", "no-slash"]).status.code(), Some(2), "a usage error");
@@ -317,7 +321,7 @@ fn drain_wait_waits_for_the_last_session_and_reports_the_rest(engine: Engine) {
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(said.contains("web/a has no sessions"), "{said}");
     });
-    assert_eq!(proxy.cli(&["drain", "web/nobody", "--wait"]).status.code(), Some(1));
+    assert_eq!(proxy.cli(&["drain", "web/unknown", "--wait"]).status.code(), Some(1));
 }
 
 fn drain_stays_with_the_address_across_removal_from_the_file(engine: Engine) {

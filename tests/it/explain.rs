@@ -52,7 +52,9 @@ fn explain_shows_refused_connects_ejection_and_trial(engine: Engine) {
     let why = explained()["why"].to_string();
     assert!(why.contains("ejected: ") && why.contains("5 connects failed in a row"), "{why}");
     // No session runs the trial.
-    eventually(secs(10), "the backend is on trial", || !explained()["ejection"]["trial_seconds"].is_null());
+    eventually(secs(10), "the backend is on trial", || {
+        !explained()["ejection"]["trial_seconds"].is_null()
+    });
     let facts = explained();
     let why = facts["why"].to_string();
     assert!(why.contains("on trial for ") && why.contains("connection refused"), "{why}");
@@ -91,7 +93,8 @@ fn access_log_lists_every_failed_attempt(engine: Engine) {
     let line = &proxy.wait_access_log(1)[0];
     let tries = line["tries"].as_array().expect("a list");
     assert_eq!((line["attempts"].as_u64(), tries.len()), (Some(2), 2), "{line:#}");
-    let mut names: Vec<&str> = tries.iter().filter_map(|attempt| attempt["backend"].as_str()).collect();
+    let mut names: Vec<&str> =
+        tries.iter().filter_map(|attempt| attempt["backend"].as_str()).collect();
     names.sort_unstable();
     assert_eq!(names, ["b", "c"], "{line:#}");
     for attempt in tries {

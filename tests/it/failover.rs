@@ -129,8 +129,8 @@ fn pool_without_eligible_backends_resets_clients_at_once(engine: Engine) {
 }
 
 fn client_is_reset_at_once_if_every_backend_refuses(engine: Engine) {
-    let nobody = [Refusing::new(), Refusing::new()];
-    let pool = Pool::new("web").backend("a", nobody[0].address).backend("b", nobody[1].address);
+    let refusing = [Refusing::new(), Refusing::new()];
+    let pool = Pool::new("web").backend("a", refusing[0].address).backend("b", refusing[1].address);
     let proxy = TestProxy::start(Conf::simple(engine, pool));
     assert_reset_at_once(proxy.addr("web"));
     let log = proxy.wait_access_log(1);
@@ -229,8 +229,8 @@ fn connect_timeout_retries_on_another_backend(engine: Engine) {
 }
 
 fn refusing_backend_is_ejected_and_returns(engine: Engine) {
-    let nobody = Refusing::new();
-    let address = nobody.address;
+    let refusing = Refusing::new();
+    let address = refusing.address;
     let b = ScriptedBackend::start(backend::name("b"));
     let pool = Pool::new("web")
         .ejection("failures = 3\ntime = \"700ms\"")
@@ -244,24 +244,24 @@ fn refusing_backend_is_ejected_and_returns(engine: Engine) {
     });
     let failures = proxy.backend("web", "a")["connect_failures_total"].as_u64().unwrap();
     assert!((3..=4).contains(&failures), "{failures} failures until the ejection");
-    drop(nobody);
+    drop(refusing);
     let _a = ScriptedBackend::start_on(address, backend::name("a"));
     eventually(secs(10), "a serves again", || ask() == "a");
     assert_eq!(proxy.backend("web", "a")["ejected"], false);
 }
 
 fn last_eligible_backend_is_never_ejected(engine: Engine) {
-    let nobody = Refusing::new();
+    let refusing = Refusing::new();
     let pool = Pool::new("web")
         .ejection("failures = 2\ntime = \"60s\"\nmax_ejected = \"100%\"")
-        .backend("a", nobody.address);
+        .backend("a", refusing.address);
     let proxy = TestProxy::start(Conf::simple(engine, pool));
     for _ in 0..10 {
         assert_reset_at_once(proxy.addr("web"));
     }
     assert_eq!(proxy.backend("web", "a")["ejected"], false);
-    let address = nobody.address;
-    drop(nobody);
+    let address = refusing.address;
+    drop(refusing);
     let _a = ScriptedBackend::start_on(address, backend::name("a"));
     assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a", "no ejection delays the session");
 }

@@ -235,23 +235,23 @@ fn killed_backend_is_down_within_a_second_and_returns_in_slow_start(engine: Engi
     let keys = Keys::new();
     let pool = Pool::new("web").key("slow_start = \"1s\"").heartbeat("register = true");
     let proxy = keys.start_on(engine, pool);
-    let (mut dying, other) = (named("a"), named("b"));
-    let address = dying.socket_address();
-    let (mut sidecar, _other) = (keys.sidecar("a", &dying), keys.sidecar("b", &other));
+    let (mut failing, other) = (named("a"), named("b"));
+    let address = failing.socket_address();
+    let (mut sidecar, _other) = (keys.sidecar("a", &failing), keys.sidecar("b", &other));
     wait(&proxy, "web", "a", "eligible", true);
     wait(&proxy, "web", "b", "eligible", true);
     let up_for = || proxy.sender("web", "b")["detector_seconds"].as_f64().unwrap_or(0.0);
     eventually(secs(10), "the slow start of b has passed", || up_for() > 1.0);
     let steady = Steady::start(proxy.addr("web"), 2);
     sidecar.kill();
-    dying.stop();
+    failing.stop();
     let killed = Instant::now();
     wait(&proxy, "web", "a", "observation", "down");
     let (out_after, out) = (killed.elapsed(), Instant::now());
     measured(&format!("out after {out_after:?}"));
     assert!(out_after < secs(2), "{out_after:?}");
-    let revived = ScriptedBackend::start_on(address, backend::http("a", 200));
-    let _beating = keys.sidecar("a", &revived);
+    let restarted = ScriptedBackend::start_on(address, backend::http("a", 200));
+    let _sidecars = keys.sidecar("a", &restarted);
     wait(&proxy, "web", "a", "eligible", true);
     let ramping = proxy.backend("web", "a");
     assert!(ramping["ramp_percent"].as_u64().unwrap() < 100, "{ramping:#}");
@@ -359,14 +359,14 @@ fn required_heartbeat_decides_for_backends_of_the_file() {
 }
 
 /// Sends the heartbeats of a thousand senders from one socket.
-struct Crowd {
+struct ManySenders {
     socket: UdpSocket,
     to: SocketAddr,
     secret: Secret,
     port: u16,
 }
 
-impl Crowd {
+impl ManySenders {
     fn say(&self, number: u16, sequence: u64, state: SenderState) {
         let [high, low] = number.to_be_bytes();
         let address = SocketAddr::from((Ipv4Addr::new(127, 2, high, low), self.port));
@@ -399,16 +399,18 @@ mod alone {
         let proxy = keys.start(Pool::new("web").heartbeat("register = true"));
         let everywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, free_port()));
         let server = ScriptedBackend::start_on(everywhere, backend::http("s", 200));
-        let crowd = Crowd {
+        let senders = ManySenders {
             socket: UdpSocket::bind("127.0.0.1:0").unwrap(),
             to: keys.to(),
             secret: Secret::new(&[1; 32]).unwrap(),
             port: everywhere.port(),
         };
         for number in 0..100 {
-            crowd.say(number, 1, SenderState::Ready);
+            senders.say(number, 1, SenderState::Ready);
         }
-        eventually(secs(5), "100 backends are registered", || proxy.status()["pools"][0]["registered"] == 100);
+        eventually(secs(5), "100 backends are registered", || {
+            proxy.status()["pools"][0]["registered"] == 100
+        });
         eventually(secs(5), "the pool serves", || http::over_tcp(proxy.addr("web"), "/").is_ok());
         let steady = Steady::start(proxy.addr("web"), 2);
         let published =
@@ -420,8 +422,8 @@ mod alone {
             while start.elapsed() < Duration::from_millis(u64::from(number - 100)) {
                 std::thread::sleep(ms(1));
             }
-            crowd.say(number, 1, SenderState::Ready);
-            crowd.say(number - 100, 2, SenderState::Stopping);
+            senders.say(number, 1, SenderState::Ready);
+            senders.say(number - 100, 2, SenderState::Stopping);
             number += 1;
         }
         let (tables, took) = (published() - before, start.elapsed());

@@ -60,20 +60,15 @@ fn flood(to: SocketAddr, wanted: &AtomicBool, over: &AtomicBool, sent: &AtomicU6
 /// Returns the time from a backend's failure to its removal from rotation. `begin` starts
 /// the flood after the backend has registered, because a flood delays registrations from
 /// the same address.
-fn detection_time(
-    keys: &Keys,
-    proxy: &TestProxy,
-    name: &str,
-    begin: impl FnOnce(),
-) -> Duration {
-    let mut dying = ScriptedBackend::start(backend::name(name));
-    let mut sidecar = keys.sidecar(name, &dying);
+fn detection_time(keys: &Keys, proxy: &TestProxy, name: &str, begin: impl FnOnce()) -> Duration {
+    let mut failing = ScriptedBackend::start(backend::name(name));
+    let mut sidecar = keys.sidecar(name, &failing);
     wait(proxy, "web", name, "eligible", true);
     // The detector needs some heartbeats before it relies on their interval.
     proxy.wait_heartbeats("web", name, 20);
     begin();
     sidecar.kill();
-    dying.stop();
+    failing.stop();
     let died = Instant::now();
     wait(proxy, "web", name, "eligible", false);
     died.elapsed()
@@ -100,7 +95,7 @@ mod alone {
         let proxy = keys.start(Pool::new("web").heartbeat(&pool));
         let others: Vec<_> =
             ["x", "y", "z"].map(|n| ScriptedBackend::start(backend::name(n))).into();
-        let _beating: Vec<_> =
+        let _sidecars: Vec<_> =
             ["x", "y", "z"].iter().zip(&others).map(|(n, b)| keys.sidecar(n, b)).collect();
         wait(&proxy, "web", "z", "eligible", true);
         let (wanted, over) = (AtomicBool::new(false), AtomicBool::new(false));

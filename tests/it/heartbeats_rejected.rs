@@ -108,7 +108,9 @@ fn sender_with_a_slow_clock_is_reported_with_its_skew() {
         slow.say(SenderState::Ready);
     }
     let rejected = |proxy: &TestProxy| proxy.backend("web", "a")["heartbeat"]["rejected"].clone();
-    eventually(secs(10), "all heartbeats are counted", || rejected(&proxy)["total"] == slow.sequence);
+    eventually(secs(10), "all heartbeats are counted", || {
+        rejected(&proxy)["total"] == slow.sequence
+    });
     let last = rejected(&proxy);
     assert_eq!((&last["reason"], &last["signed"]), (&"stale".into(), &true.into()));
     let skew = last["skew_seconds"].as_f64().unwrap();
@@ -182,11 +184,11 @@ fn key_file_with_crlf_contains_the_same_secret() {
     let _share = exclusive::shared();
     let dir = tempfile::tempdir().unwrap();
     let text = "0123456789abcdef0123456789abcdef";
-    let ours = key_file(&dir.path().join("unix"), format!("{text}\n").as_bytes());
-    let theirs = key_file(&dir.path().join("dos"), format!("{text}\r\n").as_bytes());
+    let lf_file = key_file(&dir.path().join("unix"), format!("{text}\n").as_bytes());
+    let crlf_file = key_file(&dir.path().join("dos"), format!("{text}\r\n").as_bytes());
     let to = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port())).to_string();
     let heartbeat = format!(
-        "[heartbeat]\nlisten = \"{to}\"\n[[heartbeat.key]]\nid = 1\nfile = \"{ours}\"\n\
+        "[heartbeat]\nlisten = \"{to}\"\n[[heartbeat.key]]\nid = 1\nfile = \"{lf_file}\"\n\
          pools = [\"web\"]\naddresses = [\"127.0.0.0/8\"]\n"
     );
     let conf = Conf::simple(Engine::Epoll, Pool::new("web").heartbeat("register = true"));
@@ -195,7 +197,7 @@ fn key_file_with_crlf_contains_the_same_secret() {
     let address = format!("[::ffff:127.0.0.1]:{}", one.socket_address().port());
     let arguments = ["--pool", "web", "--name", "a", "--address", &address, "--check", "none"];
     let _sidecar = Process::start(
-        &[&["heartbeat", "--to", &to, "--key-id", "1", "--key-file", &theirs], &arguments[..]]
+        &[&["heartbeat", "--to", &to, "--key-id", "1", "--key-file", &crlf_file], &arguments[..]]
             .concat(),
     );
     // The address was also written as an IPv4 address mapped into IPv6.

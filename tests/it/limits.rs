@@ -206,7 +206,11 @@ fn stalled_readers_stay_within_buffers_max_and_lose_no_bytes(engine: Engine) {
     let pools = if engine == Engine::IoUring { 2.0 * 16.0 * MAX } else { 0.0 };
     assert!(held <= MAX + 2.0 * 262_144.0 + pools, "{held}");
     let other = connect(proxy.addr("others"));
-    assert_eq!(client::exchange(&other, &[7; 100_000]).unwrap(), [7; 100_000], "other clients are not served");
+    assert_eq!(
+        client::exchange(&other, &[7; 100_000]).unwrap(),
+        [7; 100_000],
+        "other clients are not served"
+    );
     std::thread::scope(|scope| {
         for mut stream in stalled {
             scope.spawn(move || {

@@ -60,7 +60,7 @@ impl UserProcess {
     }
 
     #[track_caller]
-    fn told(&self, arguments: &[&str]) -> String {
+    fn stdout(&self, arguments: &[&str]) -> String {
         let output = self.command(arguments);
         assert!(output.status.success(), "{arguments:?}: {output:?}\n{}", self.log());
         String::from_utf8(output.stdout).unwrap()
@@ -82,7 +82,7 @@ impl UserProcess {
     /// Shuts the process down by a command and waits until its socket is removed.
     #[track_caller]
     fn shut_down(mut self, socket: &Path) {
-        self.told(&["shutdown"]);
+        self.stdout(&["shutdown"]);
         eventually(secs(20), "the socket is removed", || !socket.exists());
         eventually(secs(20), "the process ends", || self.child.try_wait().unwrap().is_some());
     }
@@ -120,13 +120,13 @@ fn commands_find_the_process_in_the_runtime_directory(engine: Engine) {
     assert_eq!(client::ask(own.address).unwrap(), "a");
 
     let config = own.config.to_str().unwrap().to_owned();
-    own.told(&["drain", "web/a"]);
-    own.told(&["undrain", "web/a", "--config", &config]);
-    own.told(&["explain", "web/a"]);
-    let reloaded = own.told(&["reload"]);
+    own.stdout(&["drain", "web/a"]);
+    own.stdout(&["undrain", "web/a", "--config", &config]);
+    own.stdout(&["explain", "web/a"]);
+    let reloaded = own.stdout(&["reload"]);
     assert!(reloaded.contains("unchanged") && !reloaded.contains("warning"), "{reloaded}");
-    own.told(&["upgrade"]);
-    let status = own.told(&["status", "--json"]);
+    own.stdout(&["upgrade"]);
+    let status = own.stdout(&["status", "--json"]);
     let status: serde_json::Value = serde_json::from_str(&status).unwrap();
     assert_eq!(status["warnings"], serde_json::json!([]), "{status}");
     assert_eq!(client::ask(own.address).unwrap(), "a");

@@ -76,7 +76,7 @@ fn of_worker(proxy: &TestProxy, metric: &str, worker: usize) -> f64 {
 }
 
 /// Number of panics of the worker.
-fn falls(proxy: &TestProxy, worker: usize) -> f64 {
+fn worker_panics(proxy: &TestProxy, worker: usize) -> f64 {
     let labels = [("worker", &*worker.to_string()), ("reason", "worker")];
     proxy.metric("tidegate_worker_panics_total", &labels)
 }
@@ -166,7 +166,7 @@ fn panicked_worker_loses_only_its_own_sessions(engine: Engine) {
                 let _ = exchange(&client, b"x");
             }
             let _ = exchange(&busy, b"x");
-            falls(&proxy, 1) == f64::from(n)
+            worker_panics(&proxy, 1) == f64::from(n)
         });
         for client in &lost {
             assert_eq!(client::read_to_end(client), End::Reset(0), "{place}");
@@ -176,7 +176,7 @@ fn panicked_worker_loses_only_its_own_sessions(engine: Engine) {
         assert!(internal_errors(&proxy) >= errors + 4.0, "{place}");
         echoes(&client_of(&proxy, 1));
     }
-    assert_eq!(falls(&proxy, 0), 0.0);
+    assert_eq!(worker_panics(&proxy, 0), 0.0);
     drop(survivor);
     assert_counts_match(&proxy);
     let lines = proxy.access_log();
@@ -247,7 +247,7 @@ fn reload_and_upgrade_work_after_a_worker_panic(engine: Engine) {
     proxy.upgrade();
     echoes(&survivor);
     echoes(&client_of(&proxy, 1));
-    assert_eq!(falls(&proxy, 1), 1.0, "the count survives the upgrade");
+    assert_eq!(worker_panics(&proxy, 1), 1.0, "the count survives the upgrade");
     drop(survivor);
     let before = proxy.pids_before()[0];
     eventually(secs(10), "the old process ends", || crate::common::proc::is_dead(before));

@@ -140,8 +140,8 @@ fn fin_without_bytes_is_no_failure(engine: Engine) {
 
 /// A pool with backend `a`, which refuses until it is ejected. Returns the address of `a`.
 fn ejected(engine: Engine, good: &ScriptedBackend) -> (TestProxy, SocketAddr) {
-    let nobody = Refusing::new();
-    let address = nobody.address;
+    let refusing = Refusing::new();
+    let address = refusing.address;
     let pool = Pool::new("web")
         .ejection("failures = 2\ntime = \"600ms\"")
         .backend("a", address)

@@ -59,11 +59,14 @@ mod alone {
             .fold(many, |pool, (n, address)| pool.backend(&format!("h{n}"), address));
         let (backends, conf) = start();
         let proxy = TestProxy::start(conf.pool(many));
-        let beside = deaths(&proxy, backends);
+        let next_to_many = deaths(&proxy, backends);
         let waited = proxy.metric("tidegate_probes_waited_total", &[]);
         measured(&format!(
-            "down after {alone:.0?} alone, {beside:.0?} next to {count} that hang; {waited} probes waited"
+            "down after {alone:.0?} alone, {next_to_many:.0?} next to {count} that hang; {waited} probes waited"
         ));
-        assert!(beside[1] < alone[1].mul_f64(1.5) + ms(300), "{beside:?} instead of {alone:?}");
+        assert!(
+            next_to_many[1] < alone[1].mul_f64(1.5) + ms(300),
+            "{next_to_many:?} instead of {alone:?}"
+        );
     }
 }

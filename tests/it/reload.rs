@@ -1,8 +1,8 @@
-//! Changing the configuration while it runs: noticed, applied as a whole or not
-//! at all, and felt by nobody.
+//! Configuration reloads of a running process: noticed, applied as a whole or not at all, and
+//! without an effect on sessions.
 //!
-//! Listener counts change here, so each test takes a new descriptor baseline
-//! once its last reload has settled.
+//! Reloads here change the number of listeners, so each test sets a new descriptor baseline
+//! after its last reload.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, End, connect, try_connect};
@@ -27,14 +27,14 @@ on_every_engine!(
     atomic_rename_is_noticed,
     configmap_symlink_swap_is_noticed,
     sighup_reloads,
-    reload_command_says_how_it_went,
-    unchanged_file_makes_no_generation,
-    rebind_moves_a_frontend_without_loss,
-    rebind_to_a_taken_address_changes_nothing,
+    reload_command_reports_success_and_errors,
+    reload_of_an_unchanged_file_keeps_the_generation,
+    reload_moves_a_frontend_to_a_new_address,
+    reload_with_an_address_in_use_changes_nothing,
     removed_backend_keeps_its_sessions,
-    close_after_cuts_the_sessions_of_a_removed_backend,
+    close_after_resets_the_sessions_of_a_removed_backend,
     removing_a_frontend_resets_no_queued_connection,
-    process_change_that_needs_a_restart_is_named,
+    change_that_needs_a_restart_gives_a_warning,
 );
 on_every_engine_alone!(fifty_reloads_in_ten_seconds_lose_nothing);
 
@@ -42,7 +42,7 @@ fn named(name: &str) -> ScriptedBackend {
     ScriptedBackend::start(backend::name(name))
 }
 
-/// A pool `web` with the one backend.
+/// A pool `web` with a single backend.
 fn only(name: &str, backend: &ScriptedBackend) -> Pool {
     Pool::new("web").backend(name, backend.address())
 }
@@ -76,7 +76,7 @@ fn fifty_reloads_in_ten_seconds_lose_nothing(engine: Engine) {
         }
     });
     let (report, attempts) = (wrk.report(), steady.stop());
-    let failed: Vec<_> = attempts.iter().filter(|one| one.result.is_err()).collect();
+    let failed: Vec<_> = attempts.iter().filter(|attempt| attempt.result.is_err()).collect();
     assert!(failed.is_empty(), "{} of {}: {:?}", failed.len(), attempts.len(), failed[0]);
     assert_eq!(report.errors(), 0, "{}", report.text);
     ledger.settle();
@@ -96,8 +96,8 @@ impl Drop for StopOnDrop<'_> {
     }
 }
 
-/// The next of the fifty: weights always change, a backend of each pool comes
-/// and goes, and so does a frontend.
+/// Returns the configuration for one of the 50 reloads. Weights always change. One backend of
+/// each pool and one frontend are added and removed.
 fn altered(mut conf: Conf, round: u32, servers: &[Nginx], streams: &[ScriptedBackend]) -> Conf {
     let web = conf.pool_mut("web");
     web.backends.truncate(2);
@@ -116,21 +116,21 @@ fn altered(mut conf: Conf, round: u32, servers: &[Nginx], streams: &[ScriptedBac
     if round % 3 == 1 { conf.frontend("extra", "web", "") } else { conf }
 }
 
-/// A frontend that was added answers at once, one that went away refuses.
+/// Checks that an added frontend answers at once and that a removed frontend refuses.
 fn assert_extra_frontend(had: &Conf, has: &Conf) {
     if has.frontends.len() > 2 {
         let answer = crate::common::http::over_tcp(has.address("extra"), "/").expect("an answer");
         assert_eq!(answer.status, 200);
     } else if had.frontends.len() > 2 {
         eventually(secs(2), "the removed frontend refuses", || {
-            // While it retires SYNs are dropped; they would come again in a second.
+            // SYNs are dropped while the listener drains. TCP would resend them after 1 s.
             TcpStream::connect_timeout(&had.address("extra"), ms(50))
                 .is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
         });
     }
 }
 
-/// The invalid examples that the configuration's own tests use.
+/// The invalid files of the configuration tests.
 fn invalid_cases() -> Vec<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/config_cases/invalid");
     let mut cases: Vec<PathBuf> = std::fs::read_dir(dir)
@@ -181,8 +181,8 @@ fn assert_problems(proxy: &TestProxy, answer: &serde_json::Value, name: &str) {
     }
 }
 
-/// Starts on backend a, has `rewrite` bring the file with backend b, and waits
-/// for traffic to follow.
+/// Starts with backend a, rewrites the file to backend b with `rewrite`, and waits until
+/// sessions go to b.
 fn assert_noticed(engine: Engine, rewrite: fn(&TestProxy, &str), times: u64) {
     let backends = [named("a"), named("b")];
     let mut proxy = TestProxy::start(Conf::simple(engine, only("a", &backends[0])));
@@ -208,12 +208,12 @@ fn in_place_write_is_noticed(engine: Engine) {
 }
 
 fn atomic_rename_is_noticed(engine: Engine) {
-    // Three: watching the file itself goes blind after the first.
+    // Three rewrites, because a watch on the file itself misses all after the first.
     assert_noticed(engine, TestProxy::rewrite_by_rename, 3);
 }
 
 fn configmap_symlink_swap_is_noticed(engine: Engine) {
-    // The first makes the file a link, the others swap what it leads to.
+    // The first call makes the file a link, and later calls replace the link's target.
     assert_noticed(engine, TestProxy::rewrite_by_symlink_swap, 3);
 }
 
@@ -222,21 +222,21 @@ fn sighup_reloads(engine: Engine) {
     let proxy = TestProxy::start(Conf::simple(engine, only("a", &backends[0])));
     let mut conf = proxy.conf();
     conf.pools = vec![only("b", &backends[1])];
-    // Written through a second name in another directory, the change raises no
-    // event in the watched one (inotify(7)): only the signal can tell.
+    // The file is written through a hard link in another directory. The watched directory gets
+    // no event (inotify(7)), so only the signal causes the reload.
     let elsewhere = tempfile::tempdir_in("/tmp").unwrap();
     let alias = elsewhere.path().join("alias.toml");
     std::fs::hard_link(proxy.config_path(), &alias).unwrap();
     std::fs::write(&alias, proxy.render(&conf)).unwrap();
     std::thread::sleep(ms(700));
-    assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a", "nobody has told it yet");
+    assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a", "no event in the watched directory");
     proxy.sighup();
-    eventually(secs(2), "the signal is followed", || {
+    eventually(secs(2), "SIGHUP reloads the file", || {
         client::ask(proxy.addr("web")).unwrap() == "b"
     });
 }
 
-fn reload_command_says_how_it_went(engine: Engine) {
+fn reload_command_reports_success_and_errors(engine: Engine) {
     let backends = [named("a"), named("b")];
     let mut proxy = TestProxy::start(Conf::simple(engine, only("a", &backends[0])));
     let mut conf = proxy.conf();
@@ -252,28 +252,30 @@ fn reload_command_says_how_it_went(engine: Engine) {
     for word in ["2 | workerz = 1", "^^^^^^^", "help: did you mean \"workers\"?"] {
         assert!(text.contains(word), "{word:?} in {text}");
     }
-    // A wrong word lists the right ones, in the answer and in the log.
+    // An error about an unknown value lists the valid values, in the answer and in the log.
     proxy.rewrite_by_rename("[process]\nengine = \"quick\"\n");
     let answer = proxy.admin_request("POST", "/v1/reload").json();
     let problems = answer["problems"].as_array().cloned().unwrap_or_default();
     let help = problems.iter().filter_map(|problem| problem["help"].as_str());
     let right = "known values: \"auto\", \"io_uring\", \"epoll\"";
     assert!(help.collect::<String>().contains(right), "{answer:#}");
-    // There it is one quoted value.
-    eventually(secs(5), "the log says it, too", || proxy.log().replace('\\', "").contains(right));
+    // The log contains the error as one quoted value.
+    eventually(secs(5), "the error is in the log", || {
+        proxy.log().replace('\\', "").contains(right)
+    });
     proxy.sigterm();
     assert_eq!(proxy.wait_exit(secs(3)), Some(0));
-    assert_eq!(proxy.cli(&["reload"]).status.code(), Some(3), "nobody to ask");
+    assert_eq!(proxy.cli(&["reload"]).status.code(), Some(3), "no process");
 }
 
-fn unchanged_file_makes_no_generation(engine: Engine) {
+fn reload_of_an_unchanged_file_keeps_the_generation(engine: Engine) {
     let a = named("a");
     let mut proxy = TestProxy::start(Conf::simple(engine, only("a", &a)));
     let generation = proxy.generation();
     let answer = proxy.reload(proxy.conf());
     assert_eq!(answer["changed"], false, "{answer}");
     assert_eq!(answer["generation"], generation, "{answer}");
-    // Comments and white space mean nothing either.
+    // Changes of comments and white space are no change of the configuration.
     proxy.rewrite_in_place(&format!("# a note\n{}\n\n", proxy.render(&proxy.conf())));
     let answer = proxy.admin_request("POST", "/v1/reload").json();
     assert_eq!(answer["changed"], false, "{answer}");
@@ -282,7 +284,7 @@ fn unchanged_file_makes_no_generation(engine: Engine) {
     assert_eq!(proxy.generation(), generation);
 }
 
-fn rebind_moves_a_frontend_without_loss(engine: Engine) {
+fn reload_moves_a_frontend_to_a_new_address(engine: Engine) {
     let a = ScriptedBackend::start(backend::http("a", 200));
     let mut proxy = TestProxy::start(Conf::simple(engine, only("a", &a)));
     let old = proxy.addr("web");
@@ -296,7 +298,7 @@ fn rebind_moves_a_frontend_without_loss(engine: Engine) {
     let asked = Instant::now();
     proxy.reload(conf);
     let answer = crate::common::http::over_tcp(proxy.addr("web"), "/");
-    assert_eq!(answer.expect("the new address answers at once").body, "a");
+    assert_eq!(answer.expect("an answer on the new address").body, "a");
     eventually(secs(2), "the old address refuses", || try_connect(old).is_err());
     std::thread::sleep(ms(100));
     let attempts = steady.stop();
@@ -305,7 +307,7 @@ fn rebind_moves_a_frontend_without_loss(engine: Engine) {
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused, "{attempt:?}");
         assert!(attempt.began + patience(ms(50)) >= asked, "refused before the reload");
     }
-    // The old session lives on.
+    // The open session continues.
     (&open).write_all(request).unwrap();
     let mut answers = String::new();
     while answers.matches("200").count() < 2 {
@@ -314,11 +316,11 @@ fn rebind_moves_a_frontend_without_loss(engine: Engine) {
         answers += std::str::from_utf8(&buffer[..n]).unwrap();
     }
     drop(open);
-    eventually(secs(5), "its session ends", || a.active() == 0);
+    eventually(secs(5), "the session ends", || a.active() == 0);
     proxy.rebaseline();
 }
 
-fn rebind_to_a_taken_address_changes_nothing(engine: Engine) {
+fn reload_with_an_address_in_use_changes_nothing(engine: Engine) {
     let (a, b) = (named("a"), named("b"));
     let proxy = TestProxy::start(Conf::simple(engine, only("a", &a)));
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -329,8 +331,8 @@ fn rebind_to_a_taken_address_changes_nothing(engine: Engine) {
     let answer = proxy.admin_request("POST", "/v1/reload");
     assert!((400..600).contains(&answer.status), "{} {}", answer.status, answer.body);
     let address = taken.local_addr().unwrap().to_string();
-    assert!(answer.body.contains(&address), "names the address: {}", answer.body);
-    assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a", "all or nothing");
+    assert!(answer.body.contains(&address), "no address in the error: {}", answer.body);
+    assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a", "no part of the change is applied");
     assert_eq!(proxy.generation(), 1);
 }
 
@@ -349,7 +351,7 @@ fn removed_backend_keeps_its_sessions(engine: Engine) {
     assert_eq!(a.counts().fins_seen.load(Ordering::Relaxed), 1);
 }
 
-fn close_after_cuts_the_sessions_of_a_removed_backend(engine: Engine) {
+fn close_after_resets_the_sessions_of_a_removed_backend(engine: Engine) {
     let (a, b) = (ScriptedBackend::start(backend::echo()), named("b"));
     let pool = only("a", &a).key("on_removal = \"close-after 700ms\"");
     let mut proxy = TestProxy::start(Conf::simple(engine, pool));
@@ -362,7 +364,7 @@ fn close_after_cuts_the_sessions_of_a_removed_backend(engine: Engine) {
     client::exchange(&open, b"within the grace").unwrap();
     assert_eq!(client::read_to_end(&open), End::Reset(0));
     let after = start.elapsed();
-    assert!(after > ms(500) && after < patience(secs(2)), "cut after {after:?}");
+    assert!(after > ms(500) && after < patience(secs(2)), "reset after {after:?}");
     let log = proxy.wait_access_log(1);
     assert_eq!(log[0]["cause"], "backend-removed", "{:#}", log[0]);
 }
@@ -375,7 +377,7 @@ fn removing_a_frontend_resets_no_queued_connection(engine: Engine) {
     let mut conf = proxy.conf();
     conf.frontends.remove(0);
     conf.pools.remove(0);
-    // Stopped, it cannot accept: the connections fill the kernel's queues.
+    // A stopped process accepts nothing, so the connections fill the listen queues.
     proxy.signal(Signal::STOP);
     let queued: Vec<TcpStream> = (0..100).map(|_| connect(address)).collect();
     proxy.rewrite_by_rename(&proxy.render(&conf));
@@ -386,7 +388,7 @@ fn removing_a_frontend_resets_no_queued_connection(engine: Engine) {
         assert_eq!(client::read_text(stream).expect("no reset"), "a");
     }
     proxy.adopt(conf);
-    eventually(secs(5), "the frontend is gone", || refuses(address));
+    eventually(secs(5), "the frontend is removed", || refuses(address));
     proxy.rebaseline();
 }
 
@@ -394,7 +396,7 @@ fn refuses(address: SocketAddr) -> bool {
     try_connect(address).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
 }
 
-fn process_change_that_needs_a_restart_is_named(engine: Engine) {
+fn change_that_needs_a_restart_gives_a_warning(engine: Engine) {
     let a = named("a");
     let mut proxy = TestProxy::start(Conf::simple(engine, only("a", &a)).workers(1));
     let threads = proxy.threads();
@@ -405,13 +407,13 @@ fn process_change_that_needs_a_restart_is_named(engine: Engine) {
     let warnings = proxy.status()["warnings"].clone();
     let warning = warnings[0].as_str().unwrap_or_else(|| panic!("no warning in {warnings}"));
     assert!(warning.contains("[process] workers"), "{warning}");
-    eventually(secs(5), "it is warned of in the log", || proxy.log().contains(warning));
+    eventually(secs(5), "the warning is in the log", || proxy.log().contains(warning));
 }
 
-/// What workers had recorded of them was kept until somebody asked for it, and came
-/// all at once then. Nothing here is an engine's.
+/// Workers once kept records of removed backends until the next admin request. This test runs
+/// on one engine, because only the control thread is involved.
 #[test]
-fn backends_that_come_and_go_leave_nothing_behind_without_requests() {
+fn removed_backends_use_no_memory_without_admin_requests() {
     const EACH: u32 = 100;
     let _share = crate::common::exclusive::shared();
     let everywhere = SocketAddr::from(([0, 0, 0, 0], crate::common::ports::free_port()));
@@ -434,7 +436,7 @@ fn backends_that_come_and_go_leave_nothing_behind_without_requests() {
     let before = proxy.rss_kib();
     proxy.status();
     let grown = proxy.rss_kib().saturating_sub(before);
-    measured(&format!("{grown} KiB for the first look at 3,000 backends that are gone"));
+    measured(&format!("{grown} KiB for the first status after 3,000 removed backends"));
     assert!(grown < 8 * 1024, "{grown} KiB");
     eventually(secs(5), "every session ends", || backend.active() == 0);
 }

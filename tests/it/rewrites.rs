@@ -1,6 +1,5 @@
-//! Every way in which editors, scripts and orchestrators replace a file: each
-//! makes exactly one generation, whole, and no session notices. A reload that
-//! is asked for in the middle of a write waits for the writer.
+//! The ways in which editors, scripts and orchestrators replace a file. Each makes exactly one
+//! generation, and no session is affected. A reload during a write waits for the writer.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, connect};
@@ -14,25 +13,25 @@ use std::path::PathBuf;
 use std::process::Command;
 
 on_every_engine!(
-    a_file_written_slowly_makes_one_generation,
-    every_way_to_replace_a_file_makes_one_generation,
-    a_reload_asked_for_in_the_middle_of_a_write_waits_for_the_writer,
-    a_reload_waits_for_the_writer_of_a_list,
-    a_reload_is_refused_while_a_writer_does_not_end,
-    a_file_replaced_behind_a_mount_is_warned_of,
+    slow_write_makes_one_generation,
+    every_method_of_replacing_a_file_makes_one_generation,
+    reload_during_a_write_waits_for_the_writer,
+    reload_waits_for_the_writer_of_a_list_file,
+    reload_is_rejected_if_the_writer_does_not_finish,
+    file_replaced_behind_a_mount_gives_a_warning,
 );
 
-/// A frontend each for a backend that echoes and one whose weight tells the
-/// files apart.
-struct Bed {
+/// A process with two frontends to an echo backend. The weight in pool `last` distinguishes
+/// the files.
+struct RewriteSetup {
     proxy: TestProxy,
     echo: ScriptedBackend,
 }
 
-fn bed(engine: Engine) -> Bed {
+fn setup(engine: Engine) -> RewriteSetup {
     let echo = ScriptedBackend::start(backend::echo());
     let proxy = TestProxy::start(conf(engine, &echo));
-    Bed { proxy, echo }
+    RewriteSetup { proxy, echo }
 }
 
 fn conf(engine: Engine, echo: &ScriptedBackend) -> Conf {
@@ -40,8 +39,8 @@ fn conf(engine: Engine, echo: &ScriptedBackend) -> Conf {
     first.frontend("last", "last", "").pool(Pool::new("last").backend("e", echo.address()))
 }
 
-impl Bed {
-    /// The text of a file that differs from all others by its number.
+impl RewriteSetup {
+    /// Renders the configuration with a weight that depends on `number`.
     fn text(&self, number: u32) -> String {
         let mut conf = self.proxy.conf();
         conf.pool_mut("last").backends[0].keys = format!("weight = {}", 10 + number);
@@ -56,9 +55,15 @@ impl Bed {
         self.proxy.config_path().to_path_buf()
     }
 
-    /// `replace` makes generation `number + 1` and no other, with a session open.
+    /// Checks that `replace` makes exactly the generation `number + 1` and that an open session
+    /// continues.
     #[track_caller]
-    fn makes_one_generation(&self, what: &str, number: u32, replace: impl FnOnce(&Bed, &str)) {
+    fn assert_one_generation(
+        &self,
+        what: &str,
+        number: u32,
+        replace: impl FnOnce(&RewriteSetup, &str),
+    ) {
         let open = connect(self.proxy.addr("last"));
         assert_eq!(client::exchange(&open, b"before").unwrap(), b"before");
         replace(self, &self.text(number));
@@ -73,7 +78,7 @@ impl Bed {
     }
 }
 
-/// Writes `text` in pieces over about three seconds.
+/// Writes `text` in 20 pieces over about 3 s.
 fn write_slowly(mut file: File, text: &str) {
     for piece in text.as_bytes().chunks(text.len().div_ceil(20)) {
         file.write_all(piece).unwrap();
@@ -81,23 +86,23 @@ fn write_slowly(mut file: File, text: &str) {
     }
 }
 
-fn a_file_written_slowly_makes_one_generation(engine: Engine) {
-    let bed = bed(engine);
-    bed.makes_one_generation("a slow write", 1, |bed, text| {
-        write_slowly(File::create(bed.path()).unwrap(), text);
+fn slow_write_makes_one_generation(engine: Engine) {
+    let setup = setup(engine);
+    setup.assert_one_generation("a slow write", 1, |setup, text| {
+        write_slowly(File::create(setup.path()).unwrap(), text);
     });
 }
 
 #[track_caller]
-fn shell(bed: &Bed, script: &str) {
-    let directory = bed.path().parent().unwrap().to_owned();
+fn shell(setup: &RewriteSetup, script: &str) {
+    let directory = setup.path().parent().unwrap().to_owned();
     let status = Command::new("sh").args(["-ec", script]).current_dir(directory).status();
     assert!(status.unwrap().success(), "{script}");
 }
 
-fn every_way_to_replace_a_file_makes_one_generation(engine: Engine) {
-    let bed = bed(engine);
-    // Each gets the new text in new.txt, beside tidegate.toml.
+fn every_method_of_replacing_a_file_makes_one_generation(engine: Engine) {
+    let setup = setup(engine);
+    // Each script gets the new text in new.txt, in the directory of tidegate.toml.
     let scripts = [
         ("truncate and write", "cat new.txt > tidegate.toml"),
         ("cp", "cp new.txt tidegate.toml"),
@@ -111,56 +116,56 @@ fn every_way_to_replace_a_file_makes_one_generation(engine: Engine) {
     let mut number = 0;
     for (what, script) in scripts {
         number += 1;
-        bed.makes_one_generation(what, number, |bed, text| {
-            std::fs::write(bed.path().with_file_name("new.txt"), text).unwrap();
-            shell(bed, script);
+        setup.assert_one_generation(what, number, |setup, text| {
+            std::fs::write(setup.path().with_file_name("new.txt"), text).unwrap();
+            shell(setup, script);
         });
     }
     number += 1;
-    bed.makes_one_generation("sed -i", number, |bed, _| {
+    setup.assert_one_generation("sed -i", number, |setup, _| {
         let (old, new) = (10 + number - 1, 10 + number);
-        shell(bed, &format!("sed -i 's/weight = {old}/weight = {new}/' tidegate.toml"));
+        shell(setup, &format!("sed -i 's/weight = {old}/weight = {new}/' tidegate.toml"));
     });
-    // The first makes the file a link, the second swaps what it leads to.
+    // The first call makes the file a link, and the second replaces the link's target.
     for _ in 0..2 {
         number += 1;
-        bed.makes_one_generation("ConfigMap", number, |bed, text| {
-            bed.proxy.rewrite_by_symlink_swap(text);
+        setup.assert_one_generation("ConfigMap", number, |setup, text| {
+            setup.proxy.rewrite_by_symlink_swap(text);
         });
     }
 }
 
-fn a_reload_asked_for_in_the_middle_of_a_write_waits_for_the_writer(engine: Engine) {
-    let bed = bed(engine);
-    bed.makes_one_generation("a slow write with signals", 1, |bed, text| {
-        let path = bed.path();
+fn reload_during_a_write_waits_for_the_writer(engine: Engine) {
+    let setup = setup(engine);
+    setup.assert_one_generation("a slow write with signals", 1, |setup, text| {
+        let path = setup.path();
         std::thread::scope(|scope| {
             let writer = scope.spawn(move || write_slowly(File::create(path).unwrap(), text));
             std::thread::sleep(ms(700));
-            bed.proxy.sighup();
-            let answer = bed.proxy.admin_request("POST", "/v1/reload");
+            setup.proxy.sighup();
+            let answer = setup.proxy.admin_request("POST", "/v1/reload");
             assert_eq!(answer.status, 200, "{}", answer.body);
             assert_eq!(answer.json()["changed"], true, "{}", answer.body);
-            assert!(writer.is_finished() || bed.weight() == 11, "answered too early");
+            assert!(writer.is_finished() || setup.weight() == 11, "answered too early");
             writer.join().unwrap();
         });
     });
-    eventually(secs(5), "the session ends", || bed.echo.active() == 0);
+    eventually(secs(5), "the session ends", || setup.echo.active() == 0);
 }
 
-fn a_reload_waits_for_the_writer_of_a_list(engine: Engine) {
-    let mut bed = bed(engine);
-    let list = bed.path().with_file_name("deny.txt");
+fn reload_waits_for_the_writer_of_a_list_file(engine: Engine) {
+    let mut setup = setup(engine);
+    let list = setup.path().with_file_name("deny.txt");
     std::fs::write(&list, "192.0.2.1\n").unwrap();
-    let mut conf = bed.proxy.conf();
+    let mut conf = setup.proxy.conf();
     let key = format!("[frontend.last.sources]\ndeny_file = \"{}\"", list.display());
     conf.frontend_mut("last").keys = key;
-    bed.proxy.reload(conf);
-    // Its first line alone would let the client in that the last one denies.
+    setup.proxy.reload(conf);
+    // The first line alone would allow the client that the last line denies.
     let mut writer = OpenOptions::new().write(true).truncate(true).open(&list).unwrap();
     writer.write_all(b"192.0.2.2\n").unwrap();
     std::thread::scope(|scope| {
-        let asked = scope.spawn(|| bed.proxy.admin_request("POST", "/v1/reload"));
+        let asked = scope.spawn(|| setup.proxy.admin_request("POST", "/v1/reload"));
         std::thread::sleep(ms(700));
         assert!(!asked.is_finished(), "the list was read half written");
         writer.write_all(b"127.0.0.1\n").unwrap();
@@ -168,37 +173,37 @@ fn a_reload_waits_for_the_writer_of_a_list(engine: Engine) {
         let answer = asked.join().unwrap();
         assert_eq!(answer.json()["changed"], true, "{}", answer.body);
     });
-    let answered = TcpStream::connect(bed.proxy.addr("last")).and_then(|mut denied| {
+    let answered = TcpStream::connect(setup.proxy.addr("last")).and_then(|mut denied| {
         denied.write_all(b"x")?;
         denied.read_exact(&mut [0])
     });
-    assert!(answered.is_err(), "the list is in force as a whole");
+    assert!(answered.is_err(), "only a part of the list is applied");
 }
 
-fn a_reload_is_refused_while_a_writer_does_not_end(engine: Engine) {
+fn reload_is_rejected_if_the_writer_does_not_finish(engine: Engine) {
     if engine != Engine::Epoll {
-        // Nothing here is an engine's, and it takes its time.
+        // The test takes seconds and does not depend on the engine.
         return;
     }
-    let bed = bed(engine);
-    let text = bed.text(1);
-    let mut writer = File::create(bed.path()).unwrap();
+    let setup = setup(engine);
+    let text = setup.text(1);
+    let mut writer = File::create(setup.path()).unwrap();
     writer.write_all(&text.as_bytes()[..text.len() / 2]).unwrap();
-    let answer = bed.proxy.admin_request("POST", "/v1/reload");
+    let answer = setup.proxy.admin_request("POST", "/v1/reload");
     assert_eq!(answer.status, 422, "{}", answer.body);
     assert!(answer.body.contains("is still being written"), "{}", answer.body);
-    assert_eq!(bed.proxy.generation(), 1);
+    assert_eq!(setup.proxy.generation(), 1);
     writer.write_all(&text.as_bytes()[text.len() / 2..]).unwrap();
     drop(writer);
-    eventually(secs(5), "the whole file is read", || bed.weight() == 11);
+    eventually(secs(5), "the whole file is read", || setup.weight() == 11);
 }
 
-/// Mounts the file by itself, as containers do with one file, and starts the
-/// program on the mount: `$1` is the program, `$4` the file.
+/// Bind-mounts the file, as containers do with a single file, and starts the program with the
+/// mounted file. `$1` is the program and `$4` the file.
 const MOUNTED: &str = "touch $4.mounted; mount --bind $4 $4.mounted; program=$1; file=$4; \
                        shift 4; exec $program run --config $file.mounted $@";
 
-fn a_file_replaced_behind_a_mount_is_warned_of(engine: Engine) {
+fn file_replaced_behind_a_mount_gives_a_warning(engine: Engine) {
     let may = Command::new("unshare").args(["--mount", "true"]).status();
     if !may.is_ok_and(|status| status.success()) {
         return common::skip("unshare --mount is not allowed here");
@@ -206,13 +211,15 @@ fn a_file_replaced_behind_a_mount_is_warned_of(engine: Engine) {
     let echo = ScriptedBackend::start(backend::echo());
     let wrapper = ["unshare", "--mount", "sh", "-ec", MOUNTED, "sh"];
     let proxy = TestProxy::start_under(conf(engine, &echo), &wrapper);
-    let bed = Bed { proxy, echo };
-    let answer = bed.proxy.admin_request("POST", "/v1/reload").json();
+    let setup = RewriteSetup { proxy, echo };
+    let answer = setup.proxy.admin_request("POST", "/v1/reload").json();
     assert_eq!(answer["warnings"], serde_json::json!([]), "{answer}");
-    bed.proxy.rewrite_by_rename(&bed.text(1));
-    let answer = bed.proxy.admin_request("POST", "/v1/reload").json();
+    setup.proxy.rewrite_by_rename(&setup.text(1));
+    let answer = setup.proxy.admin_request("POST", "/v1/reload").json();
     assert_eq!(answer["changed"], false, "{answer}");
     let warning = answer["warnings"][0].as_str().unwrap_or_default();
     assert!(warning.contains("was deleted or replaced"), "{answer}");
-    eventually(secs(5), "the log says it, too", || bed.proxy.log().contains("mount its directory"));
+    eventually(secs(5), "the warning is in the log", || {
+        setup.proxy.log().contains("mount its directory")
+    });
 }

@@ -1,5 +1,5 @@
-//! Routes of a frontend: by the client's address, by the port and the address that it
-//! connects to, refused, changed by a reload, and with pools that are full.
+//! Routes of a frontend: by client address, by bind port and address, with `refuse`, after a
+//! reload, and with full pools.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, End, connect_from};
@@ -11,15 +11,15 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 
 on_every_engine!(
-    a_client_goes_to_the_pool_of_its_route,
-    a_port_or_an_address_of_a_bind_chooses_the_pool,
-    a_refused_client_is_reset_before_a_backend_is_chosen,
-    a_reload_changes_routes_and_keeps_sessions,
-    a_client_waits_in_the_queue_of_its_routes_pool,
+    client_address_selects_the_pool,
+    bind_port_or_address_selects_the_pool,
+    route_with_refuse_resets_the_client_without_a_backend,
+    reload_changes_routes_and_keeps_sessions,
+    client_waits_in_the_queue_of_the_pool_of_its_route,
     retries_stay_in_the_pool_of_the_route,
 );
 
-/// Backends that say `web` and `special`, and a frontend with these routes to them.
+/// Two backends that send `web` and `special`, and a frontend with routes to them.
 struct Routed {
     proxy: TestProxy,
     _backends: [ScriptedBackend; 2],
@@ -44,7 +44,7 @@ impl Routed {
     }
 }
 
-/// Who answers a client from there; `None`: nobody, the connection is reset.
+/// Returns the answer to a client with the address `source`, or `None` after a reset.
 fn answer(source: &str, address: SocketAddr) -> Option<String> {
     let mut stream = connect_from(source.parse().unwrap(), address).ok()?;
     let mut text = String::new();
@@ -52,7 +52,7 @@ fn answer(source: &str, address: SocketAddr) -> Option<String> {
     Some(text)
 }
 
-fn a_client_goes_to_the_pool_of_its_route(engine: Engine) {
+fn client_address_selects_the_pool(engine: Engine) {
     let routes = "[[frontend.web.route]]\nsources = [\"127.0.0.3\", \"127.0.0.8/30\"]\n\
                   pool = \"special\"\n\
                   [[frontend.web.route]]\nsources = \"127.0.0.0/28\"\npool = \"web\"\n";
@@ -79,7 +79,7 @@ fn a_client_goes_to_the_pool_of_its_route(engine: Engine) {
     assert_eq!(taken, expected.map(|(pool, route)| (pool.to_owned(), route)));
 }
 
-fn a_port_or_an_address_of_a_bind_chooses_the_pool(engine: Engine) {
+fn bind_port_or_address_selects_the_pool(engine: Engine) {
     let wild = free_port();
     let mut second = None;
     let routed = Routed::with(engine, |conf| {
@@ -108,7 +108,7 @@ fn a_port_or_an_address_of_a_bind_chooses_the_pool(engine: Engine) {
     assert_eq!(by_name(([127, 0, 0, 7], wild).into()), "special");
 }
 
-fn a_refused_client_is_reset_before_a_backend_is_chosen(engine: Engine) {
+fn route_with_refuse_resets_the_client_without_a_backend(engine: Engine) {
     let routes = "[[frontend.web.route]]\nsources = \"127.0.0.3\"\nrefuse = true\n\
                   [[frontend.web.route]]\nsources = \"127.0.0.0/8\"\npool = \"special\"\n";
     let routed = Routed::start(engine, routes);
@@ -118,16 +118,16 @@ fn a_refused_client_is_reset_before_a_backend_is_chosen(engine: Engine) {
         assert_eq!(client::read_to_end(&stream), End::Reset(0));
     }
     let labels = [("frontend", "web"), ("reason", "route")];
-    eventually(secs(5), "the refusal is counted", || {
+    eventually(secs(5), "the rejection is counted", || {
         routed.proxy.metric("tidegate_refused_total", &labels) == 1.0
     });
     let log = routed.proxy.wait_access_log(2);
-    let line = log.iter().find(|line| line["cause"] == "route").expect("it is logged");
+    let line = log.iter().find(|line| line["cause"] == "route").expect("a line for the route");
     assert_eq!((line["phase"].as_str(), line["code"].as_str()), (Some("admit"), Some("PR")));
     assert!(line["route"] == 1 && line["pool"].is_null() && line["backend"].is_null(), "{line}");
 }
 
-fn a_reload_changes_routes_and_keeps_sessions(engine: Engine) {
+fn reload_changes_routes_and_keeps_sessions(engine: Engine) {
     let echo = ScriptedBackend::start(backend::echo());
     let special = ScriptedBackend::start(backend::name("special"));
     let conf = Conf::new(engine)
@@ -151,12 +151,12 @@ fn a_reload_changes_routes_and_keeps_sessions(engine: Engine) {
     assert_eq!(answer("127.0.0.3", address).as_deref(), Some("special"));
     change_route("refuse = true", &mut proxy);
     assert_eq!(answer("127.0.0.3", address), None);
-    assert!(holds(&kept), "a session keeps the route it came by");
+    assert!(holds(&kept), "an open session continues");
     let other = connect_from("127.0.0.2".parse().unwrap(), address).unwrap();
     assert!(holds(&other));
 }
 
-fn a_client_waits_in_the_queue_of_its_routes_pool(engine: Engine) {
+fn client_waits_in_the_queue_of_the_pool_of_its_route(engine: Engine) {
     let echo = ScriptedBackend::start(backend::echo());
     let name = ScriptedBackend::start(backend::name("special"));
     let full = Pool::new("full").key("queue_timeout = \"20s\"").backend_with(
@@ -181,7 +181,7 @@ fn a_client_waits_in_the_queue_of_its_routes_pool(engine: Engine) {
     eventually(secs(5), "the second client is queued", || {
         proxy.metric("tidegate_pool_queued", &[("pool", "full")]) == 1.0
     });
-    // The other pool is not held up.
+    // Clients of the other pool are not delayed.
     assert_eq!(answer("127.0.0.2", address).as_deref(), Some("special"));
     drop(first);
     echoed(&waits);

@@ -1,5 +1,5 @@
-//! Scrapes of many backends: they cost the control thread nothing that a verdict
-//! would have to wait for.
+//! Scrapes of `status` and metrics with thousands of backends. They must not delay the
+//! detection of failures.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::conf::{Conf, Pool};
@@ -16,36 +16,36 @@ use tidegate_heartbeat::SenderState;
 use tidegate_heartbeat::keys::Secret;
 use tidegate_heartbeat::wire::{HeartbeatFields, SenderIdentity, encode};
 
-/// Between heartbeats.
+/// The heartbeat interval.
 const INTERVAL: Duration = ms(100);
 
-/// How long one that is to die is heard before, and its place stays empty after.
-const LIFE: Duration = ms(2000);
-const REST: Duration = ms(700);
+/// How long a failing sender sends, and the pause before the next sender replaces it.
+const LIFETIME: Duration = ms(2000);
+const PAUSE: Duration = ms(700);
 
-/// Senders that are not to die.
+/// Senders that send all the time.
 const STEADY: u32 = 200;
 
-/// Those that are, at a time.
-const MORTAL: u32 = 10;
+/// Senders that fail, at the same time.
+const FAILING: u32 = 10;
 
-/// Fewer for a debug build on a busy machine.
+/// Fewer backends by default, for debug builds on busy machines.
 fn backends() -> u32 {
     if long() { 20_000 } else { 4_000 }
 }
 
-/// The pool, with so many backends in the file that nobody asks about.
+/// Adds `count` backends of the file. No heartbeat or probe concerns them.
 fn many(pool: Pool, count: u32) -> Pool {
     let addresses =
         (0..count).map(|n| format!("127.{}.{}.{}:9", 1 + n / 62_500, n / 250 % 250, n % 250 + 1));
     addresses.fold(pool, |pool, address| pool.backend(&address.replace(":", "-"), &address))
 }
 
-/// A sender, and what it needs to be believed.
+/// The state of one sender.
 struct Sender {
     name: String,
     address: SocketAddr,
-    /// Of one that is to die: a connect shows whether it lives.
+    /// For a failing sender. A connect shows whether the backend is alive.
     listener: Option<TcpListener>,
     sequence: u64,
     began: Instant,
@@ -54,89 +54,89 @@ struct Sender {
 }
 
 /// All senders on one thread.
-struct Choir {
+struct Senders {
     socket: UdpSocket,
     to: SocketAddr,
     secret: Secret,
     senders: Vec<Sender>,
-    /// How many have been born.
-    born: u32,
+    /// Number of failing senders created.
+    created: u32,
 }
 
-/// What the thread of the senders is told, and what it tells.
+/// Commands for the thread of the senders, and its results.
 #[derive(Default)]
-struct Score {
+struct Control {
     stop: AtomicBool,
-    /// Some die, and others take their places.
-    dying: AtomicBool,
-    /// When the last heartbeat of each that died was sent, by name.
-    died: Mutex<HashMap<String, SystemTime>>,
+    /// If set, some senders fail and others replace them.
+    failing: AtomicBool,
+    /// Time of the last heartbeat of each failed sender, by name.
+    failed: Mutex<HashMap<String, SystemTime>>,
 }
 
 impl Sender {
-    /// The `number`-th of `all`, whose phases are spread over an interval.
+    /// The sender `number` of `all`. The phases of all senders are spread over an interval.
     fn new(name: String, address: SocketAddr, (number, all): (u32, u32)) -> Sender {
         let now = Instant::now();
         let next = now + INTERVAL * number / all;
         Sender { name, address, listener: None, sequence: 0, began: now, last: now, next }
     }
 
-    fn mortal(number: u32) -> Sender {
+    fn failing(number: u32) -> Sender {
         let listener = TcpListener::bind((Ipv4Addr::new(127, 0, 9, 9), 0)).unwrap();
         let address = listener.local_addr().unwrap();
-        let sender = Sender::new(format!("mortal{number}"), address, (number % MORTAL, MORTAL));
+        let sender = Sender::new(format!("failing{number}"), address, (number % FAILING, FAILING));
         Sender { listener: Some(listener), ..sender }
     }
 }
 
-impl Choir {
-    fn new(keys: &Keys, everywhere: SocketAddr) -> Choir {
+impl Senders {
+    fn new(keys: &Keys, everywhere: SocketAddr) -> Senders {
         let steady = (0..STEADY).map(|n| {
             let address =
                 SocketAddr::from((Ipv4Addr::new(127, 0, 8, n as u8 + 1), everywhere.port()));
             Sender::new(format!("steady{n}"), address, (n, STEADY))
         });
-        Choir {
+        Senders {
             socket: UdpSocket::bind("127.0.0.1:0").unwrap(),
             to: keys.to(),
             secret: Secret::new(&[1; 32]).unwrap(),
             senders: steady.collect(),
-            born: 0,
+            created: 0,
         }
     }
 
-    /// Sends until it is told to stop.
-    fn sing(&mut self, score: &Score) {
+    /// Sends heartbeats until `stop` is set.
+    fn send_until_stopped(&mut self, control: &Control) {
         let mut empty: Vec<Instant> =
-            (0..MORTAL).map(|n| Instant::now() + (LIFE + REST) * n / MORTAL).collect();
-        while !score.stop.load(Ordering::Relaxed) {
+            (0..FAILING).map(|n| Instant::now() + (LIFETIME + PAUSE) * n / FAILING).collect();
+        while !control.stop.load(Ordering::Relaxed) {
             let now = Instant::now();
-            if score.dying.load(Ordering::Relaxed)
+            if control.failing.load(Ordering::Relaxed)
                 && let Some(place) = empty.iter().position(|at| *at <= now)
             {
                 empty.swap_remove(place);
-                self.senders.push(Sender::mortal(self.born));
-                self.born += 1;
+                self.senders.push(Sender::failing(self.created));
+                self.created += 1;
             }
             let over = |sender: &Sender| {
-                sender.listener.is_some() && now >= sender.began + LIFE && now < sender.next
+                sender.listener.is_some() && now >= sender.began + LIFETIME && now < sender.next
             };
             while let Some(at) = self.senders.iter().position(over) {
-                // Right after its last heartbeat, which the next would follow.
+                // The failure follows directly after a heartbeat.
                 let gone = self.senders.swap_remove(at);
-                let mut died = score.died.lock().unwrap();
-                died.insert(gone.name, SystemTime::now() - (now - gone.last));
-                empty.push(now + REST);
+                let mut failed = control.failed.lock().unwrap();
+                failed.insert(gone.name, SystemTime::now() - (now - gone.last));
+                empty.push(now + PAUSE);
             }
             for sender in self.senders.iter_mut().filter(|sender| sender.next <= now) {
                 sender.sequence += 1;
-                // Whoever is late does not make up for it.
+                // A late sender does not catch up.
                 sender.next = (sender.next + INTERVAL).max(now);
                 sender.last = now;
                 say(&self.socket, self.to, &self.secret, sender);
             }
             let next = self.senders.iter().map(|sender| sender.next).min().unwrap_or(now);
-            // The nearest heartbeat, or a death between two.
+            // Until the next heartbeat, or at most 2 ms because of a failure.
             std::thread::sleep(next.saturating_duration_since(Instant::now()).min(ms(2)));
         }
     }
@@ -160,56 +160,60 @@ fn say(socket: &UdpSocket, to: SocketAddr, secret: &Secret, sender: &Sender) {
     socket.send_to(&encode(&draft, secret), to).unwrap();
 }
 
-/// How long after the last heartbeat the log says of each that it is down.
-fn detections(log: &str, died: &HashMap<String, SystemTime>) -> Vec<Duration> {
+/// Returns the time from the last heartbeat to the log line `down` for each failed sender,
+/// sorted.
+fn detections(log: &str, failed: &HashMap<String, SystemTime>) -> Vec<Duration> {
     let mut took: Vec<Duration> = log
         .lines()
         .filter(|line| line.contains("to=\"down\"") || line.contains("to=down"))
         .filter_map(|line| {
             let name = line.split("backend=").nth(1)?.split_whitespace().next()?;
-            let died = died.get(name)?.duration_since(UNIX_EPOCH).ok()?;
+            let failed = failed.get(name)?.duration_since(UNIX_EPOCH).ok()?;
             let said = seconds_of_day(line)?;
-            let died = died.as_secs_f64().rem_euclid(86_400.0);
-            Some(Duration::from_secs_f64((said - died).rem_euclid(86_400.0)))
+            let failed = failed.as_secs_f64().rem_euclid(86_400.0);
+            Some(Duration::from_secs_f64((said - failed).rem_euclid(86_400.0)))
         })
         .collect();
     took.sort();
     took
 }
 
-/// Of a line that begins with `2026-01-02T03:04:05.678901Z`.
+/// Parses the time of day of a line that begins with `2026-01-02T03:04:05.678901Z`.
 fn seconds_of_day(line: &str) -> Option<f64> {
     let clock = line.split_once('T')?.1.split_once('Z')?.0;
     clock.split(':').try_fold(0.0, |sum, part| Some(sum * 60.0 + part.parse::<f64>().ok()?))
 }
 
-/// Scrapes status and metrics each second until it is told to stop; how often it did.
+/// Scrapes status and metrics every second until `stop` is set. Returns the number of scrapes.
 fn scrape(proxy: &TestProxy, stop: &AtomicBool) -> u32 {
     let (began, mut scrapes, mut rounds) = (Instant::now(), 0, 0);
     while !stop.load(Ordering::Relaxed) {
         let answer = proxy.admin_request("GET", "/metrics");
         let status = proxy.admin_request("GET", "/v1/status");
-        // A debug build on a busy machine may need more than the 5 s it has.
+        // A debug build on a busy machine can exceed the timeout of 5 s.
         if answer.status == 200 && status.status == 200 {
-            assert!(answer.body.lines().count() > backends() as usize * 10, "it is whole");
+            assert!(
+                answer.body.lines().count() > backends() as usize * 10,
+                "the scrape is incomplete"
+            );
             scrapes += 1;
         }
         rounds += 1;
         let due = began + secs(1) * rounds;
-        // Each second, as Prometheus might.
+        // Every second, as Prometheus can do.
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
     }
     scrapes
 }
 
-/// How long questions to the control thread take, until it is told to stop.
+/// Returns the response times of the control thread until `stop` is set, sorted.
 fn ask(proxy: &TestProxy, stop: &AtomicBool) -> Vec<Duration> {
     let mut took = Vec::new();
     while !stop.load(Ordering::Relaxed) {
         let began = Instant::now();
         assert_eq!(proxy.admin_request("GET", "/v1/pools/small/backends/a/explain").status, 200);
         took.push(began.elapsed());
-        // A steady pace.
+        // A steady rate.
         std::thread::sleep(ms(20));
     }
     took.sort();
@@ -220,37 +224,37 @@ fn percentile(sorted: &[Duration], percent: usize) -> Duration {
     sorted[(sorted.len() * percent / 100).min(sorted.len() - 1)]
 }
 
-/// What one stretch of time has shown.
-struct Stretch {
+/// The measurements of one period.
+struct Period {
     excuses: f64,
     detected: Vec<Duration>,
     asked: Vec<Duration>,
     scrapes: u32,
-    died: usize,
+    failed: usize,
 }
 
-impl Stretch {
-    /// `span` with deaths, and with scrapes if so.
-    fn measure(proxy: &TestProxy, score: &Score, span: Duration, scraped: bool) -> Stretch {
+impl Period {
+    /// Measures for `span` with failing senders, with or without scrapes.
+    fn measure(proxy: &TestProxy, control: &Control, span: Duration, scraped: bool) -> Period {
         let excuses = || proxy.metric("tidegate_heartbeat_excuses_total", &[]);
         let stop = AtomicBool::new(false);
         let before = excuses();
-        score.died.lock().unwrap().clear();
-        score.dying.store(true, Ordering::Relaxed);
+        control.failed.lock().unwrap().clear();
+        control.failing.store(true, Ordering::Relaxed);
         let (scrapes, asked) = std::thread::scope(|scope| {
             let asked = scope.spawn(|| ask(proxy, &stop));
             let scrapes = scraped.then(|| scope.spawn(|| scrape(proxy, &stop)));
             std::thread::sleep(span);
-            score.dying.store(false, Ordering::Relaxed);
-            // The last of them are still to die, and to be seen to.
-            std::thread::sleep(LIFE + secs(2));
+            control.failing.store(false, Ordering::Relaxed);
+            // The last senders still have to fail and to be detected.
+            std::thread::sleep(LIFETIME + secs(2));
             stop.store(true, Ordering::Relaxed);
             let scrapes = scrapes.map_or(0, |scrapes| scrapes.join().expect("scrapes"));
             (scrapes, asked.join().expect("questions"))
         });
-        let died = score.died.lock().unwrap();
-        let detected = detections(&proxy.log(), &died);
-        Stretch { excuses: excuses() - before, detected, asked, scrapes, died: died.len() }
+        let failed = control.failed.lock().unwrap();
+        let detected = detections(&proxy.log(), &failed);
+        Period { excuses: excuses() - before, detected, asked, scrapes, failed: failed.len() }
     }
 
     fn say(&self, what: &str) {
@@ -259,12 +263,12 @@ impl Stretch {
             format!("{p50:.1?} (p50), {p99:.1?} (p99), {:.1?} (longest)", percentile(sorted, 100))
         });
         measured(&format!(
-            "{what}: {} scrapes, {} excuses; {} of {} deaths seen after {detected}; the control \
+            "{what}: {} scrapes, {} excuses; {} of {} failures detected after {detected}; the control \
              thread answers in {asked}",
             self.scrapes,
             self.excuses,
             self.detected.len(),
-            self.died,
+            self.failed,
         ));
     }
 }
@@ -273,7 +277,7 @@ mod alone {
     use super::*;
 
     #[test]
-    fn scrapes_of_many_backends_excuse_no_silence_and_delay_no_verdict() {
+    fn scrapes_of_many_backends_do_not_delay_detection() {
         let _share = exclusive::alone();
         let keys = Keys::new();
         let heartbeat =
@@ -286,34 +290,34 @@ mod alone {
 
         let everywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, free_port()));
         let _steady = ScriptedBackend::start_on(everywhere, backend::http("s", 200));
-        let mut choir = Choir::new(&keys, everywhere);
+        let mut senders = Senders::new(&keys, everywhere);
         let span = if long() { secs(60) } else { secs(3) };
-        let score = Score::default();
+        let control = Control::default();
         let all = std::thread::scope(|scope| {
-            scope.spawn(|| choir.sing(&score));
-            // Their rhythm has to be known.
+            scope.spawn(|| senders.send_until_stopped(&control));
+            // The detector needs the intervals of the senders first.
             std::thread::sleep(secs(5));
             let all = [false, true, false, true].map(|scraped| {
-                let stretch = Stretch::measure(&proxy, &score, span, scraped);
-                stretch.say(if scraped { "scraped" } else { "quiet" });
-                stretch
+                let period = Period::measure(&proxy, &control, span, scraped);
+                period.say(if scraped { "scraped" } else { "quiet" });
+                period
             });
-            score.stop.store(true, Ordering::Relaxed);
+            control.stop.store(true, Ordering::Relaxed);
             all
         });
-        let of = |scraped: bool, field: fn(&Stretch) -> &Vec<Duration>| {
-            let stretches = all.iter().enumerate().filter(|(at, _)| (at % 2 == 1) == scraped);
+        let of = |scraped: bool, field: fn(&Period) -> &Vec<Duration>| {
+            let periods = all.iter().enumerate().filter(|(at, _)| (at % 2 == 1) == scraped);
             let mut both: Vec<Duration> =
-                stretches.flat_map(|(_, stretch)| field(stretch).iter().copied()).collect();
+                periods.flat_map(|(_, period)| field(period).iter().copied()).collect();
             both.sort();
             both
         };
-        for stretch in &all {
-            assert_eq!(stretch.excuses, 0.0, "somebody's silence did not count");
-            assert!(stretch.died > 3 && stretch.detected.len() * 10 >= stretch.died * 9);
+        for period in &all {
+            assert_eq!(period.excuses, 0.0, "a missing heartbeat was excused");
+            assert!(period.failed > 3 && period.detected.len() * 10 >= period.failed * 9);
         }
         assert!(all[1].scrapes + all[3].scrapes >= 2);
-        let [quiet, scraped] = [false, true].map(|it| percentile(&of(it, |s| &s.detected), 99));
+        let [quiet, scraped] = [false, true].map(|with| percentile(&of(with, |s| &s.detected), 99));
         let more = if long() { ms(10) } else { ms(200) };
         assert!(scraped < quiet.mul_f64(1.2) + more, "p99 {scraped:?} instead of {quiet:?}");
     }

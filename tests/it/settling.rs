@@ -1,5 +1,4 @@
-//! Reloads and starts that leave a probed pool without a verdict: no client is
-//! refused for it.
+//! Reloads and starts with no probe result yet: no client is rejected because of it.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, End};
@@ -12,28 +11,28 @@ use std::net::TcpStream;
 use std::time::Instant;
 
 on_every_engine!(
-    blue_green_reload_refuses_no_client,
-    renamed_backends_and_a_renamed_pool_refuse_no_client,
-    two_swapped_names_refuse_no_client,
-    former_backends_serve_no_longer_once_a_new_one_is_up,
-    clients_that_come_before_the_first_verdict_are_served,
-    clients_that_wait_are_refused_once_every_backend_is_down,
-    ready_waits_for_the_first_verdict,
+    blue_green_reload_rejects_no_client,
+    renaming_backends_and_a_pool_rejects_no_client,
+    swapping_two_backend_names_rejects_no_client,
+    removed_backends_get_no_sessions_once_a_new_backend_is_up,
+    client_waits_for_the_first_probe_result,
+    waiting_client_is_reset_once_every_backend_is_down,
+    readiness_waits_for_the_first_probe_result,
 );
 
 /// How long the backends take to answer a probe.
 const PROBE_TAKES: u64 = 400;
 
-/// Answers requests at once with its name, and probes (for `/health`) after
-/// [`PROBE_TAKES`]; `health` is what it says of itself.
-fn probed_slowly(name: &str, health: u16) -> ScriptedBackend {
+/// Starts a backend that answers requests at once with its name, and probes (of `/health`)
+/// after [`PROBE_TAKES`] with the status `health`.
+fn slowly_probed(name: &str, health: u16) -> ScriptedBackend {
     let answer = |status: u16| {
         let length = name.len();
         format!(
             "HTTP/1.1 {status} X\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{name}"
         )
     };
-    let (works, judged) = (answer(200), answer(health));
+    let (works, probe_answer) = (answer(200), answer(health));
     ScriptedBackend::start(backend::script(move |conn| {
         let (mut head, mut buffer) = (Vec::new(), [0; 1024]);
         while !head.ends_with(b"\r\n\r\n") {
@@ -44,14 +43,14 @@ fn probed_slowly(name: &str, health: u16) -> ScriptedBackend {
         }
         let probed = head.starts_with(b"GET /health");
         if probed {
-            // What a check of the database takes.
+            // A check of a database takes as long.
             std::thread::sleep(ms(PROBE_TAKES));
         }
-        let _ = conn.write_all(if probed { judged.as_bytes() } else { works.as_bytes() });
+        let _ = conn.write_all(if probed { probe_answer.as_bytes() } else { works.as_bytes() });
     }))
 }
 
-/// A pool of these, by the names they get in it.
+/// A probed pool of `backends` with these names.
 fn probed(pool: &str, backends: &[(&str, &ScriptedBackend)]) -> Pool {
     let keys = "kind = \"http\"\npath = \"/health\"\ninterval = \"2s\"\ntimeout = \"2s\"";
     let pool = Pool::new(pool).key("startup_grace = \"20s\"").probe(keys);
@@ -62,22 +61,23 @@ fn probed(pool: &str, backends: &[(&str, &ScriptedBackend)]) -> Pool {
 fn reload_under_load(proxy: &mut TestProxy, conf: Conf) -> Vec<Attempt> {
     let steady = Steady::paced(proxy.addr("web"), 3, 300.0);
     let pool = conf.pools[0].name.clone();
-    let names: Vec<String> = conf.pools[0].backends.iter().map(|one| one.name.clone()).collect();
-    // Some sessions before and after it.
+    let names: Vec<String> =
+        conf.pools[0].backends.iter().map(|backend| backend.name.clone()).collect();
+    // Some sessions before and after the reload.
     std::thread::sleep(ms(100));
     proxy.reload(conf);
-    assert_eq!(proxy.admin_request("GET", "/ready").status, 200, "clients are served all along");
+    assert_eq!(proxy.admin_request("GET", "/ready").status, 200, "the process stays ready");
     names.iter().for_each(|name| proxy.wait_backend(&pool, name, "observation", "up"));
     std::thread::sleep(ms(100));
     let attempts = steady.stop();
-    let failed: Vec<_> = attempts.iter().filter(|one| one.result.is_err()).collect();
+    let failed: Vec<_> = attempts.iter().filter(|attempt| attempt.result.is_err()).collect();
     assert!(failed.is_empty(), "{} of {}: {:?}", failed.len(), attempts.len(), failed[0]);
-    measured(&format!("{} sessions, none refused", attempts.len()));
+    measured(&format!("{} sessions, none rejected", attempts.len()));
     attempts
 }
 
-fn blue_green_reload_refuses_no_client(engine: Engine) {
-    let [blue, green] = ["blue", "green"].map(|name| [(); 2].map(|()| probed_slowly(name, 200)));
+fn blue_green_reload_rejects_no_client(engine: Engine) {
+    let [blue, green] = ["blue", "green"].map(|name| [(); 2].map(|()| slowly_probed(name, 200)));
     let first = probed("web", &[("a", &blue[0]), ("b", &blue[1])]);
     let mut proxy = TestProxy::start(Conf::simple(engine, first));
     let mut conf = proxy.conf();
@@ -87,8 +87,8 @@ fn blue_green_reload_refuses_no_client(engine: Engine) {
     assert!(blue > 20 && green > 0, "{blue} by the former backends, {green} by the new ones");
 }
 
-fn renamed_backends_and_a_renamed_pool_refuse_no_client(engine: Engine) {
-    let [a, b] = ["a", "b"].map(|name| probed_slowly(name, 200));
+fn renaming_backends_and_a_pool_rejects_no_client(engine: Engine) {
+    let [a, b] = ["a", "b"].map(|name| slowly_probed(name, 200));
     let mut proxy = TestProxy::start(Conf::simple(engine, probed("web", &[("a", &a), ("b", &b)])));
     let mut conf = proxy.conf();
     conf.pools = vec![probed("web", &[("x", &a), ("y", &b)])];
@@ -97,24 +97,24 @@ fn renamed_backends_and_a_renamed_pool_refuse_no_client(engine: Engine) {
     conf.pools = vec![probed("other", &[("x", &a), ("y", &b)])];
     conf.frontend_mut("web").pool = "other".into();
     reload_under_load(&mut proxy, conf);
-    // A new name and new addresses at once.
-    let [c, d] = ["c", "d"].map(|name| probed_slowly(name, 200));
+    // A new name and new addresses in the same reload.
+    let [c, d] = ["c", "d"].map(|name| slowly_probed(name, 200));
     let mut conf = proxy.conf();
     conf.pools = vec![probed("third", &[("x", &c), ("y", &d)])];
     conf.frontend_mut("web").pool = "third".into();
     reload_under_load(&mut proxy, conf);
 }
 
-fn two_swapped_names_refuse_no_client(engine: Engine) {
-    let [a, b] = ["a", "b"].map(|name| probed_slowly(name, 200));
+fn swapping_two_backend_names_rejects_no_client(engine: Engine) {
+    let [a, b] = ["a", "b"].map(|name| slowly_probed(name, 200));
     let mut proxy = TestProxy::start(Conf::simple(engine, probed("web", &[("a", &a), ("b", &b)])));
     let mut conf = proxy.conf();
     conf.pools = vec![probed("web", &[("a", &b), ("b", &a)])];
     reload_under_load(&mut proxy, conf);
 }
 
-fn former_backends_serve_no_longer_once_a_new_one_is_up(engine: Engine) {
-    let [blue, green] = ["blue", "green"].map(|name| probed_slowly(name, 200));
+fn removed_backends_get_no_sessions_once_a_new_backend_is_up(engine: Engine) {
+    let [blue, green] = ["blue", "green"].map(|name| slowly_probed(name, 200));
     let mut proxy = TestProxy::start(Conf::simple(engine, probed("web", &[("a", &blue)])));
     let mut conf = proxy.conf();
     conf.pools = vec![probed("web", &[("b", &green)])];
@@ -123,13 +123,13 @@ fn former_backends_serve_no_longer_once_a_new_one_is_up(engine: Engine) {
     assert_eq!(ask(), "blue");
     assert_eq!(proxy.status()["pools"][0]["none_eligible"], "former");
     proxy.wait_backend("web", "b", "observation", "up");
-    // Each worker takes the new table with its next session.
-    eventually(secs(2), "the new one serves", || ask() == "green");
+    // Each worker uses the new table from its next session.
+    eventually(secs(2), "the new backend serves", || ask() == "green");
     assert!((0..20).all(|_| ask() == "green"));
 }
 
-/// Starts a balancer whose frontend is known and connects before it is ready; what
-/// the first client came to, and for how long it waited.
+/// Starts Tidegate and connects before it is ready. Returns the result of the first client and
+/// how long it waited.
 fn first_client_of<T: Send>(
     conf: Conf,
     client: impl Fn(TcpStream) -> T + Sync,
@@ -144,14 +144,14 @@ fn first_client_of<T: Send>(
             let got = client(stream);
             (got, start.elapsed())
         });
-        let proxy = TestProxy::try_start(conf, &[]).expect("it comes up");
+        let proxy = TestProxy::try_start(conf, &[]).expect("a start");
         let (got, waited) = first.join().expect("a client");
         (proxy, got, waited)
     })
 }
 
-fn clients_that_come_before_the_first_verdict_are_served(engine: Engine) {
-    let a = probed_slowly("a", 200);
+fn client_waits_for_the_first_probe_result(engine: Engine) {
+    let a = slowly_probed("a", 200);
     let conf = Conf::simple(engine, probed("web", &[("a", &a)]));
     let (proxy, answer, waited) = first_client_of(conf, |stream| {
         client::exchange(&stream, b"GET / HTTP/1.0\r\n\r\n").map(|answer| answer.len())
@@ -162,17 +162,17 @@ fn clients_that_come_before_the_first_verdict_are_served(engine: Engine) {
     assert_eq!(proxy.metric("tidegate_pool_undecided", &[]), 0.0);
 }
 
-fn clients_that_wait_are_refused_once_every_backend_is_down(engine: Engine) {
-    let a = probed_slowly("a", 500);
+fn waiting_client_is_reset_once_every_backend_is_down(engine: Engine) {
+    let a = slowly_probed("a", 500);
     let conf = Conf::simple(engine, probed("web", &[("a", &a)]));
     let (proxy, end, waited) = first_client_of(conf, |stream| client::read_to_end(&stream));
     assert!(matches!(end, End::Reset(0)), "{end:?}");
-    assert!(waited < secs(15), "refused after {waited:?}: not by the grace's end");
+    assert!(waited < secs(15), "reset after {waited:?}, not before the end of the grace time");
     assert_eq!(proxy.backend("web", "a")["observation"], "down");
 }
 
-fn ready_waits_for_the_first_verdict(engine: Engine) {
-    let a = probed_slowly("a", 200);
+fn readiness_waits_for_the_first_probe_result(engine: Engine) {
+    let a = slowly_probed("a", 200);
     let proxy = TestProxy::start(Conf::simple(engine, probed("web", &[("a", &a)])));
-    assert_eq!(proxy.backend("web", "a")["observation"], "up", "/ready said 200 too soon");
+    assert_eq!(proxy.backend("web", "a")["observation"], "up", "/ready returned 200 too early");
 }

@@ -1,8 +1,8 @@
-//! The machine runs short: of descriptors, memory, ports, readers, watches.
+//! Shortages of descriptors, memory, ports, log readers and inotify instances.
 //!
-//! Each fault is real or made by strace(1) at the running balancer: sessions go
-//! on, the fault has a name and a count, no backend is blamed, nobody spins, and
-//! everything is back within a second of its end.
+//! Each fault is real or injected by strace(1). Sessions continue, the fault is reported and
+//! counted, no backend failure is counted, no thread loops, and service is normal within 1 s
+//! of the end of the fault.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::conf::{Conf, Pool};
@@ -19,40 +19,40 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 on_every_engine!(
-    every_errno_of_a_shortage_is_a_local_error_and_passes,
-    changed_file_that_could_not_be_opened_is_read_when_it_can,
-    unread_log_blocks_nothing_and_reports_what_was_lost,
+    every_resource_error_is_a_temporary_local_error,
+    reload_is_retried_after_exhausted_descriptors,
+    unread_log_blocks_nothing_and_reports_dropped_lines,
     log_on_a_full_disk_blocks_nothing_and_is_counted,
-    number_that_cannot_be_written_is_written_once_it_can,
-    lack_of_inotify_instances_means_polling_until_there_are_some,
+    pid_file_is_written_after_a_failure,
+    file_is_polled_without_inotify_instances,
 );
 
-/// How long a fault lasts: several back-offs and probes.
+/// How long a fault lasts: several retry intervals and probes.
 const FAULT: Duration = ms(600);
 
 const PROBE: &str = "kind = \"tcp\"\ninterval = \"100ms\"\ntimeout = \"100ms\"\n\
                      fast_interval = \"100ms\"\nrise = 1\nfall = 2";
 
-/// A call that fails for a while, and what is to be seen of it.
+/// A system call that fails for a while, and its visible effects.
 struct Fault {
     call: &'static str,
     errno: &'static str,
-    /// Labels of the counter that shows it.
+    /// Labels of the counter of the fault.
     reason: &'static str,
     at: &'static str,
-    /// What it does to a client that comes meanwhile.
+    /// The effect on clients that connect during the fault.
     clients: Clients,
-    /// Whether sessions that are open move bytes meanwhile.
+    /// True if open sessions relay bytes during the fault.
     flows: bool,
 }
 
 #[derive(PartialEq)]
 enum Clients {
-    /// Wait in the queue and are served afterwards.
+    /// They wait in the listen queue and are served after the fault.
     Wait,
-    /// Reset, or left in the queue.
+    /// They are reset or wait in the listen queue.
     Refused,
-    /// Served as if nothing were.
+    /// They are served as usual.
     Served,
 }
 
@@ -66,7 +66,7 @@ const fn fault(
     Fault { call, errno, reason, at, clients, flows }
 }
 
-/// On both engines.
+/// Faults on both engines.
 const FAULTS: [Fault; 9] = [
     fault("accept4", "ENFILE", ("descriptors", "accept"), Clients::Wait, true),
     fault("accept4", "ENOBUFS", ("memory", "accept"), Clients::Wait, true),
@@ -79,18 +79,18 @@ const FAULTS: [Fault; 9] = [
     fault("splice", "ENOMEM", ("", ""), Clients::Served, true),
 ];
 
-/// Calls that only the readiness engine makes.
+/// Faults of system calls that only the epoll engine makes.
 const FAULTS_OF_EPOLL: [Fault; 3] = [
     fault("epoll_ctl", "ENOSPC", ("memory", "connect"), Clients::Refused, true),
     fault("sendto", "ENOMEM", ("memory", "relay"), Clients::Refused, false),
     fault("recvfrom", "ENOBUFS", ("memory", "relay"), Clients::Refused, false),
 ];
 
-/// A process whose calls fail as long as this lives.
+/// Makes a system call of a process fail until it is stopped.
 struct Injected(Running);
 
 impl Injected {
-    /// `None` where this machine lets nobody trace.
+    /// Returns `None` if this machine does not allow tracing.
     fn start(pid: u32, call: &str, errno: &str) -> Option<Injected> {
         let inject = format!("inject={call}:error={errno}");
         let running = Running::start(
@@ -110,7 +110,7 @@ impl Injected {
         Some(Injected(running))
     }
 
-    /// Lets go, in order: a killed tracer would leave threads stopped for a moment.
+    /// Detaches strace with SIGTERM. A killed tracer would leave threads stopped for a moment.
     fn stop(self) {
         proc::signal(self.0.pid(), rustix::process::Signal::TERM);
         let pid = self.0.pid();
@@ -118,24 +118,24 @@ impl Injected {
     }
 }
 
-/// Every thread of it.
+/// Returns true if every thread of the process is traced.
 fn is_traced(pid: u32) -> bool {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("the balancer lives");
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("the process is running");
     tasks.flatten().all(|task| {
         let status = std::fs::read_to_string(task.path().join("status")).unwrap_or_default();
         status.lines().any(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0"))
     })
 }
 
-/// A balancer before one backend, and a session that is open.
+/// A Tidegate process with one backend and two open sessions.
 struct Scene {
-    // Dropped first: the balancer is to have no session left.
+    // Dropped first, because the leak check of `proxy` allows no open session.
     session: TcpStream,
-    /// Another that never has enough to say for a pipe.
+    /// A session that never has enough bytes for a pipe.
     quiet: TcpStream,
     proxy: TestProxy,
     backend: ScriptedBackend,
-    /// Pipes it has from whoever started it.
+    /// Pipes inherited from the parent process.
     pipes: usize,
 }
 
@@ -158,7 +158,7 @@ impl Scene {
         scene
     }
 
-    /// Bytes through the open session, enough for a pipe.
+    /// Relays 4 MB through the open session, which needs a pipe.
     fn bulk(&self) {
         let bytes: Vec<u8> = (0..4_000_000u32).map(|n| (n % 251) as u8).collect();
         let echoed = std::thread::scope(|scope| {
@@ -192,7 +192,7 @@ impl Scene {
         let (before, idle) = (self.proxy.cpu_time(), Instant::now());
         std::thread::sleep(FAULT / 2);
         let spent = self.proxy.cpu_time() - before;
-        assert!(spent < FAULT / 4, "spins: {spent:?} in {:?} ({busy:?})", idle.elapsed());
+        assert!(spent < FAULT / 4, "busy loop: {spent:?} in {:?} ({busy:?})", idle.elapsed());
         client
     }
 
@@ -202,14 +202,14 @@ impl Scene {
             let waiting = waiting.expect("in the queue");
             assert_eq!(client::exchange(&waiting, b"patience").unwrap(), b"patience");
         }
-        // A second on a machine with nothing else to do.
+        // 1 s on an idle machine.
         eventually(secs(3), "new clients are served", || {
             let Ok(client) = client::try_connect(self.proxy.addr("web")) else { return false };
             client.set_read_timeout(Some(ms(500))).unwrap();
             client::exchange(&client, b"new").is_ok_and(|answer| answer == b"new")
         });
         let took = over.elapsed();
-        measured(&format!("{}: {}: back after {took:?}", fault.call, fault.errno));
+        measured(&format!("{}: {}: normal after {took:?}", fault.call, fault.errno));
         if !fault.flows {
             let mut late = [0; 4];
             (&self.quiet).read_exact(&mut late).unwrap();
@@ -219,12 +219,12 @@ impl Scene {
         let state = self.proxy.backend("web", "a");
         assert_eq!(state["observation"], "up", "{state:#}");
         for counter in ["connect_failures_total", "ejections_total"] {
-            assert_eq!(state[counter], 0, "the backend is blamed: {state:#}");
+            assert_eq!(state[counter], 0, "a backend failure is counted: {state:#}");
         }
     }
 }
 
-fn every_errno_of_a_shortage_is_a_local_error_and_passes(engine: Engine) {
+fn every_resource_error_is_a_temporary_local_error(engine: Engine) {
     if !have(&["strace"]) {
         return;
     }
@@ -237,7 +237,7 @@ fn every_errno_of_a_shortage_is_a_local_error_and_passes(engine: Engine) {
         };
         let before = count();
         if fault.call == "pipe2" {
-            eventually(secs(10), "no spare pipe is left", || scene.has_no_pipe());
+            eventually(secs(10), "no spare pipe exists", || scene.has_no_pipe());
         }
         let Some(injected) = Injected::start(scene.proxy.pid(), fault.call, fault.errno) else {
             return;
@@ -247,14 +247,18 @@ fn every_errno_of_a_shortage_is_a_local_error_and_passes(engine: Engine) {
         scene.check_after(fault, waiting);
         if !fault.reason.is_empty() {
             let (call, errno) = (fault.call, fault.errno);
-            assert!(count() > before, "{call}: {errno} is not counted\n{}", scene.proxy.log());
+            assert!(
+                count() > before,
+                "{call}: {errno} no local error counted\n{}",
+                scene.proxy.log()
+            );
         }
     }
-    // The last client's session may be closing.
+    // The session of the last client can still be closing.
     eventually(secs(5), "only the two sessions are left", || scene.backend.active() == 2);
 }
 
-fn changed_file_that_could_not_be_opened_is_read_when_it_can(engine: Engine) {
+fn reload_is_retried_after_exhausted_descriptors(engine: Engine) {
     if !have(&["strace"]) {
         return;
     }
@@ -265,18 +269,18 @@ fn changed_file_that_could_not_be_opened_is_read_when_it_can(engine: Engine) {
     let text = scene.proxy.render(&conf);
     let Some(injected) = Injected::start(scene.proxy.pid(), "openat", "EMFILE") else { return };
     scene.proxy.rewrite_by_rename(&text);
-    eventually(secs(5), "the trouble is told of", || {
+    eventually(secs(5), "the error is logged", || {
         scene.proxy.log().contains("reload postponed because of a local error")
     });
     scene.bulk();
     assert_eq!(scene.proxy.generation(), generation);
     injected.stop();
-    eventually(secs(3), "the file is in force", || scene.proxy.generation() > generation);
+    eventually(secs(3), "the file is applied", || scene.proxy.generation() > generation);
     let labels = [("reason", "descriptors"), ("at", "reload")];
     assert!(scene.proxy.metric("tidegate_local_errors_total", &labels) >= 1.0);
 }
 
-/// A shell that starts the balancer with its standard error somewhere else.
+/// A shell that starts Tidegate with its standard error redirected to `path`.
 fn with_errors_to(path: &Path) -> [String; 4] {
     let script = format!("exec \"$@\" 2>{}", path.display());
     ["sh".into(), "-c".into(), script, "sh".into()]
@@ -288,11 +292,11 @@ fn start_under(engine: Engine, backend: &ScriptedBackend, wrapper: &[String]) ->
     TestProxy::start_under(Conf::simple(engine, pool), &words)
 }
 
-fn unread_log_blocks_nothing_and_reports_what_was_lost(engine: Engine) {
+fn unread_log_blocks_nothing_and_reports_dropped_lines(engine: Engine) {
     let dir = tempfile::tempdir().unwrap();
     let fifo = dir.path().join("log");
     assert!(Command::new("mkfifo").arg(&fifo).status().unwrap().success());
-    // Both ends: so that nobody waits for a reader, and nobody reads.
+    // Opened for both directions, so that opening does not wait for a reader.
     let mut flags = std::fs::File::options();
     let mut reader =
         flags.read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&fifo).unwrap();
@@ -301,8 +305,8 @@ fn unread_log_blocks_nothing_and_reports_what_was_lost(engine: Engine) {
     let good = std::fs::read_to_string(proxy.config_path()).unwrap();
     let bad: String = (0..90).map(|n| format!("[nonsense{n}]\n")).collect();
     proxy.rewrite_in_place(&(good.clone() + &bad));
-    // Each refusal writes a line for each problem.
-    eventually(secs(30), "lines are lost", || {
+    // Each rejection writes one line per problem.
+    eventually(secs(30), "lines are dropped", || {
         assert_eq!(proxy.admin_request("POST", "/v1/reload").status, 422);
         proxy.metric("tidegate_log_dropped_total", &[]) > 0.0
     });
@@ -310,7 +314,7 @@ fn unread_log_blocks_nothing_and_reports_what_was_lost(engine: Engine) {
     assert_eq!(client::exchange(&session, b"well").unwrap(), b"well");
     proxy.rewrite_in_place(&good);
     let mut text = Vec::new();
-    eventually(secs(10), "the loss is told of", || {
+    eventually(secs(10), "the number of dropped lines is logged", || {
         let _ = reader.read_to_end(&mut text);
         String::from_utf8_lossy(&text).contains("log lines dropped")
     });
@@ -324,22 +328,22 @@ fn log_on_a_full_disk_blocks_nothing_and_is_counted(engine: Engine) {
     assert!(proxy.metric("tidegate_log_dropped_total", &[]) >= 1.0);
 }
 
-fn number_that_cannot_be_written_is_written_once_it_can(engine: Engine) {
+fn pid_file_is_written_after_a_failure(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
-    // Arguments: the program, "run", "--config", and the file beside which the
-    // number is to be; a directory in its place is what cannot be renamed over.
+    // Arguments: the program, "run", "--config" and the file. A directory in place of the pid
+    // file prevents the rename.
     let script = "mkdir \"$(dirname \"$4\")/pid\"; exec \"$@\"";
     let wrapper = ["sh", "-c", script, "sh"].map(str::to_owned);
     let proxy = start_under(engine, &backend, &wrapper);
     let path = proxy.dir().join("pid");
     eventually(secs(5), "the failure is logged", || proxy.log().contains("PID file; retrying"));
     std::fs::remove_dir(&path).unwrap();
-    eventually(secs(4), "the number is there", || {
+    eventually(secs(4), "the pid is written", || {
         std::fs::read_to_string(&path).is_ok_and(|text| text.trim() == proxy.service().to_string())
     });
 }
 
-fn lack_of_inotify_instances_means_polling_until_there_are_some(engine: Engine) {
+fn file_is_polled_without_inotify_instances(engine: Engine) {
     const LIMIT: &str = "/proc/sys/user/max_inotify_instances";
     if !have(&["unshare", "nsenter"]) {
         return;
@@ -348,17 +352,19 @@ fn lack_of_inotify_instances_means_polling_until_there_are_some(engine: Engine) 
     shell.args(["-Ur", "sh", "-c", &format!("echo 0 >{LIMIT}")]);
     let allowed = shell.stderr(Stdio::null()).status();
     if !allowed.is_ok_and(|status| status.success()) {
-        return skip("no user namespace with limits of its own here");
+        return skip("no user namespace with separate limits here");
     }
     let backend = ScriptedBackend::start(backend::echo());
     let script = format!("echo 0 >{LIMIT}; exec \"$@\"");
     let wrapper = ["unshare", "-Ur", "sh", "-c", &script, "sh"].map(str::to_owned);
     let mut proxy = start_under(engine, &backend, &wrapper);
-    eventually(secs(5), "that is told", || proxy.log().contains("checking it every second"));
+    eventually(secs(5), "the polling is logged", || {
+        proxy.log().contains("checking it every second")
+    });
     let (generation, mut conf) = (proxy.generation(), proxy.conf());
     *conf.pool_mut("web") = conf.pool_mut("web").clone().key("connect_attempts = 2");
     proxy.rewrite_by_rename(&proxy.render(&conf));
-    eventually(secs(5), "the change is seen", || proxy.generation() > generation);
+    eventually(secs(5), "the change is applied", || proxy.generation() > generation);
     let pid = proxy.pid().to_string();
     let raised = Command::new("nsenter")
         .args([
@@ -372,7 +378,7 @@ fn lack_of_inotify_instances_means_polling_until_there_are_some(engine: Engine) 
         ])
         .status();
     assert!(raised.unwrap().success());
-    eventually(secs(5), "it is watched again", || {
+    eventually(secs(5), "the watch is restored", || {
         proxy.log().contains("watching the configuration file again")
     });
     proxy.rebaseline();

@@ -1,6 +1,6 @@
-//! `[process] state`: what operators want of backends survives the end of every process.
+//! `[process] state`: drains survive the exit of every process.
 //!
-//! The suite reads the file in the state directory only to damage it.
+//! The tests change the file in the state directory only to damage or age it.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client;
@@ -12,14 +12,14 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 on_every_engine!(
-    a_drain_survives_a_restart_and_gets_no_session_of_the_next_process,
-    a_drain_survives_the_death_of_every_process,
-    an_undrain_survives_a_restart,
-    a_drain_survives_an_upgrade_and_then_a_restart,
-    without_a_state_directory_a_restart_forgets_drains,
-    a_damaged_file_is_set_aside_and_the_start_succeeds,
-    another_state_directory_needs_a_restart,
-    a_directory_that_goes_away_is_counted_and_not_fatal,
+    drain_survives_a_restart,
+    drain_survives_a_kill_of_every_process,
+    undrain_survives_a_restart,
+    drain_survives_an_upgrade_and_a_restart,
+    drain_is_lost_at_a_restart_without_a_state_directory,
+    damaged_state_file_is_renamed_and_the_start_succeeds,
+    change_of_the_state_directory_needs_a_restart,
+    write_to_a_missing_state_directory_is_counted,
 );
 
 struct Site {
@@ -46,7 +46,7 @@ impl Site {
         Site { state, _backends: backends, proxy }
     }
 
-    /// Ten sessions, all of them at `b`.
+    /// Checks that ten sessions all go to `b`.
     fn only_b_serves(&self) {
         for _ in 0..10 {
             assert_eq!(client::ask(self.proxy.addr("web")).expect("an answer"), "b");
@@ -70,10 +70,10 @@ fn directory(state: &TempDir) -> PathBuf {
 }
 
 fn mode(path: &Path) -> u32 {
-    std::fs::metadata(path).expect("it exists").permissions().mode() & 0o777
+    std::fs::metadata(path).expect("the path exists").permissions().mode() & 0o777
 }
 
-fn a_drain_survives_a_restart_and_gets_no_session_of_the_next_process(engine: Engine) {
+fn drain_survives_a_restart(engine: Engine) {
     let mut site = Site::start(engine);
     site.proxy.cli_ok(&["drain", "web/a"]);
     site.only_b_serves();
@@ -83,10 +83,10 @@ fn a_drain_survives_a_restart_and_gets_no_session_of_the_next_process(engine: En
     assert_eq!(site.proxy.backend("web", "a")["sessions_total"], 0);
 }
 
-fn a_drain_survives_the_death_of_every_process(engine: Engine) {
+fn drain_survives_a_kill_of_every_process(engine: Engine) {
     let mut site = Site::start(engine);
     site.proxy.cli_ok(&["drain", "web/a"]);
-    // Supervisor and service at once.
+    // Kills the supervisor and the serving process.
     site.proxy.kill();
     let text = std::fs::read_to_string(site.file()).expect("the intents");
     let mut intents: serde_json::Value = serde_json::from_str(&text).expect("JSON");
@@ -99,7 +99,7 @@ fn a_drain_survives_the_death_of_every_process(engine: Engine) {
     assert!(age.is_some_and(|age| age > 3600.0), "{age:?}");
 }
 
-fn an_undrain_survives_a_restart(engine: Engine) {
+fn undrain_survives_a_restart(engine: Engine) {
     let mut site = Site::start(engine);
     site.proxy.cli_ok(&["drain", "web/a"]);
     site.proxy.restart();
@@ -108,7 +108,7 @@ fn an_undrain_survives_a_restart(engine: Engine) {
     site.both_serve();
 }
 
-fn a_drain_survives_an_upgrade_and_then_a_restart(engine: Engine) {
+fn drain_survives_an_upgrade_and_a_restart(engine: Engine) {
     let mut site = Site::start(engine);
     let before = site.proxy.upgrade();
     site.proxy.wait_gone(before, secs(10));
@@ -120,7 +120,7 @@ fn a_drain_survives_an_upgrade_and_then_a_restart(engine: Engine) {
     site.only_b_serves();
 }
 
-fn without_a_state_directory_a_restart_forgets_drains(engine: Engine) {
+fn drain_is_lost_at_a_restart_without_a_state_directory(engine: Engine) {
     let state = tempfile::tempdir().expect("temp dir");
     let mut site = Site::start_with(engine, state, "state = \"off\"");
     site.proxy.cli_ok(&["drain", "web/a"]);
@@ -130,13 +130,13 @@ fn without_a_state_directory_a_restart_forgets_drains(engine: Engine) {
     assert_eq!(std::fs::read_dir(site.state.path()).expect("a directory").count(), 0);
 }
 
-fn a_damaged_file_is_set_aside_and_the_start_succeeds(engine: Engine) {
+fn damaged_state_file_is_renamed_and_the_start_succeeds(engine: Engine) {
     let mut site = Site::start(engine);
     site.proxy.cli_ok(&["drain", "web/a"]);
     let whole = std::fs::read_to_string(site.file()).expect("the intents");
     site.proxy.kill();
     for damaged in [&whole[..whole.len() / 2], &whole.replace("\"version\": 1", "\"version\": 9")] {
-        std::fs::write(site.file(), damaged).expect("damage it");
+        std::fs::write(site.file(), damaged).expect("write the damaged text");
         site.proxy.start_again();
         site.both_serve();
         let aside = site.file().with_extension("json.rejected");
@@ -148,7 +148,7 @@ fn a_damaged_file_is_set_aside_and_the_start_succeeds(engine: Engine) {
     assert!(log.contains("unsupported version 9; this binary reads version 1"), "{log}");
 }
 
-fn another_state_directory_needs_a_restart(engine: Engine) {
+fn change_of_the_state_directory_needs_a_restart(engine: Engine) {
     let site = Site::start(engine);
     let text = site.proxy.render(&site.proxy.conf()).replace("/state\"", "/other\"");
     site.proxy.rewrite_by_rename(&text);
@@ -159,7 +159,7 @@ fn another_state_directory_needs_a_restart(engine: Engine) {
     assert!(site.file().exists() && !site.state.path().join("other").exists());
 }
 
-fn a_directory_that_goes_away_is_counted_and_not_fatal(engine: Engine) {
+fn write_to_a_missing_state_directory_is_counted(engine: Engine) {
     let site = Site::start(engine);
     let failures = || site.proxy.metric("tidegate_state_write_failures_total", &[]);
     assert_eq!(failures(), 0.0);

@@ -1,5 +1,5 @@
-//! Storms of clients that reset, and of clients that connect and close: nothing
-//! is left behind, and others are served meanwhile.
+//! Storms of clients that reset, or that connect and close. No session and no memory is left,
+//! and other clients are served during a storm.
 
 use crate::common::client::{self, connect, connect_from};
 use crate::common::conf::{Conf, Pool};
@@ -12,11 +12,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 on_every_engine_alone!(
-    storm_of_resets_leaves_others_served_and_no_memory_taken,
-    flood_of_connects_and_closes_leaves_others_served_and_no_memory_taken,
+    reset_storm_affects_no_other_clients_and_no_memory,
+    connect_flood_affects_no_other_clients_and_no_memory,
 );
 
-/// What is left of memory between two storms alike: caches, not leaks.
+/// Allowed growth of memory between two equal storms, for caches.
 const LEFT_KIB_MAX: u64 = 2048;
 
 fn lasting() -> Duration {
@@ -25,8 +25,8 @@ fn lasting() -> Duration {
 
 fn start(engine: Engine) -> (TestProxy, Service) {
     let backend = Service::start("echo");
-    // The ports of one address are used up by 28,000 sessions within the second that the
-    // kernel keeps a port for.
+    // 28,000 sessions use all ports of one address within the second for which the kernel
+    // reserves a port.
     let others = Pool::new("others")
         .key("source = [\"127.0.0.1\", \"127.0.5.1\", \"127.0.5.2\", \"127.0.5.3\"]")
         .backend("a", backend.address);
@@ -34,9 +34,9 @@ fn start(engine: Engine) -> (TestProxy, Service) {
     (TestProxy::start(conf.pool(others)), backend)
 }
 
-/// Runs `storm` three times, the first to warm up, beside other clients; gives how many sessions a second it
-/// made and how long the slowest of the others took.
-fn endure(proxy: &TestProxy, storm: impl Fn() + Sync) -> (f64, Duration) {
+/// Runs `storm` three times together with other clients. The first run is the warm-up. Returns
+/// the sessions per second of the storm and the slowest session of the other clients.
+fn run_storm(proxy: &TestProxy, storm: impl Fn() + Sync) -> (f64, Duration) {
     let (mut rate, mut slowest, mut memory) = (0.0_f64, Duration::ZERO, Vec::new());
     let sessions = || proxy.metric("tidegate_sessions_total", &[]);
     for _ in 0..3 {
@@ -55,8 +55,8 @@ fn endure(proxy: &TestProxy, storm: impl Fn() + Sync) -> (f64, Duration) {
                 others += 1;
             }
         });
-        // Each of them was; a full queue of the kernel's costs it a second.
-        assert!(others > 0, "no others were served");
+        // Every other client was served. A full listen queue delays a client by 1 s.
+        assert!(others > 0, "no other client was served");
         rate = rate.max((sessions() - before - f64::from(others)) / begun.elapsed().as_secs_f64());
         eventually(secs(20), "every session has ended", || {
             proxy.metric("tidegate_sessions_active", &[]) == 0.0
@@ -64,33 +64,33 @@ fn endure(proxy: &TestProxy, storm: impl Fn() + Sync) -> (f64, Duration) {
         memory.push(proxy.rss_kib());
     }
     measured(&format!(
-        "{rate:.0} sessions a second; slowest of the others {slowest:.1?}; resident {memory:?} KiB"
+        "{rate:.0} sessions per second; slowest other session {slowest:.1?}; resident {memory:?} KiB"
     ));
     assert!(memory[2] <= memory[1] + LEFT_KIB_MAX, "{memory:?} KiB after each");
     (rate, slowest)
 }
 
-fn storm_of_resets_leaves_others_served_and_no_memory_taken(engine: Engine) {
+fn reset_storm_affects_no_other_clients_and_no_memory(engine: Engine) {
     let (proxy, _backend) = start(engine);
     let seconds = format!("{}s", lasting().as_secs());
     let to = proxy.addr("others").to_string();
-    let (rate, _) = endure(&proxy, || {
+    let (rate, _) = run_storm(&proxy, || {
         let mut storm = Command::new(PROGRAM);
         storm.args(["bench", "--to", &to, "--close", "reset", "--for", &seconds, "short"]);
         assert!(storm.stdout(Stdio::null()).status().expect("run the storm").success());
     });
-    assert!(rate > 200.0, "{rate} a second are no storm");
+    assert!(rate > 200.0, "only {rate} sessions per second");
 }
 
-fn flood_of_connects_and_closes_leaves_others_served_and_no_memory_taken(engine: Engine) {
+fn connect_flood_affects_no_other_clients_and_no_memory(engine: Engine) {
     let (proxy, _backend) = start(engine);
     let address = proxy.addr("others");
-    let (rate, _) = endure(&proxy, || {
+    let (rate, _) = run_storm(&proxy, || {
         let until = Instant::now() + lasting();
         std::thread::scope(|scope| {
             for thread in 0..4 {
                 scope.spawn(move || {
-                    // From many addresses: the ports of one are soon in TIME-WAIT.
+                    // Many addresses, because the ports of one address are soon in TIME-WAIT.
                     for number in 0_u32.. {
                         if Instant::now() >= until {
                             break;
@@ -102,5 +102,5 @@ fn flood_of_connects_and_closes_leaves_others_served_and_no_memory_taken(engine:
             }
         });
     });
-    assert!(rate > 200.0, "{rate} a second are no flood");
+    assert!(rate > 200.0, "only {rate} sessions per second");
 }
