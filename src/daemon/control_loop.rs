@@ -165,7 +165,7 @@ impl Control {
 
     async fn supervised_event(&mut self, event: SupervisedEvent) {
         match event {
-            SupervisedEvent::News(News::GoOn(status)) => self.go_on(status).await,
+            SupervisedEvent::News(News::GoOn(status)) => self.resume_serving(status).await,
             SupervisedEvent::News(News::Alone) => {
                 tracing::error!("supervisor exited; draining and exiting");
                 self.begin_drain("supervisor exited");

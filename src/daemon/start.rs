@@ -371,7 +371,7 @@ impl Control {
     ) -> Result<(), Failure> {
         let effects = self.controller.adopt(before.state(), clock::now());
         self.apply_effects(effects);
-        self.exchange_hello(before.state()).await;
+        self.await_heartbeats(before.state()).await;
         let generation = self.controller.generation();
         let shares = self.upgrades.shares_counts();
         let not_taken = std::mem::take(&mut listeners.not_taken);

@@ -1,8 +1,9 @@
-//! What the whole process has counted, for the next one to count on from.
+//! The counters of a process, handed over in an upgrade.
 //!
-//! Used by the upgrade on both sides. By name, so that a program with other
-//! causes or reasons reads it, too; a worker that the next process does not have
-//! adds to its last one. It writes only what [`Counter::carry`] is for.
+//! Used by the old and the new process. Totals are keyed by name, so that a program with
+//! other causes or reasons can read them. If the new process has fewer workers, the totals
+//! of the surplus workers are added to its last worker. Counters are changed only with
+//! [`Counter::carry`].
 //!
 //! [`Counter::carry`]: tidegate_core::metrics::counters::Counter::carry
 
@@ -16,14 +17,14 @@ use tidegate_core::metrics::counters::{
 };
 use tidegate_core::outcome::{Cause, Phase};
 
-/// See the module's documentation.
+/// All counters of a process.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct HandoverCounts {
     workers: Vec<SavedWorker>,
-    /// By the whole process.
+    /// Counters of the process.
     pub(super) rarities: RareCounters,
-    /// Where the next process's session numbers start.
+    /// First session number of the new process.
     pub(super) session_numbers: u64,
     /// Changed, unchanged, refused.
     reloads: (u64, u64, u64),
@@ -32,23 +33,23 @@ pub(super) struct HandoverCounts {
     heartbeats: SavedReceiver,
 }
 
-/// What the whole process counts of things that hardly ever happen.
+/// Counters of rare events, one of each per process.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct RareCounters {
-    /// Lines of the log that were lost.
+    /// Dropped log lines.
     pub(crate) log_dropped: u64,
-    /// Changes of backends that the log left out.
+    /// Backend state changes not logged because of the rate limit.
     pub(crate) unlogged: u64,
-    /// Admin connections closed to make room for others.
+    /// Admin connections closed to accept newer ones.
     pub(crate) admin_crowded: u64,
-    /// Times bytes were left with the kernel.
+    /// Reads postponed because the cap on buffer memory was reached.
     pub(crate) buffers_refused: u64,
-    /// Times operators' intents could not be written to the state directory.
+    /// Failed writes of operator intents to the state directory.
     pub(crate) state_unwritten: u64,
 }
 
-/// Sums by a name.
+/// Totals by name.
 type Totals = BTreeMap<String, u64>;
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -63,7 +64,7 @@ struct SavedWorker {
     numbers: SavedNumbers,
 }
 
-/// What is one number of a worker: the name in the message, and the counter.
+/// Declares counters that are one number per worker: the name in the message, and the counter.
 macro_rules! saved_numbers {
     ($($name:ident = $counter:ident),+ $(,)?) => {
         #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -111,7 +112,7 @@ impl HandoverCounts {
         heartbeats: SavedReceiver,
     ) -> HandoverCounts {
         HandoverCounts {
-            // The control thread's go as those of one more worker.
+            // The counters of the control thread are saved as one more worker.
             workers: workers
                 .iter()
                 .map(|worker| SavedWorker::save(worker))
@@ -139,8 +140,8 @@ impl HandoverCounts {
         &self.heartbeats
     }
 
-    /// Has `workers` (at least one) count on; may be called again with something
-    /// newer.
+    /// Adds the totals to the counters of `workers`, which must not be empty. A later call
+    /// with newer totals replaces the earlier ones.
     pub(super) fn carry(&self, workers: &[Arc<WorkerCounters>]) {
         let mut sums = vec![SavedWorker::default(); workers.len()];
         for (index, saved) in self.workers.iter().enumerate() {
@@ -193,7 +194,7 @@ impl SavedWorker {
         carry_totals(ring_cells(worker), &self.ring_events);
         carry_totals(panic_cells(worker), &self.panics);
         self.numbers.carry(worker);
-        // A process shows the sessions it still has itself: none of them is this one's.
+        // The old process reports its open sessions itself, so all carried sessions count as ended.
         worker.ended.carry(self.numbers.accepted);
     }
 }
@@ -254,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn fewer_workers_count_on_from_the_same_sums() {
+    fn counters_survive_an_upgrade_to_fewer_workers() {
         let old = workers(3);
         for (n, worker) in (1..).zip(&old) {
             worker.accepted.add(n);
@@ -278,7 +279,11 @@ mod tests {
         new[1].accepted.add(1);
         let accepted: Vec<u64> = new.iter().map(|worker| worker.accepted.get()).collect();
         assert_eq!(accepted, [1, 2 + 3 + 1]);
-        assert_eq!(new[1].accepted.get() - new[1].ended.get(), 1, "only its own is open");
+        assert_eq!(
+            new[1].accepted.get() - new[1].ended.get(),
+            1,
+            "only the session of the new process is open"
+        );
         let ends: u64 = new.iter().map(|worker| worker.session_end.cell(2, 3).get()).sum();
         let ring: u64 = new.iter().map(|worker| worker.ring_events.cell(2, 0).get()).sum();
         assert_eq!(ring, 6000);

@@ -1,9 +1,11 @@
-//! Any bytes as what the other process says during an upgrade.
+//! Fuzz target: arbitrary bytes as messages of the other process of an upgrade.
 //!
-//! Called through `crate::fuzz`. A socket carries them to the very functions
-//! that take a predecessor's offer, its last word and its farewell, or a
-//! successor's greeting. Nothing may panic, nothing waits once the other end is
-//! closed, and whatever was taken over can be served by and handed on again.
+//! Called through `crate::fuzz`. The bytes arrive on a socket, in the functions that
+//! receive the messages of an old or a new process.
+//!
+//! - Nothing panics.
+//! - No function waits after the other end is closed.
+//! - Accepted state can be used and handed over again.
 
 use super::incoming;
 use super::message::{Commit, FinalCounts, Hello, Ready, Serving};
@@ -23,34 +25,34 @@ use tidegate_core::outcome::{Cause, Phase};
 use tidegate_net::clock;
 use tidegate_net::fd_channel::HandoverChannel;
 
-/// What one socket takes without anybody reading.
-const SAID_MAX: usize = 32 * 1024;
+/// Bytes that fit in a socket buffer old_process the other side reads.
+const INPUT_MAX: usize = 32 * 1024;
 
 const CONFIG: &str = "[frontend.web]\nbind = '127.0.0.1:80'\npool = 'web'\n\
     [pool.web]\nprobe = { kind = 'tcp' }\nejection = {}\n\
     backend = [{ address = '127.0.0.1:81' }, { name = 'b', address = '127.0.0.1:82' }]\n";
 
-/// The first byte says which side is tested and how the rest is put: as it is,
-/// or as frames (kind, descriptors, two bytes of length, body).
+/// Checks one input. The first byte selects the tested side and the encoding of the other
+/// bytes: raw, or frames (kind, number of descriptors, 2 bytes of length, body).
 pub fn check(data: &[u8]) {
-    messages_taken(data);
+    accepted_messages(data);
 }
 
-/// How many of the three messages that a side waits for were understood.
-fn messages_taken(data: &[u8]) -> u32 {
-    let [mode, said @ ..] = data else { return 0 };
+/// Returns how many of the three messages that a side waits for were accepted.
+fn accepted_messages(data: &[u8]) -> u32 {
+    let [mode, sent @ ..] = data else { return 0 };
     let Ok((own, other)) = HandoverChannel::pair() else { return 0 };
     let other = UnixStream::from(other);
-    say(&other, &said[..said.len().min(SAID_MAX)], mode & 1 != 0);
-    if mode & 2 == 0 { as_successor(own) } else { as_predecessor(&own) }
+    send_all(&other, &sent[..sent.len().min(INPUT_MAX)], mode & 1 != 0);
+    if mode & 2 == 0 { as_new_process(own) } else { as_old_process(&own) }
 }
 
-/// Says everything and ends that side.
-fn say(mut other: &UnixStream, said: &[u8], framed: bool) {
-    other.set_nonblocking(true).expect("a socket of ours");
+/// Sends all bytes and closes that side.
+fn send_all(mut other: &UnixStream, sent: &[u8], framed: bool) {
+    other.set_nonblocking(true).expect("the socket is open");
     if framed {
         let channel = HandoverChannel::from(other.try_clone().expect("a descriptor is left"));
-        let mut rest = said;
+        let mut rest = sent;
         while let [kind, fds, low, high, more @ ..] = rest {
             let len = usize::from(u16::from_le_bytes([*low, *high])).min(more.len());
             let fds: Vec<BorrowedFd<'_>> = (0..fds & 7).map(|_| other.as_fd()).collect();
@@ -60,41 +62,41 @@ fn say(mut other: &UnixStream, said: &[u8], framed: bool) {
             rest = &more[len..];
         }
     } else {
-        // What does not fit is not said.
-        let _ = other.write(said);
+        // Bytes that do not fit are not sent.
+        let _ = other.write(sent);
     }
     let _ = other.shutdown(Shutdown::Write);
 }
 
-/// Takes an offer, the last word and the farewell, as far as they come.
-fn as_successor(channel: HandoverChannel) -> u32 {
-    let Ok(mut before) = incoming::send_hello(channel) else { return 0 };
-    let config = Arc::new(config::parse(CONFIG, "a file").expect("it is right"));
-    before.take_sockets();
-    let generation = before.generation_of(8);
-    let mut place = FuzzStart::new(config, generation, before.state());
-    let Ok(commit) = before.ready(Vec::new(), false, generation, false) else { return 1 };
-    place.take_over(&commit);
-    let Ok(FinalCounts(last)) = before.wait_for_final_counts(soon()) else { return 2 };
-    place.count(&last);
+/// Receives *offer*, *commit* and *final counts*.
+fn as_new_process(channel: HandoverChannel) -> u32 {
+    let Ok(mut old_process) = incoming::send_hello(channel) else { return 0 };
+    let config = Arc::new(config::parse(CONFIG, "a file").expect("the configuration is valid"));
+    old_process.take_sockets();
+    let generation = old_process.generation_of(8);
+    let mut start = FuzzStart::new(config, generation, old_process.state());
+    let Ok(commit) = old_process.ready(Vec::new(), false, generation, false) else { return 1 };
+    start.take_over(&commit);
+    let Ok(FinalCounts(last)) = old_process.wait_for_final_counts(soon()) else { return 2 };
+    start.count(&last);
     3
 }
 
-/// Takes a greeting, and that the other is ready, and that it serves.
-fn as_predecessor(channel: &HandoverChannel) -> u32 {
-    let took = [
+/// Receives *hello*, *ready* and *serving*.
+fn as_old_process(channel: &HandoverChannel) -> u32 {
+    let accepted = [
         message::receive::<Hello>(channel, soon()).is_ok(),
         message::receive::<Ready>(channel, soon()).is_ok(),
         message::receive::<Serving>(channel, soon()).is_ok(),
     ];
-    took.into_iter().map(u32::from).sum()
+    accepted.into_iter().map(u32::from).sum()
 }
 
 fn soon() -> Instant {
     clock::now() + Duration::from_secs(5)
 }
 
-/// What a new process goes on with.
+/// The state that a new process takes over.
 struct FuzzStart {
     controller: Controller,
     workers: Vec<Arc<WorkerCounters>>,
@@ -132,7 +134,7 @@ impl FuzzStart {
         self.controller.save(now);
     }
 
-    /// The counts, and that they can go on, be shown and be handed on.
+    /// Adds the counts and checks that they can be increased, shown and handed over.
     fn count(&mut self, known: &Commit) {
         self.controller.adopt_counts(&known.state);
         known.counts.carry(&self.workers);
@@ -156,15 +158,15 @@ impl FuzzStart {
 
 #[cfg(test)]
 mod tests {
-    use super::messages_taken;
+    use super::accepted_messages;
 
     #[test]
-    fn the_seeds_are_understood_to_the_end() {
-        let successor = include_bytes!("../../../tests/fuzz/seeds/handshake/successor");
-        let predecessor = include_bytes!("../../../tests/fuzz/seeds/handshake/predecessor");
+    fn seeds_are_accepted_completely() {
+        let new_process = include_bytes!("../../../tests/fuzz/seeds/handshake/successor");
+        let old_process = include_bytes!("../../../tests/fuzz/seeds/handshake/predecessor");
         let raw = include_bytes!("../../../tests/fuzz/seeds/handshake/raw");
-        assert_eq!(messages_taken(successor), 3);
-        assert_eq!(messages_taken(predecessor), 3);
-        assert_eq!(messages_taken(raw), 1);
+        assert_eq!(accepted_messages(new_process), 3);
+        assert_eq!(accepted_messages(old_process), 3);
+        assert_eq!(accepted_messages(raw), 1);
     }
 }

@@ -1,8 +1,8 @@
-//! The new process's side: takes what the old one offers, and its place.
+//! The new process's part of an upgrade: takes over sockets and state.
 //!
-//! Called by `start` in the order of the messages. Every step may wait, and does
-//! so before anything is served; if any fails, this process ends and the old one
-//! goes on. It accepts nothing before it has said that it serves.
+//! Called by `start` in the order of the messages. If a step fails, this process exits and
+//! the old process continues to serve. This process accepts no connection before it has
+//! sent *serving*.
 
 use super::message::{
     Commit, FinalCounts, Hello, LEVEL, MessageError, Offer, PROTOCOL, Ready, SavedLatency, Serving,
@@ -22,21 +22,21 @@ use tidegate_net::clock;
 use tidegate_net::fd_channel::HandoverChannel;
 use tokio::sync::{mpsc, oneshot};
 
-/// How long the old process may take for each of its messages; it has them at
-/// hand, and kills this one at its own deadline.
-const WORD_MAX: Duration = Duration::from_secs(30);
+/// Timeout for each message of the old process. The old process kills this process at its
+/// own timeout.
+const MESSAGE_MAX: Duration = Duration::from_secs(30);
 
-/// Words of the old process that may wait for the control loop.
-const WORDS_MAX: usize = 16;
+/// Cap on messages of the old process that wait for the control loop.
+const MESSAGES_MAX: usize = 16;
 
-/// How long a farewell may take: the old process is to be gone by its deadline.
-const FAREWELL_MAX: Duration = Duration::from_secs(2);
+/// Timeout for sending the final counts: the old process must exit by its drain timeout.
+const FINAL_COUNTS_MAX: Duration = Duration::from_secs(2);
 
-/// How long an old process may drain: it hangs up when it ends, in whatever way,
-/// so this only has to be longer than any drain.
+/// Timeout for messages during a drain. It is longer than any drain, because the
+/// connection closes when the other process exits.
 pub(super) const DRAIN_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// What this process was given by another of its kind.
+/// The connection to the old process, with the sockets and the offer received from it.
 #[derive(Debug)]
 pub struct OldProcess {
     channel: HandoverChannel,
@@ -46,30 +46,30 @@ pub struct OldProcess {
     offer: Offer,
 }
 
-/// The way to a process that still drains.
+/// The connection to an old process that drains.
 #[derive(Debug)]
 pub(crate) struct OldProcessLink {
-    words: mpsc::Receiver<Word>,
-    /// `None` where no thread was available to write them.
+    messages: mpsc::Receiver<OldProcessMessage>,
+    /// `None` if its thread could not be started.
     orders: Option<ReportWriter>,
 }
 
-/// What a process that drains says.
+/// A message of an old process that drains.
 #[derive(Debug)]
-pub(crate) enum Word {
+pub(crate) enum OldProcessMessage {
     Report(OldProcessReport),
-    /// It ends now, and says nothing more.
-    Farewell(Box<Commit>),
+    /// The last message: the process exits.
+    FinalCounts(Box<Commit>),
 }
 
 // === impl OldProcess ===
 
 impl OldProcess {
-    /// Greets the old process, if there is one that has started this one, and
-    /// takes its offer. To be called before anything reads standard input.
+    /// Sends *hello* to the old process and receives its offer. Returns `None` if no old
+    /// process started this one. Must be called before any code reads standard input.
     ///
     /// # Errors
-    /// There is one and it is not to be understood.
+    /// The exchange with the old process failed.
     pub fn connect() -> Result<Option<OldProcess>, Failure> {
         if std::env::var_os(tidegate_net::fd_channel::MARK).is_none() {
             return Ok(None);
@@ -78,39 +78,39 @@ impl OldProcess {
         send_hello(channel).map(Some).map_err(|error| handover_error(&error))
     }
 
-    /// Its sockets.
+    /// Returns the sockets of the old process.
     pub(crate) fn take_sockets(&mut self) -> GivenSockets {
         std::mem::take(&mut self.given)
     }
 
-    /// The file of the counts it shares.
+    /// Returns the file of the shared counts.
     pub(crate) fn take_counts(&mut self) -> Option<OwnedFd> {
         self.counts.take()
     }
 
-    /// Where its admin API listens.
+    /// Returns the admin address of the old process.
     pub fn admin_listen(&self) -> Option<&str> {
         Some(self.offer.admin.as_ref()?.listen.as_str())
     }
 
-    /// What confines that process, and so this one.
+    /// Returns the sandbox layers of the old process, which this process has inherited.
     pub fn confined(&self) -> &[String] {
         &self.offer.confined
     }
 
-    /// What is known, for the first table.
+    /// Returns the state for the first table.
     pub(crate) fn state(&self) -> &tidegate_core::control::handover::Saved {
         &self.offer.state
     }
 
-    /// The number of a configuration with that digest.
+    /// Returns the generation of a configuration with this digest: that of the old process
+    /// if the digest is the same, else the next.
     pub(crate) fn generation_of(&self, digest: u64) -> u64 {
         let before = self.offer.state.generation;
         if digest == self.offer.digest { before } else { before.saturating_add(1) }
     }
 
-    /// Says that everything is built, and waits for the word to take over, with
-    /// what is known by then.
+    /// Sends *ready* and waits for *commit*, which contains the state of the old process.
     pub(crate) fn ready(
         &self,
         not_taken: Vec<BindKey>,
@@ -120,7 +120,7 @@ impl OldProcess {
     ) -> Result<Commit, Failure> {
         let ready = Ready { not_taken, admin_taken, generation, shares };
         tracing::debug!(generation, admin_taken, "ready to take over from the old process");
-        let deadline = clock::now() + WORD_MAX;
+        let deadline = clock::now() + MESSAGE_MAX;
         message::send(&self.channel, &ready, &[], deadline)
             .map_err(|error| handover_error(&error))?;
         let known = || {
@@ -130,7 +130,7 @@ impl OldProcess {
         known().map_err(|error: MessageError| handover_error(&error))
     }
 
-    /// As [`OldProcess::serving`], but in here and without a word.
+    /// Receives the final counts without sending *serving* and without a thread.
     #[cfg(any(test, fuzzing))]
     pub(super) fn wait_for_final_counts(
         self,
@@ -140,43 +140,45 @@ impl OldProcess {
         message::receive_known(&self.channel, &frame, deadline)
     }
 
-    /// Says that this process serves from now on, takes over the old one's
-    /// standard error, and listens for its farewell.
+    /// Sends *serving*, takes over the standard error of the old process, and starts to
+    /// receive its reports and final counts.
     pub(crate) fn serving(self) -> Result<OldProcessLink, Failure> {
-        let deadline = clock::now() + WORD_MAX;
+        let deadline = clock::now() + MESSAGE_MAX;
         message::send(&self.channel, &Serving {}, &[], deadline)
             .map_err(|error| handover_error(&error))?;
         tracing::debug!("this process serves; the old process stops accepting");
-        // On failure the log ends with the old process, which is no reason not
-        // to serve.
+        // If this fails, the log ends when the old process exits. Serving matters more.
         let _ = rustix::stdio::dup2_stderr(&self.stderr);
-        let (tell, words) = mpsc::channel(WORDS_MAX);
+        let (tell, messages) = mpsc::channel(MESSAGES_MAX);
         let channel = self.channel;
         let orders = channel.try_clone().and_then(ReportWriter::start).ok();
-        // Nobody to be told: this process is ending itself.
-        let wait = move || while listen(&channel, &tell).is_some() {};
-        let named = std::thread::Builder::new().name("predecessor".to_owned());
+        let wait = move || while forward_message(&channel, &tell).is_some() {};
+        let named = std::thread::Builder::new().name("old-process".to_owned());
         if let Err(error) = named.spawn(wait) {
             tracing::warn!(%error, "cannot receive the final counters of the old process; its last sessions are missing from the totals");
         }
-        Ok(OldProcessLink { words, orders })
+        Ok(OldProcessLink { messages, orders })
     }
 }
 
-/// Passes one word on; `None` after the last.
-fn listen(channel: &HandoverChannel, tell: &mpsc::Sender<Word>) -> Option<()> {
+/// Receives one message and forwards it. Returns `None` after the final counts, or if
+/// either process is exiting.
+fn forward_message(
+    channel: &HandoverChannel,
+    tell: &mpsc::Sender<OldProcessMessage>,
+) -> Option<()> {
     let frame = channel.receive(clock::now() + DRAIN_MAX).ok()?;
     if frame.kind == OldProcessReport::KIND {
-        return tell.blocking_send(Word::Report(message::decode(&frame).ok()?)).ok();
+        return tell.blocking_send(OldProcessMessage::Report(message::decode(&frame).ok()?)).ok();
     }
-    let deadline = clock::now() + WORD_MAX;
+    let deadline = clock::now() + MESSAGE_MAX;
     let FinalCounts(last) = message::receive_known(channel, &frame, deadline).ok()?;
-    let _ = tell.blocking_send(Word::Farewell(Box::new(last)));
+    let _ = tell.blocking_send(OldProcessMessage::FinalCounts(Box::new(last)));
     None
 }
 
 pub(super) fn send_hello(channel: HandoverChannel) -> Result<OldProcess, MessageError> {
-    let deadline = clock::now() + WORD_MAX;
+    let deadline = clock::now() + MESSAGE_MAX;
     let hello = Hello {
         protocols: (PROTOCOL, PROTOCOL),
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -216,13 +218,13 @@ fn handover_error(error: &dyn std::fmt::Display) -> Failure {
 // === impl OldProcessLink ===
 
 impl OldProcessLink {
-    /// What the old process says next; `None`: it has ended without a farewell.
-    pub(crate) async fn next(&mut self) -> Option<Word> {
-        self.words.recv().await
+    /// Waits for the next message. `None`: the old process has exited without final counts.
+    pub(crate) async fn next(&mut self) -> Option<OldProcessMessage> {
+        self.messages.recv().await
     }
 
-    /// Has it do something; gives what tells that the order is sent. A process that does
-    /// not read has missed it.
+    /// Sends an order. The returned receiver completes once the kernel has the order.
+    /// Drops the order and returns `None` if the old process does not read.
     pub(super) fn order(&self, order: &OldProcessOrder) -> Option<oneshot::Receiver<()>> {
         let sent = self.orders.as_ref()?.send(order);
         if sent.is_none() {
@@ -232,15 +234,15 @@ impl OldProcessLink {
     }
 }
 
-/// Says farewell to the process that took over.
+/// Sends the final counts to the new process.
 pub(super) fn send_final_counts(channel: &HandoverChannel, last: Commit) {
-    let deadline: Instant = clock::now() + FAREWELL_MAX;
+    let deadline: Instant = clock::now() + FINAL_COUNTS_MAX;
     if let Err(error) = message::send_known(channel, FinalCounts(last), deadline) {
         tracing::warn!(%error, "cannot send the final counters to the new process; its totals miss the last sessions");
     }
 }
 
-/// What was recorded, by the names the next process knows.
+/// Returns the recorded histograms by pool, backend and address.
 pub(super) fn saved_latency(
     saved: &tidegate_core::control::handover::Saved,
     find: impl Fn(&str, &str, &str) -> Option<u32>,

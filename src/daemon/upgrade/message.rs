@@ -1,11 +1,18 @@
-//! What the old and the new process say to each other, in order: *hello* (new),
-//! *offer* (old, with the sockets), *ready* (new), *commit* (old), *serving*
-//! (new), then *reports* (old) and *orders* (new), and, when the old one's last
-//! session has ended, *farewell* (old). *Commit* and *farewell* are followed by
-//! as many *parts* as they announce.
+//! The messages between the old and the new process.
 //!
-//! Used by `outgoing` and `incoming`. Bodies are JSON: fields may be absent in
-//! what an older program says, and what a newer one adds is ignored.
+//! Used by `outgoing` and `incoming`. Bodies are JSON. Fields can be missing in messages of
+//! an older program, and unknown fields of a newer program are ignored.
+//!
+//! | order | message | sender |
+//! |---|---|---|
+//! | 1 | *hello* | new process |
+//! | 2 | *offer*, with the sockets | old process |
+//! | 3 | *ready* | new process |
+//! | 4 | *commit*, followed by its *parts* | old process |
+//! | 5 | *serving* | new process |
+//! | 6, repeated | *report* | old process |
+//! | 6, repeated | *order* | new process |
+//! | 7, after the last session | *final counts*, followed by their *parts* | old process |
 
 use super::counts::HandoverCounts;
 use super::reports::{OldProcessOrder, OldProcessReport};
@@ -20,32 +27,32 @@ use tidegate_core::metrics::histograms::{SavedSeries, Series};
 use tidegate_core::model::BindKey;
 use tidegate_net::fd_channel::{ChannelError, ChannelFrame, HandoverChannel};
 
-/// The order of messages and what each must hold. A program may speak several.
+/// Version of the message order and of the required fields. A program can support several.
 pub(super) const PROTOCOL: u16 = 1;
 
-/// What a program of that protocol understands beyond its first form; 1 is parts,
-/// reports and orders, and the least that this program works with.
+/// Extensions of the protocol that a program supports. Level 1 adds parts, reports and
+/// orders. This program requires level 1 or higher.
 pub(super) const LEVEL: u16 = 1;
 
-/// Histograms go in parts of about so many bytes: neither side holds the text of
-/// all of them at once, and no number of backends is too many for a frame.
+/// Approximate size of a part with histograms. Parts bound the memory of both processes
+/// and the size of a frame for any number of backends.
 const PART_BYTES: usize = 4 * 1024 * 1024;
 
-/// Parts of one message: 16 GB.
+/// Cap on parts of one message, 16 GiB together.
 const PARTS_MAX: u32 = 4_096;
 
-/// What a frame's body is.
+/// The body of a frame.
 pub(super) trait UpgradeMessage: Serialize + DeserializeOwned {
     const KIND: u16;
     const NAME: &'static str;
 }
 
-/// *I am up; this is what I speak.*
+/// *hello*: the new process has started and supports these protocols.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Hello {
-    /// Lowest and highest protocol.
+    /// Lowest and highest supported protocol.
     pub(super) protocols: (u16, u16),
-    /// Of the program.
+    /// Version of the program.
     pub(super) version: String,
     pub(super) pid: u32,
     /// See [`LEVEL`].
@@ -53,17 +60,17 @@ pub(super) struct Hello {
     pub(super) level: u16,
 }
 
-/// *These sockets are yours if you want them*. Descriptors: standard error, the
-/// admin listener if there is one, `listeners`, `heartbeats`, each in order, and the
-/// file of the shared counts if there is one, which an older program leaves alone.
+/// *offer*: sockets and state of the old process. Descriptors in order: standard error, the
+/// admin listener if there is one, `listeners`, `heartbeats`, and the file of the shared
+/// counts if there is one. An older program ignores the last descriptor.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Offer {
     pub(super) protocol: u16,
-    /// Of the program.
+    /// Version of the program.
     pub(super) version: String,
     pub(super) admin: Option<OfferedAdmin>,
     pub(super) listeners: Vec<OfferedBind>,
-    /// Where heartbeats are received: a datagram socket each.
+    /// Addresses of the heartbeat sockets, one datagram socket each.
     #[serde(default)]
     pub(super) heartbeats: Vec<SocketAddr>,
     /// XXH3 of the configuration in force.
@@ -71,14 +78,13 @@ pub(super) struct Offer {
     pub(super) digest: u64,
     #[serde(default)]
     pub(super) state: Saved,
-    /// Layers of `net::confinement` that the new process has inherited and can
-    /// neither loosen nor put up again.
+    /// Sandbox layers that the new process inherits. It can neither loosen nor repeat them.
     #[serde(default)]
     pub(super) confined: Vec<String>,
     /// See [`LEVEL`].
     #[serde(default)]
     pub(super) level: u16,
-    /// The file of the shared counts comes last.
+    /// Whether the last descriptor is the file of the shared counts.
     #[serde(default)]
     pub(super) counts: bool,
 }
@@ -86,13 +92,13 @@ pub(super) struct Offer {
 /// The admin listener.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct OfferedAdmin {
-    /// As the configuration has it.
+    /// The configured address.
     pub(crate) listen: String,
-    /// Device and inode of the socket's file.
+    /// Device and inode number of the socket file.
     pub(crate) file: Option<(u64, u64)>,
 }
 
-/// One address and how many sockets it has.
+/// One address and the number of its sockets.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct OfferedBind {
     pub(super) address: BindKey,
@@ -100,42 +106,42 @@ pub(super) struct OfferedBind {
     pub(super) holder: SocketOwner,
 }
 
-/// *My configuration is good, my table is built; I wait for your word.*
+/// *ready*: the configuration is valid and the table is built.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Ready {
-    /// Addresses that are no longer configured.
+    /// Offered addresses that are not in the new configuration.
     pub(super) not_taken: Vec<BindKey>,
     pub(super) admin_taken: bool,
-    /// Of the configuration that will be in force.
+    /// Generation of the new configuration.
     pub(super) generation: u64,
-    /// It counts in the file that was offered.
+    /// Whether the new process uses the offered file of shared counts.
     #[serde(default)]
     pub(super) shares: bool,
 }
 
-/// *Go on with this.* Everything as of now, histograms included.
+/// *commit*: the current state and counts of the old process.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Commit {
     pub(super) state: Saved,
     pub(super) counts: HandoverCounts,
     #[serde(default)]
     pub(super) latency: Vec<SavedLatency>,
-    /// Of all backends somebody has tried lately.
+    /// Latency estimates of the backends that have one.
     #[serde(default)]
     pub(super) estimates: Vec<SavedEstimate>,
-    /// So many parts follow.
+    /// Number of parts that follow.
     #[serde(default)]
     pub(super) parts: u32,
 }
 
-/// More of a [`Commit`].
+/// *part*: histograms of a [`Commit`].
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct Part {
     pub(super) latency: Vec<SavedLatency>,
 }
 
-/// What `peak-ewma` goes by of one backend.
+/// The latency estimate of one backend, which `peak-ewma` uses.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct SavedEstimate {
     pub(super) pool: String,
@@ -154,16 +160,16 @@ pub(super) struct SavedLatency {
     pub(super) series: [SavedSeries; Series::COUNT],
 }
 
-/// *I accept from now on; stop accepting.*
+/// *serving*: the new process accepts, and the old process must stop accepting.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Serving {}
 
-/// *My last session has ended.* Counts as in [`Commit`], replacing those;
-/// histograms since then, to be added.
+/// *final counts*: the last session has ended. The counts replace those of [`Commit`]. The
+/// histograms cover only the time after it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct FinalCounts(pub(super) Commit);
 
-/// Why a message is not what was waited for.
+/// Why a message could not be sent or received.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum MessageError {
     #[error("{0}")]
@@ -173,7 +179,7 @@ pub(super) enum MessageError {
     #[error("too many parts: {0}, at most {PARTS_MAX}")]
     TooManyParts(u32),
     #[error("cannot decode {name}: {error}")]
-    Senseless { name: &'static str, error: serde_json::Error },
+    Invalid { name: &'static str, error: serde_json::Error },
 }
 
 macro_rules! messages {
@@ -191,7 +197,7 @@ messages! {
     Ready = 3 "ready",
     Commit = 4 "commit",
     Serving = 5 "serving",
-    FinalCounts = 6 "farewell",
+    FinalCounts = 6 "final counts",
     Part = 7 "part",
     OldProcessReport = 8 "report",
     OldProcessOrder = 9 "order",
@@ -206,7 +212,7 @@ pub(super) fn decode<M: UpgradeMessage>(frame: &ChannelFrame) -> Result<M, Messa
         return Err(MessageError::Unexpected { found: frame.kind, wanted: M::NAME });
     }
     serde_json::from_slice(&frame.body)
-        .map_err(|error| MessageError::Senseless { name: M::NAME, error })
+        .map_err(|error| MessageError::Invalid { name: M::NAME, error })
 }
 
 pub(super) fn send<M: UpgradeMessage>(
@@ -218,7 +224,7 @@ pub(super) fn send<M: UpgradeMessage>(
     Ok(channel.send(M::KIND, &encode(message), fds, deadline)?)
 }
 
-/// Waits for that message; descriptors that come with it are closed.
+/// Waits for a message of this kind. Descriptors received with it are closed.
 pub(super) fn receive<M: UpgradeMessage>(
     channel: &HandoverChannel,
     deadline: Instant,
@@ -226,7 +232,7 @@ pub(super) fn receive<M: UpgradeMessage>(
     decode(&channel.receive(deadline)?)
 }
 
-/// Sends *commit* or *farewell*, with its histograms in parts.
+/// Sends *commit* or *final counts*, with the histograms in parts.
 pub(super) fn send_known<M: UpgradeMessage + AsMut<Commit>>(
     channel: &HandoverChannel,
     mut message: M,
@@ -243,16 +249,16 @@ pub(super) fn send_known<M: UpgradeMessage + AsMut<Commit>>(
 
 fn in_parts(latency: Vec<SavedLatency>) -> Vec<Vec<SavedLatency>> {
     let mut parts: Vec<Vec<SavedLatency>> = Vec::new();
-    let mut room = 0;
+    let mut left = 0;
     for one in latency {
-        // A value and its count take some ten digits each.
+        // A value and its count have about ten digits each.
         let values: usize = one.series.iter().map(|series| series.values.len()).sum();
         let size = 20 * values + one.pool.len() + one.backend.len() + one.address.len() + 300;
-        if size > room {
+        if size > left {
             parts.push(Vec::new());
-            room = PART_BYTES;
+            left = PART_BYTES;
         }
-        room = room.saturating_sub(size);
+        left = left.saturating_sub(size);
         parts.extend(parts.is_empty().then(Vec::new));
         if let Some(part) = parts.last_mut() {
             part.push(one);
@@ -261,7 +267,7 @@ fn in_parts(latency: Vec<SavedLatency>) -> Vec<Vec<SavedLatency>> {
     parts
 }
 
-/// The message in that frame, with the parts that follow it.
+/// Decodes the message in the frame and receives the parts that follow it.
 pub(super) fn receive_known<M: UpgradeMessage + AsMut<Commit>>(
     channel: &HandoverChannel,
     frame: &ChannelFrame,
@@ -305,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn an_offer_survives_the_way_and_what_is_newer_is_passed_over() {
+    fn offer_round_trips_and_unknown_fields_are_ignored() {
         let offer = Offer {
             protocol: 1,
             version: "9".to_owned(),
@@ -329,17 +335,17 @@ mod tests {
     }
 
     #[test]
-    fn another_message_than_the_awaited_one_is_named() {
+    fn unexpected_message_is_named_in_the_error() {
         let error = decode::<Ready>(&frame(5, b"{}".to_vec())).unwrap_err();
         assert_eq!(error.to_string(), "expected message ready, received 5");
         let error = decode::<Ready>(&frame(3, b"{}".to_vec())).unwrap_err();
         assert!(error.to_string().starts_with("cannot decode ready: missing field"), "{error}");
     }
 
-    /// What a hundred thousand backends with every bucket filled would take is far
-    /// above what a frame holds.
+    /// The histograms of 100,000 backends with all buckets filled exceed the size of a
+    /// frame.
     #[test]
-    fn histograms_of_any_size_come_whole_in_frames_of_bounded_size() {
+    fn large_histograms_are_sent_in_bounded_frames() {
         let values: Vec<(u64, u64)> = (0..2_000).map(|n| (n * 1_000, 1 + n)).collect();
         let series = SavedSeries { values, sum_seconds: 1, sum_nanos: 2 };
         let latency: Vec<SavedLatency> = (0..300)
@@ -369,7 +375,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_body_comes_is_a_message_or_an_error(kind in 0u16..11, body in prop::collection::vec(any::<u8>(), 0..300)) {
+        fn any_body_is_a_message_or_an_error(kind in 0u16..11, body in prop::collection::vec(any::<u8>(), 0..300)) {
             let frame = frame(kind, body);
             let _ = decode::<Hello>(&frame);
             let _ = decode::<Offer>(&frame);
@@ -382,7 +388,7 @@ mod tests {
         }
 
         #[test]
-        fn an_offer_with_a_changed_byte_is_an_offer_or_an_error(at: prop::sample::Index, byte: u8) {
+        fn offer_with_a_changed_byte_is_an_offer_or_an_error(at: prop::sample::Index, byte: u8) {
             let offer = Offer {
                 protocol: 1, version: String::new(), admin: None, heartbeats: vec![], digest: 7,
                 listeners: vec![OfferedBind { address: BindKey::tcp(([127, 0, 0, 1], 80).into()), sockets: 2, holder: SocketOwner::Process }],

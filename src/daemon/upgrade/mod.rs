@@ -1,21 +1,25 @@
-//! Upgrading the binary in place: another process of the program takes the
-//! sockets and goes on, this one drains.
+//! Upgrades in place: a new process takes over the sockets, and the old process drains.
 //!
-//! Driven by the control loop for SIGUSR2 and the admin API. The files:
-//! `process` (who starts and ends the new one), `outgoing` (the old process's side,
-//! on a thread of its own), `incoming` (the new one's, during its start), `message`
-//! (what they say), `counts` (what they count), `stepping` (the old one's last
-//! second), `reports` (what the old one says while it drains), `orders` (what it is told).
-//! Sockets are handed on and never bound
-//! anew: closing one of several listeners of an address would reset whoever is in
-//! its queue. What caps are compared with is shared (`daemon::shared_counts`).
+//! Driven by the control loop, for SIGUSR2 and the admin API. Sockets are handed over and
+//! never rebound: closing one of several listeners of an address would reset the clients
+//! in its listen queue. The counts that caps are compared with are shared
+//! (`daemon::shared_counts`).
 //!
-//! The order, and who serves: the old process starts the new one and offers its
-//! sockets (old); the new one validates, builds, says *ready* (old); the old one
-//! gives the word with everything known by then (old); the new one says
-//! *serving*, and accepts (both, on the same queues); the old one stops accepting
-//! and drains (new). For one second more it keeps sockets and table, and accepts again
-//! if the new one ends in that time.
+//! 1. The old process starts the new process and offers its sockets.
+//! 2. The new process validates, builds and sends *ready*.
+//! 3. The old process sends *commit* with its current state.
+//! 4. The new process sends *serving* and accepts. Both accept from the same listen queues.
+//! 5. The old process stops accepting and drains. It keeps its sockets for 1 s, and accepts
+//!    again if the new process fails in that time.
+//!
+//! | file | part |
+//! |---|---|
+//! | `process` | starts and ends the new process |
+//! | `outgoing` | the old process until *serving*, on its own thread |
+//! | `incoming` | the new process during its start |
+//! | `stepping` | the last second in which the old process can still accept again |
+//! | `message`, `counts` | messages and counters |
+//! | `reports`, `orders` | what the old and the new process send during the drain |
 
 mod counts;
 #[cfg(any(test, fuzzing))]
@@ -31,7 +35,7 @@ mod stepping;
 pub use incoming::OldProcess;
 
 pub(super) use counts::RareCounters;
-pub(super) use incoming::OldProcessLink as PredecessorDraining;
+pub(super) use incoming::OldProcessLink;
 pub(super) use message::OfferedAdmin;
 pub(super) use process::Starter;
 
@@ -40,7 +44,7 @@ use super::due;
 use super::shared_counts::SharedCounts;
 use crate::admin::{UpgradeCounts, UpgradeDoc, UpgradeError};
 use counts::HandoverCounts;
-use incoming::Word;
+use incoming::OldProcessMessage;
 use message::{Commit, LEVEL, Offer, OfferedBind, PROTOCOL, SavedEstimate};
 use outgoing::{OfferedState, ReadyProcess, UpgradeAttempt, UpgradeHandle, UpgradeProgress};
 use reports::{OldProcessOrder, OldProcessReport, Reporter};
@@ -55,43 +59,43 @@ use tidegate_net::fd_channel::HandoverChannel;
 use tidegate_supervisor::Wish;
 use tokio::sync::{mpsc, oneshot};
 
-/// How long the new process may take from the word to serving: it has all it
-/// needs by then, and meanwhile the control loop does nothing else.
+/// Timeout from *commit* to *serving*. The control loop of the old process waits, and the
+/// new process needs no other data.
 const COMMIT_MAX: Duration = Duration::from_secs(5);
 
-/// How long a new process waits for the heartbeats of backends that serve: many
-/// times a usual interval, half of which the old process receives meanwhile.
-const ACQUAINTED_MAX: Duration = Duration::from_secs(3);
-const ACQUAINTED_STEP: Duration = Duration::from_millis(20);
+/// Maximum wait of a new process for the heartbeats of backends in rotation. It is many
+/// times a usual interval, because the old process receives half of the heartbeats.
+const HEARTBEAT_WAIT_MAX: Duration = Duration::from_secs(3);
+const HEARTBEAT_WAIT_STEP: Duration = Duration::from_millis(20);
 
-/// Orders that may wait for the control loop.
+/// Cap on orders that wait for the control loop.
 const ORDERS_MAX: usize = 16;
 
-/// Who asked gets this.
+/// The reply to a request for an upgrade.
 type UpgradeReply = oneshot::Sender<Result<UpgradeDoc, UpgradeError>>;
 
-/// Everything about upgrades, past and present.
+/// State of upgrades: the current one, the old process and the new process.
 #[derive(Debug)]
 pub(super) struct Upgrades {
-    /// `None` where there is nothing to start: inside another program.
+    /// `None` if the balancer is embedded in another program.
     starter: Option<Starter>,
     counts: UpgradeCounts,
-    /// What caps are compared with.
+    /// The counts that caps are compared with.
     shared: Arc<SharedCounts>,
     under_way: Option<RunningUpgrade>,
-    successor: Option<NewProcess>,
+    new_process: Option<NewProcess>,
     stepping_down: Option<SteppingDown>,
-    predecessor: Option<PredecessorDraining>,
-    /// Sessions of the processes before.
+    old_process: Option<OldProcessLink>,
+    /// Open sessions of old processes.
     elsewhere: u32,
 }
 
 #[derive(Debug)]
 struct RunningUpgrade {
     outgoing: UpgradeHandle,
-    /// `None` for a signal.
+    /// `None` if a signal started the upgrade.
     reply: Option<UpgradeReply>,
-    /// The file has changed meanwhile.
+    /// A reload was postponed until the upgrade has ended.
     reload: bool,
 }
 
@@ -99,24 +103,24 @@ struct RunningUpgrade {
 #[derive(Debug)]
 struct NewProcess {
     channel: HandoverChannel,
-    /// `None` where no thread was available for it.
+    /// `None` if its thread could not be started.
     reporter: Option<Reporter>,
     orders: mpsc::Receiver<OldProcessOrder>,
-    /// A first signal to stop says nothing new to a process that drains already.
+    /// A stop signal has arrived. The first one is ignored, because the process drains.
     signalled: bool,
 }
 
-/// What the control loop is woken for.
+/// An event for the control loop.
 #[derive(Debug)]
 pub(super) enum UpgradeEvent {
     Progress(UpgradeProgress),
-    /// The process that took over has ended, with no success.
+    /// The new process has exited with an error.
     Ended(ExitStatus),
-    /// It has lived long enough.
+    /// The new process has served long enough; this process gives up its sockets.
     SteppedDown,
-    /// The process before says something; `None`: it has ended without a farewell.
-    Word(Option<Word>),
-    /// The next process wants something.
+    /// A message of the old process. `None`: it has exited without final counts.
+    OldProcess(Option<OldProcessMessage>),
+    /// An order of the new process.
     Order(OldProcessOrder),
 }
 
@@ -129,9 +133,9 @@ impl Upgrades {
             counts: UpgradeCounts::default(),
             shared,
             under_way: None,
-            successor: None,
+            new_process: None,
             stepping_down: None,
-            predecessor: None,
+            old_process: None,
             elsewhere: 0,
         }
     }
@@ -140,35 +144,36 @@ impl Upgrades {
         self.counts
     }
 
-    /// Whether the process before counts where this one does.
+    /// Returns whether this process shares counts with the old process.
     pub(super) fn shares_counts(&self) -> bool {
         self.shared.are_taken()
     }
 
-    /// Whether another process serves now.
+    /// Returns whether a new process serves.
     pub(super) fn handed_over(&self) -> bool {
-        self.successor.is_some()
+        self.new_process.is_some()
     }
 
-    /// Whether the process this one took over from still drains. Until it ends,
-    /// its last sessions are not counted, and it may hold addresses.
+    /// Returns whether the old process still drains. Until it exits, its last sessions
+    /// are not counted, and it can occupy addresses.
     pub(super) fn awaits_old_process(&self) -> bool {
-        self.predecessor.is_some()
+        self.old_process.is_some()
     }
 
-    /// Sessions of the processes before, as they last said.
+    /// Returns the open sessions of old processes, from their last report.
     pub(super) fn sessions_elsewhere(&self) -> u32 {
         self.elsewhere
     }
 
-    /// Whether this signal to stop asks for nothing that is not under way.
+    /// Returns true for the first stop signal after an upgrade: the process drains already.
     pub(super) fn ignores_first_stop_signal(&mut self) -> bool {
-        let first = |successor: &mut NewProcess| !std::mem::replace(&mut successor.signalled, true);
-        self.successor.as_mut().is_some_and(first)
+        let first =
+            |new_process: &mut NewProcess| !std::mem::replace(&mut new_process.signalled, true);
+        self.new_process.as_mut().is_some_and(first)
     }
 
-    /// Whether a reload has to wait for the upgrade that is under way; it is
-    /// made up for if that comes to nothing.
+    /// Returns whether a reload must wait for an upgrade in progress. The reload takes
+    /// place if the upgrade fails.
     pub(super) fn postpones_reload(&mut self) -> bool {
         if let Some(under_way) = &mut self.under_way {
             under_way.reload = true;
@@ -176,16 +181,16 @@ impl Upgrades {
         self.under_way.is_some()
     }
 
-    /// What happens next.
+    /// Waits for the next event.
     pub(super) async fn wake(&mut self) -> UpgradeEvent {
         let progress = self.under_way.as_mut().map(|upgrade| upgrade.outgoing.next());
-        let word = self.predecessor.as_mut().map(PredecessorDraining::next);
-        let order = self.successor.as_mut().map(|successor| successor.orders.recv());
+        let message = self.old_process.as_mut().map(OldProcessLink::next);
+        let order = self.new_process.as_mut().map(|new_process| new_process.orders.recv());
         let stepping_down = self.stepping_down.as_mut().map(SteppingDown::next);
         tokio::select! {
             event = due::if_any(stepping_down) => event,
             progress = due::if_any(progress) => UpgradeEvent::Progress(progress),
-            word = due::if_any(word) => UpgradeEvent::Word(word),
+            message = due::if_any(message) => UpgradeEvent::OldProcess(message),
             Some(order) = due::if_any(order) => UpgradeEvent::Order(order),
         }
     }
@@ -198,8 +203,8 @@ impl NewProcess {
         let (tell, orders) = mpsc::channel(ORDERS_MAX);
         let reporter = match (channel.try_clone(), channel.try_clone()) {
             (Ok(to_read), Ok(to_write)) => {
-                let listen = move || while pass_order_on(&to_read, &tell).is_some() {};
-                let named = std::thread::Builder::new().name("successor".to_owned());
+                let listen = move || while forward_order(&to_read, &tell).is_some() {};
+                let named = std::thread::Builder::new().name("new-process".to_owned());
                 named.spawn(listen).and_then(|_| Reporter::start(to_write, shares)).ok()
             }
             _ => None,
@@ -208,8 +213,9 @@ impl NewProcess {
     }
 }
 
-/// Waits for one order; `None` when the next process is gone.
-fn pass_order_on(channel: &HandoverChannel, tell: &mpsc::Sender<OldProcessOrder>) -> Option<()> {
+/// Receives one order and forwards it. Returns `None` once the new process has closed the
+/// connection.
+fn forward_order(channel: &HandoverChannel, tell: &mpsc::Sender<OldProcessOrder>) -> Option<()> {
     let order = message::receive(channel, clock::now() + incoming::DRAIN_MAX).ok()?;
     tell.blocking_send(order).ok()
 }
@@ -217,7 +223,7 @@ fn pass_order_on(channel: &HandoverChannel, tell: &mpsc::Sender<OldProcessOrder>
 // === impl Control ===
 
 impl Control {
-    /// Starts an upgrade; who asked is answered when it has ended.
+    /// Starts an upgrade. The reply is sent when the upgrade has ended.
     pub(super) fn begin_upgrade(
         &mut self,
         wish: Wish,
@@ -289,26 +295,28 @@ impl Control {
         Ok(UpgradeAttempt { start, offered, timeout })
     }
 
-    /// Goes on with what has happened.
+    /// Handles an event.
     pub(super) async fn upgrade_event(&mut self, event: UpgradeEvent) {
         match event {
-            UpgradeEvent::Word(Some(Word::Report(report))) => self.take_report(&report),
-            UpgradeEvent::Word(last) => {
-                self.upgrades.predecessor = None;
+            UpgradeEvent::OldProcess(Some(OldProcessMessage::Report(report))) => {
+                self.apply_report(&report);
+            }
+            UpgradeEvent::OldProcess(last) => {
+                self.upgrades.old_process = None;
                 self.upgrades.elsewhere = 0;
                 self.workers.context().in_flight.set_elsewhere(0);
                 self.controller.held_here_alone();
                 self.workers.context().waiters.slot_freed();
                 match last {
-                    Some(Word::Farewell(last)) => self.add_final_counts(&last),
+                    Some(OldProcessMessage::FinalCounts(last)) => self.add_final_counts(&last),
                     _ => tracing::warn!(
                         "old process exited without sending its final counters; its last sessions are missing from the totals"
                     ),
                 }
             }
-            UpgradeEvent::Ended(status) => self.go_on(status).await,
+            UpgradeEvent::Ended(status) => self.resume_serving(status).await,
             UpgradeEvent::SteppedDown => self.stepped_down(),
-            UpgradeEvent::Order(order) => self.obey(&order),
+            UpgradeEvent::Order(order) => self.execute_order(&order),
             UpgradeEvent::Progress(progress) => {
                 let Some(under_way) = self.upgrades.under_way.take() else { return };
                 let result = match progress {
@@ -323,7 +331,7 @@ impl Control {
         }
     }
 
-    /// Gives the word, and waits until the new process serves.
+    /// Sends *commit* and waits for *serving*.
     async fn commit(
         &mut self,
         at: ReadyProcess,
@@ -333,16 +341,16 @@ impl Control {
         self.collect_latency().await;
         let mut counts = self.upgrades.counts;
         counts.done += 1;
-        // The thread waits for nothing else.
+        // On an error the thread has ended, and `served` reports it.
         let _ = commit.send(self.state_to_hand_over(counts));
-        let mut verdict = tokio::time::timeout(COMMIT_MAX, &mut served).await;
-        if verdict.is_err() {
+        let mut result = tokio::time::timeout(COMMIT_MAX, &mut served).await;
+        if result.is_err() {
             outgoing.cancel();
-            // The thread alone knows whether the word came through after all.
-            verdict = Ok((&mut served).await);
+            // Only the thread knows whether *serving* arrived in the end.
+            result = Ok((&mut served).await);
         }
         let (_, done) = oneshot::channel();
-        match verdict {
+        match result {
             Ok(Ok(Ok(channel))) => {
                 Ok((channel, ReadyProcess { hello, ready, commit, served: done, ended }))
             }
@@ -356,7 +364,7 @@ impl Control {
         under_way: RunningUpgrade,
         result: Result<(HandoverChannel, ReadyProcess), String>,
     ) {
-        // It has a part in the counts, even if it has ended.
+        // The new process can hold shared counts, even if it has exited.
         self.upgrades.shared.watch(&self.workers.context().waiters);
         match result {
             Err(why) => {
@@ -375,7 +383,7 @@ impl Control {
                 let (pid, version) = (hello.pid, hello.version);
                 tracing::info!(new_pid = pid, %version, "upgrade complete; the new process serves and this one drains");
                 self.lifecycle.hand_over(pid);
-                self.upgrades.successor = Some(NewProcess::new(channel, ready.shares));
+                self.upgrades.new_process = Some(NewProcess::new(channel, ready.shares));
                 self.telemetry.latency.lock().clear();
                 self.step_down(&ready, pid, ended);
                 if let Some(reply) = under_way.reply {
@@ -393,7 +401,7 @@ impl Control {
         }
     }
 
-    /// Everything the next process goes on with, as of now.
+    /// Returns the current state for the new process.
     fn state_to_hand_over(&self, upgrades: UpgradeCounts) -> Commit {
         let state = self.controller.save(clock::now());
         let find = |pool: &str, name: &str, address: &str| {
@@ -410,7 +418,7 @@ impl Control {
         Commit { counts, latency, state, estimates, parts: 0 }
     }
 
-    /// What answers take, of whom something is known.
+    /// Returns the latency estimates of all backends that have one.
     fn estimates(&self, state: &Saved) -> Vec<SavedEstimate> {
         let at = clock::millis(clock::now());
         let every = state
@@ -425,7 +433,7 @@ impl Control {
         every.filter_map(estimate).collect()
     }
 
-    /// Goes on with what the process before knew when it gave the word.
+    /// Restores the state that the old process sent with *commit*.
     pub(super) fn take_over(&mut self, known: &Commit) {
         self.workers.context().numbers.continue_from(known.counts.session_numbers);
         let effects = self.controller.adopt(&known.state, clock::now());
@@ -442,30 +450,30 @@ impl Control {
         self.carry(known);
     }
 
-    /// Listens to heartbeats until every backend that served in the process before
-    /// serves here, or [`ACQUAINTED_MAX`]: an older program says nothing of those
-    /// that joined by their heartbeats.
-    pub(super) async fn exchange_hello(&mut self, known: &Saved) {
+    /// Receives heartbeats until every backend in rotation in the old process is in
+    /// rotation here, at most [`HEARTBEAT_WAIT_MAX`]. Needed only if the old process is an
+    /// older program, which does not hand over the state of heartbeats.
+    pub(super) async fn await_heartbeats(&mut self, known: &Saved) {
         if known.pools.iter().any(|pool| pool.takes_heartbeats) {
             return;
         }
-        let deadline = clock::now() + ACQUAINTED_MAX;
+        let deadline = clock::now() + HEARTBEAT_WAIT_MAX;
         while self.reloads.config().heartbeat.is_some() && clock::now() < deadline {
             let probed: Vec<_> = self.evidence.take_probed().collect();
             self.feed(probed);
             if self.controller.serves_as(known) {
                 return;
             }
-            tokio::time::sleep(ACQUAINTED_STEP).await;
+            tokio::time::sleep(HEARTBEAT_WAIT_STEP).await;
         }
     }
 
-    pub(super) fn follow(&mut self, predecessor: PredecessorDraining) {
-        self.upgrades.predecessor = Some(predecessor);
+    pub(super) fn follow(&mut self, old_process: OldProcessLink) {
+        self.upgrades.old_process = Some(old_process);
         self.upgrades.shared.watch(&self.workers.context().waiters);
     }
 
-    fn take_report(&mut self, report: &OldProcessReport) {
+    fn apply_report(&mut self, report: &OldProcessReport) {
         self.upgrades.elsewhere = report.sessions;
         if !self.upgrades.shared.are_taken() {
             self.workers.context().in_flight.set_elsewhere(report.sessions);
@@ -473,14 +481,14 @@ impl Control {
         let (backends, frontends) = (&report.backends, &report.frontends);
         let effects = self.controller.held_elsewhere(backends, frontends, clock::now());
         self.apply_effects(effects);
-        // A client that waits for a slot may get one.
+        // A queued client may get a slot now.
         self.workers.context().waiters.slot_freed();
     }
 
-    /// Tells the next process what sessions are left, where it is time to.
+    /// Reports the open sessions to the new process, if a report is due.
     pub(super) fn report(&mut self) {
         let sessions = self.sessions();
-        let reporter = self.upgrades.successor.as_mut().and_then(|next| next.reporter.as_mut());
+        let reporter = self.upgrades.new_process.as_mut().and_then(|next| next.reporter.as_mut());
         if let Some(reporter) = reporter {
             reporter.report(&self.controller, sessions, clock::now());
         }
@@ -504,22 +512,22 @@ impl Control {
         }
     }
 
-    /// Tells the process that took over what has been counted to the end.
+    /// Sends the final counts to the new process.
     pub(super) async fn send_final_counts(&mut self) {
-        if self.upgrades.successor.is_some() {
+        if self.upgrades.new_process.is_some() {
             self.collect_latency().await;
         }
         let counts = self.upgrades.counts;
-        if let Some(successor) = self.upgrades.successor.take() {
-            if let Some(reporter) = successor.reporter {
+        if let Some(new_process) = self.upgrades.new_process.take() {
+            if let Some(reporter) = new_process.reporter {
                 reporter.finish();
             }
             let known = self.state_to_hand_over(counts);
-            incoming::send_final_counts(&successor.channel, known);
+            incoming::send_final_counts(&new_process.channel, known);
         }
     }
 
-    /// Ends an upgrade that is under way: this process is to stop.
+    /// Cancels an upgrade in progress because of a shutdown.
     pub(super) fn cancel_upgrade(&mut self) {
         if let Some(under_way) = self.upgrades.under_way.take() {
             under_way.outgoing.cancel();

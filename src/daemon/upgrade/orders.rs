@@ -1,8 +1,8 @@
-//! What the new process has the one before do while that drains: orders, and how an
-//! operator's intent gets there before its answer.
+//! Orders of the new process to an old process that drains, and the storage of operator
+//! intents.
 //!
-//! Part of the control loop, on both sides. The frames are of `reports`; an older program
-//! takes no orders.
+//! Part of the control loop, in both processes. `reports` defines the frames. An order is
+//! forwarded to the old process of the old process. An older program ignores orders.
 
 use super::reports::{OldProcessOrder, OrderedIntent, held};
 use crate::control_loop::Control;
@@ -14,14 +14,13 @@ use tidegate_core::table::state::BackendId;
 use tidegate_net::clock;
 use tokio::sync::oneshot;
 
-/// How long an operator waits for the process before to be told of an intent, and for the
-/// disk. To put it into the kernel's queue takes microseconds unless that process is
-/// stopped.
+/// Maximum delay of an answer to an operator, until the intent is sent to the old process
+/// and written to disk. Sending takes microseconds, unless the old process is stopped.
 const INTENT_KEPT_MAX: Duration = Duration::from_secs(1);
 
 impl Control {
-    /// Does what the next process wants, and has the one before do it, too.
-    pub(super) fn obey(&mut self, order: &OldProcessOrder) {
+    /// Executes an order of the new process and forwards it to the old process.
+    pub(super) fn execute_order(&mut self, order: &OldProcessOrder) {
         if let Some(HeldBackend { pool, name, address, .. }) = &order.cut
             && let Some(id) = self.controller.find_known(pool, name, address)
         {
@@ -41,18 +40,18 @@ impl Control {
         }
     }
 
-    /// Has the process before reset that backend's sessions, too.
+    /// Orders the old process to reset the sessions of a backend.
     pub(crate) fn order_cut(&self, id: BackendId) {
-        if let Some(before) = &self.upgrades.predecessor
+        if let Some(old_process) = &self.upgrades.old_process
             && let Some(state) = self.controller.known(id)
         {
             let cut = Some(held(state));
-            before.order(&OldProcessOrder { cut, ..OldProcessOrder::default() });
+            old_process.order(&OldProcessOrder { cut, ..OldProcessOrder::default() });
         }
     }
 
-    /// Has the process before know what an operator wants; gives what tells that it is
-    /// sent.
+    /// Sends an operator's intent to the old process. The returned receiver completes once
+    /// it is sent.
     pub(crate) fn order_intent(
         &self,
         pool: &str,
@@ -64,20 +63,20 @@ impl Control {
             backend: backend.to_owned(),
             intent: intent.name().to_owned(),
         };
-        let before = self.upgrades.predecessor.as_ref()?;
-        before.order(&OldProcessOrder { intent: Some(intent), ..OldProcessOrder::default() })
+        let old_process = self.upgrades.old_process.as_ref()?;
+        old_process.order(&OldProcessOrder { intent: Some(intent), ..OldProcessOrder::default() })
     }
 
-    /// Leaves operators' intents with the supervisor and on disk; gives what resolves once
-    /// they are on disk, where they are to be.
+    /// Stores the operators' intents with the supervisor and on disk. The returned receiver
+    /// completes once they are on disk; `None` if no state directory is configured.
     pub(crate) fn keep_intents(&mut self) -> Option<oneshot::Receiver<()>> {
         self.supervised.write_intents(&self.controller);
         self.state.write(|| self.controller.save_intents(clock::now()))
     }
 
-    /// Answers an operator whose intent is in force, once it is `written` to the disk.
-    /// Without a supervisor the process before has to have it as well: it is `sent` there,
-    /// and that process goes on if this one ends.
+    /// Answers an operator once the intent is `written` to disk. Without a supervisor, the
+    /// answer also waits until the intent is `sent` to the old process, which accepts again
+    /// if this process exits.
     pub(crate) fn answer_intent<T: Send + 'static>(
         &self,
         sent: Option<oneshot::Receiver<()>>,
@@ -90,7 +89,7 @@ impl Control {
             let _ = reply.send(done);
             return;
         }
-        // The control loop has other things to do meanwhile.
+        // A separate task, so that the control loop does not wait.
         tokio::spawn(async move {
             for kept in [sent, written].into_iter().flatten() {
                 if tokio::time::timeout(INTENT_KEPT_MAX, kept).await.is_err() {
@@ -103,11 +102,11 @@ impl Control {
         });
     }
 
-    /// Has the process before end by then.
+    /// Orders the old process to exit within `time`.
     pub(crate) fn order_end_within(&self, time: Duration) {
-        if let Some(before) = &self.upgrades.predecessor {
+        if let Some(old_process) = &self.upgrades.old_process {
             let ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-            before
+            old_process
                 .order(&OldProcessOrder { end_within_ms: Some(ms), ..OldProcessOrder::default() });
         }
     }

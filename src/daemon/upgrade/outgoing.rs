@@ -1,9 +1,8 @@
-//! The old process's side: starts the new one and hands everything over.
+//! The old process's part of an upgrade: starts the new process and hands over to it.
 //!
-//! Runs on a thread of its own for each upgrade, since every step of it waits;
-//! tells the control loop by [`UpgradeProgress`]. Whatever goes wrong before the new
-//! process says that it serves ends with that process killed and a reason; this
-//! one has then not stopped serving for a moment.
+//! Runs on its own thread per upgrade, because every step waits. It reports to the control
+//! loop with [`UpgradeProgress`]. If a step fails before *serving*, it kills the new
+//! process and reports the reason. This process serves without interruption until then.
 
 use super::message::{Commit, Hello, LEVEL, MessageError, Offer, PROTOCOL, Ready, Serving};
 use super::process::{NotStarted, Start, UpgradeProcess};
@@ -21,69 +20,69 @@ use tidegate_net::fd_channel::{ChannelError, HandoverChannel};
 use tidegate_net::signals;
 use tokio::sync::{mpsc, oneshot};
 
-/// What is kept of what the new process says on standard error.
+/// Last lines kept of the new process's standard error, and bytes kept per line.
 const LINES_KEPT: usize = 10;
 const LINE_BYTES_MAX: usize = 500;
 
-/// How long a process that has hung up may take to end by itself, so that its
-/// exit status can be told.
+/// Time for a process that closed the connection to exit and to close its standard error,
+/// so that its exit status and last lines can be reported.
 const END_MAX: Duration = Duration::from_millis(500);
 
-/// Between two looks at what it has said.
-const LOOK: Duration = Duration::from_millis(5);
+/// Interval for polling the end of standard error.
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// How the control loop is told.
+/// Messages to the control loop.
 #[derive(Debug)]
 pub(crate) enum UpgradeProgress {
-    /// The supervisor does not start one; why, in words.
+    /// The supervisor rejected the start; the reason.
     Refused(String),
-    /// The new process waits for the word.
+    /// The new process waits for *commit*.
     Ready(Box<ReadyProcess>),
-    /// It came to nothing; why, in words.
+    /// The upgrade failed; the reason.
     Failed(String),
 }
 
-/// Everything for the last step.
+/// A new process that waits for *commit*.
 #[derive(Debug)]
 pub(crate) struct ReadyProcess {
     pub(super) hello: Hello,
     pub(super) ready: Ready,
-    /// Takes the word; dropping it calls the upgrade off.
+    /// Receives the *commit* message. Dropping it cancels the upgrade.
     pub(super) commit: sync::SyncSender<Commit>,
-    /// The new process serves, or why not.
+    /// The result: the new process serves, or the reason of the failure.
     pub(super) served: oneshot::Receiver<Result<HandoverChannel, String>>,
-    /// It has ended after that, where this process is its parent.
+    /// Its exit status, if it exits later and this process is its parent.
     pub(super) ended: oneshot::Receiver<ExitStatus>,
 }
 
-/// What one upgrade needs.
+/// Input of one upgrade.
 #[derive(Debug)]
 pub(super) struct UpgradeAttempt {
     pub(super) start: Start,
     pub(super) offered: OfferedState,
-    /// From the start of the program to its word that it serves.
+    /// Timeout from the start of the program to *serving*.
     pub(super) timeout: Duration,
 }
 
-/// What the new process is offered.
+/// The offer with its descriptors.
 #[derive(Debug)]
 pub(super) struct OfferedState {
     pub(super) offer: Offer,
     pub(super) admin: Option<OwnedFd>,
-    /// In the offer's order.
+    /// In the order of the offer.
     pub(super) sockets: Vec<Arc<Socket>>,
     pub(super) heartbeats: Vec<OwnedFd>,
     pub(super) counts: Option<Arc<Memory>>,
 }
 
-/// An upgrade under way.
+/// An upgrade in progress.
 #[derive(Debug)]
 pub(super) struct UpgradeHandle {
     channel: HandoverChannel,
     progress: mpsc::UnboundedReceiver<UpgradeProgress>,
 }
 
-/// The last lines of a process's standard error, which is copied to ours.
+/// The last lines of the new process's standard error, which is copied to this process's.
 #[derive(Debug, Clone, Default)]
 struct StderrTail(Arc<Mutex<StderrTailState>>);
 
@@ -96,7 +95,7 @@ struct StderrTailState {
 /// Why a step failed.
 enum UpgradeStepError {
     Message(MessageError),
-    /// Lowest and highest protocol, and the level.
+    /// The new process's lowest and highest protocol, and its level.
     Protocols((u16, u16), u16),
     Cancelled,
 }
@@ -104,7 +103,7 @@ enum UpgradeStepError {
 // === impl UpgradeHandle ===
 
 impl UpgradeHandle {
-    /// Starts the new process on a thread of its own.
+    /// Starts the upgrade on its own thread.
     pub(super) fn start(attempt: UpgradeAttempt) -> io::Result<UpgradeHandle> {
         let (channel, other) = HandoverChannel::pair()?;
         let own = channel.try_clone()?;
@@ -115,13 +114,13 @@ impl UpgradeHandle {
         Ok(UpgradeHandle { channel, progress })
     }
 
-    /// What has come of it.
+    /// Waits for the next message.
     pub(super) async fn next(&mut self) -> UpgradeProgress {
         let ended = || UpgradeProgress::Failed("upgrade thread exited unexpectedly".to_owned());
         self.progress.recv().await.unwrap_or_else(ended)
     }
 
-    /// Ends it; the new process is killed.
+    /// Cancels the upgrade. The new process is killed.
     pub(super) fn cancel(&self) {
         self.channel.hang_up();
     }
@@ -133,7 +132,7 @@ fn run(
     other: OwnedFd,
     to_control: &mpsc::UnboundedSender<UpgradeProgress>,
 ) {
-    // The new process begins without them, too: none may end it before it obeys them.
+    // The new process inherits the mask. No signal can end it before it handles signals.
     signals::hold_back();
     let deadline = clock::now() + attempt.timeout;
     let tail = StderrTail::default();
@@ -145,8 +144,8 @@ fn run(
         }
     };
     tail.follow(stderr);
-    // The control loop may be gone: then this process is ending, and the new one ends
-    // with the connection.
+    // Errors of `to_control` are ignored: this process is exiting then, and the new one
+    // exits when the connection closes.
     let (hello, ready) = match until_ready(attempt.offered, &channel, deadline) {
         Ok(ready) => ready,
         Err(error) => {
@@ -155,12 +154,12 @@ fn run(
             return;
         }
     };
-    let (commit, word) = sync::sync_channel(1);
+    let (commit, to_send) = sync::sync_channel(1);
     let (tell, served) = oneshot::channel();
     let (tell_end, ended) = oneshot::channel();
     let at = ReadyProcess { hello, ready, commit, served, ended };
     let _ = to_control.send(UpgradeProgress::Ready(Box::new(at)));
-    if let Err(error) = until_serving(&channel, &word, deadline) {
+    if let Err(error) = until_serving(&channel, &to_send, deadline) {
         let _ = tell.send(Err(explain(&mut process, &tail, error)));
         return;
     }
@@ -169,7 +168,7 @@ fn run(
 }
 
 fn until_ready(
-    given: OfferedState,
+    offered: OfferedState,
     channel: &HandoverChannel,
     deadline: Instant,
 ) -> Result<(Hello, Ready), UpgradeStepError> {
@@ -181,14 +180,14 @@ fn until_ready(
     }
     let stderr = io::stderr();
     let mut fds: Vec<BorrowedFd<'_>> = vec![stderr.as_fd()];
-    fds.extend(given.admin.iter().map(AsFd::as_fd));
-    fds.extend(given.sockets.iter().map(|socket| socket.as_fd()));
-    fds.extend(given.heartbeats.iter().map(AsFd::as_fd));
-    fds.extend(given.counts.iter().map(|memory| memory.as_fd()));
-    message::send(channel, &given.offer, &fds, deadline)?;
+    fds.extend(offered.admin.iter().map(AsFd::as_fd));
+    fds.extend(offered.sockets.iter().map(|socket| socket.as_fd()));
+    fds.extend(offered.heartbeats.iter().map(AsFd::as_fd));
+    fds.extend(offered.counts.iter().map(|memory| memory.as_fd()));
+    message::send(channel, &offered.offer, &fds, deadline)?;
     tracing::debug!(descriptors = fds.len(), "sockets and state sent to the new process");
-    // From here on the new process holds them, and the control loop.
-    drop(given);
+    // The new process and the control loop hold the descriptors from here on.
+    drop(offered);
     let ready = message::receive(channel, deadline)?;
     tracing::debug!("new process is ready");
     Ok((hello, ready))
@@ -196,20 +195,20 @@ fn until_ready(
 
 fn until_serving(
     channel: &HandoverChannel,
-    word: &sync::Receiver<Commit>,
+    commit: &sync::Receiver<Commit>,
     deadline: Instant,
 ) -> Result<(), UpgradeStepError> {
-    let commit = word.recv().map_err(|_| UpgradeStepError::Cancelled)?;
+    let commit = commit.recv().map_err(|_| UpgradeStepError::Cancelled)?;
     message::send_known(channel, commit, deadline)?;
     tracing::debug!("told the new process to take over");
     let Serving {} = message::receive(channel, deadline)?;
     Ok(())
 }
 
-/// Kills the new process and says what went wrong, with what it said last.
-fn explain(process: &mut UpgradeProcess, tail: &StderrTail, trouble: UpgradeStepError) -> String {
+/// Kills the new process and returns the reason, with its last log lines.
+fn explain(process: &mut UpgradeProcess, tail: &StderrTail, error: UpgradeStepError) -> String {
     let hung_up = matches!(
-        trouble,
+        error,
         UpgradeStepError::Message(MessageError::Channel(
             ChannelError::Closed | ChannelError::Io(_)
         ))
@@ -218,7 +217,7 @@ fn explain(process: &mut UpgradeProcess, tail: &StderrTail, trouble: UpgradeStep
     if status.is_none() {
         process.kill();
     }
-    let what = match (trouble, status) {
+    let what = match (error, status) {
         (_, Some(status)) => format!("the new process exited before it was ready: {status}"),
         (UpgradeStepError::Message(MessageError::Channel(ChannelError::TimedOut)), _) => {
             "the new process was not ready within upgrade_timeout".to_owned()
@@ -255,15 +254,15 @@ impl From<NotStarted> for UpgradeProgress {
 // === impl StderrTail ===
 
 impl StderrTail {
-    /// Reads to the end, on a thread of its own: the process may leave the pipe
-    /// to others.
+    /// Copies and keeps lines until the pipe is closed, on its own thread: other processes
+    /// can inherit the pipe from the new process and keep it open.
     fn follow(&self, stderr: io::PipeReader) {
         let tail = self.clone();
         let follow = move || {
             let mut reader = BufReader::new(stderr);
             let mut line = Vec::new();
             while matches!(reader.read_until(b'\n', &mut line), Ok(1..)) {
-                // With our own standard error closed there is nobody to tell.
+                // An error means that standard error is closed.
                 let _ = io::stderr().write_all(&line);
                 tail.keep(&line);
                 line.clear();
@@ -288,7 +287,7 @@ impl StderrTail {
     fn last_lines(&self) -> String {
         let deadline = clock::now() + END_MAX;
         while !self.state().ended && clock::now() < deadline {
-            clock::pause(LOOK);
+            clock::pause(POLL_INTERVAL);
         }
         let state = self.state();
         state.lines.iter().map(String::as_str).collect::<Vec<_>>().join("\n")

@@ -1,6 +1,6 @@
-//! The new process: who starts it and who ends it, this process or its supervisor.
+//! Starts and ends the new process of an upgrade, directly or through the supervisor.
 //!
-//! Used by `outgoing`, whose thread may wait.
+//! Called by `outgoing` on the upgrade thread. Its functions can block.
 
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use std::io;
@@ -16,23 +16,23 @@ use tidegate_supervisor::program::Program;
 use tidegate_supervisor::{Link, Wish};
 use tokio::sync::oneshot;
 
-/// Variables that were meant for this process alone.
-const NOT_FOR_THE_NEXT: [&str; 5] =
+/// Environment variables that the new process must not inherit.
+const NOT_INHERITED: [&str; 5] =
     ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID", "WATCHDOG_PID"];
 
-/// Between two looks at a process that should end.
-const LOOK: Duration = Duration::from_millis(5);
+/// Interval for polling the exit of a process.
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Who starts new processes.
+/// What starts the new process.
 #[derive(Debug)]
 pub(crate) enum Starter {
-    /// This process itself.
+    /// This process.
     Own(Program),
-    /// Its supervisor.
+    /// The supervisor.
     Supervisor(Arc<Link>),
 }
 
-/// Everything for one start.
+/// A prepared start.
 #[derive(Debug)]
 pub(super) enum Start {
     Own { command: Box<Command>, path: PathBuf },
@@ -46,16 +46,16 @@ pub(super) enum UpgradeProcess {
     Supervised(Successor),
 }
 
-/// Why there is none.
+/// Why no process was started.
 #[derive(Debug)]
 pub(super) enum NotStarted {
-    /// It was not tried.
+    /// The supervisor rejected the start.
     Refused(String),
-    /// It did not work.
+    /// The start failed.
     Failed(String),
 }
 
-/// Whether a child of this process has ended, reaped or not.
+/// Returns whether a child of this process has exited, reaped or not.
 pub(super) fn has_ended(pid: u32) -> bool {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
@@ -65,14 +65,17 @@ pub(super) fn has_ended(pid: u32) -> bool {
 // === impl Starter ===
 
 impl Starter {
-    /// `None` inside another program.
+    /// Returns `None` if the balancer is embedded in another program.
     pub(crate) fn of(link: Option<&Arc<Link>>, program: Option<Program>) -> Option<Starter> {
         let supervisor = link.map(|link| Starter::Supervisor(Arc::clone(link)));
         supervisor.or(program.map(Starter::Own))
     }
 
+    /// Prepares a start.
+    ///
     /// # Errors
-    /// In words: there is no such program. A supervisor looks for it itself.
+    /// The program was not found, or this process is process 1. The supervisor makes its
+    /// own checks when it starts the program.
     pub(super) fn prepare(
         &self,
         wish: Wish,
@@ -101,7 +104,7 @@ impl Starter {
 // === impl Start ===
 
 impl Start {
-    /// Starts it with `channel` as its standard input; gives what it says on standard
+    /// Starts the process with `channel` as its standard input. Returns it and its standard
     /// error.
     pub(super) fn start(
         self,
@@ -111,11 +114,11 @@ impl Start {
         let (reader, writer) = io::pipe().map_err(failed)?;
         let process = match self {
             Start::Own { mut command, path } => {
-                for name in NOT_FOR_THE_NEXT {
+                for name in NOT_INHERITED {
                     command.env_remove(name);
                 }
-                // Standard input is a descriptor that a child gets without being open to
-                // every other child this process may start.
+                // Passed as standard input, because any other descriptor would have to be
+                // inheritable, and every other child would inherit it too.
                 let started = command
                     .env(MARK, super::message::PROTOCOL.to_string())
                     .stdin(Stdio::from(channel))
@@ -139,36 +142,36 @@ impl Start {
 // === impl UpgradeProcess ===
 
 impl UpgradeProcess {
-    /// Its exit status, once it has ended; waits so long for it.
+    /// Waits up to `limit` for the exit status.
     pub(super) fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
         let child = match self {
             UpgradeProcess::Own(child) => child,
-            UpgradeProcess::Supervised(successor) => return successor.wait(limit),
+            UpgradeProcess::Supervised(process) => return process.wait(limit),
         };
         let deadline = clock::now() + limit;
         loop {
             match child.try_wait() {
                 Ok(Some(status)) => return Some(status),
-                Ok(None) if clock::now() < deadline => clock::pause(LOOK),
+                Ok(None) if clock::now() < deadline => clock::pause(POLL_INTERVAL),
                 _ => return None,
             }
         }
     }
 
-    /// Ends it at once.
+    /// Kills the process.
     pub(super) fn kill(&mut self) {
         match self {
             UpgradeProcess::Own(child) => {
-                // Both fail only for a process that is gone.
+                // Both fail only if the process has exited.
                 let _ = child.kill();
                 let _ = child.wait();
             }
-            UpgradeProcess::Supervised(successor) => successor.kill(),
+            UpgradeProcess::Supervised(process) => process.kill(),
         }
     }
 
-    /// Reaps it, where that is this process's business, and tells its status. A
-    /// supervisor tells the control loop itself.
+    /// Waits for the exit of a child and sends its status. The supervisor reports the exit
+    /// of a supervised process to the control loop itself.
     pub(super) fn reap_new_process(self, tell: oneshot::Sender<ExitStatus>) {
         if let UpgradeProcess::Own(mut child) = self
             && let Ok(status) = child.wait()

@@ -1,12 +1,14 @@
-//! What goes between the two processes after the new one serves: how many
-//! sessions the old one still has, and what it is to do with them.
+//! Reports and orders: the messages between both processes after *serving*.
 //!
-//! Used by the upgrade on both sides. The old process sends a [`OldProcessReport`] of what
-//! has changed (of what both count in the same memory: whether there are any) at most every [`REPORT_INTERVAL`], and passes on what the process
-//! before it reports; the new one sends an [`OldProcessOrder`] now and then. Frames are
-//! written by a thread of their own, so that a process that does not read holds
-//! up nobody. Neither side needs them: without them, the old process's sessions are unknown
-//! until its farewell.
+//! Used by the old and the new process. Frames are written by a separate thread, so a
+//! process that does not read never delays the control loop of the other. Both are
+//! optional: without them, the sessions of the old process are unknown until its final
+//! counts.
+//!
+//! - The old process sends an [`OldProcessReport`] with changed session counts, at most
+//!   every [`REPORT_INTERVAL`]. It includes the reports of its own old process. For counts
+//!   in shared memory it reports only whether there are sessions.
+//! - The new process sends an [`OldProcessOrder`] when the old process must act.
 
 use super::message::UpgradeMessage;
 use crate::upgrade::message;
@@ -23,38 +25,38 @@ use tidegate_net::clock;
 use tidegate_net::fd_channel::HandoverChannel;
 use tokio::sync::oneshot;
 
-/// How long the counts of the old process may be behind.
+/// Minimum time between two reports.
 pub(super) const REPORT_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Backends in one report: some 400 KB. Further ones are in the next.
+/// Cap on backends in one report, about 400 KB. The next report has the others.
 const REPORT_BACKENDS_MAX: usize = 4_096;
 
-/// Frames that wait for a process that does not read; while there are so many,
-/// reports wait and orders are dropped.
+/// Cap on frames that wait to be sent. At the cap, reports are postponed and orders are
+/// dropped.
 const FRAMES_MAX: usize = 64;
 
-/// How long one frame may take.
+/// Timeout for sending one frame.
 const FRAME_MAX: Duration = Duration::from_secs(5);
 
-/// *So many sessions are left*: what has changed since the last report.
+/// *report*: session counts that have changed since the last report.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct OldProcessReport {
     pub(super) backends: Vec<HeldBackend>,
     pub(super) frontends: Vec<HeldFrontend>,
-    /// All of them.
+    /// All open sessions.
     pub(super) sessions: u32,
 }
 
-/// *Do this*: what is set.
+/// *order*: the old process executes every field that is set.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct OldProcessOrder {
-    /// Reset that backend's sessions: its removal grace is over.
+    /// Reset the sessions of this backend, because its removal grace has ended.
     pub(super) cut: Option<HeldBackend>,
-    /// An operator's word on a backend.
+    /// Set an operator's intent.
     pub(super) intent: Option<OrderedIntent>,
-    /// End within so many milliseconds.
+    /// Exit within this time.
     pub(super) end_within_ms: Option<u64>,
 }
 
@@ -63,11 +65,11 @@ pub(crate) struct OldProcessOrder {
 pub(crate) struct OrderedIntent {
     pub(super) pool: String,
     pub(super) backend: String,
-    /// Its name.
+    /// Name of the intent.
     pub(super) intent: String,
 }
 
-/// Sends frames from a thread of its own.
+/// Sends frames from its own thread.
 #[derive(Debug)]
 pub(super) struct ReportWriter {
     frames: SyncSender<ReportFrame>,
@@ -78,19 +80,19 @@ pub(super) struct ReportWriter {
 struct ReportFrame {
     kind: u16,
     body: Vec<u8>,
-    /// Told once the kernel has it: from then on the receiver gets it, even if this
-    /// process ends. Dropped where the receiver is gone.
+    /// Completes once the kernel has the frame: the other process receives it even if this
+    /// process exits. Dropped if the other process has exited.
     sent: oneshot::Sender<()>,
 }
 
-/// What the next process has been told.
+/// Sends reports and remembers the counts that the new process has received.
 #[derive(Debug)]
 pub(super) struct Reporter {
     writer: ReportWriter,
     backends: HashMap<BackendId, u32>,
     frontends: HashMap<FrontendId, u32>,
     sessions: u32,
-    /// The next process counts where this one counts.
+    /// The new process shares counts with this process.
     shares: bool,
     next: Instant,
 }
@@ -103,29 +105,29 @@ impl ReportWriter {
         let write = move || {
             while let Ok(ReportFrame { kind, body, sent }) = waiting.recv() {
                 if channel.send(kind, &body, &[], clock::now() + FRAME_MAX).is_err() {
-                    // The other process is gone, and nothing is left to be told.
+                    // The other process has exited or does not read.
                     return;
                 }
                 let _ = sent.send(());
             }
         };
-        let thread = std::thread::Builder::new().name("upgrade-words".to_owned()).spawn(write)?;
+        let thread = std::thread::Builder::new().name("upgrade-frames".to_owned()).spawn(write)?;
         Ok(ReportWriter { frames, thread })
     }
 
-    /// What tells that it is sent; `None` where the other process does not read at the
-    /// moment.
+    /// Queues a message. The returned receiver completes once it is sent. Returns `None` if
+    /// the queue is full because the other process does not read.
     pub(super) fn send<M: UpgradeMessage>(&self, message: &M) -> Option<oneshot::Receiver<()>> {
-        let (sent, told) = oneshot::channel();
+        let (sent, confirmed) = oneshot::channel();
         let frame = ReportFrame { kind: M::KIND, body: message::encode(message), sent };
         let is_full = matches!(self.frames.try_send(frame), Err(TrySendError::Full(_)));
-        (!is_full).then_some(told)
+        (!is_full).then_some(confirmed)
     }
 
     /// Waits until everything is sent.
     fn finish(self) {
         drop(self.frames);
-        // It catches its own errors.
+        // The thread handles its errors.
         let _ = self.thread.join();
     }
 }
@@ -133,7 +135,7 @@ impl ReportWriter {
 // === impl Reporter ===
 
 impl Reporter {
-    /// `shares`: the next process counts where this one counts.
+    /// `shares`: whether the new process shares counts with this process.
     pub(super) fn start(channel: HandoverChannel, shares: bool) -> std::io::Result<Reporter> {
         Ok(Reporter {
             writer: ReportWriter::start(channel)?,
@@ -145,7 +147,7 @@ impl Reporter {
         })
     }
 
-    /// Tells what has changed, where it is time to.
+    /// Sends the changed counts, if a report is due.
     pub(super) fn report(&mut self, controller: &Controller, sessions: u32, now: Instant) {
         if now < self.next {
             return;
@@ -154,13 +156,13 @@ impl Reporter {
         let mut report = OldProcessReport { sessions, ..OldProcessReport::default() };
         let (mut backends, mut frontends) = (Vec::new(), Vec::new());
         for state in controller.every_known() {
-            let (open, shared) = self.to_tell(&state.in_flight);
-            let told = self.backends.get(&state.id).copied().unwrap_or(0);
-            if open == told {
+            let (open, shared) = self.to_report(&state.in_flight);
+            let reported = self.backends.get(&state.id).copied().unwrap_or(0);
+            if open == reported {
                 continue;
             }
             if backends.len() == REPORT_BACKENDS_MAX {
-                // The next one goes on from here.
+                // The next report continues with the remaining backends.
                 self.next = now;
                 break;
             }
@@ -168,23 +170,24 @@ impl Reporter {
             report.backends.push(HeldBackend { sessions: open, shared, ..held(state) });
         }
         for state in controller.frontends() {
-            let (open, shared) = self.to_tell(&state.in_flight);
+            let (open, shared) = self.to_report(&state.in_flight);
             if open != self.frontends.get(&state.id).copied().unwrap_or(0) {
                 frontends.push((state.id, open));
                 let name = state.name.to_string();
                 report.frontends.push(HeldFrontend { name, sessions: open, shared });
             }
         }
-        let news = sessions != self.sessions || !backends.is_empty() || !frontends.is_empty();
-        if news && self.writer.send(&report).is_some() {
+        let changed = sessions != self.sessions || !backends.is_empty() || !frontends.is_empty();
+        if changed && self.writer.send(&report).is_some() {
             self.sessions = sessions;
             note(&mut self.backends, backends);
             note(&mut self.frontends, frontends);
         }
     }
 
-    /// Sessions, or only whether there are any, where the next process sees how many.
-    fn to_tell(&self, in_flight: &InFlight) -> (u32, bool) {
+    /// Returns the number to report: all sessions, or 0 or 1 if the new process sees the
+    /// number in shared memory.
+    fn to_report(&self, in_flight: &InFlight) -> (u32, bool) {
         let shared = self.shares && in_flight.is_shareable();
         let open = in_flight.get();
         (if shared { open.min(1) } else { open }, shared)
@@ -196,7 +199,7 @@ impl Reporter {
     }
 }
 
-/// A backend by its names.
+/// Returns a report entry with the names of a backend.
 pub(super) fn held(state: &BackendState) -> HeldBackend {
     HeldBackend {
         pool: state.pool.to_string(),
@@ -206,11 +209,11 @@ pub(super) fn held(state: &BackendState) -> HeldBackend {
     }
 }
 
-fn note<K: Eq + std::hash::Hash>(told: &mut HashMap<K, u32>, news: Vec<(K, u32)>) {
-    for (who, open) in news {
+fn note<K: Eq + std::hash::Hash>(reported: &mut HashMap<K, u32>, changes: Vec<(K, u32)>) {
+    for (key, open) in changes {
         match open {
-            0 => told.remove(&who),
-            open => told.insert(who, open),
+            0 => reported.remove(&key),
+            open => reported.insert(key, open),
         };
     }
 }

@@ -1,8 +1,8 @@
-//! The last second of a process whose successor serves: it accepts nothing, but keeps
-//! everything, and goes on if the successor ends.
+//! The first second after *serving*, in the old process: it accepts no connections but
+//! keeps its sockets, and accepts again if the new process fails.
 //!
-//! Part of the control loop. A successor that has got so far and ends at once has met
-//! something that no check could show: a signal, a limit, a bug in its first sessions.
+//! Part of the control loop. It covers failures that no check before *serving* can find:
+//! a signal, a resource limit, a bug in the first sessions of the new process.
 
 use super::message::Ready;
 use super::process;
@@ -17,26 +17,26 @@ use tidegate_core::model::BindKey;
 use tidegate_net::clock;
 use tokio::sync::oneshot;
 
-/// How long the successor has to live.
+/// Time that the new process must run before this process gives up its sockets.
 const STEPPING_DOWN: Duration = Duration::from_secs(1);
 
-/// How long its last orders may take to be read once it has ended: a bound for a
-/// machine that is short of CPU.
+/// Timeout for reading the last orders of a new process that has exited. It matters only
+/// on a host with too little CPU.
 const LAST_ORDERS_MAX: Duration = Duration::from_secs(2);
 
-/// How long the status of a successor that has ended may take to be collected.
-const COLLECTED_MAX: Duration = Duration::from_secs(2);
+/// Timeout for the exit status of a new process that has exited.
+const REAP_MAX: Duration = Duration::from_secs(2);
 
-/// See the module's documentation.
+/// State of an old process that can still accept again.
 #[derive(Debug)]
 pub(super) struct SteppingDown {
     until: Instant,
-    /// Addresses the successor does not serve.
+    /// Addresses that the new process does not serve.
     not_taken: Vec<BindKey>,
     admin_taken: bool,
-    /// The successor, where this process is its parent.
+    /// Process ID of the new process, if this process is its parent.
     child: Option<u32>,
-    /// Its end, where this process is its parent.
+    /// Exit status of the new process, if this process is its parent.
     ended: Option<oneshot::Receiver<ExitStatus>>,
 }
 
@@ -49,22 +49,22 @@ impl SteppingDown {
             status = self.failed() => return UpgradeEvent::Ended(status),
             () = tokio::time::sleep_until(until) => {}
         }
-        // This process may have been stopped meanwhile: its clock has gone on without it.
+        // If this process was stopped, the timer can expire before an earlier exit is seen.
         if self.child.is_some_and(process::has_ended)
-            && let Ok(status) = tokio::time::timeout(COLLECTED_MAX, self.failed()).await
+            && let Ok(status) = tokio::time::timeout(REAP_MAX, self.failed()).await
         {
             return UpgradeEvent::Ended(status);
         }
         UpgradeEvent::SteppedDown
     }
 
-    /// Waits until the successor has ended without success.
+    /// Waits until the new process has exited with an error.
     async fn failed(&mut self) -> ExitStatus {
         if let Some(receiver) = &mut self.ended {
-            let came = receiver.await;
-            // It is not to be asked again.
+            let received = receiver.await;
+            // A completed receiver must not be polled again.
             self.ended = None;
-            if let Ok(status) = came
+            if let Ok(status) = received
                 && !status.success()
             {
                 return status;
@@ -77,7 +77,7 @@ impl SteppingDown {
 // === impl Upgrades ===
 
 impl Upgrades {
-    /// Whether this process might go on yet.
+    /// Returns whether this process can still accept again.
     pub(crate) fn is_stepping_down(&self) -> bool {
         self.stepping_down.is_some()
     }
@@ -106,7 +106,7 @@ impl Control {
         self.start_draining("upgrade: the new process serves");
     }
 
-    /// The successor lives: this process lets go.
+    /// Gives up the sockets: the new process has run long enough.
     pub(super) fn stepped_down(&mut self) {
         let Some(stepping) = self.upgrades.stepping_down.take() else { return };
         self.binds.hand_over(&stepping.not_taken, self.workers.list(), &self.supervised);
@@ -119,14 +119,14 @@ impl Control {
         }
     }
 
-    /// The successor has ended: this process serves again.
-    pub(crate) async fn go_on(&mut self, status: ExitStatus) {
-        // Too late: the supervisor learns of it by what was said before.
+    /// Serves again after the new process has exited.
+    pub(crate) async fn resume_serving(&mut self, status: ExitStatus) {
+        // Too late: this process has given up its sockets, and the supervisor knows it.
         let Some(stepping) = self.upgrades.stepping_down.take() else { return };
         let reason = supervised::in_words(status);
         tracing::error!(reason, "new process exited; this process accepts connections again");
         self.take_last_intents().await;
-        self.upgrades.successor = None;
+        self.upgrades.new_process = None;
         self.upgrades.counts.done = self.upgrades.counts.done.saturating_sub(1);
         self.upgrades.counts.failed += 1;
         self.binds.go_on(&stepping.not_taken, self.workers.list());
@@ -146,13 +146,13 @@ impl Control {
         self.supervised.in_force.write();
     }
 
-    /// What operators have wanted of the successor: what it has sent here, and what it
-    /// has left with the supervisor, which comes before an operator has an answer.
+    /// Adopts the intents that operators set in the new process: those it sent as orders,
+    /// and those it left with the supervisor. Both happen before an operator gets an answer.
     async fn take_last_intents(&mut self) {
         let mut intents = Vec::new();
-        if let Some(successor) = &mut self.upgrades.successor {
-            let orders = &mut successor.orders;
-            // It has ended, and so its orders end.
+        if let Some(new_process) = &mut self.upgrades.new_process {
+            let orders = &mut new_process.orders;
+            // The channel closes after the last order, because the new process has exited.
             let all = async {
                 while let Some(order) = orders.recv().await {
                     intents.extend(order.intent);
@@ -161,7 +161,10 @@ impl Control {
             let _ = tokio::time::timeout(LAST_ORDERS_MAX, all).await;
         }
         for intent in intents {
-            self.obey(&OldProcessOrder { intent: Some(intent), ..OldProcessOrder::default() });
+            self.execute_order(&OldProcessOrder {
+                intent: Some(intent),
+                ..OldProcessOrder::default()
+            });
         }
         if let Some(newer) = self.supervised.read_intents() {
             let effects = self.controller.adopt_intents(&newer, clock::now());
