@@ -1,14 +1,13 @@
-//! Faults that tests order: a panic at a named place, or a stall.
+//! Faults that tests inject into the data path: a panic at a named point.
 //!
-//! Passed by the data path at each place. A release build has neither the faults
-//! nor a way to order them: everything but the empty [`FaultPlan::pass`] is compiled
-//! with debug assertions only, and then the admin API takes orders only where
-//! the environment says `TIDEGATE_FAULTS=1`.
+//! The data path calls [`FaultPlan::pass`] at each point. In a release build that function is
+//! empty and nothing can arm a fault. In a debug build the admin API arms faults only if the
+//! environment has `TIDEGATE_FAULTS=1`.
 
 #[cfg(debug_assertions)]
 use std::cell::Cell;
 
-/// Where it goes wrong, once.
+/// A point at which an armed fault panics, once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FaultPoint {
     /// The next session before it connects, in its task.
@@ -21,22 +20,22 @@ pub enum FaultPoint {
     Engine,
     /// The next accepted connection, in the listener's task.
     Listener,
-    /// The worker's own loop, at once.
+    /// The worker's event loop, at once.
     Worker,
 }
 
-/// The fault to come at one place or another.
+/// The armed fault, if any.
 #[derive(Debug, Default)]
 pub(super) struct FaultPlan {
     #[cfg(debug_assertions)]
-    ordered: Cell<Option<FaultPoint>>,
+    armed: Cell<Option<FaultPoint>>,
 }
 
 // === impl FaultPoint ===
 
 #[cfg(debug_assertions)]
 impl FaultPoint {
-    /// As in an order.
+    /// Returns the point of this name in the admin API.
     pub fn from_name(name: &str) -> Option<FaultPoint> {
         Some(match name {
             "setup" => FaultPoint::Setup,
@@ -53,21 +52,21 @@ impl FaultPoint {
 // === impl FaultPlan ===
 
 impl FaultPlan {
-    /// The next pass of that place panics.
+    /// Lets the next pass of this point panic.
     #[cfg(debug_assertions)]
-    pub(super) fn order(&self, fault: FaultPoint) {
-        self.ordered.set(Some(fault));
+    pub(super) fn arm(&self, fault: FaultPoint) {
+        self.armed.set(Some(fault));
     }
 
-    /// Panics if that was ordered; in a release build, nothing.
+    /// Panics if a fault is armed for this point. Empty in a release build.
     #[inline]
-    pub(super) fn pass(&self, place: FaultPoint) {
+    pub(super) fn pass(&self, point: FaultPoint) {
         #[cfg(debug_assertions)]
-        if self.ordered.get() == Some(place) {
-            self.ordered.set(None);
-            panic!("a fault that was ordered: {place:?}");
+        if self.armed.get() == Some(point) {
+            self.armed.set(None);
+            panic!("injected fault: {point:?}");
         }
         #[cfg(not(debug_assertions))]
-        let _ = place;
+        let _ = point;
     }
 }

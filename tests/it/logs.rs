@@ -1,6 +1,6 @@
 //! The program's log: one line per event for any content, and what each level contains.
 
-use crate::common::backend::{self, ScriptedBackend};
+use crate::common::backend::{self, Refusing, ScriptedBackend};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
 use crate::common::{Engine, client, eventually, on_every_engine, secs};
@@ -8,6 +8,7 @@ use crate::common::{Engine, client, eventually, on_every_engine, secs};
 on_every_engine!(
     external_text_cannot_forge_a_log_line,
     debug_and_trace_log_tables_probes_reloads_and_upgrades,
+    debug_logs_each_step_of_a_session_and_info_logs_none,
 );
 
 /// A name with line breaks and escape codes that imitates a log line.
@@ -85,11 +86,59 @@ fn debug_and_trace_log_tables_probes_reloads_and_upgrades(engine: Engine) {
         eventually(secs(10), step, || proxy.log()[known..].contains(step));
     }
     proxy.wait_gone(before, secs(10));
-    // No line per session on the data path.
-    let known = proxy.log().lines().filter(|line| line.contains("tidegate_dataplane")).count();
+    // Accept, route, pick, connect and close. Not even `trace` logs bytes or messages.
+    let lines = || proxy.log().lines().filter(|line| line.contains("tidegate_dataplane")).count();
+    let known = lines();
     for _ in 0..20 {
         client::ask(proxy.addr("web")).expect("an answer");
     }
-    let lines = proxy.log().lines().filter(|line| line.contains("tidegate_dataplane")).count();
-    assert_eq!(lines, known, "{}", proxy.log());
+    eventually(secs(10), "five lines per session", || lines() >= known + 20 * 5);
+    assert_eq!(lines(), known + 20 * 5, "{}", proxy.log());
+}
+
+fn debug_logs_each_step_of_a_session_and_info_logs_none(engine: Engine) {
+    let refusing = Refusing::new();
+    let a = ScriptedBackend::start(backend::name("a"));
+    let pool = Pool::new("web").backend("refusing", refusing.address).backend("a", a.address());
+    let proxy = TestProxy::start(Conf::simple(engine, pool).workers(1));
+    // Round robin: one of two sessions starts at the refusing backend.
+    let serve_two = || {
+        for _ in 0..2 {
+            assert_eq!(client::ask(proxy.addr("web")).expect("an answer"), "a");
+        }
+    };
+    serve_two();
+    assert!(proxy.wait_access_log(2).iter().any(|line| line["attempts"] == 2));
+    assert!(!proxy.log().contains("tidegate_dataplane::session"), "{}", proxy.log());
+
+    let text = proxy.render(&proxy.conf()).replace("[log]", "[log]\nlevel = \"debug\"");
+    proxy.rewrite_by_rename(&text);
+    assert_eq!(proxy.admin_request("POST", "/v1/reload").status, 200);
+    serve_two();
+    let ended = proxy.wait_access_log(4);
+    let session = ended[2..].iter().find(|line| line["attempts"] == 2).expect("a failed attempt");
+    let field = format!("session={}", session["session"]);
+    let steps = || -> Vec<String> {
+        let log = proxy.log();
+        let lines = log.lines().filter_map(|line| line.split_once("tidegate_dataplane::session: "));
+        let of_session = lines.filter(|(_, step)| step.split(' ').any(|word| word == field));
+        of_session.map(|(_, step)| step.to_string()).collect()
+    };
+    eventually(secs(10), "the session is closed", || {
+        steps().iter().any(|step| step.starts_with("session closed"))
+    });
+    let steps = steps();
+    let client = session["client"].as_str().expect("a client");
+    for (step, words) in steps.iter().zip([
+        vec!["session accepted", "frontend=web", client],
+        vec!["session routed", "pool=web"],
+        vec!["backend picked", "attempt=1", "backend=refusing"],
+        vec!["attempt failed", "backend=refusing", "failure=refused", "errno=111"],
+        vec!["backend picked", "attempt=2", "backend=a"],
+        vec!["backend connected", "backend=a", "took="],
+        vec!["session closed", "cause=finished", "phase=closed", "bytes_out=1"],
+    ]) {
+        assert!(words.iter().all(|word| step.contains(word)), "{words:?} in {steps:#?}");
+    }
+    assert_eq!(steps.len(), 7, "{steps:#?}");
 }

@@ -1,9 +1,10 @@
-//! One bind address on one worker: takes connections off the listen queue as
-//! long as the caps allow, and starts a session for each.
+//! One bind address on one worker: accepts connections while the caps allow and starts a
+//! session for each.
 //!
-//! Started and retired by `worker`. It never accepts what it cannot serve: at a
-//! cap clients wait in the kernel's queue; at a lack of descriptors it backs
-//! off, and never spins.
+//! Started and retired by `worker`. It never accepts a connection that it cannot serve:
+//!
+//! - At a cap, clients wait in the listen queue.
+//! - Out of descriptors or memory, it pauses for 10 ms to 100 ms.
 
 use super::permit::{self, SessionPermit};
 use crate::local_errors;
@@ -26,22 +27,22 @@ use tidegate_net::{datagram, listen, reactor};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
-/// Connections taken in one go before sessions get their turn.
-const ACCEPTS_A_WAKE: u32 = 64;
+/// Connections accepted per wake-up before other tasks run.
+const ACCEPTS_PER_WAKE: u32 = 64;
 
-/// First and longest pause when accept fails for want of descriptors or memory.
+/// Shortest and longest pause when accept fails because descriptors or memory are short.
 const BACK_OFF_MIN: Duration = Duration::from_millis(10);
 const BACK_OFF_MAX: Duration = Duration::from_millis(100);
 
-/// How long a retired listener goes on accepting what was in its queue or in
-/// the middle of a handshake. Nobody new gets in meanwhile.
+/// How long a retired listener continues to accept clients that were in its listen queue or
+/// in a handshake.
 const RETIRE_LINGER: Duration = Duration::from_millis(200);
 
-/// Tells a listener to retire.
+/// Requests and times the retirement of a listener.
 #[derive(Debug, Default)]
 pub(crate) struct ListenerRetirement {
     deadline: Cell<Option<Instant>>,
-    /// The queue is another process's from now on.
+    /// Another process serves the listen queue.
     released: Cell<bool>,
     asked: Notify,
 }
@@ -52,18 +53,18 @@ pub(crate) struct Listener {
     bind: BindKey,
     socket: AsyncFd<Arc<Socket>>,
     retirement: Rc<ListenerRetirement>,
-    /// By which the last connection was routed: serves what is still queued
-    /// once the frontend has left the table.
+    /// Generation and route of the last accept. Serves clients that are still queued after
+    /// the frontend has left the table.
     last_route: Option<(u64, Arc<FrontendRoute>)>,
 }
 
-/// What one try to accept came to.
+/// Result of an accept.
 enum AcceptResult {
-    One,
+    Accepted,
     QueueEmpty,
     AtCap,
     LocalShortage,
-    /// A connection that broke before it was taken.
+    /// The connection failed before it was accepted.
     Aborted,
 }
 
@@ -77,8 +78,8 @@ impl Listener {
         Ok(Listener { bind, socket, retirement, last_route: None })
     }
 
-    /// Listens until retired; where the socket cannot be watched, as soon as it
-    /// can: clients are in its queue already.
+    /// Listens until retired. Retries if the socket cannot be watched yet: clients are in its
+    /// queue already.
     pub(crate) async fn serve(
         ctx: Rc<WorkerContext>,
         bind: BindKey,
@@ -104,17 +105,17 @@ impl Listener {
         }
     }
 
-    /// Accepts until it is retired and its queue is empty. Dropping the
-    /// listener closes this worker's hold on the socket.
+    /// Accepts until the listener is retired and its queue is empty, or until it is released.
+    /// Dropping the listener drops this worker's reference to the socket.
     pub(crate) async fn run(mut self, ctx: Rc<WorkerContext>) {
         let mut back_off = BACK_OFF_MIN;
-        // Clients that wait for a slot below a cap outwait the retirement.
+        // Clients held in the listen queue by a cap extend the retirement.
         while !self.retirement.is_released()
             && (!self.retirement.is_over() || self.has_queued_clients())
         {
             match self.accept_batch(&ctx) {
                 AcceptResult::QueueEmpty if self.retirement.is_over() => {}
-                AcceptResult::One | AcceptResult::Aborted => {
+                AcceptResult::Accepted | AcceptResult::Aborted => {
                     back_off = BACK_OFF_MIN;
                     tokio::task::yield_now().await;
                 }
@@ -128,12 +129,12 @@ impl Listener {
         }
     }
 
-    /// Whether somebody is in the queue whom this listener knows how to serve.
+    /// Whether the listen queue holds clients and this listener has a route for them.
     fn has_queued_clients(&self) -> bool {
         self.last_route.is_some() && listen::has_queued(self.socket.get_ref())
     }
 
-    /// Accepts up to [`ACCEPTS_A_WAKE`]; says what stopped it.
+    /// Accepts up to [`ACCEPTS_PER_WAKE`] connections. Returns why it stopped.
     fn accept_batch(&mut self, ctx: &Rc<WorkerContext>) -> AcceptResult {
         let table = ctx.table();
         if let Some(route) = table.frontend_at(&self.bind)
@@ -145,9 +146,9 @@ impl Listener {
             return AcceptResult::QueueEmpty;
         };
         ctx.counters.pulse.at(WorkerStage::Accepting);
-        let taken = self.accept_several(ctx, &table, generation, &route);
+        let result = self.accept_several(ctx, &table, generation, &route);
         ctx.counters.pulse.at(WorkerStage::Waiting);
-        taken
+        result
     }
 
     fn accept_several(
@@ -157,16 +158,16 @@ impl Listener {
         generation: u64,
         route: &Arc<FrontendRoute>,
     ) -> AcceptResult {
-        // An errno that comes for every connection is no single connection's.
-        let mut all_spoilt = true;
-        for _ in 0..ACCEPTS_A_WAKE {
+        // If every accept of a batch fails, the cause is this host, not the connections.
+        let mut all_aborted = true;
+        for _ in 0..ACCEPTS_PER_WAKE {
             match self.accept_one(ctx, table, generation, route) {
-                AcceptResult::One => all_spoilt = false,
+                AcceptResult::Accepted => all_aborted = false,
                 AcceptResult::Aborted => {}
                 stopped => return stopped,
             }
         }
-        if all_spoilt { AcceptResult::LocalShortage } else { AcceptResult::One }
+        if all_aborted { AcceptResult::LocalShortage } else { AcceptResult::Accepted }
     }
 
     fn accept_one(
@@ -176,7 +177,7 @@ impl Listener {
         generation: u64,
         route: &Arc<FrontendRoute>,
     ) -> AcceptResult {
-        if ctx.is_short() {
+        if ctx.is_accept_paused() {
             return AcceptResult::LocalShortage;
         }
         let Ok(permit) = SessionPermit::take(ctx, table, route) else {
@@ -187,7 +188,7 @@ impl Listener {
             Ok((socket, peer)) => {
                 let local = self.local_address(route, &socket);
                 session::start(permit, route, generation, socket, PeerAddr::new(peer), local);
-                AcceptResult::One
+                AcceptResult::Accepted
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => AcceptResult::QueueEmpty,
             Err(error) if local_errors::accept_can_continue(&error) => AcceptResult::Aborted,
@@ -198,8 +199,8 @@ impl Listener {
         }
     }
 
-    /// Where the client has connected to. The kernel is asked only where a route needs to
-    /// know and the bind does not say.
+    /// Returns the address the client has connected to. This costs a system call only if a
+    /// route needs the address and the bind is a wildcard.
     fn local_address(&self, route: &FrontendRoute, socket: &OwnedFd) -> SocketAddr {
         let bind = self.bind.socket_addr();
         match bind.ip().is_unspecified() && route.needs_local_address() {
@@ -208,14 +209,13 @@ impl Listener {
         }
     }
 
-    /// Waits until the queue may hold something, or it is time to look at the
-    /// retirement again.
+    /// Waits until the listen queue can hold a client or the retirement takes a step.
     async fn more_queued(&self) {
-        // Readiness and timers only: nothing is lost by dropping the losers.
+        // All futures only wait for readiness or time, so the loser can be dropped.
         tokio::select! {
             ready = self.socket.readable() => {
-                // What the kernel queued between the last accept and now makes
-                // a new edge, so the flag may be cleared before accepting.
+                // Edge-triggered: a client that arrived after the last accept raises
+                // readiness again, so the flag can be cleared before accepting.
                 if let Ok(mut ready) = ready {
                     ready.clear_ready();
                 }
@@ -224,14 +224,14 @@ impl Listener {
         }
     }
 
-    /// Waits until the cap that held the last accept leaves room again.
+    /// Waits until every cap has a free slot.
     async fn wait_for_slot(&self, ctx: &WorkerContext) {
         let shared = &ctx.shared;
         let admitted = shared.waiters.wait_until(|| {
             let table = ctx.table();
             let route =
                 table.frontend_at(&self.bind).or(self.last_route.as_ref().map(|(_, r)| r))?;
-            // Nothing is taken: the next accept takes its own permit.
+            // Only a check: the next accept takes its own permit.
             let queued = |pool: &str| shared.waiters.queued(pool);
             permit::has_free_slots(&shared.in_flight, &table, route, queued).then_some(())
         });
@@ -245,17 +245,17 @@ impl Listener {
 // === impl ListenerRetirement ===
 
 impl ListenerRetirement {
-    /// One that goes on from another thread's, if that had begun.
+    /// Continues the retirement of a panicked thread's listener, if it had begun.
     pub(crate) fn due(deadline: Option<Instant>) -> ListenerRetirement {
         ListenerRetirement { deadline: Cell::new(deadline), ..ListenerRetirement::default() }
     }
 
-    /// When it is over, where it has begun.
+    /// When the retirement ends; `None` if it has not begun.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.deadline.get()
     }
 
-    /// Starts the retirement: over in [`RETIRE_LINGER`].
+    /// Starts the retirement, which lasts [`RETIRE_LINGER`].
     pub(crate) fn begin(&self) {
         if self.deadline.get().is_none() {
             self.deadline.set(Some(clock::now() + RETIRE_LINGER));
@@ -263,7 +263,7 @@ impl ListenerRetirement {
         }
     }
 
-    /// Ends the listener at once, whatever is in its queue.
+    /// Ends the listener at once and leaves its listen queue to another process.
     pub(crate) fn release(&self) {
         self.released.set(true);
         self.begin();
@@ -277,8 +277,7 @@ impl ListenerRetirement {
         self.deadline.get().is_some_and(|deadline| clock::now() >= deadline)
     }
 
-    /// Resolves when the retirement begins, and then when it is over; after
-    /// that, never.
+    /// Resolves when the retirement begins; if it has begun, when it ends; after that, never.
     async fn next_step(&self) {
         match self.deadline.get() {
             Some(_) if self.is_over() => std::future::pending().await,

@@ -1,10 +1,11 @@
-//! Admission: the caps of process, frontend and pool before accept, the limits of a
-//! client's source after it, and the permit that an admitted session holds.
+//! Admission of new connections, in two steps.
 //!
-//! Asked by the listener before every accept: at a cap no worker accepts, and clients wait
-//! in the kernel's queue. Asked by `session` once the client is known: a client that
-//! connects from where it must not, or too often, is reset before a backend is chosen.
-//! Counts are raised in one step, so that no cap is ever exceeded.
+//! 1. Before each accept, for the listener: is a slot free below the caps of process, frontend
+//!    and pool? If not, no worker accepts, and clients wait in the listen queue.
+//! 2. After accept, for `session`: is the client address allowed, and is its client source
+//!    below its limits? If not, the client is reset before a backend is picked.
+//!
+//! Each counter is checked and raised in one atomic step, so caps are never exceeded.
 
 use crate::worker::context::WorkerContext;
 use std::net::IpAddr;
@@ -23,24 +24,23 @@ use tidegate_core::table::state::FrontendState;
 use tidegate_core::table::{FrontendRoute, PoolTable, Table};
 use tidegate_net::clock;
 
-/// Clients of a pool that may wait for its first verdict; more wait in the kernel's
-/// queue.
+/// Queued clients of a pool that has no probe result yet. More wait in the listen queue.
 pub const UNDECIDED_QUEUE_MAX: usize = 4096;
 
-/// Which cap is reached.
+/// The cap that is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CapReached {
     /// `process.connections_max`.
     Process,
     /// The frontend's `connections_max`.
     Frontend,
-    /// Every backend in service is at its `connections_max`, and `queue_max`
-    /// clients wait already; or [`UNDECIDED_QUEUE_MAX`] wait for a first verdict.
+    /// Every eligible backend is at its `connections_max`, and `queue_max` clients are queued;
+    /// or the pool has no probe result yet, and [`UNDECIDED_QUEUE_MAX`] clients are queued.
     Pool,
 }
 
-/// Raises the process's and the frontend's count, or neither. `queued` says how many
-/// clients wait for a backend of the pool of that name.
+/// Raises the process count and the frontend count, or neither. `queued` returns the number
+/// of queued clients of a pool, by its name.
 pub fn admit(
     process: &InFlight,
     table: &Table,
@@ -60,22 +60,23 @@ pub fn admit(
     Ok(())
 }
 
-/// Whether a pool has a slot for one more, or a place to wait for one. Of several pools
-/// one is enough: which one the client is for is known after accept, and where that one
-/// is full, the client waits in its queue. So does a client whose first bytes name it.
+/// Whether any pool of the frontend has a free slot or a free place in its queue.
+///
+/// The client's own pool is known only after accept, or after its first bytes. If that pool is
+/// full, the client waits in its queue.
 fn below_caps(route: &FrontendRoute, queued: impl Fn(&str) -> usize) -> bool {
-    route.preread.is_some() || route.pools().any(|pool| can_take(pool, queued(&pool.spec.name)))
+    route.preread.is_some() || route.pools().any(|pool| can_admit(pool, queued(&pool.spec.name)))
 }
 
-/// Clients that wait come first: where there is a queue, a new one joins its end.
-fn can_take(pool: &PoolTable, queued: usize) -> bool {
+/// Queued clients come first: a free slot counts only if the queue is empty.
+fn can_admit(pool: &PoolTable, queued: usize) -> bool {
     if pool.undecided {
         return queued < UNDECIDED_QUEUE_MAX.max(pool.spec.queue_max as usize);
     }
     (queued == 0 && pool.has_room()) || queued < pool.spec.queue_max as usize
 }
 
-/// Whether [`admit`] would succeed now; raises nothing.
+/// Whether [`admit`] would succeed now. Raises no count.
 pub(crate) fn has_free_slots(
     process: &InFlight,
     table: &Table,
@@ -88,18 +89,18 @@ pub(crate) fn has_free_slots(
         && below_caps(route, queued)
 }
 
-/// One session's places below the caps; dropping it gives them back and wakes those that
-/// wait for one.
+/// A session's slots below the process, frontend and client-source caps. Dropping it frees
+/// them and wakes waiting listeners and clients.
 #[derive(Debug)]
 pub(crate) struct SessionPermit {
     pub(crate) ctx: Rc<WorkerContext>,
     frontend: Arc<FrontendState>,
-    /// Where the frontend limits what one source may ask for.
+    /// Set if the frontend limits client sources.
     source: Option<SourcePermit>,
 }
 
 impl SessionPermit {
-    /// Takes a place below every cap, or below none.
+    /// Takes a slot below the process cap and the frontend cap, or none.
     pub(crate) fn take(
         ctx: &Rc<WorkerContext>,
         table: &Table,
@@ -108,8 +109,8 @@ impl SessionPermit {
         let shared = &ctx.shared;
         let admitted = admit(&shared.in_flight, table, route, |pool| shared.waiters.queued(pool));
         if admitted == Err(CapReached::Frontend) {
-            // The process's count was up for a moment, in which another worker may have
-            // found it full.
+            // The process count was raised for a moment. A listener of another worker may
+            // have found it at its cap and be waiting.
             shared.waiters.slot_freed();
         }
         admitted.map(|()| {
@@ -119,8 +120,8 @@ impl SessionPermit {
         })
     }
 
-    /// Whether the client may have this connection, by its address; if so, its source's
-    /// place is held to the same end.
+    /// Checks the client address, and takes a slot of its client source for the life of the
+    /// session. The error is the cause of the rejection.
     pub(crate) fn admit_source(
         &mut self,
         spec: &FrontendConfig,
@@ -150,9 +151,8 @@ impl Drop for SessionPermit {
     }
 }
 
-/// Whether `client` may have this connection; what it gives is held as long as
-/// the session lives. `seed` is for the first question of all, which makes the
-/// frontend's table of sources.
+/// Checks `client` against the frontend's access list and client-source limits. `seed` is
+/// called once per frontend, for the hash of its source table. `None`: no limits apply.
 fn admit_source(
     rules: &SourceRules,
     frontend: &FrontendState,

@@ -1,10 +1,15 @@
-//! Where listeners and sessions wait for a slot below a cap.
+//! Waiting for a slot below a cap. One instance per process.
 //!
-//! One for the whole process. Every release of a slot calls [`SlotWaiters::slot_freed`].
-//! Listeners that found a cap reached wait in [`SlotWaiters::wait_until`], all at once.
-//! Clients that were admitted to wait for a backend of their pool stand in a queue: first
-//! come, first served over all workers. It keeps no count of slots itself: the caps are
-//! `InFlight`s, and waiting here costs nothing until a cap is reached.
+//! Called by listeners and by sessions that found a cap reached. It never counts slots:
+//! `InFlight` does.
+//!
+//! - Listeners and retries wait in [`SlotWaiters::wait_until`]. Every freed slot wakes all of
+//!   them.
+//! - A client waits in the queue of its pool ([`QueueTicket`]). The queue is first come, first
+//!   served over all workers. Every freed slot wakes the first client of each queue.
+//!
+//! Code that frees a slot calls [`SlotWaiters::slot_freed`]. While nothing waits, a freed slot
+//! costs one fence and one load.
 
 use std::collections::{BTreeMap, HashMap};
 use std::future::poll_fn;
@@ -13,13 +18,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use tokio::sync::Notify;
 
-/// See the module's documentation.
+/// Everything that waits for a slot.
 #[derive(Debug, Default)]
 pub struct SlotWaiters {
-    /// Listeners, and places in queues.
+    /// Callers of `wait_until`, plus tickets in all queues.
     waiting: AtomicUsize,
-    opened: Notify,
-    /// Places in queues.
+    freed: Notify,
+    /// Tickets in all queues.
     queued: AtomicUsize,
     queues: Mutex<PoolQueues>,
 }
@@ -27,15 +32,15 @@ pub struct SlotWaiters {
 #[derive(Debug, Default)]
 struct PoolQueues {
     next: u64,
-    /// By pool; only those in which a client waits.
+    /// Queues by pool name. Empty queues are removed.
     by_pool: HashMap<Arc<str>, PoolQueue>,
 }
 
-/// The clients that wait for one pool, in the order they came; each with its waker, once
-/// it has looked.
+/// The queue of one pool by ticket number, oldest client first. The waker is set once the
+/// client has polled.
 type PoolQueue = BTreeMap<u64, Option<Waker>>;
 
-/// A place in a pool's queue; dropping it lets the next one come forward.
+/// A client's place in a pool's queue. Dropping it wakes the next client.
 #[derive(Debug)]
 pub struct QueueTicket {
     waiters: Arc<SlotWaiters>,
@@ -46,17 +51,17 @@ pub struct QueueTicket {
 struct WaitGuard<'a>(&'a SlotWaiters);
 
 impl SlotWaiters {
-    /// Nothing waits.
+    /// Returns an instance in which nothing waits.
     pub fn new() -> SlotWaiters {
         SlotWaiters::default()
     }
 
-    /// A slot came free somewhere (or the table changed): all that wait look again. One
-    /// shared load while none do.
+    /// Wakes the waiters after a slot was freed or the table changed. Costs a fence and a
+    /// shared load while nothing waits.
     #[inline]
     pub fn slot_freed(&self) {
-        // Pairs with the fence in `wait_until`: either this load sees the
-        // waiter, or the waiter's check sees the slot that was given back.
+        // Pairs with the fences in `wait_until` and `register`: either this load sees the
+        // waiter, or the waiter's check sees the freed slot.
         fence(Ordering::SeqCst);
         if self.waiting.load(Ordering::Relaxed) > 0 {
             self.wake();
@@ -65,14 +70,14 @@ impl SlotWaiters {
 
     #[cold]
     fn wake(&self) {
-        self.opened.notify_waiters();
+        self.freed.notify_waiters();
         if self.queued.load(Ordering::Relaxed) > 0 {
-            // The first of each queue: a reload may have sent them to other pools.
+            // The first client of every queue: a reload can have changed the pool of a client.
             self.lock().by_pool.values_mut().for_each(wake_first);
         }
     }
 
-    /// Clients in the queue of that pool.
+    /// Returns the number of clients in the queue of a pool.
     #[inline]
     pub fn queued(&self, pool: &str) -> usize {
         if self.queued.load(Ordering::Relaxed) == 0 {
@@ -81,12 +86,12 @@ impl SlotWaiters {
         self.lock().by_pool.get(pool).map_or(0, PoolQueue::len)
     }
 
-    /// Clients in each queue in which there are any.
+    /// Returns the length of each queue that is not empty.
     pub fn all_queued(&self) -> HashMap<Arc<str>, usize> {
         self.lock().by_pool.iter().map(|(pool, queue)| (Arc::clone(pool), queue.len())).collect()
     }
 
-    /// A place at the end of the queue of `pool`.
+    /// Takes the last place in the queue of `pool`.
     pub fn join(self: &Arc<SlotWaiters>, pool: &Arc<str>) -> QueueTicket {
         let mut queues = self.lock();
         let number = queues.next;
@@ -98,22 +103,22 @@ impl SlotWaiters {
     }
 
     fn lock(&self) -> MutexGuard<'_, PoolQueues> {
-        // Nothing under the lock can panic half-way.
+        // No code under the lock can panic between two related changes.
         self.queues.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until `attempt` gives something. It is called again each time a slot
-    /// comes free; dropping the future is safe at any point.
+    /// Waits until `attempt` returns a value. Calls it first and after each freed slot. The
+    /// future can be dropped at any point.
     pub async fn wait_until<T>(&self, mut attempt: impl FnMut() -> Option<T>) -> T {
         let _waiting = WaitGuard::enter(self);
         loop {
-            let mut opened = std::pin::pin!(self.opened.notified());
-            opened.as_mut().enable();
+            let mut freed = std::pin::pin!(self.freed.notified());
+            freed.as_mut().enable();
             fence(Ordering::SeqCst);
             if let Some(result) = attempt() {
                 return result;
             }
-            opened.await;
+            freed.await;
         }
     }
 }
@@ -129,19 +134,19 @@ fn wake_first(queue: &mut PoolQueue) {
 // === impl QueueTicket ===
 
 impl QueueTicket {
-    /// Waits until it is first and `attempt` gives something. That is called
-    /// again each time a slot comes free; dropping the future is safe at any point.
+    /// Waits until the client is first in its queue and `attempt` returns a value. Calls
+    /// `attempt` again after each freed slot. The future can be dropped at any point.
     pub async fn wait_until<T>(&self, mut attempt: impl FnMut() -> Option<T>) -> T {
-        poll_fn(|cx| match self.notify_next(cx) {
-            // A release from here on finds this one's waker.
+        poll_fn(|cx| match self.register(cx) {
+            // The waker is registered before `attempt`, so no freed slot is missed.
             true => attempt().map_or(Poll::Pending, Poll::Ready),
             false => Poll::Pending,
         })
         .await
     }
 
-    /// Whether it is first; leaves its waker in any case.
-    fn notify_next(&self, cx: &Context<'_>) -> bool {
+    /// Stores the waker. Returns whether the client is first in its queue.
+    fn register(&self, cx: &Context<'_>) -> bool {
         let mut queues = self.waiters.lock();
         let Some(queue) = queues.by_pool.get_mut(&self.pool) else { return false };
         let first = queue.first_key_value().is_some_and(|(number, _)| *number == self.number);
@@ -167,8 +172,8 @@ impl Drop for QueueTicket {
         self.waiters.queued.fetch_sub(1, Ordering::SeqCst);
         drop(queues);
         self.waiters.waiting.fetch_sub(1, Ordering::SeqCst);
-        // The queue is shorter: listeners can admit another client.
-        self.waiters.opened.notify_waiters();
+        // The queue is shorter, so a listener can admit another client.
+        self.waiters.freed.notify_waiters();
     }
 }
 
@@ -192,26 +197,26 @@ mod tests {
     use super::*;
     use tidegate_core::balance::in_flight::InFlight;
 
-    /// Polls once; whether it is ready.
-    fn poll(place: &QueueTicket, slot: &InFlight) -> bool {
-        let mut waited = std::pin::pin!(place.wait_until(|| slot.try_enter(1).then_some(())));
+    /// Polls once and returns whether the ticket got the slot.
+    fn poll(ticket: &QueueTicket, slot: &InFlight) -> bool {
+        let mut waited = std::pin::pin!(ticket.wait_until(|| slot.try_enter(1).then_some(())));
         waited.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready()
     }
 
     #[test]
-    fn a_queue_is_served_in_order_whichever_asks_first() {
+    fn queue_is_served_in_order_of_arrival_whichever_client_polls_first() {
         let (waiters, slot) = (Arc::new(SlotWaiters::new()), InFlight::new());
-        let places: Vec<QueueTicket> = (0..3).map(|_| waiters.join(&"web".into())).collect();
+        let tickets: Vec<QueueTicket> = (0..3).map(|_| waiters.join(&"web".into())).collect();
         assert!(
-            !poll(&places[2], &slot) && !poll(&places[1], &slot),
-            "a slot is free, but not theirs"
+            !poll(&tickets[2], &slot) && !poll(&tickets[1], &slot),
+            "the free slot goes to the first client"
         );
-        assert!(poll(&places[0], &slot));
+        assert!(poll(&tickets[0], &slot));
         assert_eq!(waiters.queued("web"), 3);
     }
 
     #[test]
-    fn leaving_the_queue_lets_the_next_one_come_forward() {
+    fn client_that_leaves_the_queue_makes_the_next_client_first() {
         let (waiters, slot) = (Arc::new(SlotWaiters::new()), InFlight::new());
         let [first, second, third] = [(); 3].map(|()| waiters.join(&"web".into()));
         let other = waiters.join(&"other".into());
@@ -219,7 +224,7 @@ mod tests {
         drop(second);
         assert!(poll(&first, &slot));
         drop(first);
-        assert!(!poll(&third, &slot), "first in the queue, and no slot");
+        assert!(!poll(&third, &slot), "first in the queue, but no slot is free");
         slot.leave();
         assert!(poll(&third, &slot));
         drop((third, other));
@@ -228,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn no_wake_up_is_lost_in_a_queue_between_threads_fighting_for_one_slot() {
+    fn queue_loses_no_wake_up_between_threads_that_compete_for_one_slot() {
         let waiters = Arc::new(SlotWaiters::new());
         let slot = Arc::new(InFlight::new());
         let threads = (0..4).map(|_| {
@@ -237,9 +242,9 @@ mod tests {
                 let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
                 runtime.block_on(async {
                     for _ in 0..2_000 {
-                        let place = waiters.join(&"web".into());
-                        place.wait_until(|| slot.try_enter(1).then_some(())).await;
-                        drop(place);
+                        let ticket = waiters.join(&"web".into());
+                        ticket.wait_until(|| slot.try_enter(1).then_some(())).await;
+                        drop(ticket);
                         slot.leave();
                         waiters.slot_freed();
                     }
@@ -251,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn no_wake_up_is_lost_between_threads_fighting_for_one_slot() {
+    fn wait_until_loses_no_wake_up_between_threads_that_compete_for_one_slot() {
         let waiters = Arc::new(SlotWaiters::new());
         let slot = Arc::new(InFlight::new());
         let threads: Vec<_> = (0..4)

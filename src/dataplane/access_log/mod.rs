@@ -1,14 +1,15 @@
-//! The access log: one JSON line for each session that ended.
+//! The access log: one JSON line for each ended session.
 //!
-//! Workers push [`AccessLogRecord`]s into a queue of their own and never wait;
-//! a writer thread formats and writes them, and `daemon` starts, switches and
-//! closes it. It never holds traffic up: when the target is slow, full or
-//! stuck, queues fill, `push` says false and the worker counts the loss.
+//! `daemon` starts, switches and closes it. Workers push [`AccessLogRecord`]s, each into its
+//! own queue; a writer thread formats and writes them. Traffic never waits for the log: if the
+//! target is slow or full, the queue fills, `push` returns false and the worker counts the
+//! dropped line.
 //!
-//! Lines are whole: what a short write left of a line goes out before anything
-//! else; a line cut off by an earlier crash or a full disk is ended with a
-//! newline when its file is opened again; a line that was under way when the
-//! target changed is written to the new target from its start.
+//! Lines stay whole:
+//!
+//! - After a short write, the rest of the line is written next.
+//! - A partial line from a crash or a full disk gets a newline when its file is opened.
+//! - If the target changes during a line, the new target gets that line from its start.
 
 mod record;
 mod sink;
@@ -30,17 +31,16 @@ use writer::{AccessLogWriter, WriterCommand};
 /// Where lines go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AccessLogDestination {
-    /// Nowhere; workers skip building records.
+    /// No log. Workers build no records.
     Off,
     /// Standard output.
     Stdout,
-    /// Appended to this file, created with mode 0640; opened anew when the path
-    /// no longer names it (log rotation by rename). A FIFO may be without a
-    /// reader.
+    /// Append to this file, created with mode 0640. It is reopened if the path no longer
+    /// names it (log rotation by rename). A FIFO needs no reader.
     File(PathBuf),
 }
 
-/// The running access log; held by `daemon`.
+/// The running access log, owned by `daemon`.
 #[derive(Debug)]
 pub struct AccessLog {
     target: AccessLogDestination,
@@ -49,7 +49,7 @@ pub struct AccessLog {
     thread: JoinHandle<()>,
 }
 
-/// One worker's end.
+/// A worker's handle to its queue.
 #[derive(Debug, Clone)]
 pub struct AccessLogSender {
     shared: Arc<AccessLogShared>,
@@ -59,25 +59,24 @@ pub struct AccessLogSender {
 #[derive(Debug)]
 struct AccessLogShared {
     enabled: AtomicBool,
-    /// One a worker, so that workers share no cache line and keep their order.
+    /// One per worker: workers share no cache line, and each queue keeps its order.
     queues: Box<[ArrayQueue<AccessLogRecord>]>,
 }
 
-/// Records one worker may have waiting: at 100,000 sessions a second the writer
-/// may stall for 80 ms before a line is lost. About 2 MB a worker.
+/// Queued records per worker. At 100,000 sessions per second, the writer can stall for 80 ms
+/// before a line is dropped. About 2 MB per worker.
 pub const QUEUE_MAX: usize = 8_192;
 
-/// How long [`AccessLog::close`] lets the writer go on: an exit waits no longer
-/// for a full disk or a stuck pipe.
+/// Timeout of [`AccessLog::close`], so that a full disk or a stuck pipe delays no exit.
 pub const CLOSE_MAX: Duration = Duration::from_secs(2);
 
 // === impl AccessLog ===
 
 impl AccessLog {
-    /// Opens `target` and starts the writer; gives one sender a worker.
+    /// Opens `target` and starts the writer. Returns one sender per worker.
     ///
     /// # Errors
-    /// The target cannot be opened, or no thread can be started.
+    /// The target cannot be opened, or the thread cannot be started.
     pub fn start(
         target: AccessLogDestination,
         workers: usize,
@@ -97,11 +96,11 @@ impl AccessLog {
         Ok((AccessLog { target, shared, commands, thread }, senders))
     }
 
-    /// Switches to another target while running; what is queued goes to the new
-    /// one, or nowhere when that is [`AccessLogDestination::Off`].
+    /// Switches to another target while running. Queued records go to the new target;
+    /// [`AccessLogDestination::Off`] discards them.
     ///
     /// # Errors
-    /// The new target cannot be opened; then the old one stays.
+    /// The new target cannot be opened. The old target stays in use.
     pub fn set_target(&mut self, target: AccessLogDestination) -> io::Result<()> {
         if target == self.target {
             return Ok(());
@@ -114,18 +113,17 @@ impl AccessLog {
             .map_err(|_| io::Error::other("the access log's writer thread has exited"))
     }
 
-    /// Writes what is queued, for at most [`CLOSE_MAX`], and ends the writer
-    /// (or abandons it when it is stuck in a write). Gives the number of lines
-    /// that did not get out.
+    /// Writes queued records for at most [`CLOSE_MAX`] and ends the writer. Abandons the
+    /// writer if a write blocks. Returns the number of lines not written.
     pub fn close(self) -> u64 {
         let (done, finished) = bounded(1);
         let deadline = tidegate_net::clock::now() + CLOSE_MAX;
         let sent = self.commands.send(WriterCommand::Close { deadline, done });
-        // The writer keeps to the deadline by itself unless a write blocks.
+        // The writer keeps the deadline itself unless a write blocks.
         let margin = Duration::from_millis(200);
         match sent.ok().and_then(|()| finished.recv_timeout(CLOSE_MAX + margin).ok()) {
             Some(lost) => {
-                // It has said its last word; a panic in it has been reported.
+                // The thread is about to end; the panic hook has logged a panic in it.
                 let _ = self.thread.join();
                 lost
             }
@@ -137,14 +135,14 @@ impl AccessLog {
 // === impl AccessLogSender ===
 
 impl AccessLogSender {
-    /// False while the log is off: then no record need be built.
+    /// False while the log is off. Callers then build no record.
     #[inline]
     pub fn enabled(&self) -> bool {
         self.shared.enabled.load(Ordering::Relaxed)
     }
 
-    /// Queues a record; false when the queue was full and the record is lost.
-    /// Never blocks. While the log is off, records vanish and that is no loss.
+    /// Queues a record without blocking. Returns false if the queue is full and the record is
+    /// dropped. While the log is off, discards the record and returns true.
     #[inline]
     pub fn push(&self, record: AccessLogRecord) -> bool {
         !self.enabled() || self.shared.queues[self.worker].push(record).is_ok()
@@ -153,7 +151,7 @@ impl AccessLogSender {
 
 #[cfg(test)]
 impl AccessLogSender {
-    /// A log that keeps its records until [`AccessLogSender::take`] takes them.
+    /// Returns a sender without a writer; [`AccessLogSender::take`] returns its records.
     pub(crate) fn kept() -> AccessLogSender {
         let queues = Box::new([ArrayQueue::new(QUEUE_MAX)]);
         AccessLogSender {

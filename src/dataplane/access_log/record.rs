@@ -1,15 +1,14 @@
-//! What is known of an ended session, and its JSON line.
+//! The access-log record of an ended session, and its JSON line.
 //!
-//! Built by workers, formatted by the writer thread. It knows words and
-//! numbers, not the proxy's types, and does no I/O.
+//! Built by workers, formatted by the writer thread. It does no I/O.
 
 use serde::{Serialize, Serializer};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tidegate_core::model::ClientAddr;
 
-/// One ended session. The fields stand in the order of the line; a `None` (and
-/// an empty `timer`) is `null` there.
+/// One ended session. The line has the fields in this order. `None` and an empty `timer`
+/// become `null`.
 #[derive(Debug, Clone, Serialize)]
 pub struct AccessLogRecord {
     /// When the session ended, RFC 3339 in UTC with microseconds.
@@ -78,11 +77,11 @@ pub struct AccessLogRecord {
 pub struct TryRecord {
     /// Name of the backend.
     pub backend: Arc<str>,
-    /// How (`core::health::ConnectFailure`), or which resource of this host was missing.
+    /// Name of the failure (`core::health::ConnectFailure`) or of the missing local resource.
     pub failure: &'static str,
-    /// Of the call that failed.
+    /// Error number of the call that failed.
     pub errno: i32,
-    /// How long it took.
+    /// Time from the start of the attempt to its failure.
     #[serde(rename = "seconds", serialize_with = "seconds")]
     pub took: Duration,
 }
@@ -95,14 +94,14 @@ impl AccessLogRecord {
         let start = buffer.len();
         match serde_json::to_writer(&mut *buffer, self) {
             Ok(()) => buffer.push(b'\n'),
-            // Nothing above can fail to serialise; a half line would be worse.
+            // No field can fail to serialise. If one did, no line is better than half a line.
             Err(_) => buffer.truncate(start),
         }
     }
 }
 
-/// RFC 3339 in UTC with microseconds; times outside 1970..=9999 are moved to
-/// the nearest end, since a stopped clock must not stop the log.
+/// RFC 3339 in UTC with microseconds. Times outside 1970..=9999 are clamped, because a wrong
+/// clock must not stop the log.
 fn rfc3339<S: Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
     const YEAR_9999_END: Duration = Duration::from_secs(253_402_300_799);
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default().min(YEAR_9999_END);

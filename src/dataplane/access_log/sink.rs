@@ -1,8 +1,7 @@
-//! An open access-log target and what is special about each kind of file.
+//! An open access-log target: regular file, FIFO, or standard output.
 //!
-//! Opened by `AccessLog` on its caller's thread, written by the writer thread.
-//! It never waits for a FIFO's reader, and for a pipe or terminal it writes
-//! only what fits.
+//! Opened by `AccessLog` on its caller's thread, written by the writer thread. It never waits
+//! for the reader of a pipe or a terminal: it writes only what fits.
 
 use super::AccessLogDestination;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -19,14 +18,14 @@ pub(super) struct Sink {
     /// `None` for standard output.
     path: Option<PathBuf>,
     identity: (u64, u64),
-    /// Standard output that may block: written in [`PIPE_CHUNK`]s after asking.
-    ask_first: bool,
-    /// The file ends in the middle of a line that somebody else left.
+    /// Writes can block (pipe or terminal on standard output): poll first, then write at most
+    /// [`PIPE_CHUNK`].
+    poll_first: bool,
+    /// The file ends with a partial line from an earlier writer.
     unfinished: bool,
 }
 
-/// A pipe that polls as writable takes this much without blocking (pipe(7),
-/// `PIPE_BUF`).
+/// Bytes that a pipe accepts without blocking once it polls as writable (pipe(7), `PIPE_BUF`).
 const PIPE_CHUNK: usize = 4096;
 
 // === impl Sink ===
@@ -41,13 +40,13 @@ impl Sink {
         }
     }
 
-    /// A duplicate of standard output. Its non-blocking flag is left alone: the
-    /// terminal or pipe behind it belongs to others as well.
+    /// Duplicates standard output. The non-blocking flag stays as it is, because other
+    /// processes share the open file description.
     fn stdout() -> io::Result<Sink> {
         let fd = io::stdout().as_fd().try_clone_to_owned()?;
         let stat = rustix::fs::fstat(&fd)?;
-        let ask_first = FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile;
-        Ok(Sink { fd, path: None, identity: identity(&stat), ask_first, unfinished: false })
+        let poll_first = FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile;
+        Ok(Sink { fd, path: None, identity: identity(&stat), poll_first, unfinished: false })
     }
 
     fn file(path: &Path) -> io::Result<Sink> {
@@ -56,19 +55,19 @@ impl Sink {
         let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
         let unfinished = regular && ends_inside_a_line(&fd, stat.st_size as u64);
         let path = Some(path.to_owned());
-        Ok(Sink { fd, path, identity: identity(&stat), ask_first: false, unfinished })
+        Ok(Sink { fd, path, identity: identity(&stat), poll_first: false, unfinished })
     }
 
-    /// Writes some of `bytes`, which are never empty.
+    /// Writes a prefix of `bytes`, which must not be empty. Returns its length.
     ///
     /// # Errors
-    /// `WouldBlock` when nothing fits now; anything else is trouble.
+    /// `WouldBlock` if nothing fits now; otherwise the write failed.
     pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.unfinished {
             rustix::io::write(&self.fd, b"\n")?;
             self.unfinished = false;
         }
-        let bytes = if self.ask_first { self.what_fits(bytes)? } else { bytes };
+        let bytes = if self.poll_first { self.what_fits(bytes)? } else { bytes };
         Ok(rustix::io::write(&self.fd, bytes)?)
     }
 
@@ -81,8 +80,8 @@ impl Sink {
         Ok(&bytes[..bytes.len().min(PIPE_CHUNK)])
     }
 
-    /// The file at this sink's path when that is no longer the open one: it was
-    /// moved away, removed or replaced.
+    /// Opens the file at this sink's path if it is no longer the open file: that was renamed,
+    /// removed or replaced.
     pub(super) fn replacement(&self) -> io::Result<Option<Sink>> {
         let Some(path) = &self.path else { return Ok(None) };
         match rustix::fs::stat(path) {
@@ -92,7 +91,7 @@ impl Sink {
         }
     }
 
-    /// For messages.
+    /// The target's name for log messages.
     pub(super) fn name(&self) -> String {
         match &self.path {
             Some(path) => path.display().to_string(),
@@ -101,9 +100,11 @@ impl Sink {
     }
 }
 
-/// Non-blocking, which matters for FIFOs alone. Read-write where permitted: a
-/// FIFO then opens without a reader and survives one that leaves (fifo(7)), and
-/// a file's last byte can be looked at.
+/// Opens a file for append.
+///
+/// - Non-blocking, which affects FIFOs only.
+/// - Read-write if permitted. A FIFO then opens without a reader and stays open when its reader
+///   leaves (fifo(7)), and the last byte of a file can be read.
 fn open_for_append(path: &Path) -> io::Result<OwnedFd> {
     let flags =
         OFlags::APPEND | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
@@ -129,11 +130,11 @@ mod tests {
     use std::io::Read;
 
     #[test]
-    fn a_blocking_pipe_is_never_waited_for() {
+    fn write_to_a_full_blocking_pipe_returns_would_block() {
         let (mut reader, writer) = io::pipe().unwrap();
         let identity = (0, 0);
         let fd = OwnedFd::from(writer);
-        let mut sink = Sink { fd, path: None, identity, ask_first: true, unfinished: false };
+        let mut sink = Sink { fd, path: None, identity, poll_first: true, unfinished: false };
         let mut written = 0;
         let full = loop {
             match sink.write(&[b'x'; 10_000]) {

@@ -1,4 +1,4 @@
-//! The access log against real files, FIFOs and full devices.
+//! Tests of the access log with real files, FIFOs and full devices.
 
 use super::*;
 use expect_test::expect;
@@ -44,11 +44,11 @@ fn line(record: &AccessLogRecord) -> String {
     String::from_utf8(buffer).unwrap()
 }
 
-/// Waits for what another thread brings about.
-fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+/// Waits up to 10 s until `condition` holds.
+fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = tidegate_net::clock::now() + Duration::from_secs(10);
-    while !holds() {
-        assert!(tidegate_net::clock::now() < deadline, "never: {what}");
+    while !condition() {
+        assert!(tidegate_net::clock::now() < deadline, "not within 10 s: {what}");
         std::thread::park_timeout(Duration::from_millis(2));
     }
 }
@@ -70,7 +70,7 @@ fn file(path: &Path) -> AccessLogDestination {
 }
 
 #[test]
-fn a_line_has_exactly_the_documented_fields_in_order() {
+fn line_has_exactly_the_documented_fields_in_order() {
     expect![[r#"
         {"time":"2025-10-09T08:53:20.000042Z","session":9,"worker":1,"generation":3,"frontend":"web","client":"192.0.2.1:50000","route":null,"pool":"web","backend":"a","backend_address":"10.0.0.11:8080","cause":"finished","phase":"closed","code":"--","timer":null,"errno":null,"closed_first":"client","attempts":1,"tries":[],"bytes_in":78,"bytes_out":1234,"bytes_undelivered":5,"connect_seconds":0.00021,"first_byte_seconds":0.002,"duration_seconds":1.5}
     "#]]
@@ -78,7 +78,7 @@ fn a_line_has_exactly_the_documented_fields_in_order() {
 }
 
 #[test]
-fn what_is_unknown_is_null_and_strange_text_is_escaped() {
+fn unknown_values_are_null_and_special_characters_are_escaped() {
     let refused = AccessLogRecord {
         time: UNIX_EPOCH - Duration::from_secs(5),
         frontend: Some("we\"b\n".into()),
@@ -106,7 +106,7 @@ fn what_is_unknown_is_null_and_strange_text_is_escaped() {
 }
 
 #[test]
-fn a_clock_beyond_the_year_9999_still_gives_a_line() {
+fn time_after_the_year_9999_is_clamped() {
     let far = SystemTime::UNIX_EPOCH + Duration::from_secs(1 << 40);
     let text = line(&AccessLogRecord { time: far, ..record(0, 1) });
     assert!(text.starts_with(r#"{"time":"9999-12-31T23:59:59.000000Z""#), "{text}");
@@ -134,7 +134,7 @@ fn lines_of_one_worker_keep_their_order_and_all_arrive() {
 }
 
 #[test]
-fn off_is_disabled_and_loses_nothing_it_should_count() {
+fn disabled_log_discards_records_without_counting_them_as_dropped() {
     let (mut log, senders) = AccessLog::start(AccessLogDestination::Off, 1).unwrap();
     assert!(!senders[0].enabled());
     assert!((0..QUEUE_MAX as u64 + 10).all(|n| senders[0].push(record(0, n))));
@@ -158,7 +158,7 @@ fn fifo_without_reader_does_not_block_and_drops_are_reported() {
     let pushed = 4 * QUEUE_MAX as u64;
     let dropped = (0..pushed).filter(|n| !senders[0].push(record(0, *n))).count() as u64;
     assert!(dropped > 0, "a pipe, a batch and a queue cannot hold {pushed} lines");
-    // A reader that comes late gets whole lines, in order.
+    // A late reader gets whole lines, in order.
     let mut reader = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
     let mut text = vec![0; 128 * 1024];
     let mut length = 0;
@@ -169,7 +169,7 @@ fn fifo_without_reader_does_not_block_and_drops_are_reported() {
     fs::write(&copy, &text[..length]).unwrap();
     let lines = sessions(&copy);
     assert!(lines.len() > 100 && lines.is_sorted());
-    assert!(log.close() > 0, "the rest is reported as lost");
+    assert!(log.close() > 0, "lines not written are reported");
 }
 
 #[test]
@@ -185,18 +185,18 @@ fn moved_log_file_is_reopened() {
     eventually("the second line is in the new file", || sessions(&path) == [(0, 2)]);
     assert_eq!(sessions(&old), [(0, 1)]);
     fs::remove_file(&path).unwrap();
-    eventually("a removed file comes back", || path.exists());
+    eventually("a removed file is created again", || path.exists());
     assert_eq!(log.close(), 0);
 }
 
 #[test]
-fn a_full_device_is_survived_and_another_target_gets_the_lines() {
+fn next_target_gets_the_lines_that_a_full_device_rejected() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("access.log");
     let (mut log, senders) = AccessLog::start(file(Path::new("/dev/full")), 1).unwrap();
     assert!((0..1_000).all(|n| senders[0].push(record(0, n))));
-    // A batch is under way and refused by then.
-    eventually("the writer has taken some", || log.shared.queued() < 1_000);
+    // The writer then holds a batch that the device has rejected.
+    eventually("the writer has taken records", || log.shared.queued() < 1_000);
     log.set_target(file(&path)).unwrap();
     eventually("every line arrives at the new target", || sessions(&path).len() == 1_000);
     assert!(sessions(&path).iter().map(|line| line.1).eq(0..1_000));
@@ -204,7 +204,7 @@ fn a_full_device_is_survived_and_another_target_gets_the_lines() {
 }
 
 #[test]
-fn closing_on_a_full_device_ends_in_time_and_tells_the_loss() {
+fn close_on_a_full_device_keeps_its_timeout_and_returns_the_lost_lines() {
     let (log, senders) = AccessLog::start(file(Path::new("/dev/full")), 1).unwrap();
     assert!((0..10).all(|n| senders[0].push(record(0, n))));
     let start = tidegate_net::clock::now();
@@ -213,7 +213,7 @@ fn closing_on_a_full_device_ends_in_time_and_tells_the_loss() {
 }
 
 #[test]
-fn a_target_that_cannot_be_opened_leaves_the_old_one() {
+fn target_that_cannot_be_opened_leaves_the_old_target_in_use() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("access.log");
     let (mut log, senders) = AccessLog::start(file(&path), 1).unwrap();
@@ -226,7 +226,7 @@ fn a_target_that_cannot_be_opened_leaves_the_old_one() {
 }
 
 #[test]
-fn a_line_cut_off_by_a_crash_is_ended_before_the_next() {
+fn partial_line_from_a_crash_is_terminated_before_the_next_line() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("access.log");
     fs::write(&path, "{\"time\":\"20").unwrap();

@@ -1,8 +1,7 @@
-//! The access log's writer thread: drains the queues, formats, writes.
+//! The access log's writer thread: drains the queues, formats and writes.
 //!
-//! Started by `AccessLog::start`, told what to do by commands. It never wakes
-//! or waits for a worker, and keeps at most one batch in memory besides the
-//! queues.
+//! Started by `AccessLog::start` and controlled by [`WriterCommand`]s. It never wakes or waits
+//! for a worker. It holds at most one batch in memory in addition to the queues.
 
 use super::AccessLogShared;
 use super::sink::Sink;
@@ -12,56 +11,58 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_net::clock;
 
-/// What `AccessLog` asks for.
+/// Commands from `AccessLog`.
 #[derive(Debug)]
 pub(super) enum WriterCommand {
-    /// Go on with this target; `None`: discard everything.
+    /// Write to this target; `None`: discard all records.
     Switch(Option<Sink>),
-    /// Write what is queued until `deadline`, then end and say how many lines
-    /// were left.
+    /// Write queued records until `deadline`, send the number of lines not written, and end.
     Close { deadline: Instant, done: Sender<u64> },
 }
 
-/// State of the thread.
+/// State of the writer thread.
 #[derive(Debug)]
 pub(super) struct AccessLogWriter {
     shared: Arc<AccessLogShared>,
     sink: Option<Sink>,
-    /// Whole lines; those before `written` are out.
+    /// Whole lines. The bytes before `written` have been written.
     batch: Vec<u8>,
     written: usize,
-    /// Queue to look at first, so that none starves.
+    /// Queue that the next batch starts with. It rotates, so that all queues get a turn.
     first: usize,
+    /// When the path was last compared with the open file.
     checked: Instant,
-    trouble: WriteErrors,
+    errors: WriteErrors,
 }
 
-/// Write errors not yet told of.
+/// Write errors since the last log line about them.
 #[derive(Debug, Default)]
 struct WriteErrors {
     count: u64,
-    reported: Option<Instant>,
+    /// When errors were last logged.
+    logged: Option<Instant>,
+    /// No write before this time.
     retry: Option<Instant>,
 }
 
-/// How far lines may lag behind; short enough for `tail -f`, long enough to
-/// make batches.
+/// Time between two passes over the queues: short enough for `tail -f`, long enough to fill
+/// batches.
 const TICK: Duration = Duration::from_millis(10);
 
-/// One write; half of a default pipe.
+/// Size of one write: half of a default pipe.
 const BATCH_BYTES: usize = 32 * 1024;
 
-/// Before commands are looked at again: 32 MB a pass.
-const BATCHES_A_PASS: usize = 1024;
+/// Batches per pass, before the next command is read: 32 MiB.
+const BATCHES_PER_PASS: usize = 1024;
 
-/// How often the path is compared with the open file.
+/// Time between two comparisons of the path with the open file.
 const REOPEN_CHECK: Duration = Duration::from_secs(1);
 
-/// A full disk is asked again this often, not on every tick.
+/// Time between two writes to a failing target, such as a full disk.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// Write errors are logged at most this often, with their number.
-const REPORT: Duration = Duration::from_secs(10);
+/// Time between two log lines about write errors.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 // === impl AccessLogWriter ===
 
@@ -74,11 +75,11 @@ impl AccessLogWriter {
             written: 0,
             first: 0,
             checked: clock::now(),
-            trouble: WriteErrors::default(),
+            errors: WriteErrors::default(),
         }
     }
 
-    /// The thread's body; ends on `CloseMode` or when `AccessLog` is dropped.
+    /// Body of the thread. Ends on [`WriterCommand::Close`] or when `AccessLog` is dropped.
     pub(super) fn run(mut self, commands: &Receiver<WriterCommand>) {
         loop {
             let command = match self.sink {
@@ -89,7 +90,7 @@ impl AccessLogWriter {
                 Ok(WriterCommand::Switch(sink)) => self.switch(sink),
                 Ok(WriterCommand::Close { deadline, done }) => {
                     self.finish(deadline);
-                    // Whoever asked may have given up waiting.
+                    // `AccessLog::close` may have timed out.
                     let _ = done.send(self.unwritten());
                     return;
                 }
@@ -100,20 +101,20 @@ impl AccessLogWriter {
         }
     }
 
-    /// One round: reopen if due, then write what there is.
+    /// Reopens the target if due, then writes queued records.
     fn pass(&mut self, now: Instant) {
         if now.duration_since(self.checked) >= REOPEN_CHECK {
             self.checked = now;
             self.reopen_if_moved(now);
         }
         if self.sink.is_none() {
-            // A worker that saw "enabled" late may have pushed after the switch.
+            // A worker that read `enabled` before the switch may push after it.
             return self.discard();
         }
-        if self.trouble.retry.is_some_and(|at| now < at) {
+        if self.errors.retry.is_some_and(|at| now < at) {
             return;
         }
-        for _ in 0..BATCHES_A_PASS {
+        for _ in 0..BATCHES_PER_PASS {
             if self.written == self.batch.len() {
                 self.refill();
             }
@@ -125,8 +126,8 @@ impl AccessLogWriter {
 
     fn switch(&mut self, sink: Option<Sink>) {
         self.sink = sink;
-        self.trouble.retry = None;
-        // The line under way goes to the new target as a whole.
+        self.errors.retry = None;
+        // A partly written line goes to the new target as a whole.
         let line = self.batch[..self.written].iter().rposition(|byte| *byte == b'\n');
         self.written = line.map_or(0, |newline| newline + 1);
     }
@@ -135,7 +136,7 @@ impl AccessLogWriter {
         self.batch.clear();
         self.written = 0;
         for queue in &self.shared.queues {
-            // Bounded, should somebody still be pushing.
+            // Bounded, because a worker may still push.
             for _ in 0..queue.capacity() {
                 if queue.pop().is_none() {
                     break;
@@ -149,11 +150,11 @@ impl AccessLogWriter {
         match sink.replacement() {
             Ok(None) => {}
             Ok(Some(replacement)) => self.switch(Some(replacement)),
-            Err(error) => self.trouble.note(&error, &sink.name(), now),
+            Err(error) => self.errors.note(&error, &sink.name(), now),
         }
     }
 
-    /// Starts a new batch, taking from each queue in turn.
+    /// Starts a new batch from each queue in turn.
     fn refill(&mut self) {
         self.batch.clear();
         self.written = 0;
@@ -168,7 +169,7 @@ impl AccessLogWriter {
         self.first = (self.first + 1) % queues.len().max(1);
     }
 
-    /// Writes the rest of the batch; false when it did not go out whole.
+    /// Writes the rest of the batch. Returns whether all of it was written.
     fn write_batch(&mut self, now: Instant) -> bool {
         let Some(sink) = &mut self.sink else { return false };
         while self.written < self.batch.len() {
@@ -178,20 +179,19 @@ impl AccessLogWriter {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
                 Err(error) => {
-                    self.trouble.retry = Some(now + RETRY);
-                    self.trouble.note(&error, &sink.name(), now);
+                    self.errors.retry = Some(now + RETRY);
+                    self.errors.note(&error, &sink.name(), now);
                     return false;
                 }
             }
         }
-        self.trouble.retry = None;
+        self.errors.retry = None;
         true
     }
 
-    /// Goes on until everything is out or the deadline has come; tries at least
-    /// once.
+    /// Writes until all records are written or the deadline has passed. Tries at least once.
     fn finish(&mut self, deadline: Instant) {
-        self.trouble.retry = None;
+        self.errors.retry = None;
         loop {
             let now = clock::now();
             self.pass(now);
@@ -213,9 +213,9 @@ impl AccessLogWriter {
 impl WriteErrors {
     fn note(&mut self, error: &io::Error, target: &str, now: Instant) {
         self.count += 1;
-        if self.reported.is_none_or(|at| now.duration_since(at) >= REPORT) {
+        if self.logged.is_none_or(|at| now.duration_since(at) >= LOG_INTERVAL) {
             let errors = std::mem::take(&mut self.count);
-            self.reported = Some(now);
+            self.logged = Some(now);
             tracing::warn!(
                 target,
                 errors,

@@ -381,8 +381,8 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
     }
 
     #[cfg(debug_assertions)]
-    fn order(&self, fault: FaultPoint) {
-        self.faults.order(fault);
+    fn arm_fault(&self, fault: FaultPoint) {
+        self.faults.arm(fault);
     }
 
     #[cfg(all(test, feature = "sim"))]

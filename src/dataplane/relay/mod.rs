@@ -115,7 +115,7 @@ pub(crate) trait RelayEngine: Debug {
 
     /// The next pass of that place panics; for tests.
     #[cfg(debug_assertions)]
-    fn order(&self, fault: FaultPoint);
+    fn arm_fault(&self, fault: FaultPoint);
 
     /// Whether everything the engine had of buffers and operations is back.
     #[cfg(all(test, feature = "sim"))]

@@ -1,6 +1,7 @@
-//! The account of a session: once, by cause and phase, in metrics and access log alike.
+//! Counts each ended session once by cause and phase, and writes its access-log record.
 //!
-//! The last stage of `session`. A session that is dropped unaccounted was broken off.
+//! The last stage of `session`. `Drop` accounts for a session that no stage accounted for:
+//! its task panicked or its worker stopped.
 
 use super::{Session, ended};
 use crate::access_log::AccessLogRecord;
@@ -16,9 +17,9 @@ use tidegate_core::table::state::BackendState;
 use tidegate_net::clock;
 
 impl Session {
-    /// Records how long the relay took, and its first byte.
+    /// Records the session's duration and its time to first byte.
     pub(super) fn record_times(&self, backend: &BackendState, first_byte: Option<Duration>) {
-        // Never in use here, but for a panic in the middle of it.
+        // The recorder is borrowed only if a panic inside it is dropping this session.
         let Ok(mut recorder) = self.ctx().recorder.try_borrow_mut() else { return };
         if let Some(took) = first_byte {
             recorder.record(backend.id.0, Series::FirstByte, took);
@@ -26,7 +27,7 @@ impl Session {
         recorder.record(backend.id.0, Series::Session, clock::now() - self.started);
     }
 
-    /// Once; after that, nothing.
+    /// Counts and logs the end of the session. Later calls do nothing.
     pub(super) fn account(
         &mut self,
         ending: SessionEnd,
@@ -51,6 +52,7 @@ impl Session {
             let frontend = self.route.state.counters.of(ctx.id);
             frontend.refused.cell(reason as usize, 0).add(1);
         }
+        self.log_closed(ending, bytes);
         let log = &ctx.access_log;
         if log.enabled() && !log.push(self.record(ending, bytes, first_byte)) {
             ctx.counters.access_log_dropped.add(1);
@@ -92,7 +94,7 @@ impl Session {
         }
     }
 
-    /// How far it is, before it is connected.
+    /// The phase of a session that has no connected backend yet.
     fn setup_phase(&self) -> Phase {
         let connecting = if self.attempts == 0 { Phase::Admit } else { Phase::Connect };
         self.waits.unwrap_or(connecting)
@@ -100,13 +102,12 @@ impl Session {
 }
 
 impl Drop for Session {
-    /// Broken off, unless it is accounted for: what it has moved so far is what there is
-    /// to say.
+    /// Accounts for an interrupted session with the bytes it has moved so far.
     fn drop(&mut self) {
         if self.accounted {
             return;
         }
-        let cause = self.ctx().broken_off_by.get();
+        let cause = self.ctx().interrupted_by.get();
         if let Some(slot) = self.slot.take()
             && let Some(so_far) = self.relay.so_far(cause)
         {

@@ -1,7 +1,8 @@
-//! The end of a relay: what it says of the backend, how both sockets are closed, and
-//! whether another backend serves the client instead.
+//! The end of a relay. A stage of `session`, called once the relay has ended.
 //!
-//! A stage of `session`.
+//! - Retries on another backend if the backend reset the connection before any byte.
+//! - Updates the backend's failure count and trial.
+//! - Closes both sockets with FIN or RST.
 
 use super::Session;
 use super::connect::{BackendSlot, EARLY_MAX};
@@ -13,8 +14,8 @@ use tidegate_net::clock;
 use tidegate_net::stream;
 
 impl Session {
-    /// Closes and accounts for a session whose relay is over, unless it can try
-    /// another backend.
+    /// Closes and accounts for a session whose relay has ended. Returns the session instead
+    /// if it can retry on another backend.
     pub(super) fn end(mut self, relayed: RelayResult) -> Option<(Session, BackendChoice)> {
         let mut slot = self.slot.take()?;
         if relayed.untouched && self.attempts < self.pool().spec.connect_attempts {
@@ -23,13 +24,12 @@ impl Session {
         let RelayResult { ending, bytes, first_byte, .. } = relayed;
         let first_byte = first_byte.map(|at| at.saturating_duration_since(slot.since));
         self.record_times(slot.backend(), first_byte);
-        slot.learn(&relayed);
+        slot.record_end(&relayed);
         if leaves_time_wait(ending, bytes.undelivered) {
             slot.note_time_wait();
         }
-        // With FIN for an end in order, and after time-outs where nothing is lost by it; with
-        // RST otherwise. What a side had sent before it failed has reached the other by now,
-        // or never will.
+        // FIN if the session finished, or if a timeout ended it and no byte is undelivered.
+        // RST otherwise: to a peer, a truncated stream must not look complete.
         if !ending.cause.closes_in_order(bytes.undelivered) {
             relayed.sockets.into_iter().flatten().for_each(stream::reset);
         } else {
@@ -40,7 +40,7 @@ impl Session {
         None
     }
 
-    /// Leaves its backend, which has sent and received nothing, for another.
+    /// Gives up a backend that has sent and received nothing, to retry on another.
     fn try_another(
         mut self,
         mut slot: BackendSlot,
@@ -49,7 +49,7 @@ impl Session {
         let [client, _] = relayed.sockets?;
         slot.reset_unused();
         self.note_reset(&slot, relayed.ending.errno);
-        // Before the next pick, which may need its slot.
+        // The next pick may need this slot.
         drop(slot);
         self.relay = RelayHandle::open(&self.ctx().engine, client);
         Some((self, BackendChoice::Retry(relayed.ending)))
@@ -57,32 +57,34 @@ impl Session {
 }
 
 impl BackendSlot {
-    /// What a session that is over says of its backend.
-    fn learn(&mut self, relayed: &RelayResult) {
+    /// Counts the end of a session as a success or failure of its backend, or as neither.
+    fn record_end(&mut self, relayed: &RelayResult) {
         let SessionEnd { cause, .. } = relayed.ending;
         match relayed.unanswered_since {
             Some(since) if is_early_reset(relayed.ending, clock::now() - since) => {
                 self.reset_early();
             }
-            // A client that was cut off while it waited proves nothing.
+            // The session ended while the client waited for an answer. That is neither a
+            // success nor a failure.
             Some(_) if cause != Cause::Finished => {}
-            None if relayed.first_byte.is_none() && is_backends(cause) => self.failed_trial(),
+            None if relayed.first_byte.is_none() && is_backend_failure(cause) => {
+                self.failed_trial();
+            }
             _ => self.succeeded(cause == Cause::Finished || relayed.first_byte.is_some()),
         }
     }
 }
 
-/// Whether the backend's connection broke. Before the client has spoken that is
-/// no failure for the row (a client that connects and sends nothing is often a probe),
-/// but a trial is not passed by it.
-fn is_backends(cause: Cause) -> bool {
+/// Whether the backend's connection failed. Before the client has sent a byte this does not
+/// count as a failure (such clients are often probes), but a trial session fails by it.
+fn is_backend_failure(cause: Cause) -> bool {
     matches!(cause, Cause::BackendReset | Cause::BackendLost)
 }
 
-/// Whether the backend reset the connection though the client had spoken and
-/// was waiting. A backend that ends without a byte in order (FIN) is not meant,
-/// nor is what comes after it: the reset of a connection whose peer has closed
-/// reads as EPIPE (`tcp_reset` in Linux).
+/// Whether the backend reset the connection while the client waited for an answer.
+///
+/// A FIN without a byte is not an early reset, and neither is a RST after that FIN: Linux
+/// reports such a RST as EPIPE (`tcp_reset`).
 fn is_early_reset(ending: SessionEnd, waited: Duration) -> bool {
     ending.cause == Cause::BackendReset
         && ending.phase == Phase::Data
@@ -91,9 +93,8 @@ fn is_early_reset(ending: SessionEnd, waited: Duration) -> bool {
         && waited <= EARLY_MAX
 }
 
-/// Whether this host closed the upstream connection first: the kernel then keeps
-/// its port for a minute (RFC 9293 section 3.3.2, TIME-WAIT), from the moment the
-/// backend's FIN comes, so that no later reset can free it.
+/// Whether this host closed the backend connection first. The kernel then keeps the local
+/// port in TIME-WAIT for a minute (RFC 9293 section 3.3.2).
 fn leaves_time_wait(ending: SessionEnd, undelivered: u64) -> bool {
     match ending.cause {
         Cause::Finished => ending.closed_first == Some(SessionSide::Client),

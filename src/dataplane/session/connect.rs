@@ -1,8 +1,10 @@
-//! Connecting to a backend: with a deadline, and again to another after a failure.
+//! Connects a session to a backend, with a timeout and retries.
 //!
-//! A stage of `session`, before any byte is relayed. A backend is never tried
-//! twice for one session. Local errors are counted as such; only what the
-//! backend or its path caused is reported.
+//! A stage of `session`, before any byte is relayed.
+//!
+//! - A session never tries the same backend twice.
+//! - A failure of the backend or its path is reported to the control thread.
+//! - A local error is counted, but never against a backend.
 
 use super::route::client_reset;
 use super::{Session, ended};
@@ -28,37 +30,37 @@ use tidegate_core::table::{NoBackend, Reservation};
 use tidegate_net::clock;
 use tidegate_net::stream::{self, ConnectTarget, Connecting};
 
-/// A reset that comes later is not early: clients that only send, such as those of a
-/// log server, are reset one day by a restart, and that says nothing of how the backend
-/// takes new sessions.
+/// A reset after this time is not early. A client that only sends, such as that of a log
+/// server, waits for an answer until the backend restarts. That reset says nothing about
+/// new sessions.
 pub(super) const EARLY_MAX: Duration = Duration::from_secs(10);
 
-/// A session's slot on its backend, from the first attempt to connect to the end of the
-/// session; dropping it gives the slot back and wakes those that wait for one.
+/// A session's slot on its backend, from the connect attempt to the end of the session.
+/// Dropping it frees the slot and wakes waiting sessions and listeners.
 #[derive(Debug)]
 pub(super) struct BackendSlot {
     reserved: Option<Reservation>,
     backend: Arc<BackendState>,
     ctx: Rc<WorkerContext>,
-    /// When the connect began, then when it succeeded.
+    /// Start of the connect; once connected, the time of success.
     pub(super) since: Instant,
-    /// The trial this session decides, until it has.
+    /// The trial whose result this session decides; `None` once decided.
     trial: Option<TrialId>,
-    /// A connection that is established is no success yet.
+    /// Resets before the first byte count as failures, so a connect is not yet a success.
     early_resets: bool,
-    /// The source address whose port the connection holds, where that is counted by it.
+    /// The source address of the connection, if it counts its ports.
     source: Option<Arc<CountedSource>>,
 }
 
-/// Attempts that failed; at most `connect_attempts`.
+/// Failed attempts of a session; at most `connect_attempts`.
 #[derive(Debug, Default)]
 pub(super) struct FailedTries {
     pub(super) records: Vec<TryRecord>,
-    /// The backends, by their places in the pool.
+    /// Backends to exclude from the next pick, as indices into the pool's `serving`.
     backends: Vec<usize>,
 }
 
-/// Why an attempt failed.
+/// Why a connect attempt failed.
 enum AttemptFailure {
     Backend(ConnectFailure, i32),
     Local(LocalErrorKind, i32),
@@ -66,9 +68,9 @@ enum AttemptFailure {
 }
 
 impl Session {
-    /// Connects to a backend of the session's pool. `first` is the pick that was made, `why`
-    /// how the session ends where there is no backend. Waits for a slot, at most
-    /// `queue_timeout`, where every untried backend is at its cap.
+    /// Connects the session to a backend of its pool, starting with `first`, the pick made at
+    /// accept. Retries on untried backends. If all of them are at their caps, waits up to
+    /// `queue_timeout` for a slot. `why` is the end of the session if no backend is available.
     pub(super) async fn connect(
         &mut self,
         first: Result<Reservation, NoBackend>,
@@ -76,9 +78,9 @@ impl Session {
     ) -> Result<BackendSlot, SessionEnd> {
         let mut pick = first;
         loop {
-            let reserved = match pick {
+            let reserved = match pick.inspect_err(|&reason| self.log_not_picked(reason)) {
                 Ok(reserved) => reserved,
-                // Boxed, as rare: the room would be every session's otherwise.
+                // Boxed because it is rare: inline, it would enlarge every session's future.
                 Err(NoBackend::AtCapacity) => Box::pin(self.wait_for_slot()).await?,
                 Err(_) => return Err(why),
             };
@@ -99,7 +101,7 @@ impl Session {
                     let error = io::Error::from_raw_os_error(errno);
                     self.ctx().local_error(kind, LocalErrorPlace::Connect, &error);
                     why = SessionEnd { errno, ..ended(Phase::Connect, Cause::LocalResource) };
-                    // Each destination has ports and routes of its own.
+                    // Local ports and routes are per destination: another backend can work.
                     if !matches!(kind, LocalErrorKind::Ports | LocalErrorKind::Route) {
                         return Err(why);
                     }
@@ -108,7 +110,7 @@ impl Session {
             if self.attempts >= self.pool().spec.connect_attempts {
                 return Err(why);
             }
-            self.leave(&slot);
+            self.exclude(&slot);
             drop(slot);
             pick = self.pick_untried();
         }
@@ -122,16 +124,17 @@ impl Session {
         if self.attempts > 1 {
             self.ctx().counters.connect_retries.add(1);
         }
+        self.log_picked(&slot);
         slot
     }
 
     async fn attempt(&self, slot: &mut BackendSlot) -> Result<(), AttemptFailure> {
         let deadline = slot.since + self.pool().spec.connect_timeout;
-        let ((upstream, how_far), source) = start(self.ctx(), &slot.backend)
+        let ((upstream, progress), source) = start(self.ctx(), &slot.backend)
             .map_err(|e| classify_failure(&e, local_errors::local_error_now(&e)))?;
         slot.source = source;
-        if how_far == Connecting::Done {
-            // Only this host has a part in that.
+        if progress == Connecting::Done {
+            // The backend has no part in attaching, so every error is local.
             let attached = self.relay.attach(upstream);
             return attached.map_err(|e| classify_failure(&e, Some(local_errors::local_kind(&e))));
         }
@@ -160,38 +163,41 @@ impl Session {
         backend.counters.of(ctx.id).sessions.add(1);
         ctx.recorder.borrow_mut().record(backend.id.0, Series::Connect, took);
         let micros = u32::try_from(took.as_micros()).unwrap_or(u32::MAX);
+        self.log_connected(slot, took);
         self.connect_micros = NonZeroU32::new(micros.max(1));
     }
 
-    /// Notes that the backend reset the connection before a byte was sent.
+    /// Records that the backend reset the connection before any byte, and excludes the backend
+    /// from the next pick.
     pub(super) fn note_reset(&mut self, slot: &BackendSlot, errno: i32) {
-        self.leave(slot);
+        self.exclude(slot);
         self.note_failed(slot, ConnectFailure::EarlyReset.name(), errno);
     }
 
-    /// Notes that an attempt failed.
+    /// Records a failed attempt for the access log.
     fn note_failed(&mut self, slot: &BackendSlot, failure: &'static str, errno: i32) {
         let (backend, took) = (Arc::clone(&slot.backend.name), clock::now() - slot.since);
         let record = TryRecord { backend, failure, errno, took };
+        self.log_failed(&record);
         self.failed.get_or_insert_default().records.push(record);
     }
 
-    /// That backend is not tried again.
-    fn leave(&mut self, slot: &BackendSlot) {
+    /// Excludes the slot's backend from later picks of this session.
+    fn exclude(&mut self, slot: &BackendSlot) {
         let index = slot.reserved.as_ref().map(|reserved| reserved.index);
         self.failed.get_or_insert_default().backends.extend(index);
     }
 
-    /// Backends that are not tried again.
+    /// Backends excluded from the next pick, as indices into the pool's `serving`.
     pub(super) fn tried(&self) -> &[usize] {
         self.failed.as_ref().map_or(&[], |failed| &failed.backends)
     }
 }
 
-/// A connection that has begun, and its source address where that counts its ports.
+/// A connect that has started, and its source address if that counts its ports.
 type StartedConnect = ((OwnedFd, Connecting), Option<Arc<CountedSource>>);
 
-/// Starts the connection, from the next source address in turn that has a free port.
+/// Starts a connect from the next source address (round robin) that has a free port.
 fn start(ctx: &WorkerContext, backend: &BackendState) -> io::Result<StartedConnect> {
     let peer = match &backend.address {
         BackendAddr::Tcp(address) => ConnectTarget::Tcp(*address),
@@ -219,14 +225,14 @@ fn start(ctx: &WorkerContext, backend: &BackendState) -> io::Result<StartedConne
     Err(ended)
 }
 
-/// What failed: this host where `local` says so, else the backend or its path.
+/// Returns `local` as a local error if it is set. Otherwise the backend or its path failed.
 fn classify_failure(error: &io::Error, local: Option<LocalErrorKind>) -> AttemptFailure {
     let code = error.raw_os_error().unwrap_or(libc::EIO);
     if let Some(kind) = local {
         return AttemptFailure::Local(kind, code);
     }
     let failure = match code {
-        // A Unix socket that no process has bound is as refused as a closed port.
+        // A Unix socket without a listener is the same as a closed port.
         libc::ECONNREFUSED | libc::ENOENT | libc::ECONNRESET => ConnectFailure::Refused,
         libc::ETIMEDOUT => ConnectFailure::Timeout,
         libc::EHOSTUNREACH | libc::EHOSTDOWN | libc::ENETUNREACH | libc::ENETDOWN => {
@@ -246,7 +252,7 @@ impl BackendSlot {
         BackendSlot { reserved, backend, ctx, since, trial, early_resets, source: None }
     }
 
-    /// Its port stays in TIME_WAIT once the connection is closed.
+    /// Counts the connection's local port as held in TIME_WAIT after the close.
     pub(super) fn note_time_wait(&self) {
         match self.source.as_ref().and_then(|source| source.counts()) {
             Some(counts) => counts.of(self.ctx.id).lingering.add(1),
@@ -271,9 +277,9 @@ impl BackendSlot {
         }
     }
 
-    /// The backend gave the session what it wanted; `proven` by a first byte or
-    /// by an end in order, otherwise by nothing but a connection on which the
-    /// client was silent.
+    /// Passes the backend's trial. `proven` (a first byte, or both sides closed with FIN)
+    /// also resets the backend's row of failures. An unproven session was connected, but its
+    /// client sent nothing.
     pub(super) fn succeeded(&mut self, proven: bool) {
         if proven {
             self.backend.succeeded();
@@ -281,13 +287,14 @@ impl BackendSlot {
         self.decide(TrialPhase::Passed);
     }
 
-    /// The connection broke before either side had sent a byte.
+    /// Fails the backend's trial without counting a failure: the connection failed before
+    /// either side had sent a byte.
     pub(super) fn failed_trial(&mut self) {
         self.decide(TrialPhase::Failed);
     }
 
-    /// The backend reset the connection before either side had sent a byte: as good as
-    /// refused, where it comes soon.
+    /// Counts a reset before either side had sent a byte. Within [`EARLY_MAX`] it is a failure
+    /// of the backend, like a refused connect.
     pub(super) fn reset_unused(&mut self) {
         self.decide(TrialPhase::Failed);
         self.backend.counters.of(self.ctx.id).connect_failures.add(1);
@@ -296,7 +303,8 @@ impl BackendSlot {
         }
     }
 
-    /// The backend reset the connection before it had sent a byte.
+    /// Counts a reset after the client's first byte and before the backend's, if the pool
+    /// counts early resets.
     pub(super) fn reset_early(&mut self) {
         if self.early_resets {
             self.decide(TrialPhase::Failed);
@@ -316,7 +324,7 @@ impl BackendSlot {
         SessionEnd { errno, ..ended(Phase::Connect, cause) }
     }
 
-    /// Makes the row of failures longer and tells the control thread.
+    /// Adds a failure to the backend's row and reports it to the control thread.
     fn report(&self, failure: ConnectFailure, begun: Instant) {
         let in_a_row = self.backend.failed();
         let backend = self.backend.id;
@@ -335,12 +343,12 @@ impl BackendSlot {
 
 impl Drop for BackendSlot {
     fn drop(&mut self) {
-        // Nothing was learnt: the next session tries.
+        // An undecided trial goes to the next session.
         self.decide(TrialPhase::Open);
         if let Some(counts) = self.source.as_ref().and_then(|source| source.counts()) {
             counts.of(self.ctx.id).ended.add(1);
         }
-        // The slot first: a session that is woken must find it free.
+        // Free the slot before the wake-up: a woken session looks for it.
         self.reserved = None;
         self.ctx.shared.waiters.slot_freed();
     }
@@ -350,7 +358,7 @@ impl Drop for BackendSlot {
 mod tests {
     use super::*;
 
-    fn blamed(errno: i32, at_once: bool) -> bool {
+    fn counts_against_backend(errno: i32, at_once: bool) -> bool {
         let error = io::Error::from_raw_os_error(errno);
         let local = match at_once {
             true => local_errors::local_error_now(&error),
@@ -360,16 +368,16 @@ mod tests {
     }
 
     #[test]
-    fn no_route_of_our_own_is_not_blamed_on_the_backend_but_an_icmp_message_is() {
+    fn missing_local_route_is_a_local_error_but_icmp_unreachable_is_not() {
         for errno in [libc::ENETUNREACH, libc::ENETDOWN] {
-            assert!(!blamed(errno, true), "{errno} at once");
-            assert!(blamed(errno, false), "{errno} by ICMP");
+            assert!(!counts_against_backend(errno, true), "{errno} at once");
+            assert!(counts_against_backend(errno, false), "{errno} by ICMP");
         }
         for at_once in [true, false] {
-            assert!(!blamed(libc::EADDRNOTAVAIL, at_once));
-            assert!(!blamed(libc::EMFILE, at_once));
-            assert!(blamed(libc::EHOSTUNREACH, at_once));
-            assert!(blamed(libc::ECONNREFUSED, at_once));
+            assert!(!counts_against_backend(libc::EADDRNOTAVAIL, at_once));
+            assert!(!counts_against_backend(libc::EMFILE, at_once));
+            assert!(counts_against_backend(libc::EHOSTUNREACH, at_once));
+            assert!(counts_against_backend(libc::ECONNREFUSED, at_once));
         }
     }
 }

@@ -1,9 +1,17 @@
-//! One client's session, from accept to its account.
+//! One client's session, from accept to its access-log record.
 //!
-//! Started by `accept::listener`, then a task of the worker. One file a stage, in order:
-//! `preread`, `route` (choose a backend), `connect`, the relay (`start_relay` here, then
-//! `crate::relay`), `close`, `account`. A session whose task or worker panics is accounted
-//! for all the same: to drop a [`Session`] is to account for it.
+//! Started by `accept::listener`, then a task of the worker. It never moves bytes: `relay`
+//! does. The stages, one file each:
+//!
+//! 1. `preread`: wait for first bytes, if the frontend needs them to route.
+//! 2. `route`: pick a backend, or wait in the pool's queue.
+//! 3. `connect`: connect, with retries.
+//! 4. [`Session::start_relay`], then `crate::relay`.
+//! 5. `close`: close both sockets.
+//! 6. `account`: count and log the end.
+//!
+//! Dropping a [`Session`] accounts for it, so a panic loses no count. `step_log` logs each
+//! stage at `debug`.
 
 mod account;
 mod close;
@@ -11,6 +19,7 @@ mod connect;
 pub(crate) mod numbers;
 mod preread;
 mod route;
+mod step_log;
 #[cfg(test)]
 mod tests;
 
@@ -33,39 +42,40 @@ use tidegate_core::table::state::BackendState;
 use tidegate_core::table::{FrontendRoute, PoolTable};
 use tidegate_net::clock;
 
-/// A client's session. Fields are dropped in order: the backend's slot, the permit, and
-/// last the sockets, which are reset where they were not given away. An idle session is
-/// made of little else than this.
+/// A client's session. An idle session consists of little more than this.
+///
+/// The drop order matters: the backend's slot, the permit, then the sockets, which are reset
+/// unless they were handed out in a [`RelayResult`](crate::relay::RelayResult).
 #[derive(Debug)]
 pub(crate) struct Session {
     started: Instant,
     number: u64,
     client: ClientAddr,
-    /// Generation of the table it is routed by.
+    /// Generation of the configuration that routed the session.
     generation: u64,
     route: Arc<FrontendRoute>,
-    /// Which backend the newest connect attempt went to.
+    /// Backend of the last connect attempt.
     backend: Option<Arc<BackendState>>,
-    /// `None` while none failed: most sessions keep no room for it.
+    /// Boxed because it is rare: most sessions have no failed attempt.
     failed: Option<Box<FailedTries>>,
-    /// How long the connect took, in microseconds; idle sessions save the room.
+    /// Duration of the connect in µs. 4 bytes, to keep idle sessions small.
     connect_micros: Option<NonZeroU32>,
-    /// Which of the frontend's routes it takes.
+    /// The frontend's route that matched.
     taken: RouteNumber,
-    /// Connect attempts.
+    /// Connect attempts made.
     attempts: u8,
-    /// What it waits for before it connects: `Preread` or `Queue`.
+    /// The wait in progress before the connect: `Preread` or `Queue`.
     waits: Option<Phase>,
     accounted: bool,
-    /// Once it is connected.
+    /// Set once connected.
     slot: Option<BackendSlot>,
     permit: SessionPermit,
     relay: RelayHandle,
 }
 
-/// Starts the session of an accepted connection, or resets a client that admission turns
-/// away. The backend is picked before anything else can run, so that the slot the listener
-/// saw is still free.
+/// Starts the session of an accepted connection, or resets a client that admission rejects.
+/// The pick is made before any other task runs, so that the slot the listener saw is still
+/// free.
 pub(crate) fn start(
     permit: SessionPermit,
     route: &Arc<FrontendRoute>,
@@ -78,6 +88,7 @@ pub(crate) fn start(
     ctx.admitting.set(true);
     let facts = ConnectionFacts { client: ClientAddr::of_peer(peer), local };
     let mut session = Session::new(permit, route, generation, socket, facts.client);
+    session.log_accepted();
     ctx.faults.pass(FaultPoint::Listener);
     let admitted = session.permit.admit_source(&route.spec, session.client);
     let choice = admitted.and_then(|()| match route.preread {
@@ -86,18 +97,18 @@ pub(crate) fn start(
     });
     match choice {
         Ok(choice) => drop(tokio::task::spawn_local(run(session, choice))),
-        // No task is made for it.
+        // A rejected client needs no task.
         Err(cause) => session.refuse(ended(Phase::Admit, cause)),
     }
     ctx.admitting.set(false);
 }
 
-/// What the choice will be made by, where the client's first bytes are missing yet.
+/// The backend choice. `Err`: it must wait for the client's first bytes.
 type Choice = Result<BackendChoice, ConnectionFacts>;
 
-/// Serves one client to the end.
+/// Serves one session until it is accounted for.
 fn run(session: Session, choice: Choice) -> impl Future<Output = ()> {
-    // Boxed: it is over soon, and an idle session need not keep its room.
+    // Boxed because it is short: inline, it would enlarge the future of every idle session.
     let mut setup = Box::pin(session.set_up(choice));
     async move {
         loop {
@@ -113,7 +124,7 @@ fn run(session: Session, choice: Choice) -> impl Future<Output = ()> {
     }
 }
 
-/// An end that neither side caused.
+/// An end that neither peer caused.
 fn ended(phase: Phase, cause: Cause) -> SessionEnd {
     SessionEnd { cause, phase, errno: 0, closed_first: None }
 }
@@ -121,7 +132,7 @@ fn ended(phase: Phase, cause: Cause) -> SessionEnd {
 // === impl Session ===
 
 impl Session {
-    /// Counts the connection. From now on the session can be aborted.
+    /// Counts the connection and registers it with the relay, which can abort it.
     fn new(
         permit: SessionPermit,
         route: &Arc<FrontendRoute>,
@@ -155,12 +166,13 @@ impl Session {
         &self.permit.ctx
     }
 
-    /// Where its route leads. A session that its route refuses picks no backend.
+    /// The pool of the session's route, or the frontend's pool if the route rejects. A
+    /// rejected session picks no backend.
     fn pool(&self) -> &PoolTable {
         self.route.pool_of(self.taken).unwrap_or(&self.route.pool)
     }
 
-    /// To the relay; where no backend can be reached, the session is accounted for.
+    /// Connects and starts the relay. If no backend can be reached, accounts for the session.
     async fn set_up(mut self, choice: Choice) -> Session {
         self.ctx().faults.pass(FaultPoint::Setup);
         match self.reach_backend(choice).await {
@@ -171,7 +183,7 @@ impl Session {
     }
 
     async fn reach_backend(&mut self, choice: Choice) -> Result<BackendSlot, SessionEnd> {
-        // Waits are boxed, as rare: the room would be every session's otherwise.
+        // Waits are boxed because they are rare: inline, they would enlarge every future.
         let choice = match choice {
             Ok(choice) => choice,
             Err(facts) => {
@@ -214,8 +226,8 @@ impl Session {
         self.relay.start_relay(limits, meter);
     }
 
-    /// Accounts for a session that is not relayed. Its client is reset when it is dropped, so
-    /// that silence is not taken for an answer.
+    /// Accounts for a session that is not relayed. Dropping it resets the client: a FIN would
+    /// look like an empty answer.
     fn refuse(&mut self, ending: SessionEnd) {
         let undelivered = self.relay.unread();
         self.account(ending, Bytes { undelivered, ..Bytes::default() }, None);

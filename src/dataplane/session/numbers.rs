@@ -1,20 +1,20 @@
-//! Numbers for sessions: one sequence for all workers, and for the processes that an
-//! upgrade makes of one.
+//! Session numbers: one sequence for all workers, continued across upgrades.
 //!
-//! `WorkerContext` takes blocks from it, so that workers rarely share a cache line; `daemon`
-//! carries it over an upgrade. It is no count: blocks are left unfinished.
+//! `WorkerContext` takes blocks of numbers, so that workers rarely touch the shared counter.
+//! `daemon` hands the sequence over in an upgrade. The sequence is not a count of sessions:
+//! workers leave blocks unfinished.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Numbers that a worker takes at once.
+/// Session numbers in one block.
 const BLOCK: u64 = 64;
 
-/// Left to a process that has handed over: sessions that it accepts until the next one
-/// serves, and blocks that its workers hold.
-const LEFT: u64 = 1_000_000;
+/// Numbers reserved for the old process of an upgrade: for sessions that it accepts before the
+/// new process serves, and for blocks that its workers hold.
+const RESERVED: u64 = 1_000_000;
 
-/// See the module's documentation. Starts at 1.
+/// The next unused session number. Starts at 1.
 #[derive(Debug)]
 pub struct Numbers {
     next: AtomicU64,
@@ -23,18 +23,19 @@ pub struct Numbers {
 // === impl Numbers ===
 
 impl Numbers {
-    /// The next block.
+    /// Takes the next block.
     pub(crate) fn block(&self) -> Range<u64> {
         let start = self.next.fetch_add(BLOCK, Ordering::Relaxed);
         start..start + BLOCK
     }
 
-    /// Where the next process starts, so that no number is given out twice.
+    /// Returns the first number of the new process in an upgrade. No number is used twice.
     pub fn for_next_process(&self) -> u64 {
-        self.next.load(Ordering::Relaxed).saturating_add(LEFT)
+        self.next.load(Ordering::Relaxed).saturating_add(RESERVED)
     }
 
-    /// Goes on where the process before said.
+    /// Continues at `start`, the number from the old process. A smaller number than the next
+    /// unused one has no effect.
     pub fn continue_from(&self, start: u64) {
         self.next.fetch_max(start, Ordering::Relaxed);
     }
@@ -51,14 +52,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_follow_each_other_and_the_next_process_is_ahead_of_them() {
+    fn new_process_starts_above_all_numbers_of_the_old_process() {
         let numbers = Numbers::default();
         assert_eq!((numbers.block(), numbers.block()), (1..65, 65..129));
         let next = Numbers::default();
         next.continue_from(numbers.for_next_process());
-        assert_eq!(next.block().start, 129 + LEFT);
-        // An older process that does not say changes nothing.
+        assert_eq!(next.block().start, 129 + RESERVED);
+        // An old process that sends no number changes nothing.
         next.continue_from(0);
-        assert_eq!(next.block().start, 129 + LEFT + BLOCK);
+        assert_eq!(next.block().start, 129 + RESERVED + BLOCK);
     }
 }

@@ -1,9 +1,8 @@
-//! Waiting for a client's first bytes, where its frontend needs them to route.
+//! Waits for a client's first bytes, if its frontend needs them to route.
 //!
-//! A stage of `session`, between admission and the choice of a backend. The bytes stay in
-//! the kernel's receive queue, and the relay receives them. The session holds its permit, and
-//! takes a slot of the pool only when it is routed. Frontends that need no bytes never
-//! come here.
+//! A stage of `session`, between admission and the pick. It consumes no byte: the bytes stay
+//! in the kernel's receive queue until the relay receives them. During the wait the session
+//! holds its permit, but no slot of a pool.
 
 use super::route::client_reset;
 use super::{Session, ended};
@@ -11,12 +10,12 @@ use crate::relay::ConnectEnd;
 use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
 
 impl Session {
-    /// Waits until the client has sent the bytes, or has ended its side after fewer: then
-    /// these are all it has to say. A client that ends without any has left.
+    /// Waits until the client has sent the needed bytes, or a FIN after fewer bytes. A client
+    /// that sends a FIN and no byte ends the session.
     pub(super) async fn preread(&mut self) -> Result<(), SessionEnd> {
         let Some(preread) = self.route.preread else { return Ok(()) };
         self.waits = Some(Phase::Preread);
-        // Both are readiness futures: dropping the loser loses nothing.
+        // Both futures only wait for readiness or time, so the loser can be dropped.
         tokio::select! {
             biased;
             sent = self.relay.client_sent(preread.bytes) => sent.map_err(interrupted)?,

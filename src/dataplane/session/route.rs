@@ -1,10 +1,11 @@
-//! Choosing a backend: at accept, after a wait in the pool's queue, or again after a
-//! failed connect.
+//! Picks a backend: at accept, after a wait in the pool's queue, or for a retry.
 //!
-//! A stage of `session`. A client that waits in the queue goes by the newest table, as no
-//! backend was chosen for it: a new backend or a raised cap serves it. It is served in the
-//! order of arrival over all workers, and it is asked before each pick whether it is still
-//! there.
+//! A stage of `session`.
+//!
+//! - A queued session uses the newest table because no backend has been picked for it. New
+//!   backends and raised caps therefore serve the queue.
+//! - The queue is first come, first served over all workers.
+//! - A client that leaves ends the wait: its reset at once, its FIN within [`FIN_CHECK`].
 
 use super::{Session, ended};
 use crate::accept::wait_queue::QueueTicket;
@@ -16,36 +17,39 @@ use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
 use tidegate_core::table::routes::ConnectionFacts;
 use tidegate_core::table::{NoBackend, Reservation};
 
-/// How often a waiting client is looked at for its FIN. A reset is noticed at
-/// once.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Time between two checks of a queued client for a FIN.
+const FIN_CHECK: Duration = Duration::from_millis(250);
 
-/// How a session gets its backend. Made before it could wait for anything, so that a
-/// pool's free slot is what the listener saw, and its queue the order of arrival.
+/// How a session gets its backend. Decided at accept and without waiting: the slot that the
+/// listener saw is still free, and the queue keeps the order of arrival.
 #[derive(Debug)]
 pub(super) enum BackendChoice {
-    /// Picked already, or there is none.
+    /// The pick is made; it may have failed.
     Picked(Result<Reservation, NoBackend>),
-    /// After a wait in the pool's queue; the facts are for routes that change meanwhile.
+    /// Wait in the pool's queue. The facts route the session again if the table changes.
     Queued(QueueTicket, ConnectionFacts),
-    /// Another one: the backend it had reset the connection before a byte was sent. How
-    /// the session ends where there is no other.
+    /// Retry on another backend, because the first reset the connection before any byte.
+    /// Holds the end of the session if no other backend is available.
     Retry(SessionEnd),
 }
 
 impl Session {
-    /// A backend of the pool that the route leads to, or a place in the queue for one (or
-    /// for the pool's first verdict).
+    /// Routes the session and picks a backend of the pool. Joins the pool's queue if all
+    /// backends are at their caps, the pool has no probe result yet, or other clients are
+    /// queued.
     pub(super) fn choose(&mut self, facts: ConnectionFacts) -> Result<BackendChoice, Cause> {
         self.taken = self.route.route(&facts);
+        self.log_routed();
         let (ctx, pool) = (self.ctx(), self.route.pool_of(self.taken).ok_or(Cause::Route)?);
         let (waiters, name) = (&ctx.shared.waiters, &pool.spec.name);
+        let mut reason = None;
         if waiters.queued(name) == 0 {
             match pool.pick(ctx.pick_key(self.client), &[]) {
-                Err(NoBackend::AtCapacity | NoBackend::Undecided) => {}
+                Err(why @ (NoBackend::AtCapacity | NoBackend::Undecided)) => reason = Some(why),
                 pick => return Ok(BackendChoice::Picked(pick)),
             }
         }
+        self.log_queued(reason);
         ctx.counters.queued.add(1);
         if pool.undecided {
             ctx.counters.undecided_waits.add(1);
@@ -53,14 +57,13 @@ impl Session {
         Ok(BackendChoice::Queued(waiters.join(name), facts))
     }
 
-    /// A backend that was not tried yet.
+    /// Picks a backend that this session has not tried.
     pub(super) fn pick_untried(&self) -> Result<Reservation, NoBackend> {
         self.pool().pick(self.ctx().pick_key(self.client), self.tried())
     }
 
-    /// Waits until the client is first in its queue and a backend has a free slot: at most
-    /// for the pool's `queue_timeout`, and before that for a first verdict until
-    /// `startup_grace` is over.
+    /// Waits until the client is first in its queue and a backend has a free slot. The limit
+    /// is `queue_timeout`, plus `startup_grace` if the pool has no probe result yet.
     pub(super) async fn wait_in_queue(
         &mut self,
         ticket: QueueTicket,
@@ -89,10 +92,10 @@ impl Session {
             }
         });
         let pool = self.pool();
-        // The controller ends the wait for a verdict; this is only its latest end.
+        // The controller normally ends the grace period earlier, by publishing a table.
         let grace = if pool.undecided { pool.spec.startup_grace } else { Duration::ZERO };
         let longest = pool.spec.queue_timeout.saturating_add(grace);
-        // All are readiness futures: dropping the losers loses nothing.
+        // All futures only wait for readiness or time, so the losers can be dropped.
         let pick = tokio::select! {
             biased;
             pick = pick => pick,
@@ -102,18 +105,22 @@ impl Session {
                 return Err(ended(Phase::Queue, Cause::QueueTimeout));
             }
         };
+        let rerouted = !Arc::ptr_eq(&self.route, &route);
         (self.route, self.generation, self.taken) = (route, generation, taken);
+        if rerouted {
+            self.log_routed();
+        }
         self.waits = None;
         pick
     }
 
-    /// Waits until some untried backend has a slot: beside the queue of those that
-    /// have not tried any, because the queue's next slot can be of one that was tried.
+    /// Waits up to `queue_timeout` until an untried backend has a slot. Does not join the
+    /// pool's queue: the next slot there can be that of a backend this session has tried.
     pub(super) async fn wait_for_slot(&mut self) -> Result<Reservation, SessionEnd> {
         self.waits = Some(Phase::Queue);
         let waiters = &self.ctx().shared.waiters;
         let slot = waiters.wait_until(|| self.pick_untried().ok());
-        // All three are readiness futures: dropping the losers loses nothing.
+        // All futures only wait for readiness or time, so the losers can be dropped.
         let reserved = tokio::select! {
             reserved = slot => reserved,
             end = self.interrupted(Phase::Queue) => return Err(end),
@@ -133,11 +140,11 @@ impl Session {
         }
     }
 
-    /// Resolves once the client has ended its side and has sent nothing. One that has sent
-    /// something may have sent all it wants to, and wait for the answer.
+    /// Resolves once the client has sent a FIN and no byte. A client that has sent bytes may
+    /// have sent its whole request and wait for the answer.
     async fn client_left(&self) -> SessionEnd {
         loop {
-            tokio::time::sleep(LOOK_EVERY).await;
+            tokio::time::sleep(FIN_CHECK).await;
             if self.relay.client_left_silently() {
                 let closed_first = Some(SessionSide::Client);
                 return SessionEnd { closed_first, ..ended(Phase::Queue, Cause::ClientLeft) };

@@ -1,5 +1,5 @@
-//! Sessions whose frontend needs bytes before it routes, over real sockets and on both
-//! engines. No configuration asks for that yet, so the route is made here.
+//! Tests of sessions whose frontend needs first bytes to route, over real sockets and on both
+//! engines. No configuration key enables this yet, so the tests build the route themselves.
 
 use super::*;
 use crate::accept::wait_queue::SlotWaiters;
@@ -16,10 +16,10 @@ use tidegate_core::table::{Preread, Table};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-/// Long enough for a slow machine.
+/// Test timeout, long enough for a slow machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Bytes the route needs.
+/// First bytes that the route needs.
 const NEEDED: u32 = 5;
 
 /// A worker without a listener, and a backend.
@@ -40,17 +40,17 @@ fn on_each<F: Future<Output = ()>>(timeout: Duration, test: impl Fn(Bench) -> F)
             eventually(|| ctx.engine.open_flows() == 0).await;
             engine.abort();
             assert_eq!((ctx.counters.accepted.get(), ctx.counters.ended.get()), (1, 1));
-            assert_eq!(ctx.shared.in_flight.get(), 0, "the permit is back");
+            assert_eq!(ctx.shared.in_flight.get(), 0, "permit is released");
         };
-        let timed = async { tokio::time::timeout(2 * PATIENCE, run).await.expect("it hangs") };
+        let timed = async { tokio::time::timeout(2 * PATIENCE, run).await.expect("test hangs") };
         kind.block_on(timed).unwrap();
     }
 }
 
-async fn eventually(mut is_so: impl FnMut() -> bool) {
-    let until = clock::now() + PATIENCE;
-    while !is_so() {
-        assert!(clock::now() < until, "never");
+async fn eventually(mut condition: impl FnMut() -> bool) {
+    let deadline = clock::now() + PATIENCE;
+    while !condition() {
+        assert!(clock::now() < deadline, "condition does not hold in time");
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }
@@ -94,7 +94,7 @@ impl Bench {
         Bench { ctx: Rc::new(ctx), table, route: Arc::new(route), backend }
     }
 
-    /// A client whose session has started.
+    /// Connects a client and starts its session.
     fn client(&self) -> TcpStream {
         let listener = StdTcpListener::bind("127.0.0.1:0").unwrap();
         let client = StdTcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -109,11 +109,11 @@ impl Bench {
         TcpStream::from_std(client).unwrap()
     }
 
-    fn backends_sessions(&self) -> u32 {
+    fn backend_sessions(&self) -> u32 {
         self.route.pool.serving[0].in_flight.get()
     }
 
-    /// What the session was accounted as, once it was.
+    /// Waits for the session's access-log record.
     async fn record(&self) -> AccessLogRecord {
         let mut record = None;
         eventually(|| {
@@ -122,7 +122,7 @@ impl Bench {
         })
         .await;
         tokio::time::sleep(Duration::from_millis(20)).await;
-        assert!(self.ctx.access_log.take().is_none(), "counted twice");
+        assert!(self.ctx.access_log.take().is_none(), "session counted twice");
         record.unwrap()
     }
 
@@ -130,7 +130,7 @@ impl Bench {
         let record = self.record().await;
         assert_eq!((record.cause, record.phase), (cause.name(), "preread"));
         assert_eq!((record.bytes_undelivered, record.attempts), (undelivered, 0));
-        assert_eq!(self.backends_sessions(), 0);
+        assert_eq!(self.backend_sessions(), 0);
     }
 }
 
@@ -140,19 +140,19 @@ async fn assert_reset(mut client: TcpStream) {
 }
 
 #[test]
-fn session_takes_a_slot_of_the_pool_only_when_its_first_bytes_are_there() {
+fn session_takes_a_pool_slot_only_after_its_first_bytes() {
     on_each(PATIENCE, |bench| async move {
         let mut client = bench.client();
         client.write_all(b"few").await.unwrap();
         tokio::time::sleep(Duration::from_millis(50)).await;
-        assert_eq!((bench.ctx.shared.in_flight.get(), bench.backends_sessions()), (1, 0));
+        assert_eq!((bench.ctx.shared.in_flight.get(), bench.backend_sessions()), (1, 0));
 
         client.write_all(b" more").await.unwrap();
         let (mut backend, _) = bench.backend.accept().await.unwrap();
         let mut got = [0; 8];
         backend.read_exact(&mut got).await.unwrap();
-        assert_eq!(&got, b"few more", "nothing was consumed");
-        assert_eq!(bench.backends_sessions(), 1);
+        assert_eq!(&got, b"few more", "preread consumes no byte");
+        assert_eq!(bench.backend_sessions(), 1);
         client.write_all(b"!").await.unwrap();
         backend.read_exact(&mut got[..1]).await.unwrap();
         drop((client, backend));
@@ -162,7 +162,7 @@ fn session_takes_a_slot_of_the_pool_only_when_its_first_bytes_are_there() {
 }
 
 #[test]
-fn session_waits_in_the_queue_of_the_pool_it_was_routed_to() {
+fn session_waits_in_the_queue_of_its_routed_pool() {
     on_each(PATIENCE, |bench| async move {
         let slot = &bench.route.pool.serving[0].in_flight;
         assert!(slot.try_enter(1));
@@ -179,7 +179,7 @@ fn session_waits_in_the_queue_of_the_pool_it_was_routed_to() {
 }
 
 #[test]
-fn client_that_sends_too_little_in_time_is_reset() {
+fn client_that_sends_too_few_bytes_is_reset_at_the_timeout() {
     on_each(Duration::from_millis(150), |bench| async move {
         let mut client = bench.client();
         client.write_all(b"few").await.unwrap();
@@ -189,7 +189,7 @@ fn client_that_sends_too_little_in_time_is_reset() {
 }
 
 #[test]
-fn client_that_ends_before_it_sends_has_left() {
+fn fin_before_the_first_byte_ends_the_session_as_client_left() {
     on_each(PATIENCE, |bench| async move {
         let mut client = bench.client();
         client.shutdown().await.unwrap();
@@ -198,7 +198,7 @@ fn client_that_ends_before_it_sends_has_left() {
 }
 
 #[test]
-fn client_that_ends_after_fewer_bytes_is_served() {
+fn client_that_sends_fin_after_fewer_bytes_is_served() {
     on_each(PATIENCE, |bench| async move {
         let mut client = bench.client();
         client.write_all(b"few").await.unwrap();
@@ -213,7 +213,7 @@ fn client_that_ends_after_fewer_bytes_is_served() {
 }
 
 #[test]
-fn reset_of_the_client_ends_its_session() {
+fn client_reset_ends_the_session() {
     on_each(PATIENCE, |bench| async move {
         let client = bench.client();
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -224,7 +224,7 @@ fn reset_of_the_client_ends_its_session() {
 }
 
 #[test]
-fn reset_of_all_sessions_reaches_those_that_wait_for_bytes() {
+fn abort_all_reaches_sessions_that_wait_for_first_bytes() {
     on_each(PATIENCE, |bench| async move {
         let client = bench.client();
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -234,10 +234,10 @@ fn reset_of_all_sessions_reaches_those_that_wait_for_bytes() {
     });
 }
 
-/// Idle sessions are tasks that wait for the end of their relay: what the setup needed must
-/// not stay in them.
+/// An idle session is a task that waits for the end of its relay. It must not keep the state
+/// of its set-up.
 #[test]
-fn idle_sessions_task_is_no_bigger_than_its_session() {
+fn task_of_an_idle_session_is_at_most_32_bytes_larger_than_its_session() {
     fn output_size<A, B, F>(_: fn(A, B) -> F) -> usize {
         size_of::<F>()
     }

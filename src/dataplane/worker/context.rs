@@ -1,7 +1,7 @@
-//! What everything on one worker shares, and the way to the control thread.
+//! State shared by all tasks of one worker, and its queue to the control thread.
 //!
-//! Made by `worker`, held by the listener and session tasks through an `Rc`.
-//! Nothing here blocks; what crosses threads goes through bounded queues.
+//! Created by `worker`; listener and session tasks hold it in an `Rc`. It never blocks: data
+//! for other threads goes through bounded queues.
 
 use crate::accept::wait_queue::SlotWaiters;
 use crate::access_log::AccessLogSender;
@@ -30,88 +30,87 @@ use tidegate_net::budget::MemoryBudget;
 use tidegate_net::clock;
 use tokio::sync::Notify;
 
-/// Reports that may wait for the control thread. A backend that dies under
-/// full load makes one for each connect in flight; beyond this they are
-/// counted and dropped, and the verdict has long been reached.
+/// Reports queued for the control thread. A backend that fails under full load causes one per
+/// connect in flight. Reports beyond this bound are dropped and counted: by then the control
+/// thread has enough evidence.
 const REPORTS_MAX: usize = 4096;
 
-/// What workers tell the control thread.
+/// A report to the control thread.
 #[derive(Debug, Clone, Copy)]
 pub enum WorkerReport {
-    /// A connect failed through the backend or its path.
+    /// A connect failed because of the backend or its path.
     ConnectFailed {
-        /// To whom.
+        /// The backend.
         backend: BackendId,
-        /// How.
+        /// The failure.
         failure: ConnectFailure,
         /// Failures since the last success.
         in_a_row: u32,
-        /// When the attempt began.
+        /// Start of the attempt.
         begun: Instant,
     },
 }
 
-/// The queue of reports, all workers to the control thread.
+/// The queue of reports from all workers to the control thread.
 #[derive(Debug)]
 pub struct ReportQueue {
     queue: ArrayQueue<WorkerReport>,
     arrived: Notify,
 }
 
-/// Whole-process things a worker needs.
+/// State shared by all workers of the process.
 #[derive(Debug, Clone)]
 pub struct ProcessContext {
-    /// Sessions open in the process and those that share the count; enforces
+    /// Open sessions of this process and of the processes that share its caps. Enforces
     /// `process.connections_max`.
     pub in_flight: Arc<InFlight>,
-    /// Of them, this process's.
+    /// Open sessions of this process.
     pub sessions: Arc<CachePadded<AtomicU32>>,
-    /// Where to wait for slots.
+    /// Listeners and clients that wait for a slot.
     pub waiters: Arc<SlotWaiters>,
-    /// To the control thread.
+    /// Reports to the control thread.
     pub reports: Arc<ReportQueue>,
-    /// A worker has ended for good.
+    /// Notified when a worker has exited without a restart.
     pub ended: Arc<Notify>,
-    /// What sessions may have buffered; `process.buffers_max`.
+    /// Budget for buffered bytes, `process.buffers_max`.
     pub buffers: Arc<MemoryBudget>,
-    /// For new sessions.
+    /// Numbers for new sessions.
     pub numbers: Arc<Numbers>,
 }
 
-/// One worker's surroundings.
+/// State shared by all tasks of one worker.
 #[derive(Debug)]
 pub(crate) struct WorkerContext {
-    /// The worker's number, from 0.
+    /// Number of the worker, from 0.
     pub(crate) id: usize,
-    /// Moves the bytes.
+    /// The relay engine.
     pub(crate) engine: Engine,
     /// Process-wide caps, wait queues and reports.
     pub(crate) shared: ProcessContext,
-    /// This worker's counts.
+    /// This worker's counters.
     pub(crate) counters: Arc<WorkerCounters>,
     /// This worker's histograms.
     pub(crate) recorder: RefCell<Recorder>,
     /// This worker's queue to the access log.
     pub(crate) access_log: AccessLogSender,
-    /// What ends sessions whose task ends before they do.
-    pub(crate) broken_off_by: Cell<Cause>,
-    /// A connection has just been accepted, and is no session's task yet.
+    /// Cause of sessions whose task is dropped before they end.
+    pub(crate) interrupted_by: Cell<Cause>,
+    /// True from accept until the session has a task. A panic then counts for the worker.
     pub(crate) admitting: Cell<bool>,
-    /// A listener's task has panicked.
-    pub(crate) alarm: Notify,
+    /// Notified when a listener's task panics.
+    pub(crate) listener_panicked: Notify,
     pub(crate) faults: FaultPlan,
     tables: RefCell<TableReader>,
     random: RefCell<fastrand::Rng>,
-    /// The rest of its block of session numbers.
+    /// Start and end of the unused part of this worker's block of session numbers.
     numbers: Cell<(u64, u64)>,
-    /// Until then nothing is accepted: there would be nothing to serve it with.
-    short_until: Cell<Option<Instant>>,
-    /// When local errors were last logged, by their kind, and how many were suppressed
-    /// since.
+    /// No accept before this time, because descriptors or memory are short.
+    accept_paused_until: Cell<Option<Instant>>,
+    /// Per kind of local error: when it was last logged, and errors suppressed since.
     logged: [Cell<(Option<Instant>, u64)>; LocalErrorKind::ALL.len()],
 }
 
-/// What one thread of a worker leaves to the next.
+/// State that a panicked thread hands to the next thread of the worker.
 #[derive(Debug, Default)]
 pub(crate) struct CarryOver {
     recorder: Recorder,
@@ -119,33 +118,33 @@ pub(crate) struct CarryOver {
 }
 
 /// How long no connection is accepted after a session ran out of descriptors or memory.
-/// Those that arrive wait in the kernel's queue instead of being reset.
-const SHORT_PAUSE: Duration = Duration::from_millis(100);
+/// Clients then wait in the listen queue instead of being reset.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Time between two log lines about local errors of one kind on one worker.
-const LOG_AGAIN: Duration = Duration::from_secs(10);
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 // === impl ReportQueue ===
 
 impl ReportQueue {
-    /// Empty.
+    /// Returns an empty queue.
     pub fn new() -> ReportQueue {
         ReportQueue { queue: ArrayQueue::new(REPORTS_MAX), arrived: Notify::new() }
     }
 
-    /// Queues a report; false when the queue is full.
+    /// Queues a report. Returns false if the queue is full and the report is dropped.
     pub fn push(&self, report: WorkerReport) -> bool {
         let queued = self.queue.push(report).is_ok();
         self.arrived.notify_one();
         queued
     }
 
-    /// The oldest report.
+    /// Removes the oldest report.
     pub fn pop(&self) -> Option<WorkerReport> {
         self.queue.pop()
     }
 
-    /// Resolves when there may be a report.
+    /// Resolves when the queue can hold a report.
     pub async fn arrived(&self) {
         self.arrived.notified().await;
     }
@@ -160,7 +159,7 @@ impl Default for ReportQueue {
 // === impl WorkerContext ===
 
 impl WorkerContext {
-    /// The surroundings of worker `id`; `seed` drives its random draws.
+    /// Returns the context of worker `id`. `seed` is for its random numbers.
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn new(
         id: usize,
@@ -179,25 +178,25 @@ impl WorkerContext {
             counters,
             recorder: RefCell::new(carry_over.recorder),
             access_log,
-            broken_off_by: Cell::new(Cause::InternalError),
+            interrupted_by: Cell::new(Cause::InternalError),
             admitting: Cell::new(false),
-            alarm: Notify::new(),
+            listener_panicked: Notify::new(),
             faults: FaultPlan::default(),
             tables: RefCell::new(tables),
             random: RefCell::new(fastrand::Rng::with_seed(seed)),
             numbers: Cell::new(carry_over.numbers),
-            short_until: Cell::new(None),
+            accept_paused_until: Cell::new(None),
             logged: Default::default(),
         }
     }
 
-    /// What the next thread of this worker takes over.
+    /// Takes the state that the next thread of this worker continues with.
     pub(crate) fn carry_over(&self) -> CarryOver {
         CarryOver { recorder: self.recorder.take(), numbers: self.numbers.get() }
     }
 
-    /// Counts a local error and logs it. A lack of descriptors or memory has the listeners
-    /// wait a moment.
+    /// Counts a local error and logs it, at most once per [`LOG_INTERVAL`] and kind. Out of
+    /// descriptors or memory on connect, it also pauses accepts for [`ACCEPT_PAUSE`].
     #[cold]
     pub(crate) fn local_error(&self, kind: LocalErrorKind, at: LocalErrorPlace, error: &io::Error) {
         self.counters.count_local_error(kind, at);
@@ -205,11 +204,11 @@ impl WorkerContext {
         if at == LocalErrorPlace::Connect
             && matches!(kind, LocalErrorKind::Descriptors | LocalErrorKind::Memory)
         {
-            self.short_until.set(Some(now + SHORT_PAUSE));
+            self.accept_paused_until.set(Some(now + ACCEPT_PAUSE));
         }
         let logged = &self.logged[kind as usize];
         let (last, suppressed) = logged.get();
-        if last.is_some_and(|last| now < last + LOG_AGAIN) {
+        if last.is_some_and(|last| now < last + LOG_INTERVAL) {
             logged.set((last, suppressed + 1));
             return;
         }
@@ -221,36 +220,36 @@ impl WorkerContext {
         );
     }
 
-    /// Whether sessions ran short of something a moment ago.
+    /// Whether accepts are paused because descriptors or memory are short.
     #[inline]
-    pub(crate) fn is_short(&self) -> bool {
-        let Some(until) = self.short_until.get() else { return false };
-        let short = clock::now() < until;
-        if !short {
-            self.short_until.set(None);
+    pub(crate) fn is_accept_paused(&self) -> bool {
+        let Some(until) = self.accept_paused_until.get() else { return false };
+        let paused = clock::now() < until;
+        if !paused {
+            self.accept_paused_until.set(None);
         }
-        short
+        paused
     }
 
-    /// The newest table.
+    /// Returns the newest table.
     #[inline]
     pub(crate) fn table(&self) -> impl Deref<Target = Arc<Table>> + use<> {
         self.tables.borrow_mut().load()
     }
 
-    /// Fresh random bits.
+    /// Returns 64 random bits.
     #[inline]
     pub(crate) fn draw(&self) -> u64 {
         self.random.borrow_mut().u64(..)
     }
 
-    /// What a pick for that client goes by, now.
+    /// Returns the input of a pick for `client` at the current time.
     #[inline]
     pub(crate) fn pick_key(&self, client: ClientAddr) -> PickKey {
         PickKey { client: client.ip(), draw: self.draw(), at: clock::millis(clock::now()) }
     }
 
-    /// A number for a new session, which no other session has.
+    /// Returns a unique number for a new session.
     pub(crate) fn next_session(&self) -> u64 {
         let (mut next, mut end) = self.numbers.get();
         if next == end {

@@ -1,9 +1,8 @@
-//! A worker: one pinned thread with its own runtime, engine, listeners and
-//! counters.
+//! A worker: one pinned thread with its own runtime, engine, listeners and counters.
 //!
-//! Started by `daemon`, which talks to it through a [`Mailbox`]. Workers share
-//! nothing they write but the counts that balancing and caps need. A worker
-//! outlives its thread: after a panic another takes over, see `supervisor`.
+//! Started by `daemon`, which controls it through a [`Mailbox`]. The only values that workers
+//! share and write are the counts for balancing and caps. After a panic a new thread continues
+//! the worker, see `supervisor`.
 
 pub mod context;
 mod supervisor;
@@ -34,12 +33,12 @@ use tidegate_net::budget::MemoryBudget;
 use tidegate_net::ring::Ring;
 use tokio::sync::{Notify, oneshot};
 
-/// Entries of the tokio-uring submission queue; it carries few operations, as
-/// bytes move through the engine's own ring.
+/// Submission and completion entries of the tokio-uring runtime. It carries few operations,
+/// because bytes move through the engine's own ring.
 const RING_ENTRIES: u32 = 1024;
 const RING_COMPLETIONS: u32 = 8192;
 
-/// Which engine moves the bytes, and on which runtime.
+/// The relay engine of a worker, and its runtime.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EngineKind {
     /// The ring engine on tokio-uring.
@@ -48,58 +47,58 @@ pub enum EngineKind {
     Epoll,
 }
 
-/// What a worker is started with.
+/// Configuration of a worker.
 #[derive(Debug, Clone)]
 pub struct WorkerConfig {
-    /// From 0.
+    /// Number of the worker, from 0.
     pub id: usize,
-    /// Pin the thread to this CPU.
+    /// CPU to pin the thread to.
     pub cpu: Option<usize>,
-    /// See [`EngineKind`].
+    /// Engine and runtime.
     pub runtime: EngineKind,
-    /// See `process.spin`.
+    /// `process.spin`.
     pub spin: Option<Duration>,
-    /// Caps, wait queues, reports.
+    /// Process-wide caps, wait queues and reports.
     pub shared: ProcessContext,
-    /// Where sessions are routed.
+    /// Source of routing tables.
     pub tables: TablePublisher,
-    /// This worker's counts.
+    /// This worker's counters.
     pub counters: Arc<WorkerCounters>,
     /// This worker's queue to the access log.
     pub access_log: AccessLogSender,
-    /// For random draws.
+    /// Seed of the worker's random numbers.
     pub seed: u64,
 }
 
-/// Something a worker is told. Rare: never per session.
+/// A command to a worker. Rare: never sent per session.
 #[derive(Debug)]
 pub enum WorkerCommand {
     /// Accept from this socket.
     Listen(BindKey, Arc<Socket>),
-    /// Stop accepting there, once the queue is empty.
+    /// Stop accepting on this bind once its listen queue is empty.
     Retire(BindKey),
-    /// Stop accepting there at once: the queue is somebody else's.
+    /// Stop accepting on this bind at once: another process serves its listen queue.
     Release(BindKey),
-    /// Reset every session of that backend.
+    /// Reset all sessions of this backend.
     ResetBackend(BackendId, Cause),
-    /// Reset every session.
+    /// Reset all sessions.
     ResetAll(Cause),
-    /// Hand over what the histograms hold.
+    /// Send the histograms recorded since the last `Collect`.
     Collect(oneshot::Sender<Option<HistogramDelta>>),
-    /// Take the emptied histograms back, to be filled anew.
+    /// Reuse these emptied histograms.
     ReturnHistograms(RecycledHistograms),
-    /// End; sessions still open are dropped.
+    /// Exit. Open sessions are dropped.
     Stop,
-    /// Panic at that place; for tests.
+    /// Panic at this point (tests only).
     #[cfg(debug_assertions)]
     Fault(FaultPoint),
-    /// Do nothing at all for so long; for tests.
+    /// Block the thread for this long (tests only).
     #[cfg(debug_assertions)]
     Stall(Duration),
 }
 
-/// A worker's inbox. Unbounded in type, bounded in use: only the control thread
-/// writes, a handful of commands for each change an operator makes.
+/// A worker's command queue. The type has no bound, but only the control thread writes: a few
+/// commands per change by the operator.
 #[derive(Debug, Default)]
 pub struct Mailbox {
     commands: SegQueue<WorkerCommand>,
@@ -109,7 +108,7 @@ pub struct Mailbox {
 /// A running worker.
 #[derive(Debug)]
 pub struct Worker {
-    /// Its inbox.
+    /// Its command queue.
     pub mailbox: Arc<Mailbox>,
     cpu: Option<usize>,
     handle: Arc<WorkerHandle>,
@@ -118,7 +117,7 @@ pub struct Worker {
 // === impl EngineKind ===
 
 impl EngineKind {
-    /// As in status and configuration.
+    /// The name in `status` and in the configuration.
     pub fn name(self) -> &'static str {
         match self {
             EngineKind::IoUring => "io_uring",
@@ -126,21 +125,23 @@ impl EngineKind {
         }
     }
 
-    /// Whether the kernel lets us have rings that do what we need: sets one of
-    /// each kind up and throws them away.
+    /// Checks that the kernel allows both kinds of io_uring that a worker needs, by setting up
+    /// one of each.
+    ///
+    /// # Errors
+    /// A ring cannot be set up.
     pub fn io_uring_allowed() -> io::Result<()> {
         let probe = || {
             tokio_uring::Runtime::new(&ring_builder()).map(drop)?;
             Ring::probe()
         };
-        // On a thread of its own: a ring belongs to the thread that made it.
+        // On its own thread: a ring belongs to the thread that created it.
         std::thread::scope(|scope| {
             scope.spawn(probe).join().unwrap_or_else(|_| Err(io::Error::other("check panicked")))
         })
     }
 
-    /// The engine of a worker. Where no ring can be made for it, although one could at
-    /// start, it is an epoll engine.
+    /// Creates the engine of a worker. Falls back to epoll if no ring can be created.
     pub(crate) fn engine(
         self,
         worker: usize,
@@ -159,7 +160,7 @@ impl EngineKind {
         })
     }
 
-    /// Runs `main` to its end on a fresh runtime of this kind.
+    /// Runs `main` to completion on a new runtime of this kind.
     pub(crate) fn block_on<T>(self, main: impl Future<Output = T>) -> io::Result<T> {
         match self {
             EngineKind::IoUring => Ok(tokio_uring::Runtime::new(&ring_builder())?.block_on(main)),
@@ -171,8 +172,8 @@ impl EngineKind {
     }
 }
 
-/// `coop_taskrun` and `single_issuer`: without the first, every completion
-/// interrupts the thread, which measured up to three times the CPU.
+/// Without `coop_taskrun`, every completion interrupts the thread. That used up to three times
+/// the CPU in measurements.
 fn ring_builder() -> tokio_uring::Builder {
     let mut ring = tokio_uring::uring_builder();
     ring.setup_coop_taskrun().setup_single_issuer().setup_cqsize(RING_COMPLETIONS);
@@ -190,7 +191,7 @@ impl Mailbox {
         self.arrived.notify_one();
     }
 
-    /// The next command. Each time it is woken, the worker's pulse is felt.
+    /// Returns the next command. Reports progress on each wake-up, for the watchdog.
     pub(crate) async fn next(&self, pulse: &WorkerProgress) -> WorkerCommand {
         loop {
             pulse.report_progress();
@@ -205,30 +206,33 @@ impl Mailbox {
 // === impl Worker ===
 
 impl Worker {
-    /// Starts the thread; returns once its runtime and engine stand.
-    pub fn start(plan: WorkerConfig) -> io::Result<Worker> {
+    /// Starts the thread. Returns once its runtime and engine are set up.
+    ///
+    /// # Errors
+    /// The thread, its runtime or its engine cannot be started.
+    pub fn start(config: WorkerConfig) -> io::Result<Worker> {
         let mailbox = Arc::new(Mailbox::default());
-        let cpu = plan.cpu;
-        let handle = WorkerThread::spawn_first(plan, Arc::clone(&mailbox))?;
+        let cpu = config.cpu;
+        let handle = WorkerThread::spawn_first(config, Arc::clone(&mailbox))?;
         Ok(Worker { mailbox, cpu, handle })
     }
 
-    /// The CPU its thread is bound to, if it is.
+    /// The CPU that the thread is pinned to.
     pub fn cpu(&self) -> Option<usize> {
         self.cpu
     }
 
-    /// Has it look at its mailbox, and answer to its pulse.
+    /// Wakes the worker, so that it reports progress.
     pub fn wake(&self) {
         self.mailbox.arrived.notify_one();
     }
 
-    /// Whether it has ended for good: told to, or after too many panics.
+    /// Whether the worker has exited, by command or after too many panics.
     pub fn is_finished(&self) -> bool {
         self.handle.has_ended()
     }
 
-    /// Waits for the thread; false when it panicked.
+    /// Waits for the thread. Returns false if the worker did not stop by command.
     pub fn join(self) -> bool {
         self.handle.join()
     }

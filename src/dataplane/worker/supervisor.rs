@@ -1,9 +1,12 @@
-//! The threads of a worker: one at a time; where one panics, the next takes its sockets.
+//! Restarts a worker's thread after a panic.
 //!
-//! Started by `worker`. A panic in the worker's own loop, its engine or a
-//! listener ends the thread: its sessions are accounted for and reset, and the
-//! next thread takes the same sockets, whose listen queues are untouched. Nothing
-//! here waits for the control thread.
+//! Started by `worker`. A worker has one thread at a time. It does not depend on the control
+//! thread. If the event loop, the relay engine or a listener panics:
+//!
+//! 1. All sessions of the worker are counted and reset.
+//! 2. A new thread takes over the listening sockets. Clients in the listen queues are not
+//!    affected.
+//! 3. After [`RESTARTS_MAX`] restarts within [`WINDOW`] the worker exits instead.
 
 use super::context::{CarryOver, WorkerContext};
 use super::thread::{InheritedListener, ListenerSet, ThreadExit, listen, serve};
@@ -26,36 +29,37 @@ use tidegate_net::clock;
 use tidegate_net::cpu;
 use tokio::sync::Notify;
 
-/// How often, and after which pause, a thread that cannot start is tried again: the host
-/// is out of memory or descriptors. Clients queue for so long.
+/// Attempts to start a thread, and the pause between them. Starts fail if the host is out of
+/// memory or descriptors. Clients wait in the listen queues.
 const TRIES_MAX: u32 = 50;
-const TRY_AGAIN: Duration = Duration::from_millis(100);
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
 
-/// What a worker's threads share with the thread that started the worker.
+/// State shared between a worker's threads and the thread that started the worker.
 #[derive(Debug)]
 pub(crate) struct WorkerHandle {
-    /// The one that runs, or ran last.
+    /// The current or last thread.
     thread: Mutex<Option<JoinHandle<()>>>,
     ended: AtomicBool,
-    in_order: AtomicBool,
-    /// Notified at the end.
+    /// The worker ended by command.
+    stopped: AtomicBool,
+    /// Notified when the worker has ended.
     notify: Arc<Notify>,
 }
 
-/// One thread of a worker, and what it took over from the one before.
+/// One thread of a worker, with the state taken over from a panicked thread.
 #[derive(Debug)]
 pub(crate) struct WorkerThread {
-    plan: WorkerConfig,
+    config: WorkerConfig,
     inbox: Arc<Mailbox>,
     handle: Arc<WorkerHandle>,
     listeners: Vec<InheritedListener>,
     carry_over: CarryOver,
     restarts: RestartLimit,
-    /// When the thread before panicked.
+    /// When the last thread panicked.
     panicked_at: Option<Instant>,
 }
 
-/// Ends the worker for good when it is dropped, unless another thread takes over.
+/// On drop, marks the worker as exited, unless a new thread has taken over.
 struct ExitGuard(Option<Arc<WorkerHandle>>);
 
 // === impl WorkerHandle ===
@@ -65,11 +69,11 @@ impl WorkerHandle {
         self.ended.load(Ordering::Acquire)
     }
 
-    /// Waits for the last thread; true when it ended in order.
+    /// Waits for the last thread. Returns true if the worker ended by command.
     pub(crate) fn join(&self) -> bool {
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         let joined = thread.is_none_or(|thread| thread.join().is_ok());
-        joined && self.in_order.load(Ordering::Acquire)
+        joined && self.stopped.load(Ordering::Acquire)
     }
 
     fn set_thread(&self, thread: JoinHandle<()>) {
@@ -91,20 +95,20 @@ impl Drop for ExitGuard {
 // === impl WorkerThread ===
 
 impl WorkerThread {
-    /// Starts the first thread; returns once its runtime and engine are set up.
+    /// Starts the first thread. Returns once its runtime and engine are set up.
     pub(crate) fn spawn_first(
-        plan: WorkerConfig,
+        config: WorkerConfig,
         inbox: Arc<Mailbox>,
     ) -> io::Result<Arc<WorkerHandle>> {
         let handle = Arc::new(WorkerHandle {
             thread: Mutex::new(None),
             ended: AtomicBool::new(false),
-            in_order: AtomicBool::new(false),
-            notify: Arc::clone(&plan.shared.ended),
+            stopped: AtomicBool::new(false),
+            notify: Arc::clone(&config.shared.ended),
         });
         let (ready, started) = std::sync::mpsc::sync_channel::<io::Result<()>>(1);
         let first = WorkerThread {
-            plan,
+            config,
             inbox,
             handle: Arc::clone(&handle),
             listeners: Vec::new(),
@@ -122,14 +126,14 @@ impl WorkerThread {
     }
 
     fn builder(&self) -> std::thread::Builder {
-        std::thread::Builder::new().name(format!("worker-{}", self.plan.id))
+        std::thread::Builder::new().name(format!("worker-{}", self.config.id))
     }
 
-    /// The thread's body; `ready` is the first one's.
+    /// Body of the thread. Only the first thread has `ready`.
     fn run(mut self, ready: Option<SyncSender<io::Result<()>>>) {
-        self.plan.counters.pulse.set_thread(cpu::current_thread());
-        let (worker, exit) = (self.plan.id, ExitGuard(Some(Arc::clone(&self.handle))));
-        if let Some(cpu) = self.plan.cpu
+        self.config.counters.pulse.set_thread(cpu::current_thread());
+        let (worker, exit) = (self.config.id, ExitGuard(Some(Arc::clone(&self.handle))));
+        if let Some(cpu) = self.config.cpu
             && let Err(error) = cpu::pin_current_thread(cpu)
         {
             tracing::warn!(worker, cpu, %error, "cannot pin the worker to its CPU");
@@ -138,12 +142,12 @@ impl WorkerThread {
             let (listeners, ctx) = (Rc::new(ListenerSet::default()), OnceCell::new());
             match self.run_until_stopped(&listeners, &ctx, ready.as_ref()) {
                 ThreadExit::Stopped => {
-                    self.handle.in_order.store(true, Ordering::Release);
+                    self.handle.stopped.store(true, Ordering::Release);
                     return;
                 }
                 ThreadExit::StartFailed(error) => {
                     if let Some(ready) = &ready {
-                        // The starting thread waits for this.
+                        // `spawn_first` waits for this.
                         let _ = ready.send(Err(error));
                         return;
                     }
@@ -152,7 +156,7 @@ impl WorkerThread {
                         return;
                     }
                     tracing::warn!(worker, %error, "cannot restart the worker yet; retrying");
-                    clock::pause(TRY_AGAIN);
+                    clock::pause(RETRY_PAUSE);
                 }
                 ThreadExit::Panicked(why) => {
                     let Some(ctx) = ctx.into_inner() else { return };
@@ -162,15 +166,15 @@ impl WorkerThread {
         }
     }
 
-    /// Everything from the runtime's start to its end. Once it is back, every
-    /// task of the worker is gone and accounted for.
+    /// Runs the runtime from start to end. When it returns, all tasks of the worker are
+    /// dropped and all sessions accounted for.
     fn run_until_stopped(
         &mut self,
         listeners: &Rc<ListenerSet>,
         ctx_cell: &OnceCell<Rc<WorkerContext>>,
         ready: Option<&SyncSender<io::Result<()>>>,
     ) -> ThreadExit {
-        let runtime = self.plan.runtime;
+        let runtime = self.config.runtime;
         let main = async {
             let exit = catch_panic(self.run_once(listeners, ctx_cell, ready)).await;
             let exit = exit.unwrap_or(ThreadExit::Panicked("event loop panicked"));
@@ -213,9 +217,9 @@ impl WorkerThread {
 
     fn set_up(&mut self) -> io::Result<Rc<WorkerContext>> {
         let WorkerConfig { id, runtime, spin, shared, tables, counters, access_log, seed, .. } =
-            self.plan.clone();
+            self.config.clone();
         let engine = runtime.engine(id, spin, &shared.buffers, &counters)?;
-        // Of the thread before, if it had a ring.
+        // The last thread's ring, if it had one, is closed.
         counters.ring_held.set(0);
         let carry_over = std::mem::take(&mut self.carry_over);
         let reader = tables.reader();
@@ -224,7 +228,7 @@ impl WorkerThread {
         )))
     }
 
-    /// Listens where the thread before did.
+    /// Listens on the sockets of the last thread.
     fn reopen_listeners(&mut self, ctx: &Rc<WorkerContext>, listeners: &Rc<ListenerSet>) {
         for InheritedListener { bind, socket, retires } in self.listeners.drain(..) {
             let retirement = Rc::new(ListenerRetirement::due(retires));
@@ -240,8 +244,8 @@ impl WorkerThread {
         }
     }
 
-    /// The thread has panicked and its sessions are accounted for: starts the next
-    /// one, where the limit allows it, and closes what this one leaves behind.
+    /// Called after a panic, when all sessions are accounted for. Starts the next thread if the
+    /// restart limit allows it, then closes the sockets of this thread's sessions.
     fn restart(
         mut self,
         exit: ExitGuard,
@@ -250,7 +254,7 @@ impl WorkerThread {
         reason: &str,
     ) {
         let now = clock::now();
-        let (worker, counters) = (self.plan.id, &self.plan.counters);
+        let (worker, counters) = (self.config.id, &self.config.counters);
         counters.panics.cell(PanicScope::Worker as usize, 0).add(1);
         let sessions = ctx.engine.open_flows();
         tracing::error!(worker, sessions, reason, "worker panicked; resetting its sessions");
@@ -268,15 +272,15 @@ impl WorkerThread {
         self.panicked_at = Some(now);
         self.listeners = listeners.take_listeners();
         self.carry_over = ctx.carry_over();
-        self.plan.seed = self.plan.seed.wrapping_add(1 << 32);
+        self.config.seed = self.config.seed.wrapping_add(1 << 32);
         drop(ctx);
         self.spawn_next(exit);
         engine.close_all();
     }
 
-    /// In a thread of its own: this one may take long to close what it has.
+    /// Starts the next thread before this one closes its sockets, because that can take long.
     fn spawn_next(self, mut exit: ExitGuard) {
-        let (handle, worker) = (Arc::clone(&self.handle), self.plan.id);
+        let (handle, worker) = (Arc::clone(&self.handle), self.config.id);
         let waiting = Arc::new(Mutex::new(Some(self)));
         for _ in 0..TRIES_MAX {
             let (next, name) = (Arc::clone(&waiting), format!("worker-{worker}"));
@@ -289,13 +293,13 @@ impl WorkerThread {
             match std::thread::Builder::new().name(name).spawn(body) {
                 Ok(thread) => {
                     handle.set_thread(thread);
-                    // The next thread has its own.
+                    // The next thread has its own guard.
                     exit.0 = None;
                     return;
                 }
                 Err(error) => {
                     tracing::warn!(worker, %error, "cannot start the worker thread yet; retrying");
-                    clock::pause(TRY_AGAIN);
+                    clock::pause(RETRY_PAUSE);
                 }
             }
         }
@@ -305,12 +309,12 @@ impl WorkerThread {
 
 // === panics and restarts ===
 
-/// The future panicked; the panic hook has logged the rest.
+/// The future panicked. The panic hook has logged the details.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Panicked;
 
-/// Runs `main` to its end or to its panic. What `main` shared with others is for
-/// the caller to judge, or to give up.
+/// Runs `main` until it returns or panics. After a panic the caller must decide whether state
+/// shared with `main` is still valid.
 pub async fn catch_panic<F: Future>(main: F) -> Result<F::Output, Panicked> {
     let mut main = Box::pin(main);
     poll_fn(|cx| {
@@ -323,18 +327,17 @@ pub async fn catch_panic<F: Future>(main: F) -> Result<F::Output, Panicked> {
     .await
 }
 
-/// Restarts of one worker in [`WINDOW`]. A panic once a day is better survived; panics
-/// every few seconds come from a state that only a new process is free of, and each resets
-/// all sessions of the worker.
+/// Restarts of a worker within [`WINDOW`]. Each restart resets all sessions of the worker. More
+/// frequent panics indicate a corrupt state that only a new process clears.
 const RESTARTS_MAX: usize = 5;
 const WINDOW: Duration = Duration::from_secs(60);
 
-/// A worker's recent restarts; see [`RESTARTS_MAX`].
+/// Times of a worker's restarts within [`WINDOW`].
 #[derive(Debug, Default)]
 struct RestartLimit(VecDeque<Instant>);
 
 impl RestartLimit {
-    /// Whether one more is allowed, which is then counted.
+    /// Returns whether another restart is allowed, and counts it if so.
     fn allow_restart(&mut self, now: Instant) -> bool {
         while self.0.front().is_some_and(|at| now.saturating_duration_since(*at) >= WINDOW) {
             self.0.pop_front();
@@ -352,7 +355,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_panic_is_an_answer_and_anything_else_passes() {
+    fn catch_panic_returns_the_output_or_the_panic() {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {
             assert_eq!(catch_panic(async { 3 }).await, Ok(3));
@@ -365,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn five_in_a_minute_and_no_sixth_until_the_first_is_forgotten() {
+    fn sixth_restart_within_a_minute_is_rejected() {
         let (start, mut restarts) = (tidegate_net::clock::now(), RestartLimit::default());
         let at = |seconds| start + Duration::from_secs(seconds);
         assert!((0..5).all(|n| restarts.allow_restart(at(n * 10))));
@@ -376,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn one_now_and_then_is_always_allowed() {
+    fn restart_every_13_seconds_is_always_allowed() {
         let (start, mut restarts) = (tidegate_net::clock::now(), RestartLimit::default());
         assert!((0..1000).all(|n| restarts.allow_restart(start + Duration::from_secs(n * 13))));
     }

@@ -1,8 +1,7 @@
-//! What a worker's thread does while it runs: commands, listeners, and the engine's task.
+//! The event loop of a worker's thread: commands, listeners and the engine's task.
 //!
-//! Called by `supervisor`. The sockets a worker listens on are kept here, whichever of its
-//! threads is running: when a thread panics, they go to the next one, and no client in a
-//! listen queue is lost.
+//! Called by `supervisor`. [`ListenerSet`] keeps the listening sockets. If the thread panics,
+//! the next thread gets them, so no client in a listen queue is lost.
 
 use super::context::WorkerContext;
 use super::{Mailbox, WorkerCommand};
@@ -22,7 +21,7 @@ use tidegate_core::outcome::Cause;
 use tidegate_net::clock;
 use tokio::task::JoinError;
 
-/// One thread's listeners.
+/// The listeners of a thread.
 #[derive(Debug, Default)]
 pub(crate) struct ListenerSet(RefCell<Vec<ListenerEntry>>);
 
@@ -33,12 +32,12 @@ struct ListenerEntry {
     retirement: Rc<ListenerRetirement>,
 }
 
-/// A listener on its way to the next thread.
+/// A listener handed over to the next thread.
 #[derive(Debug)]
 pub(crate) struct InheritedListener {
     pub(crate) bind: BindKey,
     pub(crate) socket: Arc<Socket>,
-    /// Where it was retiring: until then.
+    /// End of the retirement, if it had begun.
     pub(crate) retires: Option<Instant>,
 }
 
@@ -52,21 +51,21 @@ impl ListenerSet {
         self.0.borrow_mut().push(ListenerEntry { bind, socket, retirement });
     }
 
-    /// Its listener has ended.
+    /// Removes the entry of a listener that has ended.
     pub(crate) fn remove(&self, retirement: &Rc<ListenerRetirement>) {
         self.0.borrow_mut().retain(|entry| !Rc::ptr_eq(&entry.retirement, retirement));
     }
 
-    /// Every entry of that address that is not retiring yet.
-    pub(crate) fn retire(&self, bind: &BindKey, tell: impl Fn(&ListenerRetirement)) {
+    /// Calls `retire` for all listeners of the bind that are not retiring yet.
+    pub(crate) fn retire(&self, bind: &BindKey, retire: impl Fn(&ListenerRetirement)) {
         let listeners = self.0.borrow();
         listeners
             .iter()
             .filter(|entry| entry.bind == *bind && entry.retirement.deadline().is_none())
-            .for_each(|entry| tell(&entry.retirement));
+            .for_each(|entry| retire(&entry.retirement));
     }
 
-    /// What the next thread listens on.
+    /// Takes the listeners for the next thread, except those released to another process.
     pub(crate) fn take_listeners(&self) -> Vec<InheritedListener> {
         let listeners = std::mem::take(&mut *self.0.borrow_mut());
         let kept = listeners.into_iter().filter(|entry| !entry.retirement.is_released());
@@ -79,15 +78,14 @@ impl ListenerSet {
     }
 }
 
-/// How a thread's work ended.
+/// How a thread ended.
 pub(super) enum ThreadExit {
     Stopped,
-    /// It could not begin.
     StartFailed(io::Error),
     Panicked(&'static str),
 }
 
-/// Raises the alarm when a listener's task panics.
+/// Notifies the event loop if a listener's task panics.
 struct ListenerPanicGuard(Rc<WorkerContext>);
 
 /// Starts a listener's task.
@@ -107,8 +105,8 @@ pub(super) fn listen(
     });
 }
 
-/// Obeys commands until told to stop; the engine, the listeners and the
-/// sessions are tasks beside it.
+/// Runs commands until `Stop` or a panic. The engine, the listeners and the sessions are
+/// separate tasks.
 pub(super) async fn serve(
     ctx: &Rc<WorkerContext>,
     inbox: &Mailbox,
@@ -124,21 +122,21 @@ pub(super) async fn serve(
             () = ctx.engine.broken().notified() => {
                 return ThreadExit::Panicked("session panicked in the relay engine");
             }
-            () = ctx.alarm.notified() => return ThreadExit::Panicked("listener panicked"),
+            () = ctx.listener_panicked.notified() => return ThreadExit::Panicked("listener panicked"),
         };
         pulse.at(WorkerStage::RunningCommand);
         if matches!(command, WorkerCommand::Stop) {
             break;
         }
-        obey(ctx, listeners, command);
+        run_command(ctx, listeners, command);
     }
-    // Sessions that are still open have been aborted already.
-    ctx.broken_off_by.set(Cause::DrainDeadline);
+    // Dropped sessions count as `drain-deadline`.
+    ctx.interrupted_by.set(Cause::DrainDeadline);
     engine.abort();
     ThreadExit::Stopped
 }
 
-fn obey(ctx: &Rc<WorkerContext>, listeners: &Rc<ListenerSet>, command: WorkerCommand) {
+fn run_command(ctx: &Rc<WorkerContext>, listeners: &Rc<ListenerSet>, command: WorkerCommand) {
     match command {
         WorkerCommand::Listen(bind, socket) => {
             listen(ctx, listeners, bind, socket, Rc::new(ListenerRetirement::default()));
@@ -151,7 +149,7 @@ fn obey(ctx: &Rc<WorkerContext>, listeners: &Rc<ListenerSet>, command: WorkerCom
         WorkerCommand::ResetAll(cause) => {
             ctx.engine.abort_all(cause);
         }
-        // Where the asker has given up, it gets them the next time.
+        // If the caller has given up, the next `Collect` gets the histograms.
         WorkerCommand::Collect(reply) if reply.is_closed() => {}
         WorkerCommand::Collect(reply) => {
             let _ = reply.send(ctx.recorder.borrow_mut().take());
@@ -160,8 +158,8 @@ fn obey(ctx: &Rc<WorkerContext>, listeners: &Rc<ListenerSet>, command: WorkerCom
         WorkerCommand::Stop => {}
         #[cfg(debug_assertions)]
         WorkerCommand::Fault(fault) => {
-            ctx.engine.order(fault);
-            ctx.faults.order(fault);
+            ctx.engine.arm_fault(fault);
+            ctx.faults.arm(fault);
             ctx.faults.pass(FaultPoint::Worker);
         }
         #[cfg(debug_assertions)]
@@ -169,7 +167,7 @@ fn obey(ctx: &Rc<WorkerContext>, listeners: &Rc<ListenerSet>, command: WorkerCom
     }
 }
 
-/// Says why.
+/// Returns the reason for the log.
 fn engine_ended(ctx: &WorkerContext, ended: Result<io::Result<()>, JoinError>) -> &'static str {
     match ended {
         Ok(Err(error)) => {
@@ -185,7 +183,7 @@ fn engine_ended(ctx: &WorkerContext, ended: Result<io::Result<()>, JoinError>) -
 impl Drop for ListenerPanicGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.0.alarm.notify_one();
+            self.0.listener_panicked.notify_one();
         }
     }
 }
