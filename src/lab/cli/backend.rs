@@ -1,7 +1,7 @@
-//! `tidegate backend`: servers that answer load, well or badly.
+//! `tidegate backend`: servers that answer load, correctly or with faults.
 //!
-//! Called by `cli`. It turns arguments into a service, watches the threads, and
-//! prints what they did; serving itself is `load`'s.
+//! Called by `cli`. It turns arguments into a service, watches the threads and prints
+//! their counts. The serving is done by `load`.
 
 use crate::cli::threads::{self, WorkArgs};
 use crate::load::{self, Behaviour, ServeReport, Service};
@@ -47,7 +47,7 @@ pub struct BackendArgs {
     pub work: WorkArgs,
 }
 
-/// The behaviours by name.
+/// Names of the behaviours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum BehaviourName {
     /// Send back what is received.
@@ -79,7 +79,7 @@ Example:
 
 It prints the bound addresses at start and the counts at the end.";
 
-/// Serves as told.
+/// Runs the command.
 pub fn main(args: &BackendArgs) -> Exit {
     let service = match service(args) {
         Ok(service) => service,
@@ -99,15 +99,15 @@ pub fn main(args: &BackendArgs) -> Exit {
 
 fn run(args: &BackendArgs, service: Service) -> std::io::Result<()> {
     tidegate_net::limits::raise_descriptor_limit();
-    let (crew, bound) = load::serve(service)?;
+    let (load_threads, bound) = load::serve(service)?;
     let addresses: Vec<String> = bound.iter().map(ToString::to_string).collect();
     if args.work.json {
         print_json(&BTreeMap::from([("listening", addresses)]));
     } else {
         print(&format!("listening on {}", addresses.join(", ")));
     }
-    threads::watch(&crew)?;
-    let served = crew.join()?;
+    threads::watch(&load_threads)?;
+    let served = load_threads.join()?;
     let sum = served.iter().fold(ServeReport::default(), |sum, one| sum.merge(one));
     match args.work.json {
         true => print_json(&sum),

@@ -1,15 +1,19 @@
-//! `tidegate demo`: a balancer and its backends, shown at work.
+//! `tidegate demo`: runs a balancer with backends and shows what it does.
 //!
-//! Called by the command line. It needs no configuration, no privileges and no
-//! network but loopback; it never says anything it did not measure in the same
-//! run, and it leaves nothing behind.
+//! Called by the command line. It needs no configuration, no privileges and no network
+//! except loopback. It prints only what it measured in the same run, and removes all
+//! its files.
 //!
-//! The files: `backends` (the built-in servers), `place` (temporary directory
-//! and configuration), `balancer` (starting and asking the real one, a process of its
-//! own), `traffic`
-//! (the clients), `show` (what is done in which order, and what must hold), `change`
-//! (its reload, its explanation and its upgrade),
-//! `split` (measured against expected), `screen` (what people see).
+//! Modules:
+//!
+//! - `backends`: the built-in servers
+//! - `place`: the temporary directory and the configuration
+//! - `balancer`: the balancer, a separate process, and its admin API
+//! - `traffic`: the clients
+//! - `show`: the order of events, and the checks
+//! - `change`: reload, explanation and upgrade
+//! - `split`: measured against expected distribution
+//! - `screen`: output
 
 mod backends;
 mod balancer;
@@ -47,24 +51,24 @@ pub struct DemoArgs {
     pub play: Option<Duration>,
 }
 
-/// Everything there is to show takes this long.
+/// Minimum duration of the whole demonstration.
 const LENGTH_MIN: Duration = Duration::from_secs(5);
 
-/// Left to the sessions of a demo that takes longer than it was to.
+/// Additional drain time, if the demonstration takes longer than planned.
 const DRAIN_MORE: Duration = Duration::from_secs(60);
 
-/// What could not even be started.
+/// Why the demo could not start.
 type DemoError = String;
 
 /// Signals that end the demo.
 struct DemoStopSignals([Signal; 3]);
 
-/// Runs the demo: [`Exit::Fine`] only if everything it promises was seen.
+/// Runs the demo. Returns [`Exit::Fine`] only if all checks passed.
 pub fn main(args: DemoArgs) -> Exit {
     match run(&args) {
         Ok(exit) => exit,
-        Err(trouble) => {
-            eprintln!("tidegate: demo: {trouble}");
+        Err(error) => {
+            eprintln!("tidegate: demo: {error}");
             Exit::Failed
         }
     }
@@ -75,7 +79,7 @@ fn run(args: &DemoArgs) -> Result<Exit, DemoError> {
         .enable_all()
         .build()
         .map_err(|error| format!("cannot start the async runtime: {error}"))?;
-    // Before anything that would have to be cleaned up.
+    // Before anything that must be cleaned up.
     let mut stop = DemoStopSignals::listen(&runtime)
         .map_err(|error| format!("cannot install signal handlers: {error}"))?;
     let started = clock::now();
@@ -109,7 +113,7 @@ fn run(args: &DemoArgs) -> Result<Exit, DemoError> {
     Ok(finish(&screen, balancer, verdict))
 }
 
-/// Waits for the balancer's end and sums up.
+/// Waits for the balancer to exit and prints the summary.
 fn finish(screen: &Screen, balancer: DemoBalancer, mut verdict: DemoResult) -> Exit {
     let DemoEnded { cut, broken } = balancer.wait();
     if !broken.is_empty() {

@@ -1,11 +1,11 @@
-//! `tidegate selftest`: proves on this machine that nothing is lost.
+//! `tidegate selftest`: checks on this machine that no byte of a stream is lost.
 //!
-//! Called by the command line. It runs the real program as processes of its own,
-//! on loopback, in a temporary directory, and leaves nothing behind. It says
-//! nothing it did not measure in the same run.
+//! Called by the command line. It runs the real program in separate processes, on
+//! loopback, with a temporary directory that it removes. It prints only what it
+//! measured in the same run.
 //!
-//! The files: `world` (backends, configuration, and what is done to them),
-//! `balancer` (the processes under test).
+//! Modules: `world` (backends, configuration, and the changes to them), `balancer` (the
+//! processes under test).
 
 mod balancer;
 mod world;
@@ -26,7 +26,7 @@ Clients send seeded streams through a balancer while it is reloaded, upgraded in
 place and its backends are killed. Every byte is checked. Exit code 0: nothing was
 lost; 3: something was lost, or the test could not run.";
 
-/// Faults shown; the rest is counted.
+/// Maximum number of faults that are printed.
 const SHOWN_MAX: usize = 10;
 
 /// `tidegate selftest`
@@ -49,23 +49,23 @@ pub struct SelftestArgs {
     pub seed: Option<u64>,
 }
 
-/// What could not even be tried.
+/// Why the test could not start.
 type SelftestError = String;
 
-/// What a run came to.
+/// Result of a run.
 #[derive(Debug)]
 struct SelftestOutcome {
     streams: u64,
     bytes: u64,
-    /// Streams that dying backends took with them.
+    /// Streams that were reset by killed backends.
     cut: usize,
     faults: Vec<StreamFault>,
-    /// Other promises that were not kept.
+    /// Other failures.
     broken: Vec<String>,
     log: String,
 }
 
-/// Runs it.
+/// Runs the command.
 pub fn main(args: &SelftestArgs) -> Exit {
     let seed = args.seed.unwrap_or_else(|| fastrand::u64(1..1_000_000));
     let SelftestArgs { reloads, upgrades, kills, .. } = args;
@@ -74,9 +74,9 @@ pub fn main(args: &SelftestArgs) -> Exit {
         humantime::format_duration(args.duration)
     );
     match run(args, seed) {
-        Ok(outcome) => judge(&outcome, seed),
-        Err(trouble) => {
-            eprintln!("tidegate: selftest: {trouble}");
+        Ok(outcome) => report(&outcome, seed),
+        Err(error) => {
+            eprintln!("tidegate: selftest: {error}");
             Exit::Failed
         }
     }
@@ -87,7 +87,7 @@ fn run(args: &SelftestArgs, seed: u64) -> Result<SelftestOutcome, SelftestError>
     world.run(&plan(args, seed), args.duration)
 }
 
-/// Everything that is to be done, in the seed's order.
+/// Returns all steps, in an order that depends on the seed.
 fn plan(args: &SelftestArgs, seed: u64) -> Vec<SelftestStep> {
     let times = |step, count: u32| std::iter::repeat_n(step, count as usize);
     let mut steps: Vec<SelftestStep> = times(SelftestStep::Reload, args.reloads)
@@ -98,7 +98,7 @@ fn plan(args: &SelftestArgs, seed: u64) -> Vec<SelftestStep> {
     steps
 }
 
-fn judge(outcome: &SelftestOutcome, seed: u64) -> Exit {
+fn report(outcome: &SelftestOutcome, seed: u64) -> Exit {
     let SelftestOutcome { streams, bytes, cut, faults, broken, log } = outcome;
     println!("{streams} streams, {} MB, every byte checked", bytes / 1_000_000);
     if *cut > 0 {
@@ -128,8 +128,8 @@ fn verdict(faults: &[StreamFault]) -> String {
     text
 }
 
-/// Streams, not faults, for both ends may complain of the same:
-/// how many streams were refused, were reset, had wrong bytes, fell silent.
+/// Returns how many streams were refused, were reset, had wrong bytes, or had no more
+/// data. Counts streams, not faults, because both ends can report the same fault.
 pub(crate) fn streams_with(faults: &[StreamFault]) -> [usize; 4] {
     [
         StreamFaultKind::Refused,
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn the_plan_holds_what_was_asked_for_in_the_seeds_order() {
+    fn plan_contains_the_requested_steps_in_an_order_from_the_seed() {
         let steps = plan(&args(50, 5, 3), 7);
         let count = |step| steps.iter().filter(|one| **one == step).count();
         assert_eq!(
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn the_verdict_counts_streams_by_what_went_wrong() {
+    fn verdict_counts_streams_by_kind_of_fault() {
         assert_eq!(verdict(&[]), "0 refused, 0 reset, 0 bytes wrong");
         let sizes = crate::ledger::StreamSizes { most: 9, large_one_in: 0 };
         let fault = |kind, seed| StreamFault {

@@ -1,7 +1,7 @@
-//! `tidegate streams`: seeded streams through a balancer that is already there.
+//! `tidegate streams`: seeded streams through a balancer that already runs.
 //!
-//! Called by `cli`. It holds both ends, clients and backends, and the ledger that
-//! compares them; what lies between them it neither starts nor asks.
+//! Called by `cli`. It runs both ends, clients and backends, and the ledger that
+//! compares them. It neither starts nor queries the balancer.
 
 use super::selftest::streams_with;
 use crate::cli::threads;
@@ -61,19 +61,19 @@ The balancer at --to must have exactly the --listen addresses as backends of tha
 frontend. Some streams end with a reset on purpose. Exit code 0: nothing was lost;
 3: something was lost, or no stream could be sent.";
 
-/// One stream in so many is large.
+/// One in this number of streams is large.
 const LARGE_ONE_IN: u64 = 200;
 
-/// An end that hears nothing for so long has lost something.
+/// Time without data after which an end reports a fault.
 const SILENCE: Duration = Duration::from_secs(20);
 
-/// How often the end of the run is looked for.
-const LOOK: Duration = Duration::from_millis(20);
+/// Interval at which the end of the run is checked.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// Faults shown; the rest is counted.
+/// Maximum number of faults that are printed.
 const SHOWN_MAX: usize = 10;
 
-/// Runs them.
+/// Runs the command.
 pub fn main(args: &StreamsArgs) -> Exit {
     match run(args) {
         Ok(ledger) => {
@@ -98,7 +98,7 @@ fn run(args: &StreamsArgs) -> io::Result<Arc<Ledger>> {
         LedgerBackend::start_at(*address, Arc::clone(&ledger))
             .map_err(|error| io::Error::other(format!("cannot listen on {address}: {error}")))
     });
-    // Dropped, and so ended, after the last stream.
+    // Dropped, and so stopped, after the last stream.
     let _backends = backends.collect::<io::Result<Vec<_>>>()?;
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -112,7 +112,7 @@ fn run(args: &StreamsArgs) -> io::Result<Arc<Ledger>> {
     Ok(ledger)
 }
 
-/// Waits until the time is over or SIGINT or SIGTERM comes; prints meanwhile.
+/// Waits for the end of the duration, SIGINT or SIGTERM, and prints interim counts.
 fn watch(args: &StreamsArgs, ledger: &Ledger) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -120,7 +120,7 @@ fn watch(args: &StreamsArgs, ledger: &Ledger) -> io::Result<()> {
         let mut terminate = signal(SignalKind::terminate())?;
         let end = clock::now() + args.duration;
         let mut shown = Ticker::new(clock::now(), args.every);
-        let mut look = tokio::time::interval(LOOK);
+        let mut look = tokio::time::interval(POLL_INTERVAL);
         while clock::now() < end {
             tokio::select! {
                 _ = interrupt.recv() => return Ok(()),
@@ -135,7 +135,7 @@ fn watch(args: &StreamsArgs, ledger: &Ledger) -> io::Result<()> {
     })
 }
 
-/// Something that is to happen at even distances.
+/// An event at regular intervals.
 struct Ticker {
     every: Option<Duration>,
     next: Option<Instant>,
@@ -146,7 +146,7 @@ impl Ticker {
         Ticker { every, next: every.map(|every| now + every) }
     }
 
-    /// Whether it is time; what was missed meanwhile is left out.
+    /// Returns whether the event is due. Missed events are skipped.
     fn is_due(&mut self, now: Instant) -> bool {
         let (Some(every), Some(next)) = (self.every, self.next) else { return false };
         if now < next {
@@ -202,7 +202,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_missed_while_late_is_left_out() {
+    fn missed_ticks_are_skipped() {
         let begin = clock::now();
         let mut pace = Ticker::new(begin, Some(Duration::from_secs(1)));
         let after = |tenths: u64| begin + Duration::from_millis(100 * tenths);

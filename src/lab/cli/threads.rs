@@ -1,7 +1,7 @@
-//! What `bench` and `backend` have in common: threads to watch until they end
-//! or somebody interrupts, and how sizes and spans are written.
+//! Common parts of `bench` and `backend`: waiting for threads, the progress line, and
+//! text forms of sizes and times.
 //!
-//! Used by those two commands. It knows nothing of what the threads do.
+//! It does not know what the threads do.
 
 use crate::load::{LoadProgress, LoadThreads};
 use clap::Args;
@@ -26,22 +26,23 @@ pub struct WorkArgs {
     pub json: bool,
 }
 
-/// Most threads: as many as the largest machines have.
+/// Maximum number of threads; the largest machines have about that many CPUs.
 const THREADS_MAX: usize = 1024;
 
-/// Largest message, write or answer.
+/// Maximum size of a message, write or answer.
 const SIZE_MAX: usize = crate::load::SIZE_MAX;
 
-/// How often the threads are looked at: the end of a run is noticed this late.
-const LOOK: Duration = Duration::from_millis(5);
+/// Interval at which the threads are checked. The end of a run is noticed with up to
+/// this delay.
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// How often the progress line changes.
+/// Interval between updates of the progress line.
 const PROGRESS: Duration = Duration::from_millis(500);
 
 // === impl WorkArgs ===
 
 impl WorkArgs {
-    /// The CPUs, if this process may run on all of them.
+    /// Returns the CPUs, if this process can run on all of them.
     pub(crate) fn cpus(&self) -> Result<Vec<usize>, String> {
         let available = cpu::available();
         match self.cpu.iter().find(|cpu| !available.contains(cpu)) {
@@ -51,26 +52,26 @@ impl WorkArgs {
     }
 }
 
-/// Waits until the threads end, by themselves or because SIGINT or SIGTERM
-/// came; shows their progress where standard error is a terminal.
-pub(crate) fn watch<T: Send + 'static>(crew: &LoadThreads<T>) -> io::Result<()> {
+/// Waits until the threads end. SIGINT and SIGTERM stop them. Prints progress if
+/// standard error is a terminal.
+pub(crate) fn watch<T: Send + 'static>(load_threads: &LoadThreads<T>) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut line = ProgressLine::new(clock::now());
-        let mut look = tokio::time::interval(LOOK);
+        let mut look = tokio::time::interval(POLL_INTERVAL);
         loop {
             tokio::select! {
-                _ = interrupt.recv() => crew.stop(),
-                _ = terminate.recv() => crew.stop(),
+                _ = interrupt.recv() => load_threads.stop(),
+                _ = terminate.recv() => load_threads.stop(),
                 _ = look.tick() => {}
             }
-            if crew.finished() {
+            if load_threads.finished() {
                 line.clear();
                 return Ok(());
             }
-            line.show(clock::now(), crew.gauges());
+            line.show(clock::now(), load_threads.gauges());
         }
     })
 }
@@ -111,7 +112,7 @@ impl ProgressLine {
             (each_second(units, self.units), each_second(bytes, self.bytes) / 1048576.0);
         let doing = if started { "" } else { "connecting, " };
         let seconds = now.duration_since(self.began).as_secs();
-        // A line that cannot be shown is no reason to stop.
+        // A progress line that cannot be written does not stop the run.
         let _ = write!(
             io::stderr(),
             "\r\x1b[K{seconds} s: {doing}{open} open, {rate:.0} /s, {mib:.1} MiB/s, {errors} errors"
@@ -126,7 +127,7 @@ impl ProgressLine {
     }
 }
 
-/// A span for people: three digits and a unit.
+/// Formats a time for people: three or four digits and a unit.
 pub(crate) fn span(span: Duration) -> String {
     let nanos = span.as_nanos() as f64;
     match nanos {
@@ -137,7 +138,7 @@ pub(crate) fn span(span: Duration) -> String {
     }
 }
 
-/// Bytes for people: three digits behind the point and a unit.
+/// Formats bytes for people: three decimals and a unit.
 pub(crate) fn amount(bytes: f64) -> String {
     match bytes {
         b if b < 1048576.0 => format!("{:.3} KiB", b / 1024.0),
@@ -146,7 +147,7 @@ pub(crate) fn amount(bytes: f64) -> String {
     }
 }
 
-/// `64`, `512B`, `128KiB`, `1MiB`.
+/// Parses a size: `64`, `512B`, `128KiB`, `1MiB`.
 pub(crate) fn size(text: &str) -> Result<usize, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
@@ -176,7 +177,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_take_binary_units_and_nothing_else() {
+    fn sizes_accept_only_binary_units() {
         let read = |text| size(text).ok();
         assert_eq!(
             [read("64"), read("512B"), read("128KiB"), read("1MiB"), read("0")],

@@ -1,7 +1,8 @@
-//! A backend for a ledger's streams that can die like a real one.
+//! A backend for the ledger's streams that can be killed and restarted.
 //!
-//! Used by `tidegate selftest`. One thread a connection: it holds a handful at a
-//! time. It never decides what is a fault; it says which streams it took with it.
+//! Used by `tidegate selftest` and `tidegate streams`. It runs one thread per
+//! connection, because it holds only a few at a time. It does not decide what is a
+//! fault. It reports which streams it reset.
 
 use super::{Ledger, held};
 use socket2::Socket;
@@ -16,26 +17,26 @@ use std::time::Duration;
 use tidegate_net::clock;
 use tidegate_net::listen;
 
-/// Pause of the accept loop while nobody comes.
-const LOOK: Duration = Duration::from_millis(1);
+/// Pause of the accept loop while no client connects.
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// From the last client let in to the last one accepted: handshakes on loopback
-/// take microseconds.
+/// Time from the last handshake to its accept. Handshakes on loopback take
+/// microseconds.
 const SETTLE: Duration = Duration::from_millis(2);
 
-/// How long a connection may take to say which stream it is.
+/// Time in which a connection must send its seed.
 const SEED_MAX: Duration = Duration::from_secs(2);
 
-/// A listening backend.
+/// A backend, listening or stopped.
 #[derive(Debug)]
 pub struct LedgerBackend {
     address: SocketAddr,
     ledger: Arc<Ledger>,
-    running: Option<LedgerConnection>,
+    running: Option<RunningBackend>,
 }
 
 #[derive(Debug)]
-struct LedgerConnection {
+struct RunningBackend {
     listener: Arc<Socket>,
     shared: Arc<LedgerShared>,
     acceptor: JoinHandle<()>,
@@ -44,13 +45,13 @@ struct LedgerConnection {
 #[derive(Debug, Default)]
 struct LedgerShared {
     stopping: AtomicBool,
-    open: Mutex<HashMap<u64, OpenStreams>>,
+    open: Mutex<HashMap<u64, OpenStream>>,
 }
 
 #[derive(Debug)]
-struct OpenStreams {
+struct OpenStream {
     socket: Arc<Socket>,
-    /// Once it has said so.
+    /// Known once it was received.
     seed: Option<u64>,
 }
 
@@ -60,36 +61,36 @@ impl LedgerBackend {
     /// Listens on a free port of 127.0.0.1.
     ///
     /// # Errors
-    /// No port, descriptor or thread is left.
+    /// No port, descriptor or thread is available.
     pub fn start(ledger: Arc<Ledger>) -> io::Result<LedgerBackend> {
         LedgerBackend::start_at(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), ledger)
     }
 
-    /// Listens there; port 0 is any.
+    /// Listens on `address`; port 0 picks a free port.
     ///
     /// # Errors
-    /// As with [`LedgerBackend::start`], or somebody else listens there.
+    /// As [`LedgerBackend::start`], or the address is in use.
     pub fn start_at(address: SocketAddr, ledger: Arc<Ledger>) -> io::Result<LedgerBackend> {
         let mut backend = LedgerBackend { address, ledger, running: None };
-        backend.revive()?;
+        backend.restart()?;
         Ok(backend)
     }
 
-    /// Where it listens, dead or alive.
+    /// Returns its address, also while it is stopped.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Whether it listens.
-    pub fn is_alive(&self) -> bool {
+    /// Returns whether it listens.
+    pub fn is_running(&self) -> bool {
         self.running.is_some()
     }
 
-    /// Listens again where it did.
+    /// Listens on the same address again.
     ///
     /// # Errors
-    /// Somebody else does, or no descriptor or thread is left.
-    pub fn revive(&mut self) -> io::Result<()> {
+    /// The address is in use, or no descriptor or thread is available.
+    pub fn restart(&mut self) -> io::Result<()> {
         if self.running.is_some() {
             return Ok(());
         }
@@ -104,45 +105,46 @@ impl LedgerBackend {
             move || accept_all(&listener, &shared, &ledger)
         };
         let acceptor = std::thread::Builder::new().name("backend".to_owned()).spawn(accept)?;
-        self.running = Some(LedgerConnection { listener, shared, acceptor });
+        self.running = Some(RunningBackend { listener, shared, acceptor });
         Ok(())
     }
 
-    /// Dies: refuses connects, and resets what it has. Gives how many streams it
-    /// took with it, all of which are excused. No stream is in a state that a
-    /// balancer could save: every connection the kernel has let in was accepted
-    /// and has begun.
+    /// Stops as a crashed backend does: refuses connects and resets its connections.
+    /// Returns the number of reset streams. All of them are excused.
+    ///
+    /// No balancer could save one of these streams: every connection that the kernel
+    /// established was accepted, and its stream has begun.
     pub fn kill(&mut self) -> usize {
-        let Some(LedgerConnection { listener, shared, acceptor }) = self.running.take() else {
+        let Some(RunningBackend { listener, shared, acceptor }) = self.running.take() else {
             return 0;
         };
         let mut cut = self.cut(&shared);
-        // On failure a few streams more are cut, and not excused.
+        // If this fails, a few more streams are reset, and these are not excused.
         let _ = listen::retire(&listener);
         clock::pause(SETTLE);
         shared.stopping.store(true, Ordering::Relaxed);
         let _ = acceptor.join();
         drop(listener);
-        // Who got in meanwhile.
+        // Connections that were established in between.
         let deadline = clock::now() + SEED_MAX;
         loop {
             cut += self.cut(&shared);
-            let silent = |open: &OpenStreams| open.seed.is_none();
+            let silent = |open: &OpenStream| open.seed.is_none();
             if !held(&shared.open).values().any(silent) || clock::now() >= deadline {
                 return cut;
             }
-            clock::pause(LOOK);
+            clock::pause(POLL_INTERVAL);
         }
     }
 
-    /// Resets every connection that has said which stream it is.
+    /// Resets every connection whose seed is known.
     fn cut(&self, shared: &LedgerShared) -> usize {
         let mut cut = 0;
         held(&shared.open).retain(|_, open| {
             let Some(seed) = open.seed else { return true };
             self.ledger.excuse(seed);
             let _ = open.socket.set_linger(Some(Duration::ZERO));
-            // Wakes whoever reads; the close that follows resets.
+            // Wakes the reading thread. The close that follows resets the connection.
             let _ = open.socket.shutdown(Shutdown::Read);
             cut += 1;
             false
@@ -153,7 +155,7 @@ impl LedgerBackend {
 
 impl Drop for LedgerBackend {
     fn drop(&mut self) {
-        if let Some(LedgerConnection { shared, acceptor, .. }) = self.running.take() {
+        if let Some(RunningBackend { shared, acceptor, .. }) = self.running.take() {
             shared.stopping.store(true, Ordering::Relaxed);
             let _ = acceptor.join();
         }
@@ -168,9 +170,9 @@ fn accept_all(listener: &Socket, shared: &Arc<LedgerShared>, ledger: &Arc<Ledger
                 number += 1;
                 serve(number, socket, shared, ledger);
             }
-            // Only an empty queue ends it.
+            // Ends only with an empty queue.
             Err(_) if shared.stopping.load(Ordering::Relaxed) => return,
-            Err(_) => clock::pause(LOOK),
+            Err(_) => clock::pause(POLL_INTERVAL),
         }
     }
 }
@@ -180,7 +182,7 @@ fn serve(number: u64, socket: OwnedFd, shared: &Arc<LedgerShared>, ledger: &Arc<
     if socket.set_nonblocking(false).is_err() {
         return;
     }
-    held(&shared.open).insert(number, OpenStreams { socket: Arc::clone(&socket), seed: None });
+    held(&shared.open).insert(number, OpenStream { socket: Arc::clone(&socket), seed: None });
     let (of_this, ledger) = (Arc::clone(shared), Arc::clone(ledger));
     let run = move || {
         ledger.serve(&socket, |seed| {
@@ -207,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn streams_are_whole_and_a_dead_backend_refuses() {
+    fn streams_are_complete_and_a_killed_backend_refuses() {
         let ledger = ledger();
         let mut backend = LedgerBackend::start(Arc::clone(&ledger)).unwrap();
         ledger.run(&[backend.address()], 0..100, 4);
@@ -216,13 +218,13 @@ mod tests {
         ledger.run(&[backend.address()], 100..101, 1);
         let faults = ledger.faults();
         assert!(faults.len() == 1 && faults[0].kind == StreamFaultKind::Refused, "{faults:?}");
-        backend.revive().unwrap();
+        backend.restart().unwrap();
         ledger.run(&[backend.address()], 101..120, 4);
         assert_eq!(ledger.faults().len(), 1);
     }
 
     #[test]
-    fn streams_a_backend_takes_with_it_are_excused_and_others_are_not() {
+    fn only_streams_of_a_killed_backend_are_excused() {
         let ledger = ledger();
         let mut backend = LedgerBackend::start(Arc::clone(&ledger)).unwrap();
         let address = backend.address();
@@ -234,7 +236,7 @@ mod tests {
             cut = backend.kill();
             stop.store(true, Ordering::Relaxed);
         });
-        // Connects that found nobody are faults: there is no balancer here.
+        // Refused connects are faults, because no balancer retries them.
         let cut_unexcused =
             ledger.faults().iter().filter(|one| one.kind != StreamFaultKind::Refused).count();
         assert_eq!(cut_unexcused, 0, "{cut} excused: {:?}", ledger.faults());

@@ -1,8 +1,8 @@
-//! One end of a ledger's stream: sends what the seed says, and checks each byte of
-//! what it receives.
+//! One end of a ledger's stream: sends the content of the seed, and checks each
+//! received byte.
 //!
-//! Called by the ledger, on a thread that may wait. It judges one end alone; that
-//! both ends saw the same is for the ledger to say.
+//! Called by the ledger on a thread that can block. It checks one end only. The ledger
+//! compares both ends.
 
 use super::{CloseOrder, StreamFault, StreamFaultKind, StreamPlan};
 use socket2::Socket;
@@ -12,8 +12,8 @@ use std::sync::LazyLock;
 use std::time::Duration;
 use xxhash_rust::xxh3::Xxh3;
 
-/// Length of the common block all content is cut from: a prime, so that no
-/// buffer size divides it and a repeated or skipped buffer shows.
+/// Length of the block that all content is taken from. It is prime: no buffer size
+/// divides it, so a repeated or skipped buffer is detected.
 const BLOCK_LEN: usize = 1_048_573;
 
 static BLOCK: LazyLock<Vec<u8>> = LazyLock::new(|| {
@@ -21,7 +21,7 @@ static BLOCK: LazyLock<Vec<u8>> = LazyLock::new(|| {
     (0..BLOCK_LEN).map(|_| random.u8(..)).collect()
 });
 
-/// What one end says about a stream.
+/// Record of one end of a stream.
 #[derive(Debug, Clone)]
 pub(super) struct StreamEnd {
     pub(super) sent: u64,
@@ -31,7 +31,7 @@ pub(super) struct StreamEnd {
     pub(super) fault: Option<StreamFault>,
 }
 
-/// One direction's content: a walk around the block from a seeded start.
+/// Content of one direction: the block, repeated from a seeded start.
 #[derive(Clone, Copy)]
 struct Pattern(u64);
 
@@ -44,21 +44,22 @@ impl Pattern {
         Pattern(seed.wrapping_mul(0xC2B2_AE3D_27D4_EB4F) % BLOCK_LEN as u64)
     }
 
-    /// The bytes from `position`, up to `most` of them or the block's edge.
+    /// Returns the bytes from `position`: at most `most`, and not beyond the end of the
+    /// block.
     fn at(self, position: u64, most: usize) -> &'static [u8] {
         let start = ((self.0 + position) % BLOCK_LEN as u64) as usize;
         &BLOCK[start..BLOCK_LEN.min(start + most)]
     }
 }
 
-/// Until when one end reads.
+/// When an end stops reading.
 #[derive(Clone, Copy, PartialEq)]
 enum Until {
-    /// FIN, after exactly the planned number of bytes.
+    /// At FIN, which must follow exactly the planned number of bytes.
     Fin,
-    /// The planned number of bytes; the peer is not asked for a FIN.
+    /// After the planned number of bytes; no FIN is expected.
     Count,
-    /// Whatever comes first of FIN and RST: only what did come is checked.
+    /// At FIN or RST. Only the bytes that arrived are checked.
     Anything,
 }
 
@@ -77,7 +78,7 @@ pub(super) fn client_side(socket: &Socket, plan: &StreamPlan) -> StreamEnd {
         CloseOrder::ClientCloses => half.both(plan.up, false, plan.down, Until::Count),
         CloseOrder::BackendCloses => half.both(plan.up, false, plan.down, Until::Fin),
         CloseOrder::ClientAborts => half.abort(plan.up / 2),
-        CloseOrder::BackendAborts => half.suffer(plan.up, plan.down),
+        CloseOrder::BackendAborts => half.tolerate_reset(plan.up, plan.down),
     });
     half.record(result.err())
 }
@@ -95,7 +96,7 @@ pub(super) fn backend_side(socket: &Socket, plan: &StreamPlan) -> StreamEnd {
         CloseOrder::Together => half.both(plan.down, true, plan.up, Until::Fin),
         CloseOrder::ClientCloses => half.both(plan.down, false, plan.up, Until::Fin),
         CloseOrder::BackendCloses => half.both(plan.down, false, plan.up, Until::Count),
-        CloseOrder::ClientAborts => half.suffer(plan.down, plan.up),
+        CloseOrder::ClientAborts => half.tolerate_reset(plan.down, plan.up),
         CloseOrder::BackendAborts => half.abort(plan.down / 2),
     };
     half.record(result.err())
@@ -136,7 +137,7 @@ impl<'a> Half<'a> {
         }
     }
 
-    /// Sends `len` bytes in writes of 1 B to 1 MB, then perhaps FIN.
+    /// Sends `len` bytes in writes of 1 B to 1 MB, and then FIN if `fin`.
     fn send(&mut self, len: u64, fin: bool) -> Result<(), StreamFault> {
         while self.sent < len {
             let most = self.random.f64() * (1e6f64).ln();
@@ -157,7 +158,7 @@ impl<'a> Half<'a> {
         Ok(())
     }
 
-    /// Receives, checking each byte.
+    /// Receives and checks each byte.
     fn receive(&mut self, len: u64, until: Until) -> Result<(), StreamFault> {
         let mut buffer = vec![0; 64 * 1024];
         loop {
@@ -207,7 +208,7 @@ impl<'a> Half<'a> {
         Ok(())
     }
 
-    /// Sends and receives at once.
+    /// Sends and receives at the same time.
     fn both(&mut self, out: u64, fin: bool, into: u64, until: Until) -> Result<(), StreamFault> {
         let mut writer = Half::new(self.socket, self.random.u64(..), self.outgoing, self.incoming);
         let (written, read) = std::thread::scope(|scope| {
@@ -220,16 +221,16 @@ impl<'a> Half<'a> {
         read.and(written)
     }
 
-    /// Sends some and resets.
+    /// Sends `len` bytes and resets.
     fn abort(&mut self, len: u64) -> Result<(), StreamFault> {
         let sent = self.send(len, false);
         self.socket.set_linger(Some(Duration::ZERO)).map_err(|e| StreamFault::of("linger", &e))?;
         sent
     }
 
-    /// Goes on as planned while the peer resets: errors are expected, wrong
-    /// bytes and silence are not.
-    fn suffer(&mut self, out: u64, into: u64) -> Result<(), StreamFault> {
+    /// Sends and receives while the peer resets. Errors are expected. Wrong bytes and
+    /// silence are faults.
+    fn tolerate_reset(&mut self, out: u64, into: u64) -> Result<(), StreamFault> {
         let mut writer = Half::new(self.socket, self.random.u64(..), self.outgoing, self.incoming);
         std::thread::scope(|scope| {
             scope.spawn(|| {

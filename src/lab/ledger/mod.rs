@@ -1,10 +1,13 @@
-//! The stream ledger: thousands of seeded streams whose every byte is known.
+//! The stream ledger: thousands of seeded streams with known content.
 //!
-//! Used by `tidegate selftest` and by the integration tests. A client sends its
-//! seed as the first 8 bytes; from it both ends derive how much goes each way, in
-//! which writes, and who closes how. Each end hashes what it sends, and compares
-//! and hashes what it receives; [`Ledger::run`] matches both ends and names every
-//! stream that differs by its seed. It never judges by totals alone.
+//! Used by `tidegate selftest`, `tidegate streams` and integration tests. It never
+//! judges by totals only.
+//!
+//! - A client sends its seed as the first 8 bytes. Both ends derive the number of bytes
+//!   in each direction, the writes and the order of closing from it.
+//! - Each end hashes what it sends, and compares and hashes what it receives.
+//! - [`Ledger::run`] matches both ends and reports every stream that differs, with its
+//!   seed.
 
 mod backend;
 mod end;
@@ -23,91 +26,91 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tidegate_net::clock;
 
-/// A connect takes no longer on a machine that works.
+/// Connect timeout of a client.
 const CONNECT_MAX: Duration = Duration::from_secs(10);
 
-/// A client that waits for its stream's time looks this often whether to stop.
-const STOP_LOOK: Duration = Duration::from_millis(50);
+/// Interval at which a waiting client checks whether to stop.
+const STOP_POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Between looks for the other end's record.
-const LOOK: Duration = Duration::from_micros(200);
+/// Interval at which a client checks for the record of the other end.
+const POLL_INTERVAL: Duration = Duration::from_micros(200);
 
-/// Who ends the stream, and how.
+/// Which end closes the stream, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CloseOrder {
-    /// The client sends all and FIN; only then does the backend answer.
+    /// The client sends everything and FIN; then the backend answers.
     ClientFinFirst,
-    /// The backend sends all and FIN; only then does the client send.
+    /// The backend sends everything and FIN; then the client sends.
     BackendFinFirst,
-    /// Both send at once, each with FIN at its end.
+    /// Both send at the same time, each with FIN at its end.
     Together,
-    /// Both send at once; the client closes once it has everything.
+    /// Both send at the same time; the client closes when it has received everything.
     ClientCloses,
-    /// Both send at once; the backend closes once it has everything.
+    /// Both send at the same time; the backend closes when it has received everything.
     BackendCloses,
-    /// The client resets in the middle: the backend holds a true prefix.
+    /// The client resets halfway. The backend must hold a correct prefix.
     ClientAborts,
-    /// The backend resets in the middle: the client holds a true prefix.
+    /// The backend resets halfway. The client must hold a correct prefix.
     BackendAborts,
 }
 
-/// Everything about one stream.
+/// Parameters of one stream.
 #[derive(Debug, Clone, Copy)]
 pub struct StreamPlan {
-    /// All else follows from it.
+    /// The other fields follow from it.
     pub seed: u64,
     /// Bytes from the client, without the seed.
     pub up: u64,
     /// Bytes to the client.
     pub down: u64,
-    /// Who ends it.
+    /// Which end closes it, and how.
     pub order: CloseOrder,
 }
 
-/// How large streams are.
+/// Distribution of stream sizes.
 #[derive(Debug, Clone, Copy)]
 pub struct StreamSizes {
-    /// Log-uniform from 0 to this.
+    /// Maximum; sizes are log-uniform from 0.
     pub most: u64,
-    /// One stream in so many is 1 to 4 MiB instead; 0 for none.
+    /// One in this number of streams has 1 to 4 MiB instead; 0 for none.
     pub large_one_in: u64,
 }
 
-/// What kind of wrong a fault is.
+/// Kind of a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum StreamFaultKind {
-    /// No connection was to be had.
+    /// The connect failed.
     Refused,
-    /// It was reset, or ended early.
+    /// The stream was reset, or ended early.
     Reset,
     /// Bytes were lost, added or changed.
     Wrong,
-    /// Nothing came any more.
+    /// No more data arrived.
     Silent,
 }
 
-/// One thing that went wrong with one stream.
+/// A fault of one stream.
 #[derive(Debug, Clone)]
 pub struct StreamFault {
-    /// What kind.
+    /// Its kind.
     pub kind: StreamFaultKind,
-    /// With which stream; `None` within one end of it.
+    /// The stream; `None` while one end handles it.
     pub plan: Option<StreamPlan>,
-    /// In words.
+    /// Description.
     pub text: String,
 }
 
-/// Both ends' records and the count of streams.
+/// The records of both ends, the faults and the counts.
 #[derive(Debug)]
 pub struct Ledger {
     sizes: StreamSizes,
     aborts: bool,
-    /// How long an end waits for a byte, and one end for the other's record.
+    /// Time for which an end waits for a byte, and for the record of the other end.
     silence: Duration,
     backend: Mutex<HashMap<u64, StreamEnd>>,
-    /// Bytes the clients have sent.
+    /// Bytes that the clients sent.
     pub bytes_up: AtomicU64,
-    /// Bytes the clients have received.
+    /// Bytes that the clients received.
     pub bytes_down: AtomicU64,
     faults: Mutex<Vec<StreamFault>>,
     streams: AtomicU64,
@@ -117,7 +120,7 @@ pub struct Ledger {
 // === impl StreamPlan ===
 
 impl StreamPlan {
-    /// What that seed stands for.
+    /// Derives the plan from the seed.
     pub fn of(seed: u64, sizes: StreamSizes, aborts: bool) -> StreamPlan {
         let mut random = fastrand::Rng::with_seed(seed);
         let large = sizes.large_one_in > 0 && random.u64(..sizes.large_one_in) == 0;
@@ -176,8 +179,8 @@ impl fmt::Display for StreamFault {
 // === impl Ledger ===
 
 impl Ledger {
-    /// Streams of those sizes; with `aborts`, some end in a reset. `silence` is
-    /// how long an end waits for a byte.
+    /// Creates a ledger of streams with these sizes. With `aborts`, some end with a
+    /// reset. `silence` is the time for which an end waits for a byte.
     pub fn new(sizes: StreamSizes, aborts: bool, silence: Duration) -> Ledger {
         Ledger {
             sizes,
@@ -192,8 +195,8 @@ impl Ledger {
         }
     }
 
-    /// Runs the streams of `seeds`, at most `at_once` together, each to one of
-    /// `addresses` in turn.
+    /// Runs the streams of `seeds`, at most `at_once` at the same time, to `addresses`
+    /// in turn.
     pub fn run(&self, addresses: &[SocketAddr], seeds: Range<u64>, at_once: usize) {
         let next = AtomicU64::new(seeds.start);
         self.run_clients(addresses, at_once, || {
@@ -202,7 +205,7 @@ impl Ledger {
         });
     }
 
-    /// Runs streams from the seed `first` on until `stop` is set.
+    /// Runs streams with ascending seeds from `first` until `stop` is set.
     pub fn run_from(
         &self,
         first: u64,
@@ -217,8 +220,8 @@ impl Ledger {
         });
     }
 
-    /// The same, but stream number n not before n / `rate` seconds have passed,
-    /// whether or not earlier ones have ended while there is one of `at_once` free.
+    /// Runs streams as [`Ledger::run_from`] does, at `rate` streams per second. If
+    /// `at_once` streams are open, the next stream starts late.
     pub fn run_paced(
         &self,
         first: u64,
@@ -234,37 +237,37 @@ impl Ledger {
             while !stop.load(Ordering::Relaxed) {
                 match due.saturating_duration_since(clock::now()) {
                     Duration::ZERO => return Some(first + number),
-                    wait => clock::pause(wait.min(STOP_LOOK)),
+                    wait => clock::pause(wait.min(STOP_POLL_INTERVAL)),
                 }
             }
             None
         });
     }
 
-    /// Streams the clients have run.
+    /// Returns the number of streams that the clients have started.
     pub fn streams(&self) -> u64 {
         self.streams.load(Ordering::Relaxed)
     }
 
-    /// Everything that differed.
+    /// Returns all faults.
     pub fn faults(&self) -> Vec<StreamFault> {
         held(&self.faults).clone()
     }
 
-    /// Whether both ends of every stream have reported.
+    /// Returns whether both ends of every stream were matched.
     pub fn is_settled(&self) -> bool {
         held(&self.backend).is_empty()
     }
 
-    /// Whatever goes wrong with that stream from now on is somebody's doing.
+    /// Ignores all later faults of this stream, because the test causes them.
     pub fn excuse(&self, seed: u64) {
         held(&self.excused).insert(seed);
     }
 
-    /// The backend's end of one stream. `begun` is told its seed.
+    /// Runs the backend's end of one stream. `begun` receives its seed.
     pub fn serve(&self, socket: &Socket, begun: impl FnOnce(u64)) {
         let mut seed = [0; 8];
-        // A probe connects and says nothing.
+        // A probe connects and sends nothing.
         if (&mut &*socket).read_exact(&mut seed).is_err() {
             return;
         }
@@ -275,7 +278,7 @@ impl Ledger {
         }
         let side = backend_side(socket, &plan);
         if plan.order == CloseOrder::ClientAborts {
-            // The client does not wait for this record, so it is judged here.
+            // The client does not wait for this record, so it is checked here.
             if let Some(fault) = side.fault {
                 self.fault(&plan, StreamFault { text: format!("backend: {fault}"), ..fault });
             }
@@ -317,7 +320,7 @@ impl Ledger {
         self.bytes_up.fetch_add(client.sent + 8, Ordering::Relaxed);
         self.bytes_down.fetch_add(client.received, Ordering::Relaxed);
         let Some(backend) = self.other_end(&plan) else {
-            // An aborting client's seed may itself never arrive.
+            // The reset of an aborting client can overtake its seed.
             if plan.order != CloseOrder::ClientAborts {
                 let kind =
                     client.fault.as_ref().map_or(StreamFaultKind::Silent, |fault| fault.kind);
@@ -348,7 +351,7 @@ impl Ledger {
             if backend.is_some() || !waits || clock::now() >= deadline {
                 return backend;
             }
-            clock::pause(LOOK);
+            clock::pause(POLL_INTERVAL);
         }
     }
 
@@ -363,7 +366,7 @@ impl Ledger {
     }
 }
 
-/// A thread that panicked left nothing half done in here.
+/// Locks the mutex. A thread that panicked leaves consistent data.
 fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -384,7 +387,7 @@ fn compare(plan: &StreamPlan, client: StreamEnd, backend: StreamEnd) -> Vec<Stre
     if plan.aborts() {
         return differences;
     }
-    // After a fault the rest is missing of course, and said once.
+    // After a fault of one end, missing bytes are part of the same fault.
     let kind = if whole { StreamFaultKind::Wrong } else { StreamFaultKind::Reset };
     if !up {
         let text =

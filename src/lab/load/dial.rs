@@ -1,4 +1,4 @@
-//! Starting connections, from as many source addresses as were asked for.
+//! Starts connections from the source addresses of a plan.
 //!
 //! Used by every generator loop. It keeps no sockets and never waits.
 
@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use tidegate_net::stream::{self, ConnectTarget, Connecting};
 
-/// Where connections go and come from.
+/// Target and source addresses of connections.
 #[derive(Debug)]
 pub(super) struct Dialer {
     target: SocketAddr,
@@ -19,13 +19,13 @@ pub(super) struct Dialer {
 // === impl Dialer ===
 
 impl Dialer {
-    /// `first` spreads the threads over the sources.
+    /// `first` distributes the threads over the source addresses.
     pub(super) fn new(plan: &LoadPlan, first: usize) -> Dialer {
         let next = (first % usize::from(plan.sources.max(1))) as u8;
         Dialer { target: plan.target, sources: plan.sources, next }
     }
 
-    /// Starts one connection, from the next source in turn.
+    /// Starts a connection from the next source address.
     pub(super) fn dial(&mut self) -> io::Result<(OwnedFd, Connecting)> {
         stream::connect_from(self.source(), ConnectTarget::Tcp(self.target))
     }

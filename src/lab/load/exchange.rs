@@ -1,8 +1,8 @@
-//! Requests and answers one at a time on each connection: ping-pong, short
-//! connections, held and churning ones.
+//! Requests and answers, one at a time per connection: the modes ping-pong, short, idle
+//! and churn.
 //!
-//! Driven by `lane`. A connection has at most one request out; content is never
-//! looked at, only counted.
+//! Driven by `thread`. A connection has at most one open request. Content is counted,
+//! never inspected.
 
 use super::plan::{CloseMode, LoadMode, LoadPlan};
 use crate::load::report::LoadErrorKind;
@@ -13,15 +13,15 @@ use std::time::Duration;
 use tidegate_net::epoll::{EpollEvent, EpollInterest};
 use tidegate_net::stream::{self, Connecting};
 
-/// The loop.
+/// The loop of these modes.
 #[derive(Debug)]
 pub(super) struct RequestLoop {
     slots: Vec<RequestSlot>,
     request: Box<[u8]>,
     buffer: Box<[u8]>,
-    /// Slots not yet dialled during set-up.
+    /// Slots without a connect attempt so far during setup.
     waiting: usize,
-    /// Slots whose first connection is under way.
+    /// Slots whose first connection is in progress.
     connecting: usize,
 }
 
@@ -29,27 +29,26 @@ pub(super) struct RequestLoop {
 struct RequestSlot {
     socket: Option<OwnedFd>,
     state: RequestState,
-    /// Bytes of the request yet to be sent.
-    owed: usize,
-    /// Bytes of the answer yet to come.
+    /// Unsent bytes of the request.
+    unsent: usize,
+    /// Missing bytes of the answer.
     awaited: usize,
-    /// When the request was sent; with a connection for each, when it was
-    /// dialled.
+    /// When the request was sent; in the mode short, when the connect started.
     since: Nanos,
-    /// Watched for room to send as well.
+    /// Whether the socket is also watched for writability.
     both: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum RequestState {
-    /// Nothing there: not yet, or until it is tried again.
+    /// No connection: not yet, or until the next attempt.
     Down,
-    /// Not known to stand.
+    /// The connect is in progress.
     Connecting,
-    /// A request is out.
-    Asking,
-    /// Stands, with nothing out.
-    Resting,
+    /// A request is open.
+    Waiting,
+    /// Connected, without an open request.
+    Idle,
 }
 
 // === impl RequestLoop ===
@@ -59,7 +58,7 @@ impl RequestLoop {
         let down = || RequestSlot {
             socket: None,
             state: RequestState::Down,
-            owed: 0,
+            unsent: 0,
             awaited: 0,
             since: 0,
             both: false,
@@ -73,25 +72,25 @@ impl RequestLoop {
         }
     }
 
-    /// Makes the connection of `slot` and, where the mode asks on each or the
-    /// measured time has begun, its request.
-    fn open(&mut self, lane: &mut LoadThread<'_>, slot: u32) {
-        let (socket, how_far) = match lane.dialer.dial() {
+    /// Connects `slot`, and sends its request if the mode sends one per connection or
+    /// the measured time has begun.
+    fn open(&mut self, thread: &mut LoadThread<'_>, slot: u32) {
+        let (socket, how_far) = match thread.dialer.dial() {
             Ok(dialled) => dialled,
-            Err(error) => return lane.lost(slot, LoadErrorKind::of_connect(&error)),
+            Err(error) => return thread.lost(slot, LoadErrorKind::of_connect(&error)),
         };
-        let place = &mut self.slots[slot as usize];
-        place.since = lane.at();
-        place.state = RequestState::Connecting;
-        (place.owed, place.awaited) = (0, 0);
-        place.socket = Some(socket);
-        let asks = self.asks_at_once(lane);
-        if asks {
-            self.owe(lane, slot);
+        let conn = &mut self.slots[slot as usize];
+        conn.since = thread.at();
+        conn.state = RequestState::Connecting;
+        (conn.unsent, conn.awaited) = (0, 0);
+        conn.socket = Some(socket);
+        let sends = self.sends_immediately(thread);
+        if sends {
+            self.prepare_request(thread, slot);
         }
-        // A loopback connect is "in progress" and yet done by the time it
-        // returns: most requests go out at once, before anything is watched.
-        let failed = match self.advance(lane, slot) {
+        // A loopback connect reports "in progress" although it is complete when it
+        // returns. Most requests can therefore be sent before the socket is watched.
+        let failed = match self.advance(thread, slot) {
             Ok(()) => None,
             Err(error) if self.slots[slot as usize].state == RequestState::Connecting => {
                 Some(LoadErrorKind::of_connect(&error))
@@ -99,49 +98,49 @@ impl RequestLoop {
             Err(error) => Some(LoadErrorKind::of_transfer(&error)),
         };
         if let Some(kind) = failed {
-            return self.lose(lane, slot, kind);
+            return self.lose(thread, slot, kind);
         }
-        let place = &mut self.slots[slot as usize];
-        if how_far == Connecting::Done && !asks {
-            place.state = RequestState::Resting;
+        let conn = &mut self.slots[slot as usize];
+        if how_far == Connecting::Done && !sends {
+            conn.state = RequestState::Idle;
         }
-        place.both = place.state == RequestState::Connecting || place.owed > 0;
-        let interest = if place.both { EpollInterest::Both } else { EpollInterest::EdgeReadable };
-        let socket = place.socket.as_ref().expect("it was put there above");
-        if let Err(error) = lane.epoll.watch_for(socket, slot.into(), interest) {
-            return self.lose(lane, slot, LoadErrorKind::of_connect(&error));
+        conn.both = conn.state == RequestState::Connecting || conn.unsent > 0;
+        let interest = if conn.both { EpollInterest::Both } else { EpollInterest::EdgeReadable };
+        let socket = conn.socket.as_ref().expect("it was put there above");
+        if let Err(error) = thread.epoll.watch_for(socket, slot.into(), interest) {
+            return self.lose(thread, slot, LoadErrorKind::of_connect(&error));
         }
-        if place.state != RequestState::Connecting {
-            self.stands(lane, slot);
+        if conn.state != RequestState::Connecting {
+            self.connected(thread, slot);
         }
     }
 
-    /// Whether a connection sends its request as soon as it can.
-    fn asks_at_once(&self, lane: &LoadThread<'_>) -> bool {
-        match lane.plan.mode {
-            LoadMode::PingPong => lane.phase == LoadPhase::Timed,
+    /// Returns whether a connection sends its request as soon as possible.
+    fn sends_immediately(&self, thread: &LoadThread<'_>) -> bool {
+        match thread.plan.mode {
+            LoadMode::PingPong => thread.phase == LoadPhase::Timed,
             _ => !self.request.is_empty(),
         }
     }
 
-    /// Puts a whole request on the slot's bill.
-    fn owe(&mut self, lane: &LoadThread<'_>, slot: u32) {
-        let place = &mut self.slots[slot as usize];
-        place.owed = self.request.len();
-        place.awaited = lane.plan.answer;
+    /// Sets the counters of the slot to a whole request and answer.
+    fn prepare_request(&mut self, thread: &LoadThread<'_>, slot: u32) {
+        let conn = &mut self.slots[slot as usize];
+        conn.unsent = self.request.len();
+        conn.awaited = thread.plan.answer;
     }
 
-    /// Sends what is owed, as far as there is room.
-    fn advance(&mut self, lane: &mut LoadThread<'_>, slot: u32) -> io::Result<()> {
-        let place = &mut self.slots[slot as usize];
-        let Some(socket) = &place.socket else { return Ok(()) };
-        while place.owed > 0 {
-            match stream::send(socket, &self.request[self.request.len() - place.owed..]) {
+    /// Sends as much of the request as the socket accepts.
+    fn advance(&mut self, thread: &mut LoadThread<'_>, slot: u32) -> io::Result<()> {
+        let conn = &mut self.slots[slot as usize];
+        let Some(socket) = &conn.socket else { return Ok(()) };
+        while conn.unsent > 0 {
+            match stream::send(socket, &self.request[self.request.len() - conn.unsent..]) {
                 Ok(sent) => {
-                    place.owed -= sent;
-                    place.state = RequestState::Asking;
-                    if lane.phase == LoadPhase::Timed {
-                        lane.report.bytes_out += sent as u64;
+                    conn.unsent -= sent;
+                    conn.state = RequestState::Waiting;
+                    if thread.phase == LoadPhase::Timed {
+                        thread.report.bytes_out += sent as u64;
                     }
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
@@ -151,141 +150,145 @@ impl RequestLoop {
         Ok(())
     }
 
-    /// A connection has been found to stand.
-    fn stands(&mut self, lane: &mut LoadThread<'_>, slot: u32) {
-        lane.opened();
-        self.settled(lane);
-        if self.slots[slot as usize].state == RequestState::Resting {
-            self.rest(lane, slot);
+    /// Counts an established connection and continues with its mode.
+    fn connected(&mut self, thread: &mut LoadThread<'_>, slot: u32) {
+        thread.opened();
+        self.settled(thread);
+        if self.slots[slot as usize].state == RequestState::Idle {
+            self.idle(thread, slot);
         }
     }
 
-    /// One of the connections of the set-up is decided; the next may start.
-    fn settled(&mut self, lane: &mut LoadThread<'_>) {
-        if lane.phase == LoadPhase::Setup {
+    /// Counts a connect of the setup as complete or failed, so that the next can start.
+    fn settled(&mut self, thread: &mut LoadThread<'_>) {
+        if thread.phase == LoadPhase::Setup {
             self.connecting = self.connecting.saturating_sub(1);
         }
     }
 
-    /// Nothing is out on the connection; what the mode does then.
-    fn rest(&mut self, lane: &mut LoadThread<'_>, slot: u32) {
-        self.slots[slot as usize].state = RequestState::Resting;
-        match lane.plan.mode {
-            LoadMode::PingPong if lane.phase == LoadPhase::Timed => self.ask(lane, slot),
+    /// Continues a connection without an open request, depending on the mode.
+    fn idle(&mut self, thread: &mut LoadThread<'_>, slot: u32) {
+        self.slots[slot as usize].state = RequestState::Idle;
+        match thread.plan.mode {
+            LoadMode::PingPong if thread.phase == LoadPhase::Timed => {
+                self.send_request(thread, slot)
+            }
             LoadMode::Churn { lifetime, .. } => {
-                let end = lane.at() + exponential(lifetime, fastrand::f64());
-                lane.wake(slot, end);
+                let end = thread.at() + exponential(lifetime, fastrand::f64());
+                thread.wake(slot, end);
             }
             LoadMode::Short(close) => {
-                self.close(lane, slot, close);
-                if lane.phase == LoadPhase::Timed {
-                    self.open(lane, slot);
+                self.close(thread, slot, close);
+                if thread.phase == LoadPhase::Timed {
+                    self.open(thread, slot);
                 }
             }
             _ => {}
         }
     }
 
-    /// The next request on a connection that stands.
-    fn ask(&mut self, lane: &mut LoadThread<'_>, slot: u32) {
-        self.owe(lane, slot);
-        let place = &mut self.slots[slot as usize];
-        place.since = lane.at();
-        place.state = RequestState::Asking;
-        let result = self.advance(lane, slot).and_then(|()| self.want_room(lane, slot));
+    /// Sends the next request on an established connection.
+    fn send_request(&mut self, thread: &mut LoadThread<'_>, slot: u32) {
+        self.prepare_request(thread, slot);
+        let conn = &mut self.slots[slot as usize];
+        conn.since = thread.at();
+        conn.state = RequestState::Waiting;
+        let result = self.advance(thread, slot).and_then(|()| self.watch_writable(thread, slot));
         if let Err(error) = result {
-            self.lose(lane, slot, LoadErrorKind::of_transfer(&error));
+            self.lose(thread, slot, LoadErrorKind::of_transfer(&error));
         }
     }
 
-    /// Has the rest of a request sent when there is room.
-    fn want_room(&mut self, lane: &LoadThread<'_>, slot: u32) -> io::Result<()> {
-        let place = &mut self.slots[slot as usize];
-        if place.owed > 0 && !place.both {
-            place.both = true;
-            if let Some(socket) = &place.socket {
-                lane.epoll.change(socket, slot.into(), EpollInterest::Both)?;
+    /// Watches the socket for writability if part of the request is unsent.
+    fn watch_writable(&mut self, thread: &LoadThread<'_>, slot: u32) -> io::Result<()> {
+        let conn = &mut self.slots[slot as usize];
+        if conn.unsent > 0 && !conn.both {
+            conn.both = true;
+            if let Some(socket) = &conn.socket {
+                thread.epoll.change(socket, slot.into(), EpollInterest::Both)?;
             }
         }
         Ok(())
     }
 
-    /// Takes what has come, to the last byte there is.
-    fn receive(&mut self, lane: &mut LoadThread<'_>, slot: u32, thorough: bool) {
+    /// Receives all available bytes.
+    fn receive(&mut self, thread: &mut LoadThread<'_>, slot: u32, thorough: bool) {
         loop {
-            let place = &mut self.slots[slot as usize];
-            let Some(socket) = &place.socket else { return };
+            let conn = &mut self.slots[slot as usize];
+            let Some(socket) = &conn.socket else { return };
             let received = match stream::receive(socket, &mut self.buffer) {
-                Ok(0) => return self.lose(lane, slot, LoadErrorKind::Closed),
+                Ok(0) => return self.lose(thread, slot, LoadErrorKind::Closed),
                 Ok(received) => received,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-                Err(error) => return self.lose(lane, slot, LoadErrorKind::of_transfer(&error)),
+                Err(error) => return self.lose(thread, slot, LoadErrorKind::of_transfer(&error)),
             };
-            if lane.phase == LoadPhase::Timed {
-                lane.report.bytes_in += received as u64;
+            if thread.phase == LoadPhase::Timed {
+                thread.report.bytes_in += received as u64;
             }
-            if received > place.awaited {
-                return self.lose(lane, slot, LoadErrorKind::Excess);
+            if received > conn.awaited {
+                return self.lose(thread, slot, LoadErrorKind::Excess);
             }
-            place.awaited -= received;
-            let answered = place.awaited == 0;
+            conn.awaited -= received;
+            let answered = conn.awaited == 0;
             if answered {
-                self.answered(lane, slot);
+                self.answered(thread, slot);
             }
-            // A full buffer may have left something behind; a closed socket
-            // must be read until it says so; a short connection is another
-            // one by now.
+            // A full buffer can leave bytes in the socket. A closed socket must be read
+            // until the read returns 0. After an answer, the slot of a short connection
+            // already holds another connection.
             let more = received == self.buffer.len() || thorough;
-            if !more || (answered && matches!(lane.plan.mode, LoadMode::Short(_))) {
+            if !more || (answered && matches!(thread.plan.mode, LoadMode::Short(_))) {
                 return;
             }
         }
     }
 
-    fn answered(&mut self, lane: &mut LoadThread<'_>, slot: u32) {
-        let now = lane.tick();
-        match lane.phase {
+    fn answered(&mut self, thread: &mut LoadThread<'_>, slot: u32) {
+        let now = thread.tick();
+        match thread.phase {
             LoadPhase::Timed => {
-                lane.report.requests += 1;
-                lane.report.record(now - self.slots[slot as usize].since);
+                thread.report.requests += 1;
+                thread.report.record(now - self.slots[slot as usize].since);
             }
-            LoadPhase::Grace => lane.report.late += 1,
+            LoadPhase::Grace => thread.report.late += 1,
             LoadPhase::Setup => {}
         }
-        self.rest(lane, slot);
+        self.idle(thread, slot);
     }
 
-    fn close(&mut self, lane: &mut LoadThread<'_>, slot: u32, how: CloseMode) {
-        let place = &mut self.slots[slot as usize];
-        place.state = RequestState::Down;
-        let Some(socket) = place.socket.take() else { return };
-        lane.open -= 1;
+    fn close(&mut self, thread: &mut LoadThread<'_>, slot: u32, how: CloseMode) {
+        let conn = &mut self.slots[slot as usize];
+        conn.state = RequestState::Down;
+        let Some(socket) = conn.socket.take() else { return };
+        thread.open -= 1;
         match how {
             CloseMode::Fin => drop(socket),
             CloseMode::Reset => stream::reset(socket),
         }
     }
 
-    /// The connection is gone, or never came to be.
-    fn lose(&mut self, lane: &mut LoadThread<'_>, slot: u32, kind: LoadErrorKind) {
-        let place = &mut self.slots[slot as usize];
-        let state = std::mem::replace(&mut place.state, RequestState::Down);
-        place.socket = None;
+    /// Removes a connection that was lost or never established.
+    fn lose(&mut self, thread: &mut LoadThread<'_>, slot: u32, kind: LoadErrorKind) {
+        let conn = &mut self.slots[slot as usize];
+        let state = std::mem::replace(&mut conn.state, RequestState::Down);
+        conn.socket = None;
         match state {
-            RequestState::Connecting => self.settled(lane),
-            RequestState::Asking | RequestState::Resting => lane.open = lane.open.saturating_sub(1),
+            RequestState::Connecting => self.settled(thread),
+            RequestState::Waiting | RequestState::Idle => {
+                thread.open = thread.open.saturating_sub(1)
+            }
             RequestState::Down => {}
         }
-        lane.lost(slot, kind);
+        thread.lost(slot, kind);
     }
 
-    fn dial_waiting(&mut self, lane: &mut LoadThread<'_>) {
+    fn dial_waiting(&mut self, thread: &mut LoadThread<'_>) {
         while self.waiting > 0 && self.connecting < CONNECTING_MAX {
             let slot = self.slots.len() - self.waiting;
             self.waiting -= 1;
             self.connecting += 1;
-            self.open(lane, slot as u32);
-            // One that could not even be dialled is decided.
+            self.open(thread, slot as u32);
+            // The connect failed immediately.
             if self.slots[slot].state == RequestState::Down {
                 self.connecting = self.connecting.saturating_sub(1);
             }
@@ -294,32 +297,32 @@ impl RequestLoop {
 }
 
 impl ModeLoop for RequestLoop {
-    fn prepare(&mut self, lane: &mut LoadThread<'_>) -> io::Result<()> {
-        if !matches!(lane.plan.mode, LoadMode::Short(_)) {
+    fn prepare(&mut self, thread: &mut LoadThread<'_>) -> io::Result<()> {
+        if !matches!(thread.plan.mode, LoadMode::Short(_)) {
             self.waiting = self.slots.len();
-            self.dial_waiting(lane);
+            self.dial_waiting(thread);
         }
         Ok(())
     }
 
     fn prepared(&self) -> bool {
         let out = |slot: &&RequestSlot| {
-            matches!(slot.state, RequestState::Connecting | RequestState::Asking)
+            matches!(slot.state, RequestState::Connecting | RequestState::Waiting)
         };
         self.waiting == 0 && !self.slots.iter().any(|slot| out(&slot))
     }
 
-    fn begin(&mut self, lane: &mut LoadThread<'_>) {
+    fn begin(&mut self, thread: &mut LoadThread<'_>) {
         for slot in 0..self.slots.len() as u32 {
-            match (lane.plan.mode, self.slots[slot as usize].state) {
-                (LoadMode::PingPong, RequestState::Resting) => self.ask(lane, slot),
-                (LoadMode::Short(_), RequestState::Down) => self.open(lane, slot),
+            match (thread.plan.mode, self.slots[slot as usize].state) {
+                (LoadMode::PingPong, RequestState::Idle) => self.send_request(thread, slot),
+                (LoadMode::Short(_), RequestState::Down) => self.open(thread, slot),
                 _ => {}
             }
         }
     }
 
-    fn ready(&mut self, lane: &mut LoadThread<'_>, readiness: EpollEvent) {
+    fn ready(&mut self, thread: &mut LoadThread<'_>, readiness: EpollEvent) {
         let slot = readiness.token as u32;
         if self.slots[slot as usize].state == RequestState::Connecting {
             if !readiness.writable && !readiness.hang_up {
@@ -327,48 +330,48 @@ impl ModeLoop for RequestLoop {
             }
             let socket = self.slots[slot as usize].socket.as_ref();
             if let Some(Err(error)) = socket.map(stream::connect_result) {
-                return self.lose(lane, slot, LoadErrorKind::of_connect(&error));
+                return self.lose(thread, slot, LoadErrorKind::of_connect(&error));
             }
-            let asks = self.slots[slot as usize].owed > 0;
+            let sends = self.slots[slot as usize].unsent > 0;
             self.slots[slot as usize].state =
-                if asks { RequestState::Asking } else { RequestState::Resting };
-            self.stands(lane, slot);
+                if sends { RequestState::Waiting } else { RequestState::Idle };
+            self.connected(thread, slot);
         }
         if readiness.writable
-            && self.slots[slot as usize].owed > 0
-            && let Err(error) = self.advance(lane, slot)
+            && self.slots[slot as usize].unsent > 0
+            && let Err(error) = self.advance(thread, slot)
         {
-            return self.lose(lane, slot, LoadErrorKind::of_transfer(&error));
+            return self.lose(thread, slot, LoadErrorKind::of_transfer(&error));
         }
         if readiness.readable {
-            self.receive(lane, slot, readiness.hang_up);
+            self.receive(thread, slot, readiness.hang_up);
         }
-        if lane.phase == LoadPhase::Setup {
-            self.dial_waiting(lane);
+        if thread.phase == LoadPhase::Setup {
+            self.dial_waiting(thread);
         }
     }
 
-    fn due(&mut self, lane: &mut LoadThread<'_>, slot: u32) {
-        if lane.phase == LoadPhase::Grace {
+    fn due(&mut self, thread: &mut LoadThread<'_>, slot: u32) {
+        if thread.phase == LoadPhase::Grace {
             return;
         }
         let state = self.slots[slot as usize].state;
-        match lane.plan.mode {
-            LoadMode::Churn { close, .. } if state == RequestState::Resting => {
-                self.close(lane, slot, close);
-                self.open(lane, slot);
+        match thread.plan.mode {
+            LoadMode::Churn { close, .. } if state == RequestState::Idle => {
+                self.close(thread, slot, close);
+                self.open(thread, slot);
             }
-            _ if state == RequestState::Down => self.open(lane, slot),
+            _ if state == RequestState::Down => self.open(thread, slot),
             _ => {}
         }
     }
 
     fn unanswered(&self) -> u64 {
-        self.slots.iter().filter(|slot| slot.state == RequestState::Asking).count() as u64
+        self.slots.iter().filter(|slot| slot.state == RequestState::Waiting).count() as u64
     }
 }
 
-/// A span drawn from the exponential distribution with this mean; `uniform` is
+/// Returns a random value of the exponential distribution with this mean. `uniform` is
 /// from [0, 1). Inverse transform: -mean * ln(1 - u).
 fn exponential(mean: Duration, uniform: f64) -> Nanos {
     (mean.as_nanos() as f64 * -(1.0 - uniform).ln()) as Nanos
@@ -379,7 +382,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn drawn_lifetimes_have_the_mean_that_was_asked_for() {
+    fn random_lifetimes_have_the_given_mean() {
         let mut random = fastrand::Rng::with_seed(7);
         let mean = Duration::from_millis(20);
         let sum: u64 = (0..20_000).map(|_| exponential(mean, random.f64())).sum();

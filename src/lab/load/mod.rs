@@ -1,9 +1,9 @@
-//! Load and the servers that answer it: what `tidegate bench` and `tidegate
-//! backend` run.
+//! The load generator and the servers that answer it, for `tidegate bench` and
+//! `tidegate backend`.
 //!
-//! Called by `cli`. Each thread is one epoll loop over its own sockets, with
-//! no allocation for a message, so that a core of it outruns what it measures.
-//! It knows nothing of the balancer and never uses it: frames and counts only.
+//! Called by `cli`. Each thread runs one epoll loop over its own sockets, without an
+//! allocation per message, so that one core of it is faster than what it measures. It
+//! knows nothing about the balancer: it handles bytes and counts only.
 
 mod dial;
 mod exchange;
@@ -23,16 +23,14 @@ pub use serve::{Behaviour, ServeReport, Service, serve};
 use std::io;
 use std::sync::mpsc;
 
-/// What one thread measured in a window, and which window of the measured time
-/// that was, from 0 on.
+/// The index of a window, from 0, and what one thread measured in it.
 pub type ReportWindow = (u64, LoadReport);
 
-/// Starts the load that `plan` describes, on threads of its own. Where it has
-/// windows, each thread sends every one of its own to `windows`, in order, until
-/// nobody receives them any more.
+/// Starts the load of `plan` on new threads. If the plan has windows, each thread sends
+/// each of its windows to `windows`, in order, until the receiver is dropped.
 ///
 /// # Errors
-/// A thread cannot be had. What a thread cannot do once it runs comes out of
+/// A thread cannot be started. Later errors of a thread are returned by
 /// [`LoadThreads::join`].
 pub fn start(
     plan: LoadPlan,
@@ -40,7 +38,7 @@ pub fn start(
 ) -> io::Result<LoadThreads<LoadReport>> {
     let threads = plan.threads;
     let cpus = plan.cpus.clone();
-    LoadThreads::start("load", threads, &cpus, move |place| {
-        crate::load::thread::run(&plan, &place, &windows)
+    LoadThreads::start("load", threads, &cpus, move |handle| {
+        crate::load::thread::run(&plan, &handle, &windows)
     })
 }

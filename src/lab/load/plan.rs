@@ -1,78 +1,78 @@
-//! What load to make: the plan a generator follows.
+//! The plan that a load generator executes.
 //!
-//! Built by `lab::cli::bench` from its arguments. Plain values; it does no I/O.
+//! `lab::cli::bench` builds it from its arguments. Plain values; no I/O.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
-/// Most connections of one plan: more than any descriptor limit allows, and
-/// they still fit a slot number.
+/// Maximum number of connections of a plan: more than any descriptor limit allows, and
+/// few enough for a `u32` slot number.
 pub const CONNECTIONS_MAX: u32 = 1 << 20;
 
-/// Largest message or write. Two of these a thread is all the memory it takes.
+/// Maximum size of a message or write. A thread needs memory for at most two of these.
 pub const SIZE_MAX: usize = 16 * 1024 * 1024;
 
 /// What each connection does.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum LoadMode {
-    /// Send a message, wait for the answer, and again.
+    /// Send a message, wait for the answer, repeat.
     PingPong,
-    /// Connect, one request, its answer, close, and again.
+    /// Connect, send one request, read its answer, close, repeat.
     Short(CloseMode),
-    /// Send without end.
+    /// Send continuously.
     Upload,
-    /// Receive without end.
+    /// Receive continuously.
     Download,
-    /// Send this many messages a second over all connections together, whether
-    /// or not earlier ones are answered.
+    /// Send at a fixed rate over all connections, whether or not earlier messages are
+    /// answered.
     OpenLoop {
-        /// Messages a second; above zero.
+        /// Messages per second; above zero.
         rate: f64,
     },
-    /// Hold the connections.
+    /// Hold connections open.
     Idle,
-    /// Hold each for a random time (exponential), close, and again.
+    /// Hold each connection for a random time (exponential distribution), close it,
+    /// repeat.
     Churn {
-        /// Mean life of a connection.
+        /// Mean lifetime of a connection.
         lifetime: Duration,
         /// How connections are closed.
         close: CloseMode,
     },
 }
 
-/// How the generator closes a connection it is done with.
+/// How the generator closes a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CloseMode {
-    /// In order; the port then rests in TIME-WAIT.
+    /// With FIN; the port then stays in TIME-WAIT.
     Fin,
-    /// At once; the port is free again.
+    /// With RST; the port is free immediately.
     Reset,
 }
 
-/// The whole of a run.
+/// All parameters of a run.
 #[derive(Debug, Clone)]
 pub struct LoadPlan {
-    /// Where to connect.
+    /// Target address.
     pub target: SocketAddr,
-    /// What connections do.
+    /// What each connection does.
     pub mode: LoadMode,
-    /// How many, over all threads; at least one for each thread.
+    /// Number of connections over all threads; at least one per thread.
     pub connections: usize,
-    /// Bytes of a request or of a write; 0 only for `Idle` and `Churn`, which
-    /// then ask nothing.
+    /// Bytes of a request or a write. 0 only with `Idle` and `Churn`, which then send
+    /// no request.
     pub size: usize,
-    /// Bytes of the answer to a request; at least one.
+    /// Bytes of an answer; at least one.
     pub answer: usize,
-    /// How long to measure, once all connections stand.
+    /// Measured time. It starts when all connections are established.
     pub duration: Duration,
-    /// Measured time that makes one window, each reported when it is over; or
-    /// none but the whole.
+    /// Length of a window; each is reported when it ends. `None`: no windows.
     pub window: Option<Duration>,
-    /// Threads; at least one.
+    /// Number of threads; at least one.
     pub threads: usize,
-    /// CPUs to pin them to, or none.
+    /// CPUs to pin the threads to; empty: no pinning.
     pub cpus: Vec<usize>,
-    /// Source addresses to connect from, 127.0.0.1 and on; 1 leaves the choice
-    /// to the kernel. More than one only for a loopback IPv4 target.
+    /// Number of source addresses, from 127.0.0.1 upwards. 1: the kernel chooses. More
+    /// than one only with a loopback IPv4 target.
     pub sources: u8,
 }

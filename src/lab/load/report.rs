@@ -1,49 +1,48 @@
-//! What a generator has counted: requests, bytes, latencies, errors by kind.
+//! Results of a generator: requests, bytes, latencies, errors by kind.
 //!
-//! Filled by one thread, merged when all are done, read by `lab::cli::bench`. It
-//! does no I/O.
+//! Each thread fills its own, `lab::cli::bench` merges and prints them. No I/O.
 
 use hdrhistogram::Histogram;
 use std::io;
 use std::time::Duration;
 
-/// Three digits: 0.1 % of a latency, far below what any machine repeats.
+/// Three digits: 0.1 % of a latency, far below the noise of any machine.
 const SIGNIFICANT_DIGITS: u8 = 3;
 
-/// Longest latency told apart; longer ones count as this.
+/// Largest recorded latency; longer ones are clamped to it.
 const LATENCY_MAX: Duration = Duration::from_secs(3_600);
 
 /// What can go wrong with a connection or a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(usize)]
 pub enum LoadErrorKind {
-    /// Nobody listens there.
+    /// The connect was refused.
     ConnectRefused,
-    /// Connecting took longer than the kernel or the run had patience for.
+    /// The connect timed out.
     ConnectTimedOut,
-    /// Connecting failed in any other way.
+    /// The connect failed for another reason.
     ConnectFailed,
-    /// The peer cut an established connection (RST).
+    /// The peer reset an established connection.
     Reset,
-    /// The peer closed an established connection in order, before the answer
-    /// or while it was to be held.
+    /// The peer closed an established connection with FIN, before the answer or while
+    /// the connection was to be held.
     Closed,
-    /// An established connection failed in any other way.
+    /// An established connection failed for another reason.
     Failed,
-    /// More bytes came back than the answer has.
+    /// More bytes arrived than the answer has.
     Excess,
-    /// A request without an answer when the run ended or its connection broke.
+    /// A request had no answer when the run ended or its connection was lost.
     Unanswered,
-    /// A message that was due and not sent: no connection stood, or too many
-    /// were unanswered already.
+    /// A message was due and was not sent, because no connection was established or too
+    /// many messages were unanswered.
     NotSent,
-    /// No free port: more `--sources` help.
+    /// No local port was free. More `--sources` help.
     NoPorts,
-    /// No free descriptor.
+    /// No descriptor was free.
     NoDescriptors,
 }
 
-/// All kinds with their names in reports.
+/// All kinds with their names in reports, in numeric order.
 pub(super) const KINDS: [(LoadErrorKind, &str); 11] = [
     (LoadErrorKind::ConnectRefused, "connect_refused"),
     (LoadErrorKind::ConnectTimedOut, "connect_timed_out"),
@@ -58,14 +57,14 @@ pub(super) const KINDS: [(LoadErrorKind, &str); 11] = [
     (LoadErrorKind::NoDescriptors, "no_descriptors"),
 ];
 
-/// What was measured.
+/// Measured values.
 #[derive(Debug, Clone)]
 pub struct LoadReport {
     /// Requests answered within the measured time.
     pub requests: u64,
-    /// Requests answered after it: not in any rate.
+    /// Requests answered after the measured time; not part of any rate.
     pub late: u64,
-    /// Connections established, those before the measured time included.
+    /// Connections established, including those before the measured time.
     pub opened: u64,
     /// Connections established within the measured time.
     pub opened_timed: u64,
@@ -73,7 +72,7 @@ pub struct LoadReport {
     pub bytes_in: u64,
     /// Bytes sent within the measured time.
     pub bytes_out: u64,
-    /// The measured time: the longest of any thread.
+    /// The measured time: the longest of all threads.
     pub elapsed: Duration,
     latency: Histogram<u64>,
     errors: [u64; KINDS.len()],
@@ -82,20 +81,20 @@ pub struct LoadReport {
 // === impl LoadErrorKind ===
 
 impl LoadErrorKind {
-    /// Why a connection never stood.
+    /// Returns the kind of a connect error.
     pub(super) fn of_connect(error: &io::Error) -> LoadErrorKind {
         match error.raw_os_error() {
             Some(libc::ECONNREFUSED) => LoadErrorKind::ConnectRefused,
             Some(libc::ETIMEDOUT) => LoadErrorKind::ConnectTimedOut,
             Some(libc::EADDRNOTAVAIL | libc::EADDRINUSE) => LoadErrorKind::NoPorts,
             Some(libc::EMFILE | libc::ENFILE) => LoadErrorKind::NoDescriptors,
-            // It stood, and was cut before anybody looked.
+            // The connection was established, and reset before the first check.
             Some(libc::ECONNRESET | libc::EPIPE) => LoadErrorKind::Reset,
             _ => LoadErrorKind::ConnectFailed,
         }
     }
 
-    /// Why an established connection broke.
+    /// Returns the kind of an error of an established connection.
     pub(super) fn of_transfer(error: &io::Error) -> LoadErrorKind {
         match error.raw_os_error() {
             Some(libc::ECONNRESET | libc::EPIPE) => LoadErrorKind::Reset,
@@ -123,7 +122,7 @@ impl LoadReport {
         }
     }
 
-    /// Counts a latency in nanoseconds.
+    /// Records a latency in nanoseconds.
     #[inline]
     pub(super) fn record(&mut self, nanos: u64) {
         self.latency.saturating_record(nanos);
@@ -134,7 +133,7 @@ impl LoadReport {
         self.errors[kind as usize] += times;
     }
 
-    /// Adds what another thread has measured.
+    /// Adds the results of another thread.
     #[must_use]
     pub fn merge(mut self, other: &LoadReport) -> LoadReport {
         self.requests += other.requests;
@@ -144,7 +143,7 @@ impl LoadReport {
         self.bytes_in += other.bytes_in;
         self.bytes_out += other.bytes_out;
         self.elapsed = self.elapsed.max(other.elapsed);
-        // Both have the same range, which is all that could be wrong.
+        // Adding can fail only for different ranges, and both ranges are the same.
         let _ = self.latency.add(&other.latency);
         for (sum, more) in self.errors.iter_mut().zip(other.errors) {
             *sum += more;
@@ -152,37 +151,37 @@ impl LoadReport {
         self
     }
 
-    /// How many errors of a kind there were.
+    /// Returns the number of errors of a kind.
     pub fn errors(&self, kind: LoadErrorKind) -> u64 {
         self.errors[kind as usize]
     }
 
-    /// Kinds of errors that occurred, by name.
+    /// Returns the kinds of errors that occurred, by name.
     pub fn errors_by_name(&self) -> impl Iterator<Item = (&'static str, u64)> {
         KINDS.iter().map(|(kind, name)| (*name, self.errors(*kind))).filter(|(_, n)| *n > 0)
     }
 
-    /// All errors.
+    /// Returns the number of all errors.
     pub fn errors_total(&self) -> u64 {
         self.errors.iter().sum()
     }
 
-    /// Latencies recorded.
+    /// Returns the number of recorded latencies.
     pub fn latencies(&self) -> u64 {
         self.latency.len()
     }
 
-    /// The latency that `percentile` (0 to 100) of requests did not exceed.
+    /// Returns the latency that `percentile` (0 to 100) of the requests did not exceed.
     pub fn latency_at(&self, percentile: f64) -> Duration {
         Duration::from_nanos(self.latency.value_at_percentile(percentile))
     }
 
-    /// The longest latency.
+    /// Returns the longest latency.
     pub fn latency_max(&self) -> Duration {
         Duration::from_nanos(self.latency.max())
     }
 
-    /// The mean latency.
+    /// Returns the mean latency.
     pub fn latency_mean(&self) -> Duration {
         Duration::from_nanos(self.latency.mean() as u64)
     }
@@ -193,9 +192,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_kind_stands_at_its_own_place_in_the_list_of_names() {
-        for (place, (kind, name)) in KINDS.iter().enumerate() {
-            assert_eq!(*kind as usize, place, "{name}");
+    fn names_of_kinds_are_in_numeric_order() {
+        for (index, (kind, name)) in KINDS.iter().enumerate() {
+            assert_eq!(*kind as usize, index, "{name}");
         }
     }
 
@@ -214,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn a_latency_beyond_the_range_counts_as_the_longest() {
+    fn latency_beyond_the_range_is_clamped() {
         let mut report = LoadReport::new();
         report.record(u64::MAX);
         assert_eq!(report.latencies(), 1);

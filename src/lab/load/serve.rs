@@ -1,7 +1,8 @@
-//! Servers that answer load, well or badly.
+//! Servers that answer load, correctly or with faults.
 //!
-//! Run by `lab::cli::backend`. Each thread listens for itself on the shared address
-//! and serves what the kernel gives it; nothing is looked at but counts.
+//! Run by `lab::cli::backend`. Each thread has its own listeners on the shared
+//! addresses and serves the connections that the kernel gives it. Content is counted,
+//! never inspected.
 
 mod behaviour;
 mod peer;
@@ -18,22 +19,22 @@ use std::sync::Mutex;
 use std::time::Duration;
 use tidegate_net::listen;
 
-/// What to serve, where.
+/// What to serve, and where.
 #[derive(Debug, Clone)]
 pub struct Service {
-    /// Addresses to listen on; port 0 for any. Every thread listens on each.
+    /// Addresses to listen on; port 0 picks a free port. Every thread listens on each.
     pub listen: Vec<SocketAddr>,
     /// What to do with connections.
     pub behaviour: Behaviour,
-    /// Threads; at least one.
+    /// Number of threads; at least one.
     pub threads: usize,
-    /// CPUs to pin them to, or none.
+    /// CPUs to pin the threads to; empty: no pinning.
     pub cpus: Vec<usize>,
-    /// When to end by itself.
+    /// Run time; `None`: until stopped.
     pub duration: Option<Duration>,
 }
 
-/// What servers have done; `tidegate backend --json` prints it.
+/// Counts of the servers; `tidegate backend --json` prints them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct ServeReport {
     /// Connections accepted.
@@ -42,25 +43,25 @@ pub struct ServeReport {
     pub bytes_in: u64,
     /// Bytes sent.
     pub bytes_out: u64,
-    /// Connections that broke.
+    /// Connections that failed.
     pub failed: u64,
-    /// Connections still open at the end.
+    /// Connections open at the end.
     pub open: u64,
     /// Connections that could not be accepted.
     pub refused: u64,
-    /// Whole requests answered; only `Respond` knows what one is.
+    /// Complete requests that were answered; counted by `Respond` only.
     pub requests: u64,
     /// Connections reset on purpose.
     pub reset: u64,
 }
 
-/// Starts serving; gives the addresses, now bound.
+/// Starts serving. Returns the threads and the bound addresses.
 ///
 /// # Errors
-/// An address is taken, or a thread cannot be had.
+/// An address is in use, or a thread cannot be started.
 pub fn serve(service: Service) -> io::Result<(LoadThreads<ServeReport>, Vec<SocketAddr>)> {
     let mut bound = Vec::with_capacity(service.listen.len());
-    // One set of listeners for each thread to take.
+    // One set of listeners per thread.
     let mut sets: Vec<Vec<_>> = (0..service.threads).map(|_| Vec::new()).collect();
     for address in &service.listen {
         let named = |error: io::Error| io::Error::new(error.kind(), format!("{address}: {error}"));
@@ -77,14 +78,15 @@ pub fn serve(service: Service) -> io::Result<(LoadThreads<ServeReport>, Vec<Sock
     }
     let sets = Mutex::new(sets);
     let (threads, cpus) = (service.threads, service.cpus.clone());
-    let crew = LoadThreads::start("backend", threads, &cpus, move |place| {
+    let load_threads = LoadThreads::start("backend", threads, &cpus, move |handle| {
         let listeners = sets.lock().ok().and_then(|mut sets| sets.pop()).unwrap_or_default();
-        worker::run(&service, &place, listeners)
+        worker::run(&service, &handle, listeners)
     })?;
-    Ok((crew, bound))
+    Ok((load_threads, bound))
 }
 
-/// `count` listeners on one address, also when the kernel picks its port.
+/// Opens `count` listeners on one address. If the kernel picks the port, all use the
+/// same.
 fn bind_all(address: SocketAddr, count: usize) -> io::Result<Vec<Socket>> {
     let mut sockets = listen::bind(address, 1)?;
     if count > 1 {
@@ -97,7 +99,7 @@ fn bind_all(address: SocketAddr, count: usize) -> io::Result<Vec<Socket>> {
 // === impl ServeReport ===
 
 impl ServeReport {
-    /// Adds what another thread has done.
+    /// Adds the counts of another thread.
     #[must_use]
     pub fn merge(self, other: &ServeReport) -> ServeReport {
         ServeReport {

@@ -1,7 +1,7 @@
-//! Streams without end: each connection only sends, or only receives.
+//! Continuous streams: each connection only sends, or only receives.
 //!
-//! Driven by `lane`. What is received is thrown away inside the kernel, so that
-//! the generator costs as little as it can.
+//! Driven by `thread`. Received bytes are discarded inside the kernel, to keep the cost
+//! of the generator low.
 
 use super::plan::{LoadMode, LoadPlan};
 use crate::load::report::LoadErrorKind;
@@ -11,14 +11,14 @@ use std::os::fd::OwnedFd;
 use tidegate_net::epoll::{EpollEvent, EpollInterest};
 use tidegate_net::stream::{self, Connecting};
 
-/// One socket's turn ends after this much: the others wait.
+/// Bytes after which one socket's turn ends, so that other sockets are served.
 pub(super) const TURN_BYTES: usize = 256 * 1024;
 
-/// The loop.
+/// The loop of these modes.
 #[derive(Debug)]
 pub(super) struct StreamLoop {
     slots: Vec<StreamSlot>,
-    /// What is sent, or where the discarded is not put.
+    /// Bytes to send, or the buffer of the discarding receive.
     buffer: Box<[u8]>,
     sends: bool,
 }
@@ -26,7 +26,7 @@ pub(super) struct StreamLoop {
 #[derive(Debug, Default)]
 struct StreamSlot {
     socket: Option<OwnedFd>,
-    stands: bool,
+    connected: bool,
 }
 
 // === impl StreamLoop ===
@@ -42,60 +42,60 @@ impl StreamLoop {
         }
     }
 
-    fn open(&mut self, lane: &mut LoadThread<'_>, slot: u32) {
-        let dialled = lane.dialer.dial().and_then(|(socket, how_far)| {
-            // Until it stands: room to send is how that shows.
+    fn open(&mut self, thread: &mut LoadThread<'_>, slot: u32) {
+        let dialled = thread.dialer.dial().and_then(|(socket, how_far)| {
+            // A pending connect is complete when the socket becomes writable.
             let interest = match how_far {
-                Connecting::Done => self.interest(lane),
+                Connecting::Done => self.interest(thread),
                 Connecting::Pending => EpollInterest::WhileWritable,
             };
-            lane.epoll.watch_for(&socket, slot.into(), interest)?;
+            thread.epoll.watch_for(&socket, slot.into(), interest)?;
             Ok((socket, how_far))
         });
         match dialled {
             Ok((socket, how_far)) => {
-                let stands = how_far == Connecting::Done;
-                self.slots[slot as usize] = StreamSlot { socket: Some(socket), stands };
-                if stands {
-                    lane.opened();
+                let connected = how_far == Connecting::Done;
+                self.slots[slot as usize] = StreamSlot { socket: Some(socket), connected };
+                if connected {
+                    thread.opened();
                 }
             }
-            Err(error) => lane.lost(slot, LoadErrorKind::of_connect(&error)),
+            Err(error) => thread.lost(slot, LoadErrorKind::of_connect(&error)),
         }
     }
 
-    /// Before the measured time only hang-ups are of interest.
-    fn interest(&self, lane: &LoadThread<'_>) -> EpollInterest {
-        match (lane.phase, self.sends) {
+    /// Before the measured time only hang-ups are relevant.
+    fn interest(&self, thread: &LoadThread<'_>) -> EpollInterest {
+        match (thread.phase, self.sends) {
             (LoadPhase::Setup, _) => EpollInterest::EdgeReadable,
             (_, true) => EpollInterest::WhileWritable,
             (_, false) => EpollInterest::WhileReadable,
         }
     }
 
-    fn connected(&mut self, lane: &mut LoadThread<'_>, slot: u32) -> Result<(), LoadErrorKind> {
-        let place = &mut self.slots[slot as usize];
-        let Some(socket) = &place.socket else { return Ok(()) };
+    fn connected(&mut self, thread: &mut LoadThread<'_>, slot: u32) -> Result<(), LoadErrorKind> {
+        let conn = &mut self.slots[slot as usize];
+        let Some(socket) = &conn.socket else { return Ok(()) };
         stream::connect_result(socket).map_err(|error| LoadErrorKind::of_connect(&error))?;
-        place.stands = true;
-        lane.opened();
-        self.rewatch(lane, slot)
+        conn.connected = true;
+        thread.opened();
+        self.rewatch(thread, slot)
     }
 
-    fn rewatch(&self, lane: &LoadThread<'_>, slot: u32) -> Result<(), LoadErrorKind> {
+    fn rewatch(&self, thread: &LoadThread<'_>, slot: u32) -> Result<(), LoadErrorKind> {
         let Some(socket) = &self.slots[slot as usize].socket else { return Ok(()) };
-        let changed = lane.epoll.change(socket, slot.into(), self.interest(lane));
+        let changed = thread.epoll.change(socket, slot.into(), self.interest(thread));
         changed.map_err(|error| LoadErrorKind::of_transfer(&error))
     }
 
-    fn send(&mut self, lane: &mut LoadThread<'_>, slot: u32) -> Result<(), LoadErrorKind> {
+    fn send(&mut self, thread: &mut LoadThread<'_>, slot: u32) -> Result<(), LoadErrorKind> {
         let Some(socket) = &self.slots[slot as usize].socket else { return Ok(()) };
         let mut turn = 0;
         while turn < TURN_BYTES {
             match stream::send(socket, &self.buffer) {
                 Ok(sent) => {
                     turn += sent;
-                    lane.report.bytes_out += sent as u64;
+                    thread.report.bytes_out += sent as u64;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) => return Err(LoadErrorKind::of_transfer(&error)),
@@ -104,19 +104,19 @@ impl StreamLoop {
         Ok(())
     }
 
-    fn receive(&mut self, lane: &mut LoadThread<'_>, slot: u32) -> Result<(), LoadErrorKind> {
+    fn receive(&mut self, thread: &mut LoadThread<'_>, slot: u32) -> Result<(), LoadErrorKind> {
         let Some(socket) = &self.slots[slot as usize].socket else { return Ok(()) };
         match stream::discard(socket, &mut self.buffer) {
             Ok(0) => return Err(LoadErrorKind::Closed),
-            Ok(taken) => lane.report.bytes_in += taken as u64,
+            Ok(taken) => thread.report.bytes_in += taken as u64,
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Err(error) => return Err(LoadErrorKind::of_transfer(&error)),
         }
         Ok(())
     }
 
-    /// What a sender learns from a hang-up: a FIN alone is the peer's half
-    /// being done, and is taken for the end as well.
+    /// Returns why a connection ended after a hang-up. A FIN without an error also
+    /// counts as the end.
     fn ended(&self, slot: u32) -> LoadErrorKind {
         match self.slots[slot as usize].socket.as_ref().map(stream::connect_result) {
             Some(Err(error)) => LoadErrorKind::of_transfer(&error),
@@ -124,25 +124,25 @@ impl StreamLoop {
         }
     }
 
-    fn lose(&mut self, lane: &mut LoadThread<'_>, slot: u32, kind: LoadErrorKind) {
-        let place = std::mem::take(&mut self.slots[slot as usize]);
-        lane.open -= u64::from(place.stands);
-        lane.lost(slot, kind);
+    fn lose(&mut self, thread: &mut LoadThread<'_>, slot: u32, kind: LoadErrorKind) {
+        let conn = std::mem::take(&mut self.slots[slot as usize]);
+        thread.open -= u64::from(conn.connected);
+        thread.lost(slot, kind);
     }
 
     fn handle(
         &mut self,
-        lane: &mut LoadThread<'_>,
+        thread: &mut LoadThread<'_>,
         readiness: EpollEvent,
     ) -> Result<(), LoadErrorKind> {
         let slot = readiness.token as u32;
-        if !self.slots[slot as usize].stands {
-            return self.connected(lane, slot);
+        if !self.slots[slot as usize].connected {
+            return self.connected(thread, slot);
         }
-        match (lane.phase, self.sends) {
+        match (thread.phase, self.sends) {
             (LoadPhase::Timed, true) if readiness.hang_up => Err(self.ended(slot)),
-            (LoadPhase::Timed, true) => self.send(lane, slot),
-            (LoadPhase::Timed, false) => self.receive(lane, slot),
+            (LoadPhase::Timed, true) => self.send(thread, slot),
+            (LoadPhase::Timed, false) => self.receive(thread, slot),
             _ if readiness.failed => Err(self.ended(slot)),
             _ => Ok(()),
         }
@@ -150,38 +150,38 @@ impl StreamLoop {
 }
 
 impl ModeLoop for StreamLoop {
-    fn prepare(&mut self, lane: &mut LoadThread<'_>) -> io::Result<()> {
-        // Streams are few. Should there be thousands, what the target's accept
-        // queue drops is sent again by the kernel.
+    fn prepare(&mut self, thread: &mut LoadThread<'_>) -> io::Result<()> {
+        // Streams are few. With thousands of them, the kernel retransmits what the
+        // target's listen queue drops.
         for slot in 0..self.slots.len() as u32 {
-            self.open(lane, slot);
+            self.open(thread, slot);
         }
         Ok(())
     }
 
     fn prepared(&self) -> bool {
-        self.slots.iter().all(|slot| slot.stands || slot.socket.is_none())
+        self.slots.iter().all(|slot| slot.connected || slot.socket.is_none())
     }
 
-    fn begin(&mut self, lane: &mut LoadThread<'_>) {
+    fn begin(&mut self, thread: &mut LoadThread<'_>) {
         for slot in 0..self.slots.len() as u32 {
-            if self.slots[slot as usize].stands
-                && let Err(kind) = self.rewatch(lane, slot)
+            if self.slots[slot as usize].connected
+                && let Err(kind) = self.rewatch(thread, slot)
             {
-                self.lose(lane, slot, kind);
+                self.lose(thread, slot, kind);
             }
         }
     }
 
-    fn ready(&mut self, lane: &mut LoadThread<'_>, readiness: EpollEvent) {
-        if let Err(kind) = self.handle(lane, readiness) {
-            self.lose(lane, readiness.token as u32, kind);
+    fn ready(&mut self, thread: &mut LoadThread<'_>, readiness: EpollEvent) {
+        if let Err(kind) = self.handle(thread, readiness) {
+            self.lose(thread, readiness.token as u32, kind);
         }
     }
 
-    fn due(&mut self, lane: &mut LoadThread<'_>, slot: u32) {
-        if self.slots[slot as usize].socket.is_none() && lane.phase != LoadPhase::Grace {
-            self.open(lane, slot);
+    fn due(&mut self, thread: &mut LoadThread<'_>, slot: u32) {
+        if self.slots[slot as usize].socket.is_none() && thread.phase != LoadPhase::Grace {
+            self.open(thread, slot);
         }
     }
 
@@ -189,8 +189,9 @@ impl ModeLoop for StreamLoop {
         0
     }
 
-    /// Sent is what has reached the peer's kernel, not what waits in ours.
-    fn end(&mut self, lane: &mut LoadThread<'_>) {
+    /// Subtracts the bytes in the local send queues: only bytes that reached the peer's
+    /// kernel count as sent.
+    fn end(&mut self, thread: &mut LoadThread<'_>) {
         if self.sends {
             let queued: u64 = self
                 .slots
@@ -198,7 +199,7 @@ impl ModeLoop for StreamLoop {
                 .filter_map(|s| s.socket.as_ref())
                 .map(stream::unacknowledged)
                 .sum();
-            lane.report.bytes_out = lane.report.bytes_out.saturating_sub(queued);
+            thread.report.bytes_out = thread.report.bytes_out.saturating_sub(queued);
         }
     }
 }

@@ -1,9 +1,7 @@
-//! One generator thread: its clock, its epoll set, its count, and the order of
-//! a run.
+//! One generator thread: its clock, its epoll set, its results and the phases of a run.
 //!
-//! The loops of each mode are built on [`LoadThread`]. A run is: connections are
-//! made, all threads meet, the measured time, a short wait for answers still
-//! out, the end.
+//! The loops of the modes use [`LoadThread`]. The phases of a run: connect, wait for
+//! all threads, the measured time, up to a second for outstanding answers.
 
 use super::ReportWindow;
 use super::dial::Dialer;
@@ -22,135 +20,137 @@ use std::time::{Duration, Instant};
 use tidegate_net::clock;
 use tidegate_net::epoll::{Epoll, EpollBatch, EpollEvent};
 
-/// Nanoseconds since the thread began.
+/// Nanoseconds since the start of the thread.
 pub(super) type Nanos = u64;
 
-/// How long connections may take to stand before the measured time begins
-/// without those that do not.
+/// Maximum time for connecting. After it the measured time begins without the missing
+/// connections.
 const SETUP_MAX: Duration = Duration::from_secs(10);
 
-/// How long answers may come in after the measured time.
+/// Time for outstanding answers after the measured time.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// A lost connection is tried again after this: a target that refuses is asked
-/// a hundred times a second by each connection, not as fast as a core can.
+/// Delay before a lost connection is opened again. It limits the attempts on a refusing
+/// target to 100 per second and connection.
 const RETRY_AFTER: Nanos = 10_000_000;
 
-/// Connections of one thread that may be under way at once during set-up; the
-/// kernel's accept queues hold a few thousand.
+/// Maximum number of concurrent connects of a thread during setup. Listen queues hold a
+/// few thousand.
 pub(super) const CONNECTING_MAX: usize = 256;
 
-/// Received bytes go here: big enough for a socket's whole queue more often
-/// than not, small enough to stay in the cache.
+/// Size of the receive buffer: usually enough for a socket's whole queue, and small
+/// enough for the CPU cache.
 pub(super) const BUFFER: usize = 256 * 1024;
 
-/// A thread never sleeps longer: it looks at the stop flag.
+/// Maximum sleep of a thread, so that it checks the stop flag.
 const SLEEP_MAX: Duration = Duration::from_millis(50);
 
-/// What all modes share. Public within the module: the loops use every part.
+/// State that all modes share. The fields are visible to the loops, which use all of
+/// them.
 #[derive(Debug)]
 pub(super) struct LoadThread<'a> {
     pub(super) plan: &'a LoadPlan,
-    pub(super) place: &'a ThreadHandle,
+    pub(super) handle: &'a ThreadHandle,
     pub(super) dialer: Dialer,
     pub(super) epoll: Epoll,
-    /// Of the whole run or, where it has windows, since the last of them.
+    /// Results of the whole run, or of the current window.
     pub(super) report: LoadReport,
     pub(super) phase: LoadPhase,
     windows: &'a mpsc::Sender<ReportWindow>,
-    /// The windows so far, and how many they are.
+    /// Sum of the earlier windows.
     past: Option<LoadReport>,
+    /// Index of the current window.
     window: u64,
-    /// Slots to wake, with when.
+    /// Slots to wake, by time.
     due: BinaryHeap<Reverse<(Nanos, u32)>>,
-    /// Connections that stand now.
+    /// Open connections.
     pub(super) open: u64,
     began: Instant,
     started: Nanos,
-    /// The time last read.
+    /// The time that was last read.
     at: Nanos,
 }
 
-/// Where in its run the thread is.
+/// Phase of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum LoadPhase {
-    /// Connections are made; nothing is counted but they.
+    /// Connections are opened. Only these are counted.
     Setup,
     /// The measured time.
     Timed,
-    /// Answers still out may come in; nothing new is begun.
+    /// Outstanding answers are received; nothing new is sent.
     Grace,
 }
 
 /// The loop of one mode.
 pub(super) trait ModeLoop {
-    /// Begins to make the first connections.
-    fn prepare(&mut self, lane: &mut LoadThread<'_>) -> io::Result<()>;
-    /// Whether every connection stands or has failed.
+    /// Starts opening the first connections.
+    fn prepare(&mut self, thread: &mut LoadThread<'_>) -> io::Result<()>;
+    /// Returns whether every connection is established or has failed.
     fn prepared(&self) -> bool;
-    /// The measured time begins.
-    fn begin(&mut self, lane: &mut LoadThread<'_>);
-    /// A socket is ready.
-    fn ready(&mut self, lane: &mut LoadThread<'_>, readiness: EpollEvent);
-    /// A slot's time has come.
-    fn due(&mut self, lane: &mut LoadThread<'_>, slot: u32);
-    /// Once for each turn, for what is due by rate; gives when to be called
-    /// again at the latest. Most modes have nothing of the sort.
+    /// Starts the measured time.
+    fn begin(&mut self, thread: &mut LoadThread<'_>);
+    /// Handles a ready socket.
+    fn ready(&mut self, thread: &mut LoadThread<'_>, readiness: EpollEvent);
+    /// Handles a slot whose wake time has come.
+    fn due(&mut self, thread: &mut LoadThread<'_>, slot: u32);
+    /// Called once per turn, for messages that are due by rate. Returns the latest time
+    /// of the next call. Most modes do not need it.
     fn turn(&mut self, _lane: &mut LoadThread<'_>) -> Option<Nanos> {
         None
     }
-    /// Requests still without an answer.
+    /// Returns the number of unanswered requests.
     fn unanswered(&self) -> u64;
-    /// The measured time is over.
+    /// Ends the measured time.
     fn end(&mut self, _lane: &mut LoadThread<'_>) {}
-    /// Nothing more will come; what is still out is counted here.
-    fn finish(&mut self, lane: &mut LoadThread<'_>) {
-        lane.report.fail(LoadErrorKind::Unanswered, self.unanswered());
+    /// Counts what is still outstanding, after the last event.
+    fn finish(&mut self, thread: &mut LoadThread<'_>) {
+        thread.report.fail(LoadErrorKind::Unanswered, self.unanswered());
     }
 }
 
 /// Runs one thread of `plan`.
 pub(super) fn run(
     plan: &LoadPlan,
-    place: &ThreadHandle,
+    handle: &ThreadHandle,
     windows: &mpsc::Sender<ReportWindow>,
 ) -> io::Result<LoadReport> {
-    let count = place.share(plan.connections);
+    let count = handle.share(plan.connections);
     match plan.mode {
         LoadMode::PingPong | LoadMode::Short(_) | LoadMode::Idle | LoadMode::Churn { .. } => {
-            drive(plan, place, windows, |_| Ok(RequestLoop::new(plan, count)))
+            drive(plan, handle, windows, |_| Ok(RequestLoop::new(plan, count)))
         }
         LoadMode::Upload | LoadMode::Download => {
-            drive(plan, place, windows, |_| Ok(StreamLoop::new(plan, count)))
+            drive(plan, handle, windows, |_| Ok(StreamLoop::new(plan, count)))
         }
         LoadMode::OpenLoop { rate } => {
-            let rate = rate / place.count as f64;
-            drive(plan, place, windows, |lane| OpenLoop::new(lane, count, rate))
+            let rate = rate / handle.count as f64;
+            drive(plan, handle, windows, |thread| OpenLoop::new(thread, count, rate))
         }
     }
 }
 
 fn drive<L: ModeLoop>(
     plan: &LoadPlan,
-    place: &ThreadHandle,
+    handle: &ThreadHandle,
     windows: &mpsc::Sender<ReportWindow>,
     build: impl FnOnce(&LoadThread<'_>) -> io::Result<L>,
 ) -> io::Result<LoadReport> {
-    let prepared = LoadThread::new(plan, place, windows).and_then(|mut lane| {
-        let mut mode = build(&lane)?;
-        lane.setup(&mut mode)?;
-        lane.someone_there()?;
-        Ok((lane, mode))
+    let prepared = LoadThread::new(plan, handle, windows).and_then(|mut thread| {
+        let mut mode = build(&thread)?;
+        thread.setup(&mut mode)?;
+        thread.check_target()?;
+        Ok((thread, mode))
     });
     if prepared.is_err() {
-        place.stop();
+        handle.stop();
     }
-    // Whoever failed comes too: the others wait for everybody.
-    place.wait_for_all();
-    let (mut lane, mut mode) = prepared?;
-    lane.timed(&mut mode)?;
-    lane.grace(&mut mode)?;
-    Ok(lane.whole())
+    // Also after a failure, because the other threads wait for all.
+    handle.wait_for_all();
+    let (mut thread, mut mode) = prepared?;
+    thread.timed(&mut mode)?;
+    thread.grace(&mut mode)?;
+    Ok(thread.whole())
 }
 
 // === impl LoadThread ===
@@ -158,20 +158,20 @@ fn drive<L: ModeLoop>(
 impl<'a> LoadThread<'a> {
     fn new(
         plan: &'a LoadPlan,
-        place: &'a ThreadHandle,
+        handle: &'a ThreadHandle,
         windows: &'a mpsc::Sender<ReportWindow>,
     ) -> io::Result<LoadThread<'a>> {
         Ok(LoadThread {
             plan,
-            place,
-            dialer: Dialer::new(plan, place.index),
+            handle,
+            dialer: Dialer::new(plan, handle.index),
             epoll: Epoll::new()?,
             report: LoadReport::new(),
             phase: LoadPhase::Setup,
             windows,
             past: None,
             window: 0,
-            due: BinaryHeap::with_capacity(place.share(plan.connections)),
+            due: BinaryHeap::with_capacity(handle.share(plan.connections)),
             open: 0,
             began: clock::now(),
             started: 0,
@@ -186,36 +186,35 @@ impl<'a> LoadThread<'a> {
         self.at
     }
 
-    /// The time when it was last read: no older than the current batch of
-    /// events.
+    /// Returns the time that was last read: at the earliest, the time of the current
+    /// batch of events.
     #[inline]
     pub(super) fn at(&self) -> Nanos {
         self.at
     }
 
-    /// When the measured time began.
+    /// Returns the start of the measured time.
     pub(super) fn started(&self) -> Nanos {
         self.started
     }
 
-    /// Has `slot` woken at `when`.
+    /// Wakes `slot` at `when`.
     pub(super) fn wake(&mut self, slot: u32, when: Nanos) {
         self.due.push(Reverse((when, slot)));
     }
 
-    /// A connection could not be had or broke: it is counted and tried again a
-    /// little later.
+    /// Counts a connection that failed or was lost, and schedules the next attempt.
     pub(super) fn lost(&mut self, slot: u32, kind: LoadErrorKind) {
-        // What peers cut while the run ends is no finding.
+        // Connections that peers close at the end of a run are not errors.
         if self.phase != LoadPhase::Grace {
             self.report.fail(kind, 1);
-            self.place.gauge().errors.fetch_add(1, Relaxed);
+            self.handle.gauge().errors.fetch_add(1, Relaxed);
         }
         let when = self.at + RETRY_AFTER;
         self.wake(slot, when);
     }
 
-    /// A connection stands.
+    /// Counts an established connection.
     pub(super) fn opened(&mut self) {
         self.open += 1;
         self.report.opened += 1;
@@ -226,15 +225,16 @@ impl<'a> LoadThread<'a> {
         let until = nanos(SETUP_MAX);
         mode.prepare(self)?;
         let mut batch = EpollBatch::new();
-        while !mode.prepared() && !self.place.stopped() && self.at < until {
+        while !mode.prepared() && !self.handle.stopped() && self.at < until {
             self.step(mode, &mut batch, until)?;
         }
         Ok(())
     }
 
-    /// A target nobody answers at is found out now, not after the whole run.
-    /// Short connections begin with the measured time; only it can tell.
-    fn someone_there(&self) -> io::Result<()> {
+    /// Fails if no connection was established during setup, so that the error is
+    /// reported before the run. In the mode short, connections start only with the
+    /// measured time.
+    fn check_target(&self) -> io::Result<()> {
         if self.report.opened > 0 || matches!(self.plan.mode, LoadMode::Short(_)) {
             return Ok(());
         }
@@ -247,10 +247,10 @@ impl<'a> LoadThread<'a> {
         self.phase = LoadPhase::Timed;
         self.started = self.tick();
         let until = self.started + nanos(self.plan.duration);
-        self.place.gauge().started.store(true, Relaxed);
+        self.handle.gauge().started.store(true, Relaxed);
         mode.begin(self);
         let mut batch = EpollBatch::new();
-        while self.at < until && !self.place.stopped() {
+        while self.at < until && !self.handle.stopped() {
             self.step(mode, &mut batch, until)?;
             self.turn_window();
         }
@@ -259,7 +259,7 @@ impl<'a> LoadThread<'a> {
         Ok(())
     }
 
-    /// Where a window is over, hands it out and begins the next one.
+    /// If the current window has ended, sends it and starts the next one.
     fn turn_window(&mut self) {
         let Some(span) = self.plan.window.map(nanos) else { return };
         let begun = self.started + span.saturating_mul(self.window);
@@ -272,16 +272,16 @@ impl<'a> LoadThread<'a> {
             Some(past) => past.merge(&over),
             None => over.clone(),
         });
-        // Whoever wanted them has gone; the sum is still wanted.
+        // If the receiver is gone, the sum is still needed.
         let _ = self.windows.send((self.window, over));
-        // A thread that was held up for longer than a window skips what it missed.
+        // A thread that was delayed by more than a window skips the missed windows.
         self.window = (self.at - self.started) / span.max(1);
     }
 
-    /// Everything measured, all windows together.
+    /// Returns the results of all windows.
     fn whole(self) -> LoadReport {
         match self.past {
-            // The last part's elapsed counts from the beginning.
+            // `elapsed` of the last part covers the whole measured time.
             Some(past) => self.report.merge(&past),
             None => self.report,
         }
@@ -299,7 +299,7 @@ impl<'a> LoadThread<'a> {
         Ok(())
     }
 
-    /// One turn: waits, and has the loop handle what came.
+    /// Runs one turn: waits for events, then lets the loop handle them.
     fn step(
         &mut self,
         mode: &mut impl ModeLoop,
@@ -308,8 +308,8 @@ impl<'a> LoadThread<'a> {
     ) -> io::Result<()> {
         let turn = mode.turn(self);
         let next = self.due.peek().map_or(until, |Reverse((when, _))| (*when).min(until));
-        // What a mode is due itself it wakes for with a timer in the set; here
-        // only the moment that is already past matters.
+        // A mode wakes up with its own timer in the epoll set. Only a time that has
+        // already passed matters here.
         let timeout = match turn {
             Some(when) if when <= self.at => Duration::ZERO,
             _ => Duration::from_nanos(next.saturating_sub(self.at)).min(SLEEP_MAX),
@@ -339,7 +339,7 @@ impl<'a> LoadThread<'a> {
     }
 
     fn show(&self) {
-        let gauge = self.place.gauge();
+        let gauge = self.handle.gauge();
         let holds = matches!(self.plan.mode, LoadMode::Idle | LoadMode::Churn { .. });
         let units = |report: &LoadReport| if holds { report.opened } else { report.requests };
         let bytes = |report: &LoadReport| report.bytes_in + report.bytes_out;
@@ -350,7 +350,7 @@ impl<'a> LoadThread<'a> {
     }
 }
 
-/// In nanoseconds; five centuries fit.
+/// Converts to nanoseconds; `u64` holds five centuries.
 pub(super) fn nanos(duration: Duration) -> Nanos {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

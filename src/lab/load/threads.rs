@@ -1,8 +1,7 @@
-//! Threads that start together, can be watched while they work, and stop when
-//! told.
+//! Threads that start together, report their progress and stop on request.
 //!
-//! Used by the generator and the servers alike. It never looks at what the
-//! threads do beyond their gauges.
+//! Used by the generator and by the servers. It knows only the progress of the threads,
+//! not what they do.
 
 use crossbeam::utils::CachePadded;
 use std::io;
@@ -11,17 +10,16 @@ use std::sync::{Arc, Barrier};
 use std::thread::JoinHandle;
 use tidegate_net::cpu;
 
-/// What a thread shows of its work while it is at it. Written by that thread
-/// alone.
+/// Progress of a thread. Only that thread writes it.
 #[derive(Debug, Default)]
 pub struct LoadProgress {
-    /// Requests answered or, where there are none, connections opened.
+    /// Answered requests; opened connections in modes without requests.
     pub units: AtomicU64,
     /// Bytes received and sent.
     pub bytes: AtomicU64,
     /// Errors of any kind.
     pub errors: AtomicU64,
-    /// Connections open now.
+    /// Open connections.
     pub open: AtomicU64,
     /// Whether the measured time has begun.
     pub started: AtomicBool,
@@ -34,7 +32,7 @@ struct LoadShared {
     gauges: Vec<CachePadded<LoadProgress>>,
 }
 
-/// A thread's view of its crew.
+/// What a thread shares with the other threads.
 #[derive(Debug)]
 pub(super) struct ThreadHandle {
     pub(super) index: usize,
@@ -42,7 +40,7 @@ pub(super) struct ThreadHandle {
     shared: Arc<LoadShared>,
 }
 
-/// Threads at work; `T` is what each hands back.
+/// Running threads; `T` is the result of each.
 #[derive(Debug)]
 pub struct LoadThreads<T> {
     shared: Arc<LoadShared>,
@@ -52,30 +50,30 @@ pub struct LoadThreads<T> {
 // === impl ThreadHandle ===
 
 impl ThreadHandle {
-    /// Whether the crew was told to stop.
+    /// Returns whether the threads must stop.
     #[inline]
     pub(super) fn stopped(&self) -> bool {
         self.shared.stop.load(Relaxed)
     }
 
-    /// Tells the whole crew to stop.
+    /// Makes all threads stop.
     pub(super) fn stop(&self) {
         self.shared.stop.store(true, Relaxed);
     }
 
-    /// Waits until every thread of the crew is here. Each must come exactly
-    /// once, failed or not.
+    /// Waits until all threads have called this. Each must call it exactly once, also
+    /// after a failure.
     pub(super) fn wait_for_all(&self) {
         self.shared.ready.wait();
     }
 
-    /// This thread's gauge.
+    /// Returns the progress of this thread.
     pub(super) fn gauge(&self) -> &LoadProgress {
         &self.shared.gauges[self.index]
     }
 
-    /// This thread's part of `total` things, the first threads taking one more
-    /// where it does not divide.
+    /// Returns this thread's part of `total`. The first threads get one more each if it
+    /// does not divide evenly.
     pub(super) fn share(&self, total: usize) -> usize {
         total / self.count + usize::from(self.index < total % self.count)
     }
@@ -84,8 +82,9 @@ impl ThreadHandle {
 // === impl LoadThreads ===
 
 impl<T: Send + 'static> LoadThreads<T> {
-    /// Runs `work` on `count` threads, the i-th on the i-th of `cpus` (again
-    /// from the first when there are fewer; nowhere in particular when empty).
+    /// Runs `work` on `count` threads, the i-th pinned to the i-th of `cpus`. If there
+    /// are fewer CPUs than threads, they are reused. Without CPUs the threads are not
+    /// pinned.
     pub(super) fn start(
         name: &str,
         count: usize,
@@ -100,41 +99,41 @@ impl<T: Send + 'static> LoadThreads<T> {
         let work = Arc::new(work);
         let threads = (0..count)
             .map(|index| {
-                let place = ThreadHandle { index, count, shared: Arc::clone(&shared) };
+                let handle = ThreadHandle { index, count, shared: Arc::clone(&shared) };
                 let work = Arc::clone(&work);
                 let cpu = (!cpus.is_empty()).then(|| cpus[index % cpus.len()]);
                 std::thread::Builder::new().name(format!("{name}-{index}")).spawn(move || {
-                    // The command has checked the CPU; it can only have gone
-                    // since, and then floating is all that is left.
+                    // The command has checked the CPU. If the CPU was removed since,
+                    // the thread runs unpinned.
                     let _ = cpu.map(cpu::pin_current_thread);
-                    work(place)
+                    work(handle)
                 })
             })
             .collect::<io::Result<Vec<_>>>()?;
         Ok(LoadThreads { shared, threads })
     }
 
-    /// What the threads show of their work.
+    /// Returns the progress of all threads.
     pub fn gauges(&self) -> impl Iterator<Item = &LoadProgress> {
         self.shared.gauges.iter().map(|gauge| &**gauge)
     }
 
-    /// Tells the threads to finish; they do within a second or so.
+    /// Makes the threads stop. They end within about one second.
     pub fn stop(&self) {
         self.shared.stop.store(true, Relaxed);
     }
 
-    /// Whether every thread has finished.
+    /// Returns whether every thread has finished.
     pub fn finished(&self) -> bool {
         self.threads.iter().all(JoinHandle::is_finished)
     }
 
-    /// Waits for the threads and gives what each hands back.
+    /// Waits for the threads and returns their results.
     ///
     /// # Errors
     /// The first failure of a thread.
     pub fn join(self) -> io::Result<Vec<T>> {
-        let died = || io::Error::other("a load thread panicked");
-        self.threads.into_iter().map(|thread| thread.join().map_err(|_| died())?).collect()
+        let panicked = || io::Error::other("a load thread panicked");
+        self.threads.into_iter().map(|thread| thread.join().map_err(|_| panicked())?).collect()
     }
 }

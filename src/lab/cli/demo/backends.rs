@@ -1,8 +1,8 @@
-//! The demo's own servers: each answers every line it is sent with its name.
+//! The demo's servers: each answers every line with its name.
 //!
-//! Started by the demo on one thread with a runtime of its own, so that killing
-//! one looks to the balancer as a real death does: the port refuses, open
-//! connections are reset. They listen on loopback only.
+//! The demo starts them on one thread with its own runtime. A killed server behaves
+//! like a crashed process: its port refuses connections and its open connections are
+//! reset. They listen on loopback only.
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use std::io;
@@ -14,16 +14,16 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
-/// Weights, dealt out in turn.
+/// Weights, assigned in turn.
 const WEIGHTS: [u32; 3] = [5, 3, 2];
 
-/// Connections one backend serves at once; more wait in its queue. The demo's
-/// clients hold far fewer.
+/// Maximum number of concurrent connections of a backend; more wait in its listen
+/// queue. The demo's clients need far fewer.
 const CONNECTIONS_MAX: usize = 1024;
 
 const BACKLOG: i32 = 1024;
 
-/// Who a backend is.
+/// Name, address and weight of a backend.
 #[derive(Debug, Clone)]
 pub(crate) struct DemoBackend {
     pub(crate) name: String,
@@ -31,38 +31,39 @@ pub(crate) struct DemoBackend {
     pub(crate) weight: u32,
 }
 
-/// All of them. Dropping it ends their thread.
+/// All backends. Dropping it ends their thread.
 #[derive(Debug)]
 pub(crate) struct Backends {
     all: Vec<DemoBackend>,
-    /// `None` only while it is dropped.
+    /// `None` only during drop.
     commands: Option<mpsc::Sender<DemoBackendCommand>>,
     thread: Option<JoinHandle<()>>,
 }
 
+/// A command to the thread of the servers.
 #[derive(Debug)]
 enum DemoBackendCommand {
     Kill(usize, oneshot::Sender<io::Result<()>>),
-    Revive(usize, oneshot::Sender<io::Result<()>>),
+    Restart(usize, oneshot::Sender<io::Result<()>>),
 }
 
-/// One server.
+/// A server.
 struct Server {
     name: String,
     address: SocketAddr,
-    /// Bound and not listening: keeps the port ours while the server is dead.
+    /// Bound and not listening: reserves the port while the server is stopped.
     spare: Socket,
-    /// `None` while it is dead.
+    /// `None` while the server is stopped.
     serving: Option<tokio::task::JoinHandle<()>>,
 }
 
-/// A connection that is reset unless it ended in order.
+/// A connection that is reset on drop unless it ended with FIN.
 struct Connection(Option<TcpStream>);
 
 // === impl Backends ===
 
 impl Backends {
-    /// Starts `count` of them on free ports.
+    /// Starts `count` backends on free ports.
     pub(crate) fn start(count: usize) -> io::Result<Backends> {
         let mut all = Vec::with_capacity(count);
         let mut servers = Vec::with_capacity(count);
@@ -81,29 +82,29 @@ impl Backends {
         {
             let _entered = runtime.enter();
             for server in &mut servers {
-                server.revive()?;
+                server.restart()?;
             }
         }
         let (commands, inbox) = mpsc::channel(1);
         let thread = std::thread::Builder::new()
             .name("demo-backends".to_owned())
-            .spawn(move || runtime.block_on(obey(servers, inbox)))?;
+            .spawn(move || runtime.block_on(run_commands(servers, inbox)))?;
         Ok(Backends { all, commands: Some(commands), thread: Some(thread) })
     }
 
-    /// In order.
+    /// Returns the backends in order.
     pub(crate) fn all(&self) -> &[DemoBackend] {
         &self.all
     }
 
-    /// Closes the listener of one and resets its connections.
+    /// Closes the listener of a backend and resets its connections.
     pub(crate) async fn kill(&self, index: usize) -> io::Result<()> {
         self.command(|reply| DemoBackendCommand::Kill(index, reply)).await
     }
 
-    /// Has it listen again, on the same port.
-    pub(crate) async fn revive(&self, index: usize) -> io::Result<()> {
-        self.command(|reply| DemoBackendCommand::Revive(index, reply)).await
+    /// Makes a backend listen again, on the same port.
+    pub(crate) async fn restart(&self, index: usize) -> io::Result<()> {
+        self.command(|reply| DemoBackendCommand::Restart(index, reply)).await
     }
 
     async fn command(
@@ -128,23 +129,25 @@ impl Drop for Backends {
     }
 }
 
-/// Serves until the other end of `inbox` is dropped.
-async fn obey(mut servers: Vec<Server>, mut inbox: mpsc::Receiver<DemoBackendCommand>) {
+/// Executes commands until the sender is dropped.
+async fn run_commands(mut servers: Vec<Server>, mut inbox: mpsc::Receiver<DemoBackendCommand>) {
     while let Some(command) = inbox.recv().await {
-        // Whoever asked may have been interrupted meanwhile.
+        // The sender of a command may have been interrupted, so errors of `send` are
+        // ignored.
         match command {
             DemoBackendCommand::Kill(index, reply) => {
                 servers[index].kill().await;
                 let _ = reply.send(Ok(()));
             }
-            DemoBackendCommand::Revive(index, reply) => {
-                let _ = reply.send(servers[index].revive());
+            DemoBackendCommand::Restart(index, reply) => {
+                let _ = reply.send(servers[index].restart());
             }
         }
     }
 }
 
-/// Several sockets may be bound to one address here, of which one listens.
+/// Binds a socket to `address`. Several sockets can be bound to one address; only one
+/// of them listens.
 fn bound(address: SocketAddr) -> io::Result<Socket> {
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
@@ -158,7 +161,7 @@ fn bound(address: SocketAddr) -> io::Result<Socket> {
 
 impl Server {
     /// Must be called within the runtime.
-    fn revive(&mut self) -> io::Result<()> {
+    fn restart(&mut self) -> io::Result<()> {
         if self.serving.is_some() {
             return Ok(());
         }
@@ -173,7 +176,7 @@ impl Server {
     async fn kill(&mut self) {
         if let Some(serving) = self.serving.take() {
             serving.abort();
-            // Once this is over the listener is closed.
+            // After this the listener is closed.
             let _ = serving.await;
         }
     }
@@ -193,7 +196,7 @@ async fn serve(listener: TcpListener, name: String) {
     }
 }
 
-/// Answers each line until the client has ended its half.
+/// Answers each line until the client sends FIN.
 async fn answer(mut connection: Connection, name: String) {
     let mut buffer = [0u8; 256];
     while let Some(stream) = &mut connection.0 {

@@ -1,10 +1,11 @@
-//! The real balancer: `tidegate run` as a process of its own, asked through its admin
-//! API.
+//! The balancer of the demo: `tidegate run` in a separate process, controlled through
+//! its admin API.
 //!
-//! Used by the demo alone. What it tells comes from the status and metrics
-//! texts that anybody could fetch with curl.
+//! Used by the demo only. All its data comes from status and metrics, which any client
+//! can read with curl.
 //!
-//! The demo adopts every process that an upgrade leaves, and waits for all of them.
+//! The demo adopts the processes that an upgrade leaves behind, and waits for all of
+//! them.
 
 use super::backends::DemoBackend;
 use super::place::{DemoDirectory, NAME};
@@ -23,21 +24,23 @@ use tidegate_api::status::{BackendDoc, StatusDoc};
 use tidegate_client::http::{Address, Answer, ClientArgs, ask_within, backend_path};
 use tidegate_net::clock;
 
-/// Another process may take a port between its choice and its use, now and then.
+/// Maximum number of attempts to start: another process can take a port between its
+/// choice and its use.
 const STARTS_MAX: usize = 5;
 
-/// How long a process may take to serve, and to end once its sessions have ended.
+/// Maximum time until a process is ready, and until it exits after its sessions have
+/// ended.
 const START_MAX: Duration = Duration::from_secs(20);
 const END_MAX: Duration = Duration::from_secs(20);
-const LOOK: Duration = Duration::from_millis(5);
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// The API answers an upgrade within less.
+/// Timeout of a request to the admin API; longer than the API's timeout for an upgrade.
 const ANSWER_MAX: Duration = Duration::from_secs(70);
 
-/// The running balancer and where it is reached.
+/// The running balancer and its addresses.
 #[derive(Debug)]
 pub(crate) struct DemoBalancer {
-    /// The first process, and those it was upgraded to.
+    /// The first process and its successors after upgrades.
     processes: std::cell::RefCell<Vec<Pid>>,
     client: ClientArgs,
     log: std::path::PathBuf,
@@ -45,40 +48,40 @@ pub(crate) struct DemoBalancer {
     pub(crate) admin: SocketAddr,
 }
 
-/// How every process of the balancer came to its end.
+/// How the processes of the balancer ended.
 #[derive(Debug, Default)]
 pub(crate) struct DemoEnded {
-    /// Sessions that a drain cut.
+    /// Sessions that the drain reset.
     pub(crate) cut: u64,
-    /// What was not as it should be.
+    /// Failed checks.
     pub(crate) broken: Vec<String>,
 }
 
-/// What status said at one moment.
+/// The status at one moment.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct DemoStatus {
     pub(crate) engine: String,
     pub(crate) engine_reason: String,
     pub(crate) workers: u64,
     pub(crate) generation: u64,
-    /// Of the table: any change of anybody's standing makes a new one.
+    /// Serial of the table: it changes with the state of any backend.
     pub(crate) serial: u64,
-    /// Connections the frontend has accepted.
+    /// Connections that the frontend accepted.
     pub(crate) sessions: u64,
-    /// Sessions open.
+    /// Open sessions.
     pub(crate) open: u64,
     pub(crate) backends: Vec<DemoBackendStatus>,
 }
 
-/// What status said of one backend.
+/// The status of one backend.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct DemoBackendStatus {
     pub(crate) name: String,
     pub(crate) weight: u64,
-    /// 0 while it is not eligible.
+    /// Effective weight; 0 while the backend is not eligible.
     pub(crate) effective: u64,
     pub(crate) intent: String,
-    /// The newest change: to what, why, how many seconds ago.
+    /// The last change: new state, reason, age in seconds.
     pub(crate) changed: Option<(String, String, f64)>,
 }
 
@@ -89,12 +92,13 @@ pub(crate) struct Metrics(String);
 // === impl DemoBalancer ===
 
 impl DemoBalancer {
-    /// Starts it on free loopback ports in front of `backends`.
+    /// Starts the balancer on free loopback ports in front of `backends`.
     pub(crate) fn start(
         place: &DemoDirectory,
         backends: &[DemoBackend],
     ) -> Result<DemoBalancer, String> {
-        // Processes that others have left are to be waited for here (prctl(2)).
+        // So that the processes that an upgrade leaves behind become children of the
+        // demo (prctl(2)).
         set_child_subreaper(Some(getpid()))
             .map_err(|error| format!("cannot become a subreaper: {error}"))?;
         let mut why = String::new();
@@ -121,7 +125,8 @@ impl DemoBalancer {
         let stderr = File::create(&log).map_err(|error| format!("cannot open the log: {error}"))?;
         let mut run = Command::new(&program);
         run.args(["run", "--config"]).arg(place.config());
-        // The demo alone obeys the terminal's interrupt.
+        // A separate process group: an interrupt from the terminal reaches only the
+        // demo.
         run.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).process_group(0);
         let child = run.spawn().map_err(|error| format!("{}: {error}", program.display()))?;
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
@@ -134,37 +139,38 @@ impl DemoBalancer {
         while ask_within(&balancer.client, Method::GET, "/ready", START_MAX).is_err() {
             let ended = waitpid(pid, WaitOptions::NOHANG).is_ok_and(|end| end.is_some());
             if ended || clock::now() > deadline {
-                return Err(balancer.said());
+                return Err(balancer.log_text());
             }
-            clock::pause(LOOK);
+            clock::pause(POLL_INTERVAL);
         }
         Ok(balancer)
     }
 
-    /// What status says; `None` once the balancer has ended.
+    /// Returns the status; `None` if the balancer does not answer.
     pub(crate) async fn seen(&self) -> Option<DemoStatus> {
         let answer = self.ask(Method::GET, "/v1/status".to_owned()).await.ok()?;
         answer.document().ok().map(DemoStatus::of)
     }
 
-    /// What the metrics say.
+    /// Returns the metrics.
     pub(crate) async fn metrics(&self) -> Option<Metrics> {
         let answer = self.ask(Method::GET, "/metrics".to_owned()).await.ok()?;
         Some(Metrics(answer.text))
     }
 
-    /// Why a backend gets what it gets.
+    /// Returns the explanation of a backend.
     pub(crate) async fn explained(&self, backend: &str) -> Result<ExplainDoc, String> {
         let answer = self.ask(Method::GET, backend_path(NAME, backend, "explain")).await?;
         answer.document().map_err(|error| error.to_string())
     }
 
-    /// Has it read its configuration again.
+    /// Reloads the configuration.
     pub(crate) async fn reload(&self) -> Result<(), String> {
         self.ask(Method::POST, "/v1/reload".to_owned()).await.map(drop)
     }
 
-    /// Upgrades it to its own program; gives the number of the new process.
+    /// Upgrades the balancer to the same binary. Returns the process ID of the new
+    /// process.
     pub(crate) async fn upgrade(&self) -> Result<u32, String> {
         let answer = self.ask(Method::POST, "/v1/upgrade".to_owned()).await?;
         let UpgradeDoc { pid, .. } = answer.document().map_err(|error| error.to_string())?;
@@ -172,13 +178,13 @@ impl DemoBalancer {
         Ok(pid)
     }
 
-    /// Asks it to drain and exit; returns once it has begun to.
+    /// Requests a drain and shutdown; returns when the drain has started.
     pub(crate) async fn shut_down(&self) {
-        // No answer means that it has ended already.
+        // An error means that it has already exited.
         let _ = self.ask(Method::POST, "/v1/shutdown".to_owned()).await;
     }
 
-    /// Waits for the end of every process.
+    /// Waits until every process has exited.
     pub(crate) fn wait(self) -> DemoEnded {
         let mut ended = DemoEnded::default();
         let deadline = clock::now() + END_MAX;
@@ -192,19 +198,19 @@ impl DemoBalancer {
                             .push(format!("a process of the balancer exited with {status:?}"));
                     }
                 }
-                Ok(None) if clock::now() < deadline => clock::pause(LOOK),
+                Ok(None) if clock::now() < deadline => clock::pause(POLL_INTERVAL),
                 Ok(None) => {
                     ended.broken.push(format!("the balancer did not exit within {END_MAX:?}"));
                     break;
                 }
-                // None is left.
+                // No process is left.
                 Err(_) => {
                     self.processes.borrow_mut().clear();
                     break;
                 }
             }
         }
-        let log = self.said();
+        let log = self.log_text();
         let cut = |line: &str| line.split_once("drained sessions_reset=")?.1.parse::<u64>().ok();
         ended.cut = log.lines().filter_map(cut).sum();
         if !ended.broken.is_empty() {
@@ -213,8 +219,8 @@ impl DemoBalancer {
         ended
     }
 
-    /// Its log.
-    fn said(&self) -> String {
+    /// Returns the log.
+    fn log_text(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
@@ -237,7 +243,7 @@ impl Drop for DemoBalancer {
     }
 }
 
-/// Two ports nobody has now.
+/// Returns two addresses that are not in use.
 fn free_addresses() -> std::io::Result<[SocketAddr; 2]> {
     let one = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let other = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
@@ -262,12 +268,12 @@ impl DemoStatus {
         }
     }
 
-    /// The backend of that name.
+    /// Returns the backend with this name.
     pub(crate) fn backend(&self, name: &str) -> Option<&DemoBackendStatus> {
         self.backends.iter().find(|backend| backend.name == name)
     }
 
-    /// Whether all of them take sessions at their full weight.
+    /// Returns whether all backends receive sessions at their full weight.
     pub(crate) fn all_serve(&self) -> bool {
         !self.backends.is_empty() && self.backends.iter().all(DemoBackendStatus::serves)
     }
@@ -281,7 +287,8 @@ impl DemoBackendStatus {
         DemoBackendStatus {
             name: backend.name,
             weight: backend.weight.into(),
-            // What is left of a suspect's is not nothing.
+            // Rounded up, so that a suspect backend with a small weight does not show
+            // as 0.
             effective: backend.effective_weight.ceil() as u64,
             intent: backend.intent.to_string(),
             changed: changed
@@ -289,7 +296,7 @@ impl DemoBackendStatus {
         }
     }
 
-    /// At its full weight.
+    /// Returns whether it has its full weight.
     pub(crate) fn serves(&self) -> bool {
         self.weight > 0 && self.effective == self.weight
     }
@@ -298,13 +305,13 @@ impl DemoBackendStatus {
 // === impl Metrics ===
 
 impl Metrics {
-    /// The value of one series, written as in the text; 0 where it is absent.
+    /// Returns the value of a series, given as in the text; 0 if it is absent.
     pub(crate) fn count(&self, series: &str) -> u64 {
         let value = |line: &str| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok();
         self.0.lines().find_map(value).unwrap_or_default()
     }
 
-    /// Ended sessions: `cause in phase` and how many, without the zeros.
+    /// Returns the ended sessions as `cause (phase)` and count, without zeros.
     pub(crate) fn session_ends(&self) -> Vec<(String, u64)> {
         let cell = |line: &str| {
             let labels = line.strip_prefix("tidegate_session_end_total{cause=\"")?;
@@ -322,7 +329,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn session_ends_are_read_from_the_text_without_zeros() {
+    fn session_ends_are_parsed_without_zeros() {
         let metrics = Metrics(
             "tidegate_session_end_total{cause=\"finished\",phase=\"closed\"} 12\n\
              tidegate_session_end_total{cause=\"no-backend\",phase=\"admit\"} 0\n\

@@ -1,8 +1,7 @@
-//! The changes that the demo makes while clients are served: a reload and an upgrade,
-//! and the explanation of a backend that is down.
+//! The changes of the demo while clients are served: a reload and an upgrade. Also the
+//! explanation of a backend that is down.
 //!
-//! Run by `show` as parts of it. Each says what was measured, and what of it was not
-//! as promised.
+//! Run by `show`. Each prints its measurements and records failed checks.
 
 use super::backends::DemoBackend;
 use super::screen::OutputClosed;
@@ -12,13 +11,13 @@ use std::time::Duration;
 use tidegate_net::clock;
 use tokio::time::sleep;
 
-/// Requests go on for so long before and after a change.
+/// Time for which requests are sent before and after a change.
 const AROUND: Duration = Duration::from_millis(250);
 
 // === impl DemoScript ===
 
 impl DemoScript<'_> {
-    /// What `tidegate explain` says of a backend that is down.
+    /// Prints what `tidegate explain` reports for a backend that is down.
     pub(crate) async fn explain(&self, name: &str) -> Result<(), OutputClosed> {
         let facts = match self.balancer.explained(name).await {
             Ok(facts) => facts,
@@ -37,7 +36,7 @@ impl DemoScript<'_> {
         Ok(())
     }
 
-    /// Gives the last backend more weight while clients are served.
+    /// Raises the weight of the last backend while clients are served.
     pub(crate) async fn reload(&self) -> Result<(), OutputClosed> {
         let mut backends: Vec<DemoBackend> = self.backends.all().to_vec();
         let Some(last) = backends.last_mut() else { return Ok(()) };
@@ -89,13 +88,13 @@ impl DemoScript<'_> {
         self.line("")?;
         self.line(title)?;
         self.screen.now(title);
-        let open = || long.standing().iter().filter(|one| one.broken.is_none()).count();
+        let open = || long.connections().iter().filter(|one| one.broken.is_none()).count();
         let (before, traffic) = (open(), self.traffic(RATE));
         sleep(AROUND).await;
         let began = clock::now();
         let upgraded = self.balancer.upgrade().await;
         let took = (clock::now() - began).as_millis();
-        // The connections that stay make an exchange in this time.
+        // In this time each long-lived connection makes an exchange.
         sleep(AROUND * 2).await;
         let tally = traffic.finish(1).await;
         let (total, failed, left) = (tally.total(), tally.failed, open());

@@ -1,8 +1,8 @@
-//! Where the demo keeps its files: a fresh private directory with the
-//! configuration, the admin token and the access log.
+//! The demo's files: a new private directory with the configuration, the admin token
+//! and the access log.
 //!
-//! Made by the demo before the balancer starts; dropping it removes the whole
-//! directory. It never touches anything that was there before.
+//! The demo creates it before the balancer starts. Dropping it removes the whole
+//! directory. It never changes other files.
 
 use super::backends::DemoBackend;
 use std::fs::{self, DirBuilder, OpenOptions};
@@ -12,19 +12,19 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Pool and frontend.
+/// Name of the pool and of the frontend.
 pub(crate) const NAME: &str = "demo";
 
-/// Random bytes in the admin token.
+/// Number of random bytes in the admin token.
 const TOKEN_BYTES: usize = 24;
 
-/// Names tried for the directory.
+/// Maximum number of names that are tried for the directory.
 const NAMES_MAX: usize = 16;
 
-/// Beyond this size the access log starts over: a demo may run for days.
+/// Size at which the access log is truncated, because a demo can run for days.
 const ACCESS_LOG_BYTES_MAX: u64 = 32 * 1024 * 1024;
 
-/// The directory and what is in it.
+/// The directory and its contents.
 #[derive(Debug)]
 pub(crate) struct DemoDirectory {
     directory: PathBuf,
@@ -32,8 +32,8 @@ pub(crate) struct DemoDirectory {
 }
 
 impl DemoDirectory {
-    /// Makes the directory (mode 0700) and the token (mode 0600).
-    /// Sessions may go on for `drain` when the balancer stops or is upgraded.
+    /// Creates the directory (mode 0700) and the token (mode 0600). `drain` is the time
+    /// for which sessions can continue when the balancer stops or is upgraded.
     pub(crate) fn create(drain: Duration) -> io::Result<DemoDirectory> {
         let place = DemoDirectory { directory: fresh_directory()?, drain };
         let mut random = [0u8; TOKEN_BYTES];
@@ -43,27 +43,27 @@ impl DemoDirectory {
         Ok(place)
     }
 
-    /// The configuration file.
+    /// Returns the path of the configuration file.
     pub(crate) fn config(&self) -> PathBuf {
         self.directory.join("tidegate.toml")
     }
 
-    /// The file with the admin token.
+    /// Returns the path of the file with the admin token.
     pub(crate) fn token(&self) -> PathBuf {
         self.directory.join("token")
     }
 
-    /// The access log.
+    /// Returns the path of the access log.
     pub(crate) fn access_log(&self) -> PathBuf {
         self.directory.join("access.log")
     }
 
-    /// What the balancer logs.
+    /// Returns the path of the balancer's log.
     pub(crate) fn log(&self) -> PathBuf {
         self.directory.join("log")
     }
 
-    /// Writes the configuration, whole or not at all.
+    /// Writes the configuration atomically.
     pub(crate) fn write_config(
         &self,
         [frontend, admin]: [SocketAddr; 2],
@@ -72,11 +72,11 @@ impl DemoDirectory {
         let (token, access) = (quoted(&self.token())?, quoted(&self.access_log())?);
         let drain = self.drain.as_secs().max(1);
         let mut text = format!(
-            r#"# The demo's configuration. Change it while the demo runs and save it: it is
-# put in force at once, or refused as a whole if something is wrong with it.
+            r#"# Configuration of the demo. Save a change while the demo runs: it is applied at
+# once, or rejected as a whole if it has an error.
 
 [process]
-# Until then the connections that stay may go on after an upgrade.
+# Time for which open sessions can continue after an upgrade.
 drain_timeout = "{drain}s"
 
 [admin]
@@ -114,14 +114,14 @@ fall = 3
         fs::rename(&whole, self.config())
     }
 
-    /// Keeps the access log within [`ACCESS_LOG_BYTES_MAX`]. Its writer appends,
-    /// and goes on at the start.
+    /// Truncates the access log if it exceeds [`ACCESS_LOG_BYTES_MAX`]. The balancer
+    /// writes in append mode, so it continues at the start.
     pub(crate) fn bound_access_log(&self) {
         let path = self.access_log();
         if fs::metadata(&path).is_ok_and(|facts| facts.len() > ACCESS_LOG_BYTES_MAX)
             && let Ok(file) = OpenOptions::new().write(true).open(&path)
         {
-            // A failure leaves a long log in a directory that goes away.
+            // After a failure the log stays long. The directory is temporary.
             let _ = file.set_len(0);
         }
     }
@@ -158,7 +158,7 @@ fn write_private(path: &Path, text: &str) -> io::Result<()> {
     file.write_all(text.as_bytes())
 }
 
-/// A path as a TOML basic string.
+/// Formats a path as a TOML basic string.
 fn quoted(path: &Path) -> io::Result<String> {
     let not_utf8 = || {
         let message = format!("path {} is not UTF-8; set TMPDIR", path.display());
@@ -167,7 +167,7 @@ fn quoted(path: &Path) -> io::Result<String> {
     path.to_str().map(crate::cli::quoted).ok_or_else(not_utf8)
 }
 
-/// A path as a shell takes it.
+/// Quotes a path for a shell.
 pub(crate) fn for_shell(path: &Path) -> String {
     let text = path.display().to_string();
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+".contains(c);
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn the_configuration_is_one_that_check_accepts_without_a_warning() {
+    fn configuration_is_valid_and_without_warnings() {
         let place = DemoDirectory::create(Duration::from_secs(40)).unwrap();
         let (frontend, admin) =
             ("127.0.0.1:8001".parse().unwrap(), "127.0.0.1:8002".parse().unwrap());
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn the_directory_is_private_and_goes_away_with_its_owner() {
+    fn directory_is_private_and_removed_on_drop() {
         let place = DemoDirectory::create(Duration::from_secs(40)).unwrap();
         let directory = place.directory.clone();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn odd_paths_survive_toml_and_the_shell() {
+    fn special_characters_in_paths_are_quoted_for_toml_and_the_shell() {
         let odd = Path::new("/tmp/it's \"odd\"\\\u{7f}");
         let toml: toml::Table = format!("path = {}", quoted(odd).unwrap()).parse().unwrap();
         assert_eq!(toml["path"].as_str(), odd.to_str());

@@ -1,8 +1,7 @@
-//! What people see: lines on standard output, and below them, on a terminal, a
-//! progress bar.
+//! Output of the demo: lines on standard output, and a progress bar on a terminal.
 //!
-//! Used by the demo alone. Without a terminal, with `NO_COLOR` or a dumb one,
-//! no control character is ever written.
+//! Used by the demo only. Without a terminal, with `NO_COLOR` or with `TERM=dumb` it
+//! writes no control characters.
 
 use indicatif::{ProgressBar, ProgressStyle};
 use std::convert::Infallible;
@@ -10,14 +9,14 @@ use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 use tidegate_net::clock;
 
-/// How often the bar moves.
+/// Interval between updates of the bar.
 const STEP: Duration = Duration::from_millis(100);
 
-/// Nobody reads standard output any more.
+/// Standard output was closed by its reader.
 #[derive(Debug)]
 pub(crate) struct OutputClosed;
 
-/// See the module's documentation.
+/// Standard output and the progress bar.
 #[derive(Debug)]
 pub(crate) struct Screen {
     bar: Option<ProgressBar>,
@@ -25,12 +24,13 @@ pub(crate) struct Screen {
 }
 
 impl Screen {
-    /// For a demo of that length.
+    /// Creates the output for a demo of this length.
     pub(crate) fn new(length: Duration) -> Screen {
         let bar = fancy().then(|| {
             let bar = ProgressBar::new(length.as_millis() as u64);
             let style = ProgressStyle::with_template("{spinner} {bar:30} {elapsed} {wide_msg}");
-            // The template is a constant; a bad one would leave the usual look.
+            // The template is a constant. If it were invalid, the bar would have the
+            // default style.
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar
         });
@@ -49,14 +49,14 @@ impl Screen {
         }
     }
 
-    /// Says beside the bar what is going on.
+    /// Shows the current step next to the bar.
     pub(crate) fn now(&self, what: &str) {
         if let Some(bar) = &self.bar {
             bar.set_message(what.to_owned());
         }
     }
 
-    /// Moves the bar, for ever.
+    /// Updates the bar; never returns.
     pub(crate) async fn progress(&self) -> Infallible {
         loop {
             if let Some(bar) = &self.bar {
@@ -66,7 +66,7 @@ impl Screen {
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub(crate) fn close(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
@@ -74,7 +74,7 @@ impl Screen {
     }
 }
 
-/// Whether control characters are welcome.
+/// Returns whether control characters can be used.
 fn fancy() -> bool {
     let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");

@@ -1,8 +1,7 @@
-//! What the demo does, in which order, and what must have held for it to end
-//! well.
+//! The script of the demo: the order of events, and the checks that must pass.
 //!
-//! Run by the demo on its own runtime; cut short by dropping [`DemoScript::run`],
-//! which closes every client. It prints what was measured and nothing else.
+//! The demo runs it on its own runtime. Dropping the future of [`DemoScript::run`]
+//! interrupts it and closes every client. It prints measurements only.
 
 use super::backends::Backends;
 use super::balancer::{DemoBalancer, DemoStatus};
@@ -20,34 +19,34 @@ use std::time::{Duration, Instant};
 use tidegate_net::clock;
 use tokio::time::sleep;
 
-/// Everything is scaled to `--for`, within these: long enough to see something,
-/// short enough to leave the rest of a long demo to the user.
+/// Bounds of the length of a phase, which is a tenth of `--for`: long enough to show
+/// something, and short enough to leave the rest of a long demo to the user.
 const PHASE_MIN: Duration = Duration::from_millis(500);
 const PHASE_MAX: Duration = Duration::from_secs(3);
 
-/// How long the balancer may take to see what happened to a backend. Three
-/// probes take 0.6 s; this is for machines that are very busy.
+/// Maximum time until the balancer detects a change of a backend. Three probes take 0.6
+/// s; the rest is for busy machines.
 const NOTICE_MAX: Duration = Duration::from_secs(5);
 
-/// How often status is looked at while something is awaited.
-const LOOK: Duration = Duration::from_millis(5);
+/// Interval at which the status is read while a change is expected.
+const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// The same while nothing in particular is.
-const LOOK_SLOW: Duration = Duration::from_millis(200);
+/// Interval at which the status is read otherwise.
+const POLL_INTERVAL_SLOW: Duration = Duration::from_millis(200);
 
-/// How often a split is measured anew when something disturbed it.
+/// Maximum number of measurements of a split, if measurements are disturbed.
 const MEASURES_MAX: usize = 3;
 
 /// How the demo ended.
 #[derive(Debug, Default)]
 pub(crate) struct DemoResult {
     pub(crate) summary: Vec<String>,
-    /// What was promised and not seen; empty is success.
+    /// Failed checks; empty is success.
     pub(crate) broken: Vec<String>,
     pub(crate) cut_short: bool,
 }
 
-/// A line of the access log, as far as it is shown.
+/// The fields of an access-log line that are shown.
 #[derive(Deserialize)]
 struct LoggedSession {
     backend: Option<String>,
@@ -56,16 +55,16 @@ struct LoggedSession {
     code: String,
 }
 
-/// How long everything takes.
+/// Times of the demo.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Time {
     pub(crate) started: Instant,
     pub(crate) length: Duration,
-    /// Of the rest that is the user's; `None`: what is left of `length`.
+    /// Time for the user at the end; `None`: the rest of `length`.
     pub(crate) play: Option<Duration>,
 }
 
-/// See the module's documentation.
+/// The running demo; see the module's documentation.
 #[derive(Debug)]
 pub(crate) struct DemoScript<'a> {
     pub(crate) screen: &'a Screen,
@@ -77,7 +76,7 @@ pub(crate) struct DemoScript<'a> {
     ends: Instant,
     play: Option<Duration>,
     verdict: RefCell<DemoResult>,
-    /// All of the promises were put to the test.
+    /// Whether all checks were made.
     complete: Cell<bool>,
 }
 
@@ -106,7 +105,7 @@ impl<'a> DemoScript<'a> {
         }
     }
 
-    /// Shows everything. The balancer is draining when this is over.
+    /// Runs the whole script. At its end the balancer is draining.
     pub(crate) async fn run(&self) -> Result<DemoResult, OutputClosed> {
         let Some(seen) = self.until(DemoStatus::all_serve).await else {
             self.broken("not all backends were in rotation after 5 s".to_owned());
@@ -137,7 +136,7 @@ impl<'a> DemoScript<'a> {
         Ok(self.verdict.take())
     }
 
-    /// The verdict when it ends before its time.
+    /// Returns the result of an interrupted demo.
     pub(crate) fn cut_short(&self, why: &str) -> DemoResult {
         if !self.complete.get() {
             self.broken(format!("{why} before the demonstration was complete"));
@@ -161,8 +160,8 @@ impl<'a> DemoScript<'a> {
         self.say(&format!("clients        {RATE} connections per second, {LONG_LIVED} long-lived"))
     }
 
-    /// One measured stretch with its table. A stretch in which the table
-    /// changed, or somebody else connected, shows nothing and is done again.
+    /// Measures the distribution and prints its table. If the table of the balancer
+    /// changes, or another client connects, the measurement is discarded and repeated.
     pub(crate) async fn split(&self, title: &str, length: Duration) -> Result<(), OutputClosed> {
         self.line("")?;
         self.line(title)?;
@@ -198,10 +197,10 @@ impl<'a> DemoScript<'a> {
         Ok(())
     }
 
-    /// Kills one, shows what follows, revives it, shows what follows.
+    /// Kills a backend and restarts it, and prints the effects of both.
     async fn failover(&self, long: &LongLived) -> Result<(), OutputClosed> {
-        let victim = self.busiest(&long.standing());
-        let name = &self.names[victim];
+        let target = self.busiest(&long.connections());
+        let name = &self.names[target];
         let title =
             format!("{name} is killed: its port refuses connections and its connections are reset");
         self.line("")?;
@@ -211,36 +210,36 @@ impl<'a> DemoScript<'a> {
         let traffic = self.traffic(RATE);
         sleep(self.phase / 4).await;
         let killed = clock::now();
-        if let Err(error) = self.backends.kill(victim).await {
+        if let Err(error) = self.backends.kill(target).await {
             self.broken(format!("cannot kill {name}: {error}"));
             return Ok(());
         }
         let out =
             |seen: &DemoStatus| seen.backend(name).is_none_or(|backend| backend.effective == 0);
         let Some(seen) = self.until(out).await else {
-            self.broken(format!("the balancer did not detect within 5 s that {name} was dead"));
+            self.broken(format!("the balancer did not detect within 5 s that {name} was killed"));
             return Ok(());
         };
         let noticed = self.print_change(name, &seen, killed, "removed from rotation")?;
-        // Long enough for the connections that stay to feel it.
+        // Long enough to affect the long-lived connections.
         sleep((self.phase / 4).max(Duration::from_millis(300))).await;
         let tally = traffic.finish(1).await;
         self.print_failures(&tally, noticed, self.retries().await - retries)?;
-        self.print_long_lived(name, &long.standing()).await?;
+        self.print_long_lived(name, &long.connections()).await?;
         self.explain(name).await?;
         self.split(&format!("{name} is down"), self.phase / 2).await?;
-        self.revive(victim).await
+        self.restart(target).await
     }
 
-    async fn revive(&self, victim: usize) -> Result<(), OutputClosed> {
-        let name = &self.names[victim];
+    async fn restart(&self, target: usize) -> Result<(), OutputClosed> {
+        let name = &self.names[target];
         let title = format!("{name} is back");
         self.line("")?;
         self.line(&title)?;
         self.screen.now(&title);
         let traffic = self.traffic(RATE);
         let revived = clock::now();
-        if let Err(error) = self.backends.revive(victim).await {
+        if let Err(error) = self.backends.restart(target).await {
             self.broken(format!("cannot restart {name}: {error}"));
             return Ok(());
         }
@@ -259,7 +258,8 @@ impl<'a> DemoScript<'a> {
         self.split("All backends are up again", self.phase / 2).await
     }
 
-    /// When and why its standing changed; gives when.
+    /// Prints when and why the state of the backend changed. Returns the time of the
+    /// change.
     fn print_change(
         &self,
         name: &str,
@@ -300,32 +300,32 @@ impl<'a> DemoScript<'a> {
         Ok(())
     }
 
-    /// What became of the connections that stay, and what the access log says
-    /// of one that died.
+    /// Prints the state of the long-lived connections, and the access-log line of one
+    /// that ended.
     async fn print_long_lived(
         &self,
-        victim: &str,
-        standing: &[LongLivedConnection],
+        target: &str,
+        connections: &[LongLivedConnection],
     ) -> Result<(), OutputClosed> {
-        let on = |one: &&LongLivedConnection| one.backend == victim;
-        let died = standing.iter().filter(on).filter(|one| one.broken.is_some()).count();
-        let held = standing.iter().filter(on).count();
-        let hurt =
-            standing.iter().filter(|one| !on(one)).filter(|one| one.broken.is_some()).count();
-        let others = standing.len() - held;
+        let on = |one: &&LongLivedConnection| one.backend == target;
+        let ended = connections.iter().filter(on).filter(|one| one.broken.is_some()).count();
+        let held = connections.iter().filter(on).count();
+        let affected =
+            connections.iter().filter(|one| !on(one)).filter(|one| one.broken.is_some()).count();
+        let others = connections.len() - held;
         self.say(&format!(
-            "of {} long-lived connections, {held} were on {victim} ({died} ended with it) \
-             and {others} on others ({hurt} ended)",
-            standing.len()
+            "of {} long-lived connections, {held} were on {target} ({ended} ended with it) \
+             and {others} on others ({affected} ended)",
+            connections.len()
         ))?;
-        self.sum_up(&format!("{hurt} of {others} connections on other backends were affected"));
-        if died != held {
-            self.broken(format!("{} connections survived their killed backend", held - died));
+        self.sum_up(&format!("{affected} of {others} connections on other backends were affected"));
+        if ended != held {
+            self.broken(format!("{} connections survived their killed backend", held - ended));
         }
-        if hurt > 0 {
-            self.broken(format!("{hurt} connections ended although their backend was alive"));
+        if affected > 0 {
+            self.broken(format!("{affected} connections ended although their backend was alive"));
         }
-        let Some(one) = standing.iter().filter(on).find(|one| one.broken.is_some()) else {
+        let Some(one) = connections.iter().filter(on).find(|one| one.broken.is_some()) else {
             return Ok(());
         };
         match self.access_log_line(&one.client.to_string()).await {
@@ -334,7 +334,7 @@ impl<'a> DemoScript<'a> {
         }
     }
 
-    /// The main fields of a client's line.
+    /// Returns the main fields of the line of a client.
     async fn access_log_line(&self, client: &str) -> Option<String> {
         let wanted = format!("\"client\":\"{client}\"");
         let deadline = clock::now() + Duration::from_millis(500);
@@ -348,12 +348,12 @@ impl<'a> DemoScript<'a> {
                     "backend {backend}, cause {cause}, phase {phase}, code {code}"
                 ));
             }
-            sleep(LOOK * 4).await;
+            sleep(POLL_INTERVAL * 4).await;
         }
         None
     }
 
-    /// What is left of `--for` is the user's.
+    /// Leaves the remaining time to the user.
     async fn rest(&self) -> Result<(), OutputClosed> {
         let ends = self.play.map_or(self.ends, |play| clock::now() + play);
         let left = ends.saturating_duration_since(clock::now());
@@ -372,7 +372,7 @@ impl<'a> DemoScript<'a> {
         let mut refused = 0;
         while clock::now() < ends {
             let left = ends.saturating_duration_since(clock::now());
-            sleep(LOOK_SLOW.min(left)).await;
+            sleep(POLL_INTERVAL_SLOW.min(left)).await;
             let now = self.seen().await;
             self.print_news(&before, &now, &mut refused).await?;
             before = now;
@@ -407,7 +407,7 @@ impl<'a> DemoScript<'a> {
         ]
     }
 
-    /// What changed between two looks.
+    /// Prints what changed between two readings of the status.
     async fn print_news(
         &self,
         before: &DemoStatus,
@@ -438,7 +438,7 @@ impl<'a> DemoScript<'a> {
         Ok(())
     }
 
-    /// The balancer's own account of every session.
+    /// Adds the balancer's own counts of session ends to the summary.
     async fn account(&self) -> Result<(), OutputClosed> {
         let Some(metrics) = self.balancer.metrics().await else { return Ok(()) };
         let ends: Vec<String> =
@@ -448,19 +448,19 @@ impl<'a> DemoScript<'a> {
         Ok(())
     }
 
-    /// Sessions that are open finish while the balancer drains.
+    /// Finishes the open sessions while the balancer drains.
     async fn drain(&self, long: LongLived) -> Result<(), OutputClosed> {
         self.line("")?;
         self.line("Draining")?;
         self.screen.now("draining");
         self.balancer.shut_down().await;
-        let standing = long.close().await;
-        let closed = standing.iter().filter(|one| one.closed).count();
-        let exchanges: u64 = standing.iter().map(|one| one.exchanges).sum();
+        let connections = long.close().await;
+        let closed = connections.iter().filter(|one| one.closed).count();
+        let exchanges: u64 = connections.iter().map(|one| one.exchanges).sum();
         self.say(&format!("{closed} open connections made one more exchange each and closed"))?;
-        let count = standing.len();
+        let count = connections.len();
         self.sum_up(&format!("{exchanges} exchanges on {count} long-lived connections"));
-        let cut = standing.iter().filter(|one| one.broken.is_none() && !one.closed).count();
+        let cut = connections.iter().filter(|one| one.broken.is_none() && !one.closed).count();
         if cut > 0 {
             self.broken(format!("{cut} connections did not close cleanly during the drain"));
         }
@@ -471,9 +471,9 @@ impl<'a> DemoScript<'a> {
         Traffic::start(self.balancer.frontend, self.names.clone(), rate)
     }
 
-    /// Who holds most of the connections that stay; the first among equals.
-    fn busiest(&self, standing: &[LongLivedConnection]) -> usize {
-        let held = |name: &String| standing.iter().filter(|one| one.backend == *name).count();
+    /// Returns the backend with the most long-lived connections; the first of equals.
+    fn busiest(&self, connections: &[LongLivedConnection]) -> usize {
+        let held = |name: &String| connections.iter().filter(|one| one.backend == *name).count();
         let mut best = 0;
         for index in 1..self.names.len() {
             if held(&self.names[index]) > held(&self.names[best]) {
@@ -483,15 +483,18 @@ impl<'a> DemoScript<'a> {
         best
     }
 
-    /// Looks at status until it is as wished, at most [`NOTICE_MAX`].
-    pub(crate) async fn until(&self, wished: impl Fn(&DemoStatus) -> bool) -> Option<DemoStatus> {
+    /// Reads the status until `condition` is true, for at most [`NOTICE_MAX`].
+    pub(crate) async fn until(
+        &self,
+        condition: impl Fn(&DemoStatus) -> bool,
+    ) -> Option<DemoStatus> {
         let deadline = clock::now() + NOTICE_MAX;
         while clock::now() < deadline {
             let seen = self.seen().await;
-            if wished(&seen) {
+            if condition(&seen) {
                 return Some(seen);
             }
-            sleep(LOOK).await;
+            sleep(POLL_INTERVAL).await;
         }
         None
     }
@@ -509,7 +512,7 @@ impl<'a> DemoScript<'a> {
         self.screen.line(text)
     }
 
-    /// A line below a title.
+    /// Prints a line below a title.
     pub(crate) fn say(&self, text: &str) -> Result<(), OutputClosed> {
         self.line(&format!("   {text}"))
     }
@@ -523,21 +526,21 @@ impl<'a> DemoScript<'a> {
     }
 }
 
-/// Why a stretch says nothing about the balancer's split.
+/// Returns why a measurement is not valid.
 fn disturbance(before: &DemoStatus, after: &DemoStatus, tally: &RequestCounts) -> Option<String> {
     if before.serial != after.serial {
         let changed =
             after.backends.iter().zip(&before.backends).find(|(a, b)| a.effective != b.effective);
-        let who = changed.map_or("the configuration", |(backend, _)| backend.name.as_str());
-        return Some(format!("{who} changed during the measurement"));
+        let what = changed.map_or("the configuration", |(backend, _)| backend.name.as_str());
+        return Some(format!("{what} changed during the measurement"));
     }
-    let (accepted, ours) = (after.sessions.saturating_sub(before.sessions), tally.total());
-    (accepted > ours).then(|| format!("{} connections came from other clients", accepted - ours))
+    let (accepted, own) = (after.sessions.saturating_sub(before.sessions), tally.total());
+    (accepted > own).then(|| format!("{} connections came from other clients", accepted - own))
 }
 
 fn lower(title: &str) -> String {
     let mut letters = title.chars();
     let first = letters.next().map(|first| first.to_ascii_lowercase());
-    // A backend's name stays as it is: only words are lowered.
+    // Names of backends are already lower case.
     first.into_iter().chain(letters).collect()
 }

@@ -1,22 +1,22 @@
-//! Requests as they were split, against the split the weights ask for.
+//! The measured distribution of requests, and the distribution expected from the
+//! weights.
 //!
-//! Made by the show for each measured stretch. Weighted round robin is exact
-//! over any whole number of rounds, so anything but equality is a fault here;
-//! nothing is rounded away.
+//! `show` creates one per measurement. Weighted round robin is exact over any whole
+//! number of rounds, so any difference is a failed check. Nothing is rounded.
 
 use super::balancer::DemoStatus;
 use super::traffic::RequestCounts;
 
-/// Backends shown one by one; the rest is summed up.
+/// Maximum number of backends with their own row; the others are added up.
 const ROWS_MAX: usize = 12;
 
-/// One stretch's result.
+/// Result of one measurement.
 #[derive(Debug)]
 pub(crate) struct Split {
     rows: Vec<Row>,
     failed: u64,
-    strangers: u64,
-    /// The first failure's reason.
+    unknown: u64,
+    /// Reason of the first failure.
     why: Option<String>,
 }
 
@@ -28,7 +28,8 @@ struct Row {
     got: u64,
 }
 
-/// Requests in one round: the sum of the weights in their lowest terms.
+/// Returns the number of requests in one round: the sum of the weights in their lowest
+/// terms.
 pub(crate) fn round(seen: &DemoStatus) -> u64 {
     let weights = || seen.backends.iter().map(|backend| backend.effective);
     let divisor = weights().fold(0, gcd).max(1);
@@ -40,8 +41,8 @@ fn gcd(a: u64, b: u64) -> u64 {
 }
 
 impl Split {
-    /// `tally` was measured while status was as `seen`; its backends are
-    /// `names`, in order.
+    /// `tally` was measured while the status was `seen`. `names` are its backends, in
+    /// order.
     pub(crate) fn new(seen: &DemoStatus, names: &[String], tally: &RequestCounts) -> Split {
         let sum = seen.backends.iter().map(|backend| backend.effective).sum::<u64>().max(1);
         let total = tally.total();
@@ -52,24 +53,24 @@ impl Split {
         Split {
             rows: names.iter().zip(&tally.answered).map(row).collect(),
             failed: tally.failed,
-            strangers: tally.strangers,
+            unknown: tally.unknown,
             why: tally.failures.first().map(|failed| failed.why.clone()),
         }
     }
 
-    /// Whether everybody got exactly its share and nothing failed.
+    /// Returns whether every backend got exactly its share and no request failed.
     pub(crate) fn exact(&self) -> bool {
-        self.failed == 0 && self.strangers == 0 && self.rows.iter().all(Row::exact)
+        self.failed == 0 && self.unknown == 0 && self.rows.iter().all(Row::exact)
     }
 
-    /// What is wrong with it, in words.
+    /// Describes the first difference.
     pub(crate) fn complaint(&self) -> String {
         if self.failed > 0 {
             let why = self.why.as_deref().unwrap_or("no reason");
             return format!("{} requests failed, the first with: {why}", self.failed);
         }
-        if self.strangers > 0 {
-            return format!("{} requests were answered by another server", self.strangers);
+        if self.unknown > 0 {
+            return format!("{} requests were answered by another server", self.unknown);
         }
         let off = self.rows.iter().find(|row| !row.exact());
         off.map_or_else(String::new, |row| {
@@ -77,7 +78,7 @@ impl Split {
         })
     }
 
-    /// The table, a line a backend.
+    /// Returns the table: one line per backend.
     pub(crate) fn lines(&self) -> Vec<String> {
         let mut lines = vec!["backend  weight  expected     got   share".to_owned()];
         let total: u64 = self.rows.iter().map(|row| row.got).sum();
@@ -126,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_round_is_the_sum_of_the_weights_in_lowest_terms() {
+    fn round_is_the_sum_of_the_weights_in_lowest_terms() {
         assert_eq!(round(&seen(&[5, 3, 2])), 10);
         assert_eq!(round(&seen(&[5, 5])), 2);
         assert_eq!(round(&seen(&[5])), 1);
@@ -135,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn one_request_at_the_wrong_backend_is_no_exact_split() {
+    fn split_with_one_misrouted_request_is_not_exact() {
         let tally = |answered: &[u64]| RequestCounts {
             answered: answered.to_vec(),
             ..RequestCounts::default()
@@ -148,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failure_is_no_exact_split_even_when_the_rest_is() {
+    fn split_with_a_failed_request_is_not_exact() {
         let tally = RequestCounts { answered: vec![10], failed: 1, ..RequestCounts::default() };
         let split = Split::new(&seen(&[5]), &names(1), &tally);
         assert!(!split.exact());
@@ -156,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn many_backends_are_summed_up_after_a_dozen_rows() {
+    fn backends_after_the_twelfth_row_are_added_up() {
         let tally = RequestCounts { answered: vec![2; 20], ..RequestCounts::default() };
         let lines = Split::new(&seen(&[1; 20]), &names(20), &tally).lines();
         assert_eq!(lines.len(), 14);

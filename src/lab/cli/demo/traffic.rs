@@ -1,9 +1,8 @@
-//! The demo's clients: short requests at a steady rate, and connections that
-//! stay open the whole time.
+//! The demo's clients: short requests at a steady rate, and long-lived connections.
 //!
-//! Used by the demo alone. They are real connections through the frontend, and
-//! every answer and every failure is counted. They never hurry: more requests
-//! than [`RATE`] a second would use up a machine's local ports.
+//! Used by the demo only. They are real connections through the frontend, and every
+//! answer and failure is counted. The rate is at most [`RATE`]: more would exhaust the
+//! local ports of the host.
 
 use std::io;
 use std::net::SocketAddr;
@@ -16,32 +15,32 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 
-/// Short requests a second. A closed connection keeps its port for a minute
-/// (RFC 9293, TIME-WAIT), and Linux has 28,232 of them unless told otherwise.
+/// Short requests per second. A closed connection keeps its port for a minute (RFC
+/// 9293, TIME-WAIT), and Linux has 28,232 ports by default.
 pub(crate) const RATE: u32 = 400;
 
-/// The same while the demo only waits for its end.
+/// Short requests per second while the demo waits for its end.
 pub(crate) const RATE_SLOW: u32 = 20;
 
-/// Clients that share the rate.
+/// Number of clients that share the rate.
 const CLIENTS: u32 = 8;
 
-/// A request that takes longer has failed.
+/// Timeout of a request.
 const REQUEST_MAX: Duration = Duration::from_secs(2);
 
-/// Failures kept with their time; more are only counted.
+/// Maximum number of failures that are stored; all are counted.
 const FAILURES_KEPT: usize = 1000;
 
-/// Connections that stay open.
+/// Number of long-lived connections.
 pub(crate) const LONG_LIVED: usize = 10;
 
-/// Time between two exchanges on one of those.
+/// Time between two exchanges on a long-lived connection.
 const EXCHANGE_EVERY: Duration = Duration::from_millis(200);
 
-const QUESTION: &[u8] = b"who\n";
+const REQUEST: &[u8] = b"who\n";
 const ANSWER_MAX: usize = 64;
 
-/// Short requests under way.
+/// Running clients with short requests.
 #[derive(Debug)]
 pub(crate) struct Traffic {
     plan: Arc<TrafficPlan>,
@@ -52,26 +51,26 @@ pub(crate) struct Traffic {
 struct TrafficPlan {
     frontend: SocketAddr,
     names: Vec<String>,
-    tickets: Mutex<RequestBudget>,
+    budget: Mutex<RequestBudget>,
     tally: Mutex<RequestCounts>,
 }
 
 #[derive(Debug)]
 struct RequestBudget {
     begun: u64,
-    /// No more than these.
+    /// Maximum number of requests.
     max: u64,
 }
 
-/// What came of the requests of one stretch.
+/// Results of the requests of one measurement.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct RequestCounts {
-    /// By backend, in order.
+    /// Answers per backend, in order.
     pub(crate) answered: Vec<u64>,
-    /// Answered with a name that is none of ours.
-    pub(crate) strangers: u64,
+    /// Answers with an unknown name.
+    pub(crate) unknown: u64,
     pub(crate) failed: u64,
-    /// The first of them.
+    /// The first failures.
     pub(crate) failures: Vec<FailedRequest>,
 }
 
@@ -82,43 +81,44 @@ pub(crate) struct FailedRequest {
     pub(crate) why: String,
 }
 
-/// The connections that stay open. Dropping it closes them.
+/// The long-lived connections. Dropping it closes them.
 #[derive(Debug)]
 pub(crate) struct LongLived {
-    standing: Arc<Mutex<Vec<LongLivedConnection>>>,
-    enough: watch::Sender<bool>,
+    connections: Arc<Mutex<Vec<LongLivedConnection>>>,
+    stop: watch::Sender<bool>,
     clients: JoinSet<()>,
 }
 
-/// One of those.
+/// The state of a long-lived connection.
 #[derive(Debug, Clone)]
 pub(crate) struct LongLivedConnection {
-    /// Who answers on it.
+    /// The backend that answers on it.
     pub(crate) backend: String,
     pub(crate) exchanges: u64,
-    /// Its own side of the connection, as the access log names it.
+    /// Its local address, as in the access log.
     pub(crate) client: SocketAddr,
-    /// Why it ended before it was told to.
+    /// Why it ended early.
     pub(crate) broken: Option<String>,
-    /// It was told to end, and ended in order.
+    /// Whether it was closed on request, with FIN from both sides.
     pub(crate) closed: bool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Plain counts, whole at any time.
+    // The data are counts, which are consistent after a panic.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 // === impl Traffic ===
 
 impl Traffic {
-    /// Starts `rate` requests a second; `names` are the backends', in order.
+    /// Starts `rate` requests per second. `names` are the names of the backends, in
+    /// order.
     pub(crate) fn start(frontend: SocketAddr, names: Vec<String>, rate: u32) -> Traffic {
         let tally = RequestCounts { answered: vec![0; names.len()], ..RequestCounts::default() };
         let plan = Arc::new(TrafficPlan {
             frontend,
             names,
-            tickets: Mutex::new(RequestBudget { begun: 0, max: u64::MAX }),
+            budget: Mutex::new(RequestBudget { begun: 0, max: u64::MAX }),
             tally: Mutex::new(tally),
         });
         let every = Duration::from_secs(1) * CLIENTS / rate;
@@ -130,12 +130,12 @@ impl Traffic {
         Traffic { plan, clients }
     }
 
-    /// Goes on until the number of requests is a multiple of `round`, and gives
-    /// what came of all of them.
+    /// Continues until the number of requests is a multiple of `round`, and returns all
+    /// results.
     pub(crate) async fn finish(mut self, round: u64) -> RequestCounts {
         {
-            let mut tickets = lock(&self.plan.tickets);
-            tickets.max = tickets.begun.max(1).next_multiple_of(round.max(1));
+            let mut budget = lock(&self.plan.budget);
+            budget.max = budget.begun.max(1).next_multiple_of(round.max(1));
         }
         while self.clients.join_next().await.is_some() {}
         lock(&self.plan.tally).clone()
@@ -147,26 +147,26 @@ async fn client(plan: Arc<TrafficPlan>, first: Duration, every: Duration) {
     pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         pace.tick().await;
-        if !plan.take_ticket() {
+        if !plan.take_request() {
             return;
         }
         let begun = clock::now();
         let answer = tokio::time::timeout(REQUEST_MAX, request(plan.frontend)).await;
-        plan.note(begun, answer.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())));
+        plan.record(begun, answer.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())));
     }
 }
 
-/// Connects, asks, hears a name, and closes in order.
+/// Connects, sends a request, reads a name and closes with FIN.
 async fn request(frontend: SocketAddr) -> io::Result<String> {
     let mut stream = TcpStream::connect(frontend).await?;
     let name = exchange(&mut stream).await?;
-    // The answer is what counts; how it closes is the balancer's account.
+    // The request has its answer, so an error during close is not a failure.
     let _ = close(stream).await;
     Ok(name)
 }
 
 async fn exchange(stream: &mut TcpStream) -> io::Result<String> {
-    stream.write_all(QUESTION).await?;
+    stream.write_all(REQUEST).await?;
     let mut answer = Vec::with_capacity(ANSWER_MAX);
     while !answer.ends_with(b"\n") {
         if answer.len() >= ANSWER_MAX {
@@ -179,7 +179,7 @@ async fn exchange(stream: &mut TcpStream) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&answer).trim_end().to_owned())
 }
 
-/// FIN, and the other side's.
+/// Sends FIN and waits for the FIN of the peer.
 async fn close(mut stream: TcpStream) -> io::Result<()> {
     stream.shutdown().await?;
     while stream.read(&mut [0u8; ANSWER_MAX]).await? > 0 {}
@@ -189,19 +189,19 @@ async fn close(mut stream: TcpStream) -> io::Result<()> {
 // === impl TrafficPlan ===
 
 impl TrafficPlan {
-    fn take_ticket(&self) -> bool {
-        let mut tickets = lock(&self.tickets);
-        let left = tickets.begun < tickets.max;
-        tickets.begun += u64::from(left);
+    fn take_request(&self) -> bool {
+        let mut budget = lock(&self.budget);
+        let left = budget.begun < budget.max;
+        budget.begun += u64::from(left);
         left
     }
 
-    fn note(&self, begun: Instant, answer: io::Result<String>) {
+    fn record(&self, begun: Instant, answer: io::Result<String>) {
         let mut tally = lock(&self.tally);
         match answer {
             Ok(name) => match self.names.iter().position(|known| *known == name) {
                 Some(index) => tally.answered[index] += 1,
-                None => tally.strangers += 1,
+                None => tally.unknown += 1,
             },
             Err(error) => {
                 tally.failed += 1;
@@ -216,12 +216,12 @@ impl TrafficPlan {
 // === impl RequestCounts ===
 
 impl RequestCounts {
-    /// Requests made.
+    /// Returns the number of requests.
     pub(crate) fn total(&self) -> u64 {
-        self.answered.iter().sum::<u64>() + self.strangers + self.failed
+        self.answered.iter().sum::<u64>() + self.unknown + self.failed
     }
 
-    /// Failed requests that began at `when` or later.
+    /// Returns the failed requests that started at `when` or later.
     pub(crate) fn failed_since(&self, when: Instant) -> Vec<&FailedRequest> {
         self.failures.iter().filter(|failed| failed.begun >= when).collect()
     }
@@ -230,10 +230,10 @@ impl RequestCounts {
 // === impl LongLived ===
 
 impl LongLived {
-    /// Opens [`LONG_LIVED`] connections; returns once all of them were answered.
+    /// Opens [`LONG_LIVED`] connections and waits for an answer on each.
     pub(crate) async fn open(frontend: SocketAddr) -> io::Result<LongLived> {
-        let (enough, told) = watch::channel(false);
-        let standing = Arc::new(Mutex::new(Vec::new()));
+        let (stop, stopped) = watch::channel(false);
+        let connections = Arc::new(Mutex::new(Vec::new()));
         let mut clients = JoinSet::new();
         for index in 0..LONG_LIVED {
             let mut stream = TcpStream::connect(frontend).await?;
@@ -241,50 +241,50 @@ impl LongLived {
             let backend = tokio::time::timeout(REQUEST_MAX, exchange(&mut stream)).await??;
             let first =
                 LongLivedConnection { backend, exchanges: 1, client, broken: None, closed: false };
-            lock(&standing).push(first);
-            clients.spawn(stay(stream, index, Arc::clone(&standing), told.clone()));
+            lock(&connections).push(first);
+            clients.spawn(keep_open(stream, index, Arc::clone(&connections), stopped.clone()));
         }
-        Ok(LongLived { standing, enough, clients })
+        Ok(LongLived { connections, stop, clients })
     }
 
-    /// How they stand now.
-    pub(crate) fn standing(&self) -> Vec<LongLivedConnection> {
-        lock(&self.standing).clone()
+    /// Returns the current state of the connections.
+    pub(crate) fn connections(&self) -> Vec<LongLivedConnection> {
+        lock(&self.connections).clone()
     }
 
-    /// Has each of them make one more exchange and close.
+    /// Makes one more exchange on each connection and closes it.
     pub(crate) async fn close(mut self) -> Vec<LongLivedConnection> {
-        self.enough.send_replace(true);
+        self.stop.send_replace(true);
         while self.clients.join_next().await.is_some() {}
-        self.standing()
+        self.connections()
     }
 }
 
-async fn stay(
+async fn keep_open(
     mut stream: TcpStream,
     index: usize,
-    standing: Arc<Mutex<Vec<LongLivedConnection>>>,
-    mut enough: watch::Receiver<bool>,
+    connections: Arc<Mutex<Vec<LongLivedConnection>>>,
+    mut stop: watch::Receiver<bool>,
 ) {
     loop {
         let last =
-            tokio::time::timeout(EXCHANGE_EVERY, enough.wait_for(|told| *told)).await.is_ok();
+            tokio::time::timeout(EXCHANGE_EVERY, stop.wait_for(|stopped| *stopped)).await.is_ok();
         let answer = tokio::time::timeout(REQUEST_MAX, exchange(&mut stream)).await;
-        let known = lock(&standing)[index].backend.clone();
-        let trouble = match answer {
+        let known = lock(&connections)[index].backend.clone();
+        let failure = match answer {
             Ok(Ok(name)) if name == known => None,
             Ok(Ok(name)) => Some(format!("answered by {name}")),
             Ok(Err(error)) => Some(error.to_string()),
             Err(_) => Some("no answer".to_owned()),
         };
-        if trouble.is_some() {
-            lock(&standing)[index].broken = trouble;
+        if failure.is_some() {
+            lock(&connections)[index].broken = failure;
             return;
         }
-        lock(&standing)[index].exchanges += 1;
+        lock(&connections)[index].exchanges += 1;
         if last {
             let closed = tokio::time::timeout(REQUEST_MAX, close(stream)).await;
-            lock(&standing)[index].closed = matches!(closed, Ok(Ok(())));
+            lock(&connections)[index].closed = matches!(closed, Ok(Ok(())));
             return;
         }
     }

@@ -1,7 +1,8 @@
-//! The balancer under test: a supervisor and the processes it starts, of this program.
+//! The balancer under test: a supervisor and the processes that it starts, all of this
+//! program.
 //!
-//! Used by the self-test alone, which talks to it as an operator would: a file, the admin
-//! API, signals. Whatever happens, dropping it ends them all.
+//! Used by the self-test only. It controls the balancer as an operator does: with a
+//! file, the admin API and signals. Dropping it ends all processes.
 
 use super::SelftestError;
 use hyper::Method;
@@ -13,23 +14,23 @@ use std::time::Duration;
 use tidegate_client::http::{Address, ClientArgs, ask, ask_within};
 use tidegate_net::clock;
 
-/// How long a process may take to serve.
+/// Maximum time until a process is ready.
 const START_MAX: Duration = Duration::from_secs(20);
-const LOOK: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Between two signals to stop, the second of which ends it at once.
-const END_AT_ONCE: Duration = Duration::from_millis(250);
+/// Time between two SIGTERM; the second ends the process immediately.
+const SECOND_SIGNAL_AFTER: Duration = Duration::from_millis(250);
 
-/// The API gives an upgrade less.
+/// Timeout of an upgrade request; longer than the timeout of the API.
 const UPGRADE_MAX: Duration = Duration::from_secs(70);
 
-/// Shown of the log where something went wrong.
+/// Maximum number of bytes of the log that are printed after a failure.
 const LOG_BYTES_SHOWN: usize = 4000;
 
-/// The supervisor, and the way to the process that serves.
+/// The supervisor, and the client of the admin API.
 #[derive(Debug)]
 pub(crate) struct SelftestProcesses {
-    /// `None` once it was waited for.
+    /// `None` after it was waited for.
     service: Option<Pid>,
     client: ClientArgs,
     log: PathBuf,
@@ -38,7 +39,7 @@ pub(crate) struct SelftestProcesses {
 // === impl SelftestProcesses ===
 
 impl SelftestProcesses {
-    /// Starts the first process; returns once it serves.
+    /// Starts the first process and waits until it is ready.
     pub(crate) fn start(
         directory: &Path,
         config: &Path,
@@ -65,12 +66,12 @@ impl SelftestProcesses {
             if ended || clock::now() > deadline {
                 return Err(format!("the balancer does not start:\n{}", balancer.last_lines()));
             }
-            clock::pause(LOOK);
+            clock::pause(POLL_INTERVAL);
         }
         Ok(balancer)
     }
 
-    /// Has it read its configuration again.
+    /// Reloads the configuration.
     pub(crate) fn reload(&self) -> Result<(), String> {
         match ask(&self.client, Method::POST, "/v1/reload") {
             Ok(_) => Ok(()),
@@ -78,17 +79,17 @@ impl SelftestProcesses {
         }
     }
 
-    /// Upgrades it to itself.
+    /// Upgrades it to the same binary.
     pub(crate) fn upgrade(&self) -> Result<(), String> {
         let answer = ask_within(&self.client, Method::POST, "/v1/upgrade", UPGRADE_MAX);
         answer.map(|_| ()).map_err(|error| format!("upgrade failed: {}", error))
     }
 
-    /// Ends it in order; gives what was not as it should be. The supervisor ends with the
-    /// last of its processes.
+    /// Stops it and returns failures. The supervisor ends with the last of its
+    /// processes.
     pub(crate) fn stop(mut self, limit: Duration) -> Vec<String> {
         let Some(service) = self.service else { return Vec::new() };
-        // It may have died; then its end says so.
+        // If it has already exited, its exit status is reported below.
         let _ = kill_process(service, Signal::TERM);
         let deadline = clock::now() + limit;
         while clock::now() < deadline {
@@ -98,17 +99,17 @@ impl SelftestProcesses {
                 let broken = (!in_order).then(|| format!("the balancer exited with {status:?}"));
                 return broken.into_iter().collect();
             }
-            clock::pause(LOOK);
+            clock::pause(POLL_INTERVAL);
         }
         vec![format!("the balancer did not exit within {limit:?}")]
     }
 
-    /// The end of what it has logged.
+    /// Returns the end of its log.
     pub(crate) fn last_lines(&self) -> String {
         last_lines(&self.log)
     }
 
-    /// Where it logs.
+    /// Returns the path of its log.
     pub(crate) fn log(&self) -> PathBuf {
         self.log.clone()
     }
@@ -117,16 +118,16 @@ impl SelftestProcesses {
 impl Drop for SelftestProcesses {
     fn drop(&mut self) {
         if let Some(service) = self.service {
-            // A second signal within the time of a repetition would not count.
+            // The pause is needed: signals in quick succession count as one.
             let _ = kill_process(service, Signal::TERM);
-            clock::pause(END_AT_ONCE);
+            clock::pause(SECOND_SIGNAL_AFTER);
             let _ = kill_process(service, Signal::TERM);
             let _ = waitpid(Some(service), WaitOptions::empty());
         }
     }
 }
 
-/// The end of that log.
+/// Returns the end of a log.
 pub(crate) fn last_lines(log: &Path) -> String {
     let text = std::fs::read_to_string(log).unwrap_or_default();
     let from = text.len().saturating_sub(LOG_BYTES_SHOWN);

@@ -1,8 +1,8 @@
-//! The self-test's backends, clients and configuration, and what is done to them.
+//! The self-test's backends, clients and configuration, and the changes to them.
 //!
-//! Used by `selftest`. Three backends behind two frontends; a reload changes the
-//! weights, takes one backend out or puts it back, and adds or removes a third
-//! frontend; a kill takes a backend from under its sessions.
+//! Used by `selftest`. There are three backends behind two frontends. A reload changes
+//! the weights, removes or adds a backend, and adds or removes a third frontend. A kill
+//! stops a backend that has sessions.
 
 use super::balancer::{SelftestProcesses, last_lines};
 use super::{SelftestError, SelftestOutcome};
@@ -17,29 +17,28 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tidegate_net::clock;
 
-/// Backends; never more than one of them is dead.
+/// Number of backends. At most one of them is stopped at a time.
 const BACKENDS: usize = 3;
 
-/// Clients at once.
+/// Number of concurrent clients.
 const CLIENTS: usize = 8;
 
 const SIZES: StreamSizes = StreamSizes { most: 128 * 1024, large_one_in: 200 };
 
-/// An end that hears nothing for so long has lost something.
+/// Time without data after which an end reports a fault.
 const SILENCE: Duration = Duration::from_secs(20);
 
-/// How long sessions may go on in a process that was upgraded: longer than any
-/// stream takes.
+/// Time for which sessions can continue in the old process after an upgrade: longer
+/// than any stream takes.
 const DRAIN: Duration = Duration::from_secs(30);
 
-/// How long a dead backend stays dead.
-const DEAD: Duration = Duration::from_millis(300);
+/// Time between kill and restart of a backend.
+const DOWN_TIME: Duration = Duration::from_millis(300);
 
-/// Seeds of streams that go through a frontend just added are beyond those of the
-/// others.
+/// First seed of streams through the added frontend, above the seeds of the others.
 const EXTRA_SEEDS: u64 = 1 << 60;
 
-/// Something that is done to the balancer.
+/// A change that the test makes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SelftestStep {
     Reload,
@@ -47,20 +46,20 @@ pub(crate) enum SelftestStep {
     Kill,
 }
 
-/// Everything the test has made.
+/// Everything that the test has created.
 #[derive(Debug)]
 pub(crate) struct SelftestWorld {
     seed: u64,
     random: fastrand::Rng,
     ledger: Arc<Ledger>,
     backends: Vec<LedgerBackend>,
-    /// Two that stay, one that comes and goes.
+    /// Two permanent frontends, and one that reloads add and remove.
     frontends: [SocketAddr; 3],
     shape: Shape,
     balancer: SelftestProcesses,
     cut: usize,
     broken: Vec<String>,
-    // Last: whatever else goes, goes before its directory.
+    // Last, because everything else must be dropped before its directory.
     directory: SelftestDirectory,
 }
 
@@ -68,8 +67,8 @@ pub(crate) struct SelftestWorld {
 #[derive(Debug, Clone)]
 struct Shape {
     weights: [u16; BACKENDS],
-    /// Left out of the file.
-    out: Option<usize>,
+    /// The backend that is not in the file.
+    omitted: Option<usize>,
     extra_frontend: bool,
 }
 
@@ -87,7 +86,7 @@ impl SelftestWorld {
             .collect::<Result<Vec<_>, _>>()
             .map_err(|error| format!("cannot start a backend: {error}"))?;
         let frontends = free_addresses().map_err(|error| format!("no free port: {error}"))?;
-        let shape = Shape { weights: [1; BACKENDS], out: None, extra_frontend: false };
+        let shape = Shape { weights: [1; BACKENDS], omitted: None, extra_frontend: false };
         let config = shape.write(&directory, &frontends, &backends)?;
         let balancer = SelftestProcesses::start(&directory.0, &config)?;
         let random = fastrand::Rng::with_seed(seed);
@@ -106,7 +105,8 @@ impl SelftestWorld {
         })
     }
 
-    /// Does `steps` at even distances within `span` while clients run, and sums up.
+    /// Executes `steps` at regular intervals within `span` while clients run. Returns
+    /// the result.
     pub(crate) fn run(
         mut self,
         steps: &[SelftestStep],
@@ -122,14 +122,14 @@ impl SelftestWorld {
             let count = u32::try_from(steps.len()).unwrap_or(u32::MAX);
             for (number, step) in (1..).zip(steps) {
                 pause_until(begin + span * number / (count + 1));
-                self.take(*step);
+                self.execute(*step);
             }
             pause_until(begin + span);
         });
         self.sum_up()
     }
 
-    fn take(&mut self, step: SelftestStep) {
+    fn execute(&mut self, step: SelftestStep) {
         let done = match step {
             SelftestStep::Reload => self.reload(),
             SelftestStep::Upgrade => self.balancer.upgrade(),
@@ -144,7 +144,7 @@ impl SelftestWorld {
         let random = &mut self.random;
         self.shape = Shape {
             weights: std::array::from_fn(|_| random.u16(1..=10)),
-            out: Some(random.usize(..2 * BACKENDS)).filter(|out| *out < BACKENDS),
+            omitted: Some(random.usize(..2 * BACKENDS)).filter(|omitted| *omitted < BACKENDS),
             extra_frontend: !self.shape.extra_frontend,
         };
         self.shape.write(&self.directory, &self.frontends, &self.backends)?;
@@ -157,12 +157,12 @@ impl SelftestWorld {
     }
 
     fn kill(&mut self) -> Result<(), String> {
-        // One that is in the file, or it would be no loss.
-        let in_use: Vec<usize> = (0..BACKENDS).filter(|n| self.shape.out != Some(*n)).collect();
+        // A backend in the file: killing another would have no effect.
+        let in_use: Vec<usize> = (0..BACKENDS).filter(|n| self.shape.omitted != Some(*n)).collect();
         let one = in_use[self.random.usize(..in_use.len())];
         self.cut += self.backends[one].kill();
-        clock::pause(DEAD);
-        self.backends[one].revive().map_err(|error| format!("cannot restart a backend: {error}"))
+        clock::pause(DOWN_TIME);
+        self.backends[one].restart().map_err(|error| format!("cannot restart a backend: {error}"))
     }
 
     fn sum_up(self) -> Result<SelftestOutcome, SelftestError> {
@@ -193,7 +193,7 @@ fn pause_until(when: Instant) {
     clock::pause(when.saturating_duration_since(clock::now()));
 }
 
-/// Ports nobody has now.
+/// Returns addresses that are not in use.
 fn free_addresses() -> std::io::Result<[SocketAddr; 3]> {
     let any = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
     let held = [any()?, any()?, any()?];
@@ -203,7 +203,7 @@ fn free_addresses() -> std::io::Result<[SocketAddr; 3]> {
 // === impl Shape ===
 
 impl Shape {
-    /// Writes the configuration, whole; gives its path.
+    /// Writes the configuration atomically. Returns its path.
     fn write(
         &self,
         directory: &SelftestDirectory,
@@ -235,10 +235,10 @@ impl Shape {
             let _ =
                 write!(text, "\n[frontend.f{number}]\nbind = [\"{address}\"]\npool = \"all\"\n");
         }
-        // A backend that comes back is to be used at once.
+        // A backend that returns must be used immediately.
         text.push_str("\n[pool.all]\nejection = \"off\"\n");
         for (number, (backend, weight)) in backends.iter().zip(self.weights).enumerate() {
-            if self.out != Some(number) {
+            if self.omitted != Some(number) {
                 let address = backend.address();
                 let _ = write!(
                     text,
@@ -278,18 +278,18 @@ mod tests {
     use tidegate_config as config;
 
     #[test]
-    fn every_shape_is_a_configuration_that_check_accepts() {
+    fn all_shapes_are_valid_configurations() {
         let ledger = Arc::new(Ledger::new(SIZES, false, SILENCE));
         let backends: Vec<LedgerBackend> =
             (0..BACKENDS).map(|_| LedgerBackend::start(Arc::clone(&ledger)).unwrap()).collect();
         let frontends = free_addresses().unwrap();
-        for out in [None, Some(0), Some(2)] {
+        for omitted in [None, Some(0), Some(2)] {
             for extra_frontend in [false, true] {
-                let shape = Shape { weights: [1, 5, 10], out, extra_frontend };
+                let shape = Shape { weights: [1, 5, 10], omitted, extra_frontend };
                 let text = shape.render(std::path::Path::new("/run/a.sock"), &frontends, &backends);
                 let config = config::parse(&text, "selftest").unwrap_or_else(|p| panic!("{p}"));
                 assert_eq!(config.frontends.len(), if extra_frontend { 3 } else { 2 });
-                let left = if out.is_some() { BACKENDS - 1 } else { BACKENDS };
+                let left = if omitted.is_some() { BACKENDS - 1 } else { BACKENDS };
                 assert_eq!(config.pools[0].backends.len(), left);
             }
         }

@@ -1,59 +1,59 @@
 //! What a server does with its connections.
 //!
-//! Chosen by `lab::cli::backend`, followed by `worker` and `peer`. Plain values.
+//! `lab::cli::backend` chooses it, `worker` and `peer` follow it. Plain values.
 
 use socket2::Socket;
 use std::io;
 use std::time::Duration;
 use tidegate_net::epoll::EpollInterest;
 
-/// Receive buffer of a slow reader: small, so that it is felt at once.
+/// Receive buffer of a slow reader: small, so that the sender is limited immediately.
 const SLOW_BUFFER: usize = 4 * 1024;
 
-/// Well, and badly.
+/// Behaviours of a server, correct and faulty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Behaviour {
-    /// Send back what comes.
+    /// Send back what is received.
     Echo,
-    /// For every `request` bytes that come send `answer` bytes.
+    /// Send `answer` bytes for every `request` bytes received.
     Respond {
         /// Bytes of a request; at least one.
         request: usize,
         /// Bytes of an answer; at least one.
         answer: usize,
     },
-    /// Receive and throw away.
+    /// Receive and discard.
     Sink,
-    /// Send without end, in writes of this size.
+    /// Send continuously, in writes of this size.
     Source {
         /// Bytes of a write; at least one.
         size: usize,
     },
-    /// Echo, but do nothing at all for `pause` out of each `every`.
+    /// Echo, but pause completely for `pause` in each `every`.
     Hiccup {
-        /// How long nothing is done.
+        /// Length of a pause.
         pause: Duration,
-        /// From one pause's beginning to the next's; longer than `pause`.
+        /// Time from the start of a pause to the start of the next; longer than
+        /// `pause`.
         every: Duration,
     },
     /// Accept and never read, answer or close.
     Stall,
-    /// Echo until this many bytes have come on a connection, then reset it;
-    /// 0 resets as soon as it is accepted.
+    /// Echo until this number of bytes was received on a connection, then reset it. 0
+    /// resets it right after accept.
     Reset {
         /// Bytes received before the reset.
         after: u64,
     },
-    /// Answer the first bytes with this many and a FIN, then receive on until
-    /// the peer is done.
+    /// Answer the first bytes with this number of bytes and a FIN, then receive until
+    /// the peer has finished.
     HalfClose {
-        /// Bytes of the answer; may be none.
+        /// Bytes of the answer; can be 0.
         answer: usize,
     },
-    /// Receive this many bytes a second on each connection, and throw them
-    /// away.
+    /// Receive and discard this number of bytes per second on each connection.
     SlowRead {
-        /// Bytes a second; at least one.
+        /// Bytes per second; at least one.
         rate: u64,
     },
 }
@@ -61,7 +61,7 @@ pub enum Behaviour {
 // === impl Behaviour ===
 
 impl Behaviour {
-    /// What accepted sockets inherit from their listener.
+    /// Sets the options that accepted sockets inherit from their listener.
     pub(super) fn tune(&self, listener: &Socket) -> io::Result<()> {
         match self {
             Behaviour::SlowRead { .. } => listener.set_recv_buffer_size(SLOW_BUFFER),
@@ -69,17 +69,19 @@ impl Behaviour {
         }
     }
 
-    /// What a new connection is watched for.
+    /// Returns what a new connection is watched for.
     pub(super) fn interest(&self) -> EpollInterest {
         match self {
             Behaviour::Sink => EpollInterest::WhileReadable,
             Behaviour::Source { .. } => EpollInterest::WhileWritable,
-            // Also those that never read: failures are told in any case.
+            // Also for connections that are never read: epoll reports errors in any
+            // case.
             _ => EpollInterest::EdgeReadable,
         }
     }
 
-    /// Bytes that are sent again and again by those that do not echo.
+    /// Returns the size of the block that is sent repeatedly; 0 for behaviours that
+    /// echo.
     pub(super) fn filler(&self) -> usize {
         match *self {
             Behaviour::Respond { answer, .. } | Behaviour::HalfClose { answer } => answer,

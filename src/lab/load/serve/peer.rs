@@ -1,7 +1,7 @@
 //! One connection of a server.
 //!
-//! Driven by `worker`. It says what became of the connection and leaves closing
-//! to the worker; it never waits.
+//! Driven by `worker`. It returns what to do with the connection and leaves closing to
+//! the worker. It never waits.
 
 use super::{Behaviour, ServeReport};
 use std::io::{self, ErrorKind};
@@ -9,30 +9,32 @@ use std::os::fd::OwnedFd;
 use tidegate_net::epoll::{Epoll, EpollEvent, EpollInterest};
 use tidegate_net::stream;
 
-/// An answering connection is not read while it is owed this much: a client
-/// that only sends is held back by TCP, not by our memory.
-const OWED_MAX: u64 = 1024 * 1024;
+/// A connection is not read while this number of answer bytes is unsent. A client that
+/// only sends is then limited by TCP and does not fill the server's memory.
+const UNSENT_MAX: u64 = 1024 * 1024;
 
-/// Full buffers taken or given in one turn; then the others have theirs.
+/// Maximum number of full buffers that are received or sent in one turn, so that other
+/// connections are served.
 const TURN_MAX: usize = 4;
 
-/// The connection.
+/// A connection and its counters.
 #[derive(Debug)]
 pub(super) struct ServedConnection {
     socket: OwnedFd,
     /// Bytes received.
     got: u64,
-    /// Bytes of a request that is not yet whole.
+    /// Received bytes of an incomplete request.
     partial: usize,
-    /// Filler bytes yet to be sent.
-    owed: u64,
-    /// Echoed bytes that found no room; without memory when there are none.
+    /// Unsent filler bytes.
+    unsent: u64,
+    /// Unsent bytes to echo; holds no memory while it is empty.
     left: Vec<u8>,
-    /// Watched for room to send as well.
+    /// Whether the socket is also watched for writability.
     both: bool,
-    /// A FIN follows what is owed, or has.
+    /// Whether a FIN follows the unsent bytes, or was sent.
     fin: Fin,
-    /// The peer is done sending: reads go on until they say so.
+    /// Whether the peer has sent FIN. The socket must then be read until the read
+    /// returns 0.
     hung_up: bool,
 }
 
@@ -43,23 +45,23 @@ enum Fin {
     Sent,
 }
 
-/// What is to become of a connection.
+/// What to do with a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum ConnectionFate {
+pub(super) enum NextAction {
     Keep,
     Close,
     Reset,
 }
 
-/// What all connections of a thread share.
+/// State that all connections of a thread share.
 #[derive(Debug)]
 pub(super) struct ServeShared {
     pub(super) behaviour: Behaviour,
     pub(super) epoll: Epoll,
     pub(super) served: ServeReport,
-    /// Received bytes go here.
+    /// Receive buffer.
     pub(super) buffer: Box<[u8]>,
-    /// Sent bytes come from here, unless they are echoed.
+    /// Bytes to send, unless the behaviour echoes.
     pub(super) filler: Box<[u8]>,
 }
 
@@ -71,7 +73,7 @@ impl ServedConnection {
             socket,
             got: 0,
             partial: 0,
-            owed: 0,
+            unsent: 0,
             left: Vec::new(),
             both: false,
             fin: Fin::No,
@@ -87,12 +89,12 @@ impl ServedConnection {
         self.socket
     }
 
-    /// The socket is ready for something.
+    /// Handles a ready socket.
     pub(super) fn ready(
         &mut self,
         with: &mut ServeShared,
         readiness: EpollEvent,
-    ) -> io::Result<ConnectionFate> {
+    ) -> io::Result<NextAction> {
         self.hung_up |= readiness.hang_up;
         match with.behaviour {
             Behaviour::Stall => self.only_failures(readiness),
@@ -108,40 +110,36 @@ impl ServedConnection {
         }
     }
 
-    fn only_failures(&self, readiness: EpollEvent) -> io::Result<ConnectionFate> {
+    fn only_failures(&self, readiness: EpollEvent) -> io::Result<NextAction> {
         if readiness.failed {
             stream::connect_result(&self.socket)?;
-            return Ok(ConnectionFate::Close);
+            return Ok(NextAction::Close);
         }
-        Ok(ConnectionFate::Keep)
+        Ok(NextAction::Keep)
     }
 
-    /// Takes at most `limit` bytes and throws them away.
+    /// Receives and discards at most `limit` bytes.
     pub(super) fn discard(
         &mut self,
         with: &mut ServeShared,
         limit: usize,
-    ) -> io::Result<ConnectionFate> {
+    ) -> io::Result<NextAction> {
         let length = with.buffer.len().min(limit);
         match stream::discard(&self.socket, &mut with.buffer[..length]) {
-            Ok(0) => Ok(ConnectionFate::Close),
+            Ok(0) => Ok(NextAction::Close),
             Ok(taken) => {
                 with.served.bytes_in += taken as u64;
-                Ok(ConnectionFate::Keep)
+                Ok(NextAction::Keep)
             }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(ConnectionFate::Keep),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(NextAction::Keep),
             Err(error) => Err(error),
         }
     }
 
-    /// Sends as much filler as there is room for.
-    fn stream(
-        &mut self,
-        with: &mut ServeShared,
-        readiness: EpollEvent,
-    ) -> io::Result<ConnectionFate> {
+    /// Sends as much filler as the socket accepts.
+    fn stream(&mut self, with: &mut ServeShared, readiness: EpollEvent) -> io::Result<NextAction> {
         if readiness.hang_up {
-            return Ok(ConnectionFate::Close);
+            return Ok(NextAction::Close);
         }
         let mut turn = 0;
         while turn < with.buffer.len() {
@@ -154,46 +152,46 @@ impl ServedConnection {
                 Err(error) => return Err(error),
             }
         }
-        Ok(ConnectionFate::Keep)
+        Ok(NextAction::Keep)
     }
 
-    /// Requests in, answers out.
-    fn answer(&mut self, with: &mut ServeShared, token: u64) -> io::Result<ConnectionFate> {
+    /// Receives requests and sends answers.
+    fn answer(&mut self, with: &mut ServeShared, token: u64) -> io::Result<NextAction> {
         for _ in 0..TURN_MAX {
-            self.pay(with)?;
-            if self.owed >= OWED_MAX {
-                return self.want_room(with, token);
+            self.flush(with)?;
+            if self.unsent >= UNSENT_MAX {
+                return self.watch_writable(with, token);
             }
             let taken = match stream::discard(&self.socket, &mut with.buffer) {
                 Ok(0) => return Ok(self.done()),
                 Ok(taken) => taken,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    return self.want_room(with, token);
+                    return self.watch_writable(with, token);
                 }
                 Err(error) => return Err(error),
             };
             with.served.bytes_in += taken as u64;
-            self.bill(with, taken);
-            self.pay(with)?;
+            self.count_requests(with, taken);
+            self.flush(with)?;
             if taken < with.buffer.len() && !self.hung_up {
-                return self.want_room(with, token);
+                return self.watch_writable(with, token);
             }
         }
-        self.again(with, token)
+        self.requeue(with, token)
     }
 
-    /// What `taken` bytes more earn the peer.
-    fn bill(&mut self, with: &mut ServeShared, taken: usize) {
+    /// Counts `taken` received bytes and adds the answers that they require.
+    fn count_requests(&mut self, with: &mut ServeShared, taken: usize) {
         match with.behaviour {
             Behaviour::Respond { request, answer } => {
                 self.partial += taken;
                 let whole = self.partial / request;
                 self.partial %= request;
                 with.served.requests += whole as u64;
-                self.owed += whole as u64 * answer as u64;
+                self.unsent += whole as u64 * answer as u64;
             }
             Behaviour::HalfClose { answer } if self.got == 0 => {
-                self.owed = answer as u64;
+                self.unsent = answer as u64;
                 self.fin = Fin::Due;
             }
             _ => {}
@@ -201,13 +199,13 @@ impl ServedConnection {
         self.got += taken as u64;
     }
 
-    /// Sends what is owed, as far as there is room, and the FIN behind it.
-    fn pay(&mut self, with: &mut ServeShared) -> io::Result<()> {
-        while self.owed > 0 {
-            let length = self.owed.min(with.filler.len() as u64) as usize;
+    /// Sends as much of the answer as the socket accepts, and then the FIN.
+    fn flush(&mut self, with: &mut ServeShared) -> io::Result<()> {
+        while self.unsent > 0 {
+            let length = self.unsent.min(with.filler.len() as u64) as usize;
             match stream::send(&self.socket, &with.filler[..length]) {
                 Ok(sent) => {
-                    self.owed -= sent as u64;
+                    self.unsent -= sent as u64;
                     with.served.bytes_out += sent as u64;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
@@ -221,34 +219,30 @@ impl ServedConnection {
         Ok(())
     }
 
-    /// The peer has sent its last byte.
-    fn done(&self) -> ConnectionFate {
-        // What is still owed goes out first; room for it wakes us again.
-        if self.owed > 0 || !self.left.is_empty() {
-            ConnectionFate::Keep
-        } else {
-            ConnectionFate::Close
-        }
+    /// Handles the peer's FIN.
+    fn done(&self) -> NextAction {
+        // Unsent bytes are sent first. The socket reports when it is writable.
+        if self.unsent > 0 || !self.left.is_empty() { NextAction::Keep } else { NextAction::Close }
     }
 
-    /// Bytes in, the same bytes out.
-    fn echo(&mut self, with: &mut ServeShared, token: u64) -> io::Result<ConnectionFate> {
+    /// Receives bytes and sends them back.
+    fn echo(&mut self, with: &mut ServeShared, token: u64) -> io::Result<NextAction> {
         for _ in 0..TURN_MAX {
             if !self.send_left(with)? {
-                return self.want_room(with, token);
+                return self.watch_writable(with, token);
             }
             let received = match stream::receive(&self.socket, &mut with.buffer) {
-                Ok(0) => return Ok(ConnectionFate::Close),
+                Ok(0) => return Ok(NextAction::Close),
                 Ok(received) => received,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                    return Ok(ConnectionFate::Keep);
+                    return Ok(NextAction::Keep);
                 }
                 Err(error) => return Err(error),
             };
             with.served.bytes_in += received as u64;
             self.got += received as u64;
             if matches!(with.behaviour, Behaviour::Reset { after } if self.got >= after) {
-                return Ok(ConnectionFate::Reset);
+                return Ok(NextAction::Reset);
             }
             let sent = match stream::send(&self.socket, &with.buffer[..received]) {
                 Ok(sent) => sent,
@@ -258,16 +252,17 @@ impl ServedConnection {
             with.served.bytes_out += sent as u64;
             if sent < received {
                 self.left.extend_from_slice(&with.buffer[sent..received]);
-                // From here on every read must run dry before it is believed.
+                // From here on, every read must continue until the socket is empty.
                 self.hung_up = true;
             } else if received < with.buffer.len() && !self.hung_up {
-                return Ok(ConnectionFate::Keep);
+                return Ok(NextAction::Keep);
             }
         }
-        self.again(with, token)
+        self.requeue(with, token)
     }
 
-    /// Sends what found no room before; whether all of it went.
+    /// Sends the bytes that the socket did not accept before. Returns whether all were
+    /// sent.
     fn send_left(&mut self, with: &mut ServeShared) -> io::Result<bool> {
         if self.left.is_empty() {
             return Ok(true);
@@ -286,20 +281,21 @@ impl ServedConnection {
         Ok(self.left.is_empty())
     }
 
-    /// Has the connection told when there is room, if something waits for it.
-    fn want_room(&mut self, with: &ServeShared, token: u64) -> io::Result<ConnectionFate> {
-        if !self.both && (self.owed > 0 || !self.left.is_empty()) {
+    /// Watches the socket for writability if bytes are unsent.
+    fn watch_writable(&mut self, with: &ServeShared, token: u64) -> io::Result<NextAction> {
+        if !self.both && (self.unsent > 0 || !self.left.is_empty()) {
             self.both = true;
             with.epoll.change(&self.socket, token, EpollInterest::Both)?;
         }
-        Ok(ConnectionFate::Keep)
+        Ok(NextAction::Keep)
     }
 
-    /// The turn is over with more to do: registering anew tells of it again.
-    fn again(&mut self, with: &ServeShared, token: u64) -> io::Result<ConnectionFate> {
-        self.both |= self.owed > 0 || !self.left.is_empty();
+    /// Ends the turn with unfinished work. Registering the socket again reports it
+    /// again.
+    fn requeue(&mut self, with: &ServeShared, token: u64) -> io::Result<NextAction> {
+        self.both |= self.unsent > 0 || !self.left.is_empty();
         let interest = if self.both { EpollInterest::Both } else { EpollInterest::EdgeReadable };
         with.epoll.change(&self.socket, token, interest)?;
-        Ok(ConnectionFate::Keep)
+        Ok(NextAction::Keep)
     }
 }

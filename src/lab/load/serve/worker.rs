@@ -1,9 +1,9 @@
-//! One thread of a server: its listeners, its connections, its loop.
+//! One thread of a server: its listeners, its connections and its event loop.
 //!
-//! Run by `serve`. It accepts, hands readiness to the connections and closes
-//! them; it knows a behaviour only where that is a matter of time.
+//! Run by `serve`. It accepts, passes readiness to the connections and closes them. Of
+//! the behaviour it handles only what depends on time.
 
-use super::peer::{ConnectionFate, ServeShared, ServedConnection};
+use super::peer::{NextAction, ServeShared, ServedConnection};
 use super::{Behaviour, ServeReport, Service};
 use crate::load::threads::ThreadHandle;
 use slab::Slab;
@@ -16,36 +16,36 @@ use tidegate_net::clock;
 use tidegate_net::epoll::{Epoll, EpollBatch, EpollEvent, EpollInterest};
 use tidegate_net::{listen, stream};
 
-/// Tokens from here on are listeners; connections stay far below.
+/// First token of the listeners. Connections have lower tokens.
 const LISTENER: u64 = 1 << 32;
 
-/// Connections accepted in one go.
+/// Maximum number of connections that are accepted in a row.
 const ACCEPT_MAX: usize = 64;
 
-/// Received at once at most.
+/// Maximum number of bytes per receive.
 const BUFFER: usize = 256 * 1024;
 
-/// A thread never sleeps longer: it looks at the stop flag.
+/// Maximum sleep of a thread, so that it checks the stop flag.
 const SLEEP_MAX: Duration = Duration::from_millis(50);
 
-/// After a failure to accept (no descriptors, mostly) the listener rests.
-const ACCEPT_REST: Duration = Duration::from_millis(10);
+/// Pause of the listeners after an accept error (usually: no descriptors).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
 
-/// Slow readers read this often.
+/// Read interval of slow readers.
 const TICK: Duration = Duration::from_millis(10);
 
 struct ServeThread {
     with: ServeShared,
     listeners: Vec<Socket>,
     peers: Slab<ServedConnection>,
-    /// Listeners are not watched until then.
-    resting: Option<Instant>,
+    /// Listeners are not watched until this time.
+    accept_paused_until: Option<Instant>,
 }
 
-/// Serves until told to stop, or for the service's time.
+/// Serves until stopped, or for the duration of the service.
 pub(super) fn run(
     service: &Service,
-    place: &ThreadHandle,
+    handle: &ThreadHandle,
     listeners: Vec<Socket>,
 ) -> io::Result<ServeReport> {
     let mut worker = ServeThread::new(service.behaviour, listeners)?;
@@ -53,13 +53,13 @@ pub(super) fn run(
     let until = service.duration.map(|duration| began + duration);
     let mut batch = EpollBatch::new();
     let mut last = began;
-    place.gauge().started.store(true, Relaxed);
-    while !place.stopped() {
+    handle.gauge().started.store(true, Relaxed);
+    while !handle.stopped() {
         let now = clock::now();
         if until.is_some_and(|until| now >= until) {
             break;
         }
-        worker.pause(place, now.duration_since(began));
+        worker.pause(handle, now.duration_since(began));
         worker.slow_reads(now, &mut last);
         worker.resume_accepting(now)?;
         let left = until.map_or(SLEEP_MAX, |until| until.duration_since(now));
@@ -71,7 +71,7 @@ pub(super) fn run(
                 None => worker.serve(readiness),
             }
         }
-        worker.show(place);
+        worker.show(handle);
     }
     worker.with.served.open = worker.peers.len() as u64;
     Ok(worker.with.served)
@@ -92,30 +92,36 @@ impl ServeThread {
             buffer: vec![0; BUFFER].into(),
             filler: vec![b'y'; behaviour.filler()].into(),
         };
-        Ok(ServeThread { with, listeners, peers: Slab::with_capacity(1024), resting: None })
+        Ok(ServeThread {
+            with,
+            listeners,
+            peers: Slab::with_capacity(1024),
+            accept_paused_until: None,
+        })
     }
 
     fn sleep(&self) -> Duration {
         match self.with.behaviour {
             Behaviour::SlowRead { .. } => TICK,
-            _ if self.resting.is_some() => ACCEPT_REST,
+            _ if self.accept_paused_until.is_some() => ACCEPT_PAUSE,
             _ => SLEEP_MAX,
         }
     }
 
     fn accept(&mut self, listener: usize, now: Instant) -> io::Result<()> {
-        if self.resting.is_some() {
+        if self.accept_paused_until.is_some() {
             return Ok(());
         }
         for _ in 0..ACCEPT_MAX {
             match listen::accept(&self.listeners[listener]) {
-                Ok((socket, _)) => self.welcome(ServedConnection::new(socket)),
+                Ok((socket, _)) => self.add(ServedConnection::new(socket)),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if accept_can_continue(&error) => {}
                 Err(_) => {
-                    // Watched, it would keep us awake for nothing.
+                    // A watched listener with a non-empty queue would wake the loop
+                    // continuously.
                     self.with.served.refused += 1;
-                    self.resting = Some(now + ACCEPT_REST);
+                    self.accept_paused_until = Some(now + ACCEPT_PAUSE);
                     return self.watch_listeners(EpollInterest::EdgeReadable);
                 }
             }
@@ -131,14 +137,14 @@ impl ServeThread {
     }
 
     fn resume_accepting(&mut self, now: Instant) -> io::Result<()> {
-        if self.resting.is_some_and(|until| now >= until) {
-            self.resting = None;
+        if self.accept_paused_until.is_some_and(|until| now >= until) {
+            self.accept_paused_until = None;
             self.watch_listeners(EpollInterest::WhileReadable)?;
         }
         Ok(())
     }
 
-    fn welcome(&mut self, peer: ServedConnection) {
+    fn add(&mut self, peer: ServedConnection) {
         self.with.served.accepted += 1;
         if self.with.behaviour == (Behaviour::Reset { after: 0 }) {
             self.with.served.reset += 1;
@@ -156,17 +162,17 @@ impl ServeThread {
 
     fn serve(&mut self, readiness: EpollEvent) {
         let key = readiness.token as usize;
-        // A socket tells once in a batch, so the key is still its own.
+        // A socket is reported once per batch, so the key still belongs to it.
         let Some(peer) = self.peers.get_mut(key) else { return };
         let next = peer.ready(&mut self.with, readiness);
-        self.settle(key, next);
+        self.apply(key, next);
     }
 
-    fn settle(&mut self, key: usize, next: io::Result<ConnectionFate>) {
+    fn apply(&mut self, key: usize, next: io::Result<NextAction>) {
         match next {
-            Ok(ConnectionFate::Keep) => {}
-            Ok(ConnectionFate::Close) => drop(self.peers.remove(key)),
-            Ok(ConnectionFate::Reset) => {
+            Ok(NextAction::Keep) => {}
+            Ok(NextAction::Close) => drop(self.peers.remove(key)),
+            Ok(NextAction::Reset) => {
                 self.with.served.reset += 1;
                 stream::reset(self.peers.remove(key).into_socket());
             }
@@ -177,10 +183,10 @@ impl ServeThread {
         }
     }
 
-    /// Does nothing at all for as long as the behaviour has it.
-    fn pause(&self, place: &ThreadHandle, running: Duration) {
+    /// Sleeps if the behaviour pauses now.
+    fn pause(&self, handle: &ThreadHandle, running: Duration) {
         let Behaviour::Hiccup { pause, every } = self.with.behaviour else { return };
-        // The first pause comes after the first `every`.
+        // The first pause starts after the first `every`.
         let into = running.as_nanos() % every.as_nanos();
         if running < every || into >= pause.as_nanos() {
             return;
@@ -188,14 +194,14 @@ impl ServeThread {
         let until = clock::now() + (pause - Duration::from_nanos(into as u64));
         loop {
             let left = until.saturating_duration_since(clock::now());
-            if left.is_zero() || place.stopped() {
+            if left.is_zero() || handle.stopped() {
                 return;
             }
             std::thread::park_timeout(left.min(SLEEP_MAX));
         }
     }
 
-    /// Has every slow reader take what has come due since `last`.
+    /// Reads from every slow reader what has become due since `last`.
     fn slow_reads(&mut self, now: Instant, last: &mut Instant) {
         let Behaviour::SlowRead { rate } = self.with.behaviour else { return };
         let due = rate as f64 * now.duration_since(*last).as_secs_f64();
@@ -206,12 +212,12 @@ impl ServeThread {
         let keys: Vec<usize> = self.peers.iter().map(|(key, _)| key).collect();
         for key in keys {
             let next = self.peers[key].discard(&mut self.with, due as usize);
-            self.settle(key, next);
+            self.apply(key, next);
         }
     }
 
-    fn show(&self, place: &ThreadHandle) {
-        let (gauge, served) = (place.gauge(), &self.with.served);
+    fn show(&self, handle: &ThreadHandle) {
+        let (gauge, served) = (handle.gauge(), &self.with.served);
         let units = if served.requests > 0 { served.requests } else { served.accepted };
         gauge.units.store(units, Relaxed);
         gauge.bytes.store(served.bytes_in + served.bytes_out, Relaxed);
