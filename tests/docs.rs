@@ -18,6 +18,8 @@ mod balancer;
 mod cli;
 #[path = "docs/commands.rs"]
 mod commands;
+#[path = "docs/configuration.rs"]
+mod configuration;
 #[path = "docs/examples.rs"]
 mod examples;
 #[path = "docs/generated.rs"]

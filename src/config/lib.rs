@@ -12,6 +12,7 @@
 mod address;
 mod diagnose;
 mod file;
+pub mod keys;
 mod origin;
 pub mod source;
 mod texts;

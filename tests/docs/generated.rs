@@ -4,14 +4,15 @@
 //! test compares it, or writes it where `TIDEGATE_WRITE_DOCS` is set.
 
 use crate::pages::{page, pages, root};
-use crate::{access_log, cli, metrics, session_ends};
+use crate::{access_log, cli, configuration, metrics, session_ends};
 use std::fs;
 
 type Part = (&'static str, &'static str, fn() -> String);
 
 /// Page, name of the part, and what computes it.
-const PARTS: [Part; 4] = [
+const PARTS: [Part; 5] = [
     ("docs/metrics.md", "metrics", metrics::text),
+    ("docs/configuration.md", "keys", configuration::text),
     ("docs/cli.md", "commands", cli::text),
     ("docs/session-ends.md", "matrix", session_ends::text),
     ("docs/observability.md", "access-log", access_log::text),

@@ -13,7 +13,7 @@ mod probe;
 mod routes;
 mod sources;
 
-pub(super) use probe::default_times as probe_times;
+pub(super) use probe::{ProbeKindKey, default_times as probe_times};
 
 use std::sync::Arc;
 

@@ -33,7 +33,7 @@ const METHOD_BYTES_MAX: usize = 32;
 
 /// The value of `kind`.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum ProbeKindKey {
+pub(crate) enum ProbeKindKey {
     Tcp,
     SendExpect,
     Http,

@@ -1,0 +1,364 @@
+//! The keys of pools and heartbeats.
+
+use super::tables::{CONNECTIONS, TIME, key};
+use super::{Applies, ConfigKey, DefaultValue, Values, words};
+use crate::validate::ProbeKindKey;
+use Applies::Reload;
+use DefaultValue::{Derived, Described, Required, Value};
+use Values::{Flag, Form, Integer, Share, Time, WordOrTime, Words};
+use tidegate_core::model::{Policy, WhenNoneEligible};
+
+pub(super) const POOL: &[ConfigKey] = &[
+    key(
+        "balance",
+        Words(words::<Policy>),
+        Value("\"weighted-round-robin\""),
+        Reload,
+        "How a backend is picked, see [balancing.md](balancing.md).",
+    ),
+    key(
+        "hash_slots",
+        Integer(251, 5_000_011),
+        Value("65_537"),
+        Reload,
+        "For `source-hash`: slots of the table that maps clients to backends, a prime, at least \
+         one per backend. A new value moves nearly every client.",
+    ),
+    key(
+        "source",
+        Form("an IP address or a list of at most 64"),
+        Value("[]"),
+        Reload,
+        "Local addresses from which connections and probes start, used in turn. `[]`: the kernel \
+         decides.",
+    ),
+    key("connect_timeout", TIME, Value("\"5s\""), Reload, "Timeout of one connection attempt."),
+    key(
+        "connect_attempts",
+        Integer(1, 16),
+        Value("3"),
+        Reload,
+        "Connection attempts per session, each to a different backend.",
+    ),
+    key(
+        "queue_max",
+        Integer(0, 1_000_000),
+        Value("0"),
+        Reload,
+        "Length of the queue for clients while every backend is at its `connections_max`. Beyond \
+         it, clients wait in the listen queue.",
+    ),
+    key(
+        "queue_timeout",
+        TIME,
+        Derived("\"5s\"", "`connect_timeout`"),
+        Reload,
+        "Maximum time in that queue; then the client is reset.",
+    ),
+    key(
+        "when_none_eligible",
+        Words(words::<WhenNoneEligible>),
+        Value("\"refuse\""),
+        Reload,
+        "If no backend is eligible, `\"refuse\"` resets the client, and `\"try-all\"` uses every \
+         backend that is not drained.",
+    ),
+    key(
+        "startup_grace",
+        TIME,
+        Value("\"3s\""),
+        Reload,
+        "How long to wait for the first probe result of the pool. After that each backend is \
+         eligible until its own first result.",
+    ),
+    key(
+        "on_removal",
+        WordOrTime("keep", "close-after ", "1ms", "30d"),
+        Value("\"keep\""),
+        Reload,
+        "Sessions of a backend that leaves the file: finish, or are reset after this time.",
+    ),
+    key(
+        "slow_start",
+        WordOrTime("off", "", "100ms", "1h"),
+        Value("\"off\""),
+        Reload,
+        "Time in which a new or returning backend reaches its full weight and cap. Not applied \
+         while the whole pool starts.",
+    ),
+    key(
+        "ejection",
+        Form("`\"off\"` or the table `[pool.NAME.ejection]`"),
+        Described("the defaults of that table"),
+        Reload,
+        "Passive ejection of failing backends.",
+    ),
+];
+
+pub(super) const PROBE: &[ConfigKey] = &[
+    key(
+        "kind",
+        Words(words::<ProbeKindKey>),
+        Value("\"tcp\""),
+        Reload,
+        "`tcp`: the backend accepts a connection. `send-expect`: the answer has the expected \
+         bytes; `http`: the answer has an accepted status.",
+    ),
+    key(
+        "interval",
+        Time("10ms", "30d"),
+        Value("\"2s\""),
+        Reload,
+        "Time between probes while the state is stable.",
+    ),
+    key(
+        "timeout",
+        TIME,
+        Derived("\"1s\"", "`\"1s\"`, or `interval` if that is shorter"),
+        Reload,
+        "Timeout of one probe, at most `interval`.",
+    ),
+    key(
+        "fast_interval",
+        TIME,
+        Derived("\"1s\"", "`\"500ms\"`, or `timeout` if that is longer"),
+        Reload,
+        "Time between probes while a state change is being counted, from `timeout` to `interval`.",
+    ),
+    key(
+        "rise",
+        Integer(1, 100),
+        Value("2"),
+        Reload,
+        "Successful probes in a row until the backend is up.",
+    ),
+    key(
+        "fall",
+        Integer(1, 100),
+        Value("3"),
+        Reload,
+        "Failures in a row until the backend is down.",
+    ),
+    key(
+        "send",
+        Form("text of at most 4,096 bytes"),
+        Value("\"\""),
+        Reload,
+        "For `send-expect`: bytes to send first. TOML escapes such as `\\r\\n` work.",
+    ),
+    key(
+        "expect",
+        Form("text, or a [table](#expect)"),
+        Described("required for `send-expect`"),
+        Reload,
+        "For `send-expect`: what the answer must have.",
+    ),
+    key(
+        "path",
+        Form("text that starts with `/`, at most 2,048 bytes"),
+        Value("\"/\""),
+        Reload,
+        "For `http`: path of the request.",
+    ),
+    key(
+        "host",
+        Form("text of at most 255 bytes"),
+        Described("the address of the backend"),
+        Reload,
+        "For `http`: value of the `Host` header.",
+    ),
+    key(
+        "method",
+        Form("an HTTP method of at most 32 bytes"),
+        Value("\"GET\""),
+        Reload,
+        "For `http`: method of the request.",
+    ),
+    key(
+        "status",
+        Form("codes and ranges, 100 to 599: `\"200,204,300-302\"`; at most 32"),
+        Value("\"200-399\""),
+        Reload,
+        "For `http`: accepted status of the final response.",
+    ),
+];
+
+pub(super) const EXPECT: &[ConfigKey] = &[
+    key(
+        "starts",
+        Form("text of 1 to 1,024 bytes"),
+        Described("none"),
+        Reload,
+        "The answer starts with this.",
+    ),
+    key(
+        "contains",
+        Form("text of 1 to 1,024 bytes"),
+        Described("none"),
+        Reload,
+        "The first 64 KiB of the answer contain this.",
+    ),
+];
+
+pub(super) const EJECTION: &[ConfigKey] = &[
+    key(
+        "failures",
+        Integer(1, 1_000),
+        Value("5"),
+        Reload,
+        "Failures in a row until the backend is ejected.",
+    ),
+    key(
+        "time",
+        TIME,
+        Value("\"10s\""),
+        Reload,
+        "Length of the first ejection. The n-th ejection in a row lasts n times as long, at most \
+         5 minutes.",
+    ),
+    key(
+        "max_ejected",
+        Share,
+        Value("\"50%\""),
+        Reload,
+        "Maximum share of the pool that is ejected at once. The last eligible backend is never \
+         ejected.",
+    ),
+    key(
+        "early_resets",
+        Flag,
+        Value("true"),
+        Reload,
+        "Count a connection as failed if the backend resets it before its first byte although \
+         the client has sent data.",
+    ),
+    key(
+        "slow_first_byte",
+        WordOrTime("off", "", "100ms", "30d"),
+        Value("\"1s\""),
+        Reload,
+        "A backend becomes suspect if clients wait this long for its first byte while other \
+         backends answer. See [health.md](health.md#slow-detector).",
+    ),
+];
+
+pub(super) const POOL_HEARTBEAT: &[ConfigKey] = &[
+    key(
+        "register",
+        Flag,
+        Value("false"),
+        Reload,
+        "Senders that are not in the file can join the pool.",
+    ),
+    key(
+        "require",
+        Flag,
+        Value("false"),
+        Reload,
+        "Backends of the file are eligible only while they send heartbeats.",
+    ),
+    key(
+        "interval",
+        Time("20ms", "10s"),
+        Value("\"100ms\""),
+        Reload,
+        "Expected time between heartbeats if the sender does not state one.",
+    ),
+    key(
+        "ttl",
+        Time("60ms", "30d"),
+        Value("\"10s\""),
+        Reload,
+        "Silence after which a registered or required backend is down. At least three intervals, \
+         of the pool and of the sender.",
+    ),
+    key(
+        "forget_after",
+        TIME,
+        Value("\"1m\""),
+        Reload,
+        "A registered backend leaves the pool this long after `ttl`.",
+    ),
+    key(
+        "backends_max",
+        Integer(1, 10_000),
+        Value("1000"),
+        Reload,
+        "Maximum number of registered backends.",
+    ),
+    key(
+        "weight_max",
+        Integer(1, 1_000),
+        Value("100"),
+        Reload,
+        "Maximum weight of a registered backend. A backend of the file can request at most its \
+         `weight`.",
+    ),
+];
+
+pub(super) const BACKEND: &[ConfigKey] = &[
+    key(
+        "name",
+        Form("a [name](#names)"),
+        Described("`address`"),
+        Reload,
+        "Name in status, metrics and commands.",
+    ),
+    key(
+        "address",
+        Form("`\"IP:PORT\"`, `\"[IPV6]:PORT\"`, `\"unix:/path\"` or `\"unix:@name\"`"),
+        Required,
+        Reload,
+        "Where Tidegate connects. `unix:@name` is an abstract Unix socket.",
+    ),
+    key("weight", Integer(1, 1_000), Value("1"), Reload, "Share of new sessions."),
+    key("backup", Flag, Value("false"), Reload, "Used only while no other backend is eligible."),
+    key(
+        "connections_max",
+        CONNECTIONS,
+        Value("0"),
+        Reload,
+        "Cap on open sessions of this backend, exact over all workers and over all processes of \
+         an upgrade. `0`: no cap.",
+    ),
+];
+
+pub(super) const HEARTBEAT: &[ConfigKey] = &[key(
+    "listen",
+    Form("`\"IP:PORT\"`, or a list of at most 16"),
+    Required,
+    Reload,
+    "UDP addresses to receive heartbeats at.",
+)];
+
+pub(super) const HEARTBEAT_KEY: &[ConfigKey] = &[
+    key(
+        "id",
+        Integer(1, 4_294_967_295),
+        Required,
+        Reload,
+        "Number of the key. Every datagram names its key.",
+    ),
+    key(
+        "file",
+        Form("a file path"),
+        Required,
+        Reload,
+        "File with the secret: 32 to 1024 bytes, mode 0600. White space at the end of a text does \
+         not count.",
+    ),
+    key(
+        "pools",
+        Form("the name of a pool, or a list"),
+        Required,
+        Reload,
+        "Pools that this key can report for.",
+    ),
+    key(
+        "addresses",
+        Form("a prefix, an address, or a list of at most 64"),
+        Required,
+        Reload,
+        "Prefixes in which reported backend addresses must be.",
+    ),
+];

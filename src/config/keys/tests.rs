@@ -1,0 +1,363 @@
+//! The tables against the reader: the set of keys, every default, the bounds of every range.
+
+use super::*;
+use std::collections::{BTreeMap, BTreeSet};
+use tidegate_core::model::Config;
+
+/// Every table with the keys that it must have.
+const BASE: [(&str, &str); 13] = [
+    ("[process]", ""),
+    ("[admin]", ""),
+    ("[log]", ""),
+    ("[frontend.NAME]", "bind = '127.0.0.1:1'\npool = 'NAME'"),
+    ("[[frontend.NAME.route]]", "ports = 1\npool = 'NAME'"),
+    ("[frontend.NAME.sources]", ""),
+    ("[pool.NAME]", ""),
+    ("[pool.NAME.probe]", ""),
+    ("[pool.NAME.ejection]", ""),
+    ("[pool.NAME.heartbeat]", ""),
+    ("[[pool.NAME.backend]]", "address = '192.0.2.1:2'"),
+    ("[heartbeat]", "listen = '127.0.0.1:1'"),
+    ("[[heartbeat.key]]", "id = 1\nfile = '/key'\npools = 'NAME'\naddresses = '127.0.0.1'"),
+];
+
+/// Keys that other keys need, or that widen what a range may be.
+const NEEDED: [(&str, &str, &str); 18] = [
+    ("[process]", "group", "user = 'a'"),
+    ("[frontend.NAME.sources]", "prefix_v4", "connections_max = 1"),
+    ("[frontend.NAME.sources]", "prefix_v6", "connections_max = 1"),
+    ("[frontend.NAME.sources]", "connections_max", "deny = '127.0.0.1'"),
+    ("[frontend.NAME.sources]", "burst", "rate = '1/s'"),
+    ("[frontend.NAME.sources]", "rate", "deny = '127.0.0.1'"),
+    ("[frontend.NAME.sources]", "allow", "deny = '192.0.2.9'"),
+    ("[frontend.NAME.sources]", "deny", "allow = '192.0.2.0/24'"),
+    ("[pool.NAME.probe]", "timeout", "interval = '30d'"),
+    ("[pool.NAME.probe]", "fast_interval", "interval = '30d'\ntimeout = '1ms'"),
+    ("[pool.NAME.probe]", "send", "kind = 'send-expect'\nexpect = 'x'"),
+    ("[pool.NAME.probe]", "expect", "kind = 'send-expect'"),
+    ("[pool.NAME.probe]", "path", "kind = 'http'"),
+    ("[pool.NAME.probe]", "host", "kind = 'http'"),
+    ("[pool.NAME.probe]", "method", "kind = 'http'"),
+    ("[pool.NAME.probe]", "status", "kind = 'http'"),
+    ("[pool.NAME.heartbeat]", "interval", "ttl = '30s'"),
+    ("[pool.NAME.heartbeat]", "ttl", "interval = '20ms'"),
+];
+
+/// Tables that are values of a key: the table of that key.
+fn inline_in(header: &str) -> Option<&'static str> {
+    match header {
+        "bind" => Some("[frontend.NAME]"),
+        "expect" => Some("[pool.NAME.probe]"),
+        _ => None,
+    }
+}
+
+/// How messages name the table.
+fn label(header: &str) -> String {
+    match header {
+        "bind" => "a table of bind".to_owned(),
+        "expect" => "the table of expect".to_owned(),
+        header => header.replace("NAME", "x"),
+    }
+}
+
+fn needed(table: &KeyTable, key: &ConfigKey) -> &'static str {
+    let of = |(header, name, _): &&(&str, &str, _)| *header == table.header && *name == key.name;
+    NEEDED.iter().find(of).map_or("", |(_, _, lines)| lines)
+}
+
+/// The base file with these lines in one table. They replace lines of the same keys.
+fn file(header: &str, lines: &str) -> String {
+    let (header, lines) = match (inline_in(header), header) {
+        (Some(outer), "bind") if lines.starts_with("address") => {
+            (outer, format!("bind = {{ {lines} }}"))
+        }
+        (Some(outer), "bind") if lines.is_empty() => (outer, "bind = '127.0.0.1:1'".to_owned()),
+        (Some(outer), "bind") => (outer, format!("bind = {{ address = '127.0.0.1:1', {lines} }}")),
+        (Some(outer), key) => (outer, format!("kind = 'send-expect'\n{key} = {{ {lines} }}")),
+        (None, header) => (header, lines.to_owned()),
+    };
+    let key_of = |line: &str| line.split(" =").next().unwrap_or_default().to_owned();
+    let given: BTreeSet<String> = lines.lines().map(key_of).collect();
+    let mut text = String::new();
+    for (known, base) in BASE {
+        let own = known == header;
+        // `ejection = "off"` is in the place of a table.
+        if given.iter().any(|key| known == header.replace(']', &format!(".{key}]"))) {
+            continue;
+        }
+        text += &format!("{known}\n");
+        let kept = base.lines().filter(|line| !own || !given.contains(&key_of(line)));
+        // A route that rejects clients has no pool.
+        let kept =
+            kept.filter(|line| !(own && lines == "refuse = true" && line.starts_with("pool")));
+        kept.for_each(|line| text += &format!("{line}\n"));
+        if own {
+            text += &format!("{lines}\n");
+        }
+    }
+    text.replace("NAME", "x")
+}
+
+/// `KEY = VALUE` after the lines that the key needs.
+fn with(table: &KeyTable, key: &ConfigKey, value: &str) -> String {
+    let needed = if value == "'send-expect'" { "expect = 'x'" } else { needed(table, key) };
+    let separator = if needed.is_empty() { "" } else { "\n" };
+    file(table.header, &format!("{needed}{separator}{} = {value}", key.name))
+}
+
+#[track_caller]
+fn accepted(text: &str) -> Config {
+    crate::parse(text, "file").unwrap_or_else(|why| panic!("{why}\nin\n{text}"))
+}
+
+/// Whether the reader rejects the value, with a message about this key or its line.
+fn rejected(table: &KeyTable, key: &ConfigKey, value: &str) -> bool {
+    let text = with(table, key, value);
+    let Err(problems) = crate::parse(&text, "file") else { return false };
+    let lines: Vec<&str> = text.lines().collect();
+    let assigned = format!("{} = {value}", key.name);
+    let concerns = |problem: &crate::Problem| {
+        problem.message.contains(key.name) || lines[problem.line - 1] == assigned
+    };
+    problems.list.iter().any(concerns)
+}
+
+fn keys() -> impl Iterator<Item = (&'static KeyTable, &'static ConfigKey)> {
+    TABLES.iter().flat_map(|table| table.keys.iter().map(move |key| (table, key)))
+}
+
+/// The keys that the reader knows, by table: what it lists for a key that is like no other.
+fn known_to_the_reader() -> BTreeMap<String, BTreeSet<String>> {
+    let mut text = "0 = 1\n".to_owned();
+    for (header, lines) in BASE {
+        text += &format!("{header}\n0 = 1\n{lines}\n");
+    }
+    let text = text
+        .replace("NAME", "x")
+        .replace("bind = '127.0.0.1:1'", "bind = { address = '127.0.0.1:1', 0 = 1 }")
+        .replace("[pool.x.probe]", "[pool.x.probe]\nexpect = { starts = 'x', 0 = 1 }");
+    let problems = crate::parse(&text, "file").unwrap_err();
+    let known = problems.list.iter().filter_map(|problem| {
+        let label = problem.message.strip_prefix("unknown key \"0\" in ")?;
+        let names = problem.help.as_deref()?.strip_prefix("known here: ")?;
+        Some((label.to_owned(), names.split(", ").map(str::to_owned).collect()))
+    });
+    known.collect()
+}
+
+/// The tables directly below a table: `probe` below `[pool.NAME]`.
+fn below(header: &str) -> BTreeSet<String> {
+    let path = |header: &str| header.trim_matches(['[', ']']).replace(".NAME", "");
+    let outer = if header.is_empty() { String::new() } else { path(header) + "." };
+    let tables = TABLES.iter().filter(|table| table.header.starts_with('['));
+    let inner =
+        tables.filter_map(|table| path(table.header).strip_prefix(&outer).map(str::to_owned));
+    inner.filter(|path| !path.contains('.')).collect()
+}
+
+#[test]
+fn tables_have_the_keys_that_the_reader_knows_and_no_other() {
+    let mut known = known_to_the_reader();
+    assert_eq!(known.remove("the file").unwrap(), below(""));
+    assert_eq!(known.len(), TABLES.len(), "{known:?}");
+    for table in TABLES {
+        let mut names: BTreeSet<String> =
+            table.keys.iter().map(|key| key.name.to_owned()).collect();
+        assert_eq!(names.len(), table.keys.len(), "a key of {} is listed twice", table.header);
+        if table.header.starts_with('[') {
+            names.extend(below(table.header));
+        }
+        assert_eq!(names, known[&label(table.header)], "{}", table.header);
+    }
+}
+
+#[test]
+fn default_of_every_key_is_what_a_file_without_it_means() {
+    let mut compared = 0;
+    for (table, key) in keys() {
+        let (DefaultValue::Value(value) | DefaultValue::Derived(value, _)) = key.default else {
+            continue;
+        };
+        // Other keys have their defaults, unless the file would be rejected.
+        let needs = match key.default {
+            DefaultValue::Derived(..) => "",
+            _ => needed(table, key),
+        };
+        let separator = if needs.is_empty() { "" } else { "\n" };
+        let without = accepted(&file(table.header, needs));
+        let given = format!("{needs}{separator}{} = {value}", key.name);
+        let given = accepted(&file(table.header, &given));
+        assert_eq!(without, given, "{} {} = {value}", table.header, key.name);
+        // Another value is another configuration, so the comparison means something.
+        let model = accepted(&with(table, key, value));
+        let (good, _) = samples(table, key);
+        let differs = |other: &String| accepted(&with(table, key, other)) != model;
+        assert!(good.iter().any(differs), "{} {} = {value}", table.header, key.name);
+        compared += 1;
+    }
+    assert!(compared > 50, "{compared}");
+}
+
+#[test]
+fn bounds_of_every_key_are_enforced() {
+    for (table, key) in keys() {
+        let (good, bad) = samples(table, key);
+        assert!(!good.is_empty() && !bad.is_empty(), "no samples of {}", key.name);
+        for value in good {
+            accepted(&with(table, key, &value));
+        }
+        for value in bad {
+            assert!(rejected(table, key, &value), "{} {} = {value}", table.header, key.name);
+        }
+    }
+}
+
+#[test]
+fn only_required_keys_must_be_given() {
+    for (table, key) in keys() {
+        let lines = BASE.iter().find(|(header, _)| *header == table.header);
+        let lines = lines.map_or("", |(_, lines)| lines);
+        let given = lines.lines().any(|line| line.starts_with(&format!("{} = ", key.name)));
+        let alternative = table.header == "[[frontend.NAME.route]]";
+        let required = matches!(key.default, DefaultValue::Required);
+        assert!(
+            required == given || alternative || table.header == "bind",
+            "{} {}",
+            table.header,
+            key.name
+        );
+        if required && given {
+            let line = lines.lines().find(|line| line.starts_with(key.name)).unwrap();
+            let text = file("", "").replace(&line.replace("NAME", "x"), "");
+            let problems = crate::parse(&text, "file").unwrap_err();
+            let missing = format!("missing key \"{}\"", key.name);
+            assert!(problems.list.iter().any(|one| one.message.contains(&missing)), "{problems}");
+        }
+    }
+}
+
+/// Values at the bounds of a key, and the first ones outside, as TOML.
+fn samples(table: &KeyTable, key: &ConfigKey) -> (Vec<String>, Vec<String>) {
+    let integers = |min: u64, max: u64| {
+        let below = min.checked_sub(1).map_or("-1".to_owned(), |below| below.to_string());
+        (vec![min.to_string(), max.to_string()], vec![below, (max + 1).to_string()])
+    };
+    let times = |prefix: &str, min: &str, max: &str| {
+        let least = humantime::parse_duration(min).unwrap() - std::time::Duration::from_nanos(1);
+        let least = humantime::format_duration(least).to_string();
+        let quoted = |time: &str| format!("'{prefix}{time}'");
+        let bad = vec![quoted(&least), quoted(&format!("{max} 1ns")), quoted("0s")];
+        (vec![quoted(min), quoted(max)], bad)
+    };
+    match key.values {
+        Values::Flag => (strings(&["true", "false"]), strings(&["1"])),
+        Values::Words(words) => {
+            let good = words().iter().map(|word| format!("'{word}'")).collect();
+            (good, strings(&["'no-such-word'"]))
+        }
+        Values::Integer(min, max) => integers(min, max),
+        Values::WordOrInteger(word, min, max) => {
+            let (mut good, mut bad) = integers(min, max);
+            good.push(format!("'{word}'"));
+            bad.push("'no-such-word'".to_owned());
+            (good, bad)
+        }
+        Values::Time(min, max) => {
+            let (good, mut bad) = times("", min, max);
+            bad.push("'off'".to_owned());
+            (good, bad)
+        }
+        Values::WordOrTime(word, prefix, min, max) => {
+            let (mut good, mut bad) = times(prefix, min, max);
+            good.push(format!("'{word}'"));
+            bad.retain(|value| *value != format!("'{word}'"));
+            (good, bad)
+        }
+        Values::Size(min, max) => {
+            let bytes = |size: &str, less: u64, more: u64| {
+                let (number, shift) = match size.split_at(size.len() - 3) {
+                    (number, "MiB") => (number, 20),
+                    (number, "TiB") => (number, 40),
+                    (_, unit) => panic!("{unit}"),
+                };
+                format!("'{}B'", (number.parse::<u64>().unwrap() << shift) + more - less)
+            };
+            let good = vec![format!("'{min}'"), format!("'{max}'")];
+            (good, vec![bytes(min, 1, 0), bytes(max, 0, 1)])
+        }
+        Values::Share => (strings(&["'0%'", "'100%'"]), strings(&["'101%'", "'-1%'", "50"])),
+        Values::Form(_) => forms(table.header, key.name),
+    }
+}
+
+fn strings(values: &[&str]) -> Vec<String> {
+    values.iter().map(|value| (*value).to_owned()).collect()
+}
+
+/// The same for values that the table describes in words: lengths of texts and lists, and the
+/// forms that are named.
+fn forms(header: &str, name: &str) -> (Vec<String>, Vec<String>) {
+    let text = |start: &str, bytes: usize| format!("'{start}{}'", "x".repeat(bytes - start.len()));
+    let list = |count: usize, each: fn(usize) -> String| {
+        format!("[{}]", (1..=count).map(each).collect::<Vec<_>>().join(", "))
+    };
+    let bounded = |start, min: usize, max: usize| {
+        let mut bad = vec![text(start, max + 1)];
+        bad.extend((min > 0).then(|| "''".to_owned()));
+        (vec![text(start, min.max(start.len())), text(start, max)], bad)
+    };
+    let words: (&[&str], &[&str]) = match name {
+        "send" => return bounded("", 0, 4_096),
+        "starts" | "contains" => return bounded("", 1, 1_024),
+        "path" => return bounded("/", 1, 2_048),
+        "host" => return bounded("", 1, 255),
+        "method" => return bounded("", 1, 32),
+        "listen" if header == "[heartbeat]" => {
+            let each = |number| format!("'127.0.0.{number}:9'");
+            return (vec![list(16, each)], vec![list(17, each)]);
+        }
+        "addresses" if header == "[[heartbeat.key]]" => {
+            let each = |number| format!("'10.0.0.{number}'");
+            return (vec![list(64, each)], vec![list(65, each)]);
+        }
+        "source" => {
+            let each = |number| format!("'10.0.0.{number}'");
+            return (vec![list(64, each)], vec![list(65, each)]);
+        }
+        "status" => {
+            let each = |number| format!("{}", 199 + number);
+            let codes =
+                |count| format!("'{}'", (1..=count).map(each).collect::<Vec<_>>().join(","));
+            return (
+                vec![codes(32), "'100-599'".to_owned()],
+                vec![codes(33), "'99-200'".to_owned(), "'200-600'".to_owned()],
+            );
+        }
+        "user" => (&["'tidegate'", "'7'"], &["'root'", "'0'"]),
+        "group" => (&["'tidegate'", "'7'"], &["'a b'"]),
+        "state" => (&["'off'", "'/var/lib/tidegate'"], &["'relative'"]),
+        "listen" => (&["'unix:/a'", "'127.0.0.1:9'"], &["'127.0.0.1'"]),
+        "token_file" | "allow_file" | "deny_file" | "file" => (&["'/a'"], &["'/a/'"]),
+        "access" => (&["'off'", "'stdout'", "'./file'"], &["'file'"]),
+        "bind" => (
+            &["'[::1]:1'", "['*:1', { address = '127.0.0.1:2' }]"],
+            &["'127.0.0.1:65536'", "'127.0.0.1'"],
+        ),
+        "address" => (&["'192.0.2.7:1'", "'[::1]:1'"], &["'localhost:1'"]),
+        "pool" | "pools" => (&["'x'"], &["1"]),
+        "sources" | "addresses" | "allow" | "deny" => {
+            (&["'127.0.0.0/8'", "['127.0.0.1']"], &["'127.0.0.0/33'"])
+        }
+        "ports" => (&["1", "'1-9'", "[1]"], &["0", "65536", "'9-1'"]),
+        "rate" => (
+            &["'off'", "'1/s'", "'1000000/s'", "'30/m'", "'500/h'"],
+            &["'0/s'", "'1000001/s'", "'1/d'"],
+        ),
+        "ejection" => (&["'off'"], &["'on'"]),
+        "expect" => (&["'x'", "{ contains = 'x' }"], &["''", "{ starts = 'x', contains = 'x' }"]),
+        "name" => (&["'a'"], &["''", "'a b'"]),
+        name => panic!("no samples of {name}"),
+    };
+    (strings(words.0), strings(words.1))
+}
