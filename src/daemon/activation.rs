@@ -1,8 +1,8 @@
-//! Listening sockets that a service manager has passed (sd_listen_fds(3)).
+//! Listening sockets passed by a service manager (sd_listen_fds(3)).
 //!
-//! Taken once, first thing in the process, and matched to the configuration by
-//! address when it is known. A socket that nothing in the configuration asks for
-//! is an error: somebody would connect to it and wait.
+//! `cli` takes them at the start of the process. `listeners` matches them to the
+//! configuration by address. A socket without a matching address in the configuration is
+//! an error, because its clients would wait without an answer.
 
 use super::Failure;
 use super::binds::{BindSockets, SocketOwner};
@@ -14,20 +14,20 @@ use std::sync::Arc;
 use tidegate_core::model::{AdminListen, BindKey, Config};
 use tidegate_net::fd_channel;
 
-/// What was passed and not yet asked for.
+/// Passed sockets that are not matched to the configuration yet.
 #[derive(Debug)]
 pub struct PassedSockets(Vec<PassedSocket>);
 
 #[derive(Debug)]
 struct PassedSocket {
     socket: Socket,
-    /// The manager's word for it.
+    /// The name that the service manager gave it.
     name: String,
     address: AdminListen,
 }
 
-/// Takes what the environment says was passed, with the manager's words for it. To be
-/// called before anything opens a descriptor.
+/// Takes the passed sockets and their names according to the environment. Must be called
+/// before the process opens a file descriptor.
 ///
 /// # Errors
 /// A descriptor is closed.
@@ -53,26 +53,26 @@ fn refuse(why: String) -> Failure {
 // === impl PassedSockets ===
 
 impl PassedSockets {
-    /// Looks at what was passed.
+    /// Reads the addresses of passed sockets.
     ///
     /// # Errors
-    /// One is no listening stream socket.
+    /// A descriptor is not a listening stream socket.
     pub fn of(passed: Vec<(String, OwnedFd)>) -> Result<PassedSockets, Failure> {
         let passed =
             passed.into_iter().map(|(name, fd)| PassedSocket::of(fd.into(), name).map_err(refuse));
         Ok(PassedSockets(passed.collect::<Result<_, _>>()?))
     }
 
-    /// The admin listener, if it is among them.
+    /// Takes the admin listener, if it was passed.
     pub(super) fn take_admin(&mut self, config: &Config) -> Option<AdminListener> {
         let at = self.0.iter().position(|passed| passed.address == config.admin.listen)?;
         admin::take_over(&config.admin, self.0.swap_remove(at).socket.into(), None)
     }
 
-    /// Everything else.
+    /// Takes all other sockets.
     ///
     /// # Errors
-    /// Some of it is no bind address of `config`.
+    /// A socket has no matching bind address in `config`.
     pub(super) fn take_sockets(
         self,
         config: &Config,

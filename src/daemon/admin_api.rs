@@ -1,7 +1,7 @@
-//! The admin API beside the control loop: serving it, ending it, and handing its
-//! socket to the next process.
+//! Starts and stops the server of the admin API, and hands over its socket.
 //!
-//! Owned by the control loop, which answers the requests. It answers nothing itself.
+//! Owned by the control loop, which answers the requests (see `requests`). This module
+//! answers no request.
 
 use super::upgrade::OfferedAdmin;
 use crate::admin::{
@@ -17,14 +17,14 @@ use tidegate_core::model::Admin;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-/// How long answers under way may take to go out at the end: a little longer than
-/// the API gives them.
+/// How long the process waits at its end until pending answers are sent. Slightly longer
+/// than the timeout of the server itself.
 const END_MAX: Duration = Duration::from_millis(1500);
 
-/// The API while it is served.
+/// A running server of the admin API.
 #[derive(Debug)]
 pub(super) struct AdminApi {
-    /// `None` once the next process has it.
+    /// `None` after the handover.
     socket: Option<OwnedFd>,
     listen: String,
     file: SocketFileLock,
@@ -34,7 +34,7 @@ pub(super) struct AdminApi {
     task: JoinHandle<()>,
 }
 
-/// The API, whether it is served or not, and the requests that have come over it.
+/// The admin API, with or without a running server, and its received requests.
 #[derive(Debug)]
 pub(super) struct AdminEndpoint {
     api: Option<AdminApi>,
@@ -45,7 +45,7 @@ pub(super) struct AdminEndpoint {
 // === impl AdminApi ===
 
 impl AdminApi {
-    /// Serves on the current runtime.
+    /// Starts the server on the current runtime.
     pub(super) fn serve(
         listener: AdminListener,
         listen: String,
@@ -58,7 +58,7 @@ impl AdminApi {
         let dropped = listener.dropped();
         let (stop, stopped) = oneshot::channel::<()>();
         let stopped = async {
-            // Without anybody to stop it, it goes on to the end of the runtime.
+            // If the sender is dropped, the server runs until the runtime ends.
             if stopped.await.is_err() {
                 std::future::pending().await
             }
@@ -73,7 +73,7 @@ impl AdminApi {
         Ok(AdminApi { socket, listen, file, dropped, requests: own, stop: Some(stop), task })
     }
 
-    /// What another process needs to go on with it.
+    /// Returns the socket and what a new process needs to use it.
     fn offer(&self) -> io::Result<(OfferedAdmin, OwnedFd)> {
         let gone = || io::Error::other("the admin socket is in use by another process");
         let socket = self.socket.as_ref().ok_or_else(gone)?.try_clone()?;
@@ -81,17 +81,17 @@ impl AdminApi {
         Ok((offered, socket))
     }
 
-    /// The file is this process's to remove at the end.
+    /// Makes this process the owner of the socket file. The owner removes the file at its
+    /// end.
     fn own_file(&self) {
         self.file.own();
     }
 
-    /// Another process answers from now on: takes no more connections, and leaves
-    /// the file alone.
+    /// Stops the server, because the new process serves. Keeps the socket file.
     fn step_down(&mut self) {
         self.file.hold_lock();
         if let Some(stop) = self.stop.take() {
-            // It has ended by itself then.
+            // Fails if the server has already ended.
             let _ = stop.send(());
         }
     }
@@ -100,12 +100,12 @@ impl AdminApi {
 // === impl AdminEndpoint ===
 
 impl AdminEndpoint {
-    /// Not served yet: requests that come over `requests` are answered all the same.
+    /// Creates an API without a server. Requests from `requests` are answered.
     pub(super) fn new(token: Option<Token>, requests: mpsc::Receiver<AdminRequest>) -> Self {
         AdminEndpoint { api: None, tokens: Arc::new(TokenStore::new(token)), requests }
     }
 
-    /// The next request.
+    /// Waits for the next request.
     pub(super) async fn wake(&mut self) -> AdminRequest {
         match self.requests.recv().await {
             Some(request) => request,
@@ -113,39 +113,39 @@ impl AdminEndpoint {
         }
     }
 
-    /// What requests are admitted by.
+    /// Returns the tokens that authorize requests.
     pub(super) fn tokens(&self) -> &Arc<TokenStore> {
         &self.tokens
     }
 
-    /// Answers from now on.
+    /// Sets the running server.
     pub(super) fn serve(&mut self, api: AdminApi) {
         api.own_file();
         self.api = Some(api);
     }
 
-    /// The socket and what another process needs to go on with it; nothing before it is
-    /// served.
+    /// Returns the socket and what a new process needs to use it; `None` without a
+    /// running server.
     ///
     /// # Errors
-    /// Another process has the socket.
+    /// Another process already has the socket.
     pub(super) fn offer(&self) -> io::Result<Option<(OfferedAdmin, OwnedFd)>> {
         self.api.as_ref().map(AdminApi::offer).transpose()
     }
 
-    /// Connections closed to make room for newer ones.
+    /// Returns the number of connections closed in favour of newer connections.
     pub(super) fn crowded(&self) -> u64 {
         self.api.as_ref().map_or(0, |api| api.dropped.count())
     }
 
-    /// Another process answers from now on.
+    /// Stops the server, because the new process serves.
     pub(super) fn step_down(&mut self) {
         if let Some(api) = &mut self.api {
             api.step_down();
         }
     }
 
-    /// The next process has lived long enough to keep the socket.
+    /// Completes the handover: closes the socket.
     pub(super) fn hand_over(&mut self) {
         if let Some(api) = &mut self.api {
             api.step_down();
@@ -153,8 +153,8 @@ impl AdminEndpoint {
         }
     }
 
-    /// Answers again after [`AdminEndpoint::step_down`]: the process that was to has
-    /// ended. `admin` is where.
+    /// Serves again after [`AdminEndpoint::step_down`], because the new process has
+    /// exited. `admin`: the address.
     pub(super) fn serve_again(
         &mut self,
         admin: &Admin,
@@ -166,7 +166,7 @@ impl AdminEndpoint {
             Ok((offered, socket)) => admin::take_over(admin, socket, offered.file),
             Err(_) => None,
         };
-        // It may have removed the socket's file as it ended.
+        // The new process may have removed the socket file.
         let listener = listener.map_or_else(|| admin::bind(admin), Ok);
         let (listen, requests) = (before.listen.clone(), before.requests.clone());
         let tokens = Arc::clone(&self.tokens);
@@ -181,7 +181,7 @@ impl AdminEndpoint {
         }
     }
 
-    /// Waits for answers under way, where the API was told to stop.
+    /// Waits for pending answers if the server was stopped.
     pub(super) async fn finish(&mut self) {
         if let Some(api) = self.api.take()
             && api.stop.is_none()

@@ -1,11 +1,12 @@
-//! Where the admin socket is if the configuration does not say.
+//! Chooses the directory of the admin socket if the configuration does not name it.
 //!
-//! Called by `confine` and `start`, and by the command line, which looks for a
-//! balancer in the same places. It makes directories; it never binds or connects.
+//! Called by `confine` and `start`. The command line searches for a balancer in the same
+//! directories. It creates directories; it never binds or connects.
 //!
-//! - `/run/tidegate` comes first. A user that cannot write there gets the directory
-//!   `tidegate` of its runtime directory, else one of its own in `/tmp`.
-//! - An upgrade keeps the place of the process before.
+//! - `/run/tidegate` is used first. If the user cannot write there, the directory
+//!   `tidegate` in the user's runtime directory is used, then a directory of the user in
+//!   `/tmp`.
+//! - An upgrade keeps the address of the old process.
 
 use super::Failure;
 use rustix::fs::{Access, AtFlags, CWD};
@@ -15,7 +16,7 @@ use std::path::Path;
 use tidegate_api::place::{places, refused};
 use tidegate_core::model::{ADMIN_SOCKET, Admin, AdminListen};
 
-/// Where this process listens, and why there.
+/// Where this process listens, and the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Place {
     pub(super) listen: AdminListen,
@@ -23,13 +24,13 @@ pub(super) struct Place {
     pub(super) reason: Option<String>,
 }
 
-/// Closed to all others.
+/// No access for other users.
 const OWNER_ONLY: u32 = 0o700;
 
-/// Chooses for `admin`. `before` is where the process before listens.
+/// Chooses the address. `before`: where the old process listens.
 ///
 /// # Errors
-/// None of [`places`] is fit.
+/// None of [`places`] can be used.
 pub(super) fn settle(admin: &Admin, before: Option<&str>) -> Result<Place, Failure> {
     let here = |path: &Path| AdminListen::Unix(path.to_owned());
     if !admin.is_default() {
@@ -56,7 +57,8 @@ pub(super) fn settle(admin: &Admin, before: Option<&str>) -> Result<Place, Failu
     )))
 }
 
-/// Sees to it that a socket can be made at `path`; else says why not.
+/// Creates the directory of `path` if necessary and checks that a socket can be created
+/// in it.
 fn prepare(path: &Path) -> Result<(), String> {
     let directory = path.parent().unwrap_or(Path::new("."));
     let shared = path == Path::new(ADMIN_SOCKET);
@@ -77,7 +79,7 @@ fn writable(directory: &Path) -> io::Result<()> {
     Ok(rustix::fs::accessat(CWD, directory, may, AtFlags::EACCESS)?)
 }
 
-/// The directory is this user's, and no other user can write or look into it.
+/// Checks that this user owns the directory and that other users have no access to it.
 fn private(directory: &Path) -> io::Result<()> {
     let found = std::fs::symlink_metadata(directory)?;
     if !found.is_dir() {
@@ -102,14 +104,14 @@ mod tests {
     }
 
     #[test]
-    fn a_place_that_the_configuration_names_is_taken_as_it_is() {
+    fn configured_address_is_used_unchanged() {
         let place = settle(&admin("/nowhere/a.sock"), Some("unix:/run/b.sock")).unwrap();
         let listen = AdminListen::Unix("/nowhere/a.sock".into());
         assert_eq!(place, Place { listen, reason: None });
     }
 
     #[test]
-    fn an_upgrade_keeps_the_place_of_the_process_before() {
+    fn upgrade_keeps_the_address_of_the_old_process() {
         let last = places().pop().unwrap();
         let before = format!("unix:{}", last.display());
         let place = settle(&admin(ADMIN_SOCKET), Some(&before)).unwrap();
@@ -117,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_others_can_enter_is_refused_and_left_as_it_is() {
+    fn directory_with_access_for_others_is_rejected_and_not_changed() {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
         let own = dir.path().join("tidegate");

@@ -1,9 +1,12 @@
-//! The bound addresses: the listening sockets of each worker and address.
+//! The bound addresses of this process and their listening sockets.
 //!
-//! Owned by the control loop. A reload binds what is new before anything else
-//! changes, all or nothing, and retires what is gone afterwards; an upgrade
-//! hands everything on. Workers hold shares of the sockets; an address is closed
-//! when the last share is dropped, here and in whatever process shares it.
+//! Owned by the control loop. It never accepts a connection: workers do.
+//!
+//! - A reload first binds all new addresses, or none. After the commit it retires the
+//!   removed addresses.
+//! - An upgrade hands over all sockets.
+//! - Workers share the sockets. An address is closed when the last reference is dropped,
+//!   in this process and in every process that shares the socket.
 
 use super::due;
 use super::refused::BindError;
@@ -21,19 +24,19 @@ use tidegate_net::clock;
 use tidegate_net::holders::{self, ListeningSocket, overlap};
 use tidegate_net::listen;
 
-/// How often given-up addresses are looked at until they are closed: before
-/// that, new clients get no answer instead of a refusal.
+/// Time between two checks whether retired addresses can be closed. Until an address is
+/// closed, new clients get no answer instead of a refused connection.
 const RETIRE_STEP: Duration = Duration::from_millis(20);
 
-/// Who else holds an address's sockets.
+/// Which process keeps the sockets of an address open after this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum SocketOwner {
-    /// Nobody, or a balancer that is on its way out: closing them closes the
+    /// No other process, or an old process that exits. Closing the sockets closes the
     /// address.
     #[serde(rename = "nobody")]
     Process,
-    /// A service manager, which goes on listening when we are gone.
+    /// A service manager, which keeps listening after this process exits.
     #[serde(rename = "manager")]
     ServiceManager,
 }
@@ -41,7 +44,7 @@ pub(super) enum SocketOwner {
 /// The sockets of one address.
 #[derive(Debug, Clone)]
 pub(super) struct BindSockets {
-    /// In the order workers take turns with them.
+    /// Assigned to workers by their index, see [`BindSockets::of_worker`].
     pub(super) sockets: Vec<Arc<Socket>>,
     pub(super) holder: SocketOwner,
 }
@@ -51,18 +54,19 @@ pub(super) struct BindSockets {
 pub(super) struct Binds {
     workers: usize,
     active: BTreeMap<BindKey, BindSockets>,
-    /// Emptying their queues; closed once the workers have let go.
+    /// Workers still accept from their listen queues. Closed when the workers have
+    /// dropped the sockets.
     retiring: Vec<(BindKey, BindSockets)>,
-    /// Given to us and not yet asked for.
+    /// Sockets from another process that no frontend uses yet.
     inherited: BTreeMap<BindKey, BindSockets>,
 }
 
-/// Addresses bound and not yet in use.
+/// Addresses that are bound and not yet in use.
 #[derive(Debug)]
 pub(super) struct NewBinds {
     groups: BTreeMap<BindKey, BindSockets>,
-    /// Those of them that do not listen yet.
-    silent: Vec<(BindKey, Arc<Socket>)>,
+    /// Sockets that do not listen yet.
+    not_listening: Vec<(BindKey, Arc<Socket>)>,
 }
 
 impl Binds {
@@ -70,22 +74,22 @@ impl Binds {
         Binds { workers, active: BTreeMap::new(), retiring: Vec::new(), inherited: BTreeMap::new() }
     }
 
-    /// Takes sockets of another process, for [`Binds::reserve_new`] to find.
+    /// Takes the sockets of another process. [`Binds::reserve_new`] uses them.
     pub(super) fn inherit(&mut self, groups: BTreeMap<BindKey, BindSockets>) {
         self.inherited = groups;
     }
 
-    /// Binds the addresses of `config` that are not bound yet: all of them, or
-    /// none.
+    /// Binds the addresses of `config` that are not bound yet, all or none, and listens
+    /// on them.
     pub(super) fn bind_new(&mut self, config: &Config) -> Result<NewBinds, BindError> {
         let mut fresh = self.reserve_new(config)?;
         fresh.start()?;
         Ok(fresh)
     }
 
-    /// The same without letting anybody in yet; see [`NewBinds::start`].
+    /// Binds like [`Binds::bind_new`] but does not listen yet; see [`NewBinds::start`].
     pub(super) fn reserve_new(&mut self, config: &Config) -> Result<NewBinds, BindError> {
-        let mut fresh = NewBinds { groups: BTreeMap::new(), silent: Vec::new() };
+        let mut fresh = NewBinds { groups: BTreeMap::new(), not_listening: Vec::new() };
         let foreign = self.foreign(config);
         for frontend in &config.frontends {
             for bind in &frontend.binds {
@@ -117,8 +121,8 @@ impl Binds {
         let mut group = match self.inherited.get(&bind.key) {
             Some(group) => group.clone(),
             None => {
-                // Sockets of this process that overlap would be in the way of this
-                // check; `foreign` has looked for others.
+                // An overlapping socket of this process would fail this check. `foreign`
+                // has checked for sockets of other processes.
                 if !self.overlaps(address) {
                     listen::taken(address, freebind)?;
                 }
@@ -129,7 +133,7 @@ impl Binds {
             let missing = self.workers.saturating_sub(group.sockets.len());
             for socket in listen::reserve(address, missing, freebind)? {
                 let socket = Arc::new(socket);
-                fresh.silent.push((bind.key.clone(), Arc::clone(&socket)));
+                fresh.not_listening.push((bind.key.clone(), Arc::clone(&socket)));
                 group.sockets.push(socket);
             }
         }
@@ -141,16 +145,16 @@ impl Binds {
         Ok(())
     }
 
-    /// Whether this process holds a socket that a check by bind(2) would find.
+    /// Returns whether this process holds a socket that overlaps `address`.
     fn overlaps(&self, address: SocketAddr) -> bool {
         let mut held = self.active.keys().chain(self.inherited.keys());
         held.any(|held| overlap(held.socket_addr(), address))
     }
 
-    /// Listening sockets of this host that are none of this process's; looked for
-    /// only where bind(2) cannot tell them apart: a new address overlaps one that
-    /// is held, and SO_REUSEPORT would let both share the traffic. A socket that
-    /// several processes hold is one socket.
+    /// Returns listening sockets of other processes that overlap new addresses of
+    /// `config`. Checked only for addresses that also overlap a socket of this process:
+    /// bind(2) does not fail for those because of SO_REUSEPORT, and both processes would
+    /// share the traffic. Sockets that this process shares with others are not returned.
     fn foreign(&self, config: &Config) -> Vec<ListeningSocket> {
         let binds = config.frontends.iter().flat_map(|frontend| &frontend.binds);
         let unsure: Vec<SocketAddr> = binds
@@ -163,34 +167,34 @@ impl Binds {
         }
         let groups = self.active.values().chain(self.inherited.values());
         let groups = groups.chain(self.retiring.iter().map(|(_, group)| group));
-        let ours: HashSet<u64> = groups
+        let own: HashSet<u64> = groups
             .flat_map(|group| &group.sockets)
             .filter_map(|socket| holders::number_of(&**socket).ok())
             .collect();
         let mut all = holders::listening().unwrap_or_default();
         all.retain(|other| {
-            !ours.contains(&other.socket)
+            !own.contains(&other.socket)
                 && unsure.iter().any(|address| overlap(*address, other.address))
         });
         all
     }
 
-    /// Lets go of what was inherited and is not in `fresh`; says which.
+    /// Drops the inherited sockets that are not in `fresh`. Returns their addresses.
     pub(super) fn release(&mut self, fresh: &NewBinds) -> Vec<BindKey> {
         let inherited = std::mem::take(&mut self.inherited);
         inherited.into_keys().filter(|key| !fresh.groups.contains_key(key)).collect()
     }
 
-    /// Whether an address that `config` wants is still being closed.
-    pub(super) fn cancel_retirement(&mut self, config: &Config) -> bool {
-        self.forget_retired();
+    /// Returns whether an address of `config` is still retiring.
+    pub(super) fn is_retiring(&mut self, config: &Config) -> bool {
+        self.close_retired();
         let retiring: HashSet<&BindKey> = self.retiring.iter().map(|(key, _)| key).collect();
         let mut wanted = config.frontends.iter().flat_map(|frontend| &frontend.binds);
         !retiring.is_empty() && wanted.any(|bind| retiring.contains(&bind.key))
     }
 
-    /// Puts `fresh` in use, brings socket options up to date and retires what
-    /// `config` no longer names.
+    /// Uses the addresses of `fresh`, updates socket options and retires the addresses
+    /// that are not in `config`.
     pub(super) fn adopt(
         &mut self,
         fresh: NewBinds,
@@ -221,7 +225,7 @@ impl Binds {
         }
     }
 
-    /// Retires everything.
+    /// Retires all addresses.
     pub(super) fn retire_all(&mut self, workers: &[Worker], supervised: &Supervised) {
         let all: Vec<BindKey> = self.active.keys().cloned().collect();
         for key in all {
@@ -231,17 +235,16 @@ impl Binds {
 
     fn retire(&mut self, key: BindKey, workers: &[Worker], supervised: &Supervised) {
         let Some(group) = self.active.remove(&key) else { return };
-        // First: from then on a crash closes the address.
+        // First, so that a crash from now on closes the address.
         supervised.release(&key, &group);
         if group.holder == SocketOwner::ServiceManager {
-            // What is queued there is for whom the manager starts next, and a
-            // filter would keep clients from that one, too.
+            // The next process that the manager starts accepts the queued clients. A
+            // filter on the socket would reject clients of that process, too.
             self.close_group(key, group, workers);
             return;
         }
         for socket in &group.sockets {
             if let Err(error) = listen::retire(socket) {
-                // Then clients may still be queued when it closes, and be reset.
                 tracing::warn!(address = %key, %error, "cannot stop new connections on a retired address; queued clients can be reset");
             }
         }
@@ -251,8 +254,8 @@ impl Binds {
         self.retiring.push((key, group));
     }
 
-    /// Another process accepts from our sockets now: stops accepting at once and leaves
-    /// the queues to it, but for what it has `not_taken`. The sockets stay open.
+    /// Stops accepting, because the new process accepts from the same sockets. Addresses
+    /// that it has `not_taken` are not affected. The sockets stay open.
     pub(super) fn step_down(&mut self, not_taken: &[BindKey], workers: &[Worker]) {
         for key in self.active.keys().filter(|key| !not_taken.contains(key)) {
             for worker in workers {
@@ -261,8 +264,8 @@ impl Binds {
         }
     }
 
-    /// That process has ended: accepts again.
-    pub(super) fn go_on(&mut self, not_taken: &[BindKey], workers: &[Worker]) {
+    /// Accepts again, because the new process has exited.
+    pub(super) fn resume(&mut self, not_taken: &[BindKey], workers: &[Worker]) {
         for (key, group) in &self.active {
             if !not_taken.contains(key) {
                 group.listen(key, workers);
@@ -270,8 +273,8 @@ impl Binds {
         }
     }
 
-    /// That process has lived long enough: lets go of what it accepts from, and retires
-    /// what it has `not_taken`.
+    /// Completes the handover: closes the sockets that the new process accepts from, and
+    /// retires those that it has `not_taken`.
     pub(super) fn hand_over(
         &mut self,
         not_taken: &[BindKey],
@@ -291,33 +294,35 @@ impl Binds {
         self.retiring.push((key, group));
     }
 
-    /// Closes what the workers have let go of; true once nothing is retiring.
-    pub(super) fn forget_retired(&mut self) -> bool {
+    /// Closes retiring addresses whose sockets no worker uses. Returns whether no address
+    /// is retiring any more.
+    pub(super) fn close_retired(&mut self) -> bool {
         let in_use =
             |group: &BindSockets| group.sockets.iter().any(|socket| Arc::strong_count(socket) > 1);
         self.retiring.retain(|(_, group)| in_use(group));
         self.retiring.is_empty()
     }
 
-    /// Resolves when given-up addresses need a look; never while there are none.
+    /// Resolves when [`Binds::close_retired`] is due. Never resolves while no address is
+    /// retiring.
     pub(super) async fn wake(&mut self) {
         let due = (!self.retiring.is_empty()).then(|| clock::now() + RETIRE_STEP);
         due::reached(due).await;
     }
 
-    /// Everything in use, to be handed to another process.
+    /// Returns all addresses in use, for the handover to another process.
     pub(super) fn active(&self) -> impl Iterator<Item = (&BindKey, &BindSockets)> {
         self.active.iter()
     }
 
-    /// Listening sockets open now.
+    /// Returns the number of open listening sockets.
     pub(super) fn sockets(&self) -> usize {
         let retiring = self.retiring.iter().map(|(_, group)| group);
         self.active.values().chain(retiring).map(|group| group.sockets.len()).sum()
     }
 }
 
-/// Whether the kernel has no IPv6 at all, or no address of it.
+/// Returns whether the error means that this host has no IPv6, or not this address.
 fn no_ipv6(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
 }
@@ -325,12 +330,12 @@ fn no_ipv6(error: &io::Error) -> bool {
 // === impl BindSockets ===
 
 impl BindSockets {
-    /// Whether more sockets can listen on the same address beside these.
+    /// Returns whether more sockets can listen on the same address.
     fn can_add_sockets(&self) -> io::Result<bool> {
         self.sockets.iter().try_fold(true, |all, socket| Ok(all && socket.reuse_port()?))
     }
 
-    /// Has every worker accept from those that are its own.
+    /// Makes every worker accept from its sockets.
     fn listen(&self, key: &BindKey, workers: &[Worker]) {
         for (index, worker) in workers.iter().enumerate() {
             for socket in self.of_worker(index, workers.len()) {
@@ -339,8 +344,8 @@ impl BindSockets {
         }
     }
 
-    /// The sockets that worker number `index` of `count` accepts from: with
-    /// enough of them each belongs to one worker, else workers share.
+    /// Returns the sockets that worker `index` of `count` accepts from. With at least
+    /// `count` sockets, each belongs to one worker. With fewer, workers share them.
     fn of_worker(&self, index: usize, count: usize) -> impl Iterator<Item = &Arc<Socket>> {
         let have = self.sockets.len();
         let of_this = move |number: usize| match have < count {
@@ -354,9 +359,9 @@ impl BindSockets {
 // === impl NewBinds ===
 
 impl NewBinds {
-    /// Lets clients in: they queue until a worker accepts.
+    /// Starts to listen. Clients wait in the listen queue until a worker accepts.
     pub(super) fn start(&mut self) -> Result<(), BindError> {
-        for (key, socket) in self.silent.drain(..) {
+        for (key, socket) in self.not_listening.drain(..) {
             listen::start(&socket).map_err(|error| BindError::new(key.socket_addr(), error))?;
         }
         Ok(())
@@ -374,8 +379,8 @@ mod tests {
         BindSockets { sockets, holder: SocketOwner::Process }
     }
 
-    /// How many workers accept from each socket, and the fewest sockets a
-    /// worker has.
+    /// Returns the number of workers per socket and the smallest number of sockets of a
+    /// worker.
     fn spread(sockets: usize, workers: usize) -> (Vec<usize>, usize) {
         let group = group(sockets);
         let mut takers = vec![0; sockets];
@@ -395,7 +400,7 @@ mod tests {
     fn every_socket_has_a_worker_and_every_worker_a_socket() {
         assert_eq!(spread(2, 2), (vec![1, 1], 1));
         assert_eq!(spread(5, 2), (vec![1; 5], 2), "more sockets than workers");
-        assert_eq!(spread(1, 3), (vec![3], 1), "one socket that cannot be had twice");
+        assert_eq!(spread(1, 3), (vec![3], 1), "one socket for all workers");
         assert_eq!(spread(2, 3), (vec![2, 1], 1));
     }
 }

@@ -1,8 +1,8 @@
-//! Makes large pools' parts of tables on a thread of its own.
+//! Builds the table parts of large pools on a separate thread.
 //!
-//! Owned by the control loop, which hands over what [`ControlEffect::Build`] asks for and
-//! feeds the results back as events. Where no thread can be started, the control thread
-//! makes the part itself: late beats never. It publishes nothing.
+//! Owned by `planes`. Each [`ControlEffect::Build`] starts a build, and the control loop
+//! feeds the result to the controller. If no thread can be started, the control thread
+//! builds the part. The builder publishes nothing.
 //!
 //! [`ControlEffect::Build`]: tidegate_core::control::ControlEffect::Build
 
@@ -14,18 +14,19 @@ use tidegate_core::table::build::PoolBuild;
 use tidegate_net::clock;
 use tokio::sync::mpsc;
 
-/// How often a replaced part is looked at until no worker reads it any more: to drop
-/// one of thousands of backends takes milliseconds, which are no worker's to spend.
+/// Time between two checks whether workers still use a replaced part. Dropping a part
+/// with thousands of backends takes milliseconds, so this thread drops it instead of a
+/// worker.
 const RETIRE_STEP: Duration = Duration::from_millis(100);
 
-/// Replaced parts kept so at most; beyond that, the worker that lets go last drops it.
+/// Replaced parts that are kept at most. Beyond this, the last worker drops the part.
 const RETIRED_MAX: usize = 8;
 
-/// See the module's documentation. A pool has one part under way at a time, so there
-/// are never more than pools.
+/// See the module's documentation. Queued builds are bounded by the number of pools: a
+/// pool has at most one build at a time.
 #[derive(Debug)]
 pub(super) struct Builder {
-    /// `None` until the first part is asked for.
+    /// `None` until the first build.
     orders: Option<sync::Sender<BuildOrder>>,
     made: mpsc::UnboundedSender<ControlEvent>,
     results: mpsc::UnboundedReceiver<ControlEvent>,
@@ -41,7 +42,7 @@ impl Builder {
         Builder { orders: None, made, results }
     }
 
-    /// Has it made.
+    /// Starts a build.
     pub(super) fn build(&mut self, token: BuildToken, build: Box<PoolBuild>) {
         if self.orders.is_none() {
             self.orders = start(self.made.clone());
@@ -52,14 +53,14 @@ impl Builder {
             None => Some(order),
         };
         if let Some(order) = refused {
-            // The next one may find a thread again.
+            // The next build tries to start a thread again.
             self.orders = None;
-            // The receiver is this very value's.
+            // Cannot fail: `self` owns the receiver.
             let _ = self.made.send(make(order));
         }
     }
 
-    /// The next part that is made; never where none is under way.
+    /// Waits for the next finished part. Never resolves while no build runs.
     pub(super) async fn made(&mut self) -> ControlEvent {
         match self.results.recv().await {
             Some(event) => event,

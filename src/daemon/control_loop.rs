@@ -1,11 +1,13 @@
-//! The control thread's loop: waits for the first of its parts that has something to do,
-//! and has it done.
+//! The loop of the control thread: waits for an event of one of its parts and handles
+//! it.
 //!
-//! Entered by `start`. Each part is a type in a file of its own, with its own fields,
-//! its own due times and a `wake` that resolves when there is something to do; a `wake`
-//! that is dropped loses nothing. What takes several parts stands in `impl Control`, in
-//! the file that is named after it. The loop may block or fall behind without a session
-//! noticing: the last published table stays.
+//! Entered by `start`. It never serves a session. If the loop blocks, sessions continue
+//! with the last published table.
+//!
+//! - Each part is a type in its own file, with its own state and due times. Its `wake`
+//!   resolves with the next event. Dropping a `wake` future loses no event.
+//! - Code that needs several parts is in `impl Control`, in the file named after the
+//!   task.
 
 use super::RunEnd;
 use super::admin_api::AdminEndpoint;
@@ -42,13 +44,13 @@ pub(super) struct Control {
     pub(super) lifecycle: Lifecycle,
 }
 
-/// What woke the loop: a part, and what it has to do.
+/// An event of one of the parts.
 enum LoopEvent {
     Evidence(EvidenceEvent),
-    /// A pool's part of a table is made.
+    /// The builder has finished a pool's part of a table.
     Built(ControlEvent),
     Workers,
-    /// Given-up addresses may be ready to be closed.
+    /// Retired addresses may be ready to close.
     Binds,
     Reload(ReloadEvent),
     Request(AdminRequest),
@@ -59,10 +61,10 @@ enum LoopEvent {
 }
 
 impl Control {
-    /// Runs until the process is to end.
+    /// Runs until the process must end.
     pub(super) async fn run(mut self) -> RunEnd {
         self.reloads.watch();
-        if self.upgrades.awaits_old_process() || self.supervised.in_force.awaits_the_file() {
+        if self.upgrades.awaits_old_process() || self.supervised.in_force.needs_reload() {
             self.catch_up().await;
         }
         loop {
@@ -108,12 +110,11 @@ impl Control {
         None
     }
 
-    /// What every event may have brought about.
+    /// Runs the checks that follow every event.
     fn check_threads(&mut self) -> Option<RunEnd> {
         self.bound_latency();
-        // After every event: the pause of `Binds::wake` starts again with each, and on a
-        // busy loop would never end.
-        self.binds.forget_retired();
+        // Every event restarts the wait of `Binds::wake`, which never ends on a busy loop.
+        self.binds.close_retired();
         if self.evidence.heartbeats.has_exited() {
             tracing::error!("heartbeat receiver thread exited; shutting down");
             return Some(RunEnd::ThreadExited);
@@ -130,7 +131,6 @@ impl Control {
     async fn lifecycle_event(&mut self, event: LifecycleEvent) -> Option<RunEnd> {
         match event {
             LifecycleEvent::Signal(signal) => return self.signal(signal).await,
-            // Not while a worker has been stalled for as long as the manager would wait.
             LifecycleEvent::NotifyWatchdog => {
                 let stalled = self.workers.longest_stall();
                 self.lifecycle.notifier().beat(clock::now(), stalled);
@@ -156,7 +156,7 @@ impl Control {
                 tracing::warn!("second stop signal; exiting without waiting for sessions");
                 return Some(RunEnd::SecondSignal);
             }
-            SignalKindReceived::Stop(name) => self.told_to_stop(name),
+            SignalKindReceived::Stop(name) => self.stop_signal(name),
             SignalKindReceived::Reload => self.reload_by_signal().await,
             SignalKindReceived::Upgrade => self.begin_upgrade(Wish::default(), None, None),
         }
@@ -178,7 +178,7 @@ impl Control {
 
     fn telemetry_event(&mut self, event: TelemetryEvent) {
         match event {
-            TelemetryEvent::Render => self.render_on(),
+            TelemetryEvent::Render => self.render_step(),
             TelemetryEvent::Suppressed => self.telemetry.log_suppressed(),
             TelemetryEvent::SamplePorts => {
                 let notices = self.telemetry.ports.sample(&self.controller, clock::now());
@@ -187,7 +187,7 @@ impl Control {
         }
     }
 
-    /// What hardly ever happens, as often as it did in this process and those before.
+    /// Returns the counters of rare events, including those of old processes.
     pub(super) fn rare_counters(&self) -> RareCounters {
         let refused = self.workers.context().buffers.refused();
         self.telemetry.rare_counters(self.admin.crowded(), refused, self.state.failures())

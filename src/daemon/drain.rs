@@ -1,8 +1,11 @@
-//! Stopping in order: `leave_delay`, in which routers notice; then
-//! no new clients; sessions finish until the deadline, the rest is cut and counted,
-//! every thread is joined.
+//! Stops the process: `leave_delay`, drain, end of the workers.
 //!
-//! Part of the control loop. How far a drain is, `lifecycle` knows.
+//! Part of the control loop. `lifecycle` keeps the state and the deadline.
+//!
+//! 1. During `leave_delay`, `/ready` fails and clients are accepted, so that routers can
+//!    react.
+//! 2. The drain accepts no new clients and lets sessions finish until the deadline.
+//! 3. The remaining sessions are reset and counted, and every thread is joined.
 
 use super::RunEnd;
 use super::control_loop::Control;
@@ -12,8 +15,8 @@ use tidegate_core::outcome::Cause;
 use tidegate_dataplane::worker::WorkerCommand;
 
 impl Control {
-    /// A signal to stop: leaves, and if it leaves already, drains at once.
-    pub(super) fn told_to_stop(&mut self, why: &str) {
+    /// Handles a stop signal: starts `leave_delay`, or ends it if it has already started.
+    pub(super) fn stop_signal(&mut self, why: &str) {
         if self.lifecycle.is_leaving() {
             self.begin_drain(why);
         } else {
@@ -21,8 +24,8 @@ impl Control {
         }
     }
 
-    /// Says that it is not ready any more, and starts the drain `leave_delay`
-    /// later; without effect once it has said so.
+    /// Reports not ready and schedules the drain after `leave_delay`. No effect if the
+    /// process is already leaving or draining.
     pub(super) fn leave(&mut self, why: &str) {
         let delay = self.reloads.config().process.leave_delay;
         if !self.lifecycle.is_serving() {
@@ -37,7 +40,7 @@ impl Control {
         tracing::info!(reason = why, leave_delay = ?delay, "leaving; /ready fails, and clients are accepted until leave_delay ends or a second signal arrives");
     }
 
-    /// Starts the drain; without effect while one is under way.
+    /// Starts the drain. No effect if the process is already draining.
     pub(super) fn begin_drain(&mut self, why: &str) {
         if self.lifecycle.is_draining() {
             return;
@@ -49,8 +52,7 @@ impl Control {
         self.order_end_within(self.reloads.config().process.drain_timeout);
     }
 
-    /// Starts a drain in which the listeners are not this function's business: another
-    /// process may have them.
+    /// Starts a drain without retiring the listeners, which another process may use.
     pub(super) fn start_draining(&mut self, why: &str) {
         let timeout = self.reloads.config().process.drain_timeout;
         let sessions = self.sessions();
@@ -63,17 +65,18 @@ impl Control {
         self.lifecycle.drain(timeout);
     }
 
-    /// Looks at a drain's progress; gives the number of sessions cut once it is
-    /// over.
+    /// Checks the drain. Returns the number of sessions that were reset when the drain
+    /// is complete.
     pub(super) fn drain_step(&mut self) -> Option<u32> {
         if self.lifecycle.has_left() {
             self.begin_drain("leave_delay ended");
         }
-        let closed = self.binds.forget_retired();
+        let closed = self.binds.close_retired();
         self.report();
-        // Those of the process before go on until the same deadline.
+        // Includes the sessions of old processes, which have the same deadline.
         let open = self.sessions();
-        // What the process before still counts goes on with this one's farewell.
+        // After a handover, the final counts of this process must include the final
+        // counts of its old process.
         let counted = !self.upgrades.handed_over()
             || !self.upgrades.awaits_old_process()
             || self.lifecycle.is_past_deadline();
@@ -93,12 +96,12 @@ impl Control {
         }
     }
 
-    /// Sessions of this process and those before.
+    /// Returns the open sessions of this process and of old processes.
     pub(super) fn sessions(&self) -> u32 {
         self.workers.sessions().saturating_add(self.upgrades.sessions_elsewhere())
     }
 
-    /// Ends the workers and flushes the access log.
+    /// Ends the workers, flushes the access log and closes the admin socket.
     pub(super) async fn finish(&mut self, cut: u32) -> RunEnd {
         self.send_final_counts().await;
         self.workers.finish().await;

@@ -1,7 +1,6 @@
-//! From what is measured to what changes: events go to the controller, and its effects
-//! are carried out.
+//! Feeds events to the controller and carries out its effects.
 //!
-//! Part of the control loop. It decides nothing.
+//! Part of the control loop. It makes no decision about backends.
 
 use super::control_loop::Control;
 use super::evidence::EvidenceEvent;
@@ -11,7 +10,7 @@ use tidegate_dataplane::worker::WorkerCommand;
 use tidegate_net::clock;
 
 impl Control {
-    /// Feeds what has been measured.
+    /// Feeds new evidence to the controller.
     pub(super) fn take_evidence(&mut self, event: EvidenceEvent) {
         let events = self.evidence.take(event);
         if tracing::enabled!(tracing::Level::DEBUG) {
@@ -20,8 +19,8 @@ impl Control {
         self.feed(events);
     }
 
-    /// Feeds events to the controller and performs what follows. Heartbeats
-    /// that have arrived go along: what is due may be a silence they have ended.
+    /// Feeds events to the controller and carries out the effects. Also feeds waiting
+    /// heartbeats, because a due decision may depend on them.
     pub(super) fn feed(&mut self, events: impl IntoIterator<Item = ControlEvent>) {
         let mut all = self.evidence.heartbeats.take();
         all.extend(events);
@@ -29,7 +28,7 @@ impl Control {
         self.apply_effects(effects);
     }
 
-    /// One piece of evidence, for the log at `debug`.
+    /// Logs evidence at level `debug`.
     fn log_evidence(&self, event: &ControlEvent) {
         let name = |id| self.controller.name_of(id).unwrap_or_default();
         match event {
@@ -45,7 +44,7 @@ impl Control {
         }
     }
 
-    /// Carries the controller's effects out.
+    /// Carries out effects of the controller.
     pub(super) fn apply_effects(&mut self, effects: Vec<ControlEffect>) {
         for effect in effects {
             self.apply_effect(effect);
@@ -59,7 +58,7 @@ impl Control {
                 self.lifecycle.readiness().set_undecided(self.controller.undecided_pools());
                 self.supervised.changed();
             }
-            // Another process probes; this one only ends its sessions.
+            // The new process probes. This process only finishes its sessions.
             ControlEffect::Probe { .. }
                 if self.upgrades.handed_over() && !self.upgrades.is_stepping_down() => {}
             ControlEffect::SlotsFreed => self.workers.context().waiters.slot_freed(),

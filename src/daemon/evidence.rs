@@ -1,7 +1,7 @@
-//! What is measured of backends: results of probes, heartbeats, and connects that failed
-//! in the workers.
+//! Collects evidence about backends: probe results, heartbeats and failed connects.
 //!
-//! Owned by the control loop, which feeds all of it to the controller. It judges nothing.
+//! Owned by the control loop, which feeds the evidence to the controller. It never
+//! interprets the evidence.
 
 use super::due;
 use super::heartbeats::HeartbeatReceiver;
@@ -13,7 +13,7 @@ use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_dataplane::worker::context::{ReportQueue, WorkerReport};
 use tokio::sync::mpsc;
 
-/// Probe results that may wait for the control loop.
+/// Probe results that wait for the control loop at most.
 const PROBE_RESULTS_MAX: usize = 1024;
 
 /// See the module's documentation.
@@ -25,21 +25,22 @@ pub(super) struct Evidence {
     reports: Arc<ReportQueue>,
 }
 
-/// What has arrived.
+/// New evidence, or a due decision.
 #[derive(Debug)]
 pub(super) enum EvidenceEvent {
-    /// A probe's result; more may wait.
+    /// A probe result. More may wait.
     Probed(ControlEvent),
     /// Reports of the workers.
     Reports,
-    /// Heartbeats, or the time at which the controller has something to decide.
+    /// Heartbeats have arrived, or the controller's next decision is due.
     Due,
 }
 
 // === impl Evidence ===
 
 impl Evidence {
-    /// Starts the probes on the current runtime; local errors are counted in `counters`.
+    /// Starts the probe runner on the current runtime. `counters`: where local errors of
+    /// probes are counted.
     pub(super) fn new(
         heartbeats: HeartbeatReceiver,
         reports: Arc<ReportQueue>,
@@ -50,7 +51,7 @@ impl Evidence {
         Evidence { probes, results, heartbeats, reports }
     }
 
-    /// What arrives next; `decide_at` is when the controller wants to decide.
+    /// Waits for the next event. `decide_at`: when the controller's next decision is due.
     pub(super) async fn wake(&mut self, decide_at: Option<Instant>) -> EvidenceEvent {
         tokio::select! {
             Some(event) = self.results.recv() => EvidenceEvent::Probed(event),
@@ -60,8 +61,8 @@ impl Evidence {
         }
     }
 
-    /// What `event` brings for the controller, beside heartbeats: results of probes that
-    /// came together make one table.
+    /// Converts `event` to events of the controller, without heartbeats. Includes all
+    /// waiting probe results, so that they cause a single new table.
     pub(super) fn take(&mut self, event: EvidenceEvent) -> Vec<ControlEvent> {
         match event {
             EvidenceEvent::Probed(first) => {
@@ -80,7 +81,7 @@ impl Evidence {
         }
     }
 
-    /// Results of probes that wait.
+    /// Takes all waiting probe results.
     pub(super) fn take_probed(&mut self) -> impl Iterator<Item = ControlEvent> {
         std::iter::from_fn(|| self.results.try_recv().ok())
     }

@@ -1,7 +1,7 @@
-//! Sockets that this process has from another one: of an old process, or of one that has
-//! crashed and whose sockets its supervisor holds.
+//! Sockets from another process: from the old process of an upgrade, or from a crashed
+//! process whose sockets the supervisor holds.
 //!
-//! Filled by `upgrade` and `supervised`, taken by `listeners`. It opens nothing.
+//! Filled by `upgrade` and `supervised`, used by `listeners`. It opens no socket.
 
 use super::binds::BindSockets;
 use super::upgrade::OfferedAdmin;
@@ -16,14 +16,14 @@ use tidegate_core::model::{Admin, BindKey};
 pub(super) struct GivenSockets {
     pub(super) binds: BTreeMap<BindKey, BindSockets>,
     pub(super) admin: Option<(OfferedAdmin, OwnedFd)>,
-    /// By the addresses that heartbeats are received at.
+    /// Sockets for heartbeats with their configured addresses.
     pub(super) heartbeats: Vec<(SocketAddr, OwnedFd)>,
 }
 
 // === impl GivenSockets ===
 
 impl GivenSockets {
-    /// The admin listener, where it is the one that `wanted` names.
+    /// Takes the admin listener, if it listens on the address that `wanted` names.
     pub(super) fn take_admin(&mut self, wanted: &Admin) -> Option<AdminListener> {
         let (offered, socket) = self.admin.take()?;
         (offered.listen == wanted.listen.to_string())

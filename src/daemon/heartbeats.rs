@@ -1,9 +1,8 @@
-//! The receiver of heartbeats: started, changed and stopped with the
-//! configuration.
+//! Starts, changes and stops the heartbeat receiver with the configuration.
 //!
-//! Owned by the control loop, which feeds what arrives to the controller. What
-//! can fail (an address that cannot be bound) happens in [`HeartbeatReceiver::prepare`]
-//! and changes nothing; what follows cannot.
+//! Owned by `evidence`. The control loop feeds received heartbeats to the controller.
+//! [`HeartbeatReceiver::prepare`] can fail, for example if an address cannot be bound,
+//! and changes nothing. [`HeartbeatReceiver::adopt`] cannot fail.
 
 use super::control_loop::Control;
 use super::due;
@@ -20,54 +19,54 @@ use tidegate_core::model::{Config, HeartbeatConfig};
 use tidegate_core::suspicion::rejections::{Rejection, RejectionWarning, skew_words};
 use tidegate_heartbeat::keys::{HeartbeatKey, KeyRing};
 
-/// Heartbeats taken in one turn of the control loop; the rest wait for the next,
-/// so that the admin API is answered in between.
+/// Heartbeats taken per turn of the control loop. The rest waits for the next turn, so
+/// that the admin API is answered in between.
 const TURN_MAX: usize = 4096;
 
-/// The receiver, where there is one.
+/// The receiver, if the configuration has one.
 #[derive(Debug, Default)]
 pub(super) struct HeartbeatReceiver {
     receiver: Option<Receiver>,
-    /// Of its losses, what the controller knows already.
-    told: u64,
-    /// Sockets of the process before, until the first receiver takes them.
+    /// Local drops that the controller already knows.
+    reported: u64,
+    /// Sockets of the old process, until the first receiver takes them.
     inherited: Vec<(SocketAddr, OwnedFd)>,
-    /// Counted by the processes before.
+    /// Counts of old processes.
     before: SavedReceiver,
-    /// Counted to the end, once the next process receives.
+    /// Final counts of this process, after a new process has started to receive.
     ended: Option<SavedReceiver>,
 }
 
-/// What has been received, for the next process to count on from.
+/// Counts that an upgrade passes to the new process.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct SavedReceiver {
     accepted: u64,
-    /// By name of the reason.
+    /// Key: name of the reason.
     rejected: BTreeMap<String, u64>,
     kernel_drops: u64,
 }
 
-/// What a configuration asks for, with its addresses bound.
+/// A prepared change of the receiver, with its addresses bound.
 #[derive(Debug)]
 pub(super) enum ReceiverChange {
-    /// Nobody listens, before or after.
+    /// No receiver before and after.
     Keep,
-    /// Nobody listens any more.
+    /// The receiver stops.
     Stop,
-    /// From now on.
+    /// A receiver starts.
     Start(Receiver),
-    /// Elsewhere, or by other keys.
+    /// Addresses or keys change.
     Update(PreparedSockets, KeyRing),
 }
 
 // === impl HeartbeatReceiver ===
 
 impl HeartbeatReceiver {
-    /// Binds what `config` wants; changes nothing yet.
+    /// Binds the addresses of `config` without using them yet.
     ///
     /// # Errors
-    /// In words; the first address that cannot be bound.
+    /// An address cannot be bound. The error is the text for the log.
     pub(super) fn prepare(&mut self, config: &Config) -> Result<ReceiverChange, String> {
         let inherited = std::mem::take(&mut self.inherited);
         let Some(heartbeats) = &config.heartbeat else {
@@ -96,44 +95,43 @@ impl HeartbeatReceiver {
         }
     }
 
-    /// Goes on with sockets of the process before, by the addresses it was asked to
-    /// listen on.
+    /// Sets the sockets of the old process, with their configured addresses.
     pub(super) fn inherit(&mut self, sockets: Vec<(SocketAddr, OwnedFd)>) {
         self.inherited = sockets;
     }
 
-    /// For the next process to go on with.
+    /// Duplicates the sockets, with their configured addresses, for a new process.
     pub(super) fn share(&self) -> io::Result<Vec<(SocketAddr, OwnedFd)>> {
         self.receiver.as_ref().map_or(Ok(Vec::new()), Receiver::share)
     }
 
-    /// Receives no more: the next process does. The sockets stay open.
+    /// Stops to receive, because the new process receives. The sockets stay open.
     pub(super) fn step_down(&mut self) {
         self.inherited = self.share().unwrap_or_default();
         self.ended = Some(self.save());
         self.receiver = None;
     }
 
-    /// That process has lived long enough: lets go of the sockets.
+    /// Completes the handover: closes the sockets.
     pub(super) fn hand_over(&mut self) {
         self.inherited = Vec::new();
     }
 
-    /// That process has ended: receives again.
+    /// Receives again, because the new process has exited.
     ///
     /// # Errors
-    /// In words, as of [`HeartbeatReceiver::prepare`].
-    pub(super) fn go_on(&mut self, config: &Config) -> Result<(), String> {
+    /// Those of [`HeartbeatReceiver::prepare`].
+    pub(super) fn resume(&mut self, config: &Config) -> Result<(), String> {
         if let Some(before) = self.ended.take() {
             self.before = before;
         }
         let change = self.prepare(config)?;
-        self.told = 0;
+        self.reported = 0;
         self.adopt(change);
         Ok(())
     }
 
-    /// Everything counted by all the processes so far.
+    /// Returns the counts of this process and of old processes.
     pub(super) fn save(&self) -> SavedReceiver {
         if let Some(ended) = &self.ended {
             return ended.clone();
@@ -143,18 +141,18 @@ impl HeartbeatReceiver {
         SavedReceiver { accepted, rejected, kernel_drops }
     }
 
-    /// Counts on from the process before; may be called again with something newer.
+    /// Sets the counts of old processes. A later call replaces them.
     pub(super) fn restore_counts(&mut self, before: &SavedReceiver) {
         self.before = before.clone();
     }
 
-    /// Puts in force what was prepared.
+    /// Commits a prepared change. Cannot fail.
     pub(super) fn adopt(&mut self, change: ReceiverChange) {
         match change {
             ReceiverChange::Keep => {}
             ReceiverChange::Stop => {
                 self.receiver = None;
-                self.told = 0;
+                self.reported = 0;
             }
             ReceiverChange::Start(receiver) => self.receiver = Some(receiver),
             ReceiverChange::Update(prepared, keys) => {
@@ -166,13 +164,13 @@ impl HeartbeatReceiver {
         }
     }
 
-    /// Resolves when something may have arrived; never where nobody listens.
+    /// Resolves when heartbeats may have arrived. Never resolves without a receiver.
     pub(super) async fn arrived(&self) {
         due::if_any(self.receiver.as_ref().map(Receiver::arrived)).await;
     }
 
-    /// What has arrived, oldest first, and what was lost here; at most
-    /// [`TURN_MAX`] events and one. Logs what there is to say of the rejected.
+    /// Takes received heartbeats, oldest first, and the number of local drops; at most
+    /// [`TURN_MAX`] events and one. Logs warnings about rejected heartbeats.
     pub(super) fn take(&mut self) -> Vec<ControlEvent> {
         let Some(receiver) = &self.receiver else { return Vec::new() };
         while let Some(warning) = receiver.pop_warning() {
@@ -180,9 +178,9 @@ impl HeartbeatReceiver {
         }
         let mut events = Vec::new();
         let dropped = receiver.dropped();
-        if dropped > self.told {
-            events.push(ControlEvent::HeartbeatsLost(dropped - self.told));
-            self.told = dropped;
+        if dropped > self.reported {
+            events.push(ControlEvent::HeartbeatsLost(dropped - self.reported));
+            self.reported = dropped;
         }
         let arrived = std::iter::from_fn(|| receiver.pop()).take(TURN_MAX);
         events.extend(arrived.map(|arrived| {
@@ -197,12 +195,12 @@ impl HeartbeatReceiver {
         events
     }
 
-    /// What was rejected in the name of one backend.
+    /// Returns the rejections of one backend's heartbeats.
     pub(super) fn rejection(&self, pool: &str, name: &str) -> Option<Rejection> {
         self.receiver.as_ref().and_then(|receiver| receiver.rejection(pool, name))
     }
 
-    /// For status and metrics.
+    /// Returns the counts for status and metrics.
     pub(super) fn counts(&self) -> HeartbeatCounts {
         let Some(receiver) = &self.receiver else { return HeartbeatCounts::default() };
         let counts = receiver.counts();
@@ -219,14 +217,14 @@ impl HeartbeatReceiver {
         }
     }
 
-    /// Whether the thread that should be receiving has ended.
+    /// Returns whether the receiving thread has ended unexpectedly.
     pub(super) fn has_exited(&self) -> bool {
         self.receiver.as_ref().is_some_and(Receiver::is_finished)
     }
 }
 
 impl Control {
-    /// Has the supervisor keep what this process receives on.
+    /// Passes copies of the heartbeat sockets to the supervisor.
     pub(super) fn hold_heartbeats(&mut self) {
         match self.evidence.heartbeats.share() {
             Ok(sockets) => self.supervised.hold_heartbeats(&sockets),

@@ -1,10 +1,12 @@
-//! The configuration in force, for the process that takes the place of one that has
-//! crashed: the files on disk may be bad by then.
+//! Stores the configuration in force with the supervisor, for a start after a crash.
 //!
-//! Part of `supervised`. Each configuration that comes into force is left with the
-//! supervisor, with the files it names. A process that starts after a crash reads the
-//! file; where that is refused, or a start with it has come to nothing, it uses what was
-//! left, and the control loop asks for a reload once it serves.
+//! Part of `supervised`. Each accepted configuration and the files that it names are
+//! stored. It never changes the files on disk.
+//!
+//! - A process that starts after a crash reads the file on disk.
+//! - It uses the stored configuration instead if the file is rejected or if a process
+//!   that started with the file exited early. The control loop then reloads the file as
+//!   soon as the process serves.
 
 use super::Failure;
 use super::preflight::load_token;
@@ -14,40 +16,40 @@ use tidegate_config::{self as config, Loaded, Texts};
 use tidegate_core::model::Config;
 use tidegate_supervisor::{Store, SupervisorState};
 
-/// What is said of a file that is whole, once a start has failed.
-const ENDED: &str = "a process that started with it exited before it was ready";
+/// The reason not to use a valid file after a failed start.
+const EXITED_EARLY: &str = "a process that started with it exited before it was ready";
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
 pub(super) struct InForce {
-    /// `None` without a supervisor, and under one that is too old to have it.
+    /// `None` without a supervisor, or with a supervisor that is too old for this.
     store: Option<Store>,
-    /// Used in the place of the file, and why.
+    /// The stored configuration that is used instead of the file, and the reason.
     instead: Option<(Texts, String)>,
-    /// Of the configuration in force.
+    /// Texts of the configuration in force.
     texts: Option<Texts>,
-    /// What is wrong with the file since the start.
+    /// Why the file was not used at the start.
     note: Option<String>,
 }
 
 impl InForce {
-    /// Decides what a start with the file at `path` uses.
+    /// Decides between the file at `path` and the stored configuration.
     pub(super) fn of(given: &mut SupervisorState, path: &Path) -> InForce {
         let store = given.texts.take();
-        let left = store.as_ref().filter(|_| given.before.is_some()).and_then(Store::read);
-        let left = left.and_then(|bytes| Texts::decode(&bytes));
-        // The next process of an upgrade may have had another file.
-        let left = left.filter(|texts| texts.path() == path);
-        let instead = left.and_then(|texts| Some((texts, unfit(path, given.attempt)?)));
+        let stored = store.as_ref().filter(|_| given.before.is_some()).and_then(Store::read);
+        let stored = stored.and_then(|bytes| Texts::decode(&bytes));
+        // A process of an upgrade may have used another file.
+        let stored = stored.filter(|texts| texts.path() == path);
+        let instead = stored.and_then(|texts| Some((texts, unfit(path, given.attempt)?)));
         InForce { store, instead, ..InForce::default() }
     }
 
-    /// The texts that are used in the place of the files.
+    /// Returns the stored texts, if they are used instead of the files.
     pub(super) fn instead(&self) -> Option<&Texts> {
         self.instead.as_ref().map(|(texts, _)| texts)
     }
 
-    /// The configuration to start with.
+    /// Loads the configuration to start with.
     pub(super) fn load(&self, path: &Path) -> Result<Loaded, Failure> {
         let loaded = match self.instead() {
             Some(texts) => config::load_kept(texts),
@@ -56,7 +58,7 @@ impl InForce {
         loaded.map_err(Failure::Config)
     }
 
-    /// Its token.
+    /// Loads the token of that configuration.
     pub(super) fn load_token(&self, config: &Config) -> Result<Option<Token>, String> {
         let path = config.admin.token_file.as_deref();
         match path.and_then(|path| self.instead()?.named(path)) {
@@ -65,7 +67,7 @@ impl InForce {
         }
     }
 
-    /// Says what this process starts with, where that is not the file.
+    /// Logs the start with the stored configuration.
     pub(super) fn announce(&mut self) {
         let Some((texts, why)) = &self.instead else { return };
         let path = texts.path().display();
@@ -80,17 +82,17 @@ impl InForce {
         ));
     }
 
-    /// Whether the file is to be read again as soon as this process serves.
-    pub(super) fn awaits_the_file(&self) -> bool {
+    /// Returns whether the file must be reloaded as soon as this process serves.
+    pub(super) fn needs_reload(&self) -> bool {
         self.instead.is_some()
     }
 
-    /// For status, until the file is read.
+    /// Returns the warning for status, until the file is reloaded.
     pub(super) fn note(&self) -> Option<String> {
         self.note.clone()
     }
 
-    /// What this process has started with; to be written once it serves.
+    /// Sets the texts this process started with. [`InForce::write`] stores them.
     pub(super) fn started_with(&mut self, path: &Path, text: String, config: &Config) {
         match &self.instead {
             Some((texts, _)) => self.texts = Some(texts.clone()),
@@ -99,14 +101,14 @@ impl InForce {
         }
     }
 
-    /// The file has been read and is in force.
+    /// Stores the texts of a reloaded file.
     pub(super) fn reloaded(&mut self, path: &Path, text: String, config: &Config) {
         (self.instead, self.note) = (None, None);
         self.started_with(path, text, config);
         self.write();
     }
 
-    /// Leaves the texts in force with the supervisor.
+    /// Stores the texts in force with the supervisor.
     pub(super) fn write(&self) {
         let (Some(store), Some(texts)) = (&self.store, &self.texts) else { return };
         if let Err(error) = store.write(&texts.encode()) {
@@ -115,14 +117,14 @@ impl InForce {
     }
 }
 
-/// Why the file at `path` is not to be used for this start.
+/// Returns why the file at `path` must not be used for this start.
 fn unfit(path: &Path, attempt: u8) -> Option<String> {
     match config::load(path) {
         Err(problems) => {
             let first = problems.list.first()?;
             Some(format!("line {}, column {}: {}", first.line, first.column, first.message))
         }
-        // In turn with the file, which may have been mended meanwhile.
-        Ok(_) => attempt.is_multiple_of(2).then(|| ENDED.to_owned()),
+        // Every second attempt uses the file, which may have been corrected.
+        Ok(_) => attempt.is_multiple_of(2).then(|| EXITED_EARLY.to_owned()),
     }
 }

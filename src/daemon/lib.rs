@@ -1,26 +1,28 @@
-//! The running balancer: start and stop order, and the control thread.
+//! The balancer process: start, stop and the control thread.
 //!
 //! Called by `cli::run`, `lab::cli::demo` and tests. It owns every thread: workers,
-//! control thread, access-log writer, configuration watcher. It decides
-//! nothing about traffic; it carries events to the controller and its effects
-//! out.
+//! control thread, access-log writer, configuration watcher and heartbeat receiver. It
+//! makes no decision about traffic: it feeds events to the controller and carries out
+//! the effects.
 //!
-//! Start: privileges given up and sandbox ([`confine()`]), configuration, descriptor limit, engine, access log, admin socket,
-//! listeners, the receiver of heartbeats, first table, workers, accepting,
-//! probes, ready. Stop: not ready, listeners retire, sessions finish or are cut
-//! (heartbeats and probes go on until then), workers end, access log is flushed,
-//! the admin socket goes last.
+//! - Start: drop privileges and enter the sandbox ([`confine()`]), read the
+//!   configuration, raise the file descriptor limit, open the access log, choose the
+//!   engine, open the admin socket, the listeners and the heartbeat receiver, start the
+//!   workers, publish the first table, accept clients, report ready.
+//! - Stop: report not ready, retire the listeners, wait until sessions finish or reset
+//!   them at the deadline, stop the workers, flush the access log, close the admin
+//!   socket. Probes and heartbeats continue until the workers stop.
 //!
-//! # When something panics
+//! # Panics
 //!
-//! A worker begins anew by itself (see `dataplane::worker::supervisor`), five times in a minute at
-//! most; then the process ends. So it does, at once, when the control thread
-//! panics. The sessions could go on, by the last table; but without probes,
-//! heartbeats and reloads the table is soon wrong, nobody could tell or mend it
-//! through the admin API, and no signal would end the process. A service manager
-//! that starts a new one within a second does better, and sockets it holds keep
-//! their queues. What the control thread runs was never trusted with traffic:
-//! rendering status and metrics is contained on its own.
+//! - After a panic, a worker restarts (see `dataplane::worker::supervisor`). If it
+//!   panics too often in a minute, the process exits.
+//! - After a panic of the control thread, the process exits immediately. Sessions could
+//!   continue with the last table, but that table soon becomes wrong without probes,
+//!   heartbeats and reloads. The admin API and signals would not work either. A service
+//!   manager starts a new process within a second, and sockets that it holds keep their
+//!   listen queues.
+//! - A panic while status or metrics are rendered is caught (see `rendering`).
 
 mod activation;
 pub mod admin;
@@ -89,85 +91,85 @@ use tokio::sync::mpsc;
 pub struct Options {
     /// The configuration file.
     pub config: PathBuf,
-    /// Obey SIGTERM, SIGINT, SIGHUP and SIGUSR2. Off for a balancer inside another
-    /// program.
+    /// Handle SIGTERM, SIGINT, SIGHUP and SIGUSR2. Off if the balancer runs inside
+    /// another program.
     pub signals: bool,
-    /// Write the program's log. Off where another program does its own.
+    /// Write the program's log. Off if the balancer runs inside another program.
     pub logging: bool,
 }
 
-/// What a balancer that is a process of its own has around it; nothing, by
-/// default.
+/// The environment of a balancer that runs as its own process. Empty by default.
 #[derive(Debug, Default)]
 pub struct ProcessEnvironment {
-    /// The process whose place it takes.
+    /// The old process of an upgrade.
     pub predecessor: Option<OldProcess>,
-    /// Sockets a service manager has passed.
+    /// Sockets passed by a service manager.
     pub activated: Option<PassedSockets>,
-    /// The process that has started it and starts others.
+    /// The connection to the supervisor.
     pub supervised: Supervised,
-    /// What to start when it is upgraded, where it has no supervisor; without either, it
-    /// cannot be.
+    /// The program to start for an upgrade if there is no supervisor. Without program
+    /// and supervisor, upgrades are not possible.
     pub program: Option<Program>,
-    /// The way to a service manager.
+    /// The connection to a service manager.
     pub notifier: Notifier,
-    /// Where to leave its number.
+    /// The pid file to write.
     pub pid_file: Option<PathBuf>,
-    /// What it has given up.
+    /// The sandbox of this process.
     pub confined: AppliedSandbox,
 }
 
-/// Why a balancer did not start, or could not go on.
+/// Why a balancer did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
-    /// The configuration was refused.
+    /// The configuration was rejected.
     #[error("{0}")]
     Config(Problems),
-    /// Something that the configuration asks for cannot be had now, such as an
-    /// address that is taken.
+    /// A setting of the configuration does not work on this host, such as an address
+    /// that is in use.
     #[error("{0}")]
     At(Box<Problem>),
-    /// An address is taken, a thread or descriptor could not be had.
+    /// A thread, file descriptor or other resource is not available.
     #[error("{0}")]
     Runtime(String),
 }
 
-/// How a balancer that ran came to its end.
+/// Why a running balancer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RunEnd {
-    /// Every session finished, or was cut at the drain deadline.
+    /// Every session finished, or was reset at the drain deadline.
     Drained {
-        /// How many were cut.
+        /// How many sessions were reset.
         cut: u32,
     },
-    /// A second signal: at once, whatever was open.
+    /// A second stop signal: ended at once, with open sessions.
     SecondSignal,
-    /// A worker fell too often, or the receiver of heartbeats died.
+    /// A worker panicked too often, or the heartbeat receiver exited.
     ThreadExited,
-    /// The control thread panicked: nobody would reload, probe or answer.
+    /// The control thread panicked.
     ControlPanicked,
 }
 
-/// A balancer that is up and serving.
+/// A running balancer.
 #[derive(Debug)]
 pub struct RunningBalancer {
     requests: mpsc::Sender<AdminRequest>,
     thread: JoinHandle<RunEnd>,
 }
 
-/// Starts a balancer on threads of its own; returns once it is ready.
+/// Starts a balancer on new threads. Returns when it is ready.
 ///
 /// # Errors
-/// See [`Failure`]. Nothing is left behind.
+/// See [`Failure`]. All threads and sockets are closed.
 pub fn start(options: Options) -> Result<RunningBalancer, Failure> {
     start::start(options, ProcessEnvironment::default())
 }
 
-/// The same for a process of its own: with sockets it was given, and with
-/// somebody to tell that it is ready.
+/// Starts a balancer that is its own process, with passed sockets, an old process or a
+/// service manager.
 ///
 /// # Errors
-/// See [`Failure`]. Nothing is left behind, and a process before goes on.
+/// See [`Failure`]. All threads and sockets are closed, and an old process continues to
+/// serve.
 pub fn start_within(
     options: Options,
     surroundings: ProcessEnvironment,
@@ -178,12 +180,12 @@ pub fn start_within(
 // === impl RunningBalancer ===
 
 impl RunningBalancer {
-    /// The way to the control loop, as the admin API uses it.
+    /// Returns the sender for requests to the control loop.
     pub fn requests(&self) -> mpsc::Sender<AdminRequest> {
         self.requests.clone()
     }
 
-    /// Waits for the end.
+    /// Waits until the balancer ends.
     pub fn wait(self) -> RunEnd {
         let exit = self.thread.join().unwrap_or(RunEnd::ControlPanicked);
         logging::flush();

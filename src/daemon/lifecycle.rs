@@ -1,7 +1,8 @@
-//! Where this process is in its life: starting, serving, leaving, draining; and everyone
-//! who is to know it: `/ready`, the service manager, the pid file.
+//! State of this process: starting, serving, leaving or draining.
 //!
-//! Owned by the control loop, which says when. It ends nothing itself: `drain` does.
+//! Owned by the control loop, which triggers each change. It reports the state through
+//! `/ready`, the service manager and the pid file. It ends no session and closes no
+//! listener: `drain` does.
 
 use super::ProcessEnvironment;
 use super::due;
@@ -13,13 +14,13 @@ use std::time::{Duration, Instant};
 use tidegate_net::clock;
 use tidegate_supervisor::pid_file::PidFile;
 
-/// How often the progress of a drain is looked at.
+/// Time between two checks of a drain.
 const DRAIN_STEP: Duration = Duration::from_millis(20);
 
-/// How long cut sessions may take to be accounted for.
+/// How long the process waits for reset sessions to be counted and logged.
 const CUT_GRACE: Duration = Duration::from_millis(1500);
 
-/// How soon a pid file that cannot be written is tried again.
+/// Time until a failed write of the pid file is retried.
 const PID_FILE_RETRY: Duration = Duration::from_millis(500);
 
 /// See the module's documentation.
@@ -29,50 +30,50 @@ pub(super) struct Lifecycle {
     readiness: ReadyState,
     notifier: Notifier,
     confined: AppliedSandbox,
-    /// It was told to stop and still accepts, while `/ready` says no: until then.
+    /// End of `leave_delay`: until then `/ready` fails and clients are accepted.
     leaving: Option<Instant>,
     draining: Option<DrainState>,
     pid_file: Option<PidFile>,
     pid_file_due: Option<Instant>,
 }
 
-/// A drain under way.
+/// A drain in progress.
 #[derive(Debug)]
 struct DrainState {
     deadline: Instant,
-    /// A point in time, not a pause: other events must not put it off.
-    next_look: Instant,
-    /// Set at the deadline: how many sessions were cut, and when.
+    /// A point in time, so that other events do not delay the check.
+    next_check: Instant,
+    /// Set at the deadline: how many sessions were reset, and when.
     cut: Option<(u32, Instant)>,
 }
 
-/// What happens next to the process.
+/// An event of the process.
 #[derive(Debug)]
 pub(super) enum LifecycleEvent {
     Signal(SignalKindReceived),
-    /// The service manager wants a sign of life.
+    /// The watchdog of the service manager needs a notification.
     NotifyWatchdog,
-    /// A drain goes a step further, or begins.
+    /// A check of the drain is due, or `leave_delay` has ended.
     DrainStep,
-    /// The pid file could not be written, and is tried again.
+    /// A retry of writing the pid file is due.
     PidFile,
 }
 
-/// How far a drain is.
+/// Result of a check of the drain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum DrainProgress {
     /// Sessions are open.
     Wait,
-    /// The deadline has passed: the rest is to be cut.
+    /// The deadline has passed. The remaining sessions must be reset.
     Cut,
-    /// Over; so many sessions were cut.
+    /// The drain is complete. The number of sessions that were reset.
     Done(u32),
 }
 
 // === impl Lifecycle ===
 
 impl Lifecycle {
-    /// Takes what this part needs of `surroundings`.
+    /// Takes the notifier, the sandbox and the pid file from `surroundings`.
     pub(super) fn new(signals: Signals, surroundings: &mut ProcessEnvironment) -> Lifecycle {
         Lifecycle {
             signals,
@@ -86,10 +87,10 @@ impl Lifecycle {
         }
     }
 
-    /// What happens next.
+    /// Waits for the next event.
     pub(super) async fn wake(&mut self) -> LifecycleEvent {
         let beat_due = self.notifier.next_beat(clock::now());
-        let drain_due = self.draining.as_ref().map(|drain| drain.next_look).or(self.leaving);
+        let drain_due = self.draining.as_ref().map(|drain| drain.next_check).or(self.leaving);
         tokio::select! {
             signal = self.signals.next() => LifecycleEvent::Signal(signal),
             () = due::reached(beat_due) => LifecycleEvent::NotifyWatchdog,
@@ -98,27 +99,27 @@ impl Lifecycle {
         }
     }
 
-    /// Lets signals come.
-    pub(super) fn obey_signals(&self) {
-        self.signals.let_through();
+    /// Unblocks signals in this thread.
+    pub(super) fn unblock_signals(&self) {
+        self.signals.unblock();
     }
 
-    /// What `/ready` says; clones share it.
+    /// Returns the state that `/ready` reports. Clones share it.
     pub(super) fn readiness(&self) -> &ReadyState {
         &self.readiness
     }
 
-    /// What this process has given up.
+    /// Returns the sandbox of this process.
     pub(super) fn confined(&self) -> &AppliedSandbox {
         &self.confined
     }
 
-    /// The way to the service manager.
+    /// Returns the connection to the service manager.
     pub(super) fn notifier(&mut self) -> &mut Notifier {
         &mut self.notifier
     }
 
-    /// Neither leaving nor draining.
+    /// Returns whether the process is neither leaving nor draining.
     pub(super) fn is_serving(&self) -> bool {
         self.draining.is_none() && self.leaving.is_none()
     }
@@ -131,46 +132,46 @@ impl Lifecycle {
         self.leaving.is_some()
     }
 
-    /// Says that it is not ready any more; the drain is due in `delay`.
+    /// Reports not ready. The drain is due after `delay`.
     pub(super) fn leave(&mut self, delay: Duration) {
         self.notifier.stopping();
         self.readiness.set_draining();
         self.leaving = Some(clock::now() + delay);
     }
 
-    /// Whether the time of leaving is over and the drain has to begin.
+    /// Returns whether `leave_delay` has ended, so that the drain must start.
     pub(super) fn has_left(&self) -> bool {
         self.leaving.is_some_and(|until| clock::now() >= until)
     }
 
-    /// Drains from now on, for `timeout` at most.
+    /// Starts a drain of at most `timeout`.
     pub(super) fn drain(&mut self, timeout: Duration) {
         self.leaving = None;
         self.readiness.set_draining();
         let now = clock::now();
-        self.draining = Some(DrainState { deadline: now + timeout, next_look: now, cut: None });
+        self.draining = Some(DrainState { deadline: now + timeout, next_check: now, cut: None });
     }
 
-    /// Ends a drain within that time.
+    /// Shortens the deadline of a drain to `time` from now.
     pub(super) fn end_within(&mut self, time: Duration) {
         let now = clock::now();
         if let Some(draining) = &mut self.draining {
             draining.deadline = draining.deadline.min(now + time);
-            draining.next_look = now;
+            draining.next_check = now;
         }
     }
 
-    /// Whether a drain is past its deadline.
+    /// Returns whether a drain is past its deadline.
     pub(super) fn is_past_deadline(&self) -> bool {
         self.draining.as_ref().is_some_and(|drain| clock::now() >= drain.deadline)
     }
 
-    /// Takes a drain further. `open` sessions are left; `over`: nothing else is waited
-    /// for.
+    /// Checks a drain. `open`: sessions that are still open. `over`: the drain waits for
+    /// nothing else.
     pub(super) fn drain_step(&mut self, open: u32, over: bool) -> DrainProgress {
         let Some(draining) = &mut self.draining else { return DrainProgress::Wait };
         let now = clock::now();
-        draining.next_look = now + DRAIN_STEP;
+        draining.next_check = now + DRAIN_STEP;
         match draining.cut {
             cut if open == 0 && over => DrainProgress::Done(cut.map_or(0, |(cut, _)| cut)),
             None if now >= draining.deadline => {
@@ -182,35 +183,35 @@ impl Lifecycle {
         }
     }
 
-    /// Serves again: the process that was to take over has ended.
+    /// Serves again, because the new process of an upgrade has exited.
     pub(super) fn serve_again(&mut self) {
         self.draining = None;
         self.readiness.set_ready_again();
-        self.notifier.goes_on();
+        self.notifier.resume();
         self.write_pid_file();
     }
 
-    /// Serves from now on, and leaves its number in the pid file, if it has one.
+    /// Reports ready and writes the pid file.
     pub(super) fn serve(&mut self) {
         self.write_pid_file();
         self.readiness.set_ready();
         self.notifier.ready();
     }
 
-    /// Leaves this process's number; where it cannot be written, it is tried again.
+    /// Writes the pid file, if there is one. Schedules a retry if that fails.
     pub(super) fn write_pid_file(&mut self) {
         let Some(file) = &mut self.pid_file else { return };
         file.write();
         self.pid_file_due = (!file.is_written()).then(|| clock::now() + PID_FILE_RETRY);
     }
 
-    /// Another process is the service: its number is to be in the pid file.
+    /// Names the new process to the service manager. The new process writes the pid file.
     pub(super) fn hand_over(&mut self, pid: u32) {
-        self.notifier.successor(pid);
+        self.notifier.hand_over(pid);
         self.pid_file_due = None;
     }
 
-    /// Removes the pid file, where it is this process's.
+    /// Removes the pid file, if it belongs to this process.
     pub(super) fn remove_pid_file(&mut self) {
         self.pid_file = None;
     }

@@ -1,7 +1,7 @@
-//! Everything that clients, operators and senders of heartbeats connect to, at the start:
-//! what this process was given is taken, the rest is bound.
+//! Opens all sockets of the start: bind addresses, admin API and heartbeats.
 //!
-//! Called by `start`. No client gets in here.
+//! Called by `start`. Sockets from another process or a service manager are used, and
+//! the others are bound. During an upgrade, it does not listen on new bind addresses.
 
 use super::activation::PassedSockets;
 use super::binds::{Binds, NewBinds};
@@ -17,20 +17,19 @@ use tidegate_config::{Origin, Spot};
 use tidegate_core::model::{Admin, BindKey, Config};
 use tidegate_net::clock;
 
-/// How long a new process waits for an address that the one before has just given
-/// up, and is still closing.
-const GIVEN_UP_MAX: Duration = Duration::from_secs(1);
-const GIVEN_UP_STEP: Duration = Duration::from_millis(20);
+/// How long a new process waits for an address that the old process is still closing.
+const ADDRESS_WAIT_MAX: Duration = Duration::from_secs(1);
+const ADDRESS_WAIT_STEP: Duration = Duration::from_millis(20);
 
 /// See the module's documentation.
 pub(super) struct Listeners {
     pub(super) admin: AdminListener,
-    /// It is the one of the process before.
+    /// The admin listener is that of the old process.
     pub(super) admin_taken: bool,
     pub(super) binds: Binds,
-    /// No client gets in yet.
+    /// Addresses whose clients are not accepted yet.
     pub(super) fresh: NewBinds,
-    /// Of the process before.
+    /// Addresses of the old process that this process does not use.
     pub(super) not_taken: Vec<BindKey>,
     pub(super) heartbeats: HeartbeatReceiver,
 }
@@ -38,10 +37,10 @@ pub(super) struct Listeners {
 // === impl Listeners ===
 
 impl Listeners {
-    /// Opens everything for `config`. `kept` is what a supervisor has held.
+    /// Opens all sockets for `config`. `kept`: sockets that the supervisor has kept.
     ///
     /// # Errors
-    /// An address is taken, or does not exist on this host.
+    /// An address is in use, or does not exist on this host.
     pub(super) fn open(
         config: &Config,
         origin: &Origin,
@@ -82,8 +81,8 @@ impl Listeners {
     }
 }
 
-/// The admin listener, where it is among what this process was given, or else where to
-/// bind it. What a service manager has passed takes the place of what was kept.
+/// Takes the admin listener from the sockets of another process, or returns where to
+/// bind it. Sockets passed by a service manager override those that the supervisor kept.
 fn take_admin(
     given: &mut GivenSockets,
     config: &Config,
@@ -104,7 +103,7 @@ fn take_admin(
     Ok(given.take_admin(&settled).ok_or(settled))
 }
 
-/// Where the admin API listens; a line in the log if that is not the usual place.
+/// Returns where the admin API listens. Logs an unusual address.
 fn admin_settled(config: &Config, surroundings: &mut ProcessEnvironment) -> Result<Admin, Failure> {
     let before = surroundings.predecessor.as_ref().and_then(OldProcess::admin_listen);
     let place = match surroundings.confined.admin.take() {
@@ -117,18 +116,18 @@ fn admin_settled(config: &Config, surroundings: &mut ProcessEnvironment) -> Resu
     Ok(Admin { listen: place.listen, ..config.admin.clone() })
 }
 
-/// Binds what is new. The process before may be about to close an address.
+/// Binds the new addresses. Retries while the old process still closes an address.
 fn reserve(
     binds: &mut Binds,
     config: &Config,
     before: Option<&OldProcess>,
 ) -> Result<NewBinds, BindError> {
-    let deadline = clock::now() + GIVEN_UP_MAX;
+    let deadline = clock::now() + ADDRESS_WAIT_MAX;
     loop {
         match binds.reserve_new(config) {
             Ok(fresh) => return Ok(fresh),
             Err(refused) if before.is_none() || clock::now() > deadline => return Err(refused),
-            Err(_) => clock::pause(GIVEN_UP_STEP),
+            Err(_) => clock::pause(ADDRESS_WAIT_STEP),
         }
     }
 }

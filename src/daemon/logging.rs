@@ -1,7 +1,6 @@
-//! The program's log: text or JSON on standard error, its level changeable
-//! while it runs.
+//! The program's log: text or JSON on standard error.
 //!
-//! Set up once by `start`; `reload` changes the level. Never used per packet.
+//! Installed by `start`. `reload` changes the level. Nothing is logged per packet.
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -14,33 +13,31 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Registry, fmt, reload};
 
-/// Changes the level, and sees to it that the last lines are written when it is
-/// dropped.
+/// Changes the level of the log. On drop, waits until queued lines are written.
 #[derive(Debug, Default)]
 pub(super) struct LogHandle {
     level: Option<reload::Handle<LevelFilter, Registry>>,
     queue: Option<LogQueue>,
 }
 
-/// The process's own log, for its very last lines: they come after everything that
-/// the control loop owned, its handle included.
+/// The queue of the installed log, for lines that are logged after the control loop has
+/// dropped its [`LogHandle`].
 static INSTALLED: OnceLock<LogQueue> = OnceLock::new();
 
-/// How long the last lines may take to be written.
+/// How long to wait for the last lines to be written.
 const FLUSH_MAX: Duration = Duration::from_millis(500);
 
 impl LogHandle {
-    /// A log that somebody else keeps.
+    /// Returns a handle without effect, for a balancer inside another program.
     pub(super) fn none() -> LogHandle {
         LogHandle::default()
     }
 
-    /// Installs the log for the whole process. Where one is installed already,
-    /// that one stays.
+    /// Installs the log for the whole process. No effect if a log is already installed.
     pub(super) fn install(log: &Log) -> LogHandle {
         let (level, handle) = reload::Layer::new(filter(log.level));
         let base = tracing_subscriber::registry().with(level);
-        // A log that cannot be queued is better than none.
+        // Without a queue, lines are written directly to standard error.
         let queue = LogQueue::start(std::io::stderr(), log_dropped).ok();
         let to = queue.clone();
         let writer = move || match &to {
@@ -63,15 +60,15 @@ impl LogHandle {
         LogHandle { queue, level }
     }
 
-    /// Lines lost so far to a stuck reader or a full disk.
+    /// Returns the number of lines dropped because of a slow reader or a full disk.
     pub(super) fn dropped(&self) -> u64 {
         self.queue.as_ref().map_or(0, LogQueue::dropped)
     }
 
-    /// Puts another level in force.
+    /// Changes the level.
     pub(super) fn set_level(&self, level: LogLevel) {
         if let Some(handle) = &self.level {
-            // It fails only once the log is gone, at the very end.
+            // Fails only after the log was dropped, at the end of the process.
             let _ = handle.modify(|current| *current = filter(level));
         }
     }
@@ -85,7 +82,7 @@ impl Drop for LogHandle {
     }
 }
 
-/// Waits until what has been logged is written, [`FLUSH_MAX`] at most.
+/// Waits until all queued lines are written, at most [`FLUSH_MAX`].
 pub(super) fn flush() {
     if let Some(queue) = INSTALLED.get() {
         queue.flush(FLUSH_MAX);

@@ -1,28 +1,29 @@
-//! Telling how the process is: a service manager, or the supervisor, which tells one.
+//! Reports the state of the process to a service manager, directly or through the
+//! supervisor.
 //!
-//! Owned by the control loop, which says when: ready, reloading, stopping, alive, and
-//! which process to look at after an upgrade. It knows the watchdog's times.
+//! Owned by `lifecycle`. It reports ready, reloading, stopping, watchdog notifications,
+//! and the main process after an upgrade. It never decides about the state.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_supervisor::Link;
 use tidegate_supervisor::manager::{self, Manager, ServiceNotice};
 
-/// The way to whom it concerns, if there is anybody.
+/// Sends notifications to a service manager, if there is one.
 #[derive(Debug, Default)]
 pub struct Notifier {
-    to: To,
-    /// Half of what the manager waits before it acts.
+    to: Recipient,
+    /// Half of the watchdog time of the service manager.
     beat: Option<Duration>,
     next_beat: Option<Instant>,
-    /// Another process speaks for the service.
+    /// Another process is the main process of the service.
     quiet: bool,
 }
 
 #[derive(Debug, Default)]
-enum To {
+enum Recipient {
     #[default]
-    Nobody,
+    None,
     Manager(Manager),
     Supervisor(Arc<Link>),
 }
@@ -30,27 +31,27 @@ enum To {
 // === impl Notifier ===
 
 impl Notifier {
-    /// To the service manager that the environment names.
+    /// Creates a notifier for the service manager that the environment names.
     pub fn from_environment() -> Notifier {
-        Notifier::new(To::Manager(Manager::from_environment()), manager::watchdog())
+        Notifier::new(Recipient::Manager(Manager::from_environment()), manager::watchdog())
     }
 
-    /// To the supervisor.
+    /// Creates a notifier that uses the supervisor.
     pub fn to_supervisor(link: Arc<Link>) -> Notifier {
-        Notifier::new(To::Supervisor(link), manager::watchdog())
+        Notifier::new(Recipient::Supervisor(link), manager::watchdog())
     }
 
-    fn new(to: To, watchdog: Option<Duration>) -> Notifier {
+    fn new(to: Recipient, watchdog: Option<Duration>) -> Notifier {
         let beat = watchdog.map(|time| time / 2);
         Notifier { to, beat, next_beat: None, quiet: false }
     }
 
-    /// Serving, on the configuration in force.
+    /// Reports that the process serves with the configuration in force.
     pub(super) fn ready(&self) {
         self.tell(ServiceNotice::Ready);
     }
 
-    /// Reading the configuration again; [`Notifier::ready`] ends it.
+    /// Reports the start of a reload. [`Notifier::ready`] reports its end.
     pub(super) fn reloading(&self) {
         self.tell(ServiceNotice::Reloading);
     }
@@ -59,28 +60,26 @@ impl Notifier {
         self.tell(ServiceNotice::Stopping);
     }
 
-    /// Another process is the service now: what it says of itself counts, and this one's
-    /// word no longer.
-    pub(super) fn successor(&mut self, pid: u32) {
+    /// Reports the new process as the main process. This process then sends nothing.
+    pub(super) fn hand_over(&mut self, pid: u32) {
         self.tell(ServiceNotice::MainProcess(pid));
         self.quiet = true;
     }
 
-    /// This process is the service again.
-    pub(super) fn goes_on(&mut self) {
+    /// Reports this process as the serving process again.
+    pub(super) fn resume(&mut self) {
         self.quiet = false;
         self.ready();
     }
 
-    /// When [`Notifier::beat`] is wanted next; never without a watchdog.
+    /// Returns when [`Notifier::beat`] is due; `None` without a watchdog.
     pub(super) fn next_beat(&self, now: Instant) -> Option<Instant> {
         self.beat.filter(|_| !self.quiet)?;
         Some(self.next_beat.unwrap_or(now))
     }
 
-    /// The control loop is alive, and so are the workers: said unless one has
-    /// been `stalled` for as long as the manager waits. Another such time later
-    /// it acts.
+    /// Notifies the watchdog, unless a worker has been `stalled` for the watchdog time.
+    /// The service manager then acts after one more watchdog time.
     pub(super) fn beat(&mut self, now: Instant, stalled: Option<Duration>) {
         if let Some(beat) = self.beat {
             if stalled.is_none_or(|stalled| stalled < beat * 2) {
@@ -93,9 +92,9 @@ impl Notifier {
     fn tell(&self, notice: ServiceNotice) {
         match &self.to {
             _ if self.quiet => {}
-            To::Nobody => {}
-            To::Manager(manager) => manager.tell(notice),
-            To::Supervisor(link) => link.notify(notice),
+            Recipient::None => {}
+            Recipient::Manager(manager) => manager.tell(notice),
+            Recipient::Supervisor(link) => link.notify(notice),
         }
     }
 }
@@ -108,11 +107,11 @@ mod tests {
     use tidegate_supervisor::manager::next_message;
 
     #[test]
-    fn the_watchdog_is_fed_at_half_its_time_while_this_process_is_the_service() {
+    fn watchdog_is_notified_at_half_its_time_while_this_is_the_main_process() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notify");
         let socket = UnixDatagram::bind(&path).unwrap();
-        let to = To::Manager(Manager::at(path.as_os_str()));
+        let to = Recipient::Manager(Manager::at(path.as_os_str()));
         let mut notifier = Notifier::new(to, Some(Duration::from_secs(3)));
         let now = clock::now();
         assert_eq!(notifier.next_beat(now), Some(now));
@@ -121,14 +120,14 @@ mod tests {
         let three = Duration::from_secs(3);
         notifier.beat(now, Some(three));
         notifier.beat(now, Some(three - Duration::from_millis(1)));
-        assert_eq!(next_message(&socket).unwrap(), "WATCHDOG=1", "said once");
+        assert_eq!(next_message(&socket).unwrap(), "WATCHDOG=1", "sent once");
         assert_eq!(notifier.next_beat(now), Some(now + Duration::from_millis(1500)));
-        notifier.successor(77);
+        notifier.hand_over(77);
         assert_eq!(next_message(&socket).unwrap(), "MAINPID=77");
         notifier.beat(now, None);
         notifier.stopping();
         assert_eq!(notifier.next_beat(now), None);
-        notifier.goes_on();
-        assert!(next_message(&socket).unwrap().starts_with("READY=1"), "nothing meanwhile");
+        notifier.resume();
+        assert!(next_message(&socket).unwrap().starts_with("READY=1"), "nothing before READY");
     }
 }

@@ -1,8 +1,7 @@
-//! The panic hook: one line in the program's log for each panic, with its place
-//! and its thread, and few of them.
+//! The panic hook: logs each panic with location and thread, at a limited rate.
 //!
-//! Installed by `start` with the log. It ends nothing and mends nothing: what
-//! happens next is up to whoever contains the panic.
+//! Installed by `start` together with the log. It does not handle the panic: the code
+//! that catches it does.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::panic::PanicHookInfo;
@@ -10,23 +9,24 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tidegate_net::clock;
 
-/// Panics logged in each [`WINDOW`]; the rest is counted and told of with the next
-/// one. A bug that every session meets makes one for each connection.
+/// Panics logged per [`WINDOW`]. Further panics are counted, and the next logged panic
+/// reports their number. A bug that affects every session causes one panic per
+/// connection.
 const LOGGED_MAX: u32 = 10;
 const WINDOW: Duration = Duration::from_secs(10);
 
 static LIMIT: Mutex<PanicLogLimit> =
-    Mutex::new(PanicLogLimit { window: None, logged: 0, silent: 0 });
+    Mutex::new(PanicLogLimit { window: None, logged: 0, suppressed: 0 });
 
 #[derive(Debug)]
 struct PanicLogLimit {
     window: Option<Instant>,
     logged: u32,
-    /// Not logged since the last one that was.
-    silent: u64,
+    /// Panics that were not logged since the last logged panic.
+    suppressed: u64,
 }
 
-/// Puts the hook in place for the whole process.
+/// Installs the hook for the whole process.
 pub(super) fn install() {
     std::panic::set_hook(Box::new(report));
 }
@@ -43,31 +43,32 @@ fn report(panic: &PanicHookInfo<'_>) {
     tracing::error!(thread, location, suppressed, reason, "thread panicked");
     let (backtrace, thread) = (Backtrace::capture(), thread.to_owned());
     if backtrace.status() == BacktraceStatus::Captured {
-        // Finding the names takes a second at first, and a worker has to begin
-        // anew meanwhile. Without a thread there is no backtrace.
-        let tell = move || {
+        // Resolving symbols takes about a second the first time. A separate thread does
+        // it so that a worker restarts without delay.
+        let log = move || {
             for line in backtrace.to_string().lines() {
                 tracing::error!(thread, line, "panic backtrace");
             }
         };
-        let _ = std::thread::Builder::new().name("backtrace".to_owned()).spawn(tell);
+        let _ = std::thread::Builder::new().name("backtrace".to_owned()).spawn(log);
     }
 }
 
 // === impl PanicLogLimit ===
 
 impl PanicLogLimit {
-    /// Whether one more may be logged; then, how many were not since the last.
+    /// Returns the number of suppressed panics if this panic must be logged; otherwise
+    /// `None`.
     fn allows(&mut self, now: Instant) -> Option<u64> {
         if self.window.is_none_or(|since| now.saturating_duration_since(since) >= WINDOW) {
             (self.window, self.logged) = (Some(now), 0);
         }
         if self.logged == LOGGED_MAX {
-            self.silent += 1;
+            self.suppressed += 1;
             return None;
         }
         self.logged += 1;
-        Some(std::mem::take(&mut self.silent))
+        Some(std::mem::take(&mut self.suppressed))
     }
 }
 
@@ -76,9 +77,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_flood_is_ten_lines_and_a_number() {
+    fn ten_panics_are_logged_and_the_rest_is_counted() {
         let (start, mut limit) =
-            (clock::now(), PanicLogLimit { window: None, logged: 0, silent: 0 });
+            (clock::now(), PanicLogLimit { window: None, logged: 0, suppressed: 0 });
         let logged = (0..1000).filter(|_| limit.allows(start).is_some()).count();
         assert_eq!(logged, 10);
         assert_eq!(limit.allows(start + WINDOW), Some(990));

@@ -1,7 +1,7 @@
-//! What tables are published to, and the thread that builds the large ones.
+//! Publishes tables to all planes, and starts builds of large tables.
 //!
-//! Owned by the control loop, which gives each table to all planes and feeds what is
-//! built to the controller. It decides nothing about a table.
+//! Owned by the control loop, which feeds finished builds to the controller. It never
+//! changes the content of a table.
 
 use super::builder::Builder;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use tidegate_core::table::build::PoolBuild;
 use tidegate_core::table::publish::TablePublisher;
 use tidegate_dataplane::accept::wait_queue::SlotWaiters;
 
-/// Something that routes connections by the table in force.
+/// A part of the process that routes connections with the published table.
 #[derive(Debug)]
 pub(super) enum Plane {
     /// The workers, which relay each connection.
@@ -28,19 +28,19 @@ pub(super) struct Planes {
 // === impl Plane ===
 
 impl Plane {
-    /// For the log.
+    /// Returns the name for the log.
     fn name(&self) -> &'static str {
         match self {
             Plane::Proxy { .. } => "proxy",
         }
     }
 
-    /// Puts `table` in force for every connection that comes from now on.
+    /// Publishes `table` for all new connections.
     fn publish(&mut self, table: &Arc<Table>) {
         match self {
             Plane::Proxy { tables, waiters } => {
                 tables.publish(Arc::clone(table));
-                // A client that waits for a slot may have new backends to wait for.
+                // Wakes waiting clients, because the table may have new backends.
                 waiters.slot_freed();
             }
         }
@@ -66,12 +66,12 @@ impl Planes {
         }
     }
 
-    /// Has a pool's part of a table built.
+    /// Starts to build a pool's part of a table.
     pub(super) fn build(&mut self, token: BuildToken, build: Box<PoolBuild>) {
         self.builder.build(token, build);
     }
 
-    /// The next part that is built; never resolves while none is under way.
+    /// Waits for the next finished part. Never resolves while no build runs.
     pub(super) async fn wake(&mut self) -> ControlEvent {
         self.builder.made().await
     }

@@ -1,7 +1,7 @@
-//! Looks at the local ports of backends now and then, a few backends in one turn.
+//! Checks periodically how many local ports each backend uses.
 //!
-//! Part of `telemetry`. It only reads what the table counts and what the kernel allows;
-//! it reserves nothing.
+//! Part of `telemetry`. It compares the counts of the table with the limits of the
+//! kernel, a few backends per step. It reserves no ports.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,23 +10,23 @@ use tidegate_core::control::{Controller, Notice};
 use tidegate_core::table::state::BackendState;
 use tidegate_net::ports::LocalPorts;
 
-/// Warnings that status shows.
+/// Warnings shown in status.
 const WARNINGS_MAX: usize = 8;
 
-/// Backends whose local ports are looked at in one turn: some half a millisecond.
+/// Backends checked per step. A step takes about 0.5 ms.
 const BACKENDS_MAX: usize = 1_000;
 
-/// From one turn of a look to the next.
+/// Time between two steps of a check.
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// See the module's documentation.
 #[derive(Debug)]
 pub(super) struct PortSampler {
     next: Instant,
-    /// Shared with a rendering that is under way.
+    /// Shared with a running rendering.
     watch: Arc<PortWatch>,
     local_ports: LocalPorts,
-    /// The look that is under way, and when it began.
+    /// The running check, and when it started.
     look: Option<(PortLook, Instant)>,
 }
 
@@ -42,17 +42,17 @@ impl PortSampler {
         }
     }
 
-    /// When [`PortSampler::sample`] is wanted next.
+    /// Returns when [`PortSampler::sample`] is due.
     pub(super) fn due(&self) -> Instant {
         self.next
     }
 
-    /// What is known of the ports.
+    /// Returns the results so far.
     pub(super) fn watch(&self) -> Arc<PortWatch> {
         Arc::clone(&self.watch)
     }
 
-    /// What the kernel allows.
+    /// Returns the limits of the kernel.
     pub(super) fn limits(&self) -> PortLimits {
         let reuse = match self.local_ports.tw_reuse {
             0 => Reuse::Never,
@@ -62,8 +62,8 @@ impl PortSampler {
         PortLimits { ports: self.local_ports.count, reuse }
     }
 
-    /// Looks at some backends' ports; gives what there is to say once all backends have
-    /// had their turn.
+    /// Checks the ports of up to [`BACKENDS_MAX`] backends. Returns notices after the
+    /// last backend.
     pub(super) fn sample(&mut self, controller: &Controller, now: Instant) -> Vec<Notice> {
         let (mut look, began) = self.look.take().unwrap_or_else(|| {
             self.local_ports.read();
@@ -83,20 +83,20 @@ impl PortSampler {
     }
 }
 
-/// What an operator should know of local ports, in words; [`WARNINGS_MAX`] at most.
+/// Returns the warnings about local ports, at most [`WARNINGS_MAX`].
 pub(super) fn warnings<'a>(
     watch: &PortWatch,
     limits: PortLimits,
     backends: impl Iterator<Item = &'a Arc<BackendState>>,
 ) -> Vec<String> {
-    let mut words = Vec::new();
+    let mut warnings = Vec::new();
     for backend in backends.filter(|_| watch.warnings() > 0) {
         for way in backend.source_addrs.load().iter() {
-            if watch.is_warned(backend.id, way.source()) && words.len() < WARNINGS_MAX {
+            if watch.is_warned(backend.id, way.source()) && warnings.len() < WARNINGS_MAX {
                 let used = watch.used(backend, way, limits);
-                words.push(source_ports::warning_text(backend, way, used, limits));
+                warnings.push(source_ports::warning_text(backend, way, used, limits));
             }
         }
     }
-    words
+    warnings
 }

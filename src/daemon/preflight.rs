@@ -1,9 +1,9 @@
-//! What a start would look at besides the text of the file: the token, the user,
-//! the access log, addresses of this host.
+//! Checks of a configuration against this host: user, token, access log, state directory
+//! and addresses.
 //!
-//! Called by `cli::check`, and part by part by the start itself, so that both say
-//! the same. It changes nothing: what it binds it closes at once, and it creates
-//! no file.
+//! Called by `cli::check`. The start uses the same functions, so both report the same
+//! texts. It changes nothing: it closes each socket that it binds, and it creates no
+//! file.
 
 use super::refused::BindError;
 use super::state_directory;
@@ -20,8 +20,7 @@ use tidegate_core::model::{AccessLogTarget, AdminListen, Bind, Config, SourceAdd
 use tidegate_net::privileges::UserIdentity;
 use tidegate_net::{listen, stream};
 
-/// Everything that a start on this host would refuse, or that an operator should
-/// know of; ordered as the start goes.
+/// Returns all errors and warnings of a start on this host, in the order of the start.
 pub fn preflight(loaded: &Loaded) -> Vec<Problem> {
     let (config, origin) = (&loaded.config, &loaded.origin);
     let mut found = Vec::new();
@@ -32,7 +31,7 @@ pub fn preflight(loaded: &Loaded) -> Vec<Problem> {
             None
         }
     };
-    // Then files are opened by another user than this one.
+    // Set if the process opens its files as another user than this process.
     let other = identity.as_ref().filter(|identity| !identity.is_ours());
     found.extend(access_log(config, origin, other.is_some()));
     found.extend(state(config, origin, other.is_some()));
@@ -47,7 +46,7 @@ pub fn preflight(loaded: &Loaded) -> Vec<Problem> {
     found
 }
 
-/// The user to become; `None` where the process stays who it is.
+/// Returns the user to switch to; `None` without `[process] user`.
 pub(super) fn identity(
     config: &Config,
     origin: &Origin,
@@ -66,12 +65,13 @@ pub(super) fn identity(
     Ok(Some(identity))
 }
 
-/// The admin token can be read and is fit, as far as this user can see.
+/// Checks the admin token with the rights of the current user.
 fn token(config: &Config, origin: &Origin) -> Result<(), Box<Problem>> {
     load_token(config).map(drop).map_err(|why| token_problem(origin, why))
 }
 
-/// A secret that belongs to another user is closed to the one that reads it.
+/// Reports a token file that belongs to another user than `identity`. Token files are
+/// readable only for their owner.
 fn unreadable_token(config: &Config, origin: &Origin, identity: &UserIdentity) -> Option<Problem> {
     let path = config.admin.token_file.as_ref()?;
     let owner = fs::metadata(path).ok()?.uid();
@@ -90,7 +90,7 @@ fn access_log(config: &Config, origin: &Origin, by_another: bool) -> Option<Prob
     Some(origin.error(&Spot::AccessLog, access_log_refusal(&why), None))
 }
 
-/// The state directory can be made, or written.
+/// Checks that the state directory can be created or written.
 fn state(config: &Config, origin: &Origin, by_another: bool) -> Option<Problem> {
     let directory = config.process.state.as_deref()?;
     let why = match fs::metadata(directory) {
@@ -102,7 +102,7 @@ fn state(config: &Config, origin: &Origin, by_another: bool) -> Option<Problem> 
     Some(origin.error(&Spot::State, state_directory::refusal(directory, &why), None))
 }
 
-/// Why the file cannot be opened for appending, as open(2) would say it.
+/// Returns the error that open(2) would return for appending to the file.
 fn unwritable(path: &Path, by_another: bool) -> Option<std::io::Error> {
     match fs::metadata(path) {
         Ok(data) if data.is_dir() => Some(std::io::Error::from_raw_os_error(libc::EISDIR)),
@@ -114,7 +114,7 @@ fn unwritable(path: &Path, by_another: bool) -> Option<std::io::Error> {
     }
 }
 
-/// Why no file can be made in the directory.
+/// Returns the error that prevents creating a file in the directory.
 fn unwritable_directory(directory: &Path, by_another: bool) -> Option<std::io::Error> {
     match fs::metadata(directory) {
         Err(error) => Some(error),
@@ -127,7 +127,7 @@ fn denied(path: &Path, how: Access, by_another: bool) -> Option<std::io::Error> 
     access(path, how).err().filter(|_| !by_another).map(Into::into)
 }
 
-/// Where a file lies.
+/// Returns the directory of a file.
 pub(super) fn directory_of(file: &Path) -> PathBuf {
     match file.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
@@ -135,7 +135,7 @@ pub(super) fn directory_of(file: &Path) -> PathBuf {
     }
 }
 
-/// Something else stands where the admin socket is to be.
+/// Reports a file at the path of the admin socket that is not a socket.
 fn admin_socket(config: &Config, origin: &Origin) -> Option<Problem> {
     let AdminListen::Unix(path) = &config.admin.listen else { return None };
     let data = fs::symlink_metadata(path).ok()?;
@@ -147,8 +147,9 @@ fn admin_socket(config: &Config, origin: &Origin) -> Option<Problem> {
     Some(origin.error(&Spot::AdminListen, message, None))
 }
 
-/// Addresses of this host can be bound. One that is taken is only a warning, and
-/// none where this program has it: a file is checked while the balancer runs.
+/// Checks the bind addresses. An address in use is only a warning. An address that
+/// `tidegate` uses is not reported, because a file is often checked while the balancer
+/// runs.
 fn binds(config: &Config, origin: &Origin, found: &mut Vec<Problem>) {
     for frontend in &config.frontends {
         for Bind { key, options } in &frontend.binds {
@@ -165,7 +166,7 @@ fn binds(config: &Config, origin: &Origin, found: &mut Vec<Problem>) {
                 continue;
             }
             let mut problem = refused.problem(config, origin);
-            // Another user, or a later moment, may be able to.
+            // The start may succeed as another user or later.
             if !gone && (privileged || refused.other.is_some()) {
                 problem.severity = tidegate_config::Severity::Warning;
             }
@@ -174,7 +175,7 @@ fn binds(config: &Config, origin: &Origin, found: &mut Vec<Problem>) {
     }
 }
 
-/// Heartbeats can be received at addresses of this host.
+/// Checks that the addresses for heartbeats exist on this host.
 fn heartbeats(config: &Config, origin: &Origin) -> Option<Problem> {
     let listen = config.heartbeat.iter().flat_map(|heartbeat| &heartbeat.listen);
     listen.into_iter().find_map(|address| {
@@ -185,7 +186,8 @@ fn heartbeats(config: &Config, origin: &Origin) -> Option<Problem> {
     })
 }
 
-/// Whether connections can start where the pools say; else where not, and why.
+/// Checks that connections can use the source addresses of all pools. The error is the
+/// first source address that does not work, and the reason.
 pub(super) fn try_sources(config: &Config) -> Result<(), (SourceAddr, String)> {
     let all: BTreeSet<SourceAddr> =
         config.pools.iter().flat_map(|pool| pool.source.iter().copied()).collect();
@@ -195,24 +197,24 @@ pub(super) fn try_sources(config: &Config) -> Result<(), (SourceAddr, String)> {
                 Some(libc::EADDRNOTAVAIL) => ": no interface of this host has that address",
                 _ => "",
             };
-            (source, format!("no connection can start at source {source}: {error}{hint}"))
+            (source, format!("cannot connect from source {source}: {error}{hint}"))
         })?;
     }
     Ok(())
 }
 
-/// The token file is unfit.
+/// Returns the problem of a token file that cannot be used.
 pub(super) fn token_problem(origin: &Origin, why: String) -> Box<Problem> {
     let help = "make one with: (umask 077; head -c 24 /dev/urandom | base64 > FILE)";
     Box::new(origin.error(&Spot::TokenFile, why, Some(help.to_owned())))
 }
 
-/// What is said of an access log that cannot be opened.
+/// Returns the error message for an access log that cannot be opened.
 pub(super) fn access_log_refusal(error: &std::io::Error) -> String {
     format!("cannot open the access log: {error}")
 }
 
-/// The admin token, where one is configured.
+/// Loads the admin token, if one is configured.
 pub(super) fn load_token(config: &Config) -> Result<Option<Token>, String> {
     let load = |path: &Path| Token::load(path).map_err(|error| error.to_string());
     config.admin.token_file.as_deref().map(load).transpose()

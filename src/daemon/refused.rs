@@ -1,6 +1,7 @@
-//! An address that cannot be listened on: which socket is in the way, which
-//! process holds it, and what the operator can do. Made by `binds`, put into
-//! words for start, reload and `check`.
+//! Errors of binding an address: which socket uses it, which process holds that socket,
+//! and what the operator can do.
+//!
+//! Created by `binds` and `preflight`. Start, reload and `check` show the text.
 
 use std::collections::HashSet;
 use std::io::{self, ErrorKind};
@@ -14,14 +15,14 @@ use tidegate_net::holders::{self, Holder, ListeningSocket};
 pub(super) struct BindError {
     pub(super) address: SocketAddr,
     pub(super) error: io::Error,
-    /// A socket that listens where this one would.
+    /// A socket that already listens on this address.
     pub(super) other: Option<ListeningSocket>,
-    /// The process that has that socket, where this one may know.
+    /// The process that holds that socket, if this process has the right to see it.
     holder: Option<Holder>,
 }
 
-/// Processes that listen where `config` wants to. Found out before the sandbox
-/// keeps this process from looking into others.
+/// Returns the processes that listen on the ports of `config`. Called before the sandbox
+/// removes the right to inspect other processes.
 pub(super) fn holders_in_the_way(config: &Config) -> Vec<(u64, Holder)> {
     let binds = config.frontends.iter().flat_map(|frontend| &frontend.binds);
     let ports: HashSet<u16> = binds.map(|bind| bind.key.socket_addr().port()).collect();
@@ -34,17 +35,17 @@ pub(super) fn holders_in_the_way(config: &Config) -> Vec<(u64, Holder)> {
         .collect()
 }
 
-/// More sockets in the way than this are not looked into.
+/// Sockets whose process is looked up at most.
 const HOLDERS_MAX: usize = 16;
 
 impl BindError {
-    /// Finds out what is in the way.
+    /// Creates the error and looks up the socket that uses the address.
     pub(super) fn new(address: SocketAddr, error: io::Error) -> BindError {
         let taken = error.kind() == ErrorKind::AddrInUse;
         let all = if taken { holders::listening().unwrap_or_default() } else { Vec::new() };
         let exact = all.iter().find(|other| other.address == address);
         let wide = all.iter().find(|other| holders::overlap(other.address, address));
-        // An IPv6 wildcard socket may take IPv4 as well.
+        // An IPv6 wildcard socket may also accept IPv4.
         let both = all.iter().find(|other| {
             other.address.ip().is_unspecified() && other.address.port() == address.port()
         });
@@ -53,13 +54,13 @@ impl BindError {
         BindError { address, error, other, holder }
     }
 
-    /// Another socket listens there.
+    /// Creates the error for an address that `other` uses.
     pub(super) fn taken(address: SocketAddr, other: ListeningSocket) -> BindError {
         let holder = holders::holder(other.socket);
         BindError { address, error: ErrorKind::AddrInUse.into(), other: Some(other), holder }
     }
 
-    /// With the process that was found before.
+    /// Adds the process from an earlier lookup.
     pub(super) fn with(mut self, known: &[(u64, Holder)]) -> BindError {
         let known =
             known.iter().find(|(socket, _)| self.other.is_some_and(|o| o.socket == *socket));
@@ -67,12 +68,12 @@ impl BindError {
         self
     }
 
-    /// Whether a process of this program listens there.
+    /// Returns whether a `tidegate` process uses the address.
     pub(super) fn is_held_by_this_program(&self) -> bool {
         self.holder.as_ref().is_some_and(|holder| holder.program == "tidegate")
     }
 
-    /// At its place in the file.
+    /// Returns the problem with its position in the file.
     pub(super) fn problem(&self, config: &Config, origin: &Origin) -> Problem {
         let mut message = self.to_string();
         let backend = self.other.and_then(|other| backend_at(config, other.address));
@@ -86,7 +87,7 @@ impl BindError {
         let port = self.address.port();
         let help = match self.error.raw_os_error() {
             _ if backend && self.address.ip().is_unspecified() => {
-                "bind one address of this host instead of the wildcard, or move one of the two to another port"
+                "bind one address of this host instead of the wildcard, or use another port for the frontend or the backend"
             }
             Some(libc::EACCES) if port < 1024 => {
                 "ports below 1024 need the capability CAP_NET_BIND_SERVICE: AmbientCapabilities=CAP_NET_BIND_SERVICE in the systemd unit, or setcap cap_net_bind_service=ep on the program"
@@ -95,7 +96,7 @@ impl BindError {
                 "to listen on an address that an interface gets later, write { address = \"...\", freebind = true }"
             }
             _ if self.other.is_some() && self.holder.is_none() => {
-                "run `ss -ltnp` as root to see which process that is"
+                "run `ss -ltnp` as root to see the process"
             }
             _ => return None,
         };
@@ -103,7 +104,7 @@ impl BindError {
     }
 }
 
-/// `POOL/NAME` of a backend with that address.
+/// Returns `POOL/NAME` of a backend with this address.
 fn backend_at(config: &Config, address: SocketAddr) -> Option<String> {
     let address = BackendAddr::Tcp(address);
     config.pools.iter().find_map(|pool| {
@@ -115,7 +116,7 @@ fn backend_at(config: &Config, address: SocketAddr) -> Option<String> {
 impl std::fmt::Display for BindError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let BindError { address, error, other, holder } = self;
-        // The kind's own words where no system call has failed.
+        // `error` has no errno if `foreign` found the socket before bind(2).
         let why = match error.raw_os_error() {
             Some(_) => error.to_string(),
             None => io::Error::from_raw_os_error(libc::EADDRINUSE).to_string(),
@@ -148,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn a_low_port_names_the_capability_and_an_absent_address_the_key() {
+    fn help_names_the_capability_for_a_low_port_and_freebind_for_an_absent_address() {
         let low = refused(libc::EACCES, "0.0.0.0:80").help(false).unwrap();
         assert!(low.contains("CAP_NET_BIND_SERVICE") && low.contains("AmbientCapabilities"));
         assert_eq!(refused(libc::EACCES, "0.0.0.0:8080").help(false), None);
@@ -158,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_holder_that_was_found_before_is_named() {
+    fn message_names_a_process_from_an_earlier_lookup() {
         let address = "127.0.0.1:80".parse().unwrap();
         let other = Some(ListeningSocket { address, socket: 7, user: 33 });
         let holder = Holder { pid: 42, program: "nginx".to_owned() };

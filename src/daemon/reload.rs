@@ -66,7 +66,7 @@ impl Control {
     pub(super) async fn catch_up(&mut self) {
         let digest = self.reloads.digest();
         let same = config::load(self.reloads.path()).is_ok_and(|loaded| loaded.digest == digest);
-        if !same || self.supervised.in_force.awaits_the_file() {
+        if !same || self.supervised.in_force.needs_reload() {
             self.request_reload(None).await;
         }
     }
@@ -277,7 +277,7 @@ impl Control {
     /// their old sockets reject new clients.
     async fn wait_for_addresses(&mut self, config: &Config) {
         let mut left = ADDRESS_WAIT_MAX;
-        while self.binds.cancel_retirement(config) && !left.is_zero() {
+        while self.binds.is_retiring(config) && !left.is_zero() {
             tokio::time::sleep(ADDRESS_WAIT_STEP).await;
             left = left.saturating_sub(ADDRESS_WAIT_STEP);
         }

@@ -1,4 +1,4 @@
-//! What a reload changes, in words: for the log at `level = "debug"`.
+//! Lists the changes of a reload for the log at `level = "debug"`.
 //!
 //! Called by `reload` before the new configuration is in force. Pure.
 
@@ -6,10 +6,11 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use tidegate_core::model::{Config, PoolConfig};
 
-/// Lines for one reload; a file that changes more says how many more.
+/// Lines per reload. One more line contains the number of further changes.
 const LINES_MAX: usize = 200;
 
-/// One line a frontend, pool or backend that comes, goes or changes.
+/// Returns one line for each section, frontend, pool or backend that was added, removed
+/// or changed.
 pub(super) fn diff(old: &Config, new: &Config) -> Vec<String> {
     let mut lines = Vec::new();
     section(&mut lines, "[process]", &old.process, &new.process);
@@ -85,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_goes_and_changes_is_named_once() {
+    fn each_addition_removal_and_change_is_one_line() {
         let old = config(1, &["a", "b"], 8080);
         assert_eq!(diff(&old, &old), [""; 0]);
         let new = config(1, &["b", "c"], 8081);
@@ -98,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn a_large_change_is_cut_short_and_counted() {
+    fn large_change_is_truncated_and_counted() {
         let names: Vec<String> = (0..300).map(|n| format!("b{n}")).collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let lines = diff(&config(1, &["a"], 8080), &config(1, &names, 8080));

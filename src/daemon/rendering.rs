@@ -1,9 +1,13 @@
-//! Status and metrics: the control thread takes a snapshot, a slice at a time between
-//! events, and another thread renders it.
+//! Renders status and metrics without blocking the control thread.
 //!
-//! Driven by the control loop. One snapshot is taken at a time; requests that arrive in
-//! that time get the next one. What needs more than a copy (the workers' histograms, the
-//! kernel's facts, text) is left to the other thread.
+//! Driven by the control loop. A panic while rendering fails only the requests of that
+//! rendering.
+//!
+//! 1. The control thread copies a snapshot, in slices of [`SLICE_MAX`] between events.
+//! 2. A task collects the histograms of the workers.
+//! 3. A blocking thread reads kernel data and renders the text.
+//!
+//! Requests that arrive after step 1 has started get the next snapshot.
 
 use super::control_loop::Control;
 use super::ports;
@@ -21,54 +25,55 @@ use tidegate_net::clock;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-/// How long a worker may take to hand its histograms over: a busy worker answers within
-/// a turn, a stalled one must not delay the scrape.
+/// How long to wait for the histograms of a worker. A busy worker answers within one turn
+/// of its loop. A stalled worker must not delay the answer.
 const COLLECT_MAX: Duration = Duration::from_millis(250);
 
-/// How long the control thread gathers before it handles events again.
+/// How long the control thread copies before it handles events again.
 const SLICE_MAX: Duration = Duration::from_millis(1);
 
-/// Backends between two looks at the clock.
+/// Backends copied between two checks of the time.
 const SLICE_STEP: usize = 32;
 
-/// New backends after which the workers' histograms are fetched without a request: until
-/// then a worker keeps some 10 KB of each that had sessions, removed or not.
+/// New backends after which the workers' histograms are collected without a request.
+/// Until then a worker keeps about 10 KB for each backend that had sessions, even if the
+/// backend was removed.
 const UNCOLLECTED_MAX: u32 = tidegate_core::metrics::histograms::SPARE_MAX as u32;
 
-/// A request for a text.
+/// A request for status or metrics.
 #[derive(Debug)]
 pub(super) enum Reader {
     Status(oneshot::Sender<String>),
     Metrics(oneshot::Sender<String>),
 }
 
-/// What the control loop keeps of it.
+/// State of the rendering in the control loop.
 #[derive(Debug, Default)]
 pub(super) struct Rendering {
-    /// For the next snapshot. Bounded by the admin API's connections.
-    asked: Vec<Reader>,
-    /// The snapshot under way, and the requests that were there when it began.
+    /// Requests for the next snapshot. Bounded by the connections of the admin API.
+    requests: Vec<Reader>,
+    /// The unfinished snapshot, and the requests that it answers.
     gathering: Option<(Gathering, Vec<Reader>)>,
     running: Option<JoinHandle<()>>,
-    /// Backends that had been seen when the histograms were last collected.
+    /// Number of backends seen at the last collection of the histograms.
     collected: u32,
 }
 
-/// Everything measured; clones share it. The control thread takes it for upgrades
-/// alone.
+/// Merged histograms of all workers. Clones share them. The control thread locks them
+/// only for an upgrade.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Latencies(Arc<Mutex<MergedHistograms>>);
 
-/// Histograms that the workers were asked for.
+/// Histograms that were requested from the workers.
 pub(super) struct Collecting {
-    asked: Vec<(Arc<Mailbox>, oneshot::Receiver<Option<HistogramDelta>>)>,
+    replies: Vec<(Arc<Mailbox>, oneshot::Receiver<Option<HistogramDelta>>)>,
     latency: Latencies,
-    /// The backends up to `seen` that are configured or leaving.
+    /// The backends with an id up to `seen` that are configured or being removed.
     known: Vec<BackendId>,
     seen: u32,
 }
 
-/// Histograms that have arrived.
+/// Histograms received from the workers.
 pub(super) struct Collected {
     deltas: Vec<(Arc<Mailbox>, HistogramDelta)>,
     latency: Latencies,
@@ -79,43 +84,43 @@ pub(super) struct Collected {
 // === impl Rendering ===
 
 impl Rendering {
-    /// Resolves when [`Control::render_on`] has something to do; never without a
-    /// request.
+    /// Resolves when [`Control::render_step`] is due. Never resolves without a request.
     pub(super) async fn due(&mut self) {
         if self.gathering.is_some() {
             // Other tasks of this thread run first.
             tokio::task::yield_now().await;
         } else if let Some(running) = &mut self.running {
-            // A panic of the renderer fails its requests alone.
+            // After a panic of the task, its requests get no answer.
             let _ = running.await;
             self.running = None;
-        } else if self.asked.is_empty() {
+        } else if self.requests.is_empty() {
             std::future::pending().await
         }
     }
 }
 
 impl Control {
-    /// Has status or metrics rendered soon.
-    pub(super) fn ask_for(&mut self, asked: Reader) {
-        self.telemetry.rendering.asked.push(asked);
+    /// Queues a request for status or metrics.
+    pub(super) fn request_rendering(&mut self, request: Reader) {
+        self.telemetry.rendering.requests.push(request);
     }
 
-    /// Gathers for a slice; hands the snapshot over once it is complete.
-    pub(super) fn render_on(&mut self) {
+    /// Copies one slice of the snapshot. Starts the rendering when the snapshot is
+    /// complete.
+    pub(super) fn render_step(&mut self) {
         let began = clock::now();
         if self.telemetry.rendering.running.is_some() {
             return;
         }
-        let under_way = self.telemetry.rendering.gathering.take().or_else(|| {
-            let asked = std::mem::take(&mut self.telemetry.rendering.asked);
-            (!asked.is_empty()).then(|| (self.controller.begin_status(began), asked))
+        let unfinished = self.telemetry.rendering.gathering.take().or_else(|| {
+            let requests = std::mem::take(&mut self.telemetry.rendering.requests);
+            (!requests.is_empty()).then(|| (self.controller.begin_status(began), requests))
         });
-        let Some((mut gathering, asked)) = under_way else { return };
+        let Some((mut gathering, requests)) = unfinished else { return };
         loop {
             let now = clock::now();
             if now.saturating_duration_since(began) >= SLICE_MAX {
-                self.telemetry.rendering.gathering = Some((gathering, asked));
+                self.telemetry.rendering.gathering = Some((gathering, requests));
                 return;
             }
             if !self.controller.gather(&mut gathering, SLICE_STEP, now) {
@@ -126,8 +131,8 @@ impl Control {
         let (collecting, started) = (self.start_collecting(), self.telemetry.started_wall);
         self.telemetry.rendering.running = Some(tokio::spawn(async move {
             let collected = collecting.arrive().await;
-            let write = move || render(snapshot, started, collected, asked);
-            // It fails only if the renderer panics.
+            let write = move || render(snapshot, started, collected, requests);
+            // Fails only if the rendering panics.
             let _ = tokio::task::spawn_blocking(write).await;
         }));
     }
@@ -159,7 +164,6 @@ impl Control {
             buffers_refused: rarities.buffers_refused,
             state_unwritten: rarities.state_unwritten,
             warnings: self.reloads.warnings(),
-            // What is wrong with the file since a crash.
             troubles: self.supervised.in_force.note().into_iter().collect(),
             admin_crowded: rarities.admin_crowded,
             confinement: self.lifecycle.confined().report.clone(),
@@ -172,8 +176,8 @@ impl Control {
         }
     }
 
-    /// Fetches the workers' histograms without a request, once [`UNCOLLECTED_MAX`]
-    /// backends are new: what is kept of removed ones could fill the memory.
+    /// Collects the workers' histograms after [`UNCOLLECTED_MAX`] new backends, to bound
+    /// the memory of removed backends.
     pub(super) fn bound_latency(&mut self) {
         let seen = self.controller.backends_seen();
         if seen.wrapping_sub(self.telemetry.rendering.collected) >= UNCOLLECTED_MAX {
@@ -185,7 +189,7 @@ impl Control {
         }
     }
 
-    /// Fetches what the workers' histograms hold, and waits for it.
+    /// Collects the workers' histograms and waits for them.
     pub(super) async fn collect_latency(&mut self) {
         self.start_collecting().arrive().await.absorb();
     }
@@ -199,7 +203,7 @@ impl Control {
             (Arc::clone(mailbox), answer)
         };
         Collecting {
-            asked: self.workers.list().iter().map(|worker| ask(&worker.mailbox)).collect(),
+            replies: self.workers.list().iter().map(|worker| ask(&worker.mailbox)).collect(),
             latency: self.telemetry.latency.clone(),
             known: self.controller.all_known().collect(),
             seen,
@@ -211,7 +215,7 @@ impl Control {
 
 impl Latencies {
     pub(super) fn lock(&self) -> MutexGuard<'_, MergedHistograms> {
-        // A panic half-way leaves counts that are a little too small.
+        // After a panic during a merge, some counts can be too small.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -221,10 +225,10 @@ impl Latencies {
 impl Collecting {
     /// Waits for the workers, for at most [`COLLECT_MAX`].
     async fn arrive(self) -> Collected {
-        let Collecting { asked, latency, known, seen } = self;
+        let Collecting { replies, latency, known, seen } = self;
         let deadline = (clock::now() + COLLECT_MAX).into();
-        let mut deltas = Vec::with_capacity(asked.len());
-        for (mailbox, answer) in asked {
+        let mut deltas = Vec::with_capacity(replies.len());
+        for (mailbox, answer) in replies {
             if let Ok(Ok(Some(delta))) = tokio::time::timeout_at(deadline, answer).await {
                 deltas.push((mailbox, delta));
             }
@@ -236,7 +240,7 @@ impl Collecting {
 // === impl Collected ===
 
 impl Collected {
-    /// Merges them, and drops those of backends that are gone for good.
+    /// Merges the histograms and drops those of removed backends.
     fn absorb(self) {
         let known: HashSet<BackendId> = self.known.into_iter().collect();
         let mut latency = self.latency.lock();
@@ -247,24 +251,24 @@ impl Collected {
     }
 }
 
-/// Writes what was asked for, on a thread that may take its time.
+/// Renders and sends the answers. Runs on a blocking thread.
 fn render(
     mut snapshot: AdminSnapshot,
     started: SystemTime,
     collected: Collected,
-    asked: Vec<Reader>,
+    requests: Vec<Reader>,
 ) {
     let latencies = collected.latency.clone();
     collected.absorb();
     let latency = latencies.lock();
     let backends = snapshot.control.pools.iter().flat_map(|pool| &pool.backends);
     let states = backends.map(|backend| &backend.state);
-    let short = ports::warnings(&snapshot.ports, snapshot.port_limits, states);
-    snapshot.troubles.splice(0..0, short);
+    let warnings = ports::warnings(&snapshot.ports, snapshot.port_limits, states);
+    snapshot.troubles.splice(0..0, warnings);
     let (mut status, mut metrics) = (None, None);
-    for asked in asked {
-        // A reply that finds no receiver is the loss of its reader alone.
-        let _ = match asked {
+    for request in requests {
+        // Fails if the client has closed its connection.
+        let _ = match request {
             Reader::Status(reply) => {
                 let text = status.get_or_insert_with(|| admin::status::render(&snapshot, &latency));
                 reply.send(text.clone())

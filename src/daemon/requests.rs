@@ -17,8 +17,8 @@ impl Control {
     /// `send` are ignored: the client has closed its connection.
     pub(super) async fn answer(&mut self, request: AdminRequest) {
         match request {
-            AdminRequest::Status(reply) => self.ask_for(Reader::Status(reply)),
-            AdminRequest::Metrics(reply) => self.ask_for(Reader::Metrics(reply)),
+            AdminRequest::Status(reply) => self.request_rendering(Reader::Status(reply)),
+            AdminRequest::Metrics(reply) => self.request_rendering(Reader::Metrics(reply)),
             // Dropped after the handover: the client must ask the new process.
             AdminRequest::Reload(_) | AdminRequest::SetIntent { .. }
                 if self.upgrades.handed_over() => {}

@@ -1,8 +1,8 @@
-//! The text of the file in which operators' intents survive a restart.
+//! Format of the file in which operators' intents survive a restart.
 //!
-//! Used by `state_directory`. Pure: it opens nothing, and the time comes in. Times in the
-//! file are seconds since 1970, since a restart knows no other clock of the process
-//! before.
+//! Used by `state_directory`. Pure: it opens no file, and the caller passes the time.
+//! Times in the file are seconds since 1970, because a monotonic clock of the old process
+//! is not valid after a restart.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -11,10 +11,10 @@ use tidegate_core::control::handover::{Saved, SavedBackend, SavedPool};
 use tidegate_core::control::{REMOVED_INTENTS_MAX, SavedIntent};
 use tidegate_core::health::Intent;
 
-/// Of the format. A program that changes the format counts it up.
+/// Version of the format. Must be incremented with each change of the format.
 const VERSION: u32 = 1;
 
-/// Intents in one file: of every backend there can be, and of those that have left.
+/// Intents in one file: one per possible backend, and those of removed backends.
 const INTENTS_MAX: usize = 100_000 + REMOVED_INTENTS_MAX;
 
 /// The whole file.
@@ -25,22 +25,22 @@ struct IntentFile {
     intents: Vec<IntentLine>,
 }
 
-/// What an operator wants of one backend.
+/// An operator's intent for one backend.
 #[derive(Debug, Serialize, Deserialize)]
 struct IntentLine {
     pool: String,
     backend: String,
-    /// As the configuration spells it.
+    /// The address as spelled in the configuration.
     address: String,
     /// `draining` or `maintenance`.
     intent: String,
     since: u64,
-    /// When the backend left the configuration, where it has.
+    /// When the backend was removed from the configuration; `None` if it was not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     left: Option<u64>,
 }
 
-/// The file's text for `saved`, which is of `now`.
+/// Encodes `saved`. Its ages are relative to `now`.
 pub(super) fn encode(saved: &Saved, now: SystemTime) -> Vec<u8> {
     let since = |ms: u64| unix(now).saturating_sub(ms / 1000);
     let present = saved.pools.iter().flat_map(|pool| {
@@ -68,10 +68,11 @@ pub(super) fn encode(saved: &Saved, now: SystemTime) -> Vec<u8> {
     text
 }
 
-/// What the text says, as of `now`.
+/// Decodes a file. The ages of the result are relative to `now`.
 ///
 /// # Errors
-/// In words: it is damaged, of a newer version or beyond its bounds.
+/// The file is damaged, has another version, or contains too many intents. The error is
+/// the text for the log.
 pub(super) fn decode(text: &[u8], now: SystemTime) -> Result<Saved, String> {
     #[derive(Deserialize)]
     struct Versioned {
@@ -146,19 +147,19 @@ mod tests {
     }
 
     #[test]
-    fn ages_count_on_while_no_process_runs() {
+    fn ages_increase_while_no_process_runs() {
         let text = encode(&saved(), at(1_000));
         let mut expected = saved();
         expected.pools[0].backends[0].intent_ms += 60_000;
         expected.removed_intents[0].intent_ms += 60_000;
         expected.removed_intents[0].left_ms += 60_000;
         assert_eq!(decode(&text, at(1_060)).unwrap(), expected);
-        // A clock that was set back makes nothing negative.
+        // No age is negative after the clock was set back.
         assert_eq!(decode(&text, at(0)).unwrap().removed_intents[0].left_ms, 0);
     }
 
     #[test]
-    fn the_format_changes_with_its_version_alone() {
+    fn format_matches_its_version() {
         let text = "{\n  \"version\": 1,\n  \"intents\": [\n    {\n      \"pool\": \"web\",\n      \"backend\": \"a\",\n      \"address\": \"10.0.0.1:80\",\n      \"intent\": \"draining\",\n      \"since\": 995\n    }\n  ]\n}\n";
         let one = Saved { removed_intents: Vec::new(), ..saved() };
         assert_eq!(String::from_utf8(encode(&one, at(1_000))).unwrap(), text);
@@ -166,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn another_version_and_an_unknown_intent_are_refused() {
+    fn other_versions_and_unknown_intents_are_rejected() {
         let error = |text: &str| decode(text.as_bytes(), at(0)).unwrap_err();
         assert_eq!(error("{\"version\":2}"), "unsupported version 2; this binary reads version 1");
         assert!(error("").starts_with("damaged: "));
@@ -178,7 +179,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_bytes_come_are_intents_or_an_error(at_byte in 0..400_usize, byte: u8) {
+        fn changed_bytes_decode_to_intents_or_an_error(at_byte in 0..400_usize, byte: u8) {
             let mut text = encode(&saved(), at(1_000));
             let at_byte = at_byte % text.len();
             text[at_byte] = byte;

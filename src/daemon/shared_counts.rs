@@ -1,11 +1,13 @@
-//! The counts that caps are compared with, in memory that the processes of an upgrade
-//! share.
+//! Session counts in memory that the processes of an upgrade share, so that caps apply
+//! to all of them together.
 //!
-//! Made at the start, or taken from the process before; given to the controller for
-//! what it is to count, and to the next process. While another process has a part in
-//! it, a thread wakes who waits for a slot that the other gives back, and gives back
-//! what a process held that was killed. Nothing is shared where the process before knows
-//! nothing of it, or there is no memory: its reports stand in, as they come.
+//! Created by `start`, or inherited from the old process. The controller counts in it.
+//! An upgrade passes it to the new process.
+//!
+//! - While two processes share the memory, a thread wakes clients that wait for a slot
+//!   that the other process has freed. It also frees the slots of a killed process.
+//! - If the memory cannot be allocated, or the old process does not support it, caps use
+//!   the periodic reports of the old process.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -17,32 +19,33 @@ use tidegate_dataplane::accept::wait_queue::SlotWaiters;
 use tidegate_net::cells::{self, CELLS_MAX, Memory};
 use tidegate_net::clock;
 
-/// How long a slot that another process gives back may stay unnoticed.
-const LOOK: Duration = Duration::from_millis(5);
+/// Time between two wake-ups of waiting clients. A slot freed by another process is
+/// noticed within this time.
+const POLL: Duration = Duration::from_millis(5);
 
-/// Every so many looks: does the other process live?
-const LOOKS_A_CLEANING: u32 = 20;
+/// Wake-ups between two checks whether the other process still runs.
+const POLLS_PER_CLEANUP: u32 = 20;
 
-/// A word has room for every column the file may give out.
+/// A word has a column for each process that can share the memory.
 const _: () = assert!(count::COLUMNS == cells::COLUMNS);
 
 /// See the module's documentation.
 #[derive(Debug)]
 pub(super) struct SharedCounts {
-    /// `None` where this process counts alone.
+    /// `None` if this process counts alone.
     memory: Option<Arc<Memory>>,
-    /// It is the one of the process before.
+    /// The memory is that of the old process.
     taken: bool,
-    /// The thread runs.
+    /// Whether the thread runs.
     watched: Arc<Mutex<bool>>,
-    /// It was said that there are too many.
-    said: AtomicBool,
+    /// Whether the warning about full memory was logged.
+    warned: AtomicBool,
 }
 
 // === impl SharedCounts ===
 
 impl SharedCounts {
-    /// Goes on with the counts in that file, or begins with its own.
+    /// Joins the memory of the old process, or creates new memory.
     pub(super) fn new(before: Option<OwnedFd>) -> SharedCounts {
         let joined = before.map(Memory::join);
         if let Some(Err(error)) = &joined {
@@ -61,31 +64,32 @@ impl SharedCounts {
             memory: memory.map(Arc::new),
             taken,
             watched: Arc::default(),
-            said: AtomicBool::new(false),
+            warned: AtomicBool::new(false),
         }
     }
 
-    /// For the next process.
+    /// Returns the memory, for a new process.
     pub(super) fn memory(&self) -> Option<Arc<Memory>> {
         self.memory.clone()
     }
 
-    /// Whether the process before counts here.
+    /// Returns whether the old process counts in this memory.
     pub(super) fn are_taken(&self) -> bool {
         self.taken
     }
 
-    /// Looks after what another process gives back, until there is none.
-    pub(super) fn watch(&self, gate: &Arc<SlotWaiters>) {
+    /// Starts the thread that wakes waiting clients, if another process shares the
+    /// memory. The thread ends when no other process shares it.
+    pub(super) fn watch(&self, waiters: &Arc<SlotWaiters>) {
         let Some(memory) = &self.memory else { return };
         let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
         if *watched || !memory.is_shared() {
             return;
         }
-        let (memory, gate, flag) =
-            (Arc::clone(memory), Arc::clone(gate), Arc::clone(&self.watched));
+        let (memory, waiters, flag) =
+            (Arc::clone(memory), Arc::clone(waiters), Arc::clone(&self.watched));
         let named = std::thread::Builder::new().name("shared-counts".to_owned());
-        match named.spawn(move || watch(&memory, &gate, &flag)) {
+        match named.spawn(move || watch(&memory, &waiters, &flag)) {
             Ok(_) => *watched = true,
             Err(error) => {
                 tracing::warn!(%error, "cannot start the thread for shared counts; slots freed by the other process are noticed late");
@@ -94,18 +98,18 @@ impl SharedCounts {
     }
 }
 
-fn watch(memory: &Memory, gate: &SlotWaiters, watched: &Mutex<bool>) {
-    let mut looks = 0_u32;
+fn watch(memory: &Memory, waiters: &SlotWaiters, watched: &Mutex<bool>) {
+    let mut polls = 0_u32;
     loop {
-        clock::pause(LOOK);
-        gate.slot_freed();
-        looks = looks.wrapping_add(1);
-        if !looks.is_multiple_of(LOOKS_A_CLEANING) {
+        clock::pause(POLL);
+        waiters.slot_freed();
+        polls = polls.wrapping_add(1);
+        if !polls.is_multiple_of(POLLS_PER_CLEANUP) {
             continue;
         }
         if memory.clean(clear) {
             tracing::debug!("another process exited; its slots are free");
-            gate.slot_freed();
+            waiters.slot_freed();
         }
         let mut watched = watched.lock().unwrap_or_else(PoisonError::into_inner);
         if !memory.is_shared() {
@@ -115,7 +119,7 @@ fn watch(memory: &Memory, gate: &SlotWaiters, watched: &Mutex<bool>) {
     }
 }
 
-/// Takes what a column holds off a word.
+/// Subtracts the slots of a column from a word.
 fn clear(word: &AtomicU64, column: u32) {
     let cleared = |word| Some(cleared(word, column));
     let _ = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, cleared);
@@ -129,7 +133,7 @@ impl Counts for SharedCounts {
                 InFlight::counting(Count::shared(word, hold), unit(memory.column()))
             }
             None => {
-                if !self.said.swap(true, Ordering::Relaxed) {
+                if !self.warned.swap(true, Ordering::Relaxed) {
                     let max = CELLS_MAX;
                     tracing::warn!(
                         max,
@@ -142,7 +146,7 @@ impl Counts for SharedCounts {
     }
 }
 
-/// No part of a name or an address holds a zero.
+/// Returns the key of a count. Names and addresses contain no NUL.
 fn key(whose: Counted<'_>) -> String {
     match whose {
         Counted::Process => "process".to_owned(),

@@ -1,8 +1,8 @@
-//! The signals a process of its own obeys.
+//! Receives the signals that the process handles.
 //!
-//! Taken over by `start` before anybody is told that the process serves, read by the
-//! control loop. `cli` has held them back since the process began: what came until now
-//! is delivered here.
+//! Set up by `start` before the process reports ready, read by the control loop. `cli`
+//! blocks these signals at the start of the process. A signal that arrived earlier is
+//! delivered after [`Signals::unblock`].
 
 use super::Failure;
 use std::io;
@@ -11,19 +11,19 @@ use tidegate_net::clock;
 use tidegate_net::signals;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// A stop signal that is repeated within this counts once: timeout(1) sends one to the
-/// process and one to its group.
+/// Stop signals within this time count as a single signal: timeout(1) sends one to the
+/// process and one to its process group.
 const REPEATED_WITHIN: Duration = Duration::from_millis(100);
 
-/// The documented signals; pending for ever where the process obeys none.
+/// The handled signals. Never yields a signal if signal handling is off.
 #[derive(Debug, Default)]
 pub(super) struct Signals {
     listeners: Option<[Signal; 4]>,
-    /// When the last stop signal that counted came.
+    /// When the last stop signal was returned.
     stopped: Option<Instant>,
 }
 
-/// One that has come.
+/// A received signal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SignalKindReceived {
     Reload,
@@ -34,8 +34,8 @@ pub(super) enum SignalKindReceived {
 // === impl Signals ===
 
 impl Signals {
-    /// Puts the handlers up, within this thread's runtime.
-    pub(super) fn obey() -> Result<Signals, Failure> {
+    /// Installs the handlers, on the runtime of this thread.
+    pub(super) fn install() -> Result<Signals, Failure> {
         let all = || -> io::Result<[Signal; 4]> {
             Ok([
                 signal(SignalKind::terminate())?,
@@ -50,14 +50,15 @@ impl Signals {
         Ok(Signals { listeners: Some(listeners), stopped: None })
     }
 
-    /// Lets them come, to this thread: those that were started before go on undisturbed.
-    pub(super) fn let_through(&self) {
+    /// Unblocks the signals in this thread. Threads that were started before still block
+    /// them.
+    pub(super) fn unblock(&self) {
         if self.listeners.is_some() {
             signals::let_through();
         }
     }
 
-    /// The next one that counts.
+    /// Waits for the next signal that is not a repetition.
     pub(super) async fn next(&mut self) -> SignalKindReceived {
         loop {
             let caught = self.any().await;
@@ -94,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stop_signal_and_its_repetitions_count_once() {
+    fn repeated_stop_signal_counts_once() {
         let (mut signals, start) = (Signals::default(), clock::now());
         let at = |ms| start + Duration::from_millis(ms);
         let counted = [0, 0, 60, 99, 100, 150, 300].map(|ms| signals.counts(at(ms)));

@@ -1,8 +1,7 @@
-//! Bringing a balancer up, in order, and putting everything back when a step
-//! fails.
+//! Starts a balancer. If a step fails, everything opened so far is closed.
 //!
-//! Runs on the control thread, which it then hands to the control loop. Each stage gives
-//! a value that the next one needs.
+//! Runs on the control thread and then enters the control loop. Each step returns a
+//! value that the next step needs, so the compiler checks the order.
 
 use super::admin_api::{AdminApi, AdminEndpoint};
 use super::binds::Binds;
@@ -85,7 +84,7 @@ fn control_thread(
         match bring_up(options, surroundings, requests, inbox).await {
             Ok(control) => {
                 let _ = ready.send(Ok(()));
-                // What it owned is given up, in order, after the panic.
+                // `catch_panic` drops everything that the loop owned.
                 Box::pin(catch_panic(control.run())).await.unwrap_or_else(|_| {
                     tracing::error!("control thread panicked; exiting");
                     RunEnd::ControlPanicked
@@ -99,8 +98,8 @@ fn control_thread(
     })
 }
 
-/// Everything up to the first accepted connection. Must be called within the
-/// control thread's runtime.
+/// Runs all steps up to the first accepted connection. Must be called on the runtime of
+/// the control thread.
 async fn bring_up(
     options: &Options,
     mut surroundings: ProcessEnvironment,
@@ -113,7 +112,7 @@ async fn bring_up(
     if surroundings.predecessor.is_none() {
         control.restore_intents();
     }
-    control.lifecycle.obey_signals();
+    control.lifecycle.unblock_signals();
     match control.open(listeners, requests, &origin, surroundings.predecessor).await {
         Ok(()) => Ok(control),
         Err(failure) => {
@@ -123,12 +122,13 @@ async fn bring_up(
     }
 }
 
-/// Everything opened and started; no table is in force and no client gets in.
+/// State after all resources are opened and the workers are started. The table is empty
+/// and no client is accepted.
 struct PreparedStart {
     control: Control,
     listeners: Listeners,
     origin: Origin,
-    /// What a process that has crashed knew.
+    /// State of a crashed process.
     known: Option<KeptSnapshot>,
 }
 
@@ -139,8 +139,8 @@ fn prepare(
 ) -> Result<PreparedStart, Failure> {
     let (Loaded { config, text, digest, origin, .. }, log) =
         read_configuration(options, surroundings)?;
-    // Before anybody can be told that this process serves.
-    let signals = if options.signals { Signals::obey()? } else { Signals::default() };
+    // Before this process reports ready, so that a signal after that is handled.
+    let signals = if options.signals { Signals::install()? } else { Signals::default() };
     let (kept, known) = surroundings.supervised.begin().map_err(Failure::Runtime)?;
     let state = open_state(&config, &origin)?;
     let resources = Resources::take(&config, &origin, surroundings)?;
@@ -177,7 +177,7 @@ fn starter(surroundings: &mut ProcessEnvironment) -> Option<Starter> {
     Starter::of(surroundings.supervised.link(), surroundings.program.take())
 }
 
-/// Reads the file, or what is used in its place, and starts the log by it.
+/// Reads the configuration and starts the log with its settings.
 fn read_configuration(
     options: &Options,
     surroundings: &mut ProcessEnvironment,
@@ -203,18 +203,18 @@ fn open_state(config: &Config, origin: &Origin) -> Result<StateDirectory, Failur
     })
 }
 
-/// What the workers run on and write to, and what operators are admitted by.
+/// Resources of the workers, and the token of the admin API.
 struct Resources {
     engine: (EngineKind, String),
     cpus: Vec<usize>,
-    /// How many workers.
+    /// Number of workers.
     workers: usize,
-    /// The limit on open descriptors.
+    /// The file descriptor limit.
     descriptors: u64,
     access_log: AccessLog,
     senders: Vec<AccessLogSender>,
     token: Option<Token>,
-    /// For random draws.
+    /// Seed of random numbers.
     seed: u64,
 }
 
@@ -242,7 +242,7 @@ impl Resources {
         Ok(Resources { engine, cpus, workers, descriptors, access_log, senders, token, seed })
     }
 
-    /// Gives the token back, which no worker needs.
+    /// Starts the workers. Also returns the token, which the workers do not need.
     fn start_workers(
         self,
         config: &Config,
@@ -272,8 +272,8 @@ fn shared_counts(surroundings: &mut ProcessEnvironment) -> Arc<SharedCounts> {
     Arc::new(SharedCounts::new(before))
 }
 
-/// A controller without a configuration, which counts generations on from the process
-/// before.
+/// Creates a controller without a configuration. Its generations continue those of the
+/// old or crashed process.
 fn controller(
     resources: &Resources,
     digest: u64,
@@ -306,7 +306,7 @@ fn process_context(config: &Config, counts: &SharedCounts) -> ProcessContext {
 }
 
 impl Control {
-    /// Builds the first table, with what a process that has crashed knew.
+    /// Builds the first table, with the state of a crashed process.
     fn configure(&mut self, known: Option<&KeptSnapshot>) {
         let in_force = self.reloads.within_limits(0);
         let effects = self.controller.apply(ControlEvent::Configure(in_force), clock::now());
@@ -317,8 +317,8 @@ impl Control {
         }
     }
 
-    /// Goes on with operators' intents from the disk, where no newer ones are kept: a
-    /// drained backend gets no session of this process.
+    /// Restores the operators' intents from disk, unless the supervisor has newer ones.
+    /// This runs before the first accept, so a drained backend gets no session.
     fn restore_intents(&mut self) {
         if self.supervised.read_intents().is_none()
             && let Some(intents) = self.state.read()
@@ -328,8 +328,8 @@ impl Control {
         }
     }
 
-    /// Takes the place of the process before, if there is one, and lets clients
-    /// and operators in.
+    /// Replaces the old process, if there is one, and starts to serve clients and the
+    /// admin API.
     async fn open(
         &mut self,
         mut listeners: Listeners,
@@ -343,7 +343,7 @@ impl Control {
         let Listeners { admin, binds, fresh, .. } = listeners;
         let api = self.admin_api(admin, requests)?;
         if let Some(before) = predecessor {
-            // Nothing can fail from here on: the process before stops accepting.
+            // No step can fail after this call: the old process stops accepting.
             let draining = before.serving()?;
             self.follow(draining);
         }
@@ -362,7 +362,7 @@ impl Control {
         Ok(())
     }
 
-    /// Takes over from the process before, up to the point at which both could serve.
+    /// Takes over the state of the old process. After this, both processes can serve.
     async fn take_place_of(
         &mut self,
         before: &OldProcess,
@@ -394,7 +394,8 @@ impl Control {
     }
 }
 
-/// One worker per CPU, and no more than a quota of CPU time lets run at once.
+/// Returns the number of workers for `workers = "auto"`: one per CPU, limited by the CPU
+/// quota.
 fn auto_workers(cpus: usize) -> usize {
     match cpu::quota() {
         Some(quota) if quota < cpus => {
@@ -405,7 +406,7 @@ fn auto_workers(cpus: usize) -> usize {
     }
 }
 
-/// Says what is up, once.
+/// Logs the start: version, engine, sandbox and addresses.
 fn announce(control: &Control, config: &Config) {
     let (engine, reason) = control.workers.engine();
     let workers = control.workers.list().len();

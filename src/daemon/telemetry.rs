@@ -1,7 +1,7 @@
-//! What this process reports of itself: its log, its counts and latencies, and what is
-//! rendered of them for status and metrics.
+//! Log, counters, latencies and port statistics of this process, and the rendering of
+//! status and metrics.
 //!
-//! Owned by the control loop. It changes nothing about traffic.
+//! Owned by the control loop. It has no effect on traffic.
 
 use super::due;
 use super::logging::LogHandle;
@@ -25,22 +25,22 @@ pub(super) struct Telemetry {
     pub(super) latency: Latencies,
     pub(super) rendering: Rendering,
     pub(super) ports: PortSampler,
-    /// What the control thread counts.
+    /// Counters of the control thread.
     local: Arc<WorkerCounters>,
     log: LogHandle,
     transitions: TransitionLog,
-    /// Of the processes before.
+    /// Counters of old processes.
     before: RareCounters,
 }
 
-/// What there is to do.
+/// What the control loop must do.
 #[derive(Debug)]
 pub(super) enum TelemetryEvent {
-    /// Status or metrics are under way.
+    /// A step of rendering status or metrics is due.
     Render,
-    /// It is time to look at some backends' local ports.
+    /// The next check of local ports is due.
     SamplePorts,
-    /// Lines of the log have been left out, and it is time to say how many.
+    /// The number of suppressed log lines must be logged.
     Suppressed,
 }
 
@@ -61,7 +61,7 @@ impl Telemetry {
         }
     }
 
-    /// What is to be done next.
+    /// Waits for the next event.
     pub(super) async fn wake(&mut self) -> TelemetryEvent {
         let (ports_due, transitions_due) = (self.ports.due(), self.transitions.due());
         tokio::select! {
@@ -71,22 +71,22 @@ impl Telemetry {
         }
     }
 
-    /// What the control thread counts.
+    /// Returns the counters of the control thread.
     pub(super) fn local(&self) -> &Arc<WorkerCounters> {
         &self.local
     }
 
-    /// Changes the level of the log.
+    /// Changes the log level.
     pub(super) fn set_log_level(&self, level: LogLevel) {
         self.log.set_level(level);
     }
 
-    /// Logs a backend's change of state, where its pool has a line left.
+    /// Logs a state change of a backend, within the rate limit of its pool.
     pub(super) fn log_transition(&mut self, transition: &Transition) {
         self.transitions.log(transition, clock::now());
     }
 
-    /// Says how many changes were left out.
+    /// Logs the number of suppressed state changes.
     pub(super) fn log_suppressed(&mut self) {
         self.transitions.log_suppressed(clock::now());
     }
@@ -101,13 +101,13 @@ impl Telemetry {
         }
     }
 
-    /// Counts on from the processes before; may be called again with something newer.
+    /// Sets the counters of old processes. A later call replaces them.
     pub(super) fn restore_counts(&mut self, before: RareCounters) {
         self.before = before;
     }
 
-    /// What hardly ever happens, as often as it did in this process and those before;
-    /// `crowded`, `buffers_refused` and `unwritten` are this process's.
+    /// Returns the counters of rare events, including those of old processes. The
+    /// arguments are counters of this process.
     pub(super) fn rare_counters(
         &self,
         crowded: u64,

@@ -1,20 +1,19 @@
-//! Writes changes of standing to the log, and no more of them than can be read.
+//! Logs state changes of backends, with a rate limit per pool.
 //!
-//! The control loop owns one and gives it every change. What is not written is
-//! counted and its number said; nothing is held back from status, metrics or a
-//! backend's own history.
+//! Owned by `telemetry`, which passes it every change. The number of suppressed changes is
+//! logged after each second. Status, metrics and the history of a backend contain all
+//! changes.
 //!
-//! Each pool has its own budget, and within a pool bad news and other news have
-//! one each: neither a neighbour that goes mad nor a thousand newcomers hide a
-//! death.
+//! Each pool has two limits: one for changes to `down`, `ejected` or `suspect`, and one
+//! for all others. So neither another pool nor many new backends suppress the log line of
+//! a failure.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::health::Transition;
 
-/// Lines of one kind for one pool within [`WINDOW`]: more than anybody reads
-/// while it happens, little enough for any log.
+/// Lines of one kind per pool and [`WINDOW`].
 const LINES_MAX: u32 = 50;
 
 const WINDOW: Duration = Duration::from_secs(1);
@@ -24,9 +23,9 @@ const NOT_LOGGED: &str = "backend state changes not logged because of the rate l
 /// See the module's documentation.
 #[derive(Debug, Default)]
 pub(super) struct TransitionLog {
-    /// One while its second lasts, by pool and by whether the news are bad.
+    /// The current windows. Key: pool, and whether the change is a failure.
     windows: BTreeMap<(Arc<str>, bool), LogWindow>,
-    /// When the oldest of them is over.
+    /// When the oldest window ends.
     over_at: Option<Instant>,
     unlogged: u64,
 }
@@ -38,7 +37,7 @@ struct LogWindow {
     more: u64,
 }
 
-/// What a pool's second has left out.
+/// Changes that were not logged in a window.
 #[derive(Debug, PartialEq, Eq)]
 struct SuppressedChanges {
     pool: Arc<str>,
@@ -49,7 +48,7 @@ struct SuppressedChanges {
 // === impl TransitionLog ===
 
 impl TransitionLog {
-    /// Writes it, if its pool has a line left.
+    /// Logs a change, unless the limit of its pool is reached.
     pub(super) fn log(&mut self, transition: &Transition, now: Instant) {
         self.log_suppressed(now);
         let bad = matches!(transition.to, "down" | "ejected" | "suspect");
@@ -58,7 +57,7 @@ impl TransitionLog {
         }
     }
 
-    /// Says what was left out in seconds that are over.
+    /// Logs the number of suppressed changes of ended windows.
     pub(super) fn log_suppressed(&mut self, now: Instant) {
         for SuppressedChanges { pool, bad, count } in self.over(now) {
             if bad {
@@ -69,12 +68,12 @@ impl TransitionLog {
         }
     }
 
-    /// When [`TransitionLog::log_suppressed`] may have something to say.
+    /// Returns when [`TransitionLog::log_suppressed`] is due.
     pub(super) fn due(&self) -> Option<Instant> {
         self.over_at
     }
 
-    /// Changes not written so far.
+    /// Returns the total number of suppressed changes.
     pub(super) fn unlogged(&self) -> u64 {
         self.unlogged
     }
@@ -96,11 +95,11 @@ impl TransitionLog {
         if self.over_at.is_none_or(|at| now < at) {
             return Vec::new();
         }
-        let mut said = Vec::new();
+        let mut ended = Vec::new();
         self.windows.retain(|(pool, bad), window| {
             let lasts = now.saturating_duration_since(window.since) < WINDOW;
             if !lasts && window.more > 0 {
-                said.push(SuppressedChanges {
+                ended.push(SuppressedChanges {
                     pool: Arc::clone(pool),
                     bad: *bad,
                     count: window.more,
@@ -109,7 +108,7 @@ impl TransitionLog {
             lasts
         });
         self.over_at = self.windows.values().map(|window| window.since + WINDOW).min();
-        said
+        ended
     }
 }
 
@@ -133,17 +132,17 @@ mod tests {
     }
 
     #[test]
-    fn a_pool_writes_so_many_lines_a_second_and_says_how_many_more_there_were() {
+    fn pool_logs_50_lines_per_second_and_the_number_of_suppressed_changes() {
         let (mut log, start) = (TransitionLog::default(), tidegate_net::clock::now());
         for second in 0..3 {
             let now = start + WINDOW * second;
-            let said = log.over(now);
+            let ended = log.over(now);
             let more = SuppressedChanges {
                 pool: "web".into(),
                 bad: false,
                 count: 1000 - u64::from(LINES_MAX),
             };
-            assert_eq!(said, if second == 0 { vec![] } else { vec![more] });
+            assert_eq!(ended, if second == 0 { vec![] } else { vec![more] });
             assert_eq!(admitted(&mut log, "web", false, now), LINES_MAX);
             assert_eq!(log.due(), Some(now + WINDOW));
         }
@@ -151,15 +150,15 @@ mod tests {
     }
 
     #[test]
-    fn newcomers_and_neighbours_hide_no_death() {
+    fn failure_is_logged_despite_many_new_backends_and_other_pools() {
         let (mut log, now) = (TransitionLog::default(), tidegate_net::clock::now());
         admitted(&mut log, "web", false, now);
-        admitted(&mut log, "mad", true, now);
+        admitted(&mut log, "other", true, now);
         assert_eq!(admitted(&mut log, "web", true, now), LINES_MAX);
     }
 
     #[test]
-    fn source_with_nothing_suppressed_logs_nothing_and_is_forgotten() {
+    fn window_without_suppressed_changes_ends_without_a_log_line() {
         let (mut log, now) = (TransitionLog::default(), tidegate_net::clock::now());
         log.admit(&"web".into(), true, now);
         assert_eq!(log.over(now + WINDOW), []);

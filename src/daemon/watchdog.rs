@@ -1,75 +1,80 @@
-//! Whose loop does not turn: asks every worker for its pulse and names the one
-//! that stays silent.
+//! Detects stalled workers: requests a progress report from every worker and reports
+//! those that do not answer.
 //!
-//! Owned by the control loop, which calls [`Watchdog::look`] a few times a second.
-//! It mends nothing: a thread cannot be ended from outside. Nobody is blamed for a
-//! time in which the watcher itself did not run (a stopped process, a machine
-//! that was asleep, a CPU quota used up), nor for one spent waiting for a CPU.
+//! Owned by `worker_set`, which calls [`Watchdog::check`] every [`STEP`]. It only reports:
+//! a thread cannot be ended by another thread.
+//!
+//! Two times do not count as a stall:
+//!
+//! - a time in which the control thread did not run either (stopped process, suspended
+//!   host, exhausted CPU quota),
+//! - a time in which the worker was ready to run but waited for a CPU.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::metrics::counters::WorkerCounters;
 
-/// Between two looks: an idle worker is woken so often.
+/// Time between two checks. Each check wakes all workers.
 pub(super) const STEP: Duration = Duration::from_millis(250);
 
-/// A loop that has not turned for so long is stalled. A turn takes milliseconds;
-/// what takes a second has been waited for by every session of the worker.
+/// A loop without a complete turn for this time is stalled. A turn takes milliseconds. A
+/// turn of one second delays every session of the worker.
 pub(super) const STALLED_AFTER: Duration = Duration::from_secs(1);
 
-/// A look that comes so much too late finds everybody excused.
+/// If a check is late by this time, the control thread did not run, so no worker is
+/// reported.
 const LATE_MAX: Duration = Duration::from_millis(250);
 
-/// What the kernel says of a thread.
+/// Kernel data about a thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct ThreadFacts {
-    /// The letter of proc_pid_stat(5); `None` where it cannot be read.
+    /// The state letter of proc_pid_stat(5); `None` if it cannot be read.
     pub(super) state: Option<char>,
-    /// How long it has waited for a CPU, in all; the kernel adds to it only once the
-    /// thread runs at last.
+    /// Total time spent waiting for a CPU. The kernel adds a wait only when the thread
+    /// runs again.
     pub(super) waited: Duration,
-    /// How long it has run, in all.
+    /// Total time spent running.
     pub(super) ran: Duration,
 }
 
-/// The watcher.
+/// Detector of stalled workers.
 #[derive(Debug)]
 pub(super) struct Watchdog {
     watched: Vec<WorkerWatch>,
-    /// When to look next.
-    next_look: Instant,
+    /// When the next check is due.
+    next_check: Instant,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct WorkerWatch {
-    /// Since when it owes an answer.
+    /// When the open request was sent.
     since: Instant,
-    /// What the kernel said at the first look at which it owed one.
+    /// Thread data at the first check without an answer.
     first: Option<ThreadFacts>,
-    /// What the kernel said last, and when.
+    /// Thread data at the last check.
     last: Option<(Instant, ThreadFacts)>,
-    /// It was found waiting for a CPU that long, beyond what the kernel has added up.
-    in_line: Duration,
+    /// Observed wait for a CPU that the kernel has not added to `waited` yet.
+    unaccounted: Duration,
     stalled: bool,
 }
 
-/// Something worth a line in the log.
+/// A change to log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum WatchdogEvent {
-    /// That worker's loop does not turn.
+    /// The event loop of a worker makes no progress.
     Stalled {
-        /// Its number.
+        /// Number of the worker.
         worker: usize,
-        /// For how long.
+        /// Length of the stall so far.
         time: Duration,
-        /// What its thread is doing.
+        /// State letter of the thread.
         state: Option<char>,
     },
-    /// It turns again.
+    /// The event loop makes progress again.
     Responsive {
-        /// Its number.
+        /// Number of the worker.
         worker: usize,
-        /// How long it did not.
+        /// Length of the stall.
         time: Duration,
     },
 }
@@ -79,25 +84,25 @@ pub(super) enum WatchdogEvent {
 impl Watchdog {
     pub(super) fn new(workers: usize, now: Instant) -> Watchdog {
         let watched = WorkerWatch::new(now);
-        Watchdog { watched: vec![watched; workers], next_look: now + STEP }
+        Watchdog { watched: vec![watched; workers], next_check: now + STEP }
     }
 
-    /// When [`Watchdog::look`] is wanted.
-    pub(super) fn next_look(&self) -> Instant {
-        self.next_look
+    /// Returns when [`Watchdog::check`] is due.
+    pub(super) fn next_check(&self) -> Instant {
+        self.next_check
     }
 
-    /// Takes the answers and asks anew; `wake` has a worker notice the question,
-    /// `facts` asks the kernel about its thread.
-    pub(super) fn look(
+    /// Takes the progress reports and requests new ones. `wake` wakes a worker so that it
+    /// answers. `facts` reads the kernel data of a thread.
+    pub(super) fn check(
         &mut self,
         now: Instant,
         workers: &[Arc<WorkerCounters>],
         wake: impl Fn(usize),
         facts: impl Fn(i32) -> ThreadFacts,
     ) -> Vec<WatchdogEvent> {
-        let excused = now.saturating_duration_since(self.next_look) >= LATE_MAX;
-        self.next_look = now + STEP;
+        let late = now.saturating_duration_since(self.next_check) >= LATE_MAX;
+        self.next_check = now + STEP;
         let mut findings = Vec::new();
         for (worker, (watched, counters)) in self.watched.iter_mut().zip(workers).enumerate() {
             let pulse = &counters.pulse;
@@ -111,13 +116,13 @@ impl Watchdog {
                 *watched = WorkerWatch::new(now);
             } else if watched.stalled {
                 pulse.set_stalled(Some(now.saturating_duration_since(watched.since)));
-            } else if excused {
+            } else if late {
                 *watched = WorkerWatch::new(now);
             } else {
                 let facts = facts();
-                let (state, starved) = (facts.state, watched.starved(facts, now));
+                let (state, cpu_wait) = (facts.state, watched.cpu_wait(facts, now));
                 let time = now.saturating_duration_since(watched.since);
-                if time.saturating_sub(starved) >= STALLED_AFTER {
+                if time.saturating_sub(cpu_wait) >= STALLED_AFTER {
                     watched.stalled = true;
                     counters.stalls.add(1);
                     pulse.set_stalled(Some(time));
@@ -134,36 +139,36 @@ impl Watchdog {
 
 impl WorkerWatch {
     fn new(since: Instant) -> WorkerWatch {
-        WorkerWatch { since, first: None, last: None, in_line: Duration::ZERO, stalled: false }
+        WorkerWatch { since, first: None, last: None, unaccounted: Duration::ZERO, stalled: false }
     }
 
-    /// How long it has waited for a CPU since the first look. While it waits the
-    /// kernel has not added that up: a thread that may run, and has not run since the
-    /// last look, was waiting all the while.
-    fn starved(&mut self, facts: ThreadFacts, now: Instant) -> Duration {
+    /// Returns how long the thread has waited for a CPU since the first check. The kernel
+    /// does not report a wait before its end. Therefore a thread that was runnable at two
+    /// checks and did not run in between is assumed to have waited for the whole time.
+    fn cpu_wait(&mut self, facts: ThreadFacts, now: Instant) -> Duration {
         let first = *self.first.get_or_insert(facts);
         if let Some((at, last)) = self.last.replace((now, facts)) {
             if facts.waited > last.waited {
-                // It ran: what it waited for is in the kernel's sum from now on.
-                self.in_line = Duration::ZERO;
+                // The thread ran, so the kernel's sum includes the wait.
+                self.unaccounted = Duration::ZERO;
             }
-            // Nobody has run for no time at all: then the kernel does not say.
-            let stood = facts.ran == last.ran && !facts.ran.is_zero();
-            if stood && facts.state == Some('R') && last.state == Some('R') {
-                self.in_line += now.saturating_duration_since(at);
+            // A total of zero means that the kernel does not report the time.
+            let did_not_run = facts.ran == last.ran && !facts.ran.is_zero();
+            if did_not_run && facts.state == Some('R') && last.state == Some('R') {
+                self.unaccounted += now.saturating_duration_since(at);
             }
         }
-        facts.waited.saturating_sub(first.waited) + self.in_line
+        facts.waited.saturating_sub(first.waited) + self.unaccounted
     }
 }
 
-/// How long the worst of them has not turned.
+/// Returns the longest current stall.
 pub(super) fn longest_stall(workers: &[Arc<WorkerCounters>]) -> Option<Duration> {
     workers.iter().filter_map(|worker| worker.pulse.stalled_for()).max()
 }
 
-/// What the kernel says of a thread of this process (proc_pid_stat(5); the second
-/// numbers of `schedstat` are nanoseconds spent on a CPU and waiting for one).
+/// Reads the kernel data of a thread of this process (proc_pid_stat(5)). The first two
+/// numbers of `schedstat` are the nanoseconds spent on a CPU and waiting for a CPU.
 pub(super) fn thread_facts(thread: i32) -> ThreadFacts {
     let read = |file| std::fs::read_to_string(format!("/proc/self/task/{thread}/{file}"));
     let after_name =
@@ -175,7 +180,7 @@ pub(super) fn thread_facts(thread: i32) -> ThreadFacts {
     ThreadFacts { state: read("stat").ok().and_then(after_name), waited, ran }
 }
 
-/// The letter in words.
+/// Returns the name of a state letter for the log.
 pub(super) fn thread_state_name(state: Option<char>) -> &'static str {
     match state {
         Some('R') => "running",
@@ -209,15 +214,15 @@ mod tests {
             World { now, workers, watchdog: Watchdog::new(2, now), facts }
         }
 
-        /// `turning` workers answer, then time passes, then the watcher looks.
+        /// The workers in `turning` answer, `time` passes, then the watchdog checks.
         fn step(&mut self, turning: &[usize], time: Duration) -> Vec<WatchdogEvent> {
             turning.iter().for_each(|worker| self.workers[*worker].pulse.report_progress());
             self.now += time;
             let facts = self.facts;
-            self.watchdog.look(self.now, &self.workers, |_| {}, |_| facts)
+            self.watchdog.check(self.now, &self.workers, |_| {}, |_| facts)
         }
 
-        /// The same for threads that run all the while.
+        /// Runs `count` steps with threads that run the whole time.
         fn steps(&mut self, turning: &[usize], count: u32) -> Vec<WatchdogEvent> {
             let step = |_| {
                 self.facts.ran += STEP;
@@ -267,20 +272,20 @@ mod tests {
     }
 
     #[test]
-    fn worker_waiting_for_a_cpu_is_starved_before_the_kernel_accounts_it() {
+    fn worker_waiting_for_a_cpu_is_not_stalled_before_the_kernel_accounts_the_wait() {
         let mut world = World::new();
         world.steps(&[0, 1], 2);
-        // May run, and does not: neither of its times grows.
+        // The thread is runnable and does not run: neither time increases.
         for _ in 0..40 {
             assert_eq!(world.step(&[0], STEP), []);
         }
-        // It runs at last, for a moment, and waits again.
+        // The thread runs for 50 µs and waits again.
         world.facts.waited += STEP * 40;
         world.facts.ran += Duration::from_micros(50);
         for _ in 0..40 {
             assert_eq!(world.step(&[0], STEP), []);
         }
-        // A loop without an end runs, and one that waits for a lock may not.
+        // An endless loop runs, and a thread that waits for a lock sleeps. Both stall.
         let found = world.steps(&[0], 6);
         assert!(matches!(found[..], [WatchdogEvent::Stalled { worker: 1, .. }]), "{found:?}");
         let mut world = World::new();
@@ -291,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_knows_this_thread() {
+    fn kernel_data_of_this_thread_is_readable() {
         let facts = thread_facts(tidegate_net::cpu::current_thread());
         assert_eq!(thread_state_name(facts.state), "running");
         assert_eq!(thread_facts(-1), ThreadFacts::default());

@@ -1,8 +1,7 @@
-//! The workers of this process, and everything that is watched, counted and ended with
-//! them.
+//! The workers of this process, with their counters, watchdog and access log.
 //!
-//! Made by `start`, owned by the control loop. It decides nothing about traffic: it
-//! passes commands on, notices a stalled worker and joins the threads at the end.
+//! Started by `start`, owned by the control loop. It sends commands to workers, logs
+//! stalled workers and joins the threads at the end. It makes no decision about traffic.
 
 use super::Failure;
 use super::watchdog::{self, Watchdog, WatchdogEvent};
@@ -19,10 +18,10 @@ use tidegate_dataplane::worker::context::ProcessContext;
 use tidegate_dataplane::worker::{EngineKind, Worker, WorkerCommand, WorkerConfig};
 use tidegate_net::clock;
 
-/// How long workers may take to end once they are told to.
+/// How long workers can take to end after the stop command.
 const JOIN_MAX: Duration = Duration::from_secs(2);
 
-/// Between two looks at workers that are to end.
+/// Time between two checks of workers that end.
 const JOIN_STEP: Duration = Duration::from_millis(2);
 
 /// See the module's documentation.
@@ -32,15 +31,15 @@ pub(super) struct WorkerSet {
     counters: Vec<Arc<WorkerCounters>>,
     context: ProcessContext,
     watchdog: Watchdog,
-    /// `None` only at the very end.
+    /// `None` after the workers have ended.
     access_log: Option<AccessLog>,
     engine: (EngineKind, String),
 }
 
-/// What workers are started with.
+/// Parameters for the start of the workers.
 pub(super) struct WorkerPlan<'a> {
     pub(super) config: &'a Config,
-    /// The engine, and why that one.
+    /// The engine, and the reason for the choice.
     pub(super) engine: (EngineKind, String),
     pub(super) cpus: &'a [usize],
     pub(super) context: ProcessContext,
@@ -54,7 +53,7 @@ pub(super) struct WorkerPlan<'a> {
 // === impl WorkerSet ===
 
 impl WorkerSet {
-    /// Starts every worker, or none.
+    /// Starts all workers, or none.
     ///
     /// # Errors
     /// A thread or an engine is not available.
@@ -86,42 +85,42 @@ impl WorkerSet {
         Ok(WorkerSet { workers, counters, context, watchdog, access_log, engine })
     }
 
-    /// Every worker, by its number.
+    /// Returns all workers, ordered by number.
     pub(super) fn list(&self) -> &[Worker] {
         &self.workers
     }
 
-    /// What each of them counts.
+    /// Returns the counters of each worker.
     pub(super) fn counters(&self) -> &[Arc<WorkerCounters>] {
         &self.counters
     }
 
-    /// What all workers share.
+    /// Returns the state that all workers share.
     pub(super) fn context(&self) -> &ProcessContext {
         &self.context
     }
 
-    /// Sessions open in this process.
+    /// Returns the number of open sessions in this process.
     pub(super) fn sessions(&self) -> u32 {
         self.context.sessions.load(Ordering::Relaxed)
     }
 
-    /// What moves the bytes, and why that engine.
+    /// Returns the name of the engine and the reason for the choice.
     pub(super) fn engine(&self) -> (&'static str, &str) {
         (self.engine.0.name(), &self.engine.1)
     }
 
-    /// Gives every worker the command that `command` makes.
+    /// Sends a command to every worker.
     pub(super) fn send_all(&self, command: impl Fn() -> WorkerCommand) {
         for worker in &self.workers {
             worker.mailbox.send(command());
         }
     }
 
-    /// Writes the access log elsewhere.
+    /// Changes the target of the access log.
     ///
     /// # Errors
-    /// The file cannot be opened; the log goes where it went.
+    /// The file cannot be opened. The target stays the same.
     pub(super) fn set_access_log(&mut self, target: &AccessLogTarget) -> std::io::Result<()> {
         match &mut self.access_log {
             Some(access_log) => access_log.set_target(access_log_destination(target)),
@@ -129,23 +128,22 @@ impl WorkerSet {
         }
     }
 
-    /// Resolves when the workers need a look: one has exited, or it is time.
+    /// Resolves when a worker has exited or [`WorkerSet::check`] is due.
     pub(super) async fn wake(&mut self) {
-        let due = self.watchdog.next_look();
+        let due = self.watchdog.next_check();
         tokio::select! {
             () = self.context.ended.notified() => {}
             () = tokio::time::sleep_until(due.into()) => {}
         }
     }
 
-    /// Looks after the workers' loops, where it is time to; gives the first one that is
-    /// stalled.
+    /// Runs the watchdog if it is due. Returns the first stalled worker.
     pub(super) fn check(&mut self) -> Option<usize> {
         let now = clock::now();
-        if now >= self.watchdog.next_look() {
+        if now >= self.watchdog.next_check() {
             let wake = |worker: usize| self.workers[worker].wake();
             let facts = watchdog::thread_facts;
-            for finding in self.watchdog.look(now, &self.counters, wake, facts) {
+            for finding in self.watchdog.check(now, &self.counters, wake, facts) {
                 self.log(&finding);
             }
         }
@@ -166,13 +164,13 @@ impl WorkerSet {
         }
     }
 
-    /// How long the worst of them has been stalled.
+    /// Returns the longest current stall.
     pub(super) fn longest_stall(&self) -> Option<Duration> {
         watchdog::longest_stall(&self.counters)
     }
 
-    /// Whether a worker has exited for good; the access log is closed then, since the
-    /// process ends.
+    /// Returns whether a worker has exited without a restart. In that case the process
+    /// ends, so the access log is closed.
     pub(super) fn has_exited(&mut self) -> bool {
         let exited = self.workers.iter().any(Worker::is_finished);
         if exited && let Some(access_log) = self.access_log.take() {
@@ -181,7 +179,7 @@ impl WorkerSet {
         exited
     }
 
-    /// Has something go wrong; for tests. False where there is no such thing.
+    /// Injects a fault, for tests. Returns false if the place or the worker is unknown.
     #[cfg(debug_assertions)]
     pub(super) fn order_fault(&self, place: &str, worker: usize, millis: u64) -> bool {
         let command = match place {
@@ -232,7 +230,7 @@ fn stop_and_join(workers: Vec<Worker>) {
     }
 }
 
-/// The access log's target in its own terms.
+/// Converts the target of the configuration to that of the access log.
 pub(super) fn access_log_destination(target: &AccessLogTarget) -> AccessLogDestination {
     match target {
         AccessLogTarget::Off => AccessLogDestination::Off,

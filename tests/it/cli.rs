@@ -204,7 +204,7 @@ fn check_rejects_what_run_rejects() {
     std::fs::write(&file, source.render("unix:/tmp/tg-none.sock", "off")).unwrap();
     let output = tidegate(&["check", &file.to_string_lossy()]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    assert!(stderr(&output).contains("no connection can start at source 203.0.113.7"));
+    assert!(stderr(&output).contains("cannot connect from source 203.0.113.7"));
     // A valid file gives no output on standard error.
     let file = path.join("good.toml");
     std::fs::write(&file, conf().render("unix:/tmp/tg-none.sock", "off")).unwrap();

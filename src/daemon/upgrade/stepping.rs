@@ -129,13 +129,13 @@ impl Control {
         self.upgrades.new_process = None;
         self.upgrades.counts.done = self.upgrades.counts.done.saturating_sub(1);
         self.upgrades.counts.failed += 1;
-        self.binds.go_on(&stepping.not_taken, self.workers.list());
+        self.binds.resume(&stepping.not_taken, self.workers.list());
         if stepping.admin_taken {
             let readiness = self.lifecycle.readiness().clone();
             let counters = Arc::clone(self.telemetry.local());
             self.admin.serve_again(&self.reloads.started_with().admin, readiness, counters);
         }
-        if let Err(error) = self.evidence.heartbeats.go_on(self.reloads.config()) {
+        if let Err(error) = self.evidence.heartbeats.resume(self.reloads.config()) {
             tracing::error!(error, "cannot receive heartbeats again");
         }
         self.lifecycle.serve_again();
