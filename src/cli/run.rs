@@ -113,15 +113,15 @@ fn supervised_surroundings(
     link: &Arc<Link>,
     supervised: Supervised,
 ) -> Result<ProcessEnvironment, Failure> {
-    let predecessor = OldProcess::connect()?;
+    let old_process = OldProcess::connect()?;
     let notifier = Notifier::to_supervisor(Arc::clone(link));
-    let place = predecessor.as_ref().and_then(OldProcess::admin_listen);
+    let place = old_process.as_ref().and_then(OldProcess::admin_listen);
     // Before there are threads. The process before was confined by itself alone.
-    let upgrade = predecessor.is_some() || supervised.takes_over();
+    let upgrade = old_process.is_some() || supervised.takes_over();
     let before = Before { inherited: &[], admin: place, upgrade, instead: supervised.instead() };
     let confined = daemon::confine(&args.config, None, before)?;
     Ok(ProcessEnvironment {
-        predecessor,
+        old_process,
         supervised,
         notifier,
         confined,
@@ -132,23 +132,23 @@ fn supervised_surroundings(
 fn single_surroundings(args: &RunArgs) -> Result<ProcessEnvironment, Failure> {
     let passed = daemon::passed()?;
     let activated = (!passed.is_empty()).then(|| PassedSockets::of(passed)).transpose()?;
-    let predecessor = OldProcess::connect()?;
+    let old_process = OldProcess::connect()?;
     let program = Program::of_this_process(single_arguments(args))
         .inspect_err(|error| eprintln!("tidegate: upgrades in place are not available: {error}"))
         .ok();
     let notifier = Notifier::from_environment();
     let pid_file = args.pid_file.clone();
     let before = Before {
-        inherited: predecessor.as_ref().map_or(&[][..], OldProcess::confined),
-        admin: predecessor.as_ref().and_then(OldProcess::admin_listen),
-        upgrade: predecessor.is_some(),
+        inherited: old_process.as_ref().map_or(&[][..], OldProcess::confined),
+        admin: old_process.as_ref().and_then(OldProcess::admin_listen),
+        upgrade: old_process.is_some(),
         instead: None,
     };
     // Before there are threads, and before anything else is opened.
     let confined = daemon::confine(&args.config, pid_file.as_deref(), before)?;
     let supervised = Supervised::default();
     Ok(ProcessEnvironment {
-        predecessor,
+        old_process,
         activated,
         supervised,
         program,

@@ -75,8 +75,8 @@ impl AdminApi {
 
     /// Returns the socket and what a new process needs to use it.
     fn offer(&self) -> io::Result<(OfferedAdmin, OwnedFd)> {
-        let gone = || io::Error::other("the admin socket is in use by another process");
-        let socket = self.socket.as_ref().ok_or_else(gone)?.try_clone()?;
+        let in_use = || io::Error::other("the admin socket is in use by another process");
+        let socket = self.socket.as_ref().ok_or_else(in_use)?.try_clone()?;
         let offered = OfferedAdmin { listen: self.listen.clone(), file: self.file.identity() };
         Ok((offered, socket))
     }

@@ -207,10 +207,10 @@ impl Binds {
             group.listen(&key, workers);
             self.active.insert(key, group);
         }
-        let mut gone: BTreeSet<BindKey> = self.active.keys().cloned().collect();
+        let mut removed: BTreeSet<BindKey> = self.active.keys().cloned().collect();
         for frontend in &config.frontends {
             for Bind { key, .. } in &frontend.binds {
-                gone.remove(key);
+                removed.remove(key);
                 for socket in self.active.get(key).into_iter().flat_map(|g| &g.sockets) {
                     if let Err(error) =
                         listen::tune(socket, frontend.keepalive, frontend.user_timeout)
@@ -220,7 +220,7 @@ impl Binds {
                 }
             }
         }
-        for key in gone {
+        for key in removed {
             self.retire(key, workers, supervised);
         }
     }

@@ -102,7 +102,7 @@ pub struct Options {
 #[derive(Debug, Default)]
 pub struct ProcessEnvironment {
     /// The old process of an upgrade.
-    pub predecessor: Option<OldProcess>,
+    pub old_process: Option<OldProcess>,
     /// Sockets passed by a service manager.
     pub activated: Option<PassedSockets>,
     /// The connection to the supervisor.
@@ -172,9 +172,9 @@ pub fn start(options: Options) -> Result<RunningBalancer, Failure> {
 /// serve.
 pub fn start_within(
     options: Options,
-    surroundings: ProcessEnvironment,
+    environment: ProcessEnvironment,
 ) -> Result<RunningBalancer, Failure> {
-    start::start(options, surroundings)
+    start::start(options, environment)
 }
 
 // === impl RunningBalancer ===

@@ -73,16 +73,16 @@ pub(super) enum DrainProgress {
 // === impl Lifecycle ===
 
 impl Lifecycle {
-    /// Takes the notifier, the sandbox and the pid file from `surroundings`.
-    pub(super) fn new(signals: Signals, surroundings: &mut ProcessEnvironment) -> Lifecycle {
+    /// Takes the notifier, the sandbox and the pid file from `environment`.
+    pub(super) fn new(signals: Signals, environment: &mut ProcessEnvironment) -> Lifecycle {
         Lifecycle {
             signals,
             readiness: ReadyState::new(),
-            notifier: std::mem::take(&mut surroundings.notifier),
-            confined: std::mem::take(&mut surroundings.confined),
+            notifier: std::mem::take(&mut environment.notifier),
+            confined: std::mem::take(&mut environment.confined),
             leaving: None,
             draining: None,
-            pid_file: surroundings.pid_file.take().map(|path| PidFile::at(path, false)),
+            pid_file: environment.pid_file.take().map(|path| PidFile::at(path, false)),
             pid_file_due: None,
         }
     }

@@ -45,14 +45,14 @@ impl Listeners {
         config: &Config,
         origin: &Origin,
         workers: usize,
-        surroundings: &mut ProcessEnvironment,
+        environment: &mut ProcessEnvironment,
         mut kept: KeptState,
     ) -> Result<Listeners, Failure> {
-        let mut given = match &mut surroundings.predecessor {
+        let mut given = match &mut environment.old_process {
             Some(before) => before.take_sockets(),
             None => std::mem::take(&mut kept.given),
         };
-        let admin = take_admin(&mut given, config, surroundings, kept.activated)?;
+        let admin = take_admin(&mut given, config, environment, kept.activated)?;
         let admin_taken = admin.is_ok();
         let admin = admin.or_else(|settled| {
             admin::bind(&settled).map_err(|error| {
@@ -61,10 +61,10 @@ impl Listeners {
         })?;
         let mut binds = Binds::new(workers);
         binds.inherit(given.binds);
-        let known = &surroundings.confined.in_the_way;
+        let known = &environment.confined.in_the_way;
         let at =
             |refused: BindError| Failure::At(Box::new(refused.with(known).problem(config, origin)));
-        let before = surroundings.predecessor.as_ref();
+        let before = environment.old_process.as_ref();
         let mut fresh = reserve(&mut binds, config, before).map_err(at)?;
         if before.is_none() {
             fresh.start().map_err(at)?;
@@ -86,27 +86,27 @@ impl Listeners {
 fn take_admin(
     given: &mut GivenSockets,
     config: &Config,
-    surroundings: &mut ProcessEnvironment,
+    environment: &mut ProcessEnvironment,
     kept: Option<PassedSockets>,
 ) -> Result<Result<AdminListener, Admin>, Failure> {
-    let upgrade = surroundings.predecessor.is_some();
-    let passed = surroundings.activated.take().or(kept).filter(|_| !upgrade);
+    let upgrade = environment.old_process.is_some();
+    let passed = environment.activated.take().or(kept).filter(|_| !upgrade);
     if let Some(mut passed) = passed {
         let admin = passed.take_admin(config);
         given.binds = passed.take_sockets(config)?;
         return match admin {
             Some(admin) => Ok(Ok(admin)),
-            None => Ok(Err(admin_settled(config, surroundings)?)),
+            None => Ok(Err(admin_settled(config, environment)?)),
         };
     }
-    let settled = admin_settled(config, surroundings)?;
+    let settled = admin_settled(config, environment)?;
     Ok(given.take_admin(&settled).ok_or(settled))
 }
 
 /// Returns where the admin API listens. Logs an unusual address.
-fn admin_settled(config: &Config, surroundings: &mut ProcessEnvironment) -> Result<Admin, Failure> {
-    let before = surroundings.predecessor.as_ref().and_then(OldProcess::admin_listen);
-    let place = match surroundings.confined.admin.take() {
+fn admin_settled(config: &Config, environment: &mut ProcessEnvironment) -> Result<Admin, Failure> {
+    let before = environment.old_process.as_ref().and_then(OldProcess::admin_listen);
+    let place = match environment.confined.admin.take() {
         Some(place) => place,
         None => admin_place::settle(&config.admin, before)?,
     };

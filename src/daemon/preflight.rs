@@ -155,9 +155,9 @@ fn binds(config: &Config, origin: &Origin, found: &mut Vec<Problem>) {
         for Bind { key, options } in &frontend.binds {
             let address = key.socket_addr();
             let Err(error) = listen::taken(address, options.freebind) else { continue };
-            let gone =
+            let missing =
                 matches!(error.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT));
-            if gone && options.if_ipv6 {
+            if missing && options.if_ipv6 {
                 continue;
             }
             let privileged = error.kind() == ErrorKind::PermissionDenied;
@@ -167,7 +167,7 @@ fn binds(config: &Config, origin: &Origin, found: &mut Vec<Problem>) {
             }
             let mut problem = refused.problem(config, origin);
             // The start may succeed as another user or later.
-            if !gone && (privileged || refused.other.is_some()) {
+            if !missing && (privileged || refused.other.is_some()) {
                 problem.severity = tidegate_config::Severity::Warning;
             }
             found.push(problem);

@@ -274,7 +274,7 @@ impl Control {
     }
 
     /// Waits until retired addresses that `config` uses again are closed. Until then
-    /// their old sockets reject new clients.
+    /// the kernel drops connections of new clients there.
     async fn wait_for_addresses(&mut self, config: &Config) {
         let mut left = ADDRESS_WAIT_MAX;
         while self.binds.is_retiring(config) && !left.is_zero() {

@@ -197,13 +197,13 @@ impl Control {
     fn start_collecting(&mut self) -> Collecting {
         let seen = self.controller.backends_seen();
         self.telemetry.rendering.collected = seen;
-        let ask = |mailbox: &Arc<Mailbox>| {
+        let request = |mailbox: &Arc<Mailbox>| {
             let (reply, answer) = oneshot::channel();
             mailbox.send(WorkerCommand::Collect(reply));
             (Arc::clone(mailbox), answer)
         };
         Collecting {
-            replies: self.workers.list().iter().map(|worker| ask(&worker.mailbox)).collect(),
+            replies: self.workers.list().iter().map(|worker| request(&worker.mailbox)).collect(),
             latency: self.telemetry.latency.clone(),
             known: self.controller.all_known().collect(),
             seen,

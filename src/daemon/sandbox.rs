@@ -1,33 +1,33 @@
-//! Giving up what a balancer does not need: its user, capabilities, files, system
-//! calls.
+//! Drops the rights that a balancer does not need: user, capabilities, access to files,
+//! system calls.
 //!
-//! Called once by `cli::run`, as the first thing after the command line is read
-//! and what was handed to this process is taken, while there is one thread: every
-//! later one inherits its state. It opens nothing but the configuration.
+//! Called once by `cli::run`, after the command line is parsed and passed sockets are
+//! taken. The process must have a single thread then, because later threads inherit the
+//! rights of the first. It opens only the configuration.
 //!
-//! # The order, and why
+//! # Order
 //!
-//! Everything is given up *before* anything is opened, not after: what a process
-//! opens at its start it must be able to open again at a reload, and the process
-//! an upgrade starts must be able to as well, for it inherits all of this. A key
-//! file that only root may read is then an error at the start, and not at the
-//! first reload at night. Low ports are bound by the one capability that is kept.
+//! Rights are dropped *before* any other file or socket is opened. A reload opens the
+//! same files again, and so does the new process of an upgrade, which inherits the
+//! sandbox. A key file that only root can read is therefore an error at the start, not at
+//! the first reload. The capability to bind low ports is kept.
 //!
-//! 1. the directory of the admin socket and that of `state` are made, and given to `user`;
-//! 2. capabilities leave the bounding set, then groups, group and user change
-//!    ([`UserIdentity::assume`](tidegate_net::privileges::UserIdentity::assume)), then what is kept becomes effective and ambient;
-//! 3. `no_new_privs`, which the next two need;
-//! 4. landlock, then the seccomp filter.
+//! 1. Create the directories of the admin socket and of `state`, owned by `user`.
+//! 2. Remove capabilities from the bounding set, change groups, group and user
+//!    ([`UserIdentity::assume`](tidegate_net::privileges::UserIdentity::assume)), and
+//!    make the remaining capabilities effective and ambient.
+//! 3. Set `no_new_privs`, which steps 4 and 5 need.
+//! 4. Apply landlock.
+//! 5. Apply the seccomp filter.
 //!
-//! # What an upgrade inherits
+//! # Upgrades
 //!
-//! Under the supervisor nothing: it gives up no rights, starts the next process, and
-//! that one builds all of this for itself.
-//!
-//! Without a supervisor (`run --single`) all of it: landlock and seccomp cannot be
-//! loosened, and must not be stacked with each upgrade, for the kernel allows 16 layers.
-//! So the old process says in its offer what is in force, and the new one adds nothing
-//! to that.
+//! - With a supervisor, the new process inherits nothing: the supervisor drops no rights
+//!   and starts the new process, which builds its own sandbox.
+//! - Without a supervisor (`run --single`), the new process inherits everything. Landlock
+//!   and seccomp cannot be relaxed, and the kernel allows only 16 landlock layers. The
+//!   old process lists its layers in the handover, and the new process does not apply
+//!   them again.
 
 use super::admin_place::Place;
 use super::preflight::directory_of;
@@ -45,20 +45,20 @@ use tidegate_net::holders::Holder;
 use tidegate_net::privileges::{self, CapabilitySet, UserIdentity};
 use tidegate_net::sandbox::{self, Paths};
 
-/// What this process has given up, and by which settings.
+/// The sandbox of this process and the settings it was built from.
 #[derive(Debug)]
 pub struct AppliedSandbox {
-    /// As status tells it.
+    /// The layers, for status.
     pub(super) report: SandboxReport,
-    /// The settings it was confined by; `None` inside another program.
-    asked: Option<SandboxSettings>,
+    /// The settings it was built from; `None` inside another program.
+    settings: Option<SandboxSettings>,
     /// Where the admin API listens.
     pub(super) admin: Option<Place>,
-    /// Processes that listen where this one is to.
+    /// Processes that listen on ports of the configuration.
     pub(super) in_the_way: Vec<(u64, Holder)>,
 }
 
-/// The keys of `[process]` that are obeyed here.
+/// The keys of `[process]` that this module uses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct SandboxSettings {
     user: Option<String>,
@@ -67,67 +67,65 @@ struct SandboxSettings {
     state: Option<PathBuf>,
 }
 
-/// Directories every program may need: to load libraries, to ask the user
-/// database, to start the next program.
+/// Directories with programs and libraries, and for starting the new process of an
+/// upgrade.
 const SYSTEM_RUN: [&str; 9] =
     ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/opt", "/nix/store", "/gnu/store"];
 
-/// Settings of the system and what the kernel says.
+/// System configuration and kernel files.
 const SYSTEM_READ: [&str; 5] = ["/etc", "/proc", "/sys", "/dev/null", "/dev/urandom"];
 
-/// With `sandbox = "auto"`: a later configuration may name a key or a list that lies
-/// anywhere, and no running process can be let in there afterwards. Who may read
-/// what is left to the owners and modes of files.
+/// Readable with `sandbox = "auto"`. A later configuration can name a key or a list in
+/// any directory, and landlock cannot be relaxed for it. Owners and modes of files
+/// still apply.
 const ANYWHERE: &str = "/";
 
-/// With `sandbox = "auto"`: where a later configuration is most likely to write.
+/// Writable with `sandbox = "auto"`: a later configuration most likely writes here.
 const LOGS: &str = "/var/log";
 
-/// What the one user beside root needs: to bind low ports, now and at a reload.
+/// Capabilities of a process with `[process] user`: bind low ports, also at a reload.
 const FOR_A_USER: CapabilitySet = CapabilitySet::NET_BIND_SERVICE;
 
-/// What a root that stays root keeps beside that: files of whatever owner, pipes
-/// and locked memory beyond what one user gets. All else is given up: no other
-/// identity, no devices, no modules, no other process's memory.
+/// Additional capabilities of a process that runs as root: access to files of any owner,
+/// and pipes and locked memory above the limits of a user. All other capabilities are
+/// dropped, such as those to change the user, use devices, load modules or read the
+/// memory of other processes.
 const FOR_ROOT: CapabilitySet =
     CapabilitySet::DAC_OVERRIDE.union(CapabilitySet::SYS_RESOURCE).union(CapabilitySet::IPC_LOCK);
 
-/// For a receive buffer that a flood of heartbeats fits in (socket(7),
-/// SO_RCVBUFFORCE).
+/// Capability for a large receive buffer for heartbeats (socket(7), SO_RCVBUFFORCE).
 const FOR_HEARTBEATS: CapabilitySet = CapabilitySet::NET_ADMIN;
 
 impl Default for AppliedSandbox {
-    /// Inside another program, which is to confine itself.
+    /// Returns the state inside another program, which is responsible for its own sandbox.
     fn default() -> AppliedSandbox {
         AppliedSandbox {
             report: SandboxReport::none("not applied: the balancer is embedded in another program"),
-            asked: None,
+            settings: None,
             admin: None,
             in_the_way: Vec::new(),
         }
     }
 }
 
-/// What the process before says of confinement.
+/// What this process inherits from the old process.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Before<'a> {
-    /// The layers that stand already.
+    /// Sandbox layers that are already applied.
     pub inherited: &'a [String],
-    /// Where its admin API listens.
+    /// Where the admin API of the old process listens.
     pub admin: Option<&'a str>,
-    /// There is one, and this one takes its addresses over.
+    /// This process takes over the addresses of another process.
     pub upgrade: bool,
-    /// What this process starts with in the place of its files.
+    /// Texts to use instead of the files.
     pub instead: Option<&'a Texts>,
 }
 
-/// Confines this process by the settings in the file at `path`.
-///
-/// `before` is what this process has from the one before it.
+/// Applies the sandbox settings of the file at `path` to this process.
 ///
 /// # Errors
-/// The configuration is bad; the user cannot be assumed; or `sandbox = "on"` and
-/// something of it cannot be had. The process is to end then.
+/// The configuration is invalid; the process cannot switch to the user; or
+/// `sandbox = "on"` and a layer is not available. The caller must exit.
 pub fn confine(
     path: &Path,
     pid_file: Option<&Path>,
@@ -136,7 +134,7 @@ pub fn confine(
     let Before { inherited, admin: place_before, upgrade, instead } = before;
     let (mut config, origin) = outline(path, instead)?;
     let process = &config.process;
-    let asked = SandboxSettings {
+    let settings = SandboxSettings {
         user: process.user.clone(),
         group: process.group.clone(),
         sandbox: process.sandbox,
@@ -148,7 +146,7 @@ pub fn confine(
         ));
     }
     let mut report = SandboxReport::none("sandbox = \"off\"");
-    // An upgrade takes the addresses from the process before.
+    // In an upgrade, the old process holds the addresses.
     let in_the_way = if !upgrade { holders_in_the_way(&config) } else { Vec::new() };
     let identity = preflight::identity(&config, &origin)
         .map_err(|problem| Failure::Config(Problems::from(*problem)))?;
@@ -160,7 +158,7 @@ pub fn confine(
         become_user(identity, for_a_user(&config))?;
     }
     if process.sandbox != Sandbox::Off {
-        // Without success nothing is held that was not held before: told below.
+        // A failure changes nothing. `report_privileges` reports the capabilities.
         let _ = privileges::reduce(kept(&config));
     }
     report_privileges(&mut report, kept(&config));
@@ -170,10 +168,11 @@ pub fn confine(
     if process.sandbox == Sandbox::On {
         require_all(&report)?;
     }
-    Ok(AppliedSandbox { report, asked: Some(asked), admin: Some(admin), in_the_way })
+    Ok(AppliedSandbox { report, settings: Some(settings), admin: Some(admin), in_the_way })
 }
 
-/// Only what is needed to become the user that is to read the rest.
+/// Reads the configuration without the files that it names: the user to switch to reads
+/// those later.
 fn outline(path: &Path, instead: Option<&Texts>) -> Result<(Config, Origin), Failure> {
     let outline = instead.map_or_else(|| config::outline(path), config::outline_kept);
     outline.map_err(|_| {
@@ -183,7 +182,7 @@ fn outline(path: &Path, instead: Option<&Texts>) -> Result<(Config, Origin), Fai
     })
 }
 
-/// Makes the state directory if it is missing.
+/// Creates the state directory if it is missing.
 fn prepare_state(
     config: &Config,
     origin: &Origin,
@@ -202,9 +201,9 @@ fn changed_during_start() -> String {
 
 fn become_user(identity: &UserIdentity, keep: CapabilitySet) -> Result<(), Failure> {
     let refused = |what: &str, error: &dyn std::fmt::Display| {
-        let (user, us) = (&identity.name, privileges::whoami());
+        let (user, current) = (&identity.name, privileges::whoami());
         Failure::Runtime(format!(
-            "[process] user: {us} cannot switch to {user}: cannot {what}: {error}"
+            "[process] user: {current} cannot switch to {user}: cannot {what}: {error}"
         ))
     };
     if !identity.is_ours() {
@@ -213,8 +212,8 @@ fn become_user(identity: &UserIdentity, keep: CapabilitySet) -> Result<(), Failu
     privileges::hide_memory().map_err(|error| refused("protect its memory", &error))
 }
 
-/// Where the admin API listens. A process that becomes another user has its
-/// directory made here, because it could not make it afterwards.
+/// Returns where the admin API listens. Creates its directory before the switch to
+/// another user, because that user has no right to create it.
 fn admin_place(
     config: &Config,
     identity: Option<&UserIdentity>,
@@ -227,8 +226,8 @@ fn admin_place(
     Ok(Place { listen: config.admin.listen.clone(), reason: None })
 }
 
-/// Makes the directory of the admin socket if it is missing, for the user that binds
-/// the socket in it.
+/// Creates the directory of the admin socket if it is missing, owned by the user that
+/// binds the socket.
 fn prepare_directory(config: &Config, identity: Option<&UserIdentity>) -> Result<(), Failure> {
     let AdminListen::Unix(socket) = &config.admin.listen else { return Ok(()) };
     let directory = directory_of(socket);
@@ -244,7 +243,7 @@ fn prepare_directory(config: &Config, identity: Option<&UserIdentity>) -> Result
     })
 }
 
-/// Makes a directory for the user that this process becomes.
+/// Creates a directory, owned by the user that this process switches to.
 pub(super) fn make_directory(
     directory: &Path,
     builder: &DirBuilder,
@@ -256,7 +255,7 @@ pub(super) fn make_directory(
     std::os::unix::fs::chown(directory, Some(user), Some(group))
 }
 
-/// What this process may keep, being who it is by now.
+/// Returns the capabilities to keep for the current user.
 fn kept(config: &Config) -> CapabilitySet {
     let more = if privileges::is_root() { FOR_ROOT } else { CapabilitySet::empty() };
     for_a_user(config) | more
@@ -270,11 +269,11 @@ fn for_a_user(config: &Config) -> CapabilitySet {
 }
 
 fn report_privileges(report: &mut SandboxReport, most: CapabilitySet) {
-    let who = privileges::whoami();
+    let user = privileges::whoami();
     let root = privileges::is_root();
     report.set(
         "user",
-        if root { Err(format!("running as {who}; set [process] user")) } else { Ok(who) },
+        if root { Err(format!("running as {user}; set [process] user")) } else { Ok(user) },
     );
     let state = match privileges::held() {
         Ok(held) if most.contains(held) => Ok(privileges::names(held)),
@@ -290,19 +289,19 @@ fn report_privileges(report: &mut SandboxReport, most: CapabilitySet) {
     }
 }
 
-/// Where files are to be written elsewhere than those at the start were.
+/// Hint for a path that the sandbox rejects.
 const HINT: &str = "(the sandbox allows writing only to /var/log and the directories named in the \
                     configuration at start; restart to add others)";
 
-/// With `sandbox = "on"`.
+/// The same hint for `sandbox = "on"`.
 const HINT_STRICT: &str = "(the sandbox allows access only to the directories named in the \
                            configuration at start and to the directory of the program; \
                            restart to add others)";
 
-/// More names than that tell nobody anything.
+/// Largest number of excess capabilities that are listed by name.
 const MANY: u32 = 8;
 
-/// `no_new_privs`, landlock and seccomp; what was `inherited` stands already.
+/// Sets `no_new_privs` and applies landlock and seccomp, except for `inherited` layers.
 fn apply_sandbox(report: &mut SandboxReport, paths: &Paths, inherited: &[String]) {
     let before = "inherited from the old process";
     let have = |layer: &str| inherited.iter().any(|one| one == layer);
@@ -326,7 +325,7 @@ fn apply_sandbox(report: &mut SandboxReport, paths: &Paths, inherited: &[String]
     report.set("seccomp", seccomp);
 }
 
-/// `sandbox = "on"`: all of it, or nothing.
+/// Checks that all layers are in force, for `sandbox = "on"`.
 fn require_all(report: &SandboxReport) -> Result<(), Failure> {
     let missing: Vec<String> = report
         .layers()
@@ -342,8 +341,9 @@ fn require_all(report: &SandboxReport) -> Result<(), Failure> {
     Err(Failure::Runtime(why))
 }
 
-/// What stays open: what this configuration names, and what every program needs.
-/// Always whole directories: files are replaced by renaming.
+/// Returns the paths that stay accessible: those that this configuration names, and those
+/// that every program needs. Always whole directories, because files are replaced by
+/// renaming.
 fn paths(config_path: &Path, pid_file: Option<&Path>, config: &Config) -> Paths {
     let mut paths = Paths {
         run: SYSTEM_RUN.map(PathBuf::from).to_vec(),
@@ -354,14 +354,15 @@ fn paths(config_path: &Path, pid_file: Option<&Path>, config: &Config) -> Paths 
         paths.read.push(PathBuf::from(ANYWHERE));
         paths.write.push(PathBuf::from(LOGS));
     }
-    // Where the next program is looked for; releases lie beside each other.
+    // An upgrade starts the new binary from here. Each release is often in its own
+    // directory, so the parent directory is included.
     for program in [std::env::current_exe().ok(), std::env::args_os().next().map(PathBuf::from)] {
         let Some(program) = program.filter(|program| program.components().count() > 1) else {
             continue;
         };
         let directory = directory_of(&program);
-        let beside = directory.parent().map(Path::to_owned);
-        paths.run.extend(beside.filter(|beside| beside.parent().is_some()));
+        let parent = directory.parent().map(Path::to_owned);
+        paths.run.extend(parent.filter(|parent| parent.parent().is_some()));
         paths.run.push(directory);
     }
     let named = config.heartbeat.iter().flat_map(|it| &it.keys).map(|key| &key.file);
@@ -386,7 +387,7 @@ fn paths(config_path: &Path, pid_file: Option<&Path>, config: &Config) -> Paths 
     paths
 }
 
-/// Where a file lies, by its name and, where it is a link, by what that names.
+/// Returns the directory of a file and, if it is a link, the directory of its target.
 fn directories_of(file: &Path) -> Vec<PathBuf> {
     let real = std::fs::canonicalize(file).ok();
     [Some(file.to_owned()), real].into_iter().flatten().map(|path| directory_of(&path)).collect()
@@ -395,48 +396,46 @@ fn directories_of(file: &Path) -> Vec<PathBuf> {
 // === impl AppliedSandbox ===
 
 impl AppliedSandbox {
-    /// Refuses a configuration with other settings than those obeyed: it was
-    /// written while the process started.
+    /// Rejects a configuration with other sandbox settings: the file was changed during
+    /// the start.
     pub(super) fn check(&self, config: &Config) -> Result<(), Failure> {
         let model::ProcessConfig { user, group, sandbox, state, .. } = config.process.clone();
         let now = SandboxSettings { user, group, sandbox, state };
-        match &self.asked {
-            Some(asked) if *asked != now => Err(Failure::Runtime(changed_during_start())),
+        match &self.settings {
+            Some(settings) if *settings != now => Err(Failure::Runtime(changed_during_start())),
             _ => Ok(()),
         }
     }
 
-    /// `why`, with a word on what may be behind it where it is a refusal of the
-    /// kernel's that this process has brought upon itself.
+    /// Adds a hint to `why` if the error may be caused by the sandbox.
     pub(super) fn explain(&self, why: String) -> String {
-        let hint = match &self.asked {
+        let hint = match &self.settings {
             Some(SandboxSettings { sandbox: Sandbox::On, .. }) => HINT_STRICT,
             _ => HINT,
         };
-        let refused = why.contains("ermission denied");
-        if !refused || !self.report.holds("landlock") || why.contains(hint) {
+        let denied = why.contains("ermission denied");
+        if !denied || !self.report.holds("landlock") || why.contains(hint) {
             return why;
         }
         format!("{why} {hint}")
     }
 
-    /// What every process this one starts is within.
+    /// Returns the layers that every child process inherits.
     pub(super) fn inherited(&self) -> Vec<String> {
-        let walls = ["landlock", "seccomp"].into_iter();
-        walls.filter(|layer| self.report.holds(layer)).map(str::to_owned).collect()
+        let layers = ["landlock", "seccomp"].into_iter();
+        layers.filter(|layer| self.report.holds(layer)).map(str::to_owned).collect()
     }
 
-    /// Says in one line what is in force; a warning where that is less than was
-    /// asked for.
+    /// Logs the layers in force. Logs a warning if a configured layer is missing.
     pub(super) fn log_summary(&self) {
         let layers = self.report.line();
-        let short = self.report.layers().iter().any(|one| !one.in_force && one.layer != "user");
-        match &self.asked {
+        let partial = self.report.layers().iter().any(|one| !one.in_force && one.layer != "user");
+        match &self.settings {
             None => {}
             Some(SandboxSettings { sandbox: Sandbox::Off, .. }) => {
                 tracing::info!(layers, "sandbox is off");
             }
-            Some(_) if short => tracing::warn!(layers, "sandbox only partially applied"),
+            Some(_) if partial => tracing::warn!(layers, "sandbox only partially applied"),
             Some(_) => tracing::info!(layers, "sandbox applied"),
         }
     }

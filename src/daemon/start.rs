@@ -46,14 +46,14 @@ use tokio::sync::mpsc;
 
 pub(super) fn start(
     options: Options,
-    surroundings: ProcessEnvironment,
+    environment: ProcessEnvironment,
 ) -> Result<RunningBalancer, Failure> {
     let (requests, inbox) = mpsc::channel(admin::REQUESTS_MAX);
     let (ready, started) = std::sync::mpsc::sync_channel(1);
     let to_control = requests.clone();
     let thread = std::thread::Builder::new()
         .name("control".to_owned())
-        .spawn(move || control_thread(&options, surroundings, to_control, inbox, &ready))
+        .spawn(move || control_thread(&options, environment, to_control, inbox, &ready))
         .map_err(|error| Failure::Runtime(format!("cannot start a thread: {error}")))?;
     match started.recv() {
         Ok(Ok(())) => Ok(RunningBalancer { requests, thread }),
@@ -67,7 +67,7 @@ pub(super) fn start(
 
 fn control_thread(
     options: &Options,
-    surroundings: ProcessEnvironment,
+    environment: ProcessEnvironment,
     requests: mpsc::Sender<AdminRequest>,
     inbox: mpsc::Receiver<AdminRequest>,
     ready: &std::sync::mpsc::SyncSender<Result<(), Failure>>,
@@ -81,7 +81,7 @@ fn control_thread(
         }
     };
     runtime.block_on(async {
-        match bring_up(options, surroundings, requests, inbox).await {
+        match bring_up(options, environment, requests, inbox).await {
             Ok(control) => {
                 let _ = ready.send(Ok(()));
                 // `catch_panic` drops everything that the loop owned.
@@ -102,18 +102,18 @@ fn control_thread(
 /// the control thread.
 async fn bring_up(
     options: &Options,
-    mut surroundings: ProcessEnvironment,
+    mut environment: ProcessEnvironment,
     requests: mpsc::Sender<AdminRequest>,
     inbox: mpsc::Receiver<AdminRequest>,
 ) -> Result<Control, Failure> {
     let PreparedStart { mut control, listeners, origin, known } =
-        prepare(options, &mut surroundings, inbox)?;
+        prepare(options, &mut environment, inbox)?;
     control.configure(known.as_ref());
-    if surroundings.predecessor.is_none() {
+    if environment.old_process.is_none() {
         control.restore_intents();
     }
     control.lifecycle.unblock_signals();
-    match control.open(listeners, requests, &origin, surroundings.predecessor).await {
+    match control.open(listeners, requests, &origin, environment.old_process).await {
         Ok(()) => Ok(control),
         Err(failure) => {
             control.workers.abandon();
@@ -134,21 +134,21 @@ struct PreparedStart {
 
 fn prepare(
     options: &Options,
-    surroundings: &mut ProcessEnvironment,
+    environment: &mut ProcessEnvironment,
     inbox: mpsc::Receiver<AdminRequest>,
 ) -> Result<PreparedStart, Failure> {
     let (Loaded { config, text, digest, origin, .. }, log) =
-        read_configuration(options, surroundings)?;
+        read_configuration(options, environment)?;
     // Before this process reports ready, so that a signal after that is handled.
     let signals = if options.signals { Signals::install()? } else { Signals::default() };
-    let (kept, known) = surroundings.supervised.begin().map_err(Failure::Runtime)?;
+    let (kept, known) = environment.supervised.begin().map_err(Failure::Runtime)?;
     let state = open_state(&config, &origin)?;
-    let resources = Resources::take(&config, &origin, surroundings)?;
-    surroundings.supervised.in_force.started_with(&options.config, text, &config);
-    let mut listeners = Listeners::open(&config, &origin, resources.workers, surroundings, kept)?;
+    let resources = Resources::take(&config, &origin, environment)?;
+    environment.supervised.in_force.started_with(&options.config, text, &config);
+    let mut listeners = Listeners::open(&config, &origin, resources.workers, environment, kept)?;
 
-    let counts = shared_counts(surroundings);
-    let controller = controller(&resources, digest, surroundings, known.as_ref(), &counts);
+    let counts = shared_counts(environment);
+    let controller = controller(&resources, digest, environment, known.as_ref(), &counts);
     let context = process_context(&config, &counts);
     let local = Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
     let heartbeats = std::mem::take(&mut listeners.heartbeats);
@@ -165,25 +165,25 @@ fn prepare(
         reloads: ConfigReloads::new(options.config.clone(), digest, Arc::new(config), descriptors),
         admin: AdminEndpoint::new(token, inbox),
         telemetry: Telemetry::new(log, local),
-        upgrades: Upgrades::new(starter(surroundings), counts),
-        lifecycle: Lifecycle::new(signals, surroundings),
-        supervised: std::mem::take(&mut surroundings.supervised),
+        upgrades: Upgrades::new(starter(environment), counts),
+        lifecycle: Lifecycle::new(signals, environment),
+        supervised: std::mem::take(&mut environment.supervised),
         state,
     };
     Ok(PreparedStart { control, listeners, origin, known })
 }
 
-fn starter(surroundings: &mut ProcessEnvironment) -> Option<Starter> {
-    Starter::of(surroundings.supervised.link(), surroundings.program.take())
+fn starter(environment: &mut ProcessEnvironment) -> Option<Starter> {
+    Starter::of(environment.supervised.link(), environment.program.take())
 }
 
 /// Reads the configuration and starts the log with its settings.
 fn read_configuration(
     options: &Options,
-    surroundings: &mut ProcessEnvironment,
+    environment: &mut ProcessEnvironment,
 ) -> Result<(Loaded, LogHandle), Failure> {
-    let loaded = surroundings.supervised.in_force.load(&options.config)?;
-    surroundings.confined.check(&loaded.config)?;
+    let loaded = environment.supervised.in_force.load(&options.config)?;
+    environment.confined.check(&loaded.config)?;
     let log = match options.logging {
         true => {
             panics::install();
@@ -224,7 +224,7 @@ impl Resources {
     fn take(
         config: &Config,
         origin: &Origin,
-        surroundings: &ProcessEnvironment,
+        environment: &ProcessEnvironment,
     ) -> Result<Resources, Failure> {
         let cpus = cpu::available();
         let workers = config.process.workers.unwrap_or_else(|| auto_workers(cpus.len()));
@@ -233,7 +233,7 @@ impl Resources {
         let (access_log, senders) = AccessLog::start(target, workers)
             .map_err(|error| origin.error(&Spot::AccessLog, access_log_refusal(&error), None))
             .map_err(|problem| Failure::Config(Problems::from(problem)))?;
-        let token = surroundings.supervised.in_force.load_token(config);
+        let token = environment.supervised.in_force.load_token(config);
         let token = token
             .map_err(|why| token_problem(origin, why))
             .map_err(|problem| Failure::Config(Problems::from(*problem)))?;
@@ -267,8 +267,8 @@ impl Resources {
     }
 }
 
-fn shared_counts(surroundings: &mut ProcessEnvironment) -> Arc<SharedCounts> {
-    let before = surroundings.predecessor.as_mut().and_then(OldProcess::take_counts);
+fn shared_counts(environment: &mut ProcessEnvironment) -> Arc<SharedCounts> {
+    let before = environment.old_process.as_mut().and_then(OldProcess::take_counts);
     Arc::new(SharedCounts::new(before))
 }
 
@@ -277,13 +277,13 @@ fn shared_counts(surroundings: &mut ProcessEnvironment) -> Arc<SharedCounts> {
 fn controller(
     resources: &Resources,
     digest: u64,
-    surroundings: &ProcessEnvironment,
+    environment: &ProcessEnvironment,
     known: Option<&KeptSnapshot>,
     counts: &Arc<SharedCounts>,
 ) -> Controller {
     let controller = Controller::new(resources.workers, resources.seed);
     let mut controller = controller.counting(Arc::clone(counts) as _);
-    if let Some(before) = &surroundings.predecessor {
+    if let Some(before) = &environment.old_process {
         let generation = before.generation_of(digest);
         controller.add_carried_counts(generation.saturating_sub(1), before.state().serial);
     } else if let Some(KeptSnapshot { digest: before, state }) = known {
@@ -335,14 +335,14 @@ impl Control {
         mut listeners: Listeners,
         requests: mpsc::Sender<AdminRequest>,
         origin: &Origin,
-        predecessor: Option<OldProcess>,
+        old_process: Option<OldProcess>,
     ) -> Result<(), Failure> {
-        if let Some(before) = &predecessor {
-            self.take_place_of(before, &mut listeners, origin).await?;
+        if let Some(before) = &old_process {
+            self.take_over_from(before, &mut listeners, origin).await?;
         }
         let Listeners { admin, binds, fresh, .. } = listeners;
         let api = self.admin_api(admin, requests)?;
-        if let Some(before) = predecessor {
+        if let Some(before) = old_process {
             // No step can fail after this call: the old process stops accepting.
             let draining = before.serving()?;
             self.follow(draining);
@@ -363,7 +363,7 @@ impl Control {
     }
 
     /// Takes over the state of the old process. After this, both processes can serve.
-    async fn take_place_of(
+    async fn take_over_from(
         &mut self,
         before: &OldProcess,
         listeners: &mut Listeners,

@@ -1,11 +1,13 @@
-//! The directory of `[process] state`: operators' drains and maintenance, for the process
-//! that starts after this one has ended, in whatever way.
+//! The directory of `[process] state`: stores operators' intents (drain, maintenance) for
+//! the next start.
 //!
-//! Made by `start`, owned by the control loop, which gives it the intents whenever they
-//! change. A thread of its own writes the newest of them; intents that a supervisor or
-//! the process before an upgrade passes on are newer than the file and come first. The
-//! file is never the reason for a failed start: one that is damaged, of another user or
-//! of a newer version is set aside.
+//! Opened by `start`, owned by the control loop, which passes it every change of intents.
+//! A separate thread writes the newest intents. An invalid file never prevents a start.
+//!
+//! - Intents from the supervisor or the old process of an upgrade are newer than the file
+//!   and take precedence.
+//! - A file that is damaged, belongs to another user or has another version is renamed
+//!   and not used.
 
 use super::sandbox::make_directory;
 use super::saved_intents::{decode, encode};
@@ -25,14 +27,14 @@ use tokio::sync::oneshot;
 /// The file in the directory.
 const FILE: &str = "intents.json";
 
-/// What a file that is not used is renamed to; one of an earlier start is replaced.
-const SET_ASIDE: &str = "intents.json.rejected";
+/// New name of a file that cannot be used. Replaces such a file of an earlier start.
+const REJECTED: &str = "intents.json.rejected";
 
-/// Longest file that is read: several times what the bounds on backends and on kept
-/// intents allow with usual names.
+/// Size limit of the file: several times the size that the bounds on backends and
+/// removed intents allow with usual names.
 const BYTES_MAX: u64 = 64 << 20;
 
-/// How long the last intents may take to be written at the end.
+/// How long the process waits at its end for the last intents to be written.
 const FLUSH_MAX: Duration = Duration::from_secs(1);
 
 /// See the module's documentation.
@@ -48,22 +50,22 @@ pub(super) struct StateDirectory {
 struct IntentWriter {
     path: PathBuf,
     newest: Arc<Mutex<UnwrittenIntents>>,
-    /// Tells the thread that there is something; dropped to end it.
+    /// Wakes the thread. Dropped to end the thread.
     wake: Option<SyncSender<()>>,
     ended: Receiver<()>,
 }
 
-/// The newest intents, and who waits for them to be on disk.
+/// The newest intents, and the requests that wait until they are on disk.
 #[derive(Debug, Default)]
 struct UnwrittenIntents {
     intents: Option<Saved>,
     waiting: Vec<oneshot::Sender<()>>,
 }
 
-/// Makes the directory, for that user, where only its last part is missing.
+/// Creates the directory for the user, if its parent exists.
 ///
 /// # Errors
-/// It cannot be made, or something else is in its place.
+/// The directory cannot be created, or the path is not a directory.
 pub(super) fn prepare(directory: &Path, identity: Option<&UserIdentity>) -> io::Result<()> {
     match std::fs::metadata(directory) {
         Ok(found) if found.is_dir() => Ok(()),
@@ -73,7 +75,7 @@ pub(super) fn prepare(directory: &Path, identity: Option<&UserIdentity>) -> io::
     }
 }
 
-/// What is said of a directory that cannot be used.
+/// Returns the error message for a directory that cannot be used.
 pub(super) fn refusal(directory: &Path, error: &io::Error) -> String {
     format!("cannot use the state directory {}: {error}", directory.display())
 }
@@ -84,7 +86,7 @@ impl StateDirectory {
     /// Opens `directory` for writing.
     ///
     /// # Errors
-    /// No file can be made in it, or no thread is available.
+    /// No file can be created in it, or the thread cannot be started.
     pub(super) fn open(directory: Option<&Path>) -> io::Result<StateDirectory> {
         let mut state = StateDirectory::default();
         if let Some(directory) = directory {
@@ -98,8 +100,7 @@ impl StateDirectory {
         Ok(state)
     }
 
-    /// What the process before has left. A file that cannot be used is set aside, with a
-    /// line in the log.
+    /// Reads the stored intents. A file that cannot be used is renamed and logged.
     pub(super) fn read(&self) -> Option<Saved> {
         let directory = &self.writer.as_ref()?.path;
         let path = directory.join(FILE);
@@ -111,9 +112,9 @@ impl StateDirectory {
             Ok(saved) => Some(saved),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => {
-                let aside = directory.join(SET_ASIDE);
-                let kept = std::fs::rename(&path, &aside).map(|()| aside);
-                let kept = kept.as_ref().map_or(&path, |aside| aside).display();
+                let rejected = directory.join(REJECTED);
+                let kept = std::fs::rename(&path, &rejected).map(|()| rejected);
+                let kept = kept.as_ref().map_or(&path, |rejected| rejected).display();
                 tracing::error!(
                     path = %path.display(), %error, %kept,
                     "cannot read operator intents; every backend starts undrained"
@@ -123,8 +124,8 @@ impl StateDirectory {
         }
     }
 
-    /// Has `intents` written soon; gives what resolves once they, or newer ones, are on
-    /// disk or could not be written. Nothing where the state is off.
+    /// Schedules a write of `intents`. The receiver resolves when these or newer intents
+    /// are on disk or the write failed. Returns `None` with `state = "off"`.
     pub(super) fn write(&self, intents: impl FnOnce() -> Saved) -> Option<oneshot::Receiver<()>> {
         let writer = self.writer.as_ref()?;
         let (done, written) = oneshot::channel();
@@ -132,12 +133,12 @@ impl StateDirectory {
         newest.intents = Some(intents());
         newest.waiting.push(done);
         drop(newest);
-        // A full queue means that the thread is about to look anyway.
+        // A full queue means that the thread has already been woken.
         let _ = writer.wake.as_ref()?.try_send(());
         Some(written)
     }
 
-    /// Times the intents could not be written.
+    /// Returns the number of failed writes.
     pub(super) fn failures(&self) -> u64 {
         self.failures.load(Ordering::Relaxed)
     }
@@ -155,7 +156,7 @@ impl IntentWriter {
             while woken.recv().is_ok() {
                 write_newest(&directory, &shared, &failures);
             }
-            // The control thread may not wait any more.
+            // Fails if the control thread does not wait any more.
             let _ = end.send(());
         };
         std::thread::Builder::new().name("intents".to_owned()).spawn(run)?;
@@ -176,34 +177,34 @@ fn write_newest(directory: &Path, shared: &Mutex<UnwrittenIntents>, failures: &A
     let UnwrittenIntents { intents, waiting } = std::mem::take(&mut *lock(shared));
     let Some(intents) = intents else { return };
     if let Err(error) = replace(directory, &encode(&intents, clock::wall())) {
-        // The first in a row of failures is logged, every one is counted.
         let path = directory.join(FILE);
         let failed = failures.fetch_add(1, Ordering::Relaxed) + 1;
         tracing::warn!(path = %path.display(), %error, failed, "cannot write operator intents; a restart loses them");
     }
     for one in waiting {
-        // An operator that has left needs no answer.
+        // Fails if the client has closed its connection.
         let _ = one.send(());
     }
 }
 
 fn lock(newest: &Mutex<UnwrittenIntents>) -> MutexGuard<'_, UnwrittenIntents> {
-    // Each field is replaced in one step.
+    // Each field is replaced in one step, so the value is valid after a panic.
     newest.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Of this process alone: another one may write at the same time.
+/// Returns a file name for this process only, because two processes can write at the
+/// same time.
 fn temporary(directory: &Path) -> PathBuf {
     directory.join(format!("{FILE}.{}", std::process::id()))
 }
 
 fn create(path: &Path) -> io::Result<File> {
-    // Of a process that had this number before.
+    // Left by an earlier process with the same pid.
     let _ = std::fs::remove_file(path);
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
 }
 
-/// Replaces the file in one step; a reader finds the old one or the new one, whole.
+/// Replaces the file atomically: a reader gets the complete old or new file.
 fn replace(directory: &Path, text: &[u8]) -> io::Result<()> {
     let temporary = temporary(directory);
     let written = create(&temporary).and_then(|mut file| {
@@ -217,7 +218,7 @@ fn replace(directory: &Path, text: &[u8]) -> io::Result<()> {
     })
 }
 
-/// The text of a file that only this user or root can have written.
+/// Reads a file that only this user or root can write.
 fn read_file(path: &Path) -> io::Result<Vec<u8>> {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
@@ -265,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_intents_are_there_for_the_next_process_and_for_no_other_user() {
+    fn newest_intents_are_stored_without_access_for_other_users() {
         let dir = tempfile::tempdir().unwrap();
         let own = dir.path().join("state");
         let state = StateDirectory::open(Some(&own)).unwrap();
@@ -279,7 +280,7 @@ mod tests {
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&own), mode(&own.join(FILE))), (0o700, 0o600));
         let left = std::fs::read_dir(&own).unwrap().count();
-        assert_eq!(left, 1, "no temporary file stays");
+        assert_eq!(left, 1, "a temporary file remains");
     }
 
     #[test]
@@ -292,9 +293,9 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_be_used_is_set_aside_and_written_again() {
+    fn unusable_file_is_renamed_and_written_again() {
         let dir = tempfile::tempdir().unwrap();
-        let (file, aside) = (dir.path().join(FILE), dir.path().join(SET_ASIDE));
+        let (file, rejected) = (dir.path().join(FILE), dir.path().join(REJECTED));
         let spoil: [fn(&Path); 3] = [
             |file| std::fs::write(file, "{\"version\":1").unwrap(),
             |file| std::fs::write(file, "{\"version\":2,\"intents\":[]}").unwrap(),
@@ -305,13 +306,13 @@ mod tests {
             state.write(|| drained("a")).unwrap().blocking_recv().unwrap();
             spoil(&file);
             assert_eq!(names(state.read()), [""; 0]);
-            assert!(aside.exists() && !file.exists());
-            std::fs::remove_file(&aside).unwrap();
+            assert!(rejected.exists() && !file.exists());
+            std::fs::remove_file(&rejected).unwrap();
         }
     }
 
     #[test]
-    fn a_write_that_fails_is_counted_and_waited_for_no_longer() {
+    fn failed_write_is_counted_and_answered() {
         let dir = tempfile::tempdir().unwrap();
         let own = dir.path().join("state");
         let state = StateDirectory::open(Some(&own)).unwrap();
@@ -321,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_without_a_parent_or_in_the_place_of_a_file_is_refused() {
+    fn directory_without_parent_or_at_the_path_of_a_file_is_rejected() {
         let dir = tempfile::tempdir().unwrap();
         assert!(StateDirectory::open(Some(&dir.path().join("no/such"))).is_err());
         std::fs::write(dir.path().join("file"), "").unwrap();

@@ -1,8 +1,12 @@
-//! What a process has of its supervisor: sockets kept from a process before, the way to
-//! have some kept, and a place for what the next process is to know if this one crashes.
+//! The connection of a process to its supervisor: sockets and state for a start after a
+//! crash.
 //!
-//! Made by `cli::run`, owned by the control loop. Without a supervisor everything here
-//! does nothing.
+//! Created by `cli::run`, owned by the control loop. Without a supervisor, it does
+//! nothing.
+//!
+//! - The supervisor keeps copies of all listening sockets.
+//! - It also stores snapshots of the backends' states and the operators' intents.
+//! - After a crash, the next process gets both.
 
 use super::activation::PassedSockets;
 use super::binds::{BindSockets, SocketOwner};
@@ -27,52 +31,53 @@ use tidegate_net::clock;
 use tidegate_supervisor::{Link, News, Store, SupervisorState};
 use tokio::sync::mpsc;
 
-/// What is known is left with the supervisor at most so often, and so that it takes one
-/// part in [`SHARE`] of the control thread's time.
+/// Smallest time between two snapshots.
 const PACE: Duration = Duration::from_secs(1);
+
+/// Snapshots take at most one part in this many of the control thread's time.
 const SHARE: u32 = 50;
 
-/// It is gathered for so long before events have their turn, and for this long they
-/// have it.
+/// How long the control thread copies state before it handles events again, and how long
+/// it then handles events at least.
 const SLICE_MAX: Duration = Duration::from_millis(1);
 
-/// Backends between two looks at the clock.
+/// Backends copied between two checks of the time.
 const SLICE_STEP: usize = 32;
 
-/// From this start in a row on, what the process before knew is not taken up: it may be
-/// what ends them.
-const WITHOUT_KNOWLEDGE: u8 = 3;
+/// From this start attempt in a row on, the state of the crashed process is not used,
+/// because it may cause the crashes.
+const ATTEMPT_WITHOUT_STATE: u8 = 3;
 
-/// A process's supervisor, if it has one.
+/// The supervisor of a process, if it has one.
 #[derive(Debug, Default)]
 pub struct Supervised {
     link: Option<Arc<Link>>,
     given: Option<SupervisorState>,
     pub(super) in_force: InForce,
-    /// Addresses for heartbeats whose sockets are kept.
-    hearts: Vec<SocketAddr>,
+    /// Heartbeat addresses whose sockets the supervisor keeps.
+    heartbeats: Vec<SocketAddr>,
     intents: Option<Store>,
-    /// Takes what is known to the thread that writes it.
+    /// Passes snapshots to the writing thread.
     writer: Option<sync::SyncSender<KeptSnapshot>>,
-    /// Gathered and not taken yet: the thread still writes the one before.
+    /// A complete snapshot that waits because the thread still writes the previous one.
     waiting: Option<KeptSnapshot>,
-    /// Being gathered, and the time it has taken so far.
+    /// The unfinished snapshot, and the time it has taken so far.
     saving: Option<(Saving, Duration)>,
     changed: bool,
     next_write: Option<Instant>,
     news: Option<mpsc::UnboundedReceiver<News>>,
 }
 
-/// What there is to do for the supervisor.
+/// What the control loop must do.
 #[derive(Debug)]
 pub(super) enum SupervisedEvent {
-    /// It has something to say.
+    /// A message of the supervisor.
     News(News),
-    /// It is time for [`Supervised::write`].
+    /// [`Supervised::write`] is due.
     Snapshot,
 }
 
-/// The names sockets are kept by.
+/// Names of sockets that the supervisor keeps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Name {
@@ -82,26 +87,26 @@ enum Name {
     Admin(OfferedAdmin),
     /// An address for heartbeats.
     Heartbeats(SocketAddr),
-    /// What a service manager has passed, by its word for it.
+    /// A socket passed by a service manager, with its name.
     Activated(String),
 }
 
-/// Everything known, but for counts.
+/// The state of all backends, without counts.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(super) struct KeptSnapshot {
-    /// Of the configuration in force.
+    /// Digest of the configuration in force.
     pub(super) digest: u64,
     pub(super) state: Saved,
 }
 
-/// Sockets of a process that has crashed, or of a service manager.
+/// Sockets that the supervisor kept from a crashed process or a service manager.
 #[derive(Debug, Default)]
 pub(super) struct KeptState {
     pub(super) given: GivenSockets,
     pub(super) activated: Option<PassedSockets>,
 }
 
-/// What a service manager has passed, for the supervisor to keep.
+/// Returns the name under which the supervisor keeps a socket from a service manager.
 pub fn activated_name(name: &str) -> String {
     name_of(&Name::Activated(name.to_owned()))
 }
@@ -109,30 +114,31 @@ pub fn activated_name(name: &str) -> String {
 // === impl Supervised ===
 
 impl Supervised {
-    /// By what the supervisor has said first, for a start with the configuration file at
-    /// `path`.
+    /// Creates the connection from the supervisor's first message, for a start with the
+    /// configuration file at `path`.
     pub fn new(link: Arc<Link>, mut given: SupervisorState, path: &Path) -> Supervised {
         let in_force = InForce::of(&mut given, path);
         Supervised { link: Some(link), given: Some(given), in_force, ..Supervised::default() }
     }
 
-    /// The texts that this process starts with in the place of its files.
+    /// Returns the stored texts, if this process starts with them instead of its files.
     pub fn instead(&self) -> Option<&Texts> {
         self.in_force.instead()
     }
 
-    /// Whether this process goes on with the sockets of one that has crashed.
+    /// Returns whether this process takes over the sockets of a crashed process.
     pub fn takes_over(&self) -> bool {
         self.given.as_ref().is_some_and(|given| given.before.is_some())
     }
 
-    /// The way to it.
+    /// Returns the connection to the supervisor.
     pub(super) fn link(&self) -> Option<&Arc<Link>> {
         self.link.as_ref()
     }
 
-    /// Begins to hear from it, and takes what the process before has left. To be called
-    /// within the control thread's runtime, once this process is confined.
+    /// Starts to receive messages, and takes the sockets and the state of a crashed
+    /// process. Must be called on the runtime of the control thread, after the sandbox
+    /// was applied.
     pub(super) fn begin(&mut self) -> Result<(KeptState, Option<KeptSnapshot>), String> {
         let (Some(link), Some(given)) = (&self.link, self.given.take()) else {
             return Ok((KeptState::default(), None));
@@ -140,7 +146,7 @@ impl Supervised {
         let no_thread = |error: io::Error| format!("cannot start a thread: {error}");
         let (tell, news) = mpsc::unbounded_channel();
         link.listen(move |one| {
-            // Nobody listens any more: this process is ending.
+            // Fails only at the end of this process.
             let _ = tell.send(one);
         })
         .map_err(no_thread)?;
@@ -158,7 +164,7 @@ impl Supervised {
         Ok((KeptState::of(given.held)?, known))
     }
 
-    /// The next thing to act on; never without a supervisor.
+    /// Waits for the next event. Never resolves without a supervisor.
     pub(super) async fn wake(&mut self) -> SupervisedEvent {
         let write_due = self.next_write(clock::now());
         let news = self.news.as_mut().map(mpsc::UnboundedReceiver::recv);
@@ -170,7 +176,7 @@ impl Supervised {
 
     // --- sockets ---
 
-    /// Has copies of an address's sockets kept.
+    /// Passes copies of the sockets of an address to the supervisor.
     pub(super) fn hold(&self, key: &BindKey, group: &BindSockets) {
         if let Some(link) = &self.link {
             let sockets = group.sockets.iter().map(|socket| socket.as_fd());
@@ -178,25 +184,26 @@ impl Supervised {
         }
     }
 
-    /// The address is given up.
+    /// Makes the supervisor close its copies of an address.
     pub(super) fn release(&self, key: &BindKey, group: &BindSockets) {
         if let Some(link) = &self.link {
             link.release(&name_of(&Name::Bind(key.clone(), group.holder)));
         }
     }
 
-    /// Has a copy of the admin listener kept.
+    /// Passes a copy of the admin listener to the supervisor.
     pub(super) fn hold_admin(&self, offered: OfferedAdmin, socket: &OwnedFd) {
         if let Some(link) = &self.link {
             link.hold(&name_of(&Name::Admin(offered)), std::iter::once(socket.as_fd()));
         }
     }
 
-    /// Has copies of the sockets for heartbeats kept, those and no others.
+    /// Passes copies of the heartbeat sockets to the supervisor, which closes its copies of
+    /// all other heartbeat sockets.
     pub(super) fn hold_heartbeats(&mut self, sockets: &[(SocketAddr, OwnedFd)]) {
         let Some(link) = &self.link else { return };
         let name = |address: SocketAddr| name_of(&Name::Heartbeats(address));
-        self.hearts.retain(|held| {
+        self.heartbeats.retain(|held| {
             let stays = sockets.iter().any(|(address, _)| address == held);
             if !stays {
                 link.release(&name(*held));
@@ -204,16 +211,16 @@ impl Supervised {
             stays
         });
         for (address, socket) in sockets {
-            if !self.hearts.contains(address) {
+            if !self.heartbeats.contains(address) {
                 link.hold(&name(*address), std::iter::once(socket.as_fd()));
-                self.hearts.push(*address);
+                self.heartbeats.push(*address);
             }
         }
     }
 
-    // --- what the next process is to know ---
+    // --- state for a start after a crash ---
 
-    /// Something is known that was not: to be written soon.
+    /// Schedules a snapshot, because the state has changed.
     pub(super) fn changed(&mut self) {
         self.changed = true;
     }
@@ -223,16 +230,16 @@ impl Supervised {
         (self.writer.is_some() && wanted).then(|| self.next_write.unwrap_or(now))
     }
 
-    /// Leaves everything known with the supervisor. Gathering many backends takes
-    /// several calls; what changes meanwhile is in the next snapshot.
+    /// Stores a snapshot with the supervisor. Copying many backends takes several calls.
+    /// Changes during that time are in the next snapshot.
     pub(super) fn write(&mut self, digest: u64, controller: &Controller) {
         let begun = clock::now();
         if let Some(waiting) = self.waiting.take() {
-            self.hand_over(waiting);
+            self.pass_on(waiting);
             self.next_write = Some(begun + PACE);
             return;
         }
-        // A reload has another digest: it is begun once more.
+        // A reload invalidates the unfinished snapshot. Start again.
         let saving = self.saving.take().filter(|(saving, _)| controller.can_go_on(saving));
         let (mut saving, spent) = saving.unwrap_or_else(|| {
             self.changed = false;
@@ -247,7 +254,7 @@ impl Supervised {
             }
         };
         if complete {
-            self.hand_over(KeptSnapshot { digest, state: controller.end_save(saving) });
+            self.pass_on(KeptSnapshot { digest, state: controller.end_save(saving) });
             let now = clock::now();
             let spent = spent + now.saturating_duration_since(begun);
             self.next_write = Some(now + PACE.max(spent * SHARE));
@@ -258,16 +265,16 @@ impl Supervised {
         }
     }
 
-    /// Gives it to the thread that writes, or keeps it until that has time: to drop
-    /// thousands of backends takes as long as to gather them.
-    fn hand_over(&mut self, snapshot: KeptSnapshot) {
+    /// Passes a snapshot to the writing thread, or keeps it until the thread is free.
+    /// The thread also drops the snapshot, which takes as long as copying it.
+    fn pass_on(&mut self, snapshot: KeptSnapshot) {
         let Some(writer) = &self.writer else { return };
         if let Err(sync::TrySendError::Full(snapshot)) = writer.try_send(snapshot) {
             self.waiting = Some(snapshot);
         }
     }
 
-    /// Leaves operators' intents there, at once.
+    /// Stores the operators' intents with the supervisor immediately.
     pub(super) fn write_intents(&mut self, controller: &Controller) {
         let Some(store) = &self.intents else { return };
         let intents = controller.save_intents(clock::now());
@@ -277,16 +284,16 @@ impl Supervised {
         }
     }
 
-    /// Those that another process may have left there since.
+    /// Reads the operators' intents that are stored with the supervisor.
     pub(super) fn read_intents(&self) -> Option<Saved> {
         serde_json::from_slice(&self.intents.as_ref()?.read()?).ok()
     }
 }
 
-/// All that a process before has left, with operators' last intents.
+/// Returns the stored state of a crashed process, with the operators' latest intents.
 fn known(given: &SupervisorState) -> KeptSnapshot {
     let read = |store: &Store| store.read();
-    let text = read(&given.known).filter(|_| given.attempt < WITHOUT_KNOWLEDGE);
+    let text = read(&given.known).filter(|_| given.attempt < ATTEMPT_WITHOUT_STATE);
     let parsed = text.and_then(|text| serde_json::from_slice(&text).ok());
     let mut known: KeptSnapshot = parsed.unwrap_or_default();
     let intents = read(&given.intents).and_then(|text| serde_json::from_slice(&text).ok());
@@ -335,7 +342,7 @@ impl KeptState {
                 Ok(Name::Activated(name)) => {
                     activated.extend(sockets.into_iter().map(|fd| (name.clone(), fd)));
                 }
-                // Of another version of this program, and of no use to this one.
+                // A name of another version of the program. The socket is dropped.
                 Err(_) => {}
             }
         }
@@ -346,7 +353,7 @@ impl KeptState {
     }
 }
 
-/// In words, for the log.
-pub(super) fn in_words(status: ExitStatus) -> String {
+/// Returns the text for the log.
+pub(super) fn exit_reason(status: ExitStatus) -> String {
     format!("the new process exited immediately ({status})")
 }

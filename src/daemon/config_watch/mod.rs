@@ -48,7 +48,7 @@ const SETTLE: Duration = Duration::from_millis(200);
 /// Longest delay of a complete change by further events that write nothing.
 const SETTLE_MAX: Duration = Duration::from_secs(3);
 
-/// After this time without a write, the file is read although a writer has it open.
+/// After this time without a write, an open file is read although it is not closed.
 const SILENCE: Duration = Duration::from_secs(15);
 
 /// Time between two warnings about a writer that never stops.

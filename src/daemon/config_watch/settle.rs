@@ -35,7 +35,7 @@ pub(super) struct Times {
 /// What happened to a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FileEvent {
-    /// Data was written, or the file was created empty: a writer has it open.
+    /// Data was written, or the file was created empty: the file is open.
     Written,
     /// A writer closed the file, or the path leads to another file.
     Complete,
@@ -55,7 +55,7 @@ pub(super) enum Verdict {
 /// A warning for the log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum WatchWarning {
-    /// The file is read although a writer still has it open.
+    /// The file is read although it is still open.
     StillOpen(PathBuf),
     /// Writes have continued for this time.
     StillWritten(PathBuf, Duration),

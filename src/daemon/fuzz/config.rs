@@ -1,13 +1,15 @@
-//! Any bytes as a configuration file.
+//! Fuzz target: arbitrary bytes as a configuration file.
 //!
-//! Called by the fuzzer and by the mutation test. Nothing may panic; a file that
-//! is refused is refused at a place that is in it, in words that fit one line;
-//! a file that is taken is written as one that reads the same.
+//! Called by the fuzzer and by the mutation test. It checks:
+//!
+//! - Parsing never panics.
+//! - Each problem of a rejected file has a position in the file and a text of one line.
+//! - An accepted file, written and parsed again, gives the same configuration.
 
 use tidegate_config::{Problems, parse, write};
 use tidegate_core::model::Config;
 
-/// More takes the validator too long to learn much in a minute.
+/// Longest input. Validation of a longer input is too slow for fuzzing.
 const LEN_MAX: usize = 64 * 1024;
 
 /// See the module's documentation.
@@ -20,7 +22,7 @@ pub fn check(data: &[u8]) {
 }
 
 fn check_problems(text: &str, problems: &Problems) {
-    assert!(!problems.list.is_empty(), "refused for nothing");
+    assert!(!problems.list.is_empty(), "rejected without a problem");
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut before = (0, 0);
     for problem in &problems.list {
@@ -31,8 +33,8 @@ fn check_problems(text: &str, problems: &Problems) {
         let line = line.unwrap_or_else(|| panic!("no line {}", problem.line));
         let columns = 1..=line.chars().count() + 1;
         assert!(columns.contains(&problem.column), "no column {place:?}: {}", problem.message);
-        for said in [Some(&problem.message), problem.help.as_ref()].into_iter().flatten() {
-            assert!(!said.is_empty() && !said.contains(char::is_control), "{said:?}");
+        for text in [Some(&problem.message), problem.help.as_ref()].into_iter().flatten() {
+            assert!(!text.is_empty() && !text.contains(char::is_control), "{text:?}");
         }
         problem.render(true);
     }

@@ -1,8 +1,12 @@
-//! Any bytes as heartbeats, as they are and signed again, at times that jump.
+//! Fuzz target: arbitrary bytes as heartbeats, with valid and invalid signatures and with
+//! jumps of the wall clock.
 //!
-//! Nothing may panic; what is read is what would be written; only what is
-//! signed is believed, and nothing is believed twice unless our clock jumped.
-//! Called by the fuzzer and by the mutation test.
+//! Called by the fuzzer and by the mutation test. It checks:
+//!
+//! - Nothing panics.
+//! - A parsed heartbeat encodes to the same bytes.
+//! - Only signed heartbeats are accepted, and none is accepted twice unless the wall clock
+//!   jumped.
 
 use crate::heartbeat::verify::{RejectReason, Verifier, VerifierLimits};
 use hmac::{Hmac, KeyInit, Mac};
@@ -18,7 +22,7 @@ use tidegate_net::clock;
 const SECRET: [u8; 32] = [1; 32];
 const KEY_ID: u32 = 7;
 
-fn gate() -> Verifier {
+fn verifier() -> Verifier {
     let key = HeartbeatKey {
         id: KEY_ID,
         secret: Secret::new(&SECRET).expect("32 bytes"),
@@ -28,11 +32,11 @@ fn gate() -> Verifier {
     Verifier::new(KeyRing::new([key]).expect("one key"), VerifierLimits::default(), 1)
 }
 
-/// What is read, written again, is the same bytes but for the tag.
+/// Parses and encodes again: the result must be the same bytes except for the signature.
 fn check_round_trip(bytes: &[u8]) -> Option<ParsedHeartbeat<'_>> {
     let parsed = ParsedHeartbeat::read(bytes).ok()?;
     let identity =
-        SenderIdentity::new(parsed.pool, parsed.name, parsed.address).expect("it was read");
+        SenderIdentity::new(parsed.pool, parsed.name, parsed.address).expect("it was parsed");
     let draft = HeartbeatFields {
         identity: &identity,
         key_id: parsed.key_id,
@@ -53,12 +57,13 @@ fn check_round_trip(bytes: &[u8]) -> Option<ParsedHeartbeat<'_>> {
 
 fn sign(bytes: &mut [u8]) {
     let Some(signed) = bytes.len().checked_sub(TAG_BYTES) else { return };
-    let mac = Hmac::<Sha256>::new_from_slice(&SECRET).expect("any length will do");
+    let mac = Hmac::<Sha256>::new_from_slice(&SECRET).expect("any key length is valid");
     let tag = mac.chain_update(&bytes[..signed]).finalize().into_bytes();
     bytes[signed..].copy_from_slice(&tag[..TAG_BYTES]);
 }
 
-/// Messages of one input: length, how much time passes, whether to sign.
+/// Splits an input into messages. Each starts with its length, the elapsed time and
+/// whether to sign it.
 fn messages(mut data: &[u8]) -> Vec<(Vec<u8>, u8, bool)> {
     let mut messages = Vec::new();
     while let [length, time, signs, rest @ ..] = data {
@@ -72,15 +77,15 @@ fn messages(mut data: &[u8]) -> Vec<(Vec<u8>, u8, bool)> {
 /// See the module's documentation.
 pub fn check(data: &[u8]) {
     check_round_trip(data);
-    let (mut gate, began) = (gate(), clock::now());
+    let (mut verifier, began) = (verifier(), clock::now());
     let mut elapsed = Duration::ZERO;
     let mut wall = 1_800_000_000_000_u64;
-    let (mut believed, mut jumped) = (HashSet::new(), false);
+    let (mut accepted, mut jumped) = (HashSet::new(), false);
     for (mut bytes, time, signs) in messages(data) {
         elapsed += Duration::from_millis(u64::from(time) * 100);
         wall += u64::from(time) * 100;
         if time == 255 {
-            // Our clock jumps, and back some other time.
+            // The wall clock jumps; the next such message jumps back.
             wall ^= 1 << 27;
             jumped = true;
         }
@@ -89,7 +94,7 @@ pub fn check(data: &[u8]) {
         }
         let from = "10.0.0.1:1".parse().expect("an address");
         let at = UNIX_EPOCH + Duration::from_millis(wall);
-        let verdict = gate.admit(&bytes, from, began + elapsed, at);
+        let verdict = verifier.admit(&bytes, from, began + elapsed, at);
         let Some(parsed) = check_round_trip(&bytes) else {
             let form =
                 matches!(verdict, Err(RejectReason::Malformed | RejectReason::UnknownVersion));
@@ -100,7 +105,7 @@ pub fn check(data: &[u8]) {
         if let Ok(heartbeat) = verdict {
             assert!(proven && parsed.key_id == KEY_ID);
             let once = (heartbeat.pool, heartbeat.name, heartbeat.incarnation, heartbeat.sequence);
-            assert!(believed.insert(once) || jumped, "believed twice");
+            assert!(accepted.insert(once) || jumped, "accepted twice");
         }
     }
 }

@@ -1,8 +1,8 @@
-//! Any bytes into every parser: the entry points of the fuzz targets in
-//! `tests/fuzz`, each of which panics where its parser breaks its word.
+//! Entry points of the fuzz targets in `tests/fuzz`. Each passes arbitrary bytes to a
+//! parser and panics if the parser violates a guarantee.
 //!
-//! Built for tests and for the fuzzer alone. Called by the targets, and by the
-//! mutation test below, so that a machine without the fuzzer tries them, too.
+//! Built only for tests and for the fuzzer. The mutation tests call the same functions, so
+//! they also run on a machine without the fuzzer.
 
 pub mod config;
 pub mod heartbeat;

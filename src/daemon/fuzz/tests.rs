@@ -1,13 +1,12 @@
-//! The fuzz targets without a fuzzer: every seed, and thousands of mutations of
-//! them, the same on every run.
+//! Runs the fuzz targets without a fuzzer: every seed, and thousands of mutations that are
+//! the same on every run.
 //!
-//! What a fuzzer has found goes into `tests/fuzz/seeds` and is tried here ever
-//! after.
+//! Inputs that a fuzzer has found are added to `tests/fuzz/seeds`.
 
 use fastrand::Rng;
 use std::path::Path;
 
-/// The files of those directories, in the order of their names.
+/// Returns the files of the directories, ordered by path.
 fn seeds(directories: &[&str]) -> Vec<Vec<u8>> {
     let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
     let mut paths: Vec<_> = directories
@@ -21,7 +20,7 @@ fn seeds(directories: &[&str]) -> Vec<Vec<u8>> {
     paths.iter().map(|path| std::fs::read(path).unwrap()).collect()
 }
 
-/// One small change, of the kinds that fuzzers make.
+/// Applies one small random change.
 fn mutate(bytes: &mut Vec<u8>, seeds: &[Vec<u8>], rng: &mut Rng) {
     let at = rng.usize(..=bytes.len());
     let to = rng.usize(at..=bytes.len().min(at + 24));
@@ -64,22 +63,22 @@ fn try_mutations(directories: &[&str], count: usize, check: fn(&[u8])) {
 }
 
 #[test]
-fn configurations_bent_in_any_way_are_taken_or_refused_at_a_place() {
+fn mutated_configurations_are_accepted_or_rejected_with_a_position() {
     let directories = ["config", "tests/config_cases/valid", "tests/config_cases/invalid"];
     try_mutations(&directories, 4_000, super::config::check);
 }
 
 #[test]
-fn heartbeats_bent_in_any_way_are_believed_once_and_only_if_signed() {
+fn mutated_heartbeats_are_accepted_once_and_only_if_signed() {
     try_mutations(&["tests/fuzz/seeds/heartbeat"], 4_000, super::heartbeat::check);
 }
 
 #[test]
-fn admin_requests_bent_in_any_way_are_answered_and_get_no_further_than_they_may() {
+fn mutated_admin_requests_are_answered_and_authorized_correctly() {
     try_mutations(&["tests/fuzz/seeds/admin"], 6_000, super::admin::check);
 }
 
 #[test]
-fn upgrade_messages_bent_in_any_way_are_taken_or_refused() {
+fn mutated_upgrade_messages_are_accepted_or_rejected() {
     try_mutations(&["tests/fuzz/seeds/handshake"], 6_000, super::handshake::check);
 }

@@ -1,6 +1,6 @@
-//! Receiving heartbeats: the sockets and their thread, and which datagrams are believed.
+//! Receives and verifies heartbeats.
 //!
-//! Called by the control loop. Nothing here decides which backend takes traffic.
+//! Used by the control loop through `heartbeats`. It makes no decision about backends.
 
 pub mod receive;
 pub mod verify;

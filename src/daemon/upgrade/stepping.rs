@@ -123,7 +123,7 @@ impl Control {
     pub(crate) async fn resume_serving(&mut self, status: ExitStatus) {
         // Too late: this process has given up its sockets, and the supervisor knows it.
         let Some(stepping) = self.upgrades.stepping_down.take() else { return };
-        let reason = supervised::in_words(status);
+        let reason = supervised::exit_reason(status);
         tracing::error!(reason, "new process exited; this process accepts connections again");
         self.take_last_intents().await;
         self.upgrades.new_process = None;

@@ -1,22 +1,24 @@
-//! Receives heartbeats on a thread of its own and hands the believed ones on.
+//! Receives heartbeats on a separate thread and queues the accepted ones.
 //!
-//! `daemon` starts a [`Receiver`], awaits [`Receiver::arrived`] on the control
-//! thread and feeds what [`Receiver::pop`] gives to the controller. Only the
-//! thread judges; it never waits for the control thread, and never blocks but to
-//! wait for datagrams.
+//! `heartbeats` starts a [`Receiver`], awaits [`Receiver::arrived`] on the control thread
+//! and feeds the result of [`Receiver::pop`] to the controller. The receiving thread
+//! verifies the datagrams. It waits only for datagrams and commands, never for the
+//! control thread.
 //!
-//! # Losses of our own
+//! # Local drops
 //!
-//! A heartbeat that was lost on this machine says nothing about its sender.
-//! There are three such losses, each counted: the kernel's, when the thread
-//! falls behind and the socket's buffer is full; the gate's, when more arrives
-//! in the name of known sources than may be verified; and the queue's, when the
-//! control thread falls behind by more than [`QUEUE_MAX`]. The first two are
-//! [`Receiver::dropped`]. The third loses no count: the newest heartbeat of each
-//! sender is kept and says for how many it stands.
+//! A heartbeat that is dropped on this host says nothing about its sender. There are
+//! three cases, and each is counted:
 //!
-//! Each heartbeat comes with the time the kernel received it, so neither a busy
-//! machine nor a full queue makes a punctual sender look late.
+//! - The kernel drops datagrams if the receiving thread is too slow and the socket buffer
+//!   is full. Included in [`Receiver::dropped`].
+//! - The verifier drops datagrams from known sources above its rate limit. Included in
+//!   [`Receiver::dropped`].
+//! - The queue merges heartbeats if more than [`QUEUE_MAX`] wait for the control thread.
+//!   It keeps the newest heartbeat of each sender and the number of merged heartbeats.
+//!
+//! Each heartbeat has the time at which the kernel received it. So neither a busy host
+//! nor a full queue makes a heartbeat appear late.
 
 mod queue;
 mod thread;
@@ -39,15 +41,15 @@ use tidegate_net::datagram;
 
 pub use queue::QUEUE_MAX;
 
-/// A believed heartbeat.
+/// An accepted heartbeat.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReceivedHeartbeat {
-    /// What it says.
+    /// Its content.
     pub heartbeat: Heartbeat,
     /// When the kernel received it.
     pub at: Instant,
-    /// Believed heartbeats of this sender it stands for, itself included: more
-    /// than one only after the control thread has fallen far behind.
+    /// Number of accepted heartbeats of this sender that were merged into this one,
+    /// including this one. More than 1 only after the queue was full.
     pub stands_for: u32,
 }
 
@@ -58,27 +60,27 @@ pub struct Receiver {
     inbox: Arc<ReceiverInbox>,
     queue: Arc<HeartbeatQueue>,
     counts: Arc<ReceiverCounts>,
-    told: Arc<Mutex<Told>>,
+    rejected: Arc<Mutex<RejectedSenders>>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the thread has to tell of rejected heartbeats.
+/// Rejected senders, and warnings about them.
 #[derive(Debug, Default)]
-struct Told {
+struct RejectedSenders {
     rejections: Rejections,
-    /// Not taken yet; `rejections` bounds how many come.
+    /// Warnings that the control thread has not taken yet. `rejections` limits their rate.
     warnings: VecDeque<RejectionWarning>,
 }
 
-/// Warnings that wait to be taken. Only where the control thread has stood still
-/// for minutes are there more, and the oldest are dropped.
+/// Warnings that wait for the control thread at most. Beyond this, which happens only if
+/// the control thread is blocked for minutes, the oldest is dropped.
 const WARNINGS_WAITING_MAX: usize = 256;
 
-/// Sockets for [`Receiver::commit`]. Dropped, the new ones are closed again.
+/// Sockets for [`Receiver::commit`]. Dropping it closes the new sockets.
 #[derive(Debug)]
 pub struct PreparedSockets(Vec<BoundSocket>);
 
-/// What has been counted since the start; only the thread writes.
+/// Counts since the start. Only the receiving thread writes them.
 #[derive(Debug, Default)]
 pub struct ReceiverCounts {
     accepted: Counter,
@@ -87,14 +89,14 @@ pub struct ReceiverCounts {
     coalesced: Counter,
 }
 
-/// A socket and what was asked for.
+/// A socket and its configured address.
 #[derive(Debug, Clone)]
 struct BoundSocket {
-    asked: SocketAddr,
+    configured: SocketAddr,
     socket: Arc<OwnedFd>,
 }
 
-/// What the thread is told to do.
+/// A command for the receiving thread.
 #[derive(Debug)]
 enum ReceiverCommand {
     Listen(Vec<Arc<OwnedFd>>),
@@ -102,15 +104,15 @@ enum ReceiverCommand {
     Stop,
 }
 
-/// Orders, and the descriptor that wakes the thread.
+/// Commands for the receiving thread, and the file descriptor that wakes it.
 #[derive(Debug)]
 struct ReceiverInbox {
-    orders: Mutex<Vec<ReceiverCommand>>,
+    commands: Mutex<Vec<ReceiverCommand>>,
     wake: OwnedFd,
 }
 
-/// A thread that panicked while it held a lock leaves the data whole: nothing
-/// between taking and giving a lock here can fail half-way.
+/// Locks also after a panic of another thread: each critical section leaves the data
+/// valid.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -118,37 +120,37 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 // === impl Receiver ===
 
 impl Receiver {
-    /// Binds every address and starts the thread. IPv6 wildcards are IPv6 only.
+    /// Binds every address and starts the thread. IPv6 wildcards receive only IPv6.
     ///
     /// # Errors
-    /// An address that cannot be bound, or no descriptors or thread to be had.
+    /// An address cannot be bound, or no file descriptor or thread is available.
     pub fn start(listen: &[SocketAddr], gate: Verifier) -> io::Result<Receiver> {
         Receiver::start_with(listen, Vec::new(), gate)
     }
 
-    /// The same, going on with sockets of another process by the addresses that
-    /// were asked for there.
+    /// Starts the receiver with `inherited` sockets of another process. A socket is used
+    /// if its configured address is in `listen`.
     ///
     /// # Errors
-    /// As [`Receiver::start`].
+    /// Those of [`Receiver::start`].
     pub fn start_with(
         listen: &[SocketAddr],
         inherited: Vec<(SocketAddr, OwnedFd)>,
         gate: Verifier,
     ) -> io::Result<Receiver> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let inbox = ReceiverInbox { orders: Mutex::default(), wake: eventfd(0, flags)? };
+        let inbox = ReceiverInbox { commands: Mutex::default(), wake: eventfd(0, flags)? };
         let mut receiver = Receiver {
             bound: Mutex::default(),
             inbox: Arc::new(inbox),
             queue: Arc::default(),
             counts: Arc::default(),
-            told: Arc::default(),
+            rejected: Arc::default(),
             thread: None,
         };
         *lock(&receiver.bound) = inherited
             .into_iter()
-            .map(|(asked, socket)| BoundSocket { asked, socket: Arc::new(socket) })
+            .map(|(configured, socket)| BoundSocket { configured, socket: Arc::new(socket) })
             .collect();
         let prepared = receiver.prepare(listen)?;
         receiver.commit(prepared);
@@ -156,114 +158,116 @@ impl Receiver {
             gate,
             Arc::clone(&receiver.inbox),
             Arc::clone(&receiver.queue),
-            (Arc::clone(&receiver.counts), Arc::clone(&receiver.told)),
+            (Arc::clone(&receiver.counts), Arc::clone(&receiver.rejected)),
         );
         let builder = std::thread::Builder::new().name("heartbeats".to_owned());
         receiver.thread = Some(builder.spawn(move || thread.run())?);
         Ok(receiver)
     }
 
-    /// Binds those of the addresses that are not bound yet. Nothing is received
-    /// there before [`Receiver::commit`], but the kernel keeps what arrives.
+    /// Binds the addresses that are not bound yet. The kernel buffers their datagrams
+    /// until [`Receiver::commit`].
     ///
     /// # Errors
-    /// An address that cannot be bound; everything stays as it was.
+    /// An address cannot be bound. Nothing changes.
     pub fn prepare(&self, listen: &[SocketAddr]) -> io::Result<PreparedSockets> {
         let bound = lock(&self.bound);
-        let ours: Vec<_> = bound.iter().map(|one| one.socket.as_fd()).collect();
+        let own: Vec<_> = bound.iter().map(|one| one.socket.as_fd()).collect();
         let mut prepared: Vec<BoundSocket> = Vec::with_capacity(listen.len());
         for address in listen {
-            if prepared.iter().any(|one| one.asked == *address) {
+            if prepared.iter().any(|one| one.configured == *address) {
                 continue;
             }
-            let kept = bound.iter().find(|one| one.asked == *address).cloned();
+            let kept = bound.iter().find(|one| one.configured == *address).cloned();
             prepared.push(match kept {
                 Some(kept) => kept,
                 None => {
-                    let socket = Arc::new(datagram::bind(*address, &ours)?);
-                    BoundSocket { asked: *address, socket }
+                    let socket = Arc::new(datagram::bind(*address, &own)?);
+                    BoundSocket { configured: *address, socket }
                 }
             });
         }
         Ok(PreparedSockets(prepared))
     }
 
-    /// Listens on what was prepared and nowhere else. What has arrived on a
-    /// socket given up here is lost.
+    /// Receives on the prepared sockets and closes all others. Datagrams that wait in a
+    /// closed socket are dropped.
     pub fn commit(&self, prepared: PreparedSockets) {
         let sockets = prepared.0.iter().map(|one| Arc::clone(&one.socket)).collect();
         *lock(&self.bound) = prepared.0;
         self.inbox.send(ReceiverCommand::Listen(sockets));
     }
 
-    /// Judges by other keys from the next batch of datagrams on.
+    /// Replaces the keys, starting with the next batch of datagrams.
     pub fn set_keys(&self, keys: KeyRing) {
         self.inbox.send(ReceiverCommand::Keys(keys));
     }
 
-    /// Where it listens, with the port the kernel chose where 0 was asked for.
+    /// Returns the local addresses of the sockets. A configured port 0 is replaced by the
+    /// port that the kernel chose.
     pub fn addresses(&self) -> Vec<SocketAddr> {
         let bound = lock(&self.bound);
-        let address = |one: &BoundSocket| datagram::local_address(&one.socket).unwrap_or(one.asked);
+        let address =
+            |one: &BoundSocket| datagram::local_address(&one.socket).unwrap_or(one.configured);
         bound.iter().map(address).collect()
     }
 
-    /// Second handles of its sockets, by the addresses asked for.
+    /// Duplicates the sockets, with their configured addresses.
     ///
     /// # Errors
-    /// No descriptors left.
+    /// No file descriptor is available.
     pub fn share(&self) -> io::Result<Vec<(SocketAddr, OwnedFd)>> {
         let bound = lock(&self.bound);
-        bound.iter().map(|one| Ok((one.asked, one.socket.try_clone()?))).collect()
+        bound.iter().map(|one| Ok((one.configured, one.socket.try_clone()?))).collect()
     }
 
-    /// The smallest receive buffer among its sockets, in bytes, as the kernel
-    /// counts them: about 800 a datagram. 0 if there is no socket.
+    /// Returns the smallest receive buffer of the sockets, in bytes as the kernel counts
+    /// them (about 800 per datagram). 0 without a socket.
     pub fn receive_buffer(&self) -> usize {
         let bound = lock(&self.bound);
         let sizes = bound.iter().filter_map(|one| datagram::receive_buffer(&one.socket).ok());
         sizes.min().unwrap_or(0)
     }
 
-    /// The oldest heartbeat that waits.
+    /// Takes the oldest waiting heartbeat.
     pub fn pop(&self) -> Option<ReceivedHeartbeat> {
         self.queue.pop()
     }
 
-    /// Resolves when something may have arrived since the last time.
+    /// Resolves when heartbeats or warnings may have arrived since the last call.
     pub async fn arrived(&self) {
         self.queue.arrived().await;
     }
 
-    /// The oldest warning about rejected heartbeats that waits.
+    /// Takes the oldest waiting warning about rejected heartbeats.
     pub fn pop_warning(&self) -> Option<RejectionWarning> {
-        lock(&self.told).warnings.pop_front()
+        lock(&self.rejected).warnings.pop_front()
     }
 
-    /// The rejected senders that are known, the last rejected first.
+    /// Returns the rejected senders, the latest rejection first.
     pub fn rejections(&self) -> Vec<Rejection> {
-        let mut all: Vec<Rejection> = lock(&self.told).rejections.all().cloned().collect();
+        let mut all: Vec<Rejection> = lock(&self.rejected).rejections.all().cloned().collect();
         all.sort_by_key(|rejection| std::cmp::Reverse(rejection.at));
         all
     }
 
-    /// What was rejected in the name of one backend.
+    /// Returns the rejections of one backend's heartbeats.
     pub fn rejection(&self, pool: &str, name: &str) -> Option<Rejection> {
-        lock(&self.told).rejections.of(pool, name).cloned()
+        lock(&self.rejected).rejections.of(pool, name).cloned()
     }
 
-    /// Whether the thread has ended by itself, which only a bug can bring about.
+    /// Returns whether the thread has ended unexpectedly, because of a bug.
     pub fn is_finished(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Its counts, to share with the admin API.
+    /// Returns the counts, for the admin API.
     pub fn counts(&self) -> Arc<ReceiverCounts> {
         Arc::clone(&self.counts)
     }
 
-    /// Datagrams lost on this machine that may have been heartbeats of known
-    /// senders; grows only. While it grows, a missing heartbeat is no evidence.
+    /// Returns the number of local drops of datagrams that may have been heartbeats of
+    /// known senders. While it increases, a missing heartbeat is not evidence.
     pub fn dropped(&self) -> u64 {
         self.counts.dropped()
     }
@@ -273,26 +277,26 @@ impl Drop for Receiver {
     fn drop(&mut self) {
         self.inbox.send(ReceiverCommand::Stop);
         if let Some(thread) = self.thread.take() {
-            // Its panic has been reported on standard error already.
+            // The panic hook has already logged a panic of the thread.
             let _ = thread.join();
         }
     }
 }
 
-// === impl Told ===
+// === impl RejectedSenders ===
 
-impl Told {
-    /// Notes a rejected datagram; whether there is a warning about it.
-    fn rejected(&mut self, refused: &RejectedDatagram<'_>, from: SocketAddr, now: Instant) -> bool {
-        let reason = refused.reason;
+impl RejectedSenders {
+    /// Records a rejected datagram. Returns whether this causes a warning.
+    fn add(&mut self, datagram: &RejectedDatagram<'_>, from: SocketAddr, now: Instant) -> bool {
+        let reason = datagram.reason;
         let rejected = Rejected {
-            claim: refused.claim.map(|claim| (claim.pool, claim.name)),
+            claim: datagram.claim.map(|claim| (claim.pool, claim.name)),
             signed: reason.is_signed(),
             from: Some(from),
-            key_id: refused.claim.map(|claim| claim.key_id),
+            key_id: datagram.claim.map(|claim| claim.key_id),
             reason: reason.name(),
             help: reason.help(),
-            skew: refused.skew,
+            skew: datagram.skew,
             warns: reason != RejectReason::Replayed,
         };
         let Some(warning) = self.rejections.add(&rejected, now) else { return false };
@@ -307,47 +311,47 @@ impl Told {
 // === impl ReceiverCounts ===
 
 impl ReceiverCounts {
-    /// Heartbeats believed.
+    /// Returns the number of accepted heartbeats.
     pub fn accepted(&self) -> u64 {
         self.accepted.get()
     }
 
-    /// Datagrams refused for that reason.
+    /// Returns the number of datagrams rejected for `reason`.
     pub fn rejected(&self, reason: RejectReason) -> u64 {
         self.rejected[reason as usize].get()
     }
 
-    /// Datagrams the kernel dropped because a socket's buffer was full, known
-    /// up to the last datagram received.
+    /// Returns the number of datagrams that the kernel dropped because a socket buffer was
+    /// full. Updated with each received datagram.
     pub fn kernel_drops(&self) -> u64 {
         self.kernel_drops.get()
     }
 
-    /// Believed heartbeats that a newer one of the same sender stands for,
-    /// because the queue was full.
+    /// Returns the number of accepted heartbeats that were merged into a newer heartbeat
+    /// of the same sender because the queue was full.
     pub fn coalesced(&self) -> u64 {
         self.coalesced.get()
     }
 
     /// See [`Receiver::dropped`].
     pub fn dropped(&self) -> u64 {
-        let ours = RejectReason::ALL.into_iter().filter(|reason| reason.is_local_drop());
-        self.kernel_drops() + ours.map(|reason| self.rejected(reason)).sum::<u64>()
+        let local = RejectReason::ALL.into_iter().filter(|reason| reason.is_local_drop());
+        self.kernel_drops() + local.map(|reason| self.rejected(reason)).sum::<u64>()
     }
 }
 
 // === impl ReceiverInbox ===
 
 impl ReceiverInbox {
-    fn send(&self, order: ReceiverCommand) {
-        lock(&self.orders).push(order);
-        // It fails only when the counter is full: then the thread wakes anyway.
+    fn send(&self, command: ReceiverCommand) {
+        lock(&self.commands).push(command);
+        // Fails only if the counter is full. The thread is awake then.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
     fn take(&self) -> Vec<ReceiverCommand> {
-        // Before the orders are taken: one that comes later wakes again.
+        // Cleared before the commands are taken, so that a later command wakes again.
         let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-        std::mem::take(&mut lock(&self.orders))
+        std::mem::take(&mut lock(&self.commands))
     }
 }

@@ -1,18 +1,19 @@
-//! Believed heartbeats on their way to the control thread.
+//! The queue of accepted heartbeats between the receiving thread and the control thread.
 //!
-//! The receiving thread pushes, the control thread pops. Its size is bounded,
-//! and beyond the bound nothing is lost but times of arrival in between.
+//! The receiving thread pushes, the control thread pops. The size is bounded. At the
+//! bound, heartbeats of the same sender are merged: only their number and the newest
+//! heartbeat remain.
 
 use super::{ReceivedHeartbeat, lock};
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use tokio::sync::Notify;
 
-/// Heartbeats that may wait one by one: 400 senders at ten a second for a
-/// second. Beyond it one is kept for each sender.
+/// Heartbeats that wait without merging. Enough for 400 senders with 10 heartbeats per
+/// second for one second. Beyond this, one heartbeat per sender is kept.
 pub const QUEUE_MAX: usize = 4096;
 
-/// The queue.
+/// See the module's documentation.
 #[derive(Debug, Default)]
 pub(super) struct HeartbeatQueue {
     waiting: Mutex<QueuedHeartbeat>,
@@ -22,15 +23,15 @@ pub(super) struct HeartbeatQueue {
 #[derive(Debug, Default)]
 struct QueuedHeartbeat {
     in_order: VecDeque<ReceivedHeartbeat>,
-    /// What came while `in_order` was full, newer than all in it: the newest of
-    /// each sender. Bounded by the number of senders the gate knows.
+    /// The newest heartbeat of each sender that arrived while `in_order` was full. Newer
+    /// than those in `in_order`. Bounded by the number of senders of the verifier.
     newest: HashMap<(Arc<str>, Arc<str>), ReceivedHeartbeat>,
 }
 
 // === impl HeartbeatQueue ===
 
 impl HeartbeatQueue {
-    /// Queues a batch; how many were merged into a newer one of their sender.
+    /// Queues a batch. Returns the number of merged heartbeats.
     pub(super) fn push(&self, batch: impl Iterator<Item = ReceivedHeartbeat>) -> u64 {
         let mut waiting = lock(&self.waiting);
         let merged = batch.map(|arrived| u64::from(waiting.push(arrived))).sum();
@@ -43,7 +44,7 @@ impl HeartbeatQueue {
         lock(&self.waiting).pop()
     }
 
-    /// There is something to look at beside the queue.
+    /// Wakes the control thread without a new heartbeat.
     pub(super) fn wake(&self) {
         self.arrived.notify_one();
     }
@@ -56,7 +57,7 @@ impl HeartbeatQueue {
 // === impl QueuedHeartbeat ===
 
 impl QueuedHeartbeat {
-    /// Whether it was merged with an older one.
+    /// Returns whether the heartbeat was merged with an older one.
     fn push(&mut self, arrived: ReceivedHeartbeat) -> bool {
         if self.newest.is_empty() && self.in_order.len() < QUEUE_MAX {
             self.in_order.push_back(arrived);
@@ -104,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn heartbeats_come_out_as_they_went_in() {
+    fn heartbeats_are_popped_in_the_order_of_arrival() {
         let (queue, began) = (HeartbeatQueue::default(), tidegate_net::clock::now());
         queue.push((0..10).map(|n| arrived("a", n, began)));
         let out: Vec<u64> =
@@ -113,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_queue_keeps_the_newest_of_each_sender_and_counts_the_rest() {
+    fn full_queue_keeps_the_newest_of_each_sender_and_counts_the_rest() {
         let (queue, began) = (HeartbeatQueue::default(), tidegate_net::clock::now());
         let sent = 3 * QUEUE_MAX as u64;
         let merged =
@@ -130,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn order_holds_while_the_merged_are_taken_out() {
+    fn order_is_kept_while_merged_heartbeats_are_popped() {
         let (queue, began) = (HeartbeatQueue::default(), tidegate_net::clock::now());
         queue.push((0..=QUEUE_MAX as u64 + 1).map(|n| arrived("a", n, began)));
         let mut last = None;

@@ -1,10 +1,11 @@
-//! The receiving thread: waits, takes datagrams in batches, asks the gate.
+//! The receiving thread: receives datagrams in batches and verifies them.
 //!
-//! Started and stopped by [`super::Receiver`]. It waits for nothing but
-//! datagrams and orders.
+//! Started and stopped by [`super::Receiver`]. It waits only for datagrams and commands.
 
 use super::queue::HeartbeatQueue;
-use super::{ReceivedHeartbeat, ReceiverCommand, ReceiverCounts, ReceiverInbox, Told, lock};
+use super::{
+    ReceivedHeartbeat, ReceiverCommand, ReceiverCounts, ReceiverInbox, RejectedSenders, lock,
+};
 use crate::heartbeat::verify::Verifier;
 use rustix::event::{PollFd, PollFlags, poll};
 use std::io;
@@ -14,37 +15,37 @@ use std::time::{Duration, Instant, SystemTime};
 use tidegate_net::clock;
 use tidegate_net::datagram::{BATCH, DatagramBatch, ReceivedDatagram};
 
-/// Batches taken from one socket before the others and the orders have their
-/// turn again.
+/// Batches received from one socket before other sockets and commands are served.
 const BATCHES_IN_A_ROW_MAX: usize = 16;
 
-/// A datagram cannot have waited longer in the kernel: the wall clock has
-/// jumped, and its time of arrival is unknown.
+/// Longest plausible wait of a datagram in the kernel. A longer wait means that the wall
+/// clock has jumped, so the time of arrival is unknown.
 const WAITED_MAX: Duration = Duration::from_secs(5);
 
 pub(super) struct ReceiverThread {
-    gate: Verifier,
+    verifier: Verifier,
     inbox: Arc<ReceiverInbox>,
     queue: Arc<HeartbeatQueue>,
     counts: Arc<ReceiverCounts>,
-    told: Arc<Mutex<Told>>,
-    /// Some heartbeat was rejected, so what is believed may end a row.
+    rejected: Arc<Mutex<RejectedSenders>>,
+    /// Whether a heartbeat was ever rejected. If so, an accepted heartbeat can end a series
+    /// of rejections.
     rejected_any: bool,
     sockets: Vec<ReceiverSocket>,
     batch: DatagramBatch,
-    /// Believed ones of this batch.
-    believed: Vec<ReceivedHeartbeat>,
-    /// No arrival is before this one.
+    /// Accepted heartbeats of this batch.
+    accepted: Vec<ReceivedHeartbeat>,
+    /// Latest time of arrival. Later datagrams get at least this time.
     last: Option<Instant>,
 }
 
 struct ReceiverSocket {
     fd: Arc<OwnedFd>,
-    /// What the kernel had dropped when it last said so.
+    /// The kernel's drop counter at the last datagram.
     dropped: u32,
 }
 
-/// When a batch was taken.
+/// When a batch was received.
 #[derive(Clone, Copy)]
 struct BatchTimes {
     now: Instant,
@@ -55,21 +56,21 @@ struct BatchTimes {
 
 impl ReceiverThread {
     pub(super) fn new(
-        gate: Verifier,
+        verifier: Verifier,
         inbox: Arc<ReceiverInbox>,
         queue: Arc<HeartbeatQueue>,
-        (counts, told): (Arc<ReceiverCounts>, Arc<Mutex<Told>>),
+        (counts, rejected): (Arc<ReceiverCounts>, Arc<Mutex<RejectedSenders>>),
     ) -> ReceiverThread {
         ReceiverThread {
-            gate,
+            verifier,
             inbox,
             queue,
             counts,
-            told,
+            rejected,
             rejected_any: false,
             sockets: Vec::new(),
             batch: DatagramBatch::new(),
-            believed: Vec::with_capacity(BATCH),
+            accepted: Vec::with_capacity(BATCH),
             last: None,
         }
     }
@@ -79,13 +80,13 @@ impl ReceiverThread {
             let readable = match self.wait() {
                 Ok(readable) => readable,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                // Want of memory alone (poll(2)); it passes or the process ends.
+                // Out of memory, the only other error of poll(2) here. Continue.
                 Err(_) => Vec::new(),
             };
-            for order in self.inbox.take() {
-                match order {
+            for command in self.inbox.take() {
+                match command {
                     ReceiverCommand::Listen(sockets) => self.listen(sockets),
-                    ReceiverCommand::Keys(keys) => self.gate.set_keys(keys),
+                    ReceiverCommand::Keys(keys) => self.verifier.set_keys(keys),
                     ReceiverCommand::Stop => return,
                 }
             }
@@ -97,7 +98,7 @@ impl ReceiverThread {
         }
     }
 
-    /// The sockets that have something.
+    /// Returns the readable sockets.
     fn wait(&self) -> io::Result<Vec<Arc<OwnedFd>>> {
         let mut waiting = vec![PollFd::new(&self.inbox.wake, PollFlags::IN)];
         waiting.extend(self.sockets.iter().map(|one| PollFd::new(&*one.fd, PollFlags::IN)));
@@ -107,7 +108,7 @@ impl ReceiverThread {
         Ok(ready.map(|(socket, _)| Arc::clone(&socket.fd)).collect())
     }
 
-    /// Goes on with the counts of the sockets that stay.
+    /// Replaces the sockets. Sockets that stay keep their drop counter.
     fn listen(&mut self, sockets: Vec<Arc<OwnedFd>>) {
         let before = std::mem::take(&mut self.sockets);
         self.sockets = sockets
@@ -124,13 +125,13 @@ impl ReceiverThread {
             let received = match self.batch.receive(&*self.sockets[index].fd) {
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                // Nothing there, or a moment's want of memory.
+                // No datagram, or temporarily out of memory.
                 Err(_) => return,
             };
             let taken = BatchTimes { now: clock::now(), wall: clock::wall() };
-            self.judge(index, taken);
-            if !self.believed.is_empty() {
-                self.counts.coalesced.add(self.queue.push(self.believed.drain(..)));
+            self.verify_batch(index, taken);
+            if !self.accepted.is_empty() {
+                self.counts.coalesced.add(self.queue.push(self.accepted.drain(..)));
             }
             if received < BATCH {
                 return;
@@ -138,7 +139,7 @@ impl ReceiverThread {
         }
     }
 
-    fn judge(&mut self, index: usize, taken: BatchTimes) {
+    fn verify_batch(&mut self, index: usize, taken: BatchTimes) {
         let socket = &mut self.sockets[index];
         let (mut accepted, mut warned) = (0, false);
         for message in self.batch.messages() {
@@ -150,19 +151,19 @@ impl ReceiverThread {
             let (at, wall) = taken.arrival(&message);
             let at = self.last.map_or(at, |last| at.max(last));
             self.last = Some(at);
-            match self.gate.judge(message.bytes, message.from, at, wall) {
+            match self.verifier.verify(message.bytes, message.from, at, wall) {
                 Ok(heartbeat) => {
                     accepted += 1;
                     if self.rejected_any {
-                        lock(&self.told).rejections.believed(&heartbeat.pool, &heartbeat.name);
+                        lock(&self.rejected).rejections.believed(&heartbeat.pool, &heartbeat.name);
                     }
-                    self.believed.push(ReceivedHeartbeat { heartbeat, at, stands_for: 1 });
+                    self.accepted.push(ReceivedHeartbeat { heartbeat, at, stands_for: 1 });
                 }
-                Err(refused) => {
-                    self.counts.rejected[refused.reason as usize].add(1);
-                    if refused.reason.is_listed() {
+                Err(datagram) => {
+                    self.counts.rejected[datagram.reason as usize].add(1);
+                    if datagram.reason.is_listed() {
                         self.rejected_any = true;
-                        warned |= lock(&self.told).rejected(&refused, message.from, at);
+                        warned |= lock(&self.rejected).add(&datagram, message.from, at);
                     }
                 }
             }
@@ -177,7 +178,7 @@ impl ReceiverThread {
 // === impl BatchTimes ===
 
 impl BatchTimes {
-    /// When the kernel received it, by both clocks.
+    /// Returns when the kernel received a datagram, on both clocks.
     fn arrival(self, message: &ReceivedDatagram<'_>) -> (Instant, SystemTime) {
         let Some(received) = message.received else { return (self.now, self.wall) };
         match self.wall.duration_since(received) {
@@ -194,7 +195,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_datagram_arrived_when_the_kernel_says_unless_the_clock_has_jumped() {
+    fn arrival_is_the_kernel_time_unless_the_wall_clock_has_jumped() {
         let taken = BatchTimes { now: clock::now(), wall: clock::wall() };
         let waited = |received: Option<SystemTime>| {
             let from = "127.0.0.1:1".parse().unwrap();

@@ -1,56 +1,57 @@
-//! What is believed, and why the rest is not.
+//! Verifies heartbeats: accepts a datagram or rejects it with a reason.
 //!
-//! `listen` asks the [`Verifier`] about every datagram and passes on what it
-//! believes. Pure: time, the wall clock and a seed come in; the same datagrams
-//! at the same times give the same answers.
+//! The receiving thread calls the [`Verifier`] for every datagram. The verifier is pure:
+//! the caller passes the time, the wall clock and a seed. The same datagrams at the same
+//! times give the same results.
 //!
-//! # In which order
+//! # Order of the checks
 //!
-//! 1. *Form*: length, magic, version, every field's bounds; then whether the key
-//!    id is known. Tens of nanoseconds.
-//! 2. *Rate*, before any hashing: see [`limit`]. Sources that have sent a proven
-//!    heartbeat within [`limit::KNOWN_FOR`] go through a wide gate, all others
-//!    through a narrow one. At either, what is too much is refused by lot and not
-//!    first come first served, so a flood cannot time itself into taking every
-//!    place: each real heartbeat keeps its chance.
-//! 3. *Signature*, in constant time: below a microsecond.
-//! 4. *Authority*: the key may speak for that pool and announce that address.
+//! 1. *Form*: length, magic, version, bounds of every field, and whether the key id is
+//!    known. Takes tens of nanoseconds.
+//! 2. *Rate*, before a hash is computed (see [`limit`]). Sources with an accepted heartbeat
+//!    within [`limit::KNOWN_FOR`] have a high limit, all others a low limit. Above a
+//!    limit, datagrams are rejected at random, so a flood cannot displace all heartbeats
+//!    of a sender by its timing.
+//! 3. *Signature*, in constant time. Takes less than a microsecond.
+//! 4. *Authority*: the key is valid for the pool and the address.
 //! 5. *Freshness*: see below.
 //!
-//! Where a datagram came from proves nothing and is checked nowhere but in 2:
-//! UDP sources can be forged, and a backend may send from another address than
-//! it serves at.
+//! The source address is used only for the rate. UDP source addresses can be forged, and
+//! a backend can send from another address than it serves on.
 //!
 //! # Freshness
 //!
-//! The sender's clock must be within [`VerifierLimits::skew_max`] of ours, *and* the
-//! incarnation must be no older than the newest believed of that pool and name,
-//! *and* within the incarnation the sequence must be newer than the newest
-//! believed. (An older incarnation may speak again once the newer has been
-//! silent for twice the skew: all that was recorded before is stale by then.) Refusing for the clock alone, even where the sequence is newer, is
-//! deliberate: who can hold datagrams back could otherwise feed them to us one
-//! by one and keep a dead backend alive; and after a restart, when no sequence
-//! is known, the clock alone tells a recording from the sender.
+//! A heartbeat must satisfy all three:
 //!
-//! Our own clock may jump, too, and must not take every backend out at once. So
-//! whenever a heartbeat agrees with our wall clock, the time is noted by both
-//! our clocks. One of the same incarnation that disagrees later is believed all
-//! the same where it agrees with what the wall clock would show had it gone on
-//! as the monotonic one has. An incarnation that begins while our clock is wrong
-//! is refused; `stale` or `future` then count up, and [`tidegate_core::suspicion::rejections`] has the
-//! sender named in the log and in status.
+//! - The sender's clock differs from the local clock by at most
+//!   [`VerifierLimits::skew_max`].
+//! - The incarnation is not older than the newest accepted one of this pool and name. An
+//!   older incarnation is accepted again after the newer one has been silent for twice
+//!   the skew, because all older recordings are stale then.
+//! - Within an incarnation, the sequence is newer than the newest accepted one.
 //!
-//! A heartbeat older than the newest carries no news, so it is refused:
-//! `reordered` if it is among the last [`WINDOW`] and new to us, `replayed` if
-//! it has been believed before or is older.
+//! The clock is checked even if the sequence is newer. Otherwise an attacker could delay
+//! heartbeats and replay them one by one, so that a failed backend appears alive. After a
+//! restart, no sequence is known, and only the clock distinguishes a recording from the
+//! sender.
+//!
+//! A jump of the local clock must not remove all backends. Each heartbeat that agrees with
+//! the local wall clock sets an anchor: the time on the wall clock and on the monotonic
+//! clock. A later heartbeat of the same incarnation that disagrees with the wall clock is
+//! accepted if it agrees with the anchor plus the elapsed monotonic time. A new
+//! incarnation is rejected while the local clock is wrong, as `stale` or `future`.
+//! [`tidegate_core::suspicion::rejections`] reports the sender in the log and in status.
+//!
+//! A heartbeat that is older than the newest one is rejected: as `reordered` if it is
+//! among the last [`WINDOW`] sequences and was not received before, else as `replayed`.
 //!
 //! # Bounds
 //!
-//! | what | bound | beyond it |
+//! | what | bound | at the bound |
 //! |---|---|---|
-//! | senders | [`SENDERS_MAX`] | new ones are refused (`senders-full`) until others have been silent for twice the allowed skew; forgetting them sooner would let recordings in |
-//! | sources known | [`limit::KNOWN_MAX`] | newer ones stay in the narrow gate |
-//! | sources unknown | [`limit::SLOTS`] places of fixed size | sources share a place |
+//! | senders | [`SENDERS_MAX`] | New senders are rejected (`senders-full`) until another one has been silent for twice the skew. Removing a sender earlier would allow replays. |
+//! | known sources | [`limit::KNOWN_MAX`] | Further sources have the limit of unknown sources. |
+//! | unknown sources | [`limit::SLOTS`] slots | Sources share a slot. |
 
 pub mod limit;
 mod senders;
@@ -67,74 +68,75 @@ use tidegate_heartbeat::wire::{ParseError, ParsedHeartbeat};
 
 pub use senders::{SENDERS_MAX, WINDOW};
 
-/// Clocks kept by NTP differ by milliseconds; half a minute forgives one that
-/// has been alone for weeks.
+/// Default of [`VerifierLimits::skew_max`]. Clocks with NTP differ by milliseconds. A
+/// clock without NTP can differ by 30 s after weeks.
 pub const SKEW_MAX: Duration = Duration::from_secs(30);
 
-/// How strict the gate is.
+/// Limits of the verifier.
 #[derive(Debug, Clone)]
 pub struct VerifierLimits {
-    /// Largest difference of the sender's clock to ours, either way.
+    /// Largest difference between the sender's clock and the local clock, in either
+    /// direction.
     pub skew_max: Duration,
 }
 
-/// Why a datagram was refused. Each has a counter.
+/// Why a datagram was rejected. Each reason has a counter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum RejectReason {
-    /// Not a heartbeat, or one with a field out of bounds.
+    /// Not a heartbeat, or a field is out of bounds.
     Malformed,
     /// A heartbeat of another version of the format.
     UnknownVersion,
-    /// No key of that number.
+    /// No key has this id.
     UnknownKey,
-    /// Too many from sources that have proven nothing.
+    /// Rate limit of unknown sources.
     Limited,
-    /// Too many from sources that are known.
+    /// Rate limit of known sources.
     Overload,
-    /// Not signed with that key's secret.
+    /// Not signed with the secret of the key.
     Signature,
-    /// The key may not speak for that pool.
+    /// The key is not valid for this pool.
     WrongPool,
-    /// The key may not announce that address.
+    /// The key is not valid for this address.
     WrongAddress,
-    /// Sent too long ago, or by a clock too far behind.
+    /// Sent too long ago, or the sender's clock is too far behind.
     Stale,
-    /// Sent in the future, by a clock too far ahead.
+    /// The sender's clock is too far ahead.
     Future,
-    /// The sender has been restarted since.
+    /// A newer incarnation of the sender was accepted.
     OldIncarnation,
-    /// Believed before.
+    /// Received before, or too old to know.
     Replayed,
-    /// Overtaken by a newer one.
+    /// Older than the newest accepted heartbeat.
     Reordered,
-    /// No room for one more sender.
+    /// The largest number of senders is reached.
     SendersFull,
 }
 
-/// A datagram that is not believed, and what can be told of its sender.
+/// A rejected datagram and what is known about its sender.
 #[derive(Debug, Clone, Copy)]
 pub struct RejectedDatagram<'d> {
-    /// Why.
+    /// The reason.
     pub reason: RejectReason,
-    /// Who it says it is, where it could be read.
+    /// The sender that the datagram names; `None` if it could not be parsed.
     pub claim: Option<Claim<'d>>,
-    /// The sender's clock less ours, in milliseconds.
+    /// The sender's clock minus the local clock, in milliseconds; only if signed.
     pub skew: Option<i64>,
 }
 
-/// Who a datagram says it is; proven only where [`RejectReason::is_signed`] says so.
+/// The sender that a datagram names. Authentic only if [`RejectReason::is_signed`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Claim<'d> {
-    /// Pool it speaks for.
+    /// Pool name.
     pub pool: &'d str,
     /// Backend name.
     pub name: &'d str,
-    /// The key it names.
+    /// Key id.
     pub key_id: u32,
 }
 
-/// Judges datagrams.
+/// Verifies datagrams.
 #[derive(Debug)]
 pub struct Verifier {
     keys: KeyRing,
@@ -154,18 +156,18 @@ impl Default for VerifierLimits {
 // === impl Verifier ===
 
 impl Verifier {
-    /// Knows nobody yet. `seed` drives its draws and must not be guessable
-    /// from outside.
+    /// Creates a verifier without known senders. `seed` is the seed of the random
+    /// decisions above a rate limit. Senders must not be able to guess it.
     pub fn new(keys: KeyRing, limits: VerifierLimits, seed: u64) -> Verifier {
         Verifier { keys, limits, limiter: Limiter::new(seed), senders: SenderTable::default() }
     }
 
-    /// Judges one datagram that came from `from` at `now`, which was `wall` by
-    /// our wall clock. `now` must not go back.
+    /// Verifies a datagram received from `from` at `now`, which is `wall` on the local wall
+    /// clock. `now` must not decrease between calls.
     ///
     /// # Errors
-    /// Why it is not believed. A refused datagram changes nothing but what the
-    /// rate of datagrams and the `reordered` ones are remembered by.
+    /// The reason of the rejection. A rejected datagram changes only the rates and, for
+    /// `reordered`, the received sequences.
     pub fn admit(
         &mut self,
         datagram: &[u8],
@@ -173,34 +175,34 @@ impl Verifier {
         now: Instant,
         wall: SystemTime,
     ) -> Result<Heartbeat, RejectReason> {
-        self.judge(datagram, from, now, wall).map_err(|refused| refused.reason)
+        self.verify(datagram, from, now, wall).map_err(|rejected| rejected.reason)
     }
 
-    /// The same, and what can be told of a sender that is not believed.
+    /// Verifies like [`Verifier::admit`]. The error also describes the sender.
     ///
     /// # Errors
-    /// As [`Verifier::admit`].
-    pub fn judge<'d>(
+    /// Those of [`Verifier::admit`].
+    pub fn verify<'d>(
         &mut self,
         datagram: &'d [u8],
         from: SocketAddr,
         now: Instant,
         wall: SystemTime,
     ) -> Result<Heartbeat, RejectedDatagram<'d>> {
-        let unread =
-            |wrong: ParseError| RejectedDatagram { reason: wrong.into(), claim: None, skew: None };
-        let parsed = ParsedHeartbeat::read(datagram).map_err(unread)?;
+        let malformed =
+            |error: ParseError| RejectedDatagram { reason: error.into(), claim: None, skew: None };
+        let parsed = ParsedHeartbeat::read(datagram).map_err(malformed)?;
         let wall = wall.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_millis() as u64;
         let moment = ReceiveTime { now, wall, skew_max: self.limits.skew_max };
         let source = from.ip().to_canonical();
-        self.believe(&parsed, source, moment).map_err(|reason| RejectedDatagram {
+        self.check(&parsed, source, moment).map_err(|reason| RejectedDatagram {
             reason,
             claim: Some(Claim { pool: parsed.pool, name: parsed.name, key_id: parsed.key_id }),
             skew: reason.is_signed().then(|| parsed.sent.wrapping_sub(wall) as i64),
         })
     }
 
-    fn believe(
+    fn check(
         &mut self,
         parsed: &ParsedHeartbeat<'_>,
         source: IpAddr,
@@ -217,8 +219,8 @@ impl Verifier {
         if !key.covers_address(parsed.address.ip()) {
             return Err(RejectReason::WrongAddress);
         }
-        let (pool, name) = self.senders.judge(parsed, moment)?;
-        self.limiter.is_proven(source, moment.now);
+        let (pool, name) = self.senders.accept(parsed, moment)?;
+        self.limiter.set_known(source, moment.now);
         Ok(Heartbeat {
             pool,
             name,
@@ -234,12 +236,12 @@ impl Verifier {
         })
     }
 
-    /// Judges by other keys from now on; what was believed stays known.
+    /// Replaces the keys. Known senders and sources stay.
     pub fn set_keys(&mut self, keys: KeyRing) {
         self.keys = keys;
     }
 
-    /// Senders remembered.
+    /// Returns the number of known senders.
     pub fn senders(&self) -> usize {
         self.senders.len()
     }
@@ -248,7 +250,7 @@ impl Verifier {
 // === impl RejectReason ===
 
 impl RejectReason {
-    /// Every reason, in the order of their numbers.
+    /// All reasons, in the order of their numbers.
     pub const ALL: [RejectReason; 14] = [
         RejectReason::Malformed,
         RejectReason::UnknownVersion,
@@ -266,7 +268,7 @@ impl RejectReason {
         RejectReason::SendersFull,
     ];
 
-    /// Metric label.
+    /// Returns the metric label.
     pub fn name(self) -> &'static str {
         match self {
             RejectReason::Malformed => "malformed",
@@ -286,7 +288,8 @@ impl RejectReason {
         }
     }
 
-    /// Whether a key in force had signed the datagram: its sender is proven.
+    /// Returns whether the datagram was signed with a valid key, so that its sender is
+    /// authentic.
     pub fn is_signed(self) -> bool {
         match self {
             RejectReason::Malformed
@@ -306,53 +309,54 @@ impl RejectReason {
         }
     }
 
-    /// Whether senders with that reason are listed: not where the network
-    /// reorders datagrams, and not those in a flood, which are counted.
+    /// Returns whether rejected senders are listed in status and log. Not for reordering
+    /// by the network and not for floods, which are only counted.
     pub fn is_listed(self) -> bool {
         !matches!(self, RejectReason::Reordered | RejectReason::Limited | RejectReason::Overload)
     }
 
-    /// What an operator can do about it.
+    /// Returns what an operator can do.
     pub fn help(self) -> &'static str {
         match self {
-            RejectReason::Malformed => "this is no heartbeat; find out what sends to this port",
+            RejectReason::Malformed => "not a heartbeat; check which program sends to this port",
             RejectReason::UnknownVersion => "run the same version of Tidegate on both sides",
             RejectReason::UnknownKey => {
                 "no [[heartbeat.key]] has this id; correct the id on one side"
             }
-            RejectReason::Limited | RejectReason::Overload => "find out what floods this port",
+            RejectReason::Limited | RejectReason::Overload => "check which hosts flood this port",
             RejectReason::Signature => "compare the key files of both sides",
             RejectReason::WrongPool => "add the pool to the pools of its [[heartbeat.key]]",
             RejectReason::WrongAddress => {
                 "add the address to the addresses of its [[heartbeat.key]]"
             }
             RejectReason::Stale | RejectReason::Future => {
-                "synchronise the clocks of both hosts; at most 30s may lie between them"
+                "synchronise the clocks of both hosts; they can differ by at most 30s"
             }
             RejectReason::OldIncarnation => {
-                "another sender of this name started later, or this one's clock was set back; \
-                 give each backend one sender, or restart it"
+                "another sender with this name started later, or the clock of this sender was \
+                 set back; run one sender per backend, or restart the sender"
             }
             RejectReason::Replayed => {
                 "the network repeats datagrams, or two senders share one identity"
             }
             RejectReason::Reordered => "the network reorders datagrams",
-            RejectReason::SendersFull => "10,000 senders are known; start fewer under new names",
+            RejectReason::SendersFull => {
+                "the limit of 10,000 senders is reached; start fewer senders under new names"
+            }
         }
     }
 
-    /// Whether the datagram may have been the heartbeat of a known sender that
-    /// we were too busy for: a loss of ours, not to be blamed on a backend.
-    /// `limited` ones are not: a flood from strangers would else excuse every
-    /// backend's silence.
+    /// Returns whether the rejection is a local drop: the datagram may have been a valid
+    /// heartbeat of a known sender. `limited` is not a local drop. Otherwise a flood from
+    /// unknown sources would suspend the detection of missing heartbeats.
     pub fn is_local_drop(self) -> bool {
         self == RejectReason::Overload
     }
 }
 
 impl From<ParseError> for RejectReason {
-    fn from(wrong: ParseError) -> RejectReason {
-        match wrong {
+    fn from(error: ParseError) -> RejectReason {
+        match error {
             ParseError::Version => RejectReason::UnknownVersion,
             _ => RejectReason::Malformed,
         }

@@ -1,8 +1,7 @@
-//! What has been believed of each sender: its incarnation, the sequences seen,
-//! and whether its clock agrees with ours.
+//! Freshness of heartbeats: incarnation, received sequences and clock of each sender.
 //!
-//! Used by [`super::Verifier`] for datagrams whose signature stands. It forgets a
-//! sender only when nothing recorded of it could be fresh any more.
+//! Used by [`super::Verifier`] for datagrams with a valid signature. A sender is removed
+//! only when no recording of its heartbeats can be fresh any more.
 
 use super::RejectReason;
 use std::collections::HashMap;
@@ -10,14 +9,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_heartbeat::wire::ParsedHeartbeat;
 
-/// Senders remembered at once, over all pools: ten times the backends the
-/// largest installations run behind one balancer.
+/// Largest number of known senders, over all pools.
 pub const SENDERS_MAX: usize = 10_000;
 
-/// Sequences behind the newest of which it is known whether they were seen.
+/// Number of latest sequences that are recorded as received or not.
 pub const WINDOW: u64 = 64;
 
-/// Looking for senders to forget costs a walk over all.
+/// Shortest time between two sweeps for expired senders. A sweep visits all senders.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
 /// All senders, by pool and name.
@@ -32,28 +30,28 @@ pub(super) struct SenderTable {
 #[derive(Debug)]
 struct SenderRecord {
     incarnation: u64,
-    /// Newest sequence believed.
+    /// Newest accepted sequence.
     newest: u64,
-    /// Bit i: sequence `newest - i` was seen.
+    /// Bit i: sequence `newest - i` was received.
     seen: u64,
-    /// When the newest was believed.
+    /// When the newest sequence was accepted.
     at: Instant,
     anchor: ClockAnchor,
 }
 
-/// One moment by our two clocks, at which the sender's agreed with them.
+/// A time on both local clocks at which the sender's clock agreed with the wall clock.
 #[derive(Debug, Clone, Copy)]
 struct ClockAnchor {
     wall: u64,
     at: Instant,
 }
 
-/// When a datagram is judged.
+/// When a datagram was received.
 #[derive(Clone, Copy)]
 pub(super) struct ReceiveTime {
-    /// By the monotonic clock.
+    /// On the monotonic clock.
     pub(super) now: Instant,
-    /// By our wall clock, ms since 1970.
+    /// On the local wall clock, in ms since 1970.
     pub(super) wall: u64,
     /// Largest difference of the sender's clock.
     pub(super) skew_max: Duration,
@@ -66,9 +64,8 @@ impl SenderTable {
         self.count
     }
 
-    /// Believes a proven datagram that brings news, and gives the names back in
-    /// their shared form.
-    pub(super) fn judge(
+    /// Accepts a signed datagram if it is fresh. Returns shared strings for pool and name.
+    pub(super) fn accept(
         &mut self,
         parsed: &ParsedHeartbeat<'_>,
         moment: ReceiveTime,
@@ -81,7 +78,7 @@ impl SenderTable {
         });
         match (pool, known) {
             (Some(pool), Some((name, sender))) => {
-                sender.judge(parsed, moment, by_wall)?;
+                sender.accept(parsed, moment, by_wall)?;
                 Ok((pool, name))
             }
             (pool, _) => {
@@ -108,7 +105,7 @@ impl SenderTable {
         }
         self.swept = Some(moment.now);
         for senders in self.pools.values_mut() {
-            senders.retain(|_, sender| !sender.is_forgettable(moment));
+            senders.retain(|_, sender| !sender.is_expired(moment));
         }
         self.pools.retain(|_, senders| !senders.is_empty());
         self.count = self.pools.values().map(HashMap::len).sum();
@@ -128,14 +125,13 @@ impl SenderRecord {
         }
     }
 
-    fn judge(
+    fn accept(
         &mut self,
         parsed: &ParsedHeartbeat<'_>,
         moment: ReceiveTime,
         by_wall: Result<(), RejectReason>,
     ) -> Result<(), RejectReason> {
-        let gone = self.is_forgettable(moment);
-        if parsed.incarnation < self.incarnation && !gone {
+        if parsed.incarnation < self.incarnation && !self.is_expired(moment) {
             return Err(RejectReason::OldIncarnation);
         }
         if parsed.incarnation != self.incarnation {
@@ -148,7 +144,7 @@ impl SenderRecord {
         {
             return Err(reason);
         }
-        self.in_order(parsed.sequence)?;
+        self.check_sequence(parsed.sequence)?;
         self.at = moment.now;
         if by_wall.is_ok() {
             self.anchor = moment.anchor();
@@ -156,14 +152,14 @@ impl SenderRecord {
         Ok(())
     }
 
-    /// Silent so long that all it ever sent is stale: what was believed at `at`
-    /// had been dated `at + skew_max` at most. So an older incarnation may speak
-    /// again, of a sender whose clock was ahead when it last started.
-    fn is_forgettable(&self, moment: ReceiveTime) -> bool {
+    /// Returns whether every heartbeat that the sender ever sent is stale. A heartbeat
+    /// accepted at `at` has a time of at most `at + skew_max`. After that, an older
+    /// incarnation is accepted again: the sender's clock was ahead at its last start.
+    fn is_expired(&self, moment: ReceiveTime) -> bool {
         moment.now.saturating_duration_since(self.at) > moment.skew_max.saturating_mul(2)
     }
 
-    fn in_order(&mut self, sequence: u64) -> Result<(), RejectReason> {
+    fn check_sequence(&mut self, sequence: u64) -> Result<(), RejectReason> {
         if let Some(ahead) = sequence.checked_sub(self.newest).filter(|ahead| *ahead > 0) {
             let shifted = u32::try_from(ahead).ok().and_then(|ahead| self.seen.checked_shl(ahead));
             self.seen = shifted.unwrap_or(0) | 1;
@@ -182,7 +178,7 @@ impl SenderRecord {
 // === impl ClockAnchor ===
 
 impl ClockAnchor {
-    /// What our wall clock would show had it not jumped since.
+    /// Returns the time of the wall clock at `now`, assuming no jump since the anchor.
     fn expected(&self, now: Instant) -> u64 {
         let since = now.saturating_duration_since(self.at).as_millis();
         self.wall.saturating_add(u64::try_from(since).unwrap_or(u64::MAX))
@@ -196,11 +192,11 @@ impl ReceiveTime {
         ClockAnchor { wall: self.wall, at: self.now }
     }
 
-    /// Whether a time in milliseconds is near enough to `ours`.
-    fn skew(&self, sent: u64, ours: u64) -> Result<(), RejectReason> {
-        if u128::from(sent.abs_diff(ours)) <= self.skew_max.as_millis() {
+    /// Checks that a sender's time differs from `local` by at most `skew_max`. Both in ms.
+    fn skew(&self, sent: u64, local: u64) -> Result<(), RejectReason> {
+        if u128::from(sent.abs_diff(local)) <= self.skew_max.as_millis() {
             Ok(())
-        } else if sent < ours {
+        } else if sent < local {
             Err(RejectReason::Stale)
         } else {
             Err(RejectReason::Future)

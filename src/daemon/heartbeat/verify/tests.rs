@@ -1,30 +1,30 @@
-//! The gate held to its promises: each reason, freshness, floods.
+//! Tests of the verifier: each reason, freshness, floods.
 
 use super::*;
 use std::net::Ipv4Addr;
 use tidegate_heartbeat::keys::HeartbeatKey;
 use tidegate_heartbeat::testing::{START, TestSender, key, ring, secret};
 
-/// A gate and the two clocks it is asked by.
-struct Place {
-    gate: Verifier,
+/// A verifier and its two clocks.
+struct Setup {
+    verifier: Verifier,
     began: Instant,
     now: Instant,
-    /// Our wall clock, ms since 1970.
+    /// The local wall clock, in ms since 1970.
     wall: u64,
 }
 
 const SOURCE: &str = "10.0.0.1:40000";
 
-impl Place {
-    fn new() -> Place {
-        Place::with([key()])
+impl Setup {
+    fn new() -> Setup {
+        Setup::with([key()])
     }
 
-    fn with(keys: impl IntoIterator<Item = HeartbeatKey>) -> Place {
+    fn with(keys: impl IntoIterator<Item = HeartbeatKey>) -> Setup {
         let now = tidegate_net::clock::now();
-        let gate = Verifier::new(ring(keys), VerifierLimits::default(), 1);
-        Place { gate, began: now, now, wall: START }
+        let verifier = Verifier::new(ring(keys), VerifierLimits::default(), 1);
+        Setup { verifier, began: now, now, wall: START }
     }
 
     fn pass(&mut self, time: Duration) {
@@ -32,27 +32,31 @@ impl Place {
         self.wall += time.as_millis() as u64;
     }
 
-    fn hear(&mut self, datagram: &[u8]) -> Result<Heartbeat, RejectReason> {
-        self.hear_from(SOURCE.parse().unwrap(), datagram)
+    fn receive(&mut self, datagram: &[u8]) -> Result<Heartbeat, RejectReason> {
+        self.receive_from(SOURCE.parse().unwrap(), datagram)
     }
 
-    fn hear_from(&mut self, from: SocketAddr, datagram: &[u8]) -> Result<Heartbeat, RejectReason> {
+    fn receive_from(
+        &mut self,
+        from: SocketAddr,
+        datagram: &[u8],
+    ) -> Result<Heartbeat, RejectReason> {
         let wall = UNIX_EPOCH + Duration::from_millis(self.wall);
-        self.gate.admit(datagram, from, self.now, wall)
+        self.verifier.admit(datagram, from, self.now, wall)
     }
 
-    /// Hears what `mouth` says at its own time, which is ours.
-    fn hear_on_time(&mut self, mouth: &mut TestSender) -> Result<Heartbeat, RejectReason> {
-        mouth.sent = self.wall;
-        self.hear(&mouth.send())
+    /// Receives a heartbeat of `sender`, whose clock agrees with the local clock.
+    fn receive_on_time(&mut self, sender: &mut TestSender) -> Result<Heartbeat, RejectReason> {
+        sender.sent = self.wall;
+        self.receive(&sender.send())
     }
 }
 
 const SECOND: Duration = Duration::from_secs(1);
 
 #[test]
-fn a_proven_heartbeat_is_believed_as_it_was_said() {
-    let heartbeat = Place::new().hear(&TestSender::new().send()).unwrap();
+fn signed_heartbeat_is_accepted_unchanged() {
+    let heartbeat = Setup::new().receive(&TestSender::new().send()).unwrap();
     assert_eq!((&*heartbeat.pool, &*heartbeat.name), ("web", "a"));
     assert_eq!(heartbeat.address, "10.0.0.1:80".parse().unwrap());
     assert_eq!((heartbeat.incarnation, heartbeat.sequence, heartbeat.key_id), (START, 1, 7));
@@ -60,12 +64,12 @@ fn a_proven_heartbeat_is_believed_as_it_was_said() {
 }
 
 #[test]
-fn every_flipped_bit_is_refused() {
+fn every_flipped_bit_is_rejected() {
     let datagram = TestSender::new().send();
     for bit in 0..datagram.len() * 8 {
         let mut bytes = datagram.to_vec();
         bytes[bit / 8] ^= 1 << (bit % 8);
-        let reason = Place::new().hear(&bytes).expect_err("a flipped bit");
+        let reason = Setup::new().receive(&bytes).expect_err("a flipped bit");
         let fits =
             [RejectReason::Malformed, RejectReason::UnknownVersion, RejectReason::UnknownKey];
         assert!(
@@ -76,187 +80,189 @@ fn every_flipped_bit_is_refused() {
 }
 
 #[test]
-fn other_versions_and_other_keys_have_their_own_reasons() {
-    let mut place = Place::new();
+fn other_versions_and_other_keys_have_separate_reasons() {
+    let mut setup = Setup::new();
     let mut newer = TestSender::new().send().to_vec();
     newer[4] = 2;
-    assert_eq!(place.hear(&newer), Err(RejectReason::UnknownVersion));
-    let mut mouth = TestSender::new();
-    mouth.key_id = 8;
-    assert_eq!(place.hear(&mouth.send()), Err(RejectReason::UnknownKey));
-    mouth.key_id = 7;
-    mouth.secret = secret(2);
-    assert_eq!(place.hear(&mouth.send()), Err(RejectReason::Signature));
-    assert_eq!(place.hear(&[b'x'; 600]), Err(RejectReason::Malformed));
+    assert_eq!(setup.receive(&newer), Err(RejectReason::UnknownVersion));
+    let mut sender = TestSender::new();
+    sender.key_id = 8;
+    assert_eq!(setup.receive(&sender.send()), Err(RejectReason::UnknownKey));
+    sender.key_id = 7;
+    sender.secret = secret(2);
+    assert_eq!(setup.receive(&sender.send()), Err(RejectReason::Signature));
+    assert_eq!(setup.receive(&[b'x'; 600]), Err(RejectReason::Malformed));
 }
 
 #[test]
-fn a_key_speaks_for_its_pools_and_ranges_alone() {
-    let mut place = Place::new();
-    let mut hear = |pool, address| place.hear(&TestSender::named(pool, "a", address).send()).err();
-    assert_eq!(hear("db", "10.0.0.1:80"), Some(RejectReason::WrongPool));
-    assert_eq!(hear("web", "192.0.2.1:80"), Some(RejectReason::WrongAddress));
-    assert_eq!(hear("web", "[2001:db8::1]:80"), Some(RejectReason::WrongAddress));
-    assert_eq!(hear("web", "[fd00::1]:80"), None);
+fn key_is_valid_only_for_its_pools_and_addresses() {
+    let mut setup = Setup::new();
+    let mut receive =
+        |pool, address| setup.receive(&TestSender::named(pool, "a", address).send()).err();
+    assert_eq!(receive("db", "10.0.0.1:80"), Some(RejectReason::WrongPool));
+    assert_eq!(receive("web", "192.0.2.1:80"), Some(RejectReason::WrongAddress));
+    assert_eq!(receive("web", "[2001:db8::1]:80"), Some(RejectReason::WrongAddress));
+    assert_eq!(receive("web", "[fd00::1]:80"), None);
 }
 
 #[test]
-fn two_keys_are_valid_at_once_and_a_removed_one_is_not() {
+fn two_keys_are_valid_at_the_same_time_and_a_removed_key_is_not() {
     let newer = HeartbeatKey { id: 8, secret: secret(2), ..key() };
-    let mut place = Place::with([key(), newer.clone()]);
+    let mut setup = Setup::with([key(), newer.clone()]);
     let mut old = TestSender::new();
     let mut new =
         TestSender { key_id: 8, secret: secret(2), ..TestSender::named("web", "b", "10.0.0.2:80") };
-    place.hear(&old.send()).unwrap();
-    place.hear(&new.send()).unwrap();
-    // The sender itself may change over in the middle of an incarnation.
+    setup.receive(&old.send()).unwrap();
+    setup.receive(&new.send()).unwrap();
+    // A sender can change its key within an incarnation.
     (old.key_id, old.secret) = (8, secret(2));
-    place.hear(&old.send()).unwrap();
-    place.gate.set_keys(ring([newer]));
+    setup.receive(&old.send()).unwrap();
+    setup.verifier.set_keys(ring([newer]));
     (old.key_id, old.secret) = (7, secret(1));
-    assert_eq!(place.hear(&old.send()), Err(RejectReason::UnknownKey));
-    place.hear(&new.send()).unwrap();
+    assert_eq!(setup.receive(&old.send()), Err(RejectReason::UnknownKey));
+    setup.receive(&new.send()).unwrap();
 }
 
 #[test]
-fn what_was_believed_once_is_refused_ever_after() {
-    let (mut place, mut mouth) = (Place::new(), TestSender::new());
-    let said: Vec<_> = (0..200).map(|_| mouth.send()).collect();
-    for datagram in &said {
-        place.hear(datagram).unwrap();
+fn accepted_heartbeat_is_rejected_as_replayed_from_then_on() {
+    let (mut setup, mut sender) = (Setup::new(), TestSender::new());
+    let datagrams: Vec<_> = (0..200).map(|_| sender.send()).collect();
+    for datagram in &datagrams {
+        setup.receive(datagram).unwrap();
     }
-    for datagram in said.iter().rev().chain(&said) {
-        assert_eq!(place.hear(datagram), Err(RejectReason::Replayed));
+    for datagram in datagrams.iter().rev().chain(&datagrams) {
+        assert_eq!(setup.receive(datagram), Err(RejectReason::Replayed));
     }
 }
 
 #[test]
-fn an_overtaken_heartbeat_is_refused_as_reordered_once() {
-    let (mut place, mut mouth) = (Place::new(), TestSender::new());
-    let said: Vec<_> = (0..70).map(|_| mouth.send()).collect();
-    place.hear(&said[0]).unwrap();
-    place.hear(&said[69]).unwrap();
-    // 64 sequences are remembered: the newest, 69, and down to 6.
-    assert_eq!(place.hear(&said[6]), Err(RejectReason::Reordered));
-    assert_eq!(place.hear(&said[6]), Err(RejectReason::Replayed));
-    assert_eq!(place.hear(&said[5]), Err(RejectReason::Replayed));
-    assert_eq!(place.hear(&said[68]), Err(RejectReason::Reordered));
+fn overtaken_heartbeat_is_rejected_once_as_reordered_then_as_replayed() {
+    let (mut setup, mut sender) = (Setup::new(), TestSender::new());
+    let datagrams: Vec<_> = (0..70).map(|_| sender.send()).collect();
+    setup.receive(&datagrams[0]).unwrap();
+    setup.receive(&datagrams[69]).unwrap();
+    // 64 sequences are recorded: from 69, the newest, down to 6.
+    assert_eq!(setup.receive(&datagrams[6]), Err(RejectReason::Reordered));
+    assert_eq!(setup.receive(&datagrams[6]), Err(RejectReason::Replayed));
+    assert_eq!(setup.receive(&datagrams[5]), Err(RejectReason::Replayed));
+    assert_eq!(setup.receive(&datagrams[68]), Err(RejectReason::Reordered));
 }
 
 #[test]
-fn a_restarted_sender_silences_its_former_self() {
-    let (mut place, mut old) = (Place::new(), TestSender::new());
+fn older_incarnation_is_rejected_after_a_restart_of_the_sender() {
+    let (mut setup, mut old) = (Setup::new(), TestSender::new());
     old.sequence = 1_000;
-    place.hear(&old.send()).unwrap();
+    setup.receive(&old.send()).unwrap();
     let mut new = TestSender { incarnation: START + 1, ..TestSender::new() };
-    place.hear(&new.send()).unwrap();
-    assert_eq!(place.hear(&old.send()), Err(RejectReason::OldIncarnation));
-    place.hear(&new.send()).unwrap();
+    setup.receive(&new.send()).unwrap();
+    assert_eq!(setup.receive(&old.send()), Err(RejectReason::OldIncarnation));
+    setup.receive(&new.send()).unwrap();
 }
 
 #[test]
-fn a_sender_whose_clock_was_ahead_at_its_last_start_is_believed_again_later() {
-    let mut place = Place::new();
+fn sender_whose_clock_was_ahead_at_its_last_start_is_accepted_again_later() {
+    let mut setup = Setup::new();
     let mut ahead = TestSender { incarnation: START + 86_400_000, ..TestSender::new() };
-    place.hear_on_time(&mut ahead).unwrap();
+    setup.receive_on_time(&mut ahead).unwrap();
     let recorded = ahead.send();
     let mut restarted = TestSender { incarnation: START + 1, ..TestSender::new() };
-    place.pass(60 * SECOND);
-    assert_eq!(place.hear_on_time(&mut restarted), Err(RejectReason::OldIncarnation));
-    place.pass(SECOND);
-    place.hear_on_time(&mut restarted).unwrap();
-    assert_eq!(place.hear(&recorded), Err(RejectReason::Stale));
+    setup.pass(60 * SECOND);
+    assert_eq!(setup.receive_on_time(&mut restarted), Err(RejectReason::OldIncarnation));
+    setup.pass(SECOND);
+    setup.receive_on_time(&mut restarted).unwrap();
+    assert_eq!(setup.receive(&recorded), Err(RejectReason::Stale));
 }
 
 #[test]
-fn half_a_minute_of_difference_is_forgiven_and_no_more() {
-    let hear = |sent| Place::new().hear(&TestSender { sent, ..TestSender::new() }.send()).err();
-    assert_eq!(hear(START - 30_000), None);
-    assert_eq!(hear(START - 30_001), Some(RejectReason::Stale));
-    assert_eq!(hear(START + 30_000), None);
-    assert_eq!(hear(START + 30_001), Some(RejectReason::Future));
-    assert_eq!(hear(0), Some(RejectReason::Stale));
-    assert_eq!(hear(u64::MAX), Some(RejectReason::Future));
+fn clock_difference_of_30_s_is_accepted_and_no_more() {
+    let receive =
+        |sent| Setup::new().receive(&TestSender { sent, ..TestSender::new() }.send()).err();
+    assert_eq!(receive(START - 30_000), None);
+    assert_eq!(receive(START - 30_001), Some(RejectReason::Stale));
+    assert_eq!(receive(START + 30_000), None);
+    assert_eq!(receive(START + 30_001), Some(RejectReason::Future));
+    assert_eq!(receive(0), Some(RejectReason::Stale));
+    assert_eq!(receive(u64::MAX), Some(RejectReason::Future));
 }
 
 #[test]
-fn a_recording_means_nothing_to_a_restarted_balancer() {
-    let (mut place, mut mouth) = (Place::new(), TestSender::new());
+fn recording_is_rejected_by_a_restarted_balancer() {
+    let (mut setup, mut sender) = (Setup::new(), TestSender::new());
     let mut recording = Vec::new();
     for _ in 0..600 {
-        mouth.sent = place.wall;
-        recording.push(mouth.send());
-        place.hear(recording.last().unwrap()).unwrap();
-        place.pass(Duration::from_millis(100));
+        sender.sent = setup.wall;
+        recording.push(sender.send());
+        setup.receive(recording.last().unwrap()).unwrap();
+        setup.pass(Duration::from_millis(100));
     }
-    let mut restarted = Place { wall: place.wall + 30_000, ..Place::new() };
+    let mut restarted = Setup { wall: setup.wall + 30_000, ..Setup::new() };
     for datagram in &recording {
-        assert_eq!(restarted.hear(datagram), Err(RejectReason::Stale));
+        assert_eq!(restarted.receive(datagram), Err(RejectReason::Stale));
         restarted.pass(Duration::from_millis(1));
     }
 }
 
 #[test]
-fn heartbeats_held_back_do_not_keep_a_dead_backend_alive() {
-    let (mut place, mut mouth) = (Place::new(), TestSender::new());
-    place.hear_on_time(&mut mouth).unwrap();
-    let held: Vec<_> = (0..100).map(|_| mouth.send()).collect();
-    let mut believed = 0;
+fn delayed_heartbeats_are_accepted_only_while_fresh() {
+    let (mut setup, mut sender) = (Setup::new(), TestSender::new());
+    setup.receive_on_time(&mut sender).unwrap();
+    let held: Vec<_> = (0..100).map(|_| sender.send()).collect();
+    let mut accepted = 0;
     for datagram in &held {
-        place.pass(SECOND);
-        believed += u32::from(place.hear(datagram).is_ok());
+        setup.pass(SECOND);
+        accepted += u32::from(setup.receive(datagram).is_ok());
     }
-    assert_eq!(believed, 30, "only as long as they are fresh, though each is a newer sequence");
+    assert_eq!(accepted, 30, "each has a newer sequence, but only 30 are fresh");
 }
 
 #[test]
-fn known_senders_survive_a_jump_of_our_clock_by_a_day() {
+fn known_senders_are_accepted_after_the_local_clock_jumps_by_a_day() {
     for day in [86_400_000_i64, -86_400_000] {
-        let (mut place, mut mouth) = (Place::new(), TestSender::new());
-        place.hear_on_time(&mut mouth).unwrap();
-        let right = place.wall;
-        place.wall = place.wall.strict_add_signed(day);
+        let (mut setup, mut sender) = (Setup::new(), TestSender::new());
+        setup.receive_on_time(&mut sender).unwrap();
+        let right = setup.wall;
+        setup.wall = setup.wall.strict_add_signed(day);
         for second in 1..=3_600 {
-            place.pass(SECOND);
-            mouth.sent = right + second * 1_000;
-            place.hear(&mouth.send()).unwrap();
+            setup.pass(SECOND);
+            sender.sent = right + second * 1_000;
+            setup.receive(&sender.send()).unwrap();
         }
         let reason = if day > 0 { RejectReason::Stale } else { RejectReason::Future };
         let mut new =
-            TestSender { sent: mouth.sent, ..TestSender::named("web", "b", "10.0.0.2:80") };
-        assert_eq!(place.hear(&new.send()), Err(reason));
+            TestSender { sent: sender.sent, ..TestSender::named("web", "b", "10.0.0.2:80") };
+        assert_eq!(setup.receive(&new.send()), Err(reason));
     }
 }
 
 #[test]
-fn a_sender_whose_clock_jumps_a_day_is_refused() {
+fn sender_whose_clock_jumps_by_a_day_is_rejected() {
     for (day, reason) in
         [(86_400_000_i64, RejectReason::Future), (-86_400_000, RejectReason::Stale)]
     {
-        let (mut place, mut mouth) = (Place::new(), TestSender::new());
-        place.hear_on_time(&mut mouth).unwrap();
-        mouth.sent = START.strict_add_signed(day);
-        assert_eq!(place.hear(&mouth.send()), Err(reason));
+        let (mut setup, mut sender) = (Setup::new(), TestSender::new());
+        setup.receive_on_time(&mut sender).unwrap();
+        sender.sent = START.strict_add_signed(day);
+        assert_eq!(setup.receive(&sender.send()), Err(reason));
     }
 }
 
 #[test]
-fn one_more_sender_than_there_is_room_for_waits_until_others_are_gone() {
-    let mut place = Place::new();
+fn sender_above_the_limit_is_accepted_after_others_expire() {
+    let mut setup = Setup::new();
     for number in 0..SENDERS_MAX {
-        let mut mouth = TestSender::named("web", &format!("b{number}"), "10.0.0.1:80");
-        place.hear(&mouth.send()).unwrap();
+        let mut sender = TestSender::named("web", &format!("b{number}"), "10.0.0.1:80");
+        setup.receive(&sender.send()).unwrap();
     }
     let mut late = TestSender::named("web", "late", "10.0.0.1:80");
-    assert_eq!(place.hear(&late.send()), Err(RejectReason::SendersFull));
-    place.pass(59 * SECOND);
-    assert_eq!(place.hear_on_time(&mut late), Err(RejectReason::SendersFull));
-    place.pass(2 * SECOND);
-    place.hear_on_time(&mut late).unwrap();
-    assert_eq!(place.gate.senders(), 1);
+    assert_eq!(setup.receive(&late.send()), Err(RejectReason::SendersFull));
+    setup.pass(59 * SECOND);
+    assert_eq!(setup.receive_on_time(&mut late), Err(RejectReason::SendersFull));
+    setup.pass(2 * SECOND);
+    setup.receive_on_time(&mut late).unwrap();
+    assert_eq!(setup.verifier.senders(), 1);
 }
 
-/// A datagram with a form and key id that hold and a tag that does not.
+/// Returns a datagram with valid form and key id and an invalid signature.
 fn forged() -> Vec<u8> {
     let mut bytes = TestSender::new().send().to_vec();
     let last = bytes.len() - 1;
@@ -264,18 +270,18 @@ fn forged() -> Vec<u8> {
     bytes
 }
 
-fn stranger(number: u32) -> SocketAddr {
+fn unknown_source(number: u32) -> SocketAddr {
     (Ipv4Addr::from(0x0b00_0000 + number), 40_000).into()
 }
 
 #[test]
-fn strangers_are_limited_before_anything_is_hashed() {
-    let (mut place, forged) = (Place::new(), forged());
+fn unknown_sources_are_rate_limited_before_verification() {
+    let (mut setup, forged) = (Setup::new(), forged());
     let (mut verified, mut limited) = (0, 0);
-    // 200,000 a second for two seconds, each from another source.
+    // 200,000 per second for two seconds, each from another source.
     for number in 0..400_000 {
-        place.now = place.began + Duration::from_micros(5 * u64::from(number));
-        match place.hear_from(stranger(number), &forged) {
+        setup.now = setup.began + Duration::from_micros(5 * u64::from(number));
+        match setup.receive_from(unknown_source(number), &forged) {
             Err(RejectReason::Signature) => verified += 1,
             Err(RejectReason::Limited) => limited += 1,
             other => panic!("{other:?}"),
@@ -286,66 +292,65 @@ fn strangers_are_limited_before_anything_is_hashed() {
 }
 
 #[test]
-fn one_noisy_stranger_leaves_room_for_others() {
-    let (mut place, forged) = (Place::new(), forged());
+fn flood_from_one_unknown_source_does_not_block_others() {
+    let (mut setup, forged) = (Setup::new(), forged());
     for number in 0..200_000 {
-        place.now = place.began + Duration::from_micros(5 * number);
-        let _ = place.hear_from(stranger(1), &forged);
+        setup.now = setup.began + Duration::from_micros(5 * number);
+        let _ = setup.receive_from(unknown_source(1), &forged);
     }
-    place.hear_from(stranger(2), &TestSender::new().send()).unwrap();
+    setup.receive_from(unknown_source(2), &TestSender::new().send()).unwrap();
 }
 
-/// Floods with 100,000 forged datagrams a second that claim to come from
-/// `SOURCE`, among which the real sender's arrive every 100 ms; which of those
-/// were believed.
-fn flooded(place: &mut Place, mouth: &mut TestSender, seconds: u64) -> Vec<bool> {
-    let (forged, mut believed) = (forged(), Vec::new());
+/// Floods with 100,000 forged datagrams per second from `SOURCE`. The real sender sends
+/// every 100 ms from there. Returns which of its heartbeats were accepted.
+fn flooded(setup: &mut Setup, sender: &mut TestSender, seconds: u64) -> Vec<bool> {
+    let (forged, mut accepted) = (forged(), Vec::new());
     for _ in 0..seconds * 10 {
         for _ in 0..10_000 {
-            place.now += Duration::from_micros(10);
-            assert!(place.hear(&forged).is_err());
+            setup.now += Duration::from_micros(10);
+            assert!(setup.receive(&forged).is_err());
         }
-        place.wall += 100;
-        believed.push(place.hear_on_time(mouth).is_ok());
+        setup.wall += 100;
+        accepted.push(setup.receive_on_time(sender).is_ok());
     }
-    believed
+    accepted
 }
 
 #[test]
-fn a_flood_in_a_known_senders_name_costs_it_no_heartbeat() {
-    let (mut place, mut mouth) = (Place::new(), TestSender::new());
-    place.hear(&mouth.send()).unwrap();
-    let believed = flooded(&mut place, &mut mouth, 3);
-    assert!(believed.iter().all(|believed| *believed), "{believed:?}");
+fn flood_with_the_address_of_a_known_sender_costs_it_no_heartbeat() {
+    let (mut setup, mut sender) = (Setup::new(), TestSender::new());
+    setup.receive(&sender.send()).unwrap();
+    let accepted = flooded(&mut setup, &mut sender, 3);
+    assert!(accepted.iter().all(|accepted| *accepted), "{accepted:?}");
 }
 
 #[test]
-fn a_flood_in_a_new_senders_name_delays_it_by_seconds_not_for_ever() {
-    let (mut place, mut mouth) = (Place::new(), TestSender::new());
-    let believed = flooded(&mut place, &mut mouth, 8);
-    let first = believed.iter().position(|believed| *believed).expect("heard at last");
-    assert!(believed[first..].iter().all(|believed| *believed), "known from then on");
+fn flood_with_the_address_of_a_new_sender_delays_it_by_at_most_8_s() {
+    let (mut setup, mut sender) = (Setup::new(), TestSender::new());
+    let accepted = flooded(&mut setup, &mut sender, 8);
+    let first = accepted.iter().position(|accepted| *accepted).expect("no heartbeat accepted");
+    assert!(accepted[first..].iter().all(|accepted| *accepted), "rejected although known");
 }
 
 #[test]
-fn beyond_the_wide_gate_real_heartbeats_are_lost_by_lot() {
-    let (mut place, mut mouth, forged) = (Place::new(), TestSender::new(), forged());
-    place.hear(&mouth.send()).unwrap();
-    let mut believed = 0;
-    // 400,000 a second, the real one always the last of its step.
+fn heartbeats_of_known_senders_pass_at_random_above_their_limit() {
+    let (mut setup, mut sender, forged) = (Setup::new(), TestSender::new(), forged());
+    setup.receive(&sender.send()).unwrap();
+    let mut accepted = 0;
+    // 400,000 per second; the real heartbeat is always the last of its step.
     for _ in 0..20 {
         for _ in 0..40_000 {
-            place.now += Duration::from_nanos(2_499);
-            let _ = place.hear(&forged);
+            setup.now += Duration::from_nanos(2_499);
+            let _ = setup.receive(&forged);
         }
-        place.wall += 100;
-        match place.hear_on_time(&mut mouth) {
-            Ok(_) => believed += 1,
+        setup.wall += 100;
+        match setup.receive_on_time(&mut sender) {
+            Ok(_) => accepted += 1,
             Err(reason) => assert!(reason.is_local_drop(), "{reason:?}"),
         }
-        place.now += Duration::from_nanos(40_000);
+        setup.now += Duration::from_nanos(40_000);
     }
-    assert!((1..20).contains(&believed), "about half of 20: {believed}");
+    assert!((1..20).contains(&accepted), "about half of 20: {accepted}");
 }
 
 #[test]
@@ -361,13 +366,13 @@ fn reasons_have_one_name_and_number_each() {
 
 #[test]
 fn rejection_names_the_sender_and_its_clock_offset() {
-    let mut place = Place::new();
+    let mut setup = Setup::new();
     let datagram = TestSender::new().send();
-    place.wall += 300_000;
-    let wall = UNIX_EPOCH + Duration::from_millis(place.wall);
+    setup.wall += 300_000;
+    let wall = UNIX_EPOCH + Duration::from_millis(setup.wall);
     let from = SOURCE.parse().unwrap();
-    let refused = place.gate.judge(&datagram, from, place.now, wall).unwrap_err();
-    let claim = refused.claim.unwrap();
-    assert_eq!((refused.reason, refused.skew), (RejectReason::Stale, Some(-300_000)));
+    let rejected = setup.verifier.verify(&datagram, from, setup.now, wall).unwrap_err();
+    let claim = rejected.claim.unwrap();
+    assert_eq!((rejected.reason, rejected.skew), (RejectReason::Stale, Some(-300_000)));
     assert_eq!((claim.pool, claim.name, claim.key_id), ("web", "a", 7));
 }
