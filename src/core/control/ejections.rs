@@ -1,10 +1,10 @@
-//! Passive ejection and the pool's guard over it.
+//! Passive ejection, and the guard of each pool over it.
 //!
-//! Called by the controller for rows of failures, and after every change that
-//! may leave a pool short. The guard: at most `max_ejected` percent of a pool's
-//! backends (rounded down) are ejected or on trial at once, and ejection alone
-//! never leaves a pool without an eligible backend. It never takes a backend out
-//! for anything but failed connects and early resets.
+//! Called by the controller for rows of failures, and after every change that can leave a
+//! pool with too few backends. Only failed connects and early resets cause an ejection.
+//!
+//! Guard: at most `max_ejected` percent of a pool's backends, rounded down, are ejected or
+//! on trial at a time. An ejection never removes the last eligible backend of a pool.
 
 use super::backends::BackendEntry;
 use super::pools::{PoolEntry, PoolId};
@@ -17,33 +17,33 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Who may be out of service, by pool: for how many a pool has out, a walk over all of
-/// its backends would cost milliseconds.
+/// Ejected and suspect backends by pool. Without the index, counting them would need a scan
+/// of all backends of a pool, which costs milliseconds.
 #[derive(Debug, Default)]
 pub(super) struct EjectionIndex {
-    /// Every backend that is ejected or on trial; some may not be any more.
+    /// All backends that are ejected or on trial. Can contain backends that no longer are.
     ejected: BTreeSet<(PoolId, BackendId)>,
-    /// The same of those that are suspect.
+    /// All suspect backends. Can contain backends that no longer are.
     suspects: BTreeSet<(PoolId, BackendId)>,
 }
 
-/// How a pool stands with respect to its guard.
+/// The counts of a pool that its guard needs.
 pub(super) struct EjectionGuard {
-    /// Backends ejected now.
+    /// Ejected backends.
     ejected: Vec<BackendId>,
-    /// Backends on trial now.
+    /// Number of backends on trial.
     on_trial: usize,
-    /// Backends that are eligible, but gray.
+    /// Number of eligible backends that are slow or hang.
     suspect: usize,
-    /// Backends that may be ejected at once.
+    /// Number of backends that may be ejected at a time.
     ejected_max: usize,
-    /// Backends that are eligible now, without those on trial; 2 stands for any more.
+    /// Number of eligible backends that are not on trial; counted up to 2.
     eligible: usize,
-    /// All of the pool's backends.
+    /// Number of backends in the pool.
     backends: usize,
 }
 
-/// Backends of a pool of `backends` that may be ejected at once.
+/// Returns how many of `backends` may be ejected at a time.
 pub(super) fn ejected_max(percent: u8, backends: usize) -> usize {
     backends.saturating_mul(usize::from(percent.min(100))) / 100
 }
@@ -51,8 +51,8 @@ pub(super) fn ejected_max(percent: u8, backends: usize) -> usize {
 // === impl EjectionGuard ===
 
 impl EjectionGuard {
-    /// Why no eligible backend may be ejected now, if so.
-    pub(super) fn reason_to_refuse(&self, percent: u8) -> Option<String> {
+    /// Returns why no backend may be ejected now; `None` if one may.
+    pub(super) fn objection(&self, percent: u8) -> Option<String> {
         let (ejected, backends) = (self.ejected.len() + self.on_trial, self.backends);
         if ejected >= self.ejected_max {
             return Some(format!(
@@ -62,7 +62,7 @@ impl EjectionGuard {
         (self.eligible <= 1).then(|| "last eligible backend of the pool".to_owned())
     }
 
-    /// Whether some backend is eligible that is not on trial.
+    /// Whether at least one eligible backend is not on trial.
     pub(super) fn has_others(&self) -> bool {
         self.eligible > 0
     }
@@ -72,8 +72,8 @@ impl EjectionGuard {
         self.has_others() && self.ejected.len() + self.on_trial <= self.ejected_max
     }
 
-    /// Whether one more may become suspect: where one is, the rest carries its
-    /// share, as after an ejection.
+    /// Whether another backend may become suspect. The other backends take over its
+    /// sessions, as after an ejection.
     pub(super) fn allows_suspect(&self) -> bool {
         let out = self.ejected.len() + self.on_trial + self.suspect;
         self.eligible > 1 && out < self.ejected_max.max(1)
@@ -83,8 +83,7 @@ impl EjectionGuard {
 // === impl ControlState ===
 
 impl ControlState {
-    /// Ejects the backend if it is its row of failures' turn and the guard has
-    /// nothing against it.
+    /// Ejects the backend if its row of failures is long enough and the guard allows it.
     pub(super) fn consider_ejection(
         &mut self,
         id: BackendId,
@@ -97,10 +96,9 @@ impl ControlState {
         let Some(spec) = pool.spec.ejection else { return };
         let Some(row) = entry.health.outlier.failed(in_a_row, &spec) else { return };
         if !entry.health.eligible() {
-            // It takes no sessions anyway: nothing would be gained.
             return;
         }
-        let objection = self.guard_view(pool).reason_to_refuse(spec.max_ejected_percent);
+        let objection = self.guard_view(pool).objection(spec.max_ejected_percent);
         let Some(entry) = self.backends.observe(id) else { return };
         let what = if failure == ConnectFailure::EarlyReset { "sessions" } else { "connects" };
         let evidence = format!("{row} {what} failed in a row, last: {failure}");
@@ -116,8 +114,8 @@ impl ControlState {
         self.eject(id, &spec, (from, &evidence), lasted, now);
     }
 
-    /// Ejects the backend, whatever the guard says, from the state `from` that
-    /// has `lasted` so long.
+    /// Ejects the backend without asking the guard. `from` is its state before, which has
+    /// `lasted` that long.
     pub(super) fn eject(
         &mut self,
         id: BackendId,
@@ -138,7 +136,7 @@ impl ControlState {
         self.record(id, (from, "ejected"), reason, lasted, now);
     }
 
-    /// Puts an ejected backend back.
+    /// Ends an ejection without a trial.
     pub(super) fn end_ejection(&mut self, id: BackendId, reason: &str, now: Instant) {
         self.schedule.cancel(TimerKind::EjectionEnds(id));
         let Some(entry) = self.backends.touch(id) else { return };
@@ -148,14 +146,14 @@ impl ControlState {
         self.record(id, ("ejected", to), format!("ejection ended: {reason}"), lasted, now);
     }
 
-    /// Ends ejections that the guard would not allow now: the pool shrank, its
-    /// spec changed, or the backends that carried on without the ejected ones
-    /// are gone. The ones that would end first go first.
+    /// Ends ejections that the guard would not allow now, because the pool has fewer
+    /// backends, other settings, or no other eligible backend. Begins with the ejections
+    /// that are due first.
     pub(super) fn recheck_ejections(&mut self, pool: PoolId, now: Instant) {
         if !self.has_out(pool) {
             return;
         }
-        self.end_needless_trials(pool, now);
+        self.end_unneeded_trials(pool, now);
         let Some(pool) = self.pool(pool) else { return };
         let mut view = self.guard_view(pool);
         if view.ejected.is_empty() {
@@ -187,8 +185,8 @@ impl ControlState {
         }
     }
 
-    /// Whether some backend of the pool is ejected or on trial; forgets those that
-    /// are not any more.
+    /// Whether a backend of the pool is ejected or on trial. Removes outdated entries from
+    /// the index.
     fn has_out(&mut self, pool: PoolId) -> bool {
         let noted: Vec<BackendId> = noted(&self.ejections.ejected, pool).collect();
         let mut any = false;
@@ -214,18 +212,18 @@ impl ControlState {
             on_trial: out().filter(|(_, outlier)| outlier.is_on_trial()).count(),
             suspect: suspect.filter(|it| it.slow.is_suspect() && it.is_fully_eligible()).count(),
             ejected_max: ejected_max(percent, pool.members().len()),
-            // A walk over all of them would cost milliseconds.
+            // Up to 2, because counting all would cost milliseconds.
             eligible: members.filter(|entry| entry.health.is_fully_eligible()).take(2).count(),
             backends: pool.members().len(),
         }
     }
 
-    /// The pool's backends that are or were ejected or on trial.
+    /// Returns the pool's backends that are or were ejected or on trial.
     pub(super) fn out_of_service(&self, pool: PoolId) -> impl Iterator<Item = &BackendEntry> {
         self.of_pool(&self.ejections.ejected, pool)
     }
 
-    /// The backends that are noted for a pool.
+    /// Returns the indexed backends of a pool.
     fn of_pool<'a>(
         &'a self,
         of: &'a BTreeSet<(PoolId, BackendId)>,
@@ -239,7 +237,7 @@ impl ControlState {
 // === impl EjectionIndex ===
 
 impl EjectionIndex {
-    /// Notes the backend if it is ejected, on trial or suspect.
+    /// Indexes the backend if it is ejected, on trial or suspect.
     pub(super) fn note(&mut self, entry: &BackendEntry) {
         let key = (entry.pool, entry.state.id);
         if !entry.health.outlier.counts_failures() {
@@ -250,12 +248,12 @@ impl EjectionIndex {
         }
     }
 
-    /// The backend is suspect no more.
+    /// Removes the backend from the suspects.
     pub(super) fn clear_suspect(&mut self, entry: &BackendEntry) {
         self.suspects.remove(&(entry.pool, entry.state.id));
     }
 
-    /// The ejected ones of all pools.
+    /// Returns the ejected backends of all pools.
     pub(super) fn ejected(&self) -> impl Iterator<Item = (PoolId, BackendId)> {
         self.ejected.iter().copied()
     }

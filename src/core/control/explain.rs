@@ -1,7 +1,6 @@
-//! Why one backend gets what it gets: everything known of it, in one value.
+//! Data for `tidegate explain`: the complete state of one backend.
 //!
-//! Called by `daemon` for `tidegate explain` and the admin API. It derives, it
-//! never changes anything.
+//! Called by `daemon` for the CLI and the admin API. It changes nothing.
 
 use super::heartbeats::silence::max_down_percent;
 use super::status::{
@@ -21,50 +20,50 @@ use std::time::{Duration, Instant};
 /// One backend, explained.
 #[derive(Debug, Clone)]
 pub struct Explanation {
-    /// When.
+    /// Time of the explanation.
     pub now: Instant,
-    /// As status shows it.
+    /// The backend as in `status`.
     pub backend: BackendStatus,
-    /// Since when the operator wants what he wants.
+    /// Age of the operator's intent.
     pub intent_for: Duration,
-    /// How long its observation stands.
+    /// Age of the observation.
     pub observed_for: Duration,
-    /// How long what its heartbeats ask for stands.
+    /// Age of the state that its heartbeats request.
     pub requested_for: Duration,
-    /// Its weight and what lowers it.
+    /// Weight and the factors that reduce it.
     pub weight: Weight,
-    /// The cap in force; 0 means none.
+    /// The effective cap; 0: none.
     pub connections_max: u32,
-    /// What probes say; `None` where its pool has none.
+    /// State of its probes; `None` if the pool has none.
     pub probe: Option<ProbeView>,
-    /// What heartbeats its pool expects.
+    /// Heartbeat settings of the pool.
     pub heartbeat_spec: Option<Arc<HeartbeatSpec>>,
-    /// The last heartbeat in its name that was rejected.
+    /// The last rejected heartbeat with the name of the backend.
     pub rejected: Option<Rejection>,
     /// Passive ejection.
     pub ejection: EjectionView,
-    /// Of the slow start under way: how long it takes, and since when.
+    /// The running slow start: its duration, and the time since it began.
     pub ramp: Option<(Duration, Duration)>,
-    /// Failures of its sessions lately.
+    /// Recent failures of its sessions.
     pub failures: FailuresView,
-    /// What may keep it in though it is confirmed to be gone.
+    /// Guards that can prevent its removal.
     pub guards: GuardStatus,
     /// Newest first; at most [`TRANSITIONS_MAX`](super::TRANSITIONS_MAX).
     pub history: Vec<Transition>,
 }
 
-/// Where the probes of a backend stand.
+/// State of a backend's probes.
 #[derive(Debug, Clone)]
 pub struct ProbeView {
-    /// How they are made.
+    /// Settings of the probes.
     pub spec: Arc<model::ProbeSpec>,
-    /// Their verdict.
+    /// Their observation.
     pub observation: Observation,
-    /// For how long.
+    /// Age of the observation.
     pub lasted: Duration,
-    /// The row being counted.
+    /// The current row.
     pub state: ProbeState,
-    /// Taken for well until its first result.
+    /// Eligible until its first result.
     pub fails_open: bool,
 }
 
@@ -73,22 +72,22 @@ pub struct ProbeView {
 pub struct EjectionView {
     /// `None`: off.
     pub spec: Option<model::EjectionSpec>,
-    /// Time left of the present one.
+    /// Rest of the current ejection.
     pub left: Option<Duration>,
-    /// Ejections in a row, as of the last one.
+    /// Ejections in a row, as of the last ejection.
     pub repeats: u32,
-    /// For how long one session at a time tries it, if so.
+    /// Age of the running trial.
     pub trial: Option<Duration>,
 }
 
 /// Failed connects and early resets of a backend.
 #[derive(Debug, Clone)]
 pub struct FailuresView {
-    /// `None`: nothing failed.
+    /// `None`: no failures.
     pub recent: Option<Recent>,
-    /// For how long failures were looked for, at most a minute.
+    /// The period that `recent` covers, at most a minute.
     pub watched: Duration,
-    /// In a row by now.
+    /// Failures in a row.
     pub in_a_row: u32,
     /// Failed connects since the backend was configured.
     pub connects_total: u64,
@@ -97,25 +96,25 @@ pub struct FailuresView {
 /// The guards over a backend's pool.
 #[derive(Debug, Clone)]
 pub struct GuardStatus {
-    /// Nobody at all is heard.
+    /// No heartbeat arrives from any backend.
     pub channel_silent: bool,
-    /// In its pool.
+    /// Freeze of its pool.
     pub pool_frozen: Option<FreezeStatus>,
-    /// Over all pools.
+    /// Freeze of all pools.
     pub all_frozen: Option<FreezeStatus>,
-    /// How its pool's backends stand with their heartbeats.
+    /// The pool's backends, counted by the state of their heartbeats.
     pub view: PathView,
-    /// Share of the pool that may be out at once, in percent.
+    /// Share of the pool that may be down at a time, in percent.
     pub max_ejected_percent: u8,
 }
 
 // === impl Controller ===
 
 impl Controller {
-    /// Everything about one backend.
+    /// Returns the complete state of one backend.
     ///
     /// # Errors
-    /// No such pool or backend.
+    /// The pool or the backend does not exist.
     pub fn explain(
         &self,
         pool: &str,

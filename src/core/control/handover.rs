@@ -1,9 +1,9 @@
-//! What one process tells the next when the program is upgraded in place, and
-//! how the next goes on with it.
+//! Handover of the controller's state in an upgrade: saving in the old process, restoring
+//! in the new process.
 //!
-//! Called by `daemon` on both sides. Pure; the types are what travels (as JSON), so
-//! every field may be absent in what an older program says, and what a newer one
-//! adds is ignored. Names, never numbers, say who is meant.
+//! Called by `daemon` in both processes. It does no I/O. The types are serialised as JSON.
+//! An older program can omit fields, and unknown fields of a newer program are ignored.
+//! Frontends, pools and backends are identified by name, never by id.
 
 use super::backends::BackendEntry;
 use super::heartbeats::CarriedHeartbeats;
@@ -27,64 +27,64 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Everything known of frontends, pools and backends. Times are counted back
-/// from the moment of saving, in milliseconds.
+/// State of frontends, pools and backends. Times are in milliseconds before the moment of
+/// saving.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Saved {
     /// Accepted configurations.
     pub generation: u64,
-    /// Tables made.
+    /// Published tables.
     pub serial: u64,
     /// In file order.
     pub frontends: Vec<SavedFrontend>,
     /// In file order.
     pub pools: Vec<SavedPool>,
-    /// Tables by reason.
+    /// Published tables by reason.
     pub published: BTreeMap<String, u64>,
-    /// Heartbeats taken.
+    /// Heartbeats received.
     pub heartbeats: u64,
-    /// Believed heartbeats that fitted nobody, by reason.
+    /// Accepted heartbeats that match no backend, by reason.
     #[serde(rename = "misfits")]
     pub ignored: BTreeMap<String, u64>,
-    /// Times everybody was excused.
+    /// Times that silence was excluded for all backends.
     pub excuses: u64,
-    /// What operators wanted of backends that have left.
+    /// Operators' intents for removed backends.
     #[serde(rename = "left", skip_serializing_if = "is_default")]
     pub removed_intents: Vec<SavedIntent>,
 }
 
-/// A [`Saved`] that is being made, a slice at a time.
+/// A [`Saved`] in progress. It is built in slices.
 #[derive(Debug)]
 pub struct Saving {
     at: Instant,
     generation: u64,
-    /// Transitions of each backend.
+    /// Transitions saved per backend.
     history: usize,
-    /// The last one is under way.
+    /// The last one is incomplete.
     pools: Vec<SavedPool>,
-    /// Its members that are still to come, the last first.
+    /// Members of the last pool that are still missing, in reverse order.
     remaining: Vec<BackendId>,
 }
 
-/// Transitions in one [`Saved`]: where backends have more, each keeps its newest.
+/// Transitions in one [`Saved`]. With more, only the newest of each backend are saved.
 const HISTORY_MAX: usize = 200_000;
 
-/// A frontend's counts.
+/// Counters of a frontend.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SavedFrontend {
-    /// Its identity.
+    /// Identifies the frontend.
     pub name: String,
     /// See `FrontendCounters`.
     pub sessions: u64,
-    /// From clients.
+    /// Bytes from clients.
     pub bytes_in: u64,
-    /// To clients.
+    /// Bytes to clients.
     pub bytes_out: u64,
-    /// By name of the reason.
+    /// Rejected sessions by reason.
     pub refused: BTreeMap<String, u64>,
-    /// Let in past the limits of their sources.
+    /// Sessions accepted without a check of the limits of their client sources.
     pub untracked: u64,
 }
 
@@ -92,19 +92,19 @@ pub struct SavedFrontend {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SavedPool {
-    /// Its identity.
+    /// Identifies the pool.
     pub name: String,
-    /// It serves without probe results; see `health`.
+    /// The pool fails open; see `health`.
     pub open: bool,
-    /// Where its round robin has come to.
+    /// Position of its round robin.
     pub turn: Option<RoundRobinPosition>,
-    /// It has been in service for so long.
+    /// Time since at least one backend is eligible.
     pub in_service_ms: Option<u64>,
-    /// Its backends' heartbeats, and those that registered, are told of.
+    /// The pool has heartbeats: the saved state includes them and registered backends.
     #[serde(skip_serializing_if = "is_default")]
     #[serde(rename = "hearts")]
     pub takes_heartbeats: bool,
-    /// In file order, then registered ones by age.
+    /// In file order, then registered backends by age.
     pub backends: Vec<SavedBackend>,
 }
 
@@ -112,9 +112,9 @@ pub struct SavedPool {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SavedBackend {
-    /// With pool and address its identity.
+    /// Identifies the backend, together with pool and address.
     pub name: String,
-    /// As the file spells it.
+    /// Address as spelled in the file.
     pub address: String,
     /// Name of the intent.
     #[serde(skip_serializing_if = "is_default")]
@@ -122,10 +122,10 @@ pub struct SavedBackend {
     /// Age of the intent.
     #[serde(skip_serializing_if = "is_default")]
     pub intent_ms: u64,
-    /// It may take new sessions.
+    /// New sessions can pick the backend.
     #[serde(skip_serializing_if = "is_default")]
     pub eligible: bool,
-    /// Name of the probes' verdict.
+    /// Name of the probes' observation.
     #[serde(skip_serializing_if = "is_default")]
     pub observation: String,
     /// Age of the observation.
@@ -134,37 +134,37 @@ pub struct SavedBackend {
     /// Eligible while unknown.
     #[serde(skip_serializing_if = "is_default")]
     pub fails_open: bool,
-    /// Ejections.
+    /// Ejection state.
     #[serde(skip_serializing_if = "is_default")]
     pub outlier: SavedEjectionState,
-    /// What its first bytes have shown.
+    /// State of the detector over first bytes.
     #[serde(skip_serializing_if = "is_default")]
     pub watch: SavedSlowDetector,
-    /// Its slow start began so long ago.
+    /// Time since its slow start began.
     #[serde(skip_serializing_if = "is_default")]
     pub ramp_ms: Option<u64>,
     /// See `BackendCounters`.
     #[serde(skip_serializing_if = "is_default")]
     pub sessions: u64,
-    /// Connects that failed.
+    /// Failed connects.
     #[serde(skip_serializing_if = "is_default")]
     pub connect_failures: u64,
-    /// From clients.
+    /// Bytes from clients.
     #[serde(skip_serializing_if = "is_default")]
     pub bytes_in: u64,
-    /// To clients.
+    /// Bytes to clients.
     #[serde(skip_serializing_if = "is_default")]
     pub bytes_out: u64,
-    /// Its heartbeats brought it; it is in no file.
+    /// Heartbeats registered the backend.
     #[serde(skip_serializing_if = "is_default")]
     pub registered: bool,
-    /// What its heartbeats have said.
+    /// State of its heartbeats.
     #[serde(rename = "heart", skip_serializing_if = "is_default")]
     pub heartbeats: Option<SavedHeartbeats>,
-    /// What they ask for has stood for so long.
+    /// Age of the requested state.
     #[serde(rename = "calling_ms", skip_serializing_if = "is_default")]
     pub requested_ms: u64,
-    /// What counts of its health has stood for so long.
+    /// Age of the combined observation.
     #[serde(skip_serializing_if = "is_default")]
     pub observed_ms: Option<u64>,
     /// Oldest first.
@@ -179,8 +179,8 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 // === impl Saved ===
 
 impl Saved {
-    /// The same for a process that counts from zero: what was counted since this was
-    /// saved is lost, and half of a count is worse than none.
+    /// Removes all counts, for a process that counts from zero. Events after the moment of
+    /// saving are lost, and an incomplete count is worse than none.
     pub fn without_counts(mut self) -> Saved {
         self.frontends.clear();
         (self.published, self.ignored) = (BTreeMap::new(), BTreeMap::new());
@@ -192,7 +192,8 @@ impl Saved {
         self
     }
 
-    /// Takes operators' intents from `newer`; a backend that is not in it is ready.
+    /// Replaces the operators' intents by those of `newer`. Backends not listed there
+    /// become ready.
     pub fn set_intents(&mut self, newer: &Saved) {
         self.removed_intents.clone_from(&newer.removed_intents);
         let mut wanted: HashMap<[&str; 3], (&SavedPool, &SavedBackend)> = every_backend(newer)
@@ -209,7 +210,7 @@ impl Saved {
                 }
             }
         }
-        // Of those nothing else is known.
+        // Backends with an intent but no other state.
         let unknown: Vec<SavedPool> = wanted
             .into_values()
             .map(|(pool, one)| SavedPool {
@@ -225,7 +226,7 @@ impl Saved {
 // === impl Controller ===
 
 impl Controller {
-    /// For another process to go on with.
+    /// Returns the complete state for a handover.
     pub fn save(&self, now: Instant) -> Saved {
         let mut saving = self.begin_save(now);
         self.save_on(&mut saving, usize::MAX);
@@ -248,8 +249,8 @@ impl Controller {
         }
     }
 
-    /// The same in slices, and without the controller's and the frontends' counts:
-    /// backends come by [`Controller::save_on`], those of now as they are by then.
+    /// Begins to save in slices, without the counts of controller and frontends.
+    /// [`Controller::save_on`] adds backends in their state at that time.
     pub fn begin_save(&self, now: Instant) -> Saving {
         Saving {
             at: now,
@@ -260,9 +261,9 @@ impl Controller {
         }
     }
 
-    /// Adds up to `most` backends and pools; false once there are no more. A backend
-    /// that has left meanwhile is left out. After a reload another one is to be
-    /// begun: [`Controller::can_go_on`].
+    /// Adds up to `most` backends and pools. Returns false once all are added. Skips
+    /// backends that were removed since [`Controller::begin_save`]. After a reload, begin
+    /// again: [`Controller::can_go_on`].
     pub fn save_on(&self, saving: &mut Saving, most: usize) -> bool {
         for _ in 0..most {
             let Some(id) = saving.remaining.pop() else {
@@ -285,7 +286,7 @@ impl Controller {
         true
     }
 
-    /// A pool without its backends.
+    /// Returns a pool without its backends.
     fn save_pool(pool: &PoolEntry, table: Option<&Arc<PoolTable>>, now: Instant) -> SavedPool {
         let table = table.filter(|table| table.spec.name == pool.spec.name);
         let age = |since: Instant| millis(now.saturating_duration_since(since));
@@ -299,12 +300,12 @@ impl Controller {
         }
     }
 
-    /// Whether what was begun is still about the configuration in force.
+    /// Whether the configuration has not changed since [`Controller::begin_save`].
     pub fn can_go_on(&self, saving: &Saving) -> bool {
         saving.generation == self.publisher.generation()
     }
 
-    /// All that was gathered.
+    /// Returns the saved state.
     pub fn end_save(&self, saving: Saving) -> Saved {
         Saved {
             generation: saving.generation,
@@ -315,27 +316,26 @@ impl Controller {
         }
     }
 
-    /// Counts configurations and tables on from another process. To be called
-    /// before the first configuration. What is beyond any count leaves room to
-    /// count on from.
+    /// Continues the numbers of configurations and tables of another process. Call it
+    /// before the first configuration. Caps the numbers, so that they can still increase.
     pub fn add_carried_counts(&mut self, generation: u64, serial: u64) {
         const COUNT_MAX: u64 = u64::MAX / 2;
         self.publisher.count_on_from(generation.min(COUNT_MAX), serial.min(COUNT_MAX));
     }
 
-    /// Goes on with what another process knows: operators' intents, health,
-    /// round robins, counts. What is not configured here is passed over. May be
-    /// called again with something newer.
+    /// Restores the state of another process: operators' intents, health, round-robin
+    /// positions and counts. Ignores backends that are not configured here, except for
+    /// their intents. Can be called again with a newer state.
     pub fn adopt(&mut self, saved: &Saved, now: Instant) -> Vec<ControlEffect> {
         self.run_due(now);
         for pool in &saved.pools {
             self.adopt_pool(pool, now);
         }
-        // They may be newer than the rest.
+        // Last, because they can be newer than the rest.
         for left in &saved.removed_intents {
             self.state.adopt_intent(left, now);
         }
-        // Before it accepts anything, a new process has everybody in its table.
+        // A new process needs all backends in its table before it accepts sessions.
         self.state.pending.at_once = true;
         let effects = self.finish(now);
         let turns: HashMap<&str, RoundRobinPosition> =
@@ -349,8 +349,7 @@ impl Controller {
         effects
     }
 
-    /// The same for the counts alone: sessions that the other process was left
-    /// with have ended.
+    /// Restores the counts only, after sessions of the other process have ended.
     pub fn adopt_counts(&mut self, saved: &Saved) {
         let of = |counts: &BTreeMap<String, u64>, name| counts.get(name).copied().unwrap_or(0);
         self.publisher.carry(PublishReason::ALL.map(|reason| of(&saved.published, reason.name())));
@@ -373,14 +372,15 @@ impl Controller {
         }
     }
 
-    /// The same one's state.
+    /// Returns the state of the configured backend that another process knows by these
+    /// names.
     pub fn saved_state(&self, pool: &str, name: &str, address: &str) -> Option<&BackendState> {
         let id = self.state.find_saved(pool, name, address)?;
         self.state.backends.get(id).map(|entry| &*entry.state)
     }
 
-    /// Whether every backend that may take sessions in another process may do so
-    /// here, as far as its pool is configured for it.
+    /// Whether every backend that is eligible in another process is eligible here. Ignores
+    /// backends that are not configured here and cannot register.
     pub fn serves_as(&self, saved: &Saved) -> bool {
         let expected = every_backend(saved).filter(|(_, backend)| backend.eligible);
         expected.into_iter().all(|(pool, backend)| {
@@ -389,7 +389,7 @@ impl Controller {
             };
             match self.state.find_saved(&pool.name, &backend.name, &backend.address) {
                 Some(id) => self.state.backends.get(id).is_none_or(|entry| entry.health.eligible()),
-                // It left the file, unless its heartbeats would bring it.
+                // The file lacks the backend. It is missing only if it can register.
                 None => !entry.spec.heartbeat.as_ref().is_some_and(|spec| spec.register),
             }
         })
@@ -448,7 +448,7 @@ impl Controller {
         self.adopt_startup(saved);
     }
 
-    /// A pool whose backends are known need not get to know them.
+    /// Ends the startup phase of a pool whose saved state has results, or fails open.
     fn adopt_startup(&mut self, saved: &SavedPool) {
         let Some(id) = self.state.pools.named(&saved.name).map(|pool| pool.id) else { return };
         let Some(pool) = self.state.pools.observe(id) else { return };
@@ -469,7 +469,7 @@ impl Controller {
         self.state.schedule.cancel(TimerKind::GraceEnds(id));
     }
 
-    /// The configured backend that another process knows by these.
+    /// Returns the configured backend that another process knows by these names.
     pub fn find_saved(&self, pool: &str, name: &str, address: &str) -> Option<BackendId> {
         self.state.find_saved(pool, name, address)
     }
@@ -478,7 +478,7 @@ impl Controller {
 // === impl ControlState ===
 
 impl ControlState {
-    /// The configured backend that another process knows by these.
+    /// Returns the configured backend that another process knows by these names.
     pub(super) fn find_saved(&self, pool: &str, name: &str, address: &str) -> Option<BackendId> {
         let id = self.find_backend(pool, name).ok()?;
         let entry = self.backends.get(id)?;
@@ -490,7 +490,7 @@ fn adopt_health(entry: &mut BackendEntry, saved: &SavedBackend, now: Instant) {
     if let Some(detector) = &mut entry.health.detector {
         match Observation::named(&saved.observation) {
             None | Some(Observation::Unknown) => {
-                // What this process has found out itself is newer.
+                // A result of this process is newer.
                 if detector.observation() == Observation::Unknown {
                     entry.health.fails_open = saved.fails_open;
                 }
@@ -547,7 +547,7 @@ fn save_frontend(state: &FrontendState) -> SavedFrontend {
     }
 }
 
-/// The first worker's shard carries what was counted elsewhere.
+/// Adds the counts of another process to the shard of the first worker.
 fn carry_frontend(state: &FrontendState, saved: &SavedFrontend) {
     let counters = state.counters.of(0);
     counters.sessions.carry(saved.sessions);
@@ -577,6 +577,6 @@ pub(super) fn millis(time: Duration) -> u64 {
 }
 
 pub(super) fn ago(now: Instant, ms: u64) -> Instant {
-    // A machine that has not been up for so long: then since it came up.
+    // `checked_sub` fails if the host has been up for less than `ms`.
     now.checked_sub(Duration::from_millis(ms)).unwrap_or(now)
 }

@@ -1,26 +1,24 @@
-//! What accepted heartbeats mean: who joins, who leaves, what share they get.
+//! Accepted heartbeats: registration of backends, requested states and weights.
 //!
-//! Called by the controller for [`Event::Heartbeat`](super::ControlEvent::Heartbeat)
-//! and for the times they set. Signatures and freshness are proven before; here
-//! a heartbeat is held against the configuration: whom it may speak for, and
-//! how much it may ask. Whether silence means death is `suspicion`'s business.
+//! Called by the controller for [`ControlEvent::Heartbeat`](super::ControlEvent::Heartbeat)
+//! and for the timers that heartbeats set. Signature and freshness are already checked.
+//! This module checks a heartbeat against the configuration. `silence` and
+//! `core::suspicion` handle missing heartbeats.
 //!
-//! # Who is who
+//! # Identity
 //!
-//! A heartbeat whose pool, name and address are those of a configured backend
-//! is that backend's. One that names a configured backend at another address is
-//! refused. Any other makes a *registered* backend where the pool lets senders
-//! register, known by pool, name and address as all are. Of two senders that
-//! claim one name (or one address) the one that started later is believed: the
-//! other backend leaves, and what its sender goes on saying is refused.
+//! - A heartbeat belongs to the configured backend with the same pool, name and address.
+//! - A heartbeat with the name of a configured backend and another address is rejected.
+//! - Any other heartbeat adds a *registered* backend, if the pool allows registration.
+//! - If two senders use the same name or the same address, the one that started later
+//!   takes precedence. The other backend leaves, and its heartbeats are rejected.
 //!
-//! # What share it gets
+//! # Weight
 //!
-//! `weight x (1 - 3/4 x load / 1000)`, where the weight is what the sender asks
-//! for and at most the configured one (`weight_max` for a registered backend),
-//! and the load is smoothed ([`ReportedLoad`]). Changes of either by less than a tenth
-//! change nothing. No load takes more than three quarters:
-//! a backend that says it is full still shows whether it is.
+//! `weight x (1 - 3/4 x load / 1000)`. `weight` is the requested weight, at most the
+//! configured one (`weight_max` for a registered backend). `load` is smoothed
+//! ([`ReportedLoad`]). Changes of less than a tenth are ignored. A full backend keeps a
+//! quarter of its weight, so that its sessions show whether it is full.
 
 pub(super) mod confirmation;
 pub(super) mod ignored;
@@ -48,30 +46,29 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_heartbeat::{Heartbeat, SenderState};
 
-/// A sender's own interval counts within these bounds, the configuration's.
+/// Bounds of the interval that a sender declares; the same as in the configuration.
 const INTERVAL_MIN: Duration = Duration::from_millis(20);
 const INTERVAL_MAX: Duration = Duration::from_secs(10);
 
-/// A pool that is full says so this often.
+/// Shortest time between two notices about a full pool.
 const FULL_NOTICE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Everything that is known of heartbeats beside the backends themselves: the guards,
-/// how many senders are silent, and what was counted.
+/// State of heartbeats that belongs to no single backend: guards, sender counts, totals.
 #[derive(Debug, Default)]
 pub(super) struct HeartbeatWatch {
     guards: silence::HeartbeatGuards,
     counts: silence_counts::SilenceCounts,
-    /// Authentic heartbeats that changed nothing, by [`HeartbeatIgnored`].
+    /// Accepted heartbeats that match no backend, by [`HeartbeatIgnored`].
     ignored: [u64; HeartbeatIgnored::ALL.len()],
-    /// Their senders.
+    /// Senders of these heartbeats.
     rejections: Rejections,
     /// Heartbeats of known backends.
     taken: u64,
-    /// Counted by the processes before.
+    /// Counts of the old processes.
     carried: CarriedHeartbeats,
 }
 
-/// What the processes before this one have counted of heartbeats.
+/// Heartbeat counts of the old processes.
 #[derive(Debug, Default)]
 pub(super) struct CarriedHeartbeats {
     pub(super) taken: u64,
@@ -82,17 +79,17 @@ pub(super) struct CarriedHeartbeats {
 // === impl HeartbeatWatch ===
 
 impl HeartbeatWatch {
-    /// Whose heartbeats were rejected of late, and why.
+    /// Returns the senders with rejected heartbeats.
     pub(super) fn rejections(&self) -> &Rejections {
         &self.rejections
     }
 
-    /// Heartbeats of known backends, by all the processes so far.
+    /// Returns the heartbeats of known backends, including those of the old processes.
     pub(super) fn taken(&self) -> u64 {
         self.taken.saturating_add(self.carried.taken)
     }
 
-    /// The same of heartbeats that changed nothing.
+    /// Returns the ignored heartbeats by reason, including those of the old processes.
     pub(super) fn ignored(&self) -> [(HeartbeatIgnored, u64); HeartbeatIgnored::ALL.len()] {
         let sum = |why: HeartbeatIgnored| {
             self.ignored[why as usize].saturating_add(self.carried.ignored[why as usize])
@@ -100,18 +97,18 @@ impl HeartbeatWatch {
         HeartbeatIgnored::ALL.map(|why| (why, sum(why)))
     }
 
-    /// The same of times no backend's silence counted.
+    /// Returns how often silence was excluded, including the old processes.
     pub(super) fn excuses(&self) -> u64 {
         self.guards.excuses_total.saturating_add(self.carried.excuses)
     }
 
-    /// Counts on from what the processes before have counted.
+    /// Sets the counts of the old processes.
     pub(super) fn carry(&mut self, counted: CarriedHeartbeats) {
         self.carried = counted;
     }
 
-    /// Fits what is known of the backend's heartbeats to what its pool now expects of
-    /// them. It is `unprepared` where it served without any so far.
+    /// Applies the pool's heartbeat settings to a backend. `unprepared`: heartbeats were
+    /// not required for the backend before.
     pub(super) fn configure(
         &mut self,
         state: &mut ControlState,
@@ -133,7 +130,7 @@ impl HeartbeatWatch {
             return;
         };
         if unprepared && entry.needs_heartbeats(spec) && entry.heartbeats.is_none() {
-            // It had no time to send any.
+            // The sender needs time to start.
             entry.heartbeats_from = Some(now + spec.ttl);
             state.schedule.set(TimerKind::HeartbeatTtl(id), now + spec.ttl);
         }
@@ -143,18 +140,18 @@ impl HeartbeatWatch {
         entry.health.heartbeat_health = entry.heartbeat_health(spec, now);
     }
 
-    /// The backend's heartbeats count no more.
+    /// Drops the state of the backend's heartbeats.
     pub(super) fn drop_sender(&mut self, entry: &mut BackendEntry) {
         self.counts.forget(entry.state.id, entry.heartbeats.take().as_deref_mut());
     }
 
-    /// The guard over the backends of all pools.
+    /// Returns the guard over the backends of all pools.
     pub(super) fn guard_over_all(&self) -> &PathGuard {
         &self.guards.all
     }
 
-    /// Takes one authentic heartbeat, which arrived `at` and stands for so many
-    /// of its sender.
+    /// Applies one accepted heartbeat. It arrived `at`; `stands_for` heartbeats of the
+    /// sender were merged into it.
     pub(super) fn heartbeat(
         &mut self,
         state: &mut ControlState,
@@ -176,8 +173,8 @@ impl HeartbeatWatch {
         }
     }
 
-    /// The backend it speaks for, registered if need be. `None`: whoever says
-    /// goodbye without having been known leaves nothing behind.
+    /// Returns the backend of a heartbeat, and registers a new one. `None`: an unknown
+    /// sender reported stopping.
     fn find_sender(
         &mut self,
         state: &mut ControlState,
@@ -221,11 +218,11 @@ impl HeartbeatWatch {
         if heartbeat.state == SenderState::Stopping {
             return Ok(None);
         }
-        state.check_room(id, &spec, now)?;
+        state.check_capacity(id, &spec, now)?;
         Ok(Some(state.register(id, &spec, heartbeat, now)))
     }
 
-    /// Takes what a known backend's heartbeat says.
+    /// Applies the content of a known backend's heartbeat.
     fn update(
         &mut self,
         state: &mut ControlState,
@@ -257,7 +254,7 @@ impl HeartbeatWatch {
         heartbeats.in_flight = heartbeat.in_flight;
         heartbeats.interval = interval;
         heartbeats.last_at = heartbeats.last_at.max(at);
-        (heartbeats.excused, heartbeats.deaf) = (Duration::ZERO, Duration::ZERO);
+        (heartbeats.excused, heartbeats.excused_for_losses) = (Duration::ZERO, Duration::ZERO);
         heartbeats.expired = false;
         heartbeats.adopted = false;
         let lighter = heartbeats.load.apply_heartbeat(heartbeat.load);
@@ -280,7 +277,7 @@ impl HeartbeatWatch {
         self.count(state, id);
         state.apply_sender_state(id, now);
         if heartbeat.state == SenderState::Starting && state.has_no_heartbeat(id) {
-            // There is nothing to ask it for yet, and nothing to miss.
+            // The backend accepts no sessions yet, so its silence does not matter.
             return;
         }
         let beat =
@@ -288,7 +285,7 @@ impl HeartbeatWatch {
         self.beat(state, id, &beat, heartbeat.state, at, now);
     }
 
-    /// `ttl` may be over.
+    /// Expires the heartbeats of a backend if `ttl` has passed.
     pub(super) fn heartbeat_ttl(&mut self, state: &mut ControlState, id: BackendId, now: Instant) {
         let Some(entry) = state.backends.get(id) else { return };
         let Some(pool) = state.pools.get(entry.pool) else { return };
@@ -314,7 +311,7 @@ impl HeartbeatWatch {
             state.schedule.set(TimerKind::Forget(id), after(over, spec.forget_after).max(now));
         }
         if !needed {
-            // Its heartbeats have no say any more, neither about sessions.
+            // Optional heartbeats that have expired no longer count.
             self.drop_sender(entry);
             state.schedule.cancel(TimerKind::Heartbeat(id));
             state.clear_sender_state(id, now);
@@ -324,7 +321,7 @@ impl HeartbeatWatch {
         state.heartbeat_health_changed(id, &format!("no heartbeat for {ttl} (ttl)"), None, now);
     }
 
-    /// `forget_after` is over.
+    /// Removes a registered backend at the end of `forget_after`.
     pub(super) fn forget(&mut self, state: &mut ControlState, id: BackendId, now: Instant) {
         let still = |entry: &BackendEntry| {
             entry.origins.is_registered()
@@ -339,7 +336,8 @@ impl HeartbeatWatch {
 // === impl ControlState ===
 
 impl ControlState {
-    fn check_room(
+    /// Checks the cap on registered backends. Logs a notice if the pool is full.
+    fn check_capacity(
         &mut self,
         pool: PoolId,
         spec: &HeartbeatSpec,
@@ -371,21 +369,21 @@ impl ControlState {
         heartbeat: &Heartbeat,
         now: Instant,
     ) -> BackendId {
-        let who = (Arc::clone(&heartbeat.name), heartbeat.address, heartbeat.weight);
-        let id = self.admit(pool_id, spec, who, now);
+        let member = (Arc::clone(&heartbeat.name), heartbeat.address, heartbeat.weight);
+        let id = self.admit(pool_id, spec, member, now);
         let reason =
             format!("registered by heartbeat: {}, key {}", heartbeat.address, heartbeat.key_id);
         self.record_lazily(id, ("new", "unknown"), reason, Duration::ZERO, now);
         id
     }
 
-    /// Whether its detector has not been told of it.
+    /// Whether its detector has received no heartbeat.
     fn has_no_heartbeat(&self, id: BackendId) -> bool {
         let heartbeats = self.backends.get(id).and_then(|entry| entry.heartbeats.as_deref());
         heartbeats.is_some_and(|heartbeats| heartbeats.detector.state() == DetectorState::Waiting)
     }
 
-    /// Takes over what its heartbeats ask for, and records a change.
+    /// Applies the state that its heartbeats request, and records a change.
     fn apply_sender_state(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.get(id) else { return };
         let Some(heartbeats) = &entry.heartbeats else { return };
@@ -406,7 +404,7 @@ impl ControlState {
         self.record_lazily(id, (before.name(), wanted.name()), reason, lasted, now);
     }
 
-    /// Whatever its heartbeats asked for is over.
+    /// Resets the requested state, and records a change.
     pub(super) fn clear_sender_state(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.touch(id) else { return };
         let before = std::mem::replace(&mut entry.health.requested, RequestedState::Ready);

@@ -275,7 +275,7 @@ impl Controller {
                 TimerKind::EjectionEnds(id) => state.begin_trial(id, now),
                 TimerKind::CheckTrial(id) => state.check_trial(id, now),
                 TimerKind::CheckSlow => self.slow.check(state, now),
-                TimerKind::GraceEnds(pool) => state.grace_over(pool),
+                TimerKind::GraceEnds(pool) => state.end_startup_grace(pool),
                 TimerKind::SettlingEnds(pool) => state.settled(pool),
                 TimerKind::ResetSessions(id) => state.reset_sessions(id),
                 TimerKind::CheckRemoved => state.check_removed(now),

@@ -1,10 +1,9 @@
-//! What operators ask for: drain, undrain, maintenance.
+//! Operators' requests: drain, undrain, maintenance.
 //!
-//! Called by the controller on behalf of the admin API. An intent belongs to
-//! pool, name and address and outlives reloads; when such a backend leaves the
-//! configuration it is kept for a while (`intents`), should the backend come back.
-//! Probes go on whatever the intent, so that status shows a backend's health
-//! before it is put back.
+//! Called by the controller for the admin API. An intent belongs to pool, name and address
+//! and survives reloads. After the backend has left the configuration, the intent is kept
+//! for a time (`intents`). Probes continue with every intent, so `status` shows the health
+//! of a drained backend.
 
 use super::OperatorError;
 use super::state::ControlState;
@@ -15,7 +14,7 @@ use std::time::Instant;
 // === impl ControlState ===
 
 impl ControlState {
-    /// The configured backend of that name.
+    /// Returns the configured backend with this name.
     pub(super) fn find_backend(
         &self,
         pool: &str,
@@ -25,7 +24,7 @@ impl ControlState {
         pool.member_named(backend).ok_or(OperatorError::UnknownBackend)
     }
 
-    /// Sets the intent and records the change, if it is one.
+    /// Sets the intent and records a change.
     pub(super) fn change_intent(&mut self, id: BackendId, intent: Intent, now: Instant) {
         let Some(entry) = self.backends.touch(id) else { return };
         let from = entry.health.intent;

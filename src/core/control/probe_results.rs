@@ -1,8 +1,7 @@
-//! What results mean: probes, failed sessions, and no result at all.
+//! Results of probes and failed connects of sessions.
 //!
-//! Called by the controller for its events. It changes observations and hands
-//! rows of failed connects on to `ejections`; it never schedules anything but
-//! the next probe.
+//! Called by the controller for its events. It updates the probe detectors, records
+//! changes of the observation, and schedules the next probe. It ejects no backend.
 
 use super::ProbeToken;
 use super::pools::{PoolId, StartupGrace};
@@ -17,8 +16,8 @@ use std::time::Instant;
 // === impl ControlState ===
 
 impl ControlState {
-    /// A probe ended. A result that nobody waits for any more (of a removed
-    /// backend, a replaced spec, a probe given up as lost) is ignored.
+    /// Records the result of a probe. Ignores results of removed backends, of replaced
+    /// settings, and of probes that were treated as lost.
     pub(super) fn probed(
         &mut self,
         id: BackendId,
@@ -47,13 +46,12 @@ impl ControlState {
         self.schedule_next_probe(id, probe.started, now);
     }
 
-    /// A session could not connect: counts as a failed probe where there are
-    /// probes, and towards ejection. An early reset counts towards ejection
-    /// alone: what a probe asks may well be answered, and the backend would be
-    /// up again at once.
+    /// Records a failure of a session. Returns true if it counts towards an ejection.
     ///
-    /// During an ejection only stragglers report, and they say nothing new; a
-    /// trial is decided by its own session. True if the failure counts.
+    /// A failed connect also counts as a failed probe, if the pool has probes. An early
+    /// reset does not, because probes may still succeed and would make the backend up
+    /// again at once. During an ejection or a trial the failure does not count: the session
+    /// was picked before it, and the trial session decides the trial.
     pub(super) fn connect_failed(
         &mut self,
         id: BackendId,
@@ -63,12 +61,12 @@ impl ControlState {
     ) -> bool {
         let Some(entry) = self.backends.observe(id) else {
             if failure != ConnectFailure::EarlyReset {
-                self.stands_in_no_more(id);
+                self.drop_stand_in(id);
             }
             return false;
         };
         entry.health.recent.note(failure, now);
-        // A connect whose SYN was lost before the backend came back fails late.
+        // A connect that began before the backend returned can fail late.
         if !entry.health.outlier.counts_failures() || begun < entry.health.settled_since() {
             return false;
         }
@@ -84,9 +82,8 @@ impl ControlState {
         true
     }
 
-    /// `startup_grace` is over: unless there was a result, the pool does
-    /// without.
-    pub(super) fn grace_over(&mut self, pool: PoolId) {
+    /// Makes a pool without a result fail open, at the end of `startup_grace`.
+    pub(super) fn end_startup_grace(&mut self, pool: PoolId) {
         let Some(pool) = self.pools.observe(pool) else { return };
         if !matches!(pool.startup, StartupGrace::Waiting { .. }) {
             return;
@@ -107,7 +104,7 @@ impl ControlState {
         self.warn(name, message);
     }
 
-    /// One probe's result; `failure` is `None` for a success.
+    /// Applies the result of a probe. `failure` is `None` for a success.
     fn apply_probe_result(&mut self, id: BackendId, failure: Option<String>, now: Instant) {
         let Some(entry) = self.backends.touch(id) else { return };
         let before = entry.health.observation();
@@ -123,9 +120,9 @@ impl ControlState {
         }
     }
 
-    /// The probes' verdict on a backend changed; `before` is what it counted as
-    /// by then, `last` the newest failure. Heartbeats may make the same of it
-    /// all the while: then nothing is recorded.
+    /// Applies a change of the probes' observation. `before` is the combined observation
+    /// before it; `last` is the newest failure. Records a transition only if the combined
+    /// observation has changed.
     fn observed(
         &mut self,
         id: BackendId,
@@ -153,14 +150,13 @@ impl ControlState {
         let Some(state) = self.backends.get(id).map(|entry| Arc::clone(&entry.state)) else {
             return;
         };
-        if self.probes.mentions_local_error(now) {
+        if self.probes.local_error_is_due(now) {
             self.warn_of(&state, format!("probe not run: local error: {reason}"));
         }
     }
 }
 
-/// The evidence in words, such as `3 probes failed in a row, last: connection
-/// refused`.
+/// Returns the evidence as text: `3 probes failed in a row, last: connection refused`.
 fn evidence(change: ProbeTransition, last: &str) -> String {
     let many = |count: u32, what: &str| {
         if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }

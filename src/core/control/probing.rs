@@ -1,8 +1,8 @@
-//! When probes run.
+//! Schedule of the probes.
 //!
-//! The controller calls it for due probes and for results that stay out. A
-//! backend never has two probes in flight: the next one is scheduled when the
-//! one before is over, or given up as lost. It never judges a result.
+//! Called by the controller for due probes and for missing results. A backend has at most
+//! one probe in flight. The next probe is scheduled when the last one has ended or is
+//! treated as lost. This module evaluates no result.
 
 use super::backends::ProbeInFlight;
 use super::schedule::{TimerKind, after};
@@ -14,26 +14,26 @@ use crate::table::state::BackendId;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A result this long after its deadline is not coming: the shell lost it.
-/// Long enough for thousands of probes that wait for their turn to run.
+/// A result that is this much later than its timeout is treated as lost. Thousands of
+/// probes can wait for a slot for that long.
 pub(super) const PROBE_LOST_MARGIN: Duration = Duration::from_secs(5);
 
-/// First probes are spread over the interval, but not over more than this:
-/// backends wait for them.
+/// First probes are spread over the interval, but at most over this time, because backends
+/// wait for them.
 pub(super) const FIRST_PROBES_SPREAD_MAX: Duration = Duration::from_secs(1);
 
-/// First probes come no further apart than this: a small pool is known at once.
+/// Longest time between two first probes, so that a small pool gets its results at once.
 pub(super) const FIRST_PROBES_SPACING_MAX: Duration = Duration::from_millis(1);
 
-/// Probes that could not be run because this host lacks something are mentioned this
-/// often: they come by the thousand.
+/// Shortest time between two notices about probes that a local error prevented. Such errors
+/// affect thousands of probes.
 const LOCAL_ERROR_NOTICE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Each wait is up to one such part shorter or longer than configured, so that
-/// probes of many backends (and of many balancers) do not march in step.
+/// Jitter: each wait is up to `1 / JITTER_PARTS` shorter or longer than configured, so that
+/// probes of many backends and balancers do not synchronise.
 const JITTER_PARTS: u32 = 10;
 
-/// What all backends' probes have in common.
+/// State shared by the probes of all backends.
 #[derive(Debug)]
 pub(super) struct ProbeLog {
     rng: fastrand::Rng,
@@ -44,40 +44,40 @@ pub(super) struct ProbeLog {
 // === impl ProbeLog ===
 
 impl ProbeLog {
-    /// `seed` drives the jitter.
+    /// `seed` is the seed of the jitter.
     pub(super) fn new(seed: u64) -> ProbeLog {
         let rng = fastrand::Rng::with_seed(seed);
         ProbeLog { rng, last_token: 0, local_error_noticed: None }
     }
 
-    /// Names the next probe.
+    /// Returns the token of the next probe.
     pub(super) fn next_token(&mut self) -> ProbeToken {
         self.last_token += 1;
         ProbeToken(self.last_token)
     }
 
-    /// Whether a local error is to be mentioned now.
-    pub(super) fn mentions_local_error(&mut self, now: Instant) -> bool {
+    /// Whether a notice about a local error is due.
+    pub(super) fn local_error_is_due(&mut self, now: Instant) -> bool {
         let quiet = |at: Instant| now.saturating_duration_since(at) < LOCAL_ERROR_NOTICE_INTERVAL;
-        let mentions = !self.local_error_noticed.is_some_and(quiet);
-        if mentions {
+        let is_due = !self.local_error_noticed.is_some_and(quiet);
+        if is_due {
             self.local_error_noticed = Some(now);
         }
-        mentions
+        is_due
     }
 }
 
 // === impl ControlState ===
 
 impl ControlState {
-    /// Asks for a probe of a backend whose time has come.
+    /// Requests the due probe of a backend.
     pub(super) fn start_probe(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.observe(id) else { return };
         let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = &pool.spec.probe else { return };
         debug_assert!(entry.in_flight.is_none(), "a backend's probes never overlap");
         match entry.confirmation {
-            // A suspicion is being confirmed; the shell runs one probe at a time.
+            // A confirmation probe is running; a backend has one probe at a time.
             Some(confirmation) if confirmation.lost_at > now => {
                 self.schedule
                     .set(TimerKind::Probe(id), after(now, spec.timeout).min(confirmation.lost_at));
@@ -101,7 +101,7 @@ impl ControlState {
         });
     }
 
-    /// No result came: nothing is known, so probe again.
+    /// Treats a probe as lost and schedules another one.
     pub(super) fn probe_lost(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.observe(id) else { return };
         if entry.in_flight.take().is_some() {
@@ -109,8 +109,8 @@ impl ControlState {
         }
     }
 
-    /// Schedules the probes of new, returned or newly specified backends: the
-    /// `index`-th of `count` that a reload starts together.
+    /// Schedules the first probe of a new or restored backend, or of one with new probe
+    /// settings. It is number `index` of `count` that a reload starts together.
     pub(super) fn start_probing(
         &mut self,
         id: BackendId,
@@ -121,7 +121,7 @@ impl ControlState {
         let Some(pool) = self.pools.get(entry.pool) else { return };
         let Some(spec) = &pool.spec.probe else { return };
         if let Some(probe) = &mut entry.in_flight {
-            // It is still out there; its end will start the schedule.
+            // A probe is still running; its end starts the schedule.
             probe.stale = true;
             self.schedule.set(TimerKind::ProbeLost(id), probe.lost_at.max(now));
             return;
@@ -141,15 +141,15 @@ impl ControlState {
         self.schedule.set(TimerKind::Probe(id), after(started, wait).max(now));
     }
 
-    /// A session's connect failed: the next probe comes soon.
+    /// Brings the next probe forward after a failed connect of a session.
     pub(super) fn bring_probe_forward(&mut self, id: BackendId, now: Instant) {
         if let Some((spec, true)) = self.probe_pace(id) {
             self.schedule.bring_forward(TimerKind::Probe(id), after(now, spec.fast_interval));
         }
     }
 
-    /// The backend's spec, and whether `fast_interval` applies: while a row is
-    /// counted, and while there is no result to go by.
+    /// Returns the probe settings, and whether `fast_interval` applies: during a row, and
+    /// before the first result.
     fn probe_pace(&self, id: BackendId) -> Option<(Arc<ProbeSpec>, bool)> {
         let entry = self.backends.get(id)?;
         let spec = self.pool(entry.pool)?.spec.probe.as_ref()?;

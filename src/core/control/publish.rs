@@ -1,7 +1,6 @@
-//! From standings to a table, and whether a new one is due.
+//! Builds the next table if the state of a backend differs from the newest table.
 //!
-//! The controller calls it at the end of each event. It builds, it does not
-//! publish: that is the shell's part.
+//! Called by the controller at the end of each event. The daemon performs the publication.
 
 pub(super) mod detached_build;
 pub(super) mod pacer;
@@ -20,66 +19,65 @@ use pacer::{PublishPacer, PublishReason};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// The newest table, and what the next one waits for.
+/// The newest table and the pending parts of the next one.
 #[derive(Debug)]
 pub(super) struct Publisher {
-    /// Accepted configurations.
+    /// Number of accepted configurations.
     generation: u64,
-    /// Tables made.
+    /// Number of tables.
     serial: u64,
     connections_max: u32,
     table: Arc<Table>,
     pacer: PublishPacer,
     builds: Builds,
-    /// Shut, and not in the table that is about to be published.
+    /// Shut backends that are not in the table about to be published.
     reopen: Vec<Arc<BackendState>>,
-    /// Tables made by the processes before, by [`PublishReason`].
+    /// Tables of the old processes, by [`PublishReason`].
     carried: [u64; PublishReason::ALL.len()],
 }
 
-/// All that a table says of a backend and that can change between reloads.
+/// The part of a backend's table entry that can change between reloads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct BackendTableState {
     /// In hundredths; 0: not eligible.
     weight: u32,
-    /// Cap; 0 means none.
+    /// Cap; 0: none.
     connections_max: u32,
-    /// It is in its slow start.
+    /// Whether a slow start is running.
     slow_start: bool,
-    /// Matters where there are backups, to step in meanwhile, and is false in
-    /// other pools.
+    /// Whether a trial is running. Set only in pools with backups, which then take part.
     on_trial: bool,
-    /// Matters to `try-all` pools only, and is false in others.
+    /// Whether `try-all` can pick the backend. Set only in `try-all` pools.
     last_resort: bool,
 }
 
-/// A backend's weight and what lowers it.
+/// The weight of a backend and the factors that reduce it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Weight {
-    /// As configured, or as its heartbeats ask for.
+    /// Configured weight, or requested by its heartbeats.
     pub base: u16,
-    /// What its health leaves of it, in percent; 0: not eligible.
+    /// Share left by its health, in percent; 0: not eligible.
     pub health: u32,
-    /// What its slow start leaves of it, in percent.
+    /// Share left by its slow start, in percent.
     pub ramp: u32,
-    /// What its load leaves of it, in percent.
+    /// Share left by its load, in percent.
     pub load: u32,
 }
 
-/// Tables count weights in such parts of a configured one: a tenth of weight 1
-/// is a tenth. (Balancers go by the lowest terms, so this costs nothing while
-/// nobody's is lowered.)
+/// Tables hold weights in units of 1/`PARTS`, so that a reduced weight of 1 stays exact.
+/// (Balancers reduce all weights by their greatest common divisor, so the unit costs
+/// nothing while no weight is reduced.)
 const PARTS: u32 = 100;
 
 // === impl BackendTableState ===
 
 impl BackendTableState {
-    /// Whether the table has it take sessions.
+    /// Whether the backend is eligible in the table.
     pub(super) fn is_eligible(self) -> bool {
         self.weight > 0
     }
 
-    /// What a table says of a backend with that standing.
+    /// Returns the table entry of the backend.
     pub(super) fn input(self, entry: &BackendEntry) -> BackendInput {
         BackendInput {
             state: Arc::clone(&entry.state),
@@ -108,8 +106,7 @@ impl BackendTableState {
 // === impl Weight ===
 
 impl Weight {
-    /// In hundredths of a configured weight, at least one for whoever is
-    /// eligible.
+    /// Returns the weight in units of 1/[`PARTS`]; at least 1 if eligible.
     fn parts(self) -> u32 {
         if self.health == 0 {
             return 0;
@@ -123,13 +120,13 @@ impl Weight {
         u32::try_from(product / 1_000_000).unwrap_or(u32::MAX).max(1)
     }
 
-    /// As balanced by; 0 while it is not eligible.
+    /// Returns the weight used for balancing; 0 while not eligible.
     pub fn in_force(self) -> f64 {
         f64::from(self.parts()) / f64::from(PARTS)
     }
 }
 
-/// A cap during a slow start: never less than one session, and none stays none.
+/// Returns the cap during a slow start: at least 1; 0 (none) stays 0.
 fn ramped(connections_max: u32, share: u32) -> u32 {
     if connections_max == 0 {
         return 0;
@@ -141,17 +138,17 @@ fn ramped(connections_max: u32, share: u32) -> u32 {
 // === impl BackendEntry ===
 
 impl BackendEntry {
-    /// Neither an operator nor its own heartbeats have taken it out.
+    /// Whether both the operator's intent and its heartbeats request *ready*.
     fn in_service(&self) -> bool {
         self.health.intent == Intent::Ready && self.health.requested == RequestedState::Ready
     }
 
-    /// The cap in force; 0 means none.
+    /// Returns the effective cap; 0: none.
     pub(super) fn cap(&self) -> u32 {
         ramped(self.spec.connections_max, self.ramp_share)
     }
 
-    /// What it is balanced by.
+    /// Returns its weight.
     pub(super) fn weight(&self, pool: &model::PoolConfig) -> Weight {
         Weight {
             base: self.base_weight(pool),
@@ -165,7 +162,7 @@ impl BackendEntry {
 // === impl Publisher ===
 
 impl Publisher {
-    /// An empty table.
+    /// Returns a publisher with an empty table.
     pub(super) fn new() -> Publisher {
         Publisher {
             generation: 0,
@@ -179,45 +176,45 @@ impl Publisher {
         }
     }
 
-    /// Accepted configurations.
+    /// Returns the number of accepted configurations.
     pub(super) fn generation(&self) -> u64 {
         self.generation
     }
 
-    /// Tables made.
+    /// Returns the number of tables.
     pub(super) fn serial(&self) -> u64 {
         self.serial
     }
 
-    /// The newest table.
+    /// Returns the newest table.
     pub(super) fn table(&self) -> &Arc<Table> {
         &self.table
     }
 
-    /// A configuration was accepted: the next table is of the next generation.
+    /// Begins a new generation after a configuration was accepted.
     pub(super) fn configured(&mut self, connections_max: u32) {
         self.generation += 1;
         self.connections_max = connections_max;
     }
 
-    /// Counts configurations and tables on from there.
+    /// Sets the numbers to continue from.
     pub(super) fn count_on_from(&mut self, generation: u64, serial: u64) {
         (self.generation, self.serial) = (generation, serial);
     }
 
-    /// Tables made for each reason, by all the processes so far.
+    /// Returns the tables by reason, including those of the old processes.
     pub(super) fn published(&self) -> [(PublishReason, u64); PublishReason::ALL.len()] {
         let carried = |reason| self.carried[reason as usize];
         PublishReason::ALL
             .map(|reason| (reason, self.pacer.published(reason).saturating_add(carried(reason))))
     }
 
-    /// Counts on from what the processes before have made.
+    /// Sets the counts of the old processes.
     pub(super) fn carry(&mut self, published: [u64; PublishReason::ALL.len()]) {
         self.carried = published;
     }
 
-    /// Makes the table that is due, if one is.
+    /// Returns the due table, if any.
     pub(super) fn publish(&mut self, state: &mut ControlState, now: Instant) -> Option<Arc<Table>> {
         let reason = self.table_due(state, now)?;
         let table = self.rebuild(state, reason);
@@ -225,17 +222,17 @@ impl Publisher {
         table
     }
 
-    /// Builds the next table: all of it after a reload, else the pools of which the
-    /// newest one is wrong. `None` where their parts are made on another thread.
+    /// Builds the next table: the whole table after a reload, else the outdated pools.
+    /// Returns `None` if another thread builds these pools.
     pub(super) fn rebuild(
         &mut self,
         state: &mut ControlState,
         reason: PublishReason,
     ) -> Option<Arc<Table>> {
         let table = if self.table.generation == self.generation {
-            let changed = self.rebuild_wrong(state, reason);
+            let changed = self.rebuild_outdated(state, reason);
             if changed.is_empty() {
-                self.reopen_left_out();
+                self.reopen_removed();
                 return None;
             }
             build::update(&self.table, self.serial + 1, changed)
@@ -244,18 +241,18 @@ impl Publisher {
         };
         self.serial += 1;
         self.table = Arc::new(table);
-        self.reopen_left_out();
+        self.reopen_removed();
         Some(Arc::clone(&self.table))
     }
 
-    /// The parts of the next table that differ from the newest one's, by their places.
-    fn rebuild_wrong(
+    /// Returns the outdated parts of the table, rebuilt, by position.
+    fn rebuild_outdated(
         &mut self,
         state: &mut ControlState,
         reason: PublishReason,
     ) -> Vec<(usize, Arc<PoolTable>)> {
         let mut changed = self.take_ready(state);
-        for (id, moved) in self.wrong_pools(state) {
+        for (id, moved) in self.outdated_pools(state) {
             let Some(place) = state.pools.place(id) else { continue };
             let members = state.pool(id).map_or(0, |pool| pool.members().len());
             if self.builds.is_detached(members) && !state.pending.at_once {
@@ -268,8 +265,8 @@ impl Publisher {
         changed
     }
 
-    /// Those shut until a table would leave them out: this one does.
-    fn reopen_left_out(&mut self) {
+    /// Reopens backends that were shut until a table lacks them, as this one does.
+    fn reopen_removed(&mut self) {
         self.reopen.drain(..).for_each(|state| state.in_flight.reopen());
     }
 
@@ -295,7 +292,7 @@ impl Publisher {
         table
     }
 
-    /// No backend has changed without being noted.
+    /// Asserts that every changed backend is marked.
     #[cfg(debug_assertions)]
     pub(super) fn check_noted(&self, state: &ControlState) {
         if state.backends.len() > 100 {
@@ -312,15 +309,15 @@ impl Publisher {
 // === impl ControlState ===
 
 impl ControlState {
-    /// The pool of a backend that the newest table is wrong about.
+    /// Returns the pool of the backend if the backend differs from the newest table.
     pub(super) fn moved(&self, id: BackendId) -> Option<PoolId> {
         let entry = self.backends.get(id)?;
         let pool = self.pool(entry.pool)?;
         (BackendTableState::of(entry, pool) != entry.published).then_some(pool.id)
     }
 
-    /// Whether the table may wait for that backend's news: it takes part with
-    /// more than before, or for the first time, and heartbeats brought it.
+    /// Whether the table may delay the change of this backend: heartbeats registered it,
+    /// and its weight increases.
     pub(super) fn may_wait(&self, id: BackendId) -> bool {
         let Some(entry) = self.backends.get(id) else { return true };
         let Some(pool) = self.pool(entry.pool) else { return true };
@@ -328,7 +325,7 @@ impl ControlState {
             && BackendTableState::of(entry, pool).weight > entry.published.weight
     }
 
-    /// What a table is to say of the pool at that place.
+    /// Returns the input for the table part of the pool at this position.
     fn pool_input(&mut self, place: usize) -> Option<PoolInput> {
         let pool = self.pools.at(place)?;
         let members = pool.members().iter();
@@ -341,8 +338,7 @@ impl ControlState {
         })
     }
 
-    /// The former backends that serve until the pool's own have been judged, each with
-    /// what the table before said of it.
+    /// Returns the stand-ins of a settling pool, each with its last published state.
     pub(super) fn stand_ins_of(&self, pool: &PoolEntry) -> Vec<BackendInput> {
         let ids = pool.settling().into_iter().flat_map(|settling| &settling.stand_ins);
         let entries = ids.filter_map(|id| self.removed.get(*id));

@@ -1,14 +1,13 @@
-//! Slow start: whoever comes into service late is given its share step by step.
+//! Slow start: a backend that comes into rotation gets its weight step by step.
 //!
-//! The controller calls it at the end of each event, for those whose
-//! eligibility may have changed. The curve is `core::suspicion::Ramp`'s; here
-//! is who needs one. It never makes anybody eligible or not.
+//! Called by the controller at the end of each event, for backends whose eligibility can
+//! have changed. `core::suspicion::Ramp` defines the curve. This module decides which
+//! backends need a slow start. It does not change eligibility.
 //!
-//! A backend that comes (back) into service starts slowly where its pool has
-//! been in service for as long as such a start takes. While a pool as a whole
-//! comes up nobody does: shares are relative, and one that happens to be first
-//! would drown. For the same reason a slow start ends where nobody at full
-//! share is left.
+//! - A backend starts slowly if its pool has been in service for at least `slow_start`.
+//! - While the whole pool comes up, no backend starts slowly. Shares are relative, so the
+//!   first backend would get all sessions anyway.
+//! - For the same reason all slow starts of a pool end when no backend has its full share.
 
 use super::pools::PoolId;
 use super::schedule::TimerKind;
@@ -21,7 +20,7 @@ use std::time::{Duration, Instant};
 // === impl ControlState ===
 
 impl ControlState {
-    /// Starts and ends slow starts where eligibility has changed.
+    /// Starts and ends slow starts of backends whose eligibility has changed.
     pub(super) fn settle_ramps(&mut self, now: Instant) {
         let mut changed = BTreeSet::new();
         let mut candidates = self.backends.take_fresh();
@@ -36,7 +35,8 @@ impl ControlState {
         }
     }
 
-    /// The pool of a backend that came into service or went out of it.
+    /// Starts or ends the slow start of a backend. Returns its pool if its eligibility has
+    /// changed.
     fn settle_ramp(&mut self, id: BackendId, now: Instant) -> Option<PoolId> {
         let entry = self.backends.get(id)?;
         let serves = entry.health.eligible();
@@ -62,8 +62,8 @@ impl ControlState {
         Some(pool.id)
     }
 
-    /// Keeps since when the pool is in service, and ends slow starts that have
-    /// nobody to be slower than.
+    /// Updates since when the pool is in service. Ends all slow starts if no backend has
+    /// its full share.
     pub(super) fn settle_pool_ramps(&mut self, pool: PoolId, now: Instant) {
         let Some(pool) = self.pools.get(pool) else { return };
         let serving = || {
@@ -84,8 +84,8 @@ impl ControlState {
         }
     }
 
-    /// Goes on with a slow start of that age, or with the full share where there is
-    /// none: nobody who serves in another process comes into service by its upgrade.
+    /// Continues a slow start of this age after an upgrade; without `age`, the backend has
+    /// its full share. A backend in rotation in the old process starts no new slow start.
     pub(super) fn adopt_ramp(&mut self, id: BackendId, age: Option<Duration>, now: Instant) {
         let Some(entry) = self.backends.touch_later(id) else { return };
         let Some(pool) = self.pools.get(entry.pool) else { return };
@@ -104,7 +104,7 @@ impl ControlState {
         }
     }
 
-    /// The next step is due.
+    /// Performs the due step of a slow start.
     pub(super) fn ramp_step(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.touch_later(id) else { return };
         let Some(ramp) = entry.ramp else { return };

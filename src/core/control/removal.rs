@@ -1,10 +1,9 @@
-//! Backends that left the configuration and may still hold sessions, and what operators
-//! wanted of them.
+//! Removed backends that can still have sessions, and their operators' intents.
 //!
-//! The controller moves them here on a reload or when their heartbeats end,
-//! takes them back when they are configured or heard again, and forgets them once their
-//! last session has ended. They are not probed, and in no table but for those that stand
-//! in (`settling`); status shows those with sessions.
+//! The controller moves a backend here on a reload or when its heartbeats end. It restores
+//! the backend if it is configured or heard again, and drops it after its last session.
+//! Removed backends are not probed. They are in no table, except for stand-ins
+//! (`settling`). `status` shows those with sessions.
 
 use super::ControlEffect;
 use super::ProbeToken;
@@ -21,15 +20,14 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How often sessions of removed backends are counted. Also the least time one
-/// is remembered: a session that was routed by the table before may still be
-/// about to choose it.
+/// How often the sessions of removed backends are counted. Also the shortest time that a
+/// removed backend is kept, because a session with an older table can still pick it.
 pub(super) const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Pool, name, address: what makes a backend the same backend.
+/// Identity of a backend: pool, name, address.
 pub(super) type BackendKey = (Arc<str>, Arc<str>, BackendAddr);
 
-/// See the module's documentation.
+/// See the module documentation.
 #[derive(Debug, Default)]
 pub(super) struct RemovedBackends {
     entries: BTreeMap<BackendId, RemovedBackend>,
@@ -41,7 +39,7 @@ pub(super) struct RemovedBackends {
 #[derive(Debug)]
 struct RemovedBackend {
     entry: BackendEntry,
-    /// Its sessions are to be reset from then on.
+    /// From this time on, its sessions are reset.
     reset_at: Option<Instant>,
 }
 
@@ -56,17 +54,17 @@ impl RemovedBackends {
         self.entries.len()
     }
 
-    /// Oldest first.
+    /// Returns all removed backends, oldest first.
     pub(super) fn iter(&self) -> impl Iterator<Item = &BackendEntry> {
         self.entries.values().map(|removed| &removed.entry)
     }
 
-    /// The one of that pool, name and address.
+    /// Returns the removed backend with this identity.
     pub(super) fn find(&self, key: &BackendKey) -> Option<BackendId> {
         self.by_key.get(key).copied()
     }
 
-    /// A probe of a backend that has left has ended.
+    /// Records that the probe of a removed backend has ended.
     pub(super) fn probed(&mut self, id: BackendId, token: ProbeToken) {
         if let Some(removed) = self.entries.get_mut(&id) {
             removed.entry.in_flight.take_if(|probe| probe.token == token);
@@ -89,7 +87,7 @@ impl RemovedBackends {
 // === impl ControlState ===
 
 impl ControlState {
-    /// Takes a backend out of service for good, for a reason in words.
+    /// Removes a backend and records the transition with `reason`.
     pub(super) fn remove_backend(
         &mut self,
         mut entry: BackendEntry,
@@ -121,7 +119,7 @@ impl ControlState {
         self.keep_removed(entry, on_removal, now);
     }
 
-    /// Keeps a backend that is not configured until its last session has ended.
+    /// Keeps an unconfigured backend until its last session has ended.
     pub(super) fn keep_removed(
         &mut self,
         entry: BackendEntry,
@@ -141,7 +139,7 @@ impl ControlState {
         self.removed.insert(entry, reset_at);
     }
 
-    /// The removed backend that is the very one of that pool and spec.
+    /// Returns the removed backend with this pool, name and address.
     pub(super) fn removed_as(
         &self,
         pool: &Arc<str>,
@@ -150,8 +148,8 @@ impl ControlState {
         self.removed.find(&(Arc::clone(pool), Arc::clone(&spec.name), spec.address.clone()))
     }
 
-    /// Takes up what an operator wanted of the backend before it left, where its
-    /// sessions or [`REMOVED_INTENTS_FOR`](super::REMOVED_INTENTS_FOR) have not ended since.
+    /// Restores the operator's intent for a backend that joins again. It is kept for
+    /// [`REMOVED_INTENTS_FOR`](super::REMOVED_INTENTS_FOR) after the removal.
     pub(super) fn take_intent(&mut self, entry: &mut BackendEntry, now: Instant) {
         if let Some((intent, since)) = self.removed.intents.take(&entry.state.identity(), now)
             && entry.health.intent == Intent::Ready
@@ -161,7 +159,7 @@ impl ControlState {
         }
     }
 
-    /// Takes a removed backend back, with all that was known of it.
+    /// Restores a removed backend with its state.
     pub(super) fn restore_backend(&mut self, id: BackendId, now: Instant) -> Option<BackendEntry> {
         let mut entry = self.removed.take(id)?;
         self.schedule.cancel(TimerKind::ResetSessions(id));
@@ -171,21 +169,21 @@ impl ControlState {
                 entry.health.end_ejection(now);
             }
         }
-        // Connect failures were not counted while it was away.
+        // Connect failures were not recorded while the backend was removed.
         entry.health.outlier.restart_row();
         Some(entry)
     }
 
-    /// Its removal grace is over.
+    /// Requests a reset of the sessions, at the end of the removal grace.
     pub(super) fn reset_sessions(&mut self, id: BackendId) {
-        self.stands_in_no_more(id);
+        self.drop_stand_in(id);
         if self.removed.get(id).is_some_and(|entry| entry.state.in_flight.get() > 0) {
             self.pending.effects.push(ControlEffect::ResetSessions(id));
         }
     }
 
-    /// Forgets removed backends without sessions; asks again for the reset of
-    /// sessions that came in past it.
+    /// Drops removed backends without sessions. Requests another reset if sessions were
+    /// opened after the first.
     pub(super) fn check_removed(&mut self, now: Instant) {
         let stand_ins = self.stand_ins();
         let mut over = Vec::new();
@@ -206,7 +204,7 @@ impl ControlState {
         }
     }
 
-    /// The former backends that serve.
+    /// Returns the former backends in rotation.
     fn stand_ins(&self) -> BTreeSet<BackendId> {
         let settling = self.pools.iter().filter_map(|pool| pool.settling());
         settling.flat_map(|settling| settling.stand_ins.iter().copied()).collect()

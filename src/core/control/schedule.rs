@@ -1,55 +1,52 @@
-//! What is due when: one due time for each job.
+//! Timers of the controller: one due time per timer.
 //!
-//! The controller sets, cancels and pops jobs; every operation costs O(log n),
-//! so ten thousand probed backends are no burden. It decides nothing and reads
-//! no clock.
+//! The controller sets, cancels and pops timers. Every operation costs O(log n). This
+//! module decides nothing and reads no clock.
 
 use super::pools::PoolId;
 use crate::table::state::BackendId;
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
-/// No wait is longer, whatever the configuration says: adding an absurd
-/// duration to an instant would overflow.
+/// Longest wait. A longer configured duration could overflow an `Instant`.
 const WAIT_MAX: Duration = Duration::from_secs(10 * 365 * 86_400);
 
-/// Something to do at a time.
+/// A timer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum TimerKind {
-    /// Ask for a probe.
+    /// Request a probe.
     Probe(BackendId),
-    /// Stop waiting for a probe's result.
+    /// Treat the running probe as lost.
     ProbeLost(BackendId),
-    /// Let one session try it.
+    /// End the ejection and begin a trial.
     EjectionEnds(BackendId),
-    /// See how that session does.
+    /// Check the trial.
     CheckTrial(BackendId),
-    /// Compare first bytes.
+    /// Compare the first bytes of all backends.
     CheckSlow,
-    /// Fail open unless there was a result.
+    /// End `startup_grace`: fail open without a result.
     GraceEnds(PoolId),
-    /// Wait no longer for a pool's first verdict.
+    /// End the settling of a pool.
     SettlingEnds(PoolId),
-    /// Its removal grace is over.
+    /// End the removal grace: reset the sessions.
     ResetSessions(BackendId),
-    /// Forget removed backends without sessions.
+    /// Drop removed backends without sessions.
     CheckRemoved,
-    /// Its detector wants to look at how long it has been silent.
+    /// Check the heartbeat detector.
     Heartbeat(BackendId),
-    /// It may have been silent for too long altogether.
+    /// Check whether the heartbeats have expired (`ttl`).
     HeartbeatTtl(BackendId),
-    /// Forget a registered backend.
+    /// Drop a registered backend.
     Forget(BackendId),
-    /// Notice whether we are late.
+    /// Check whether the control loop is late.
     GuardTick,
-    /// See whether those that fell silent together did so alone; `None`: over
-    /// all pools.
+    /// Check the freeze of a pool; `None`: of all pools together.
     CheckGuard(Option<PoolId>),
-    /// Its next step towards its full share.
+    /// Next step of a slow start.
     Ramp(BackendId),
-    /// Make the table that heartbeats had to wait for.
+    /// Publish the delayed table.
     Publish,
-    /// Begin the parts of tables that had to wait for the other thread.
+    /// Begin the delayed builds of table parts.
     Build,
 }
 
@@ -60,7 +57,7 @@ pub(super) struct Schedule {
     due: HashMap<TimerKind, Instant>,
 }
 
-/// `from` plus `wait`, or plus ten years if that is less.
+/// Returns `from` plus `wait`; at most ten years.
 pub(super) fn after(from: Instant, wait: Duration) -> Instant {
     from + wait.min(WAIT_MAX)
 }
@@ -68,38 +65,38 @@ pub(super) fn after(from: Instant, wait: Duration) -> Instant {
 // === impl Schedule ===
 
 impl Schedule {
-    /// Sets the job's time, whatever it was before.
+    /// Sets the time of a timer.
     pub(super) fn set(&mut self, job: TimerKind, at: Instant) {
         self.cancel(job);
         self.due.insert(job, at);
         self.queue.insert((at, job));
     }
 
-    /// Moves the job's time to `at` if it is set to a later one.
+    /// Moves a timer to `at` if it is set to a later time.
     pub(super) fn bring_forward(&mut self, job: TimerKind, at: Instant) {
         if self.due.get(&job).is_some_and(|due| *due > at) {
             self.set(job, at);
         }
     }
 
-    /// Forgets the job.
+    /// Cancels a timer.
     pub(super) fn cancel(&mut self, job: TimerKind) {
         if let Some(at) = self.due.remove(&job) {
             self.queue.remove(&(at, job));
         }
     }
 
-    /// Whether the job has a time.
+    /// Whether the timer is set.
     pub(super) fn is_set(&self, job: TimerKind) -> bool {
         self.due.contains_key(&job)
     }
 
-    /// The job's time.
+    /// Returns the time of a timer.
     pub(super) fn due(&self, job: TimerKind) -> Option<Instant> {
         self.due.get(&job).copied()
     }
 
-    /// Takes the first job that is due by `now`.
+    /// Removes and returns the first timer that is due by `now`.
     pub(super) fn pop_due(&mut self, now: Instant) -> Option<TimerKind> {
         if self.queue.first()?.0 > now {
             return None;
@@ -109,7 +106,7 @@ impl Schedule {
         Some(job)
     }
 
-    /// The first due time.
+    /// Returns the earliest due time.
     pub(super) fn next(&self) -> Option<Instant> {
         self.queue.first().map(|(at, _)| *at)
     }

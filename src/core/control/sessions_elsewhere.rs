@@ -1,11 +1,13 @@
-//! Sessions that the processes before this one still hold.
+//! Open sessions of the old processes, after upgrades.
 //!
-//! Called by `daemon` with what the old process reports after an upgrade, and for
-//! what this one reports to the next. Usually both processes count in the same memory,
-//! and a report only makes a backend known here; of a process that counts by itself
-//! the sessions are added to this one's (`InFlight::set_elsewhere`). So status, caps and
-//! `leaving` see both together. A backend that only the old process knows becomes one
-//! of `leaving`. It never touches a session.
+//! Called by `daemon` with the reports of the old process, and for the reports of this
+//! process to the next one. This module changes no session.
+//!
+//! - Usually both processes share the counters in memory. A report then only makes a
+//!   backend known here.
+//! - If the old process has its own counters, its sessions are added to those of this
+//!   process (`InFlight::set_elsewhere`). `status`, caps and `removal` use the sum.
+//! - A backend that only the old process knows is added to the removed backends.
 
 use super::backends::BackendEntry;
 use super::pools::PoolId;
@@ -18,24 +20,23 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Most backends that are in no configuration and are shown because of sessions
-/// elsewhere; the sessions of further ones are only in the process's sum.
-pub const STRANGERS_MAX: usize = 10_000;
+/// Most unconfigured backends that are listed for their sessions in other processes. The
+/// sessions of further backends count only in the total of the process.
+pub const FOREIGN_BACKENDS_MAX: usize = 10_000;
 
 /// Sessions on one backend.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct HeldBackend {
-    /// Of the backend.
+    /// Name of the pool.
     pub pool: String,
-    /// Of the backend.
+    /// Name of the backend.
     pub name: String,
-    /// As the file spells it.
+    /// Address as spelled in the file.
     pub address: String,
-    /// Open now.
+    /// Open sessions.
     pub sessions: u32,
-    /// They are counted where this process counts, too; `sessions` only says whether
-    /// there are any.
+    /// The processes share the counter. `sessions` then only shows whether there are any.
     pub shared: bool,
 }
 
@@ -43,19 +44,18 @@ pub struct HeldBackend {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct HeldFrontend {
-    /// Of the frontend.
+    /// Name of the frontend.
     pub name: String,
-    /// Open now.
+    /// Open sessions.
     pub sessions: u32,
-    /// As of a backend.
+    /// The processes share the counter.
     pub shared: bool,
 }
 
 // === impl Controller ===
 
 impl Controller {
-    /// Takes what the process before says of its sessions: those counts that have
-    /// changed.
+    /// Applies a report of the old process. The report lists changed counts only.
     pub fn held_elsewhere(
         &mut self,
         backends: &[HeldBackend],
@@ -65,7 +65,8 @@ impl Controller {
         self.run_due(now);
         for held in backends {
             let id = self.state.find_known(&held.pool, &held.name, &held.address);
-            let id = id.or_else(|| (held.sessions > 0).then(|| self.state.stranger(held, now))?);
+            let id =
+                id.or_else(|| (held.sessions > 0).then(|| self.state.add_foreign(held, now))?);
             if let Some(state) = id.and_then(|id| self.state.known(id)) {
                 state.in_flight.set_elsewhere(added(held.sessions, held.shared));
             }
@@ -78,7 +79,7 @@ impl Controller {
         self.finish(now)
     }
 
-    /// The processes before hold no session any more.
+    /// Records that the old processes have no session left.
     pub fn held_here_alone(&mut self) {
         for state in self.every_known() {
             state.in_flight.set_elsewhere(0);
@@ -88,23 +89,23 @@ impl Controller {
         }
     }
 
-    /// Configured, registered and leaving backends, in no order.
+    /// Returns the configured, registered and removed backends, in no order.
     pub fn every_known(&self) -> impl Iterator<Item = &Arc<BackendState>> {
         let removed = self.state.removed.iter().map(|entry| &entry.state);
         self.backends().chain(removed)
     }
 
-    /// Every frontend, in file order.
+    /// Returns all frontends, in file order.
     pub fn frontends(&self) -> impl Iterator<Item = &Arc<FrontendState>> {
         self.state.frontends.iter().map(|entry| &entry.state)
     }
 
-    /// The backend of that number, configured or removed.
+    /// Returns the backend with this id, configured or removed.
     pub fn known(&self, id: BackendId) -> Option<&Arc<BackendState>> {
         self.state.known(id)
     }
 
-    /// The backend that another process knows by these, configured or removed.
+    /// Returns the backend with these names, configured or removed.
     pub fn find_known(&self, pool: &str, name: &str, address: &str) -> Option<BackendId> {
         self.state.find_known(pool, name, address)
     }
@@ -113,20 +114,20 @@ impl Controller {
 // === impl ControlState ===
 
 impl ControlState {
-    /// The backend of that number, configured or removed.
+    /// Returns the backend with this id, configured or removed.
     pub(super) fn known(&self, id: BackendId) -> Option<&Arc<BackendState>> {
         self.backends.get(id).or_else(|| self.removed.get(id)).map(|entry| &entry.state)
     }
 
-    /// The backend that another process knows by these, configured or removed.
+    /// Returns the backend with these names, configured or removed.
     pub(super) fn find_known(&self, pool: &str, name: &str, address: &str) -> Option<BackendId> {
         self.find_saved(pool, name, address)
             .or_else(|| self.removed.find(&(pool.into(), name.into(), address_of(address)?)))
     }
 
-    /// Keeps a backend that is not known here as one that was removed.
-    fn stranger(&mut self, held: &HeldBackend, now: Instant) -> Option<BackendId> {
-        if self.removed.len() >= STRANGERS_MAX {
+    /// Adds a backend of another process to the removed backends.
+    fn add_foreign(&mut self, held: &HeldBackend, now: Instant) -> Option<BackendId> {
+        if self.removed.len() >= FOREIGN_BACKENDS_MAX {
             return None;
         }
         let spec = model::BackendConfig {
@@ -150,7 +151,7 @@ fn added(sessions: u32, shared: bool) -> u32 {
     if shared { 0 } else { sessions }
 }
 
-/// The address of that spelling.
+/// Parses an address as spelled in the file.
 pub(super) fn address_of(text: &str) -> Option<BackendAddr> {
     match text.strip_prefix("unix:") {
         Some(path) => Some(BackendAddr::Unix(path.into())),

@@ -1,11 +1,13 @@
-//! Pools in which no backend serves because none has been judged yet: at the
-//! start, and after a reload that left none of the backends that served.
+//! Settling of a pool: no backend is eligible because none has a result yet. This happens
+//! after a start, and after a reload that replaces all eligible backends.
 //!
-//! The controller calls it for each configuration and at the end of each event.
-//! Until one of the new backends serves, or all of them have a verdict, or
-//! `startup_grace` is over, such a pool keeps its former backends in service:
-//! those that took sessions and left by the reload. Where there are none, clients
-//! wait (`dataplane::accept::queue`). It judges nobody.
+//! Called by the controller for each configuration and at the end of each event.
+//!
+//! - Settling ends when a new backend is eligible, when all have a result, or after
+//!   `startup_grace`.
+//! - Until then the former backends, which the reload removed, stay in rotation as
+//!   *stand-ins*.
+//! - Without stand-ins, clients wait in the queue (`dataplane::accept::queue`).
 
 use super::PublishReason;
 use super::backends::BackendEntry;
@@ -18,28 +20,28 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// See the module's documentation.
+/// See the module documentation.
 #[derive(Debug, Clone)]
 pub(super) struct PoolSettling {
-    /// When it ends in any case.
+    /// Latest end of the settling.
     until: Instant,
-    /// Former backends, all of them leaving; one whose connects fail is dropped.
+    /// Removed backends that stay in rotation. A failed connect drops the backend.
     pub(super) stand_ins: Vec<BackendId>,
 }
 
-/// Who served before a reload.
+/// The backends in rotation before a reload.
 #[derive(Debug)]
 pub(super) struct Former {
-    /// By pool: the backends that took sessions, and those that stood in.
+    /// Eligible backends and stand-ins, by pool.
     backends: HashMap<Arc<str>, Vec<BackendId>>,
-    /// By frontend: its pool.
+    /// Pool of each frontend.
     pools: HashMap<Arc<str>, Arc<str>>,
 }
 
 // === impl ControlState ===
 
 impl ControlState {
-    /// Who serves now; to be asked before a reload changes anything.
+    /// Returns the backends in rotation. Call it before a reload changes anything.
     pub(super) fn former(&self) -> Former {
         let mut backends = HashMap::new();
         for pool in &self.pools {
@@ -55,9 +57,10 @@ impl ControlState {
         Former { backends, pools: pools.collect() }
     }
 
-    /// Begins what each pool needs after a reload, or continues it.
+    /// Begins, continues or ends the settling of each pool after a reload.
     pub(super) fn begin_settling(&mut self, former: &Former, now: Instant) {
-        // The pools that the same frontends led to: a pool may have a new name.
+        // The pools that the same frontends were routed to, because a pool can have a new
+        // name.
         let mut predecessors: HashMap<&str, BTreeSet<&str>> = HashMap::new();
         for frontend in self.frontends.iter() {
             if let Some(before) = former.pools.get(&frontend.spec.name) {
@@ -83,13 +86,13 @@ impl ControlState {
         all.into_iter().for_each(|(pool, settling)| self.pools.set_settling(pool, settling));
     }
 
-    /// Whether no backend of the pool serves and some have no verdict yet.
+    /// Whether no backend of the pool is eligible and some have no result yet.
     fn is_unsettled(&self, pool: &PoolEntry) -> bool {
         let members = || pool.members().iter().filter_map(|id| self.backends.get(*id));
         !members().any(|entry| entry.health.eligible()) && members().any(is_undecided)
     }
 
-    /// Ends it in the pools that need it no more. An event changes few backends.
+    /// Ends the settling of pools that no longer need it. Checks changed backends only.
     pub(super) fn check_settling(&mut self) {
         if !self.pools.any_settling() {
             return;
@@ -105,7 +108,7 @@ impl ControlState {
         over.into_iter().for_each(|pool| self.settled(pool));
     }
 
-    /// From now on the pool's own backends decide alone.
+    /// Ends the settling of a pool.
     pub(super) fn settled(&mut self, pool: PoolId) {
         self.schedule.cancel(TimerKind::SettlingEnds(pool));
         if self.pools.end_settling(pool) {
@@ -113,15 +116,15 @@ impl ControlState {
         }
     }
 
-    /// A former backend does not take sessions any more.
-    pub(super) fn stands_in_no_more(&mut self, id: BackendId) {
+    /// Removes a former backend from the stand-ins.
+    pub(super) fn drop_stand_in(&mut self, id: BackendId) {
         if self.pools.any_settling() && self.pools.remove_stand_in(id) {
             self.pending.rebuild.get_or_insert(PublishReason::Health);
         }
     }
 }
 
-/// Whether it may serve once it has been judged for the first time.
+/// Whether the backend can become eligible with its first result.
 fn is_undecided(entry: &BackendEntry) -> bool {
     let health = &entry.health;
     health.combined_observation() == Observation::Unknown

@@ -1,11 +1,13 @@
-//! Gray backends: reads what workers count of first bytes, and makes suspects.
+//! Slow and hanging backends: reads the workers' counters of first bytes and makes
+//! backends suspect.
 //!
-//! Called by the controller every [`LOOK_INTERVAL`] while some pool of several
-//! backends has `slow_first_byte`. A look at many backends takes several turns, so
-//! that nothing else has to wait for it. The judgement is `core::health::slow_detector`'s; here
-//! counts go in, and the guard is kept: as many backends of a pool as may be
-//! ejected at once, and at least one, may be suspect or ejected. It never takes
-//! a backend out of service.
+//! Called by the controller every [`LOOK_INTERVAL`], if a pool with several backends has
+//! `slow_first_byte`. It removes no backend.
+//!
+//! - `core::health::slow_detector` decides; this module passes in the counts.
+//! - A check of many backends is split into turns, so that other events do not wait.
+//! - Guard: at most as many backends of a pool as may be ejected, and at least one, are
+//!   suspect or ejected at a time.
 
 use super::pools::{PoolEntry, PoolId};
 use super::schedule::TimerKind;
@@ -16,36 +18,35 @@ use crate::health::slow_detector::{
 use crate::table::state::{BackendId, BackendState};
 use std::time::{Duration, Instant};
 
-/// Backends that are looked at in one turn (each is looked at twice in a look): some
-/// half a millisecond.
+/// Backends per turn: about 0.5 ms. A check visits each backend twice.
 const TURN_MAX: usize = 1_000;
 
-/// From one turn of a look to the next.
+/// Time between two turns of a check.
 const TURN_PAUSE: Duration = Duration::from_millis(1);
 
-/// A look that is under way.
+/// The running check.
 #[derive(Debug, Default)]
 pub(super) struct SlowBackends {
     began: Option<Instant>,
-    /// Still to come, the next one last.
+    /// Remaining pools, the next one last.
     pools: Vec<PoolId>,
     stage: Option<Stage>,
 }
 
-/// How far the look at one pool is.
+/// Progress of the check in one pool.
 #[derive(Debug)]
 struct Stage {
     pool: PoolId,
-    /// As they were when it began.
+    /// Members at the start of the check.
     members: Vec<BackendId>,
-    /// Those before have been looked at.
+    /// Position of the next member.
     at: usize,
     view: PoolView,
-    /// All have taken their counts.
+    /// All members have recorded their counts; the verdicts follow.
     judging: bool,
 }
 
-/// `slow_first_byte` where there is somebody to compare with.
+/// Returns `slow_first_byte` if the pool has several backends.
 pub(super) fn watched(pool: &PoolEntry) -> Option<Duration> {
     let slow = pool.spec.ejection.and_then(|spec| spec.slow_first_byte);
     slow.filter(|_| pool.members().len() > 1)
@@ -54,7 +55,7 @@ pub(super) fn watched(pool: &PoolEntry) -> Option<Duration> {
 fn counted(state: &BackendState) -> FirstByteCounts {
     let counters = &state.counters;
     FirstByteCounts {
-        // First, so that what comes between makes nobody wait.
+        // First, so that sessions answered between the reads do not count as waiting.
         questions: counters.sum(|c| c.questions.get()),
         answers: counters.sum(|c| c.answers.get()),
         unanswered: counters.sum(|c| c.unanswered.get()),
@@ -65,8 +66,8 @@ fn counted(state: &BackendState) -> FirstByteCounts {
 // === impl SlowBackends ===
 
 impl SlowBackends {
-    /// After a reload: whoever is watched no more is no suspect, and looks go on
-    /// while somebody is.
+    /// Applies a reload: clears suspects in pools without `slow_first_byte`, and starts or
+    /// stops the checks.
     pub(super) fn configure(&mut self, state: &mut ControlState, now: Instant) {
         let unwatched = state.pools.iter().filter(|pool| watched(pool).is_none());
         let members: Vec<BackendId> =
@@ -86,7 +87,7 @@ impl SlowBackends {
         }
     }
 
-    /// Goes on with the look at every backend that is watched, or begins one.
+    /// Continues the running check, or begins one.
     pub(super) fn check(&mut self, state: &mut ControlState, now: Instant) {
         if self.began.is_none() {
             let watched = state.pools.iter().filter(|pool| watched(pool).is_some());
@@ -114,8 +115,8 @@ impl SlowBackends {
         Some(Stage { pool: id, members, at: 0, view: PoolView::default(), judging: false })
     }
 
-    /// Looks at some backends of a pool: all of them take their counts before the
-    /// first is judged. `None` once it is done.
+    /// Checks some backends of a pool. All backends record their counts before the first
+    /// verdict. Returns `None` when the pool is done.
     fn check_pool(
         &mut self,
         state: &mut ControlState,
@@ -123,7 +124,7 @@ impl SlowBackends {
         left: &mut usize,
         now: Instant,
     ) -> Option<Stage> {
-        // A reload may have switched it off meanwhile.
+        // A reload since the start of the check can have disabled `slow_first_byte`.
         let slow = state.pool(stage.pool).and_then(watched)?;
         let end = stage.members.len().min(stage.at + *left);
         let slice = stage.at..end;
@@ -132,11 +133,11 @@ impl SlowBackends {
         let mut found = Vec::new();
         for id in &stage.members[slice] {
             let Some(entry) = state.backends.observe(*id) else { continue };
-            let watch = &mut entry.health.slow;
+            let detector = &mut entry.health.slow;
             if !stage.judging {
-                watch.take(counted(&entry.state), now);
-                stage.view.add(watch);
-            } else if let Some(verdict) = watch.judge(&stage.view, slow, now) {
+                detector.take(counted(&entry.state), now);
+                stage.view.add(detector);
+            } else if let Some(verdict) = detector.judge(&stage.view, slow, now) {
                 found.push((*id, verdict));
             }
         }
@@ -163,7 +164,7 @@ impl ControlState {
     fn make_suspect(&mut self, id: BackendId, reason: String, now: Instant) {
         let Some(entry) = self.backends.get(id) else { return };
         let Some(pool) = self.pool(entry.pool) else { return };
-        // One that takes no sessions, or one alone, could not get fewer.
+        // The weight of a backend without sessions, or without others, cannot be reduced.
         if !entry.health.is_fully_eligible() || !self.guard_view(pool).allows_suspect() {
             return;
         }
@@ -184,7 +185,7 @@ impl ControlState {
         self.ejections.clear_suspect(entry);
         let to = entry.health.observation().name();
         if from == to {
-            // Probes or heartbeats say worse of it, or the same.
+            // Probes or heartbeats keep the backend in the same state.
             return;
         }
         entry.observed_since = now;

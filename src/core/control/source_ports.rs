@@ -1,9 +1,8 @@
-//! How many local ports the connections to each backend hold, and whether they
-//! are about to run out.
+//! Local ports in use per backend and source address, and warnings before they run out.
 //!
-//! Driven by `daemon`, which brings the time and the kernel's limits and logs the
-//! warnings; rendered by the admin API. Pure, and an estimate: it knows this
-//! process's connections only, and of closed ones how many it closed first.
+//! Called by `daemon`, which passes in the kernel's limits and logs the warnings. The admin
+//! API shows them. This code does no I/O. The numbers are estimates: they include
+//! connections of this process only, and closed connections only if Tidegate closed first.
 
 use super::Notice;
 use crate::model::{BackendAddr, SourceAddr};
@@ -13,57 +12,56 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Between two looks.
+/// Time between two checks.
 pub const LOOK: Duration = Duration::from_secs(2);
 
-/// Looks a closed connection's port is held for: TIME_WAIT lasts 60 s in Linux
+/// Checks for which a closed connection holds its port: TIME_WAIT lasts 60 s in Linux
 /// (`TCP_TIMEWAIT_LEN`).
 const LINGER_LOOKS: usize = 30;
 
-/// Share of the ports that is warned of, and the one at which the warning ends.
+/// Share of used ports at which a warning begins and ends.
 const WARN_PERCENT: u64 = 80;
 const CLEAR_PERCENT: u64 = 70;
 
-/// Warnings one look may bring; beyond it they are counted in one line.
+/// Most warnings per check. One line counts the others.
 const NOTICES_MAX: usize = 5;
 
-/// What the kernel has to give.
+/// Limits of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PortLimits {
     /// Local ports for each pair of a source address and a backend.
     pub ports: u32,
-    /// For whom a port in TIME_WAIT is taken again within a second.
+    /// Connections for which the kernel reuses a port in TIME_WAIT after 1 s.
     pub reuse: Reuse,
 }
 
 /// `net.ipv4.tcp_tw_reuse`
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reuse {
-    /// For nobody.
+    /// No connections.
     Never,
-    /// For connections within this host, the kernel's default.
+    /// Connections within this host; the kernel's default.
     Loopback,
-    /// For every connection.
+    /// All connections.
     Always,
 }
 
-/// A backend by one of its ways.
+/// A backend and one of its source addresses.
 type PortKey = (BackendId, Option<SourceAddr>);
 
-/// What was seen so far.
+/// Results of the checks so far.
 #[derive(Debug, Clone, Default)]
 pub struct PortWatch {
-    /// How many connections had lingered at the last looks, oldest first; only
-    /// of whom had any.
-    // Shared by clones: a picture for a scrape is one.
+    /// Connections that had entered TIME_WAIT at the last checks, oldest first. Holds no
+    /// empty entries. Shared by clones, because each scrape clones the value.
     lingered: HashMap<PortKey, Arc<VecDeque<u64>>>,
     warned: HashSet<PortKey>,
 }
 
-/// A look that is under way.
+/// A running check.
 #[derive(Debug, Default)]
 pub struct PortLook {
-    /// The last one looked at.
+    /// The last backend checked.
     after: Option<BackendId>,
     seen: HashSet<PortKey>,
     high: HashSet<PortKey>,
@@ -73,7 +71,7 @@ pub struct PortLook {
 // === impl PortLook ===
 
 impl PortLook {
-    /// Backends up to this one have been looked at.
+    /// Returns the last backend checked.
     pub fn after(&self) -> Option<BackendId> {
         self.after
     }
@@ -82,7 +80,7 @@ impl PortLook {
 // === impl PortWatch ===
 
 impl PortWatch {
-    /// Looks at some backends, each once every [`LOOK`].
+    /// Checks some backends.
     pub fn sample<'a>(
         &mut self,
         look: &mut PortLook,
@@ -94,14 +92,14 @@ impl PortWatch {
             if !has_ports(backend) {
                 continue;
             }
-            for way in backend.source_addrs.load().iter() {
-                let key = (backend.id, way.source());
-                self.remember(key, ports_in_time_wait(backend, way), &mut look.seen);
-                let used = self.used(backend, way, limits);
+            for source in backend.source_addrs.load().iter() {
+                let key = (backend.id, source.source());
+                self.remember(key, ports_in_time_wait(backend, source), &mut look.seen);
+                let used = self.used(backend, source, limits);
                 let percent = used * 100 / u64::from(limits.ports.max(1));
                 let was_high = self.warned.contains(&key);
                 if percent >= WARN_PERCENT && !was_high {
-                    look.news.push(notice(backend, way, used, limits));
+                    look.news.push(notice(backend, source, used, limits));
                 }
                 if percent >= WARN_PERCENT || was_high && percent > CLEAR_PERCENT {
                     look.high.insert(key);
@@ -110,19 +108,20 @@ impl PortWatch {
         }
     }
 
-    /// All have been looked at: who has come to 80 % of the ports since the last time.
+    /// Completes a check of all backends. Returns a notice per backend that has reached
+    /// 80 % of the ports since the last check.
     pub fn complete(&mut self, look: PortLook) -> Vec<Notice> {
         self.lingered.retain(|key, _| look.seen.contains(key));
         self.warned = look.high;
         shortened(look.news)
     }
 
-    /// Ports held on one way to a backend: open connections, and closed ones in
-    /// TIME_WAIT where that keeps a port from new ones.
-    pub fn used(&self, backend: &BackendState, way: &CountedSource, limits: PortLimits) -> u64 {
-        let open = match way.counts() {
+    /// Returns the ports in use from one source address to a backend: open connections, and
+    /// closed ones in TIME_WAIT if the kernel does not reuse their ports.
+    pub fn used(&self, backend: &BackendState, source: &CountedSource, limits: PortLimits) -> u64 {
+        let open = match source.counts() {
             Some(counts) => {
-                // Ended is read first: begun can only have grown by then.
+                // `ended` first: `begun` can only increase between the reads.
                 let ended = counts.sum(|c| c.ended.get());
                 counts.sum(|c| c.begun.get()).saturating_sub(ended)
             }
@@ -131,18 +130,18 @@ impl PortWatch {
         if reuses(backend, limits.reuse) {
             return open;
         }
-        let past = self.lingered.get(&(backend.id, way.source()));
+        let past = self.lingered.get(&(backend.id, source.source()));
         let full = past.filter(|past| past.len() > LINGER_LOOKS);
         let gone = full.and_then(|past| past.front()).copied().unwrap_or(0);
-        open + ports_in_time_wait(backend, way).saturating_sub(gone)
+        open + ports_in_time_wait(backend, source).saturating_sub(gone)
     }
 
-    /// Whether there is somebody with few ports left.
+    /// Returns the number of warnings in effect.
     pub fn warnings(&self) -> usize {
         self.warned.len()
     }
 
-    /// Whether that backend has few ports left on that way.
+    /// Whether the backend has few ports left from this source address.
     pub fn is_warned(&self, backend: BackendId, source: Option<SourceAddr>) -> bool {
         self.warned.contains(&(backend, source))
     }
@@ -160,19 +159,19 @@ impl PortWatch {
     }
 }
 
-/// Whether connections to it need a port.
+/// Whether connections to the backend need a local port.
 pub fn has_ports(backend: &BackendState) -> bool {
     matches!(backend.address, BackendAddr::Tcp(_))
 }
 
-/// In words, for status and the log.
+/// Returns the warning as text, for `status`.
 pub fn warning_text(
     backend: &BackendState,
-    way: &CountedSource,
+    source: &CountedSource,
     used: u64,
     limits: PortLimits,
 ) -> String {
-    let from = way.source().map_or_else(String::new, |source| format!(" from {source}"));
+    let from = source.source().map_or_else(String::new, |source| format!(" from {source}"));
     format!(
         "local ports to {}{from} are nearly exhausted: {used} of {} in use; add addresses to \
          [pool.{}] source or widen net.ipv4.ip_local_port_range",
@@ -180,11 +179,11 @@ pub fn warning_text(
     )
 }
 
-fn notice(backend: &BackendState, way: &CountedSource, used: u64, limits: PortLimits) -> Notice {
+fn notice(backend: &BackendState, source: &CountedSource, used: u64, limits: PortLimits) -> Notice {
     Notice {
         pool: Arc::clone(&backend.pool),
         backend: Some(Arc::clone(&backend.name)),
-        message: warning_text(backend, way, used, limits),
+        message: warning_text(backend, source, used, limits),
     }
 }
 
@@ -198,9 +197,9 @@ fn shortened(mut notices: Vec<Notice>) -> Vec<Notice> {
     notices
 }
 
-/// Connections so far whose port went into TIME_WAIT.
-fn ports_in_time_wait(backend: &BackendState, way: &CountedSource) -> u64 {
-    match way.counts() {
+/// Returns the number of connections so far whose port entered TIME_WAIT.
+fn ports_in_time_wait(backend: &BackendState, source: &CountedSource) -> u64 {
+    match source.counts() {
         Some(counts) => counts.sum(|c| c.lingering.get()),
         None => backend.counters.sum(|c| c.lingering.get()),
     }
@@ -226,13 +225,13 @@ mod tests {
         Arc::new(BackendState::new(BackendId(1), "web".into(), "a".into(), address, 1))
     }
 
-    /// A backend reached from one address, with so many connections begun.
+    /// Returns a backend with one source address and `begun` connections.
     fn sourced(begun: u64) -> (Arc<BackendState>, Arc<CountedSource>) {
         let backend = backend("10.0.0.9:80");
         backend.start_from(&[SourceAddr::new("10.0.0.1".parse().unwrap())], 1);
-        let way = backend.source_addrs.load().iter().next().cloned().unwrap();
-        way.counts().unwrap().of(0).begun.add(begun);
-        (backend, way)
+        let source = backend.source_addrs.load().iter().next().cloned().unwrap();
+        source.counts().unwrap().of(0).begun.add(begun);
+        (backend, source)
     }
 
     fn look(watch: &mut PortWatch, backend: &Arc<BackendState>) -> Vec<String> {
@@ -243,9 +242,9 @@ mod tests {
     }
 
     #[test]
-    fn the_warning_comes_once_at_80_percent_and_again_after_it_was_below_70() {
-        let (backend, way) = sourced(79);
-        let counts = way.counts().unwrap().of(0);
+    fn warning_is_due_once_at_80_percent_and_again_after_below_70() {
+        let (backend, source) = sourced(79);
+        let counts = source.counts().unwrap().of(0);
         let mut watch = PortWatch::default();
         assert_eq!(look(&mut watch, &backend), Vec::<String>::new());
         counts.begun.add(1);
@@ -255,43 +254,43 @@ mod tests {
         counts.ended.add(5);
         assert!(look(&mut watch, &backend).is_empty());
         counts.begun.add(10);
-        assert!(look(&mut watch, &backend).is_empty(), "it never ended");
+        assert!(look(&mut watch, &backend).is_empty(), "the warning is still in effect");
         counts.ended.add(30);
         assert!(look(&mut watch, &backend).is_empty());
         assert_eq!(watch.warnings(), 0);
         counts.begun.add(30);
         assert_eq!(look(&mut watch, &backend).len(), 1);
-        assert!(watch.is_warned(backend.id, way.source()));
+        assert!(watch.is_warned(backend.id, source.source()));
     }
 
     #[test]
-    fn a_closed_connection_holds_its_port_for_a_minute() {
-        let (backend, way) = sourced(10);
-        let counts = way.counts().unwrap().of(0);
+    fn closed_connection_holds_its_port_for_a_minute() {
+        let (backend, source) = sourced(10);
+        let counts = source.counts().unwrap().of(0);
         let mut watch = PortWatch::default();
         counts.ended.add(10);
         counts.lingering.add(10);
         for _ in 0..LINGER_LOOKS {
             look(&mut watch, &backend);
-            assert_eq!(watch.used(&backend, &way, LIMITS), 10);
+            assert_eq!(watch.used(&backend, &source, LIMITS), 10);
         }
         look(&mut watch, &backend);
-        assert_eq!(watch.used(&backend, &way, LIMITS), 0);
+        assert_eq!(watch.used(&backend, &source, LIMITS), 0);
     }
 
     #[test]
-    fn where_the_kernel_reuses_ports_only_open_connections_count() {
+    fn only_open_connections_count_if_the_kernel_reuses_ports() {
         let near = backend("127.0.0.1:80");
         near.counters.of(0).lingering.add(50);
-        let way = near.source_addrs.load().iter().next().cloned().unwrap();
+        let source = near.source_addrs.load().iter().next().cloned().unwrap();
         let watch = PortWatch::default();
-        assert_eq!(watch.used(&near, &way, LIMITS), 0);
+        assert_eq!(watch.used(&near, &source, LIMITS), 0);
         let never = PortLimits { reuse: Reuse::Never, ..LIMITS };
-        assert_eq!(watch.used(&near, &way, never), 50);
+        assert_eq!(watch.used(&near, &source, never), 50);
     }
 
     #[test]
-    fn many_warnings_at_once_are_cut_short() {
+    fn warnings_beyond_the_bound_are_counted_in_one_line() {
         let one = || Notice { pool: "p".into(), backend: None, message: String::new() };
         let cut = shortened((0..9).map(|_| one()).collect());
         assert_eq!(cut.len(), NOTICES_MAX + 1);

@@ -1,6 +1,6 @@
-//! What status and metrics show: a copy of everything the controller knows.
+//! Data for `status` and metrics: a copy of the controller's state.
 //!
-//! Called by `daemon` for the admin API. It derives, it never changes anything.
+//! Called by `daemon` for the admin API. It changes nothing.
 
 use super::backends::BackendEntry;
 use super::members::Origins;
@@ -14,7 +14,7 @@ use crate::table::state::{BackendId, BackendState, FrontendState};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The whole picture at one moment.
+/// The state of frontends, pools and backends.
 #[derive(Debug, Clone)]
 pub struct ControlStatus {
     /// Accepted configurations.
@@ -23,41 +23,42 @@ pub struct ControlStatus {
     pub frontends: Vec<FrontendStatus>,
     /// In file order.
     pub pools: Vec<PoolStatus>,
-    /// Backends no longer configured that still hold sessions.
+    /// Removed backends that still have sessions.
     pub leaving: Vec<Arc<BackendState>>,
-    /// Tables made so far, by reason.
+    /// Published tables, by reason.
     pub published: Vec<(PublishReason, u64)>,
-    /// `None` where no pool takes heartbeats.
+    /// `None` if no pool has heartbeats.
     pub heartbeat: Option<HeartbeatChannelStatus>,
 }
 
-/// Heartbeats as a whole.
+/// The heartbeats of all pools.
 #[derive(Debug, Clone)]
 pub struct HeartbeatChannelStatus {
     /// Heartbeats of known backends.
     pub taken_total: u64,
-    /// Authentic ones that changed nothing, by reason.
+    /// Accepted heartbeats that match no backend, by reason.
     pub ignored: Vec<(HeartbeatIgnored, u64)>,
-    /// Their senders, in no order.
+    /// Senders of these heartbeats, in no order.
     pub rejections: Vec<Rejection>,
-    /// Times nobody's silence counted, because we were late or deaf.
+    /// Times that silence was excluded, because the control loop was late or heartbeats
+    /// were lost on this host.
     pub excuses_total: u64,
-    /// Nobody at all is heard.
+    /// No heartbeat arrives from any backend.
     pub silent: bool,
-    /// Why no silent backend of any pool is taken out, if so.
+    /// Freeze of all pools.
     pub frozen: Option<FreezeStatus>,
 }
 
-/// Why no silent backend is taken out.
+/// A freeze: no silent backend is removed.
 #[derive(Debug, Clone)]
 pub struct FreezeStatus {
-    /// In words.
+    /// The reason as text.
     pub reason: String,
-    /// For how long by now.
+    /// Age of the freeze.
     pub lasted: Duration,
 }
 
-/// A frontend as status shows it.
+/// A frontend in `status`.
 #[derive(Debug, Clone)]
 pub struct FrontendStatus {
     /// Counters and identity.
@@ -66,122 +67,122 @@ pub struct FrontendStatus {
     pub binds: Vec<BindKey>,
     /// Pool name.
     pub pool: Arc<str>,
-    /// Cap; 0 means none.
+    /// Cap; 0: none.
     pub connections_max: u32,
 }
 
-/// A pool as status shows it.
+/// A pool in `status`.
 #[derive(Debug, Clone)]
 pub struct PoolStatus {
     /// Pool name.
     pub name: Arc<str>,
     /// Policy name.
     pub balance: &'static str,
-    /// In file order, then registered ones by age.
+    /// In file order, then registered backends by age.
     pub backends: Vec<BackendStatus>,
-    /// What happens while nobody is eligible, if nobody is: `refuse` or
-    /// `try-all`; `wait` or `former` while no backend has been judged yet.
+    /// Rule in effect while no backend is eligible: `refuse` or `try-all`, or `wait` or
+    /// `former` while settling. `None` if a backend is eligible.
     pub none_eligible: Option<&'static str>,
-    /// Nobody serves, and clients wait for the first verdict.
+    /// No backend is eligible, and clients wait for the first result.
     pub undecided: bool,
-    /// Why no silent backend is taken out, if so.
+    /// Freeze of the pool.
     pub frozen: Option<FreezeStatus>,
-    /// Members that registered.
+    /// Number of registered backends.
     pub registered: usize,
-    /// Most members that may register; 0 where none may.
+    /// Cap on registered backends; 0 if none may register.
     pub registered_max: u32,
-    /// Whether it takes heartbeats.
+    /// Whether the pool has heartbeats.
     pub heartbeats: bool,
-    /// Whether its backends are probed.
+    /// Whether the pool has probes.
     pub probes: bool,
 }
 
-/// A backend as status shows it.
+/// A backend in `status`.
 #[derive(Debug, Clone)]
 pub struct BackendStatus {
     /// Counters and identity.
     pub state: Arc<BackendState>,
-    /// The member sources that name it.
+    /// The member sources that list the backend.
     pub origins: Origins,
-    /// From the file, or as its heartbeats ask for.
+    /// Weight from the file, or requested by its heartbeats.
     pub weight: u32,
-    /// As balanced by, exactly; 0 while it is not eligible.
+    /// Weight used for balancing; 0 while not eligible.
     pub effective_weight: f64,
-    /// From the file.
+    /// Whether the file makes it a backup.
     pub backup: bool,
-    /// Cap; 0 means none.
+    /// Cap; 0: none.
     pub connections_max: u32,
-    /// Operator's wish.
+    /// The operator's intent.
     pub intent: Intent,
-    /// What probes and heartbeats make of it.
+    /// Combined observation of probes, heartbeats and first bytes.
     pub observation: Observation,
-    /// Passively ejected now.
+    /// Whether the backend is ejected.
     pub ejected: bool,
-    /// One session at a time tries it.
+    /// Whether the backend is on trial.
     pub on_trial: bool,
     /// Ejections so far.
     pub ejections_total: u64,
-    /// Ejections the pool's guard held back so far.
+    /// Ejections that the pool's guard has prevented.
     pub ejections_held_total: u64,
-    /// Derived.
+    /// Whether new sessions can pick the backend.
     pub eligible: bool,
-    /// Its slow start, in percent; 100 when it is over.
+    /// Share reached by its slow start, in percent; 100 without one.
     pub ramp_percent: u32,
-    /// What its heartbeats amount to.
+    /// Result of its heartbeats.
     pub heartbeat_health: HeartbeatHealth,
-    /// What its heartbeats ask for.
+    /// State that its heartbeats request.
     pub requested: RequestedState,
-    /// `None` where none were heard.
+    /// `None` if no heartbeat was received.
     pub heartbeats: Option<BackendHeartbeatStatus>,
-    /// The newest change, if any.
+    /// The newest transition, if any.
     pub last_transition: Option<Transition>,
 }
 
-/// What one backend's heartbeats have said.
+/// The heartbeats of one backend.
 #[derive(Debug, Clone)]
 pub struct BackendHeartbeatStatus {
-    /// What their rhythm means.
+    /// Values of the detector.
     pub reading: DetectorReading,
-    /// The key they are signed with.
+    /// Key id of the last heartbeat.
     pub key_id: u32,
-    /// As asked for; what it gets may be less.
+    /// Requested weight; the effective weight can be lower.
     pub weight: u16,
-    /// As said.
+    /// Reported requests in flight.
     pub in_flight: u32,
-    /// As last said, 0..=1000.
+    /// Last reported load, 0..=1000.
     pub load: u16,
-    /// Smoothed.
+    /// Smoothed load.
     pub load_mean: f64,
-    /// What the load leaves of the weight, in percent.
+    /// Share of the weight that the load leaves, in percent.
     pub load_share: u32,
-    /// Since the first of them.
+    /// Time since the first heartbeat.
     pub known_for: Duration,
-    /// Silent for `ttl`.
+    /// No heartbeat for `ttl`.
     pub expired: bool,
-    /// Silence that would expire them.
+    /// Silence after which the heartbeats expire.
     pub ttl: Duration,
 }
 
-/// A picture that is being made, some backends at a time.
+/// A [`ControlStatus`] in progress. It is built in slices.
 #[derive(Debug)]
 pub struct Gathering {
     status: ControlStatus,
-    /// Still to come: each with the place of its pool, the last first.
+    /// Remaining backends in reverse order, each with the position of its pool.
     remaining: Vec<(u32, BackendId)>,
 }
 
 // === impl Controller ===
 
 impl Controller {
-    /// What status and metrics show.
+    /// Returns the complete status.
     pub fn status(&self, now: Instant) -> ControlStatus {
         let mut gathering = self.begin_status(now);
         while self.gather(&mut gathering, usize::MAX, now) {}
         gathering.finish()
     }
 
-    /// Everything but the backends, who come by [`Controller::gather`]: those of
-    /// now, as they are by then.
+    /// Begins a status without backends. [`Controller::gather`] adds the current backends
+    /// in their state at that time.
     pub fn begin_status(&self, now: Instant) -> Gathering {
         let removed = self.state.removed.iter().map(|entry| &entry.state);
         let places = (0..).zip(&self.state.pools);
@@ -210,8 +211,8 @@ impl Controller {
         Gathering { status, remaining }
     }
 
-    /// Adds up to `most` backends; false once there are no more. One that has left
-    /// meanwhile is left out.
+    /// Adds up to `most` backends. Returns false once all are added. Skips backends that
+    /// were removed since [`Controller::begin_status`].
     pub fn gather(&self, gathering: &mut Gathering, most: usize, now: Instant) -> bool {
         let from = gathering.remaining.len().saturating_sub(most);
         for (place, id) in gathering.remaining.drain(from..).rev() {
@@ -227,7 +228,7 @@ impl Controller {
         !gathering.remaining.is_empty()
     }
 
-    /// Heartbeats as a whole.
+    /// Returns the status of all heartbeats; `None` if no pool has heartbeats.
     pub(super) fn heartbeat_status(&self, now: Instant) -> Option<HeartbeatChannelStatus> {
         (self.state.pools.listening() > 0).then(|| HeartbeatChannelStatus {
             taken_total: self.heartbeats.taken(),
@@ -243,13 +244,13 @@ impl Controller {
 // === impl Gathering ===
 
 impl Gathering {
-    /// The picture.
+    /// Returns the status.
     pub fn finish(self) -> ControlStatus {
         self.status
     }
 }
 
-/// A pool without its backends, of whom none is eligible therefore.
+/// Returns the status of a pool without its backends, as if none were eligible.
 fn pool_status(pool: &PoolEntry, now: Instant) -> PoolStatus {
     let rule = match (pool.settling(), pool.spec.when_none_eligible) {
         (Some(settling), _) if !settling.stand_ins.is_empty() => "former",
@@ -330,7 +331,7 @@ pub(super) fn freezing(freeze: Option<&Freeze>, now: Instant) -> Option<FreezeSt
 
 #[cfg(any(test, feature = "testing"))]
 impl BackendStatus {
-    /// A backend of weight 2 about which there is nothing to say.
+    /// Returns an eligible backend of weight 2 without results.
     pub fn plain(state: BackendState) -> BackendStatus {
         BackendStatus {
             state: Arc::new(state),
@@ -357,7 +358,7 @@ impl BackendStatus {
 
 #[cfg(any(test, feature = "testing"))]
 impl PoolStatus {
-    /// A pool about which there is nothing to say.
+    /// Returns a pool without probes and heartbeats.
     pub fn plain(name: &str, backends: Vec<BackendStatus>) -> PoolStatus {
         PoolStatus {
             name: name.into(),

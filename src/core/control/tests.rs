@@ -1,5 +1,4 @@
-//! The controller's rules, one at a time, in virtual time: the bench they run
-//! on. The rules are in the files below.
+//! Test bench for the controller's rules in virtual time. The tests are in the submodules.
 
 mod ejections;
 mod handover;
@@ -40,7 +39,8 @@ fn probe_spec() -> ProbeSpec {
     }
 }
 
-/// `name`, `name@port` for another address than the name's own.
+/// Returns a backend from `name` or `name@port`. Without a port, the address follows from
+/// the name.
 fn backend(text: &str) -> BackendConfig {
     let (name, port) = match text.split_once('@') {
         Some((name, port)) => (name, port.parse().unwrap()),
@@ -80,7 +80,7 @@ fn config(pools: Vec<PoolConfig>) -> Arc<Config> {
     Arc::new(testing::config(frontends, pools.into_iter().map(Arc::new).collect()))
 }
 
-/// A controller, its clock, and the probes it has asked for.
+/// A controller, its clock, and the probes it has requested.
 struct Bench {
     controller: Controller,
     began: Instant,
@@ -97,7 +97,7 @@ impl Bench {
         bench
     }
 
-    /// All backends up, nothing left to be said.
+    /// Returns a bench with all backends up.
     fn up(pool: PoolConfig) -> Bench {
         let mut bench = Bench::new(pool);
         bench.answer_all_for(Duration::from_secs(1), None);
@@ -118,7 +118,7 @@ impl Bench {
         self.note(effects)
     }
 
-    /// Parts of tables are made at once.
+    /// Runs requested builds, and records requested probes.
     fn note(&mut self, effects: Vec<ControlEffect>) -> Vec<ControlEffect> {
         let (mut others, mut built) = (Vec::new(), Vec::new());
         for effect in effects {
@@ -140,7 +140,7 @@ impl Bench {
         others
     }
 
-    /// Ticks whenever it is wanted until `span` is over, answering nothing.
+    /// Ticks at each due time within `span`, without probe results.
     fn pass(&mut self, span: Duration) -> Vec<ControlEffect> {
         let end = self.now + span;
         let mut effects = Vec::new();
@@ -152,7 +152,7 @@ impl Bench {
         effects
     }
 
-    /// As `pass`, answering every probe at once.
+    /// As `pass`, with an immediate result for every probe.
     fn answer_all_for(&mut self, span: Duration, failure: Option<&str>) -> Vec<ControlEffect> {
         let end = self.now + span;
         let mut effects = self.answer_asked(failure);
@@ -183,7 +183,7 @@ impl Bench {
         self.apply(ControlEvent::Probed { backend, token, outcome })
     }
 
-    /// Connect failures `from..=to` of a row.
+    /// Reports connect failures `from..=to` of a row.
     fn refuse(&mut self, name: &str, from: u32, to: u32) -> Vec<ControlEffect> {
         let backend = self.id(name);
         let (failure, begun) = (ConnectFailure::Refused, self.now);
@@ -191,11 +191,10 @@ impl Bench {
         (from..=to).flat_map(|k| self.apply(failed(k))).collect()
     }
 
-    /// The next session comes to the backend, gets so far in its trial, and the
-    /// controller looks.
-    fn try_it(&mut self, name: &str, phase: TrialPhase) -> Vec<ControlEffect> {
+    /// Starts a trial session, advances it to `phase`, and lets the controller check.
+    fn run_trial(&mut self, name: &str, phase: TrialPhase) -> Vec<ControlEffect> {
         let state = self.status(name).state;
-        assert!(state.in_flight.try_enter(0), "nobody is let in");
+        assert!(state.in_flight.try_enter(0), "no session is admitted");
         let trial = state.in_flight.claim_trial().expect("a trial");
         state.in_flight.advance_trial(trial, phase);
         state.in_flight.leave();
@@ -243,10 +242,10 @@ fn probes(effects: &[ControlEffect]) -> usize {
     effects.iter().filter(|effect| matches!(effect, ControlEffect::Probe { .. })).count()
 }
 
-fn cuts(effects: &[ControlEffect]) -> Vec<BackendId> {
-    let cut = |effect: &ControlEffect| match effect {
+fn resets(effects: &[ControlEffect]) -> Vec<BackendId> {
+    let reset = |effect: &ControlEffect| match effect {
         ControlEffect::ResetSessions(id) => Some(*id),
         _ => None,
     };
-    effects.iter().filter_map(cut).collect()
+    effects.iter().filter_map(reset).collect()
 }

@@ -1,10 +1,9 @@
-//! How an ejected backend comes back: one session tries it first.
+//! Trials: an ejected backend returns with a single trial session.
 //!
-//! Called by the controller when an ejection's time is over, and every
-//! [`TRIAL_CHECK_INTERVAL`] until the trial is decided. That no second session gets in is
-//! kept by the backend's `InFlight`, over all workers and tables; here trials
-//! are begun, read and ended. A pool that would otherwise have nobody gets no
-//! trial: then the backend simply is back.
+//! Called by the controller at the end of an ejection, and every [`TRIAL_CHECK_INTERVAL`]
+//! until the trial ends. The backend's `InFlight` admits only one session, over all workers
+//! and tables. This module begins, checks and ends trials. In a pool without another
+//! eligible backend, an ejection ends without a trial.
 
 use super::ControlEffect;
 use super::backends::BackendEntry;
@@ -18,18 +17,18 @@ use std::time::Instant;
 // === impl ControlState ===
 
 impl ControlState {
-    /// The ejection's time is over.
+    /// Ends the ejection and begins a trial.
     pub(super) fn begin_trial(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.touch(id) else { return };
         let Some(lasted) = entry.health.begin_trial(now) else { return };
-        // Before any table lets sessions in.
+        // Before a table makes the backend eligible.
         entry.state.in_flight.begin_trial();
         self.schedule.set(TimerKind::CheckTrial(id), now + TRIAL_CHECK_INTERVAL);
         let reason = "ejection ended after its time; admitting one trial session".to_owned();
         self.record(id, ("ejected", "trial"), reason, lasted, now);
     }
 
-    /// Sees whether the trial is decided.
+    /// Checks the trial, and ends it if it has a result.
     pub(super) fn check_trial(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.observe(id) else { return };
         let spec = self.pools.get(entry.pool);
@@ -46,8 +45,9 @@ impl ControlState {
         }
     }
 
-    /// Lifts the trials of a pool that has nobody else, or no ejection any more.
-    pub(super) fn end_needless_trials(&mut self, pool: PoolId, now: Instant) {
+    /// Ends the trials of a pool without another eligible backend, or without ejection
+    /// settings.
+    pub(super) fn end_unneeded_trials(&mut self, pool: PoolId, now: Instant) {
         let Some(pool) = self.pool(pool) else { return };
         let entries = || pool.members().iter().filter_map(|id| self.backends.get(*id));
         let off = pool.spec.ejection.is_none();
@@ -58,7 +58,7 @@ impl ControlState {
         }
         let on_trial = entries().filter(|entry| entry.health.outlier.is_on_trial());
         let members: Vec<BackendId> = on_trial.map(|entry| entry.state.id).collect();
-        // `try-all` may turn to those whose last trial has failed, too.
+        // `try-all` can also pick backends whose last trial has failed.
         entries().for_each(|entry| entry.state.in_flight.end_trial());
         let why = match off {
             true => "ejection was disabled in the configuration",
@@ -69,7 +69,7 @@ impl ControlState {
         }
     }
 
-    /// The trial of a backend that leaves the configuration means nothing.
+    /// Cancels the trial of a removed backend.
     pub(super) fn forget_trial(&mut self, entry: &mut BackendEntry, now: Instant) {
         self.schedule.cancel(TimerKind::CheckTrial(entry.state.id));
         entry.health.outlier.end_trial(now);
@@ -92,9 +92,8 @@ impl ControlState {
         let view = self.guard_view(pool);
         let lasted = entry.health.outlier.trial_duration(now).unwrap_or_default();
         match pool.spec.ejection {
-            // It is one of those on trial itself.
-            // The failed trial stays with `InFlight`: nobody slips in before the
-            // next table, nor by an old one.
+            // `InFlight` keeps the failed trial, so no session gets in before the next
+            // table, or with an older one. The backend itself counts as on trial in `view`.
             Some(spec) if view.allows_again() => {
                 self.eject(id, &spec, ("trial", reason), lasted, now);
             }

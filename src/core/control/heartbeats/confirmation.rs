@@ -1,7 +1,7 @@
-//! Confirming probes: a detector that suspects a backend asks for fresh connects.
+//! Confirmation probes: the new connects that a heartbeat detector requests.
 //!
-//! Called by `silence` with what a detector asks for and by the controller with results.
-//! A regular probe gives way to a confirming one. It judges no result.
+//! Called by `silence` for requests of a detector, and by the controller for results. A
+//! confirmation probe replaces a running regular probe. The detector evaluates the result.
 
 use super::HeartbeatWatch;
 use crate::control::probing::PROBE_LOST_MARGIN;
@@ -16,18 +16,18 @@ use crate::table::state::BackendId;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// A try that is being made for the detector.
+/// A running try.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::control) struct ConfirmationInFlight {
     pub(in crate::control) token: ProbeToken,
     id: TryId,
-    /// No result is expected any more from then on.
+    /// From this time on, the controller expects no result.
     pub(in crate::control) lost_at: Instant,
 }
 
-/// The probe that confirms a suspicion in a pool: of its own kind, or a plain
-/// connect. Its time-out is the longest a try may have: what the pool itself
-/// allows, within the detector's bounds.
+/// Returns the confirmation probe of a pool: the kind of the pool's probe, else a TCP
+/// connect. Its timeout is the longest one of a try: the pool's own timeout, within the
+/// bounds of the detector.
 pub(in crate::control) fn confirming(pool: &model::PoolConfig) -> Arc<ProbeSpec> {
     let kind = pool.probe.as_ref().map_or(ProbeKind::Tcp, |spec| spec.kind.clone());
     let allowed = pool.probe.as_ref().map_or(pool.connect_timeout, |spec| spec.timeout);
@@ -46,7 +46,7 @@ pub(in crate::control) fn confirming(pool: &model::PoolConfig) -> Arc<ProbeSpec>
 // === impl HeartbeatWatch ===
 
 impl HeartbeatWatch {
-    /// The result of a try; false if that token belongs to none.
+    /// Applies the result of a try. Returns false if the token belongs to no try.
     pub(in crate::control) fn confirmation_result(
         &mut self,
         state: &mut ControlState,
@@ -76,7 +76,7 @@ impl HeartbeatWatch {
         let quiet = step.change.is_none();
         self.apply_step(state, id, step, now);
         if quiet {
-            // Whether it answers may have changed nonetheless.
+            // Without a transition, `answers` can have changed.
             state.heartbeat_health_changed(id, "confirmation probe succeeded", None, now);
         }
         state.rearm(id);
@@ -87,7 +87,7 @@ impl HeartbeatWatch {
 // === impl ControlState ===
 
 impl ControlState {
-    /// Asks the shell for one fresh connect; a regular probe gives way to it.
+    /// Requests one new connect. Replaces a running regular probe.
     pub(super) fn start_try(&mut self, id: BackendId, next: ConfirmationTry, now: Instant) {
         let Some(entry) = self.backends.observe(id) else { return };
         let Some(pool) = self.pools.get(entry.pool) else { return };

@@ -1,7 +1,7 @@
-//! Authentic heartbeats that the configuration has no place for.
+//! Accepted heartbeats that do not match the configuration.
 //!
-//! `heartbeats` finds them; here they are counted, listed by sender, and told of
-//! at most once a minute and sender. They change nothing else.
+//! Called by `heartbeats`. This module counts them, lists them by sender, and warns at most
+//! once per minute and sender. They change nothing else.
 
 use super::HeartbeatWatch;
 use crate::control::state::ControlState;
@@ -11,30 +11,29 @@ use std::sync::Arc;
 use std::time::Instant;
 use tidegate_heartbeat::Heartbeat;
 
-/// Why an authentic heartbeat changed nothing; a closed set, the label of a
-/// metric.
+/// Why an accepted heartbeat was ignored; the label of a metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HeartbeatIgnored {
-    /// No pool of that name takes heartbeats (any more).
+    /// No pool of this name has heartbeats.
     UnknownPool,
-    /// No backend of that name, and the pool lets nobody register.
+    /// No backend has this name, and the pool does not allow registration.
     UnknownBackend,
-    /// The file has a backend of that name at another address.
+    /// The file lists a backend of this name at another address.
     ConfiguredName,
-    /// The file has a backend of another name at that address.
+    /// The file lists a backend of another name at this address.
     ConfiguredAddress,
-    /// A sender that started later has the name or the address.
+    /// A sender that started later uses the name or the address.
     OlderSender,
-    /// The address is one of our own: sessions would come back to us.
+    /// The address is a bind of Tidegate: sessions would loop.
     OwnAddress,
-    /// The pool has as many registered backends as it may.
+    /// The pool has reached `backends_max` registered backends.
     PoolFull,
 }
 
 // === impl HeartbeatIgnored ===
 
 impl HeartbeatIgnored {
-    /// Every reason there is.
+    /// All reasons.
     pub const ALL: [HeartbeatIgnored; 7] = [
         HeartbeatIgnored::UnknownPool,
         HeartbeatIgnored::UnknownBackend,
@@ -45,7 +44,7 @@ impl HeartbeatIgnored {
         HeartbeatIgnored::PoolFull,
     ];
 
-    /// As in metrics.
+    /// Returns the label value in metrics.
     pub fn name(self) -> &'static str {
         match self {
             HeartbeatIgnored::UnknownPool => "unknown-pool",
@@ -58,7 +57,7 @@ impl HeartbeatIgnored {
         }
     }
 
-    /// What an operator can do about it.
+    /// Returns what the operator can do about it.
     pub fn help(self) -> &'static str {
         match self {
             HeartbeatIgnored::UnknownPool => {
@@ -82,7 +81,7 @@ impl HeartbeatIgnored {
 // === impl HeartbeatWatch ===
 
 impl HeartbeatWatch {
-    /// Counts a heartbeat that has no place in the configuration, and says so.
+    /// Counts an ignored heartbeat, and warns if a warning is due.
     pub(in crate::control) fn ignore(
         &mut self,
         state: &mut ControlState,
@@ -99,7 +98,7 @@ impl HeartbeatWatch {
             reason: why.name(),
             help: why.help(),
             skew: None,
-            // A full pool says so itself.
+            // `check_capacity` logs its own notice.
             warns: why != HeartbeatIgnored::PoolFull,
         };
         if self.rejections.add(&rejected, now).is_none() {

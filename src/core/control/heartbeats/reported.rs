@@ -1,8 +1,8 @@
-//! What one backend's heartbeats have said, and what follows from it for the backend: its
-//! weight, what its heartbeats amount to, and when they expire.
+//! The heartbeats of one backend, and what follows from them: its weight, its
+//! [`HeartbeatHealth`], and the expiry.
 //!
-//! Filled by `heartbeats` with each datagram, read by tables and status. It judges no
-//! silence and changes nothing but itself.
+//! Updated by `heartbeats` with each datagram, read by `publish` and `status`. The detector
+//! evaluates silence.
 
 use super::silence_counts::CountedSender;
 use crate::control::backends::BackendEntry;
@@ -13,44 +13,44 @@ use crate::suspicion::{DetectorState, HeartbeatDetector};
 use std::time::{Duration, Instant};
 use tidegate_heartbeat::{Heartbeat, SenderState};
 
-/// Heartbeats of a slow sender that must be missing before `ttl` is over.
+/// Lower bound of `ttl`, in intervals of the sender.
 const TTL_INTERVALS: u32 = 3;
 
-/// What one backend's heartbeats have said.
+/// The heartbeats of one backend.
 #[derive(Debug)]
 pub(in crate::control) struct BackendHeartbeats {
-    /// What their rhythm means.
+    /// Evaluates silence.
     pub(in crate::control) detector: HeartbeatDetector,
     pub(in crate::control) incarnation: u64,
     pub(in crate::control) key_id: u32,
     pub(in crate::control) state: SenderState,
-    /// As asked for.
+    /// Requested weight.
     pub(in crate::control) weight: u16,
-    /// As it counts: it follows changes by a tenth or more.
+    /// Weight in use. It follows changes of a tenth or more.
     pub(super) weight_in_force: u16,
     pub(in crate::control) in_flight: u32,
     pub(in crate::control) load: ReportedLoad,
-    /// As declared, within bounds.
+    /// Declared interval, within bounds.
     pub(in crate::control) interval: Duration,
     pub(in crate::control) first_at: Instant,
     pub(in crate::control) last_at: Instant,
-    /// Silent for `ttl`.
+    /// No heartbeat for `ttl`.
     pub(in crate::control) expired: bool,
-    /// So much of the silence since then was our own doing.
+    /// The part of the silence since `last_at` that does not count.
     pub(in crate::control) excused: Duration,
-    /// What of that was for heartbeats lost here, and not for being late.
-    pub(in crate::control) deaf: Duration,
-    /// Another process has said all this; nothing was heard here yet.
+    /// The part of `excused` for heartbeats lost on this host. Bounded by `ttl`.
+    pub(in crate::control) excused_for_losses: Duration,
+    /// Handed over by another process; this process has received no heartbeat yet.
     pub(super) adopted: bool,
-    /// What it is counted as among all.
+    /// How the backend counts in [`SilenceCounts`](super::silence_counts::SilenceCounts).
     pub(in crate::control) counted: Option<CountedSender>,
 }
 
-/// How busy a sender says it is, made steady: an exponential mean, of which a
-/// new share follows only where it changes it by a tenth.
+/// The load that a sender reports, smoothed by an exponential mean. The share follows
+/// changes of a tenth or more.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::control) struct ReportedLoad {
-    /// As last said, 0..=1000.
+    /// Last reported load, 0..=1000.
     pub(in crate::control) said: u16,
     pub(super) mean: f64,
     /// In percent, a multiple of [`ReportedLoad::STEP`], 25..=100.
@@ -60,11 +60,11 @@ pub(in crate::control) struct ReportedLoad {
 // === impl ReportedLoad ===
 
 impl ReportedLoad {
-    /// Weight of the newest heartbeat in the mean: a memory of ten.
+    /// Weight of the newest heartbeat in the mean: a memory of ten heartbeats.
     const GAIN: f64 = 0.1;
 
-    /// Shares are multiples of it, so that a pool of many loads still has few
-    /// different weights (each costs the round robin's preparation).
+    /// Shares are multiples of `STEP`. Each different weight adds to the cost of preparing
+    /// the round robin.
     const STEP: u32 = 5;
 
     pub(super) fn new(said: u16) -> ReportedLoad {
@@ -72,7 +72,7 @@ impl ReportedLoad {
         ReportedLoad { said, mean, share: ReportedLoad::wanted(mean) }
     }
 
-    /// Takes the newest; true when the share changes.
+    /// Records a reported load. Returns true if the share changes.
     pub(super) fn apply_heartbeat(&mut self, said: u16) -> bool {
         self.said = said;
         self.mean += ReportedLoad::GAIN * (f64::from(said.min(1000)) - self.mean);
@@ -84,12 +84,12 @@ impl ReportedLoad {
         changes
     }
 
-    /// The share of its weight that is left to it, in percent.
+    /// Returns the share of the weight that the load leaves, in percent.
     pub(in crate::control) fn share(&self) -> u32 {
         self.share
     }
 
-    /// The smoothed load, 0..=1000.
+    /// Returns the smoothed load, 0..=1000.
     pub(in crate::control) fn mean(&self) -> f64 {
         self.mean
     }
@@ -103,8 +103,8 @@ impl ReportedLoad {
 // === impl BackendEntry ===
 
 impl BackendEntry {
-    /// The weight before anything lowers it: as configured, or less where its
-    /// heartbeats ask for less.
+    /// Returns the weight before any reduction: as configured, or less if its heartbeats
+    /// request less.
     pub(in crate::control) fn base_weight(&self, pool: &model::PoolConfig) -> u16 {
         let Some(heartbeats) = self.heartbeats.as_deref().filter(|heartbeats| !heartbeats.expired)
         else {
@@ -113,7 +113,7 @@ impl BackendEntry {
         heartbeats.weight_in_force.clamp(1, self.weight_max(pool))
     }
 
-    /// The largest weight its heartbeats may ask for.
+    /// Returns the largest weight that its heartbeats may request.
     pub(in crate::control) fn weight_max(&self, pool: &model::PoolConfig) -> u16 {
         match (self.origins.is_registered(), &pool.heartbeat) {
             (true, Some(spec)) => spec.weight_max,
@@ -121,18 +121,18 @@ impl BackendEntry {
         }
     }
 
-    /// What its load leaves of the weight, in percent.
+    /// Returns the share of the weight that its load leaves, in percent.
     pub(in crate::control) fn load_share(&self) -> u32 {
         let heartbeats = self.heartbeats.as_deref().filter(|heartbeats| !heartbeats.expired);
         heartbeats.map_or(100, |heartbeats| heartbeats.load.share())
     }
 
-    /// Whether it may serve only on the word of its heartbeats.
+    /// Whether the backend is eligible only with heartbeats.
     pub(in crate::control) fn needs_heartbeats(&self, spec: &HeartbeatSpec) -> bool {
         self.origins.is_registered() || spec.require
     }
 
-    /// What its heartbeats amount to.
+    /// Returns the result of its heartbeats.
     pub(in crate::control) fn heartbeat_health(
         &self,
         spec: &HeartbeatSpec,
@@ -141,8 +141,8 @@ impl BackendEntry {
         let needed = self.needs_heartbeats(spec);
         let undecided = if needed { HeartbeatHealth::Waiting } else { HeartbeatHealth::Absent };
         let Some(heartbeats) = &self.heartbeats else {
-            let excused = self.heartbeats_from.is_some_and(|from| now < from);
-            return if excused { HeartbeatHealth::Absent } else { undecided };
+            let not_yet_required = self.heartbeats_from.is_some_and(|from| now < from);
+            return if not_yet_required { HeartbeatHealth::Absent } else { undecided };
         };
         if heartbeats.expired {
             return if needed { HeartbeatHealth::Expired } else { HeartbeatHealth::Absent };
@@ -160,7 +160,7 @@ impl BackendEntry {
         }
     }
 
-    /// Silence that ends what its heartbeats vouch for, and when that is.
+    /// Returns the effective `ttl`, and when its heartbeats expire.
     pub(in crate::control) fn expiry(&self, spec: &HeartbeatSpec) -> Option<(Duration, Instant)> {
         let heartbeats = self.heartbeats.as_deref()?;
         let ttl = ttl(spec, heartbeats.interval);
@@ -190,14 +190,14 @@ impl BackendHeartbeats {
             last_at: at,
             expired: false,
             excused: Duration::ZERO,
-            deaf: Duration::ZERO,
+            excused_for_losses: Duration::ZERO,
             adopted: false,
             counted: None,
         }
     }
 }
 
-/// What a sender in that state asks for.
+/// Returns the state that a sender requests.
 pub(super) fn requested(state: SenderState) -> RequestedState {
     match state {
         SenderState::Ready => RequestedState::Ready,
@@ -207,8 +207,7 @@ pub(super) fn requested(state: SenderState) -> RequestedState {
     }
 }
 
-/// Silence that ends what heartbeats vouch for: as configured, or three
-/// heartbeats of a sender that is slower than that.
+/// Returns the effective `ttl`: as configured, but at least three intervals of the sender.
 pub(in crate::control) fn ttl(spec: &HeartbeatSpec, interval: Duration) -> Duration {
     spec.ttl.max(interval * TTL_INTERVALS)
 }
@@ -218,17 +217,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_full_backend_keeps_a_quarter_of_its_share() {
+    fn full_backend_keeps_a_quarter_of_its_weight() {
         assert_eq!([0, 500, 1000].map(|load| ReportedLoad::new(load).share()), [100, 65, 25]);
     }
 
     #[test]
-    fn small_changes_of_load_change_no_share() {
+    fn small_changes_of_load_do_not_change_the_share() {
         let mut load = ReportedLoad::new(500);
         let changes = (0..1000).filter(|n| load.apply_heartbeat(500 + (n % 2) * 60)).count();
         assert_eq!(changes, 0);
         let steps = (0..1000).filter(|_| load.apply_heartbeat(1000)).count();
-        assert!((1..=8).contains(&steps), "{steps} tables on the way");
+        assert!((1..=8).contains(&steps), "{steps} changes of the share");
         assert!(load.share() <= 30, "{load:?}");
     }
 }

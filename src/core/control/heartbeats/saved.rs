@@ -1,8 +1,7 @@
-//! What one process tells the next of a backend's heartbeats: whoever joined by
-//! them serves on, and nobody needs to be heard first.
+//! Handover of a backend's heartbeats in an upgrade. Registered backends stay in rotation,
+//! even before the new process has received a heartbeat.
 //!
-//! Called by `handover` on both sides. It records nothing: what is taken over is
-//! no news.
+//! Called by `handover` in both processes. Restoring records no transition.
 
 use super::HeartbeatWatch;
 use super::reported::{BackendHeartbeats, ReportedLoad, requested};
@@ -22,36 +21,36 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_heartbeat::SenderState;
 
-/// See [`BackendHeartbeats`]; times are in milliseconds, counted back from the moment of
+/// [`BackendHeartbeats`] in a handover. Times are in milliseconds before the moment of
 /// saving.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SavedHeartbeats {
-    /// What their rhythm means.
+    /// State of the detector.
     pub detector: SavedDetector,
-    /// Of the sender.
+    /// Incarnation of the sender.
     pub incarnation: u64,
-    /// The key they are signed with.
+    /// Key id of the last heartbeat.
     pub key_id: u32,
-    /// Name of what the sender last said it does.
+    /// Name of the last reported state.
     pub state: String,
-    /// As asked for.
+    /// Requested weight.
     pub weight: u16,
-    /// As it counts.
+    /// Weight in use.
     pub weight_in_force: u16,
-    /// As said.
+    /// Reported requests in flight.
     pub in_flight: u32,
-    /// As last said, 0..=1000.
+    /// Last reported load, 0..=1000.
     pub load: u16,
-    /// Smoothed.
+    /// Smoothed load.
     pub load_mean: f64,
-    /// As declared.
+    /// Declared interval.
     pub interval_ms: u64,
-    /// The first came so long ago.
+    /// Time since the first heartbeat.
     pub first_ms: u64,
-    /// The last came so long ago.
+    /// Time since the last heartbeat.
     pub last_ms: u64,
-    /// Silent for `ttl`.
+    /// No heartbeat for `ttl`.
     pub expired: bool,
 }
 
@@ -106,21 +105,21 @@ impl BackendHeartbeats {
             last_at,
             expired: saved.expired,
             excused: Duration::ZERO,
-            deaf: Duration::ZERO,
+            excused_for_losses: Duration::ZERO,
             adopted: true,
             counted: None,
         }
     }
 
-    /// What this process has heard itself is newer than what it was told.
-    fn overtaken_by(&mut self, own: &BackendHeartbeats) {
+    /// Applies heartbeats that this process has received, if they are newer.
+    fn update_from(&mut self, own: &BackendHeartbeats) {
         let Some((newest, at)) = own.detector.newest() else { return };
-        if self.detector.newest().is_some_and(|(told, _)| told >= newest) {
+        if self.detector.newest().is_some_and(|(saved, _)| saved >= newest) {
             return;
         }
         let (incarnation, sequence) = newest;
         let beat = BeatInfo { incarnation, sequence, interval: own.interval };
-        // A probe it asks for is asked for again when nothing comes of it.
+        // The detector repeats a requested probe that is not performed.
         let _ = self.detector.beat(&beat, at);
         self.incarnation = own.incarnation;
         self.key_id = own.key_id;
@@ -139,7 +138,7 @@ impl BackendHeartbeats {
 // === impl HeartbeatWatch ===
 
 impl HeartbeatWatch {
-    /// Goes on with what another process has heard of the backend.
+    /// Restores the backend's heartbeats of another process.
     pub(in crate::control) fn adopt_heartbeats(
         &mut self,
         state: &mut ControlState,
@@ -153,7 +152,7 @@ impl HeartbeatWatch {
         let Some(spec) = pool.spec.heartbeat.clone() else { return };
         let mut heartbeats = BackendHeartbeats::restore(heartbeats, now);
         if let Some(own) = &entry.heartbeats {
-            heartbeats.overtaken_by(own);
+            heartbeats.update_from(own);
         }
         entry.health.requested = requested(heartbeats.state);
         entry.requested_since = ago(now, saved.requested_ms);
@@ -177,7 +176,7 @@ impl HeartbeatWatch {
         }
     }
 
-    /// Registered backends that left while the upgrade was under way.
+    /// Removes registered backends that the old process removed during the upgrade.
     pub(in crate::control) fn drop_unregistered(
         &mut self,
         state: &mut ControlState,
@@ -207,7 +206,7 @@ impl HeartbeatWatch {
 // === impl ControlState ===
 
 impl ControlState {
-    /// Takes in a backend that has registered with another process.
+    /// Adds a backend that has registered with another process.
     pub(in crate::control) fn adopt_registered(
         &mut self,
         saved: &SavedPool,
@@ -225,7 +224,7 @@ impl ControlState {
         if claimed || !spec.register || self.frontends.listens_at(address) {
             return None;
         }
-        self.check_room(id, &spec, now).ok()?;
+        self.check_capacity(id, &spec, now).ok()?;
         let weight = heartbeats.weight;
         let backend = self.admit(id, &spec, (backend.name.as_str().into(), address, weight), now);
         self.pools.note_change(id);
@@ -233,7 +232,7 @@ impl ControlState {
         Some(backend)
     }
 
-    /// Makes a new member of the pool, or takes one back that was leaving.
+    /// Adds a registered member to the pool, or restores a removed one.
     pub(in crate::control) fn admit(
         &mut self,
         pool_id: PoolId,

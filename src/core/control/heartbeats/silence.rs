@@ -1,10 +1,9 @@
-//! What silence means: the detectors' steps carried out, and the guards asked
-//! before anything is taken out.
+//! Silence of senders: performs the requests of the detectors and calls the guards before a
+//! removal.
 //!
-//! Called by the controller with heartbeats, with the answers of confirming
-//! probes and at the times the detectors ask for. What a silence is worth is
-//! the detector's to say ([`crate::suspicion`]); whether it may have
-//! consequences is the guards'. Nothing here looks at what a heartbeat asks for.
+//! Called by the controller for heartbeats, for results of confirmation probes, and at the
+//! due times of the detectors. [`crate::suspicion`] decides when silence is suspicious, and
+//! its guards allow or prevent a removal. This module ignores the content of heartbeats.
 
 use super::HeartbeatWatch;
 use crate::control::pools::{PoolEntry, PoolId};
@@ -21,38 +20,36 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_heartbeat::SenderState;
 
-/// Most of a pool that silence may take out where the pool has no ejection of
-/// its own to say it.
+/// Share of a pool that may be down at a time, if the pool has no ejection settings.
 const MAX_DOWN_PERCENT: u8 = 50;
 
-/// The guards' own tick is no finer, however short the intervals: it is there
-/// to notice that we are late.
+/// Shortest interval of the guard tick, which measures the lateness of the control loop.
 const TICK_MIN: Duration = Duration::from_millis(50);
 
-/// How often an expiry that is held back is looked at.
+/// How often a delayed expiry is checked.
 const HELD_EXPIRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Own lateness is mentioned this often.
+/// Shortest time between two notices about ignored silence.
 const STALL_NOTICE_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The guards over all pools, and what they have counted.
+/// The guards over all pools and their counts.
 #[derive(Debug, Default)]
 pub(in crate::control) struct HeartbeatGuards {
     pub(in crate::control) channel: ChannelGuard,
-    /// Over the backends of all pools together.
+    /// Guard over the backends of all pools together.
     pub(in crate::control) all: PathGuard,
-    /// Backends expected to be heard, as of the last tick.
+    /// Backends that should send heartbeats, as of the last tick.
     live: usize,
-    /// The longest interval among them.
+    /// Longest interval of these backends.
     slowest: Duration,
-    /// Times everybody was excused for what we missed.
+    /// Times that silence was excluded for all backends.
     pub(in crate::control) excuses_total: u64,
     stall_noticed: Option<Instant>,
-    /// Confirmed to be gone; each waits for the guards' word. `true`: proven.
+    /// Backends confirmed as down that the guards have not checked yet. `true`: proven.
     confirmed: VecDeque<(BackendId, bool)>,
 }
 
-/// Share of the pool that may be out at once.
+/// Returns the share of the pool that may be down at a time, in percent.
 pub(in crate::control) fn max_down_percent(pool: &PoolEntry) -> u8 {
     pool.spec.ejection.map_or(MAX_DOWN_PERCENT, |spec| spec.max_ejected_percent)
 }
@@ -60,7 +57,7 @@ pub(in crate::control) fn max_down_percent(pool: &PoolEntry) -> u8 {
 // === impl HeartbeatWatch ===
 
 impl HeartbeatWatch {
-    /// A heartbeat of that backend arrived `at`.
+    /// Passes a heartbeat that arrived `at` to the detector of its backend.
     pub(in crate::control) fn beat(
         &mut self,
         state: &mut ControlState,
@@ -88,7 +85,7 @@ impl HeartbeatWatch {
         state.rearm(id);
     }
 
-    /// What its detector asked to be woken for.
+    /// Checks the detector of a backend at its due time.
     pub(in crate::control) fn check_heartbeat(
         &mut self,
         state: &mut ControlState,
@@ -102,7 +99,7 @@ impl HeartbeatWatch {
         state.rearm(id);
     }
 
-    /// A session's connect was refused.
+    /// Passes a refused connect of a session to the detector.
     pub(in crate::control) fn refused(
         &mut self,
         state: &mut ControlState,
@@ -115,9 +112,9 @@ impl HeartbeatWatch {
         state.rearm(id);
     }
 
-    /// So many heartbeats were lost on this machine. Any sender's next one may have
-    /// been among them, so each is given the time of one more, but all in all no
-    /// more than `ttl`: losses without end must not keep a dead backend.
+    /// Handles heartbeats lost on this host. Each sender may be affected, so one interval of
+    /// each silence is excluded. The total per silence is at most `ttl`, so that continuous
+    /// losses do not keep a failed backend in rotation.
     pub(in crate::control) fn heartbeats_lost(
         &mut self,
         state: &mut ControlState,
@@ -125,7 +122,7 @@ impl HeartbeatWatch {
         now: Instant,
     ) {
         let why = format!("heartbeats dropped by the kernel on this host: {count}");
-        self.notice_excuse(state, &why, now);
+        self.notice_ignored_silence(state, &why, now);
         self.guards.channel.ignore_silence(self.guards.slowest, now);
         for id in self.senders() {
             let Some(entry) = state.backends.get(id) else { continue };
@@ -133,15 +130,17 @@ impl HeartbeatWatch {
             let expiry = spec.and_then(|spec| entry.expiry(spec));
             let most = expiry.map_or(Duration::ZERO, |(ttl, _)| ttl);
             let Some(heartbeats) = state.backends.heard(id) else { continue };
-            let lost = heartbeats.interval.min(most.saturating_sub(heartbeats.deaf));
-            heartbeats.deaf += lost;
+            let excused = heartbeats.excused_for_losses;
+            let lost = heartbeats.interval.min(most.saturating_sub(excused));
+            heartbeats.excused_for_losses += lost;
             if !lost.is_zero() {
-                self.excuse(state, id, lost, now);
+                self.exclude_silence(state, id, lost, now);
             }
         }
     }
 
-    /// We were late by so much: that part of everybody's silence does not count.
+    /// Excludes the time `lost` from the silence of all backends, because the control loop
+    /// was late.
     pub(in crate::control) fn ignore_silence(
         &mut self,
         state: &mut ControlState,
@@ -149,12 +148,18 @@ impl HeartbeatWatch {
         why: &str,
         now: Instant,
     ) {
-        self.notice_excuse(state, why, now);
+        self.notice_ignored_silence(state, why, now);
         self.guards.channel.ignore_silence(lost, now);
-        self.senders().into_iter().for_each(|id| self.excuse(state, id, lost, now));
+        self.senders().into_iter().for_each(|id| self.exclude_silence(state, id, lost, now));
     }
 
-    fn excuse(&mut self, state: &mut ControlState, id: BackendId, lost: Duration, now: Instant) {
+    fn exclude_silence(
+        &mut self,
+        state: &mut ControlState,
+        id: BackendId,
+        lost: Duration,
+        now: Instant,
+    ) {
         let Some(heartbeats) = state.backends.heard(id) else { return };
         let silence = now.saturating_duration_since(heartbeats.last_at);
         heartbeats.excused = (heartbeats.excused + lost).min(silence);
@@ -163,7 +168,7 @@ impl HeartbeatWatch {
         state.rearm(id);
     }
 
-    fn notice_excuse(&mut self, state: &mut ControlState, why: &str, now: Instant) {
+    fn notice_ignored_silence(&mut self, state: &mut ControlState, why: &str, now: Instant) {
         self.guards.excuses_total += 1;
         let quiet = |at: Instant| now.saturating_duration_since(at) < STALL_NOTICE_INTERVAL;
         if !self.guards.stall_noticed.is_some_and(quiet) {
@@ -172,7 +177,8 @@ impl HeartbeatWatch {
         }
     }
 
-    /// The next gap in its sequence is of our making.
+    /// Excludes the next gap in the sequence from the loss statistics, because heartbeats
+    /// were merged on this host.
     pub(in crate::control) fn ignore_gap(
         &mut self,
         state: &mut ControlState,
@@ -185,7 +191,7 @@ impl HeartbeatWatch {
         self.apply_step(state, id, step, now);
     }
 
-    /// Notices that the guards' own tick is late.
+    /// Excludes silence if the guard tick is late.
     pub(in crate::control) fn notice_stall(&mut self, state: &mut ControlState, now: Instant) {
         let Some(due) = state.schedule.due(TimerKind::GuardTick) else { return };
         if is_late(due, now, state.tick_interval()) {
@@ -196,7 +202,7 @@ impl HeartbeatWatch {
         }
     }
 
-    /// The guards' own tick: counts who is expected to be heard.
+    /// Performs the guard tick: counts the backends that should send heartbeats.
     pub(in crate::control) fn guard_tick(&mut self, state: &mut ControlState, now: Instant) {
         (self.guards.live, self.guards.slowest) = self.counts.all.expected();
         if !self.counts.all.senders.is_empty() {
@@ -204,7 +210,7 @@ impl HeartbeatWatch {
         }
     }
 
-    /// A path guard asked to be woken; `None`: the one over all pools.
+    /// Checks a path guard; `None`: the guard over all pools.
     pub(in crate::control) fn check_guard(
         &mut self,
         state: &mut ControlState,
@@ -215,9 +221,9 @@ impl HeartbeatWatch {
             None => Some(&self.guards.all),
             Some(id) => state.pool(id).map(|pool| &pool.guard),
         };
-        // Who is heard matters to a guard that may thaw, and to no other.
-        let thaws = guard.is_some_and(|guard| guard.due().is_some_and(|at| at <= now));
-        let view = if thaws {
+        // Only a guard that can end its freeze needs the backends that are heard.
+        let can_end = guard.is_some_and(|guard| guard.due().is_some_and(|at| at <= now));
+        let view = if can_end {
             self.path_view(state, pool, now)
         } else {
             self.path_counts(state, pool, now)
@@ -227,14 +233,14 @@ impl HeartbeatWatch {
             Some(id) => state.pools.observe(id).map(|pool| &mut pool.guard),
         };
         let Some(guard) = guard else { return };
-        let frost = guard.look(view, now);
+        let change = guard.look(view, now);
         match guard.due() {
             Some(at) => state.schedule.set(TimerKind::CheckGuard(pool), at.max(now)),
             None => state.schedule.cancel(TimerKind::CheckGuard(pool)),
         }
-        let Some(frost) = frost else { return };
+        let Some(change) = change else { return };
         let name = pool.and_then(|id| state.pool(id)).map(|pool| Arc::clone(&pool.spec.name));
-        let (message, thawed) = match frost {
+        let (message, ended) = match change {
             FreezeChange::Started(why) => {
                 (format!("{why}; silent backends stay in rotation for now"), false)
             }
@@ -243,12 +249,12 @@ impl HeartbeatWatch {
             }
         };
         state.warn(name.unwrap_or_else(|| "".into()), message);
-        if thawed {
+        if ended {
             self.reconsider(state, pool, now);
         }
     }
 
-    /// The guards may have changed their mind about whom they held back.
+    /// Requests prevented removals again, because the guards may allow them now.
     fn reconsider(&mut self, state: &mut ControlState, pool: Option<PoolId>, now: Instant) {
         let counts = self.counts.of(pool);
         let suspects: Vec<BackendId> =
@@ -261,7 +267,7 @@ impl HeartbeatWatch {
         }
     }
 
-    /// Asks the guards about everybody who is confirmed to be gone.
+    /// Removes the backends confirmed as down, if the guards allow it.
     pub(in crate::control) fn eject_confirmed(&mut self, state: &mut ControlState, now: Instant) {
         while let Some((id, proven)) = self.guards.confirmed.pop_front() {
             let Some(pool) = state.backends.get(id).map(|entry| entry.pool) else { continue };
@@ -286,8 +292,8 @@ impl HeartbeatWatch {
         }
     }
 
-    /// Whether its `ttl` has to wait: it answers probes, and the silence may
-    /// not be its own.
+    /// Returns the time of the next check if the expiry is delayed: the backend answers
+    /// probes, and the cause of the silence can be on this host.
     pub(in crate::control) fn expiry_held(
         &self,
         state: &ControlState,
@@ -305,7 +311,7 @@ impl HeartbeatWatch {
         held.then(|| now + HELD_EXPIRY_INTERVAL)
     }
 
-    /// What the heartbeats' channel as a whole is like.
+    /// Returns the state of the heartbeat channel.
     pub(in crate::control) fn channel(&self, now: Instant) -> ChannelState {
         self.guards.channel.state(self.guards.live, self.guards.slowest, now)
     }
@@ -328,7 +334,7 @@ impl HeartbeatWatch {
         may_remove(proven, view, percent, channel, freezes)
     }
 
-    /// Carries one step of a detector out.
+    /// Performs one step of a detector.
     pub(super) fn apply_step(
         &mut self,
         state: &mut ControlState,
@@ -354,7 +360,7 @@ impl HeartbeatWatch {
         }
     }
 
-    /// A pool's guard, and the one over all where there are several pools.
+    /// Checks the guard of a pool, and the guard over all pools if several have heartbeats.
     fn check_both_guards(&mut self, state: &mut ControlState, pool: PoolId, now: Instant) {
         self.check_guard(state, Some(pool), now);
         if state.pools.listening() > 1 {
@@ -362,7 +368,7 @@ impl HeartbeatWatch {
         }
     }
 
-    /// Everybody whose heartbeats are (or were) heard.
+    /// Returns all backends with heartbeats.
     fn senders(&self) -> Vec<BackendId> {
         self.counts.all.senders.iter().copied().collect()
     }
@@ -371,8 +377,8 @@ impl HeartbeatWatch {
 // === impl ControlState ===
 
 impl ControlState {
-    /// Brings what its heartbeats amount to up to date; records what that makes
-    /// of the backend, if it is anything new.
+    /// Updates the heartbeat health of a backend. Records a transition if the observation
+    /// has changed.
     pub(in crate::control) fn heartbeat_health_changed(
         &mut self,
         id: BackendId,
@@ -387,7 +393,7 @@ impl ControlState {
         entry.health.heartbeat_health = entry.heartbeat_health(spec, now);
         let after = entry.health.observation();
         if before == after {
-            // Unknown may serve or not.
+            // The eligibility of an unknown backend can still have changed.
             self.pending.unsettled.insert(entry.pool);
             return;
         }
@@ -396,8 +402,8 @@ impl ControlState {
         self.record(id, (before.name(), after.name()), reason.to_owned(), lasted, now);
     }
 
-    /// Wakes the detector when it wants to be; a little too early does no harm,
-    /// and spares the schedule a change with every heartbeat.
+    /// Sets the timer of the detector. Keeps an earlier timer: a check that is too early is
+    /// harmless, and this avoids a schedule change per heartbeat.
     pub(in crate::control) fn rearm(&mut self, id: BackendId) {
         let heartbeats = self.backends.get(id).and_then(|entry| entry.heartbeats.as_deref());
         let Some(at) = heartbeats.and_then(|heartbeats| heartbeats.detector.due()) else { return };

@@ -1,10 +1,8 @@
-//! How those whose heartbeats are heard stand, counted as they change: by pool, and
-//! over all pools.
+//! Counts of senders by state, per pool and over all pools.
 //!
-//! `suspicion` notes each step of a detector here and asks the guards with these
-//! counts: a walk over thousands of backends for each suspicion costs more than the
-//! suspicion is worth. Only what depends on the time (who is heard at this moment) is
-//! still looked up, and only where a guard has to know it.
+//! Called by `silence` after each step of a detector. The guards use the counts, because a
+//! scan of thousands of backends per suspicion would be too expensive. Only the number of
+//! backends heard now depends on the time. It is computed by a scan, if a guard needs it.
 
 use super::HeartbeatWatch;
 use super::reported::BackendHeartbeats;
@@ -15,30 +13,30 @@ use crate::table::state::BackendId;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
-/// What one backend is counted as.
+/// How one backend counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::control) struct CountedSender {
     pool: PoolId,
     state: DetectorState,
     was_down: bool,
-    /// Where it is expected to be heard.
+    /// Its interval, if it should send heartbeats.
     interval: Option<Duration>,
 }
 
 /// The counts of one pool, or of all.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(in crate::control) struct PathCounts {
-    /// Everybody.
+    /// All backends with heartbeats.
     pub(in crate::control) senders: BTreeSet<BackendId>,
     pub(in crate::control) suspects: BTreeSet<BackendId>,
     /// Up or suspect.
     live: usize,
     down: usize,
-    /// Of those expected to be heard; how many have each.
+    /// Number of backends by interval, of those that should send heartbeats.
     intervals: BTreeMap<Duration, usize>,
 }
 
-/// See the module's documentation.
+/// See the module documentation.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(in crate::control) struct SilenceCounts {
     pub(in crate::control) all: PathCounts,
@@ -69,7 +67,8 @@ impl CountedSender {
 // === impl PathCounts ===
 
 impl PathCounts {
-    /// Backends expected to be heard, and the longest interval among them.
+    /// Returns the number of backends that should send heartbeats, and their longest
+    /// interval.
     pub(in crate::control) fn expected(&self) -> (usize, Duration) {
         let slowest = self.intervals.keys().next_back().copied().unwrap_or_default();
         (self.intervals.values().sum(), slowest)
@@ -118,7 +117,7 @@ impl SilenceCounts {
         self.pools.entry(counted.pool).or_default().add(id, counted);
     }
 
-    /// The backend sends no heartbeats any more.
+    /// Removes a backend from the counts.
     pub(in crate::control) fn forget(
         &mut self,
         id: BackendId,
@@ -140,7 +139,7 @@ impl SilenceCounts {
 // === impl HeartbeatWatch ===
 
 impl HeartbeatWatch {
-    /// Counts the backend as it now is.
+    /// Updates the counts to the backend's state.
     pub(in crate::control) fn count(&mut self, state: &mut ControlState, id: BackendId) {
         let Some(entry) = state.backends.observe(id) else { return };
         let Some(heartbeats) = entry.heartbeats.as_deref_mut() else { return };
@@ -152,9 +151,9 @@ impl HeartbeatWatch {
         }
     }
 
-    /// What the guards look at, of one pool or of all, without who is heard and who
-    /// answers. Those who fell silent together are counted where half are suspect, for
-    /// fewer are no reason for anything.
+    /// Returns the view of one pool or of all pools, without `heard` and `answering`.
+    /// `fresh` is computed only if half of the live backends are suspect, because fewer
+    /// cannot start a freeze.
     pub(in crate::control) fn path_counts(
         &self,
         state: &ControlState,
@@ -175,7 +174,7 @@ impl HeartbeatWatch {
         PathView { live, suspects, fresh, down, members, heard: 0, answering: 0 }
     }
 
-    /// Everything the guards look at, by a look at each of those backends.
+    /// Returns the complete view by a scan of the backends.
     pub(in crate::control) fn path_view(
         &self,
         state: &ControlState,
@@ -194,7 +193,7 @@ impl HeartbeatWatch {
         PathView::of(detectors, frozen, now)
     }
 
-    /// Nobody has changed without being counted.
+    /// Asserts that the counts match the backends.
     #[cfg(debug_assertions)]
     pub(in crate::control) fn check_counts(&self, state: &ControlState) {
         if state.backends.len() > 100 {

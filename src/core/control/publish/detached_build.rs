@@ -1,12 +1,16 @@
-//! Pools too large for their part of a table to be made between two events: it is
-//! made on another thread.
+//! Table parts of large pools, built on another thread.
 //!
-//! `publish` leaves such a pool here when it is wrong. The controller asks the shell
-//! with [`ControlEffect::Build`], and [`Event::Built`](super::ControlEvent::Built) brings the part,
-//! which goes into the next table. One part of a pool is under way at a time; what
-//! changes meanwhile makes one more. Whoever is taken out is shut at once, by a mark
-//! that every pick looks at ([`InFlight::shut`]), so no table has to be waited for.
-//! Nothing here starts a thread.
+//! Called by `publish` for an outdated pool that is too large to build between two events.
+//! This module starts no thread.
+//!
+//! 1. The controller returns a [`ControlEffect::Build`].
+//! 2. The daemon runs the build and reports it with
+//!    [`ControlEvent::Built`](crate::control::ControlEvent::Built).
+//! 3. The part goes into the next table. A pool has one build at a time. Changes during the
+//!    build cause another build.
+//!
+//! A backend that is no longer eligible is shut at once: every pick checks a flag
+//! ([`InFlight::shut`]), so the backend gets no session before the next table.
 //!
 //! [`InFlight::shut`]: crate::balance::in_flight::InFlight::shut
 
@@ -23,66 +27,65 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Members up to which a pool's part is made at once: some 2 ms.
+/// Largest pool whose part is built at once: about 2 ms.
 pub(in crate::control) const AT_ONCE_MAX: usize = 2_000;
 
-/// Parts made for heartbeats take the other thread one part in so many of its time; all
-/// together take half of it.
+/// Builds for heartbeats use at most 1/`SHARE` of the other thread's time. All builds
+/// together use at most half of it.
 const SHARE: u32 = 10;
 
-/// From so many changes on, members are gone through rather than looked for.
+/// Up to this many changes, each changed member is searched; with more, one scan finds all.
 const LOOKED_FOR_MAX: usize = 32;
 
-/// Names one part that is being made.
+/// Identifies one build.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BuildToken {
     pool: PoolId,
     number: u64,
 }
 
-/// What all pools have in common.
+/// State of the builds of all pools.
 #[derive(Debug)]
 pub(in crate::control) struct Builds {
-    /// Members up to which a pool's part is made at once.
+    /// Largest pool whose part is built at once.
     pub(in crate::control) at_once_max: usize,
-    /// The last number given out.
+    /// The last build number.
     number: u64,
-    /// Pools that are wrong. One whose part is under way waits for its end.
+    /// Outdated pools. A pool with a running build waits for its end.
     due: BTreeMap<PoolId, PublishReason>,
     /// Parts for the next table.
     ready: Vec<(PoolId, Arc<PoolTable>)>,
-    /// When the last part was made, and how long that took: the other thread rests as
-    /// long.
+    /// End and duration of the last build. The other thread then pauses for that duration.
     last: Option<(Instant, Duration)>,
 }
 
-/// One pool's part.
+/// State of the builds of one pool.
 #[derive(Debug, Default)]
 pub(in crate::control) struct DetachedBuild {
-    /// What the last part was made of; `None` while one is under way.
+    /// Input of the last build; `None` while one is running.
     roster: Option<Roster>,
     under_way: Option<UnderWay>,
-    /// Members that the last part, made or under way, may be wrong about.
+    /// Members that may differ from the last build, complete or running.
     moved: Vec<BackendId>,
-    /// Taken out before a table says so, with the number of the first part that does.
+    /// Shut backends, each with the number of the first build without it.
     shut: BTreeMap<BackendId, (u64, Arc<BackendState>)>,
 }
 
-/// A part that is being made.
+/// A running build.
 #[derive(Debug)]
 struct UnderWay {
     number: u64,
     reason: PublishReason,
-    /// Who stands in each line of its input.
+    /// Backend of each line of the input.
     ids: Vec<BackendId>,
 }
 
-/// See [`DetachedBuild`]. The input travels to the other thread and back, so that a change of
-/// one backend costs a change of one line in it.
+/// Input of a build. It is moved to the other thread and back, so that a change of one
+/// backend costs a change of one line.
 #[derive(Debug)]
 struct Roster {
     input: PoolInput,
-    /// Who stands in each line.
+    /// Backend of each line.
     ids: Vec<BackendId>,
 }
 
@@ -96,12 +99,12 @@ impl Default for Builds {
 // === impl Builds ===
 
 impl Builds {
-    /// Whether the part of a pool of so many is made on another thread.
+    /// Whether another thread builds the part of a pool of this size.
     pub(in crate::control) fn is_detached(&self, members: usize) -> bool {
         members > self.at_once_max
     }
 
-    /// Whether that pool's part is still to be made.
+    /// Whether a build of the pool is due.
     #[cfg(debug_assertions)]
     pub(in crate::control) fn is_due(&self, pool: PoolId) -> bool {
         self.due.contains_key(&pool)
@@ -111,12 +114,12 @@ impl Builds {
 // === impl DetachedBuild ===
 
 impl DetachedBuild {
-    /// Keeps what was made between two events.
+    /// Returns the state after a part was built at once.
     fn of(input: PoolInput, ids: Vec<BackendId>) -> DetachedBuild {
         DetachedBuild { roster: Some(Roster { input, ids }), ..DetachedBuild::default() }
     }
 
-    /// A table says of everybody what is so.
+    /// Reopens all shut backends, because the table is up to date.
     pub(in crate::control) fn reopen(&self) {
         self.shut.values().for_each(|(_, state)| state.in_flight.reopen());
     }
@@ -131,8 +134,9 @@ impl DetachedBuild {
 // === impl Roster ===
 
 impl Roster {
-    /// Follows the members: those that left go, those that came stand at the end. (In
-    /// between members keep their order.) The places of those that came are given.
+    /// Updates the lines to `members`: removes backends that left, and leaves the new ones
+    /// for the caller to append. The other members keep their order. Returns the positions
+    /// of the new members.
     fn follow(&mut self, members: &[BackendId]) -> std::ops::Range<usize> {
         if self.ids != members {
             let mut left = members.iter().peekable();
@@ -145,7 +149,7 @@ impl Roster {
         self.input.backends.len()..self.ids.len()
     }
 
-    /// The places of those backends.
+    /// Returns the positions of these backends.
     fn places(&self, moved: &[BackendId]) -> Vec<usize> {
         if moved.len() <= LOOKED_FOR_MAX {
             let place = |id: &BackendId| self.ids.iter().position(|one| one == id);
@@ -160,13 +164,13 @@ impl Roster {
 // === impl Publisher ===
 
 impl Publisher {
-    /// Makes parts of more than so many members on another thread, and no others.
+    /// Builds parts on another thread for pools with more than `members` backends only.
     pub(in crate::control) fn detach_builds_above(&mut self, members: usize) {
         self.builds.at_once_max = members;
     }
 
-    /// A large pool is wrong about those `moved` (members came or went, where there are
-    /// none). Whoever is taken out gets no session from now on.
+    /// Schedules a build of a large pool whose `moved` backends have changed (empty: its
+    /// members have changed). Shuts backends that are no longer eligible.
     pub(in crate::control) fn detach(
         &mut self,
         state: &mut ControlState,
@@ -177,7 +181,7 @@ impl Publisher {
         let Some(pool) = state.pools.observe(pool) else { return };
         self.builds.due.entry(pool.id).or_insert(reason);
         let detached = pool.detached.get_or_insert_default();
-        // The first part that will know of it is the next to begin.
+        // The next build is the first one without the shut backends.
         let first = self.builds.number + 1;
         for id in &moved {
             let Some(entry) = state.backends.get(*id) else { continue };
@@ -190,7 +194,7 @@ impl Publisher {
         detached.moved.extend(moved);
     }
 
-    /// The pool's part has been made between two events: of that.
+    /// Records that the pool's part was built at once from `input`.
     pub(in crate::control) fn built_at_once(
         &mut self,
         state: &mut ControlState,
@@ -199,7 +203,7 @@ impl Publisher {
     ) {
         let Some(pool) = state.pools.observe(id) else { return };
         if let Some(before) = pool.detached.take() {
-            // What was under way or due is of no use any more.
+            // Running and due builds are outdated.
             before.reopen();
         }
         self.builds.due.remove(&id);
@@ -209,7 +213,7 @@ impl Publisher {
         }
     }
 
-    /// Begins the parts that are due and not under way.
+    /// Begins the due builds of pools without a running build.
     pub(in crate::control) fn begin_builds(&mut self, state: &mut ControlState, now: Instant) {
         if self.builds.due.is_empty() {
             return;
@@ -220,7 +224,7 @@ impl Publisher {
             state.schedule.set(TimerKind::Build, at + took);
             return;
         }
-        // A pool that a reload has removed is not due any more.
+        // Includes pools that a reload has removed; their builds end in `begin_build`.
         let idle = |id: &PoolId| {
             let detached = state.pool(*id).and_then(|pool| pool.detached.as_ref());
             detached.is_none_or(|detached| detached.under_way.is_none())
@@ -240,7 +244,7 @@ impl Publisher {
         self.builds.number += 1;
         let number = self.builds.number;
         let moved = std::mem::take(&mut detached.moved);
-        let mut roster = detached.roster.take().unwrap_or_else(|| Roster::nobody(pool));
+        let mut roster = detached.roster.take().unwrap_or_else(|| Roster::empty(pool));
         let came = roster.follow(pool.members());
         for place in roster.places(&moved) {
             if let Some(line) = roster.input.backends.get_mut(place)
@@ -249,7 +253,6 @@ impl Publisher {
                 *line = input;
             }
         }
-        // Every member is among the backends.
         let came = came.filter_map(|place| state.backends.publish(roster.ids[place], pool));
         roster.input.backends.extend(came);
         roster.input.spec = Arc::clone(&pool.spec);
@@ -262,8 +265,7 @@ impl Publisher {
         state.pending.effects.push(ControlEffect::Build { token, build });
     }
 
-    /// A part is made, which `took` so long. One that a reload has overtaken is of no
-    /// use.
+    /// Records a complete build. Ignores a build from before a reload.
     pub(in crate::control) fn built(
         &mut self,
         state: &mut ControlState,
@@ -295,7 +297,7 @@ impl Publisher {
         });
     }
 
-    /// The parts that have been made and say something new, by their places.
+    /// Removes and returns the complete parts that differ from the table, by position.
     pub(in crate::control) fn take_ready(
         &mut self,
         state: &mut ControlState,
@@ -313,8 +315,8 @@ impl Publisher {
 // === impl ControlState ===
 
 impl ControlState {
-    /// A backend stands as the newest table, or the part under way, says: it may have
-    /// been taken out and put back since.
+    /// Reopens an eligible backend that equals its published state. It can have been shut
+    /// and become eligible again since.
     pub(in crate::control) fn came_back(&mut self, id: BackendId) {
         let Some(entry) = self.backends.get(id).filter(|entry| entry.health.eligible()) else {
             return;
@@ -328,7 +330,7 @@ impl ControlState {
 }
 
 impl Roster {
-    fn nobody(pool: &PoolEntry) -> Roster {
+    fn empty(pool: &PoolEntry) -> Roster {
         let input = PoolInput {
             spec: Arc::clone(&pool.spec),
             backends: Vec::with_capacity(pool.members().len()),

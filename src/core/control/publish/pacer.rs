@@ -1,9 +1,8 @@
-//! How often heartbeats may make new tables.
+//! Rate limit of tables that heartbeats cause.
 //!
-//! The controller asks it at the end of each event. What heartbeats change
-//! (who joins, who leaves, weights) may wait for its turn; what takes a broken
-//! backend out, an operator's word or a reload never does, and takes along what
-//! was waiting. It publishes nothing itself.
+//! Called by `publish` at the end of each event. Changes by heartbeats (members, weights)
+//! can be delayed. Failures, operators' requests and reloads are published at once,
+//! together with all delayed changes. This module publishes nothing itself.
 
 use super::Publisher;
 use crate::control::pools::PoolId;
@@ -13,31 +12,30 @@ use crate::table::state::BackendId;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-/// From one table made for heartbeats to the next: ten a second. A table costs
-/// milliseconds where a pool has thousands of backends, and a newcomer or a
-/// weight can wait that long.
+/// Shortest time between two tables for heartbeats. A table costs milliseconds in a pool
+/// of thousands of backends, and a new backend or weight can wait for 100 ms.
 pub(in crate::control) const PACE: Duration = Duration::from_millis(100);
 
-/// Why a table was made; a closed set, the label of a metric.
+/// Why a table was published; the label of a metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PublishReason {
-    /// A configuration was taken.
+    /// A configuration was accepted.
     Configuration,
-    /// An operator said so.
+    /// An operator's request.
     Operator,
-    /// Somebody was found to be well or not, or was ejected or put back.
+    /// The observation or the ejection of a backend changed.
     Health,
-    /// Members joined, left or asked for another weight, or a slow start took its next
+    /// Heartbeats added, removed or reweighted members, or a slow start reached its next
     /// step.
     Heartbeat,
 }
 
-/// What waits for the next table.
+/// State of the rate limit.
 #[derive(Debug, Default)]
 pub(in crate::control) struct PublishPacer {
-    /// These have moved, and the table that is due says so.
+    /// Changed backends whose table is due now.
     moved: BTreeSet<(PoolId, BackendId)>,
-    /// No table for heartbeats before then.
+    /// No table for heartbeats before this time.
     not_before: Option<Instant>,
     /// Tables so far, by [`PublishReason`].
     published: [u64; PublishReason::ALL.len()],
@@ -46,7 +44,7 @@ pub(in crate::control) struct PublishPacer {
 // === impl PublishReason ===
 
 impl PublishReason {
-    /// Every reason there is.
+    /// All reasons.
     pub const ALL: [PublishReason; 4] = [
         PublishReason::Configuration,
         PublishReason::Operator,
@@ -54,7 +52,7 @@ impl PublishReason {
         PublishReason::Heartbeat,
     ];
 
-    /// As in metrics.
+    /// Returns the label value in metrics.
     pub fn name(self) -> &'static str {
         match self {
             PublishReason::Configuration => "configuration",
@@ -68,17 +66,17 @@ impl PublishReason {
 // === impl PublishPacer ===
 
 impl PublishPacer {
-    /// Tables so far for that reason.
+    /// Returns the number of tables for this reason.
     pub(in crate::control) fn published(&self, reason: PublishReason) -> u64 {
         self.published[reason as usize]
     }
 
-    /// No table for heartbeats before then.
+    /// Delays tables for heartbeats until `at`.
     pub(in crate::control) fn wait_until(&mut self, at: Instant) {
         self.not_before = Some(self.not_before.map_or(at, |before| before.max(at)));
     }
 
-    /// A table was made of everything known, or is being made.
+    /// Records that a table of all changes was built or is being built.
     fn done(&mut self, reason: PublishReason, made: bool, now: Instant) {
         self.published[reason as usize] += u64::from(made);
         self.moved.clear();
@@ -91,7 +89,7 @@ impl PublishPacer {
 // === impl Publisher ===
 
 impl Publisher {
-    /// Why a table is due now, if one is. What has to wait is scheduled.
+    /// Returns why a table is due now; `None` if none is. Schedules delayed changes.
     pub(in crate::control) fn table_due(
         &mut self,
         state: &mut ControlState,
@@ -121,7 +119,7 @@ impl Publisher {
         if let Some(at) = self.pacer.not_before
             && at > now
         {
-            // Whether they have really moved is asked once, then.
+            // The timer compares the waiting backends with the table, once for all.
             if !state.schedule.is_set(TimerKind::Publish) {
                 state.schedule.set(TimerKind::Publish, at);
             }
@@ -134,23 +132,22 @@ impl Publisher {
         due.then_some(PublishReason::Heartbeat)
     }
 
-    /// The pools of which the newest table is wrong, each with its backends that have
-    /// moved.
-    pub(in crate::control) fn wrong_pools(
+    /// Returns the outdated pools, each with its changed backends.
+    pub(in crate::control) fn outdated_pools(
         &self,
         state: &ControlState,
     ) -> BTreeMap<PoolId, BTreeSet<BackendId>> {
-        let mut wrong: BTreeMap<PoolId, BTreeSet<BackendId>> =
+        let mut outdated: BTreeMap<PoolId, BTreeSet<BackendId>> =
             state.pools.changed().iter().map(|pool| (*pool, BTreeSet::new())).collect();
         let waiting =
             state.backends.waiting().iter().filter_map(|id| Some((state.moved(*id)?, *id)));
         for (pool, id) in self.pacer.moved.iter().copied().chain(waiting) {
-            wrong.entry(pool).or_default().insert(id);
+            outdated.entry(pool).or_default().insert(id);
         }
-        wrong
+        outdated
     }
 
-    /// Notes that a table was `made`, or that its parts are being made.
+    /// Records that a table was `made`, or that its parts are being built.
     pub(in crate::control) fn table_made(
         &mut self,
         state: &mut ControlState,

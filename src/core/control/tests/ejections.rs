@@ -55,7 +55,7 @@ fn an_ejection_ends_on_time_and_the_next_takes_a_whole_row_and_lasts_longer() {
         ["a: ejected -> trial: ejection ended after its time; admitting one trial session"]
     );
     assert_eq!(bench.serving(), ["a", "b"]);
-    let effects = bench.try_it("a", TrialPhase::Passed);
+    let effects = bench.run_trial("a", TrialPhase::Passed);
     assert_eq!(logs(&effects), ["a: trial -> unknown: back in rotation: trial session succeeded"]);
     assert_eq!(publishes(&effects), 0, "the table was right already");
     assert!(effects.iter().any(|effect| matches!(effect, ControlEffect::SlotsFreed)));
@@ -72,7 +72,7 @@ fn stragglers_during_an_ejection_do_not_make_a_long_row_after_it() {
     bench.pass(Duration::from_secs(10));
     assert!(!bench.status("a").ejected);
     assert!(logs(&bench.refuse("a", 500, 501)).is_empty(), "the trial is another's");
-    bench.try_it("a", TrialPhase::Passed);
+    bench.run_trial("a", TrialPhase::Passed);
     assert!(logs(&bench.refuse("a", 501, 501)).is_empty(), "one failure is no row of 501");
 }
 
@@ -94,7 +94,7 @@ fn during_a_trial_one_session_gets_in_and_its_failure_ejects_for_longer() {
     assert_eq!(bench.serving(), ["b"]);
     assert!(!state.in_flight.try_enter(0), "by an old table");
     bench.pass(Duration::from_secs(20));
-    bench.try_it("a", TrialPhase::Passed);
+    bench.run_trial("a", TrialPhase::Passed);
     assert!((0..3).all(|_| state.in_flight.try_enter(0)));
 }
 
@@ -103,8 +103,8 @@ fn trial_whose_client_went_away_is_the_next_ones() {
     let mut bench = Bench::new(unprobed(&["a", "b"]));
     bench.refuse("a", 1, 5);
     bench.pass(Duration::from_secs(10));
-    assert!(logs(&bench.try_it("a", TrialPhase::Open)).is_empty());
-    assert_eq!(logs(&bench.try_it("a", TrialPhase::Passed)).len(), 1);
+    assert!(logs(&bench.run_trial("a", TrialPhase::Open)).is_empty());
+    assert_eq!(logs(&bench.run_trial("a", TrialPhase::Passed)).len(), 1);
 }
 
 #[test]
@@ -127,7 +127,7 @@ fn backups_stand_beside_primaries_that_are_all_on_trial() {
     assert_eq!(bench.serving(), ["b"]);
     bench.pass(Duration::from_secs(10));
     assert_eq!(bench.serving(), ["a", "b"]);
-    let effects = bench.try_it("a", TrialPhase::Passed);
+    let effects = bench.run_trial("a", TrialPhase::Passed);
     assert_eq!(publishes(&effects), 1);
     assert_eq!(bench.serving(), ["a"]);
 }
@@ -181,7 +181,7 @@ fn max_ejected_is_rounded_down_and_never_exceeded() {
     bench.pass(Duration::from_secs(10));
     bench.refuse("b", 51, 51);
     assert_eq!(bench.serving(), ["a", "b", "c"], "a is still on trial");
-    bench.try_it("a", TrialPhase::Passed);
+    bench.run_trial("a", TrialPhase::Passed);
     bench.refuse("b", 52, 52);
     assert_eq!(bench.serving(), ["a", "c"], "held back no longer");
 }

@@ -189,7 +189,7 @@ fn sessions_elsewhere_count_until_they_end_there() {
         ..unprobed(&["b"])
     });
     let a = next.controller.find_known("web", "a", &address).unwrap();
-    assert_eq!(cuts(&next.pass(Duration::from_millis(2100))), [a]);
+    assert_eq!(resets(&next.pass(Duration::from_millis(2100))), [a]);
     next.controller.held_elsewhere(&[held("gone", "127.0.0.9:9", 0)], &[], next.now);
     next.pass(Duration::from_secs(2));
     assert!(next.controller.find_known("web", "gone", "127.0.0.9:9").is_none());

@@ -126,11 +126,11 @@ fn close_after_cuts_the_sessions_when_the_time_is_over() {
     let removed = bench.status("a").state;
     assert!(removed.in_flight.try_enter(0));
     bench.configure(rest());
-    assert!(cuts(&bench.pass(Duration::from_millis(29_999))).is_empty());
-    assert_eq!(cuts(&bench.pass(Duration::from_millis(1))), [removed.id]);
-    assert_eq!(cuts(&bench.pass(Duration::from_secs(1))).len(), 1, "asked again");
+    assert!(resets(&bench.pass(Duration::from_millis(29_999))).is_empty());
+    assert_eq!(resets(&bench.pass(Duration::from_millis(1))), [removed.id]);
+    assert_eq!(resets(&bench.pass(Duration::from_secs(1))).len(), 1, "asked again");
     removed.in_flight.leave();
-    assert!(cuts(&bench.pass(Duration::from_secs(60))).is_empty());
+    assert!(resets(&bench.pass(Duration::from_secs(60))).is_empty());
 }
 
 #[test]
@@ -148,7 +148,7 @@ fn a_backend_that_comes_back_while_leaving_gets_its_state_back() {
     assert_eq!(bench.status("a").intent, Intent::Draining);
     assert_eq!(bench.status("a").observation, Observation::Up);
     let effects = bench.answer_all_for(Duration::from_secs(60), None);
-    assert!(cuts(&effects).is_empty(), "the cut is off");
+    assert!(resets(&effects).is_empty(), "the cut is off");
     removed.in_flight.leave();
 }
 

@@ -38,7 +38,7 @@ fn a_renamed_backend_stays_ejected_until_its_time_is_over() {
     assert_eq!(bench.status("y").observation, Observation::Unknown);
     bench.pass(Duration::from_secs(8));
     assert_eq!(bench.serving(), ["x", "y", "z"], "it is on trial");
-    bench.try_it("y", TrialPhase::Failed);
+    bench.run_trial("y", TrialPhase::Failed);
     assert_eq!(bench.serving(), ["x", "z"], "it is ejected again");
 }
 
