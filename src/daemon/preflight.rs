@@ -32,7 +32,7 @@ pub fn preflight(loaded: &Loaded) -> Vec<Problem> {
         }
     };
     // Set if the process opens its files as another user than this process.
-    let other = identity.as_ref().filter(|identity| !identity.is_ours());
+    let other = identity.as_ref().filter(|identity| !identity.is_current());
     found.extend(access_log(config, origin, other.is_some()));
     found.extend(state(config, origin, other.is_some()));
     found.extend(token(config, origin).err().map(|problem| *problem));

@@ -206,7 +206,7 @@ fn become_user(identity: &UserIdentity, keep: CapabilitySet) -> Result<(), Failu
             "[process] user: {current} cannot switch to {user}: cannot {what}: {error}"
         ))
     };
-    if !identity.is_ours() {
+    if !identity.is_current() {
         identity.assume(keep).map_err(|(what, error)| refused(what, &error))?;
     }
     privileges::hide_memory().map_err(|error| refused("protect its memory", &error))
@@ -250,7 +250,7 @@ pub(super) fn make_directory(
     identity: Option<&UserIdentity>,
 ) -> std::io::Result<()> {
     builder.create(directory)?;
-    let Some(identity) = identity.filter(|identity| !identity.is_ours()) else { return Ok(()) };
+    let Some(identity) = identity.filter(|identity| !identity.is_current()) else { return Ok(()) };
     let (user, group) = identity.owner();
     std::os::unix::fs::chown(directory, Some(user), Some(group))
 }

@@ -1,15 +1,14 @@
-//! How many bytes the process holds for its sessions, and how many it may.
+//! The memory budget: bytes that the process holds for its sessions, and their cap.
 //!
-//! One for the whole process; the relay engines take a share before they keep
-//! bytes that cannot be sent yet, in memory or in a pipe, and dropping the share
-//! gives it back. It holds no bytes itself and stops nobody: at its end the
-//! engines leave bytes where they are, in the kernel's receive buffers, and so
-//! TCP holds the sender back.
+//! One instance per process. A relay engine takes a share before it stores bytes that
+//! cannot be sent yet, in memory or in a pipe. It never holds bytes and never stops a
+//! session. If no share is left, the engine leaves bytes in the receive buffer of the
+//! kernel, and TCP flow control stops the sender.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// See the module's documentation.
+/// The memory budget of the process.
 #[derive(Debug)]
 pub struct MemoryBudget {
     used: AtomicUsize,
@@ -17,7 +16,7 @@ pub struct MemoryBudget {
     refused: AtomicU64,
 }
 
-/// Bytes taken from a budget; dropping it gives them back.
+/// Bytes taken from a budget. Returns them on drop.
 #[derive(Debug)]
 pub struct BudgetShare {
     budget: Arc<MemoryBudget>,
@@ -27,7 +26,7 @@ pub struct BudgetShare {
 // === impl MemoryBudget ===
 
 impl MemoryBudget {
-    /// `max` bytes, all of them left.
+    /// Makes a budget of `max` bytes with no byte taken.
     pub fn new(max: usize) -> MemoryBudget {
         MemoryBudget {
             used: AtomicUsize::new(0),
@@ -36,27 +35,27 @@ impl MemoryBudget {
         }
     }
 
-    /// Another limit from now on; what is taken stays taken.
+    /// Changes the cap. Taken shares stay taken.
     pub fn set_max(&self, max: usize) {
         self.max.store(max, Ordering::Relaxed);
     }
 
-    /// Bytes taken now.
+    /// Returns the bytes that are taken.
     pub fn used(&self) -> usize {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// The limit.
+    /// Returns the cap.
     pub fn max(&self) -> usize {
         self.max.load(Ordering::Relaxed)
     }
 
-    /// Times somebody was refused.
+    /// Returns how often a request did not fit below the cap.
     pub fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)
     }
 
-    /// Whether `bytes` are left; counts where they are not.
+    /// Returns whether `bytes` are left. Counts a refusal if they are not.
     #[inline]
     pub fn has(&self, bytes: usize) -> bool {
         let fits = self.used().saturating_add(bytes) <= self.max();
@@ -66,7 +65,7 @@ impl MemoryBudget {
         fits
     }
 
-    /// Takes `bytes` where they are left; counts where they are not.
+    /// Takes `bytes` if they are left. Counts a refusal if they are not.
     pub fn try_take(self: &Arc<MemoryBudget>, bytes: usize) -> Option<BudgetShare> {
         let share = self.take(bytes);
         if self.used() <= self.max() {
@@ -76,9 +75,10 @@ impl MemoryBudget {
         None
     }
 
-    /// Takes `bytes` in any case: for what has been received already. Who asks
-    /// [`MemoryBudget::has`] before it receives goes beyond the limit by no more than
-    /// one read a thread.
+    /// Takes `bytes` even above the cap, for bytes that were already received.
+    ///
+    /// If callers check [`MemoryBudget::has`] before they receive, the budget exceeds its
+    /// cap by at most one read per thread.
     pub fn take(self: &Arc<MemoryBudget>, bytes: usize) -> BudgetShare {
         self.used.fetch_add(bytes, Ordering::Relaxed);
         BudgetShare { budget: Arc::clone(self), bytes }
@@ -86,7 +86,7 @@ impl MemoryBudget {
 }
 
 impl Default for MemoryBudget {
-    /// Without a limit.
+    /// Makes a budget without a cap.
     fn default() -> Self {
         MemoryBudget::new(usize::MAX)
     }
@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_share_is_given_back_and_what_does_not_fit_is_refused_and_counted() {
+    fn share_returns_on_drop_and_requests_above_the_cap_are_counted() {
         let budget = Arc::new(MemoryBudget::new(100));
         let first = budget.try_take(60).unwrap();
         assert!(budget.try_take(41).is_none() && !budget.has(41) && budget.has(40));

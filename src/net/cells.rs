@@ -1,25 +1,25 @@
-//! Counts in a memory file (memfd_create(2)) that the processes of an upgrade share,
-//! so that a cap over them holds at every moment.
+//! Counts in a memory file (memfd_create(2)) that the processes of an upgrade share, so
+//! that a cap over all of them is never exceeded.
 //!
-//! Made by `daemon` at the start, or taken from the process before; used by
-//! `core::balance::in_flight` for every session. It knows keys and counts, not what is
-//! counted. Counting takes no lock and makes no system call. Finding the cell of a key
-//! does both, and is for the control thread.
+//! `daemon` makes the file at the start or takes it over from the old process.
+//! `core::balance::in_flight` counts every session in it. It never interprets keys or
+//! counts. Counting takes no lock and makes no system call. Finding the cell of a key
+//! does both; only the control thread does that.
 //!
 //! # Columns
 //!
-//! Each process counts in one of [`COLUMNS`] columns, so that what it held can be taken
-//! off when it has been killed; how a word has room for them is the caller's affair. The
-//! fourth process at a time shares a column with another one; such a column is cleared
-//! when all its processes have ended.
+//! Each process counts in one of [`COLUMNS`] columns, so that its part can be subtracted
+//! after it was killed. The caller decides which bits of a word are a column. A fourth
+//! process at the same time shares a column; a shared column is cleared when all its
+//! processes have ended.
 //!
-//! # Who lives
+//! # Detection of ended processes
 //!
-//! Each process holds a record lock (fcntl(2), F_SETLK) on a byte of the file for as
-//! long as it lives; the kernel drops it with the last thread. These locks belong to
-//! the process and end when it closes *any* descriptor of the file: there is exactly
-//! one, in [`Memory`], and nobody duplicates it. Changes of the directory are made
-//! under one more such lock.
+//! Each process holds a record lock (fcntl(2), F_SETLK) on a byte of the file. The
+//! kernel releases the lock when the process ends. It also releases the lock when the
+//! process closes *any* descriptor of the file. Therefore a process has exactly one
+//! descriptor, in [`Memory`], and never duplicates it. Another lock of this kind protects
+//! changes of the directory.
 
 #![allow(unsafe_code)]
 
@@ -36,51 +36,51 @@ use xxhash_rust::xxh3::xxh3_128;
 
 /// Columns of a count.
 pub const COLUMNS: u32 = 3;
-/// Keys with a count of their own; 17 MB of address space, of which only what is used
-/// takes memory.
+/// Most keys with a separate count. They take 17 MB of address space; only used cells
+/// take memory.
 pub const CELLS_MAX: usize = 131_072;
-/// Processes with a part in one file at a time, those that ended and are not cleaned up
-/// after included.
+/// Most processes that share a file, including ended processes that are not cleaned up.
 pub const PROCESSES_MAX: usize = 64;
 
-/// Cells that are looked at for a free one before a new one is taken into use.
-const LOOKS: usize = 64;
+/// Used cells that are checked before a new cell is used.
+const CHECKS: usize = 64;
 
-/// The layout below. A program with another one counts by itself.
+/// Identifies the layout below. A program with another layout makes its own file.
 const MAGIC: u64 = u64::from_le_bytes(*b"TGCELLS1");
 
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
-/// The byte that is locked for changes of the directory; those of the processes follow.
+/// The byte that is locked for changes of the directory. The bytes of the processes
+/// follow.
 const DIRECTORY: i64 = 0;
 
-/// How long a change of the directory waits for another process's.
+/// Attempts to lock the directory, and the pause between them.
 const DIRECTORY_TRIES: u32 = 100;
 const DIRECTORY_PAUSE: Duration = Duration::from_millis(1);
 
-/// What the file holds. All of it may be written by other processes at any time.
+/// The content of the file. Other processes can write all of it at any time.
 #[repr(C, align(4096))]
 struct Layout {
     magic: AtomicU64,
-    /// Cells from this one on have never been used.
+    /// Index of the first cell that was never used.
     used: AtomicU64,
-    /// Goes up with every key that is put in.
+    /// Number of keys that were inserted.
     changes: AtomicU64,
-    /// The column of each process plus one; 0: none.
+    /// The column of each process plus 1. 0: no process.
     columns: [AtomicU64; PROCESSES_MAX],
-    /// One bit for each process that holds the cell. Without any it is free.
+    /// One bit per process that holds the cell. 0: the cell is free.
     holders: [AtomicU64; CELLS_MAX],
     cells: [Line; CELLS_MAX],
 }
 
-/// Alone on its cache lines.
+/// A cell that shares its cache lines with no other cell.
 #[repr(C, align(128))]
 struct Line {
     count: AtomicU64,
     key: [AtomicU64; 2],
 }
 
-/// This process's part in the file.
+/// The file as this process uses it.
 #[derive(Debug)]
 pub struct Memory {
     file: OwnedFd,
@@ -92,18 +92,18 @@ pub struct Memory {
 
 #[derive(Debug, Default)]
 struct CellDirectory {
-    /// As of `changes`.
+    /// The cell of each key, up to date with `changes`.
     places: HashMap<u128, usize>,
     changes: u64,
-    /// What this process holds.
+    /// The cells that this process holds.
     holds: HashMap<usize, Weak<CellHold>>,
-    /// Where a free cell may be.
+    /// Where the search for a free cell continues.
     cursor: usize,
-    /// Processes found dead at the last look.
-    dead: u64,
+    /// One bit per process that had ended at the last check.
+    ended: u64,
 }
 
-/// That this process uses a cell.
+/// Keeps a cell in use by this process.
 #[derive(Debug)]
 pub struct CellHold {
     memory: Arc<Memory>,
@@ -113,10 +113,10 @@ pub struct CellHold {
 // === impl Memory ===
 
 impl Memory {
-    /// A file with this process alone in it.
+    /// Makes a file that only this process uses.
     ///
     /// # Errors
-    /// No memory, or no descriptor.
+    /// Out of memory or descriptors.
     pub fn create() -> io::Result<Memory> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = memfd_create("tidegate-counts", flags)?;
@@ -127,12 +127,12 @@ impl Memory {
         Memory::enter(file, layout)
     }
 
-    /// Takes part in the file of another process.
+    /// Joins the file of another process.
     ///
     /// # Errors
-    /// It is not such a file, or [`PROCESSES_MAX`] have a part in it.
+    /// The file has another layout, or [`PROCESSES_MAX`] processes already share it.
     pub fn join(file: OwnedFd) -> io::Result<Memory> {
-        // Whoever could shrink it could have this process end by SIGBUS.
+        // If the file could shrink, access to the mapping could raise SIGBUS.
         let sealed = fcntl_get_seals(&file)?.contains(SEALS);
         let size = rustix::fs::fstat(&file)?.st_size;
         if !sealed || u64::try_from(size).ok() != Some(size_of::<Layout>() as u64) {
@@ -162,13 +162,15 @@ impl Memory {
         Ok(Memory { process, column, ..memory })
     }
 
-    /// The column this process counts in.
+    /// Returns the column that this process counts in.
     pub fn column(&self) -> u32 {
         self.column
     }
 
-    /// The word of that key, and what keeps it for this process; `None` where [`CELLS_MAX`] others are in use, or another
-    /// process does not let go of the directory.
+    /// Returns the count of the key, and the hold that keeps its cell for this process.
+    ///
+    /// `None`: all [`CELLS_MAX`] cells are in use, or another process keeps the directory
+    /// locked.
     pub fn count(self: &Arc<Memory>, key: &[u8]) -> Option<(&'static AtomicU64, Arc<CellHold>)> {
         let key = xxh3_128(key);
         let mut directory = self.directory();
@@ -184,18 +186,21 @@ impl Memory {
         Some((&self.layout.cells[place].count, hold))
     }
 
-    /// Whether another process has a part in these counts.
+    /// Returns whether another process shares the file, including ended processes that
+    /// are not cleaned up.
     pub fn is_shared(&self) -> bool {
         self.others().next().is_some()
     }
 
-    /// Gives back what processes hold that have ended; gives whether there were any. One
-    /// that is found dead for the first time is left to the next call: the kernel may
-    /// still be closing its connections. `clear` takes what a column holds off a word.
+    /// Releases the counts and cells of ended processes. Returns whether there were any.
+    ///
+    /// A process that has ended since the last call is released by the next call, because
+    /// the kernel may still be closing its connections. `clear` subtracts a column from a
+    /// word.
     pub fn clean(&self, clear: fn(&AtomicU64, u32)) -> bool {
         let mut directory = self.directory();
-        let dead = self.others().filter(|p| !self.lives(*p)).fold(0, |mask, p| mask | 1 << p);
-        let seen = std::mem::replace(&mut directory.dead, dead) & dead;
+        let ended = self.others().filter(|p| !self.is_alive(*p)).fold(0, |mask, p| mask | 1 << p);
+        let seen = std::mem::replace(&mut directory.ended, ended) & ended;
         if seen == 0 {
             return false;
         }
@@ -203,9 +208,10 @@ impl Memory {
         let mut cleaned = false;
         for column in 0..COLUMNS {
             let sharers = self.sharers(column);
-            // Another process may have cleaned up, and a new one have come, since.
-            let all_dead = sharers & !seen == 0 && bits(sharers).all(|p| !self.lives(p));
-            if sharers != 0 && all_dead {
+            // Before the lock, another process may have cleaned up and a new process may
+            // have joined.
+            let all_ended = sharers & !seen == 0 && bits(sharers).all(|p| !self.is_alive(p));
+            if sharers != 0 && all_ended {
                 self.clear(column, sharers, clear);
                 cleaned = true;
             }
@@ -232,7 +238,7 @@ impl Memory {
             directory.places = (0..self.used()).map(|place| (self.key_of(place), place)).collect();
         }
         let place = directory.places.get(&key).copied()?;
-        // A cell that nobody holds is as good as a new one.
+        // A cell without a holder is free and may still have a count.
         (self.layout.holders[place].load(Ordering::Acquire) != 0).then_some(place)
     }
 
@@ -242,12 +248,12 @@ impl Memory {
             self.layout.holders[*place].load(Ordering::Acquire) == 0
         });
         let around = || (from..used).chain(0..from);
-        // A few looks for one to use again: a start with many keys is not to look at all
-        // of them for each.
-        let few = around().take(LOOKS).find(free);
+        // The number of checks is bounded, so that a start with many keys does not check
+        // all cells for each key.
+        let few = around().take(CHECKS).find(free);
         let fresh = || (used < CELLS_MAX).then_some(used);
         let place = few.or_else(fresh).or_else(|| around().find(free))?;
-        directory.cursor = if from + LOOKS < used { from + LOOKS } else { 0 };
+        directory.cursor = if from + CHECKS < used { from + CHECKS } else { 0 };
         let cell = &self.layout.cells[place];
         directory.places.remove(&self.key_of(place));
         cell.count.store(0, Ordering::Release);
@@ -273,7 +279,7 @@ impl Memory {
         1 << self.process
     }
 
-    /// The other processes of the file, dead ones included.
+    /// Returns the other processes of the file, including ended processes.
     fn others(&self) -> impl Iterator<Item = usize> {
         (0..PROCESSES_MAX).filter(|process| {
             let column = self.layout.columns[*process].load(Ordering::Acquire);
@@ -289,7 +295,7 @@ impl Memory {
     }
 
     fn directory(&self) -> MutexGuard<'_, CellDirectory> {
-        // Whatever a panic leaves behind is looked up again.
+        // The directory is a cache of the file, so a panic cannot leave it inconsistent.
         self.directory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -304,7 +310,7 @@ fn bits(mask: u64) -> impl Iterator<Item = usize> {
 
 // === impl Memory: locks ===
 
-/// Lets go of the directory.
+/// Unlocks the directory on drop.
 struct Locked<'a>(&'a Memory);
 
 impl Memory {
@@ -313,7 +319,7 @@ impl Memory {
         loop {
             match self.lock(DIRECTORY, libc::F_WRLCK) {
                 Ok(()) => return Ok(Locked(self)),
-                // A process that was stopped in the middle would hold up this one.
+                // A stopped process may keep the lock, so the wait is bounded.
                 Err(error) if tries == DIRECTORY_TRIES => return Err(error),
                 Err(_) => clock::pause(DIRECTORY_PAUSE),
             }
@@ -321,12 +327,12 @@ impl Memory {
         }
     }
 
-    /// Whether that process lives; true for this one.
-    fn lives(&self, process: usize) -> bool {
+    /// Returns whether the process runs. True for this process.
+    fn is_alive(&self, process: usize) -> bool {
         let mut lock = one_byte(byte_of(process), libc::F_WRLCK);
         // SAFETY: the kernel fills in `lock`, which outlives the call.
         let result = unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_GETLK, &raw mut lock) };
-        // In doubt nothing is taken from anybody.
+        // If the check fails, the process counts as running and keeps its cells.
         process == self.process || result != 0 || i32::from(lock.l_type) != libc::F_UNLCK
     }
 
@@ -352,7 +358,7 @@ fn one_byte(at: i64, kind: libc::c_int) -> libc::flock {
 
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
-        // It fails for a lock that is not held alone.
+        // Unlocking fails only if the kernel must split a lock. This lock is one byte.
         let _ = self.0.lock(DIRECTORY, libc::F_UNLCK);
     }
 }
@@ -363,19 +369,20 @@ impl AsFd for Memory {
     }
 }
 
-/// Maps the file for as long as this process lives: counts outlive whoever asked for
-/// them, and a process has a part in few files. The file must be as long as [`Layout`]
-/// and sealed.
+/// Maps the file for the lifetime of the process.
+///
+/// It is never unmapped, because counts can outlive the [`Memory`], and a process joins
+/// few files. The file must be as long as [`Layout`] and sealed.
 fn map(file: &OwnedFd) -> io::Result<&'static Layout> {
     let (length, access) = (size_of::<Layout>(), libc::PROT_READ | libc::PROT_WRITE);
     let (fd, null) = (file.as_raw_fd(), std::ptr::null_mut());
-    // SAFETY: a new mapping at an address of the kernel's choice touches nothing
-    // that is there.
+    // SAFETY: the kernel chooses the address, so the new mapping overlaps no other
+    // memory.
     let at = unsafe { libc::mmap(null, length, access, libc::MAP_SHARED, fd, 0) };
     match NonNull::new(at.cast::<Layout>()) {
-        // SAFETY: the mapping is page-aligned and of this length, the file's seals keep
-        // it so, and nothing unmaps it. Every content is valid: it is atomics alone,
-        // which other processes may change at any time.
+        // SAFETY: the mapping is page-aligned and as long as `Layout`. The seals keep the
+        // file from shrinking, and the mapping is never removed. Every bit pattern is
+        // valid, because `Layout` consists of atomics, which other processes may change.
         Some(mapped) if at != libc::MAP_FAILED => Ok(unsafe { mapped.as_ref() }),
         _ => Err(io::Error::last_os_error()),
     }
@@ -392,7 +399,7 @@ impl std::fmt::Debug for Layout {
 impl Drop for CellHold {
     fn drop(&mut self) {
         let mut directory = self.memory.directory();
-        // The key may have been asked for again meanwhile.
+        // A new hold of the same cell may exist already.
         if directory.holds.get(&self.place).is_some_and(|hold| hold.strong_count() == 0) {
             directory.holds.remove(&self.place);
             self.memory.layout.holders[self.place].fetch_and(!self.memory.bit(), Ordering::AcqRel);

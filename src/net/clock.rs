@@ -1,22 +1,23 @@
-//! Real time, in one place.
+//! The only place that reads the clocks of the host.
 //!
-//! The shells (workers, probes, the control loop, the access log) read time
-//! here and pass it down; the core takes it as an argument. Nothing else in the
-//! crate calls `Instant::now` or `SystemTime::now`.
+//! Workers, probes, the control loop and the access log read the time here. `core` takes
+//! the time as an argument and never reads a clock. No other code calls `Instant::now` or
+//! `SystemTime::now`.
 
 use std::sync::LazyLock;
 use std::time::{Duration, Instant, SystemTime};
 
-/// The first time anybody asked for.
+/// The time of the first use of [`millis`].
 static ORIGIN: LazyLock<Instant> = LazyLock::new(now);
 
-/// Milliseconds from a moment at the start of the process, the same for every
-/// caller, to `at`; 0 before it. Reads no clock.
+/// Returns the milliseconds from the first call in this process to `at`.
+///
+/// All callers share that origin. Times before it give 0. Later calls read no clock.
 pub fn millis(at: Instant) -> u64 {
     at.saturating_duration_since(*ORIGIN).as_millis() as u64
 }
 
-/// The monotonic clock.
+/// Reads the monotonic clock.
 #[allow(clippy::disallowed_methods)]
 pub fn now() -> Instant {
     #[cfg(any(test, feature = "fake"))]
@@ -26,22 +27,23 @@ pub fn now() -> Instant {
     Instant::now()
 }
 
-/// The wall clock, for timestamps people read; it may jump.
+/// Reads the wall clock, which can jump. Use it only for timestamps that people read or
+/// that other hosts compare.
 #[allow(clippy::disallowed_methods)]
 pub fn wall() -> SystemTime {
     SystemTime::now()
 }
 
-/// Microseconds of the monotonic clock, as other processes of this machine count
-/// them (clock_gettime(2), CLOCK_MONOTONIC).
+/// Reads the monotonic clock in microseconds (clock_gettime(2), CLOCK_MONOTONIC). All
+/// processes of this host read the same value.
 pub fn monotonic_micros() -> u64 {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let (seconds, nanos) = (u64::try_from(time.tv_sec), u64::try_from(time.tv_nsec));
     seconds.unwrap_or_default() * 1_000_000 + nanos.unwrap_or_default() / 1000
 }
 
-/// Blocks the calling thread for so long. For threads that may wait: never a
-/// worker, and the control thread only before it serves.
+/// Blocks the calling thread for `time`. A worker must never call it. The control thread
+/// may call it only before it serves.
 #[allow(clippy::disallowed_methods)]
 pub fn pause(time: Duration) {
     std::thread::sleep(time);

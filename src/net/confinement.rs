@@ -1,37 +1,36 @@
-//! What confines this process, as it is told: each layer, whether it is in force,
-//! and how far or why not.
+//! The state of the sandbox: each layer, whether it is in force, and how far or why not.
 //!
-//! Filled in by `daemon::sandbox`, shown by status, metrics and the log. Plain data:
-//! it changes nothing and asks nobody.
+//! `daemon::sandbox` fills it in. Status, metrics and the log show it. Plain data: it
+//! never makes a system call.
 
-/// One of [`LAYERS`].
+/// The state of a layer of [`LAYERS`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SandboxLayer {
-    /// Its name.
+    /// Name of the layer.
     pub layer: &'static str,
-    /// Whether it confines anything.
+    /// True if the layer restricts this process.
     pub in_force: bool,
-    /// How far; or why not.
+    /// How far it restricts the process, or why it does not.
     pub detail: String,
 }
 
-/// Everything that confines a process, in the order of [`LAYERS`].
+/// The state of all layers, in the order of [`LAYERS`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SandboxReport(Vec<SandboxLayer>);
 
-/// In the order in which they are put up.
+/// The layers, in the order in which they are applied.
 pub const LAYERS: [&str; 5] = ["user", "capabilities", "no_new_privs", "landlock", "seccomp"];
 
 // === impl SandboxReport ===
 
 impl SandboxReport {
-    /// Nothing is in force, for that reason.
+    /// Makes a report in which no layer is in force, for the reason `why`.
     pub fn none(why: &str) -> SandboxReport {
         let layer = |layer| SandboxLayer { layer, in_force: false, detail: why.to_owned() };
         SandboxReport(LAYERS.into_iter().map(layer).collect())
     }
 
-    /// Notes that a layer is in force and how far, or why it is not.
+    /// Sets the state of a layer: how far it is in force, or why it is not.
     pub fn set(&mut self, layer: &str, state: Result<String, String>) {
         if let Some(found) = self.0.iter_mut().find(|one| one.layer == layer) {
             found.in_force = state.is_ok();
@@ -39,17 +38,17 @@ impl SandboxReport {
         }
     }
 
-    /// Whether that layer is in force.
+    /// Returns whether the layer is in force.
     pub fn holds(&self, layer: &str) -> bool {
         self.0.iter().any(|one| one.layer == layer && one.in_force)
     }
 
-    /// All of them.
+    /// Returns all layers.
     pub fn layers(&self) -> &[SandboxLayer] {
         &self.0
     }
 
-    /// In one line: `user tidegate:tidegate; no landlock (not in this kernel)`.
+    /// Returns the report in one line: `user (tidegate:tidegate), no landlock (off)`.
     pub fn line(&self) -> String {
         let one = |layer: &SandboxLayer| match layer.in_force {
             true => format!("{} ({})", layer.layer, layer.detail),
@@ -64,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_layer_is_told_in_order_with_its_reason() {
+    fn line_names_every_layer_in_order_with_its_reason() {
         let mut confinement = SandboxReport::none("off");
         confinement.set("seccomp", Ok("200 system calls".to_owned()));
         confinement.set("landlock", Err("not in this kernel".to_owned()));

@@ -1,8 +1,7 @@
-//! UDP sockets that are read in batches, with the time the kernel received each
-//! datagram and how many it had to drop.
+//! UDP sockets that are read in batches. Each datagram comes with the time at which the
+//! kernel received it and with the number of dropped datagrams.
 //!
-//! Used by the reception of heartbeats. It never blocks, and knows nothing of
-//! what datagrams say.
+//! Used by the heartbeat receiver. It never blocks and never interprets datagrams.
 
 #![allow(unsafe_code)]
 
@@ -12,44 +11,43 @@ use std::net::{SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Datagrams taken with one system call.
+/// Most datagrams that one system call receives.
 pub const BATCH: usize = 64;
 
-/// Room for one datagram; what is longer is cut to this.
+/// Size of the buffer of a datagram. Longer datagrams are cut.
 pub const DATAGRAM_BYTES: usize = 512;
 
-/// Asked of the kernel for a socket: some 10,000 small datagrams, a tenth of a
-/// second of a flood.
+/// Requested receive buffer of a socket. It holds about 10,000 small datagrams, which is
+/// 100 ms of a flood.
 const RECEIVE_BUFFER_BYTES: usize = 8 * 1024 * 1024;
 
-/// `sockaddr_in6`, the longer of the two families.
+/// Size of `sockaddr_in6`, the longer address of the two families.
 const NAME_BYTES: usize = size_of::<libc::sockaddr_in6>();
 
-/// A timestamp and a count, each with its header, and some to spare.
+/// Enough for a timestamp and a counter with their headers.
 const CONTROL_BYTES: usize = 128;
 
-/// Room for a batch of datagrams and what the kernel says of them.
+/// Buffers for a batch of datagrams and their control messages.
 pub struct DatagramBatch {
     slots: Box<[ControlBuffer]>,
     filled: usize,
 }
 
-/// One datagram.
+/// A datagram.
 #[derive(Debug, Clone, Copy)]
 pub struct ReceivedDatagram<'a> {
-    /// Its first [`DATAGRAM_BYTES`] at most.
+    /// Its payload, at most [`DATAGRAM_BYTES`].
     pub bytes: &'a [u8],
-    /// Where it claims to come from.
+    /// Its source address, which can be forged.
     pub from: SocketAddr,
-    /// When the kernel received it, by the wall clock (socket(7),
-    /// SO_TIMESTAMPNS).
+    /// Wall-clock time at which the kernel received it (socket(7), SO_TIMESTAMPNS).
     pub received: Option<SystemTime>,
-    /// Datagrams this socket had dropped by then because its buffer was full,
-    /// since it was made and modulo 2^32 (socket(7), SO_RXQ_OVFL).
+    /// Datagrams that the socket dropped before it because the buffer was full, since
+    /// the socket was made, modulo 2^32 (socket(7), SO_RXQ_OVFL).
     pub dropped: Option<u32>,
 }
 
-/// Aligned as control messages must be (cmsg(3)).
+/// Buffers of a datagram, aligned for control messages (cmsg(3)).
 #[repr(C, align(8))]
 #[derive(Clone)]
 struct ControlBuffer {
@@ -61,10 +59,12 @@ struct ControlBuffer {
     control_length: usize,
 }
 
-/// Binds a socket to `address`. `ours` are sockets of this process that may
-/// overlap with it (a wildcard and one of its addresses): until they are closed
-/// each datagram goes to the more specific one. Nobody else's may.
-pub fn bind(address: SocketAddr, ours: &[BorrowedFd<'_>]) -> io::Result<OwnedFd> {
+/// Binds a socket to `address`.
+///
+/// Only the sockets in `overlapping`, all of this process, may overlap with `address` (a
+/// wildcard and one of its addresses). While both are open, each datagram goes to the
+/// more specific socket.
+pub fn bind(address: SocketAddr, overlapping: &[BorrowedFd<'_>]) -> io::Result<OwnedFd> {
     let socket = Socket::new(
         Domain::for_address(address),
         Type::DGRAM.nonblocking().cloexec(),
@@ -73,7 +73,7 @@ pub fn bind(address: SocketAddr, ours: &[BorrowedFd<'_>]) -> io::Result<OwnedFd>
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
     }
-    // Only the kernel's own limit may be asked for without CAP_NET_ADMIN.
+    // Without CAP_NET_ADMIN the kernel's limit (net.core.rmem_max) applies.
     if super::sockopt::force_receive_buffer(socket.as_fd(), RECEIVE_BUFFER_BYTES).is_err() {
         socket.set_recv_buffer_size(RECEIVE_BUFFER_BYTES)?;
     }
@@ -81,18 +81,20 @@ pub fn bind(address: SocketAddr, ours: &[BorrowedFd<'_>]) -> io::Result<OwnedFd>
     super::sockopt::enable_drop_counter(socket.as_fd())?;
     let to = SockAddr::from(address);
     match socket.bind(&to) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse && !ours.is_empty() => {
-            bind_beside(&socket, &to, ours)?;
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse && !overlapping.is_empty() => {
+            bind_overlapping(&socket, &to, overlapping)?;
         }
         result => result?,
     }
     Ok(socket.into())
 }
 
-/// SO_REUSEADDR counts while bind(2) looks for conflicts and only if both have
-/// it; it does not stay, or anybody could bind beside us.
-fn bind_beside(socket: &Socket, to: &SockAddr, ours: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let set = |on| ours.iter().try_for_each(|one| SockRef::from(one).set_reuse_address(on));
+/// Binds a socket next to sockets of this process, with SO_REUSEADDR on all of them.
+///
+/// The option matters only during bind(2). It is removed afterwards, because any process
+/// could otherwise bind the same address.
+fn bind_overlapping(socket: &Socket, to: &SockAddr, others: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let set = |on| others.iter().try_for_each(|other| SockRef::from(other).set_reuse_address(on));
     socket.set_reuse_address(true)?;
     let result = set(true).and_then(|()| socket.bind(to));
     let _ = set(false);
@@ -100,13 +102,13 @@ fn bind_beside(socket: &Socket, to: &SockAddr, ours: &[BorrowedFd<'_>]) -> io::R
     socket.set_reuse_address(false)
 }
 
-/// Where a socket is bound.
+/// Returns the address that a socket is bound to.
 pub fn local_address(socket: impl AsFd) -> io::Result<SocketAddr> {
     let address = SockRef::from(&socket).local_addr()?;
     address.as_socket().ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))
 }
 
-/// Bytes of buffer the kernel gave a socket, its own overhead included.
+/// Returns the size of the receive buffer in bytes, including the overhead of the kernel.
 pub fn receive_buffer(socket: impl AsFd) -> io::Result<usize> {
     SockRef::from(&socket).recv_buffer_size()
 }
@@ -114,7 +116,7 @@ pub fn receive_buffer(socket: impl AsFd) -> io::Result<usize> {
 // === impl DatagramBatch ===
 
 impl DatagramBatch {
-    /// Empty.
+    /// Makes an empty batch.
     pub fn new() -> DatagramBatch {
         let empty = ControlBuffer {
             control: [0; CONTROL_BYTES],
@@ -127,14 +129,14 @@ impl DatagramBatch {
         DatagramBatch { slots: vec![empty; BATCH].into(), filled: 0 }
     }
 
-    /// Takes the datagrams that have arrived, at most [`BATCH`], instead of
-    /// those taken before; `WouldBlock` if there are none.
+    /// Receives at most [`BATCH`] datagrams, which replace the previous ones. Returns
+    /// `WouldBlock` if the receive buffer is empty.
     pub fn receive(&mut self, socket: impl AsFd) -> io::Result<usize> {
         self.filled = 0;
         let (parts, mut headers) = self.headers();
-        // SAFETY: each header points to a name, a control buffer and one iovec,
-        // each with its true length; the iovecs in `parts` and the slots they
-        // point into outlive the call, and nothing else uses them during it.
+        // SAFETY: each header points to a name, a control buffer and one iovec, each with
+        // its correct length. The iovecs in `parts` and the slots that they point into
+        // outlive the call, and no other code uses them during the call.
         let received = unsafe {
             libc::recvmmsg(
                 socket.as_fd().as_raw_fd(),
@@ -149,7 +151,7 @@ impl DatagramBatch {
         for (slot, header) in self.slots.iter_mut().zip(&headers[..filled]) {
             slot.length = (header.msg_len as usize).min(DATAGRAM_BYTES);
             slot.name_length = (header.msg_hdr.msg_namelen as usize).min(NAME_BYTES);
-            // Its type differs between C libraries.
+            // The type of the field differs between C libraries.
             #[allow(clippy::unnecessary_cast)]
             let control_length = header.msg_hdr.msg_controllen as usize;
             slot.control_length = control_length.min(CONTROL_BYTES);
@@ -168,7 +170,8 @@ impl DatagramBatch {
             })
             .collect();
         let headers = self.slots.iter_mut().zip(&mut parts).map(|(slot, part)| {
-            // SAFETY: integers and pointers, for all of which zero is a value.
+            // SAFETY: the struct consists of integers and raw pointers, for which zero is
+            // valid.
             let mut header: libc::mmsghdr = unsafe { std::mem::zeroed() };
             header.msg_hdr.msg_name = slot.name.as_mut_ptr().cast();
             header.msg_hdr.msg_namelen = NAME_BYTES as _;
@@ -182,7 +185,8 @@ impl DatagramBatch {
         (parts, headers)
     }
 
-    /// The datagrams taken last, in order of arrival.
+    /// Returns the datagrams of the last call of [`DatagramBatch::receive`], in order of
+    /// arrival.
     pub fn messages(&self) -> impl Iterator<Item = ReceivedDatagram<'_>> {
         self.slots[..self.filled].iter().filter_map(ControlBuffer::message)
     }
@@ -203,7 +207,7 @@ impl std::fmt::Debug for DatagramBatch {
 // === impl ControlBuffer ===
 
 impl ControlBuffer {
-    /// `None` only if the kernel names no source.
+    /// Returns the datagram. `None`: the kernel gave no valid source address.
     fn message(&self) -> Option<ReceivedDatagram<'_>> {
         let from = source(&self.name[..self.name_length])?;
         let bytes = &self.bytes[..self.length];
@@ -225,7 +229,7 @@ impl ControlBuffer {
     }
 }
 
-/// `sockaddr_in` or `sockaddr_in6` (ip(7), ipv6(7)).
+/// Parses a `sockaddr_in` or `sockaddr_in6` (ip(7), ipv6(7)).
 fn source(name: &[u8]) -> Option<SocketAddr> {
     let at = |from: usize| name.get(from..);
     let family = libc::c_int::from(u16::from_ne_bytes(*name.first_chunk()?));
@@ -244,7 +248,7 @@ fn source(name: &[u8]) -> Option<SocketAddr> {
     }
 }
 
-/// Takes one control message off the front: level, kind, data (cmsg(3)).
+/// Removes the first control message and returns its level, kind and data (cmsg(3)).
 fn control_message<'a>(rest: &mut &'a [u8]) -> Option<(libc::c_int, libc::c_int, &'a [u8])> {
     const INT: usize = size_of::<libc::c_int>();
     let aligned = |length: usize| length.next_multiple_of(size_of::<usize>());
@@ -259,7 +263,7 @@ fn control_message<'a>(rest: &mut &'a [u8]) -> Option<(libc::c_int, libc::c_int,
     Some((level, kind, data))
 }
 
-/// A `timespec` since 1970.
+/// Parses a `timespec` since 1970.
 fn timestamp(data: &[u8]) -> Option<SystemTime> {
     const LONG: usize = size_of::<libc::c_long>();
     let seconds = libc::c_long::from_ne_bytes(*data.first_chunk()?);
@@ -280,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_tells_bytes_source_and_time_of_each_datagram() {
+    fn batch_has_payload_source_and_time_of_each_datagram() {
         for address in ["127.0.0.1:0", "[::1]:0"] {
             let (socket, to) = bound(address);
             let sender = UdpSocket::bind(address).unwrap();
@@ -302,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_datagram_is_cut_and_the_next_is_whole() {
+    fn long_datagram_is_cut_and_the_next_is_complete() {
         let (socket, to) = bound("127.0.0.1:0");
         let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
         sender.send_to(&[1; 60_000], to).unwrap();
@@ -314,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_drops_is_told_with_the_next_datagram() {
+    fn next_datagram_has_the_count_of_dropped_datagrams() {
         let (socket, to) = bound("127.0.0.1:0");
         SockRef::from(&socket).set_recv_buffer_size(1).unwrap();
         let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -334,10 +338,10 @@ mod tests {
         let (wide, address) = bound("0.0.0.0:0");
         let narrow = SocketAddr::new("127.0.0.1".parse().unwrap(), address.port());
         assert_eq!(bind(narrow, &[]).unwrap_err().kind(), io::ErrorKind::AddrInUse);
-        let beside = bind(narrow, &[wide.as_fd()]).unwrap();
+        let second = bind(narrow, &[wide.as_fd()]).unwrap();
         drop(wide);
         UdpSocket::bind("127.0.0.1:0").unwrap().send_to(b"x", narrow).unwrap();
-        assert_eq!(DatagramBatch::new().receive(&beside).unwrap(), 1);
+        assert_eq!(DatagramBatch::new().receive(&second).unwrap(), 1);
         assert!(UdpSocket::bind(narrow).is_err());
     }
 }

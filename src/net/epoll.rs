@@ -1,62 +1,61 @@
-//! An epoll set of our own, edge-triggered, that can itself be awaited on the
-//! worker's runtime.
+//! An epoll set, which the runtime of a worker can itself wait for.
 //!
-//! Used by the readiness engine: one registration a socket for its whole life.
-//! The load generator, which has threads of its own to wait on, picks what each
-//! socket is watched for. Closing a socket removes it from its set. See
-//! epoll(7), "edge-triggered".
+//! Used by the readiness engine (edge-triggered, one registration per socket) and by the
+//! load generator, which waits on its own threads. Closing a socket removes it from its
+//! set. It never closes a socket itself. See epoll(7), "edge-triggered".
 
 use rustix::event::epoll;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
-/// Events taken by one wait. More would spread a batch over more sockets than
-/// the cache holds: 32 measured 1.3 times as fast as 256 at 512 busy sessions.
+/// Most events of one wait. A larger batch uses more sockets than the cache holds: with
+/// 512 busy sessions, 32 was 1.3 times as fast as 256.
 pub const BATCH: usize = 32;
 
-/// The set.
+/// An epoll set.
 #[derive(Debug)]
 pub struct Epoll(OwnedFd);
 
-/// Events of one wait.
+/// The events of one wait.
 pub struct EpollBatch(Vec<epoll::Event>);
 
-/// What a socket is watched for, hang-ups apart, which are always told.
+/// The conditions that a socket is watched for. Hang-ups are always reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EpollInterest {
-    /// Something to receive, told once (edge-triggered).
+    /// Readable, edge-triggered.
     EdgeReadable,
-    /// Something to receive or room to send, each told once (edge-triggered).
+    /// Readable or writable, edge-triggered.
     Both,
-    /// Something to receive, told until it is taken (level-triggered).
+    /// Readable, level-triggered.
     WhileReadable,
-    /// Room to send, told as long as there is some (level-triggered).
+    /// Writable, level-triggered.
     WhileWritable,
 }
 
-/// What one socket reported.
+/// The state of a socket as the kernel reported it.
 #[derive(Debug, Clone, Copy)]
 pub struct EpollEvent {
     /// The number given at registration.
     pub token: u64,
-    /// There is something to receive (data, FIN or an error).
+    /// A receive returns data, FIN or an error.
     pub readable: bool,
-    /// There is room to send (or an error to learn of).
+    /// A send has room or returns an error.
     pub writable: bool,
-    /// The peer will send no more, or the connection is dead: reads must go on
-    /// until they say so themselves.
+    /// The peer sent FIN, or the connection has failed. Reads must continue until one of
+    /// them returns FIN or an error.
     pub hang_up: bool,
     /// The connection has failed.
     pub failed: bool,
-    /// An urgent byte is in the stream: short reads do not mean it is drained.
+    /// An urgent byte is in the stream, so a short read does not mean that the queue is
+    /// empty.
     pub urgent: bool,
 }
 
 // === impl Epoll ===
 
 impl Epoll {
-    /// An empty set.
+    /// Makes an empty set.
     pub fn new() -> io::Result<Epoll> {
         #[cfg(any(test, feature = "fake"))]
         if let Some(created) = super::fake::epoll_create() {
@@ -65,9 +64,11 @@ impl Epoll {
         Ok(Epoll(epoll::create(epoll::CreateFlags::CLOEXEC)?))
     }
 
-    /// Watches `socket` for everything but room to send, edge-triggered, until
-    /// it is closed. A fresh socket has room, and would only say so. One that is
-    /// watched already is so by this token from now on.
+    /// Watches `socket` for all events except writable, edge-triggered, until the socket
+    /// is closed.
+    ///
+    /// A new socket is writable, so that event would have no use. If the socket is
+    /// already watched, the token replaces the earlier one.
     pub fn watch(&self, socket: BorrowedFd<'_>, token: u64) -> io::Result<()> {
         #[cfg(any(test, feature = "fake"))]
         if let Some(answer) = super::fake::epoll_watch(&socket, token, arrivals()) {
@@ -81,7 +82,7 @@ impl Epoll {
         Ok(())
     }
 
-    /// Watches `socket` for everything, as [`Epoll::watch`].
+    /// Watches `socket` as [`Epoll::watch`] does, and for writable.
     pub fn watch_all(&self, socket: BorrowedFd<'_>, token: u64) -> io::Result<()> {
         let interest = arrivals() | epoll::EventFlags::OUT;
         #[cfg(any(test, feature = "fake"))]
@@ -92,8 +93,8 @@ impl Epoll {
         Ok(())
     }
 
-    /// Watches a `socket` of [`Epoll::watch`] for everything from now on; what
-    /// it is ready for already is told again.
+    /// Adds writable to a `socket` of [`Epoll::watch`]. The kernel reports its current
+    /// state again.
     pub fn watch_room(&self, socket: BorrowedFd<'_>, token: u64) -> io::Result<()> {
         let interest = arrivals() | epoll::EventFlags::OUT;
         #[cfg(any(test, feature = "fake"))]
@@ -104,7 +105,7 @@ impl Epoll {
         Ok(())
     }
 
-    /// Watches `socket` for `interest` alone, until it is closed.
+    /// Watches `socket` for `interest` until the socket is closed.
     pub fn watch_for(
         &self,
         socket: impl AsFd,
@@ -115,20 +116,21 @@ impl Epoll {
         Ok(())
     }
 
-    /// Changes what a watched `socket` is watched for.
+    /// Changes the interest of a watched `socket`.
     pub fn change(&self, socket: impl AsFd, token: u64, interest: EpollInterest) -> io::Result<()> {
         epoll::modify(&self.0, socket, epoll::EventData::new_u64(token), interest.into())?;
         Ok(())
     }
 
-    /// Takes what is ready now, at most [`BATCH`] sockets; never waits.
+    /// Returns at most [`BATCH`] ready sockets. Never waits.
     pub fn poll(&self, batch: &mut EpollBatch) -> io::Result<()> {
         self.wait(batch, Duration::ZERO)
     }
 
-    /// Waits until something is ready, but not beyond `timeout` (rounded up to
-    /// a millisecond); takes at most [`BATCH`] sockets. May come back early
-    /// with nothing.
+    /// Waits at most `timeout` for ready sockets. Returns at most [`BATCH`] of them.
+    ///
+    /// The timeout is rounded up to a millisecond. The call can return early without an
+    /// event.
     pub fn wait(&self, batch: &mut EpollBatch, timeout: Duration) -> io::Result<()> {
         let timeout = rustix::event::Timespec {
             tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
@@ -187,22 +189,22 @@ impl From<EpollInterest> for epoll::EventFlags {
 // === impl EpollBatch ===
 
 impl EpollBatch {
-    /// Room for [`BATCH`] events.
+    /// Makes an empty batch with the capacity for [`BATCH`] events.
     pub fn new() -> EpollBatch {
         EpollBatch(Vec::with_capacity(BATCH))
     }
 
-    /// Events taken.
+    /// Returns the number of events.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether nothing was ready.
+    /// Returns whether no socket was ready.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The `index`-th event; `index` is below `len`.
+    /// Returns the event at `index`, which must be below `len`.
     pub fn get(&self, index: usize) -> EpollEvent {
         use epoll::EventFlags as E;
         let event = self.0[index];

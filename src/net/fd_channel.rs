@@ -1,14 +1,17 @@
-//! Messages with open descriptors between two processes, over a Unix stream
-//! socket, and the descriptors a process is started with.
+//! Messages with open descriptors between two processes over a Unix stream socket, and
+//! descriptors that a process inherits.
 //!
-//! Used by `daemon` for upgrades in place and for socket activation. Every call
-//! blocks up to its deadline, so it is called from threads that may. It knows
-//! frames, not what they mean.
+//! Used by `daemon` for upgrades and for socket activation. Calls block up to their
+//! deadline, so no worker may call them. It never interprets the body of a frame.
 //!
-//! A frame is a [`Header`] of 16 bytes, the body, and then one byte for each
-//! batch of descriptors that travels with it (unix(7), SCM_RIGHTS): a message
-//! of its own for each batch, since the kernel throws descriptors away that
-//! come with bytes read without asking for them.
+//! A frame consists of:
+//!
+//! 1. a [`Header`] of 16 bytes;
+//! 2. the body;
+//! 3. one byte per batch of descriptors, which carries them (unix(7), SCM_RIGHTS).
+//!
+//! Each batch is a separate message. The kernel discards descriptors if the bytes that
+//! carry them are read without a buffer for descriptors.
 
 #![allow(unsafe_code)]
 
@@ -24,90 +27,90 @@ use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
-/// Longest body: the state of a hundred thousand backends with their histograms
-/// is below that.
+/// Longest body. The state of 100,000 backends with their histograms is smaller.
 pub const BODY_MAX: usize = 256 * 1024 * 1024;
 
-/// Most descriptors with one frame: 8,192 addresses on eight workers.
+/// Most descriptors per frame: 8,192 addresses on 8 workers.
 pub const FDS_MAX: usize = 65_536;
 
-/// Most descriptors a process may be started with by a service manager.
+/// Most descriptors that a service manager may pass.
 pub const ACTIVATED_MAX: usize = 8_192;
 
-/// Descriptors in one message; the kernel takes 253 (unix(7), SCM_MAX_FD).
+/// Descriptors per message, below the kernel's limit of 253 (unix(7), SCM_MAX_FD).
 const FDS_A_MESSAGE: usize = 64;
 
-/// Bytes read into memory at once: a header may lie about its body's length.
+/// Most bytes that are allocated before they arrive, because the length in a header can
+/// be wrong.
 const PIECE: usize = 1024 * 1024;
 
 const MAGIC: [u8; 4] = *b"TGUP";
 
-/// Tells a new process that its standard input is the way to the old one; the value is
-/// for people who look.
+/// Environment variable of a new process whose standard input is the channel to the old
+/// process. The process does not read the value.
 pub const MARK: &str = "TIDEGATE_UPGRADE";
 
-/// Of the frame, not of what it carries.
+/// Version of the frame format. The body has its own version.
 const FRAME_VERSION: u16 = 1;
 
-/// First descriptor a service manager passes (sd_listen_fds(3)).
+/// First descriptor that a service manager passes (sd_listen_fds(3)).
 const ACTIVATED_FIRST: RawFd = 3;
 
-/// One end of the connection.
+/// One end of the channel.
 #[derive(Debug)]
 pub struct HandoverChannel(UnixStream);
 
-/// One message.
+/// A received frame.
 #[derive(Debug)]
 pub struct ChannelFrame {
-    /// What the body is.
+    /// Type of the body.
     pub kind: u16,
     /// At most [`BODY_MAX`].
     pub body: Vec<u8>,
-    /// In the sender's order, close-on-exec.
+    /// The descriptors in the sender's order, close-on-exec.
     pub fds: Vec<OwnedFd>,
 }
 
-/// What a frame begins with; little-endian: magic, version, kind, descriptors,
+/// The start of a frame. Little-endian: magic, version, kind, number of descriptors,
 /// length of the body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
-    /// What the body is.
+    /// Type of the body.
     pub kind: u16,
-    /// Descriptors that follow the body.
+    /// Number of descriptors after the body.
     pub fds: u32,
-    /// Bytes in the body.
+    /// Length of the body in bytes.
     pub length: u32,
 }
 
-/// Why a frame did not come or go.
+/// Why a frame was not sent or received.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
-    /// The other process closed its end, by ending or otherwise.
+    /// The other process closed its end or ended.
     #[error("the other process closed the connection")]
     Closed,
-    /// The deadline is over.
+    /// The deadline passed.
     #[error("no answer in time")]
     TimedOut,
-    /// Not a frame at all.
+    /// The bytes are no frame.
     #[error("not a handover frame: starts with {0:?}")]
     Foreign([u8; 4]),
-    /// A frame of another version.
+    /// The frame has another version.
     #[error("unsupported frame version {0}; this process uses {FRAME_VERSION}")]
     Version(u16),
-    /// More than is ever needed.
+    /// The frame exceeds [`BODY_MAX`] or [`FDS_MAX`].
     #[error("frame too large: {length} bytes, {fds} descriptors")]
     TooLarge {
-        /// Of the body.
+        /// Length of the body in bytes.
         length: u32,
-        /// Descriptors.
+        /// Number of descriptors.
         fds: u32,
     },
-    /// The descriptors that were announced are not there.
+    /// Descriptors that the header announced did not arrive.
     #[error("received {came} of {wanted} descriptors; check the descriptor limit (ulimit -n)")]
     LostDescriptors {
-        /// So many.
+        /// Number of descriptors that arrived.
         came: usize,
-        /// Of so many.
+        /// Number of descriptors that were announced.
         wanted: usize,
     },
     /// A system call failed.
@@ -118,10 +121,10 @@ pub enum ChannelError {
 // === impl Header ===
 
 impl Header {
-    /// Length in bytes.
+    /// Length of a header in bytes.
     pub const LEN: usize = 16;
 
-    /// As sent.
+    /// Encodes the header.
     pub fn encode(self) -> [u8; Header::LEN] {
         let mut bytes = [0; Header::LEN];
         bytes[..4].copy_from_slice(&MAGIC);
@@ -132,10 +135,10 @@ impl Header {
         bytes
     }
 
-    /// Reads what anybody may have sent.
+    /// Parses an untrusted header.
     ///
     /// # Errors
-    /// Another magic or version, or more than the bounds allow.
+    /// Another magic or version, or a value above its bound.
     pub fn parse(bytes: &[u8; Header::LEN]) -> Result<Header, ChannelError> {
         let [m0, m1, m2, m3, v0, v1, k0, k1, f0, f1, f2, f3, l0, l1, l2, l3] = *bytes;
         if [m0, m1, m2, m3] != MAGIC {
@@ -157,17 +160,17 @@ impl Header {
 // === impl HandoverChannel ===
 
 impl HandoverChannel {
-    /// Two connected ends: one to keep, one to give away.
+    /// Makes two connected ends. The second is for another process.
     ///
     /// # Errors
-    /// No descriptors left.
+    /// Out of descriptors.
     pub fn pair() -> io::Result<(HandoverChannel, OwnedFd)> {
         let (own, other) = UnixStream::pair()?;
         Ok((HandoverChannel(own), other.into()))
     }
 
-    /// The end this process was started with as its standard input, which is
-    /// replaced by /dev/null.
+    /// Takes the end that this process has as its standard input, and replaces standard
+    /// input by /dev/null.
     ///
     /// # Errors
     /// Standard input is closed or cannot be replaced.
@@ -177,24 +180,24 @@ impl HandoverChannel {
         Ok(HandoverChannel(own.into()))
     }
 
-    /// A second handle of the same end, to hang it up from another thread.
+    /// Makes a second handle of this end, so that another thread can shut it down.
     ///
     /// # Errors
-    /// No descriptors left.
+    /// Out of descriptors.
     pub fn try_clone(&self) -> io::Result<HandoverChannel> {
         self.0.try_clone().map(HandoverChannel)
     }
 
-    /// Ends the connection: whoever waits on either end learns of it.
+    /// Shuts the channel down, which ends all waits on both ends.
     pub fn hang_up(&self) {
-        // A peer that is gone already needs no telling.
+        // It fails only if the other end is already closed.
         let _ = self.0.shutdown(Shutdown::Both);
     }
 
     /// Sends one frame.
     ///
     /// # Errors
-    /// See [`ChannelError`]; the connection is of no more use then.
+    /// See [`ChannelError`]. The channel must not be used afterwards.
     pub fn send(
         &self,
         kind: u16,
@@ -217,10 +220,10 @@ impl HandoverChannel {
         Ok(())
     }
 
-    /// Waits for one frame.
+    /// Receives one frame.
     ///
     /// # Errors
-    /// See [`ChannelError`]; the connection is of no more use then.
+    /// See [`ChannelError`]. The channel must not be used afterwards.
     pub fn receive(&self, deadline: Instant) -> Result<ChannelFrame, ChannelError> {
         let mut header = [0; Header::LEN];
         self.receive_all(&mut header, deadline)?;
@@ -248,7 +251,7 @@ impl HandoverChannel {
             self.0.set_write_timeout(Some(left(deadline)?)).map_err(ChannelError::Io)?;
             match (&self.0).write(bytes) {
                 Ok(sent) => bytes = &bytes[sent..],
-                Err(error) => judge(error)?,
+                Err(error) => check_error(error)?,
             }
         }
         Ok(())
@@ -263,7 +266,7 @@ impl HandoverChannel {
             let byte = [IoSlice::new(&[0])];
             match sendmsg(&self.0, &byte, &mut ancillary, SendFlags::NOSIGNAL) {
                 Ok(_) => return Ok(()),
-                Err(error) => judge(error.into())?,
+                Err(error) => check_error(error.into())?,
             }
         }
     }
@@ -274,7 +277,7 @@ impl HandoverChannel {
             match (&self.0).read(into) {
                 Ok(0) => return Err(ChannelError::Closed),
                 Ok(came) => into = &mut into[came..],
-                Err(error) => judge(error)?,
+                Err(error) => check_error(error)?,
             }
         }
         Ok(())
@@ -301,7 +304,7 @@ impl HandoverChannel {
                     }
                     return Ok(());
                 }
-                Err(error) => judge(error.into())?,
+                Err(error) => check_error(error.into())?,
             }
         }
     }
@@ -313,14 +316,15 @@ impl From<UnixStream> for HandoverChannel {
     }
 }
 
-/// Time until the deadline, for a socket's time-out, which takes no zero.
+/// Returns the time until the deadline, which is never zero, because a socket timeout of
+/// zero means no timeout.
 fn left(deadline: Instant) -> Result<std::time::Duration, ChannelError> {
     let left = deadline.saturating_duration_since(clock::now());
     if left.is_zero() { Err(ChannelError::TimedOut) } else { Ok(left) }
 }
 
-/// An interrupted call is made again.
-fn judge(error: io::Error) -> Result<(), ChannelError> {
+/// Returns `Ok` if the call was interrupted and must be repeated, else the error.
+fn check_error(error: io::Error) -> Result<(), ChannelError> {
     match error.kind() {
         io::ErrorKind::Interrupted => Ok(()),
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Err(ChannelError::TimedOut),
@@ -329,12 +333,13 @@ fn judge(error: io::Error) -> Result<(), ChannelError> {
     }
 }
 
-/// Takes ownership of the `count` descriptors a service manager has passed,
-/// and makes them close-on-exec. To be called once, before anything else opens
-/// descriptors.
+/// Takes ownership of the `count` descriptors that a service manager passed, and makes
+/// them close-on-exec.
+///
+/// Call it once, before other code opens descriptors.
 ///
 /// # Errors
-/// One of them is not open, or there are more than [`ACTIVATED_MAX`].
+/// A descriptor is not open, or `count` exceeds [`ACTIVATED_MAX`].
 pub fn take_activated(count: usize) -> io::Result<Vec<OwnedFd>> {
     if count > ACTIVATED_MAX {
         let message = format!("{count} descriptors passed; at most {ACTIVATED_MAX} are allowed");
@@ -343,22 +348,23 @@ pub fn take_activated(count: usize) -> io::Result<Vec<OwnedFd>> {
     (ACTIVATED_FIRST..).take(count).map(take_inherited).collect()
 }
 
-/// Takes ownership of descriptor `number`, which this process was started with to
-/// own, and makes it close-on-exec. To be called once for each, before anything else
-/// opens descriptors.
+/// Takes ownership of descriptor `number`, which this process inherited, and makes it
+/// close-on-exec.
+///
+/// Call it once per descriptor, before other code opens descriptors.
 ///
 /// # Errors
-/// It is not open.
+/// The descriptor is not open.
 pub fn take_inherited(number: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: setting close-on-exec touches no memory; a number that is not open
-    // gives EBADF.
+    // SAFETY: setting close-on-exec touches no memory. A number that is not open gives
+    // EBADF.
     let result = unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the descriptor is open, as the call before has shown, and whoever
-    // started this process gave it to this process to own; the caller sees to it that
-    // nothing in the process has opened one yet.
+    // SAFETY: the descriptor is open, as the previous call showed. The parent process
+    // passed it to this process. The caller ensures that no other code in the process
+    // has opened a descriptor, so nothing else owns this number.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
@@ -379,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_arrives_whole_with_its_descriptors_in_order() {
+    fn frame_arrives_complete_with_its_descriptors_in_order() {
         let (one, other) = two_ends();
         let files: Vec<_> = (0..200).map(|_| tempfile::tempfile().unwrap()).collect();
         for (number, mut file) in files.iter().enumerate() {
@@ -407,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn silence_ends_at_the_deadline_and_hanging_up_at_once() {
+    fn receive_ends_at_the_deadline_or_when_the_channel_is_shut_down() {
         let (one, other) = two_ends();
         let deadline = clock::now() + Duration::from_millis(30);
         assert!(matches!(one.receive(deadline), Err(ChannelError::TimedOut)));
@@ -419,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn announced_descriptors_that_do_not_come_are_an_error() {
+    fn missing_descriptors_are_an_error() {
         let (one, other) = two_ends();
         let header = Header { kind: 1, fds: 2, length: 0 };
         (&one.0).write_all(&header.encode()).unwrap();
@@ -429,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn no_more_is_sent_than_would_be_taken() {
+    fn sender_rejects_frames_that_the_receiver_would_reject() {
         let (one, _other) = two_ends();
         let stdin = rustix::stdio::stdin();
         let fds = vec![stdin; FDS_MAX + 1];
@@ -438,13 +444,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn headers_survive_the_way(kind: u16, fds in 0..=FDS_MAX as u32, length in 0..=BODY_MAX as u32) {
+        fn parsed_header_equals_the_encoded_header(kind: u16, fds in 0..=FDS_MAX as u32, length in 0..=BODY_MAX as u32) {
             let header = Header { kind, fds, length };
             prop_assert_eq!(Header::parse(&header.encode()).unwrap(), header);
         }
 
         #[test]
-        fn whatever_bytes_come_a_header_is_within_bounds_or_an_error(bytes: [u8; 16], magic: bool) {
+        fn header_of_arbitrary_bytes_is_within_bounds_or_an_error(bytes: [u8; 16], magic: bool) {
             let mut bytes = bytes;
             if magic {
                 bytes[..4].copy_from_slice(&MAGIC);
@@ -456,7 +462,7 @@ mod tests {
         }
 
         #[test]
-        fn garbage_on_the_socket_ends_in_an_error_not_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn arbitrary_bytes_on_the_socket_are_an_error(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let (one, other) = two_ends();
             (&one.0).write_all(&bytes).unwrap();
             drop(one);

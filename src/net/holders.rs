@@ -1,6 +1,8 @@
-//! Which sockets listen on the TCP ports of this host, and which processes hold
-//! them, as /proc says (proc_pid_net(5)). Used by `daemon` before it binds, and to
-//! explain why it could not. It never opens or changes a socket.
+//! The listening TCP sockets of this host and the processes that hold them, read from
+//! /proc (proc_pid_net(5)).
+//!
+//! Used by `daemon` before it binds, and to explain a failed bind. It never opens or
+//! changes a socket.
 
 use rustix::fs::fstat;
 use std::fs::{self, File};
@@ -12,45 +14,45 @@ use std::path::Path;
 /// `TCP_LISTEN` in the column `st`.
 const LISTEN: &str = "0A";
 
-/// Processes looked at before a holder is given up.
+/// Most processes that are searched for the holder of a socket.
 const PROCESSES_MAX: usize = 20_000;
 
-/// One listening socket of this host.
+/// A listening socket of this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ListeningSocket {
-    /// Where it listens.
+    /// Its local address.
     pub address: SocketAddr,
-    /// The number of its socket; see [`number_of`].
+    /// Its inode number; see [`number_of`].
     pub socket: u64,
-    /// The user that made it.
+    /// User ID of its owner.
     pub user: u32,
 }
 
 /// A process that has a socket open.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holder {
-    /// Its number.
+    /// Process ID.
     pub pid: u32,
     /// Its name, as ps(1) shows it.
     pub program: String,
 }
 
-/// Every listening TCP socket of this network namespace.
+/// Returns every listening TCP socket of this network namespace.
 ///
 /// # Errors
-/// /proc is not there, or does not say.
+/// /proc is not readable.
 pub fn listening() -> io::Result<Vec<ListeningSocket>> {
     let mut all = Vec::new();
     read("/proc/self/net/tcp", &mut all)?;
     match read("/proc/self/net/tcp6", &mut all) {
-        // A kernel without IPv6.
+        // The kernel has no IPv6.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         result => result?,
     }
     Ok(all)
 }
 
-/// Listening sockets come first in these files, so only they are read.
+/// Reads the listening sockets, which come first in these files.
 fn read(path: &str, into: &mut Vec<ListeningSocket>) -> io::Result<()> {
     for line in BufReader::new(File::open(path)?).lines().skip(1) {
         let line = line?;
@@ -72,7 +74,7 @@ fn read(path: &str, into: &mut Vec<ListeningSocket>) -> io::Result<()> {
     Ok(())
 }
 
-/// `0100007F:1F90`: words of the address as the machine stores them, then the port.
+/// Parses an address such as `0100007F:1F90`: words in host byte order, then the port.
 fn parse(text: &str) -> Option<SocketAddr> {
     let (ip, port) = text.split_once(':')?;
     let word = |at: usize| {
@@ -89,14 +91,14 @@ fn parse(text: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip, u16::from_str_radix(port, 16).ok()?))
 }
 
-/// The number by which /proc names a socket: the same in every process that holds
-/// it.
+/// Returns the inode number of a socket, which is the same in every process that holds
+/// the socket.
 pub fn number_of(socket: impl AsFd) -> io::Result<u64> {
     Ok(fstat(socket)?.st_ino)
 }
 
-/// Whether sockets bound to both addresses could get the same connection, where
-/// IPv6 wildcards take no IPv4.
+/// Returns whether sockets on both addresses can get the same connection. IPv6 wildcards
+/// are assumed to accept no IPv4.
 pub fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
     let wide = one.ip().is_unspecified() || other.ip().is_unspecified();
     one.port() == other.port()
@@ -104,7 +106,7 @@ pub fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
         && (wide || one.ip() == other.ip())
 }
 
-/// A process that holds that socket, where this process may know.
+/// Returns a process that holds the socket, if this process may read its descriptors.
 pub fn holder(socket: u64) -> Option<Holder> {
     let link = format!("socket:[{socket}]");
     let processes = fs::read_dir("/proc").ok()?.flatten().take(PROCESSES_MAX);
@@ -145,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_overlap_where_one_is_as_wide_as_the_other() {
+    fn equal_addresses_and_wildcards_of_the_same_family_overlap() {
         let overlap = |one: &str, other: &str| {
             let (one, other) = (one.parse().unwrap(), other.parse().unwrap());
             assert_eq!(super::overlap(one, other), super::overlap(other, one));

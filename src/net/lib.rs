@@ -1,9 +1,8 @@
-//! The kernel's side of things: sockets, readiness, CPU affinity, limits, and
-//! what this process itself may do.
+//! Wrappers of system calls: sockets, readiness, CPU affinity, limits, and the rights of
+//! this process.
 //!
-//! Used by the shells (workers, probes, admin) and `daemon`. Thin and without
-//! policy: nothing here knows of sessions, pools or configuration, and nothing
-//! blocks.
+//! Used by workers, probes, the admin API, `daemon` and the supervisor. It has no policy:
+//! it never refers to sessions, pools or the configuration. Functions that block say so.
 
 pub mod budget;
 pub mod cells;

@@ -1,15 +1,14 @@
-//! The process's limit on open descriptors.
+//! The limit on open descriptors of this process.
 //!
-//! Used at start-up: the soft limit is raised to the hard one, and the rest of
-//! the program learns how many sessions that allows.
+//! Called once at the start. It never lowers a limit.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Raises the soft descriptor limit to the hard one; gives the limit in force.
+/// Raises the soft descriptor limit to the hard limit. Returns the limit in force.
 pub fn raise_descriptor_limit() -> u64 {
     let limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum {
-        // A refusal leaves the soft limit, which is what is reported then.
+        // If it fails, the soft limit stays in force and is returned.
         let _ =
             setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
     }

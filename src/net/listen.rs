@@ -1,7 +1,7 @@
-//! Listening sockets: bind, tune, accept, retire.
+//! Listening sockets: bind, set options, accept, retire.
 //!
-//! `daemon` binds one for each worker and bind address (SO_REUSEPORT); workers
-//! accept from theirs. No policy: when to pause or retire is decided above.
+//! `daemon` binds one socket per worker and bind address (SO_REUSEPORT), and each worker
+//! accepts from its sockets. It never decides when to pause or retire a listener.
 
 use super::sockopt;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -13,30 +13,34 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// Connections the kernel may queue on each listener; it lowers this to
+/// Length of the listen queue of each listener. The kernel lowers it to
 /// `net.core.somaxconn`.
 const BACKLOG: i32 = 65_535;
 
-/// Whether another socket listens there already. SO_REUSEPORT alone would let
-/// two processes of one user share the traffic in silence.
+/// Checks that no other socket listens on the address.
+///
+/// With SO_REUSEPORT alone, two processes of one user could share the traffic without an
+/// error.
 pub fn taken(address: SocketAddr, freebind: bool) -> io::Result<()> {
     let socket = unbound(address, freebind)?;
     socket.bind(&SockAddr::from(address))?;
     socket.listen(1)
 }
 
-/// `count` listening sockets that share `address`; the kernel spreads new
-/// connections over them by hash.
+/// Makes `count` listening sockets that share `address`. The kernel distributes new
+/// connections among them by hash.
 pub fn bind(address: SocketAddr, count: usize) -> io::Result<Vec<Socket>> {
-    // All are bound before any listens: no connection can land on the first
-    // while the rest are not there yet.
+    // All sockets are bound before the first listens, so that the first does not get all
+    // connections.
     let sockets = reserve(address, count, false)?;
     sockets.iter().try_for_each(start)?;
     Ok(sockets)
 }
 
-/// The same, not yet listening: no client can connect before [`start`]. With
-/// `freebind` no interface needs to have the address (ip(7), IP_FREEBIND).
+/// Binds `count` sockets that share `address`. No client can connect before [`start`].
+///
+/// With `freebind`, the address need not be configured on an interface (ip(7),
+/// IP_FREEBIND).
 pub fn reserve(address: SocketAddr, count: usize, freebind: bool) -> io::Result<Vec<Socket>> {
     (0..count)
         .map(|_| {
@@ -49,13 +53,13 @@ pub fn reserve(address: SocketAddr, count: usize, freebind: bool) -> io::Result<
         .collect()
 }
 
-/// Lets clients in.
+/// Starts listening.
 pub fn start(socket: &Socket) -> io::Result<()> {
     socket.listen(BACKLOG)
 }
 
-/// Sets what holds for every listener and is inherited by what it accepts, so
-/// that no call is needed for each connection.
+/// Sets the options of a listener that accepted connections inherit, so that no call per
+/// connection is needed.
 pub fn prepare(socket: &Socket) -> io::Result<()> {
     socket.set_nonblocking(true)?;
     socket.set_tcp_nodelay(true)?;
@@ -78,7 +82,7 @@ fn unbound(address: SocketAddr, freebind: bool) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Sets what connections accepted from now on inherit.
+/// Sets the timers that connections inherit if they are accepted after this call.
 pub fn tune(
     listener: &Socket,
     keepalive: Option<Duration>,
@@ -87,12 +91,12 @@ pub fn tune(
     super::stream::set_liveness(listener, keepalive, user_timeout)
 }
 
-/// Takes one connection off the queue; `WouldBlock` when it is empty.
+/// Accepts one connection. Returns `WouldBlock` if the listen queue is empty.
 pub fn accept(listener: impl AsFd) -> io::Result<(OwnedFd, SocketAddr)> {
     let (socket, peer) = take(listener)?;
     if BY_HOP_LIMIT.load(Ordering::SeqCst) {
-        // Inherited, where its handshake ended after the listener had retired.
-        // It fails for no socket of that family.
+        // The connection inherited the limit if its handshake ended after the listener
+        // retired. Setting it to 0 cannot fail for a socket of that family.
         let _ = sockopt::least_hop_limit(socket.as_fd(), peer.is_ipv6(), 0);
     }
     Ok((socket, peer))
@@ -110,7 +114,7 @@ fn take(listener: impl AsFd) -> io::Result<(OwnedFd, SocketAddr)> {
     Ok((socket, peer))
 }
 
-/// Whether a connection waits in the queue to be accepted.
+/// Returns whether a connection waits in the listen queue.
 pub fn has_queued(listener: impl AsFd) -> bool {
     #[cfg(any(test, feature = "fake"))]
     if let Some(answer) = super::fake::has_queued(&listener) {
@@ -118,23 +122,24 @@ pub fn has_queued(listener: impl AsFd) -> bool {
     }
     let mut fds = [PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN)];
     let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
-    // An error would say the same as an empty queue: nobody to be served.
+    // On an error no connection can be accepted, so it counts as an empty queue.
     poll(&mut fds, Some(&at_once)).is_ok_and(|ready| ready > 0)
 }
 
-/// Lets nobody new in, while connections that are queued or mid-handshake stay
-/// whole: a filter on the listener drops bare SYNs. The peers' kernels send
-/// theirs again a second later and are refused then, or find whoever listens
-/// there by that time.
+/// Stops new handshakes on a listener and keeps connections that are queued or in a
+/// handshake.
 ///
-/// Closing a listener at once would reset everything in its queue (measured:
-/// 195 of 400).
+/// A filter on the listener drops SYNs without ACK. The client's kernel retransmits its
+/// SYN after a second. By then the address is refused, or another socket listens on it.
 ///
-/// Kernels of 2026 ask for CAP_NET_ADMIN before they filter a TCP socket. Without
-/// it [`retire_by_hop_limit`] does nearly the same.
+/// Closing the listener immediately would reset every connection in its queue (195 of
+/// 400 in a measurement).
+///
+/// Kernels of 2026 require CAP_NET_ADMIN for a filter on a TCP socket. Without it,
+/// [`retire_by_hop_limit`] has nearly the same effect.
 ///
 /// # Errors
-/// The kernel's; then new clients still get in.
+/// The error of the kernel. New clients can still connect then.
 pub fn retire(listener: &Socket) -> io::Result<()> {
     match drop_bare_syns(listener) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -144,28 +149,28 @@ pub fn retire(listener: &Socket) -> io::Result<()> {
     }
 }
 
-/// Whether a listener of this process has retired by its hop limit: what is
-/// accepted has to be freed of it.
+/// True after a listener of this process was retired by its hop limit. Accepted
+/// connections must then reset their inherited limit.
 static BY_HOP_LIMIT: AtomicBool = AtomicBool::new(false);
 
-/// As many as a packet can have; those of clients start with 64 or 128, nearly all
-/// of them.
+/// The largest hop limit of a packet. Nearly all clients start with 64 or 128.
 const MOST_HOPS: u8 = 255;
 
-/// The listener drops what has fewer than [`MOST_HOPS`] left (ip(7), IP_MINTTL;
-/// IPV6_MINHOPCOUNT), which every SYN has. Handshakes under way are looked at
-/// before that and end as they should; what arrives between a handshake's end and
-/// the accept is sent again by the client.
+/// Makes the listener drop packets with a hop limit below [`MOST_HOPS`] (ip(7),
+/// IP_MINTTL; IPV6_MINHOPCOUNT), which are nearly all SYNs.
+///
+/// The kernel handles handshakes in progress before it checks the limit, so they finish.
+/// The client retransmits what arrives between the end of the handshake and the accept.
 fn retire_by_hop_limit(listener: &Socket) -> io::Result<()> {
     let v6 = listener.local_addr()?.is_ipv6();
-    // Before: what is accepted from now on may have inherited it.
+    // Set first, because a connection can inherit the limit immediately.
     BY_HOP_LIMIT.store(true, Ordering::SeqCst);
     sockopt::least_hop_limit(listener.as_fd(), v6, MOST_HOPS)
 }
 
 fn drop_bare_syns(listener: &Socket) -> io::Result<()> {
-    /// Flags byte of the TCP header (RFC 9293 section 3.1), where a filter on a
-    /// TCP socket starts reading.
+    /// Offset of the flags in the TCP header (RFC 9293 section 3.1). A filter on a TCP
+    /// socket reads from the start of that header.
     const FLAGS_OFFSET: u32 = 13;
     const SYN: u32 = 0x02;
     const ACK: u32 = 0x10;
@@ -196,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn address_with_a_listener_is_taken() {
+    fn address_with_a_listener_is_in_use() {
         let (address, socket) = any_port();
         assert_eq!(taken(address, false).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         drop(socket);
@@ -214,7 +219,7 @@ mod tests {
         let (address, listener) = any_port();
         let mut queued = TcpStream::connect(address).unwrap();
         match retire(&listener) {
-            // A plain user's test.
+            // The user of this test lacks CAP_NET_ADMIN.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return,
             done => done.unwrap(),
         }

@@ -1,16 +1,18 @@
-//! Whether this host's clock is kept in step with others.
+//! Whether the clock of this host is synchronised.
 //!
-//! Used by senders of heartbeats, whose receivers reject a clock that is off.
+//! Used by heartbeat senders, because a receiver rejects heartbeats if the clocks differ
+//! too much. It never changes the clock.
 
 #![allow(unsafe_code)]
 
-/// What the kernel was told by whatever keeps its clock (adjtimex(2)); `None`
-/// where it does not say. Some time services tell the kernel nothing, so `false`
-/// is a reason to look, not a proof.
+/// Returns whether the kernel's clock is synchronised (adjtimex(2)). `None`: the kernel
+/// does not report it.
+///
+/// Some time services do not report to the kernel, so `false` is only a hint.
 pub fn is_synchronised() -> Option<bool> {
-    // SAFETY: `timex` is made of numbers alone, for which zeroes are valid.
+    // SAFETY: `timex` consists of integers, for which zero is valid.
     let mut asked: libc::timex = unsafe { std::mem::zeroed() };
-    // SAFETY: `asked` is valid for writes; its `modes` of zero changes nothing.
+    // SAFETY: `asked` is valid for writes. `modes` is zero, so the call changes nothing.
     let state = unsafe { libc::adjtimex(&raw mut asked) };
     (state >= 0).then_some(state != libc::TIME_ERROR && asked.status & libc::STA_UNSYNC == 0)
 }
@@ -21,7 +23,7 @@ mod tests {
 
     #[test]
     fn kernel_says_whether_the_clock_is_synchronised() {
-        // Which of the two depends on the host; it is read without privileges.
+        // The value depends on the host. Reading it needs no privileges.
         assert!(is_synchronised().is_some());
     }
 }

@@ -1,8 +1,7 @@
-//! Whole messages with open descriptors between a process and one it has started: a
-//! pair of Unix sockets that keep messages apart (unix(7), SOCK_SEQPACKET).
+//! Messages with open descriptors between a process and a process that it started, over a
+//! pair of Unix sockets that keep message boundaries (unix(7), SOCK_SEQPACKET).
 //!
-//! Used by the supervisor and the processes it starts. It knows bytes and
-//! descriptors, not what they mean.
+//! Used by the supervisor and the processes that it starts. It never interprets messages.
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
@@ -15,55 +14,55 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-/// Longest message: two paths and what goes with them.
+/// Longest message: enough for two paths and their fields.
 pub const BYTES_MAX: usize = 16 * 1024;
 
-/// Most descriptors with one message.
+/// Most descriptors per message.
 pub const FDS_MAX: usize = 64;
 
-/// One end.
+/// One end of the socket pair.
 #[derive(Debug)]
 pub struct Packets(OwnedFd);
 
-/// One message.
+/// A received message.
 #[derive(Debug)]
 pub struct Packet {
     /// At least one byte.
     pub bytes: Vec<u8>,
-    /// In the sender's order, close-on-exec.
+    /// The descriptors in the sender's order, close-on-exec.
     pub fds: Vec<OwnedFd>,
 }
 
 // === impl Packets ===
 
 impl Packets {
-    /// Two connected ends, both close-on-exec; a send of either waits at most
-    /// `patience` for room.
+    /// Makes two connected ends, both close-on-exec. A send on either end waits at most
+    /// `send_timeout` for space in the buffer.
     ///
     /// # Errors
-    /// No descriptors left.
-    pub fn pair(patience: Duration) -> io::Result<(Packets, Packets)> {
+    /// Out of descriptors.
+    pub fn pair(send_timeout: Duration) -> io::Result<(Packets, Packets)> {
         let kind = SocketType::SEQPACKET;
         let (one, other) = socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
         for end in [&one, &other] {
-            set_socket_timeout(end, Timeout::Send, Some(patience))?;
+            set_socket_timeout(end, Timeout::Send, Some(send_timeout))?;
         }
         Ok((Packets(one), Packets(other)))
     }
 
-    /// Sends one message, waiting for room.
+    /// Sends one message. Waits for space in the buffer.
     ///
     /// # Errors
-    /// `WouldBlock` where there is no room in time; otherwise the other process is
-    /// gone.
+    /// `WouldBlock`: the buffer stayed full until the timeout. Otherwise the other
+    /// process has closed its end.
     pub fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.send_with(bytes, fds, SendFlags::NOSIGNAL)
     }
 
-    /// The same without waiting.
+    /// Sends one message without waiting.
     ///
     /// # Errors
-    /// As of [`Packets::send`].
+    /// The errors of [`Packets::send`].
     pub fn try_send(&self, bytes: &[u8]) -> io::Result<()> {
         self.send_with(bytes, &[], SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
     }
@@ -83,19 +82,20 @@ impl Packets {
         }
     }
 
-    /// The next message, waiting for it; `None` once the other end is closed and
-    /// everything was read.
+    /// Waits for the next message. Returns `None` if the other end is closed and all
+    /// messages were read.
     ///
     /// # Errors
-    /// Descriptors were lost on the way: the limit on open descriptors is reached.
+    /// Descriptors were lost because the limit on open descriptors is reached.
     pub fn receive(&self) -> io::Result<Option<Packet>> {
         self.receive_with(RecvFlags::CMSG_CLOEXEC)
     }
 
-    /// The same without waiting.
+    /// Returns the next message without waiting.
     ///
     /// # Errors
-    /// `WouldBlock` where there is none; as of [`Packets::receive`].
+    /// `WouldBlock`: no message has arrived. Otherwise the errors of
+    /// [`Packets::receive`].
     pub fn try_receive(&self) -> io::Result<Option<Packet>> {
         self.receive_with(RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT)
     }
@@ -144,7 +144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_stay_apart_and_keep_their_descriptors() {
+    fn messages_keep_their_boundaries_and_descriptors() {
         let (one, other) = Packets::pair(Duration::from_secs(1)).unwrap();
         let file = tempfile::tempfile().unwrap();
         one.send(b"first", &[file.as_fd(), file.as_fd()]).unwrap();

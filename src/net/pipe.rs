@@ -1,8 +1,8 @@
-//! Pipes for splice(2): bulk bytes go from socket to socket without being
-//! copied through this process.
+//! Pipes for splice(2), which moves bulk data between sockets without a copy to user
+//! space.
 //!
-//! Used by the relay engines. A worker has a bounded pool; a pipe is taken when
-//! there is something to move and given back as soon as it is empty.
+//! Used by the relay engines. Each worker has a bounded pool. An engine takes a pipe when
+//! it has bytes to move and returns it when it is empty. It never waits for a socket.
 
 use super::budget::{BudgetShare, MemoryBudget};
 use super::ioctl;
@@ -15,23 +15,23 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// Asked of the kernel for each pipe; beyond its limits for users other than
-/// root (pipe(7), `pipe-user-pages-soft`) pipes stay smaller.
+/// Requested size of a pipe. Above the kernel's limits for users other than root
+/// (pipe(7), `pipe-user-pages-soft`), pipes are smaller.
 const PIPE_BYTES: usize = 1024 * 1024;
 
-/// A fill of less than this share of a pipe's size, where the pipe is what ended
-/// it, is crammed. At a quarter, packets of an Ethernet are well above.
+/// A full pipe with less than this share of its size is crammed: 1/4. Packets of an
+/// Ethernet fill a larger share.
 const CRAMMED: usize = 4;
 
-/// Pipes one worker may have. A stalled receiver pins one, at most
-/// [`PIPE_BYTES`] of it; streams beyond this number, or beyond what the budget
-/// has left, are copied.
+/// Most pipes per worker. A stalled receiver keeps one in use, with at most
+/// [`PIPE_BYTES`]. Streams without a pipe, because of this cap or the memory budget, are
+/// copied.
 pub const PIPES_MAX: usize = 64;
 
-/// Unused pipes kept open.
+/// Most unused pipes that stay open.
 const SPARE_MAX: usize = 8;
 
-/// A pipe and what is in it. Dropping it closes it and makes room in the pool.
+/// A pipe and its bytes. Dropping it closes it and frees its slot in the pool.
 #[derive(Debug)]
 pub struct Pipe {
     ends: PipeEnds,
@@ -40,17 +40,17 @@ pub struct Pipe {
     _share: BudgetShare,
 }
 
-/// A worker's pipes.
+/// The pipes of a worker.
 #[derive(Debug, Default)]
 pub struct Pipes {
     spare: Vec<PipeEnds>,
-    /// Since the last [`Pipes::trim`].
+    /// True if a pipe was taken after the last [`Pipes::trim`].
     used: bool,
     in_use: Rc<Cell<usize>>,
-    /// Each pipe in use takes its size from it.
+    /// Each pipe in use takes its size from the budget.
     budget: Arc<MemoryBudget>,
-    /// Why the kernel gave none, since [`Pipes::trouble`] was last asked.
-    trouble: Option<io::Error>,
+    /// Why the last creation of a pipe failed; see [`Pipes::last_error`].
+    last_error: Option<io::Error>,
 }
 
 #[derive(Debug)]
@@ -60,17 +60,17 @@ struct PipeEnds {
     size: usize,
 }
 
-/// What a fill brought.
+/// The result of a fill.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FillResult {
-    /// 0 is the peer's FIN.
+    /// 0: the peer sent FIN.
     pub bytes: usize,
-    /// The pipe is full of little: a piece of a packet takes up a page's place
-    /// in it, however small it is. Copying is cheaper then.
+    /// The pipe is full with few bytes, because each part of a packet uses a page of the
+    /// pipe regardless of its length. Copying is cheaper then.
     pub crammed: bool,
 }
 
-/// One pipe among those in use.
+/// Counts a pipe as in use until it is dropped.
 #[derive(Debug)]
 struct PipeCount(Rc<Cell<usize>>);
 
@@ -83,7 +83,7 @@ impl PipeEnds {
             return pipe.map(|(read, write, size)| PipeEnds { read, write, size });
         }
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        // A smaller pipe works as well, in more steps.
+        // A smaller pipe needs more calls but works.
         let size = match fcntl_setpipe_size(&write, PIPE_BYTES) {
             Ok(size) => size,
             Err(_) => fcntl_getpipe_size(&write)?,
@@ -101,13 +101,14 @@ impl Drop for PipeCount {
 // === impl Pipe ===
 
 impl Pipe {
-    /// Bytes in it.
+    /// Returns the bytes in the pipe.
     pub fn holds(&self) -> usize {
         self.holds
     }
 
-    /// Takes what has arrived at `socket`, as far as there is room. Only for an
-    /// empty pipe: a full one would say `WouldBlock` as well.
+    /// Moves received bytes from `socket` into the pipe, which must be empty.
+    ///
+    /// With a full pipe, `WouldBlock` would not tell whether the socket or the pipe blocks.
     pub fn fill(&mut self, socket: impl AsFd) -> io::Result<FillResult> {
         #[cfg(any(test, feature = "fake"))]
         if let Some(filled) = super::fake::fill(&socket, &self.ends.write) {
@@ -119,14 +120,14 @@ impl Pipe {
         let flags = SpliceFlags::MOVE | SpliceFlags::NONBLOCK;
         let bytes = splice(&socket, None, &self.ends.write, None, PIPE_BYTES, flags)?;
         self.holds += bytes;
-        // As much again was there to be taken.
+        // The socket has at least as many bytes left, so the pipe ended the fill.
         let crammed = bytes < self.ends.size / CRAMMED
             && bytes > 0
             && ioctl::in_queue(socket.as_fd()) >= bytes as u64;
         Ok(FillResult { bytes, crammed })
     }
 
-    /// Sends what is in it, as far as `socket` has room.
+    /// Moves bytes from the pipe to the send buffer of `socket`.
     pub fn drain(&mut self, socket: impl AsFd) -> io::Result<usize> {
         #[cfg(any(test, feature = "fake"))]
         if let Some(drained) = super::fake::drain(&socket, &self.ends.read) {
@@ -142,13 +143,13 @@ impl Pipe {
 // === impl Pipes ===
 
 impl Pipes {
-    /// None yet.
+    /// Makes an empty pool.
     pub fn new(budget: Arc<MemoryBudget>) -> Pipes {
         Pipes { budget, ..Pipes::default() }
     }
 
-    /// An empty pipe; `None` at [`PIPES_MAX`], when the kernel gives none or when
-    /// the budget has no room for what it may hold.
+    /// Returns an empty pipe. `None`: [`PIPES_MAX`] is reached, the kernel cannot create a
+    /// pipe, or the memory budget cannot cover its size.
     pub fn take(&mut self) -> Option<Pipe> {
         if self.in_use.get() == PIPES_MAX {
             return None;
@@ -156,7 +157,7 @@ impl Pipes {
         self.used = true;
         let ends = match self.spare.pop() {
             Some(ends) => ends,
-            None => PipeEnds::new().map_err(|error| self.trouble = Some(error)).ok()?,
+            None => PipeEnds::new().map_err(|error| self.last_error = Some(error)).ok()?,
         };
         let Some(share) = self.budget.try_take(ends.size) else {
             self.spare.push(ends);
@@ -166,26 +167,27 @@ impl Pipes {
         Some(Pipe { ends, holds: 0, _counted: PipeCount(Rc::clone(&self.in_use)), _share: share })
     }
 
-    /// Why the kernel gave no pipe, once after it did not.
+    /// Returns once why the kernel could not create a pipe.
     #[inline]
     pub fn last_error(&mut self) -> Option<io::Error> {
-        self.trouble.take()
+        self.last_error.take()
     }
 
-    /// Closes the spare pipes if none was taken since the last call: to be
-    /// called now and then, so that an idle worker keeps none.
+    /// Closes the spare pipes if none was taken after the last call.
+    ///
+    /// The engine calls it periodically, so that an idle worker keeps no pipe.
     pub fn trim(&mut self) {
         if !std::mem::take(&mut self.used) {
             self.spare = Vec::new();
         }
     }
 
-    /// Whether there is something to trim.
+    /// Returns whether the pool has spare pipes.
     pub fn has_spare(&self) -> bool {
         !self.spare.is_empty()
     }
 
-    /// Takes a pipe back. One that still holds something is closed.
+    /// Returns a pipe to the pool. A pipe that still holds bytes is closed.
     pub fn give_back(&mut self, pipe: Pipe) {
         if pipe.holds == 0 && self.spare.len() < SPARE_MAX {
             self.spare.push(pipe.ends);
@@ -200,7 +202,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     #[test]
-    fn bytes_pass_from_socket_to_socket() {
+    fn bytes_move_from_socket_to_socket() {
         let (mut from, entry) = UnixStream::pair().unwrap();
         let (exit, mut to) = UnixStream::pair().unwrap();
         let mut pipe = Pipes::default().take().unwrap();
@@ -213,10 +215,10 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_full_of_small_pieces_is_crammed() {
+    fn pipe_full_of_small_parts_is_crammed() {
         let (mut from, entry) = UnixStream::pair().unwrap();
         let mut pipe = Pipes::default().take().unwrap();
-        // Each in a buffer of its own; hundreds fit into a socket.
+        // Each write has its own buffer. Hundreds of them fit into a socket.
         for _ in 0..250 {
             from.write_all(b"piece").unwrap();
         }
@@ -228,12 +230,12 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_pool_keeps_no_pipe() {
+    fn idle_pool_keeps_no_pipe() {
         let mut pool = Pipes::default();
         let pipe = pool.take().unwrap();
         pool.give_back(pipe);
         pool.trim();
-        assert!(pool.has_spare(), "one was used a moment ago");
+        assert!(pool.has_spare(), "a pipe was used before the first trim");
         pool.trim();
         assert!(!pool.has_spare());
     }
@@ -253,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pool_is_bounded_and_a_dropped_pipe_makes_room() {
+    fn pool_is_bounded_and_a_dropped_pipe_frees_its_slot() {
         let mut pool = Pipes::default();
         let mut pipes: Vec<Pipe> = std::iter::from_fn(|| pool.take()).collect();
         assert_eq!(pipes.len(), PIPES_MAX);

@@ -1,34 +1,33 @@
-//! What the kernel says of local ports: the range for connections, what of it
-//! is reserved, and how it treats closed connections.
+//! The kernel's settings for local ports: the range for connections, its reserved ports,
+//! and the reuse of closed connections.
 //!
-//! Read by `daemon` now and then. The files are opened once, so that a lack of
-//! descriptors does not blind it; nothing here decides anything.
+//! `daemon` reads them periodically. The files are opened once, so that reading works
+//! even if the process is out of descriptors. It never changes a setting.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::str::FromStr;
 
-/// ip(7), `ip_local_port_range` and `ip_local_reserved_ports`; of IPv6 as well.
+/// ip(7), `ip_local_port_range` and `ip_local_reserved_ports`. They also apply to IPv6.
 const RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
 const RESERVED: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
 
 /// tcp(7), `tcp_tw_reuse`.
 const REUSE: &str = "/proc/sys/net/ipv4/tcp_tw_reuse";
 
-/// A list of reserved ports is longer than this only where somebody means
-/// mischief; what is beyond is not counted as reserved.
+/// Most bytes that are read of a file. Reserved ports beyond it are not counted.
 const BYTES_MAX: usize = 64 * 1024;
 
-/// The range where the kernel does not tell.
+/// The default range of the kernel, used if the file is not readable.
 const USUAL: (u16, u16) = (32_768, 60_999);
 
-/// The kernel's values, as of the last reading that succeeded.
+/// The settings at the last successful read.
 #[derive(Debug)]
 pub struct LocalPorts {
     range: Option<File>,
     reserved: Option<File>,
     reuse: Option<File>,
-    /// Ports for each pair of a source address and a peer.
+    /// Number of ports per pair of source address and peer.
     pub count: u32,
     /// `tcp_tw_reuse`: 0, 1 or 2.
     pub tw_reuse: u8,
@@ -51,7 +50,7 @@ impl LocalPorts {
         ports
     }
 
-    /// Brings the values up to date.
+    /// Reads the settings again.
     pub fn read(&mut self) {
         let range = self.range.as_ref().and_then(text).and_then(|text| range(&text));
         let reserved = self.reserved.as_ref().and_then(text).unwrap_or_default();
@@ -63,7 +62,7 @@ impl LocalPorts {
     }
 }
 
-/// What stands in the file now: reading at 0 asks the kernel anew.
+/// Returns the current content of the file. A read at offset 0 gives the current value.
 fn text(file: &File) -> Option<String> {
     let mut bytes = vec![0; BYTES_MAX];
     let len = file.read_at(&mut bytes, 0).ok()?;
@@ -76,7 +75,7 @@ fn range(text: &str) -> Option<(u16, u16)> {
     Some((words.next()?.ok()?, words.next()?.ok()?))
 }
 
-/// Ports of the range that are not among `reserved` (`8080,9000-9010`).
+/// Returns the number of ports of the range without `reserved` (`8080,9000-9010`).
 fn count((low, high): (u16, u16), reserved: &str) -> u32 {
     let pieces = reserved.trim().split(',').filter_map(|piece| {
         let (from, to) = piece.split_once('-').unwrap_or((piece, piece));
@@ -92,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reserved_ports_are_not_to_be_had() {
+    fn reserved_ports_are_not_counted() {
         assert_eq!(range("32768\t60999\n"), Some((32_768, 60_999)));
         assert_eq!(range("x"), None);
         assert_eq!(count(USUAL, ""), 28_232);
@@ -101,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn the_machine_tells() {
+    fn settings_of_this_host_are_readable() {
         let mut ports = LocalPorts::open();
         let before = ports.count;
         ports.read();

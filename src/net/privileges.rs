@@ -1,8 +1,7 @@
-//! Who this process is and what it may do beyond that: user, groups,
-//! capabilities, `no_new_privs`.
+//! User, groups, capabilities and `no_new_privs` of this process.
 //!
-//! Called by `daemon::sandbox` while there is one thread, whose state every later
-//! one inherits. It only ever gives rights up, and never decides which.
+//! Called by `daemon::sandbox` while the process has one thread. Later threads inherit its
+//! state. It only drops rights and never decides which.
 
 pub use rustix::thread::CapabilitySet;
 
@@ -15,10 +14,10 @@ use rustix::thread::{
 use std::ffi::CString;
 use std::io;
 
-/// A user of this machine, with the groups it is to have.
+/// A user of this host and the groups that the process gets with it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UserIdentity {
-    /// As in the user database, or its number where it has no name.
+    /// Name in the user database, or the number if the user has no entry.
     pub name: String,
     uid: Uid,
     gid: Gid,
@@ -28,14 +27,15 @@ pub struct UserIdentity {
 // === impl UserIdentity ===
 
 impl UserIdentity {
-    /// The user of that name or number, with that group or its own. Asks the
-    /// user database (getpwnam(3)); a number needs no entry in it if `group` is
-    /// given as well.
+    /// Returns the user with this name or number, with `group` or its own groups.
+    ///
+    /// It reads the user database (getpwnam(3)). A number needs no entry if `group` is
+    /// given.
     ///
     /// # Errors
-    /// In words: nobody is called so, or the database cannot be read.
+    /// A message: the user or group does not exist, or the database is not readable.
     pub fn find(user: &str, group: Option<&str>) -> Result<UserIdentity, String> {
-        let trouble = |error: nix::Error| format!("cannot read the user database: {error}");
+        let unreadable = |error: nix::Error| format!("cannot read the user database: {error}");
         let gid = match group {
             Some(group) => Some(find_group(group)?),
             None => None,
@@ -44,13 +44,13 @@ impl UserIdentity {
             Ok(number) => User::from_uid(Uid::from_raw(number)),
             Err(_) => User::from_name(user),
         };
-        match (entry.map_err(trouble)?, gid, user.parse()) {
+        match (entry.map_err(unreadable)?, gid, user.parse()) {
             (Some(entry), gid, _) => {
                 let gid = gid.unwrap_or(entry.gid);
-                // With a group of the configuration's own, that one alone.
+                // A configured group replaces all groups of the user.
                 let groups = match group {
                     Some(_) => vec![gid],
-                    None => groups_of(&entry.name, gid).map_err(trouble)?,
+                    None => groups_of(&entry.name, gid).map_err(unreadable)?,
                 };
                 Ok(UserIdentity { name: entry.name, uid: entry.uid, gid, groups })
             }
@@ -65,81 +65,84 @@ impl UserIdentity {
         }
     }
 
-    /// For chown(2): user and group.
+    /// Returns user ID and group ID for chown(2).
     pub fn owner(&self) -> (u32, u32) {
         (self.uid.as_raw(), self.gid.as_raw())
     }
 
-    /// Whether this is uid 0.
+    /// Returns whether the user ID is 0.
     pub fn is_root(&self) -> bool {
         self.uid.is_root()
     }
 
-    /// Whether this process is that user already, with that group.
-    pub fn is_ours(&self) -> bool {
+    /// Returns whether this process already has this user and group.
+    pub fn is_current(&self) -> bool {
         nix::unistd::getresuid()
             .is_ok_and(|ids| [ids.real, ids.effective, ids.saved] == [self.uid; 3])
             && nix::unistd::getegid() == self.gid
     }
 
-    /// Becomes that user for good, on every thread there is (setresuid(2) as libc
-    /// has it), and keeps of the capabilities none but `keep`. The order is
-    /// that of the man pages: groups first, while that is still allowed.
+    /// Changes the process to this user for good, and keeps only the capabilities in
+    /// `keep`.
+    ///
+    /// The user changes on all threads (setresuid(2) of libc). Groups are set first,
+    /// because the user may not be allowed to set them.
     ///
     /// # Errors
-    /// What failed, and why; the process may then be half of each and must end.
+    /// The failed step and its error. The process may have changed in part and must exit.
     pub fn assume(&self, keep: CapabilitySet) -> Result<(), (&'static str, io::Error)> {
         let at = |what| move |error: nix::Error| (what, io::Error::from(error));
-        let told = |what| move |error: rustix::io::Errno| (what, io::Error::from(error));
-        // Needs CAP_SETPCAP, which is about to go.
+        let at_prctl = |what| move |error: rustix::io::Errno| (what, io::Error::from(error));
+        // It needs CAP_SETPCAP, which the change of the user drops.
         bound(keep);
-        set_keep_capabilities(true).map_err(told("keep capabilities"))?;
+        set_keep_capabilities(true).map_err(at_prctl("keep capabilities"))?;
         nix::unistd::setgroups(&self.groups).map_err(at("set the supplementary groups"))?;
         nix::unistd::setresgid(self.gid, self.gid, self.gid).map_err(at("set the group"))?;
         nix::unistd::setresuid(self.uid, self.uid, self.uid).map_err(at("set the user"))?;
         reduce(keep).map_err(|error| ("reduce the capabilities", error))?;
-        set_keep_capabilities(false).map_err(told("drop the capabilities"))?;
+        set_keep_capabilities(false).map_err(at_prctl("drop the capabilities"))?;
         Ok(())
     }
 }
 
 fn find_group(group: &str) -> Result<Gid, String> {
-    let trouble = |error: nix::Error| format!("cannot read the group database: {error}");
+    let unreadable = |error: nix::Error| format!("cannot read the group database: {error}");
     match group.parse() {
         Ok(number) => Ok(Gid::from_raw(number)),
-        Err(_) => match Group::from_name(group).map_err(trouble)? {
+        Err(_) => match Group::from_name(group).map_err(unreadable)? {
             Some(entry) => Ok(entry.gid),
             None => Err(format!("group {group:?} does not exist")),
         },
     }
 }
 
-/// The groups the database gives a user.
+/// Returns the groups of a user in the group database.
 fn groups_of(name: &str, gid: Gid) -> nix::Result<Vec<Gid>> {
     let name = CString::new(name).map_err(|_| nix::Error::EINVAL)?;
     nix::unistd::getgrouplist(&name, gid)
 }
 
-/// Who this process is, as `user:group`, names where there are any.
+/// Returns user and group of this process as `user:group`, by name if they have one.
 pub fn whoami() -> String {
     let (uid, gid) = (nix::unistd::geteuid(), nix::unistd::getegid());
-    // A process that is confined already may not read the databases.
+    // In a sandbox, the process may not read the databases.
     let user = User::from_uid(uid).ok().flatten().map_or_else(|| uid.to_string(), |it| it.name);
     let group = Group::from_gid(gid).ok().flatten().map_or_else(|| gid.to_string(), |it| it.name);
     format!("{user}:{group}")
 }
 
-/// Whether this process is uid 0.
+/// Returns whether this process has user ID 0.
 pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// Gives up every capability but `keep`, in all sets of the calling thread. What
-/// is kept survives execve(2): a process that is not root needs it among the
-/// ambient ones for that (capabilities(7)).
+/// Drops every capability except `keep` from all sets of the calling thread.
+///
+/// Kept capabilities survive execve(2). If the process is not root, they are added to the
+/// ambient set for that (capabilities(7)).
 ///
 /// # Errors
-/// The kernel's.
+/// The error of the kernel.
 pub fn reduce(keep: CapabilitySet) -> io::Result<()> {
     bound(keep);
     let kept = capabilities(None)?.permitted & keep;
@@ -151,24 +154,25 @@ pub fn reduce(keep: CapabilitySet) -> io::Result<()> {
     Ok(())
 }
 
-/// Takes all but `keep` out of the bounding set, so that no program this process
-/// may start gets more. Where that is not allowed there is nothing to bound:
-/// without CAP_SETPCAP, `no_new_privs` does the same.
+/// Removes all capabilities except `keep` from the bounding set, so that no program that
+/// this process starts gets more.
+///
+/// Without CAP_SETPCAP the call fails. `no_new_privs` has the same effect then.
 fn bound(keep: CapabilitySet) {
     for one in each().filter(|one| !keep.contains(*one)) {
         let _ = remove_capability_from_bounding_set(one);
     }
 }
 
-/// What this thread may do now.
+/// Returns the permitted capabilities of the calling thread.
 ///
 /// # Errors
-/// The kernel's.
+/// The error of the kernel.
 pub fn held() -> io::Result<CapabilitySet> {
     Ok(capabilities(None)?.permitted)
 }
 
-/// Names as in capabilities(7) in lower case and without `cap_`, or `none`.
+/// Returns the names of capabilities(7) in lower case and without `cap_`, or `none`.
 pub fn names(set: CapabilitySet) -> String {
     let names: Vec<String> = each()
         .filter(|one| set.contains(*one))
@@ -180,36 +184,39 @@ pub fn names(set: CapabilitySet) -> String {
     if names.is_empty() { "none".to_owned() } else { names.join(", ") }
 }
 
-/// Every capability that can be in a set; the kernel knows fewer.
+/// Returns every capability that a set can hold, including those that the kernel does
+/// not define.
 fn each() -> impl Iterator<Item = CapabilitySet> {
     (0..u64::BITS).map(|bit| CapabilitySet::from_bits_retain(1 << bit))
 }
 
-/// From now on no program this process starts gains any privilege (prctl(2),
-/// `PR_SET_NO_NEW_PRIVS`). Needed for landlock and seccomp.
+/// Prevents programs that this process starts from gaining privileges (prctl(2),
+/// `PR_SET_NO_NEW_PRIVS`). landlock and seccomp require it.
 ///
 /// # Errors
-/// The kernel's.
+/// The error of the kernel.
 pub fn set_no_new_privs() -> io::Result<()> {
     Ok(rustix::thread::set_no_new_privs(true)?)
 }
 
-/// Whether that is in force.
+/// Returns whether `no_new_privs` is set.
 pub fn has_no_new_privs() -> bool {
     rustix::thread::no_new_privs().unwrap_or(false)
 }
 
-/// No core dumps and no ptrace(2) by others of the same user: what is in memory
-/// stays there. The kernel sees to it where a user is changed, but not where the
-/// process was started as that user.
+/// Prevents core dumps and ptrace(2) by processes of the same user, because the memory
+/// holds secrets.
+///
+/// The kernel does this when a process changes its user. It does not if the process was
+/// started as that user.
 ///
 /// # Errors
-/// The kernel's.
+/// The error of the kernel.
 pub fn hide_memory() -> io::Result<()> {
     Ok(rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
 }
 
-/// Threads of this process; `None` where `/proc` does not tell.
+/// Returns the number of threads of this process. `None`: `/proc` is not readable.
 pub fn threads() -> Option<usize> {
     std::fs::read_dir("/proc/self/task").ok().map(Iterator::count)
 }
@@ -224,7 +231,7 @@ mod tests {
         assert!(root.is_root());
         assert_eq!(UserIdentity::find("0", None).unwrap().owner(), (0, 0));
         let stranger = UserIdentity::find("54321", Some("54322")).unwrap();
-        assert_eq!((stranger.owner(), stranger.is_ours()), ((54321, 54322), false));
+        assert_eq!((stranger.owner(), stranger.is_current()), ((54321, 54322), false));
         let said = UserIdentity::find("54321", None).unwrap_err();
         assert_eq!(said, "user 54321 is not in the user database; set group as well");
         assert_eq!(

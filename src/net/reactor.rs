@@ -1,7 +1,7 @@
-//! Watching a descriptor of ours on the worker's runtime.
+//! Registration of a descriptor with the runtime of a worker.
 //!
-//! Used by the listener and the engine for readiness only: no operation is ever
-//! in flight here, so a dropped wait loses nothing.
+//! Used by the listener and the engines. It waits only for readiness and never starts an
+//! operation, so dropping a wait loses nothing.
 
 #![allow(unsafe_code)]
 
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// An owner that keeps one descriptor open, and the same, for its whole life.
+/// A type that owns one descriptor and keeps the same descriptor open for its lifetime.
 pub trait StableFd: AsRawFd + sealed::Sealed {}
 
 mod sealed {
@@ -28,12 +28,12 @@ impl StableFd for RingWaker {}
 impl sealed::Sealed for Arc<Socket> {}
 impl StableFd for Arc<Socket> {}
 
-/// Registers `owner` with the current runtime, to be woken when it becomes
-/// readable (edge-triggered).
+/// Registers `owner` with the current runtime, which wakes waiting tasks when the
+/// descriptor becomes readable (edge-triggered).
 pub fn watch_readable<T: StableFd>(owner: T) -> io::Result<AsyncFd<T>> {
-    // SAFETY: `Steady` is sealed to types that own their descriptor, never
-    // replace it, and close it only when dropped; the `AsyncFd` owns `owner`
-    // (for the `Arc` and for `RingWaker`, a share of it), so it stays open as long as it does.
+    // SAFETY: `StableFd` is sealed to types that own their descriptor, never replace it,
+    // and close it only on drop. The `AsyncFd` owns `owner` (for `Arc` and `RingWaker`, a
+    // share of it), so the descriptor stays open as long as the `AsyncFd` exists.
     let watched = unsafe { AsyncFd::register_with_interest(owner, Interest::READABLE) };
     watched.map_err(Into::into)
 }

@@ -1,14 +1,13 @@
-//! Walls a process builds around itself: landlock for files, seccomp for system
-//! calls.
+//! Restrictions of this process: landlock for files, seccomp for system calls.
 //!
-//! Called by `daemon::sandbox` while there is one thread; later threads and programs
-//! that this process starts are inside as well, for good. Nothing here decides
-//! what is needed but [`calls`], which lists the system calls of this program.
+//! Called by `daemon::sandbox` while the process has one thread. Later threads and
+//! programs that the process starts inherit the restrictions, which cannot be removed.
+//! The caller decides which paths are needed; [`calls`] lists the system calls.
 
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod calls;
 
-/// On a processor whose calls nobody has looked at.
+/// For architectures without a list of system calls.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 mod calls {
     pub(super) fn rules() -> Option<std::collections::BTreeMap<i64, Vec<seccompiler::SeccompRule>>>
@@ -25,37 +24,37 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use std::io;
 use std::path::PathBuf;
 
-/// What stays open to a process that can open nothing else. Everything below a
-/// directory is meant with it; what does not exist is passed over.
+/// The paths that stay accessible. A directory includes everything below it. Paths that
+/// do not exist are skipped.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Paths {
-    /// To be read, and run.
+    /// Readable and executable.
     pub run: Vec<PathBuf>,
-    /// To be read.
+    /// Readable.
     pub read: Vec<PathBuf>,
-    /// Directories in which files and sockets may be made, written, renamed and
-    /// removed.
+    /// Directories in which files and sockets can be made, written, renamed and removed.
     pub write: Vec<PathBuf>,
 }
 
-/// Newest landlock interface that was looked at; older kernels get what they
-/// have.
+/// Newest supported landlock version. Older kernels apply the subset that they have.
 const INTERFACE: ABI = ABI::V6;
 
-/// What landlock calls reading, without running.
+/// Read access without execution.
 const READ: BitFlags<AccessFs> = make_bitflags!(AccessFs::{ReadFile | ReadDir});
 
-/// No making of directories, devices or links, no moving between directories.
+/// Write access without making directories, devices or links, and without moving files
+/// between directories.
 const WRITE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
     ReadFile | ReadDir | WriteFile | Truncate | MakeReg | MakeSock | RemoveFile
 });
 
-/// Closes the file system to this thread but for `paths`, and forbids it to
-/// signal processes outside (landlock(7)). Sockets are not touched. Gives how far
-/// that goes, in words.
+/// Restricts the file system of this thread to `paths`, and forbids signals to processes
+/// outside the sandbox (landlock(7)). Network access is not restricted.
+///
+/// Returns the landlock version as text.
 ///
 /// # Errors
-/// In words: the kernel does not have it, or refuses.
+/// A message: the kernel does not support landlock, or rejects the rules.
 pub fn close_files(paths: &Paths) -> Result<String, String> {
     let refused = |error: &dyn std::fmt::Display| format!("rejected by the kernel: {error}");
     let restricted = || -> Result<_, landlock::RulesetError> {
@@ -84,14 +83,14 @@ pub fn close_files(paths: &Paths) -> Result<String, String> {
     }
 }
 
-/// Limits this thread to the system calls of this program; gives how many there
-/// are, in words. Any other fails with `ENOSYS`, as on a kernel that does not
-/// have it, so that libraries fall back; and it is logged by the kernel
-/// (seccomp(2), `SECCOMP_FILTER_FLAG_LOG`).
+/// Restricts this thread to the system calls in [`calls`]. Returns their number as text.
+///
+/// Any other call fails with `ENOSYS`, as on a kernel without it, so that libraries use
+/// an alternative. The kernel logs such calls (seccomp(2), `SECCOMP_FILTER_FLAG_LOG`).
 ///
 /// # Errors
-/// In words: the kernel does not have it or refuses, or this processor's calls
-/// are not listed.
+/// A message: the kernel does not support seccomp or rejects the filter, or this
+/// architecture has no list.
 pub fn close_calls() -> Result<String, String> {
     let rules = calls::rules().ok_or("not supported on this CPU architecture")?;
     let count = rules.len();
@@ -108,7 +107,8 @@ pub fn close_calls() -> Result<String, String> {
     Ok(format!("{count} system calls allowed"))
 }
 
-/// Whether a filter is in force for this thread, whoever has set it.
+/// Returns whether a seccomp filter is in force for this thread. Another program may have
+/// set it.
 pub fn calls_are_closed() -> bool {
     use rustix::thread::SecureComputingMode;
     rustix::thread::secure_computing_mode().is_ok_and(|mode| mode == SecureComputingMode::Filter)
@@ -122,12 +122,12 @@ fn install(filter: &BpfProgram) -> io::Result<()> {
         .collect();
     let len = u16::try_from(program.len()).map_err(|_| io::Error::other("filter too long"))?;
     let whole = libc::sock_fprog { len, filter: program.as_mut_ptr() };
-    // Without the second flag kernels before 5.16 slow the whole process down, to
-    // keep it from guessing at its own memory.
+    // Without the second flag, kernels before 5.16 disable speculative store bypass for
+    // the process, which slows it down.
     let flags = libc::SECCOMP_FILTER_FLAG_LOG | libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW;
-    // SAFETY: the kernel copies `len` instructions from `filter`, which is
-    // `program`'s buffer of that length, alive to the end of this function; it
-    // writes nothing. The call changes what later calls may do, not memory.
+    // SAFETY: the kernel copies `len` instructions from `filter`. It points to the buffer
+    // of `program`, which has that length and lives until the end of this function. The
+    // kernel writes no memory of this process.
     let done = unsafe {
         libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, flags, &raw const whole)
     };
@@ -138,13 +138,13 @@ fn install(filter: &BpfProgram) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// On a thread of its own: what is closed stays closed for it.
-    fn alone<T: Send>(act: impl FnOnce() -> T + Send) -> T {
+    /// Runs `act` on a separate thread, because its restrictions cannot be removed.
+    fn on_thread<T: Send>(act: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| scope.spawn(act).join().unwrap())
     }
 
     #[test]
-    fn files_outside_of_the_paths_are_closed_and_those_inside_are_not() {
+    fn only_files_in_the_allowed_paths_are_accessible() {
         let [read, write, other] = [(); 3].map(|()| tempfile::tempdir().unwrap());
         for dir in [&read, &write, &other] {
             std::fs::write(dir.path().join("f"), "x").unwrap();
@@ -154,7 +154,7 @@ mod tests {
             write: vec![write.path().to_owned()],
             run: Vec::new(),
         };
-        let closed = alone(|| {
+        let closed = on_thread(|| {
             crate::privileges::set_no_new_privs().unwrap();
             close_files(&paths).map(|_| {
                 assert!(std::fs::read(read.path().join("f")).is_ok());
@@ -171,12 +171,12 @@ mod tests {
             assert!(std::env::var_os("CI").is_none(), "landlock: {why}");
             eprintln!("skipped: landlock: {why}");
         }
-        assert!(std::fs::read(other.path().join("f")).is_ok(), "others are not touched");
+        assert!(std::fs::read(other.path().join("f")).is_ok(), "other threads are not restricted");
     }
 
     #[test]
-    fn calls_beyond_the_list_fail_as_on_an_older_kernel() {
-        let (changed_root, packet, usual) = alone(|| {
+    fn unlisted_calls_fail_with_enosys() {
+        let (changed_root, packet, usual) = on_thread(|| {
             crate::privileges::set_no_new_privs().unwrap();
             close_calls().expect("seccomp");
             assert!(calls_are_closed());
@@ -187,6 +187,6 @@ mod tests {
         });
         assert_eq!(changed_root, Err(rustix::io::Errno::NOSYS));
         assert_eq!(packet.raw_os_error(), Some(libc::ENOSYS));
-        assert!(usual, "threads and files go on");
+        assert!(usual, "threads and files still work");
     }
 }

@@ -1,9 +1,9 @@
-//! The signals this program documents: held back, taken one by one, sent.
+//! The documented signals of the program: block, unblock, receive, send.
 //!
-//! Called by `cli` as the first thing in the process, by `daemon` once its handlers
-//! are there, and by the supervisor, which never has handlers. A blocked signal
-//! stays pending; threads and programs that are started meanwhile inherit the mask,
-//! so that none of them can be ended by one.
+//! Called by `cli` first in the process, by `daemon` after it has installed its handlers,
+//! and by the supervisor, which never installs handlers. A blocked signal stays pending.
+//! New threads and programs inherit the mask, so that no signal ends them before they
+//! are ready.
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal as Number};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -11,36 +11,36 @@ use rustix::process::{Pid, Signal};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
-/// Stop, stop, reload, upgrade.
+/// Shutdown (two signals), reload, upgrade.
 const DOCUMENTED: [Number; 4] = [Number::SIGTERM, Number::SIGINT, Number::SIGHUP, Number::SIGUSR2];
 
-/// What a thread holds back, to be restored.
+/// A saved signal mask of a thread.
 #[derive(Debug, Clone, Copy)]
 pub struct Mask(SigSet);
 
-/// Takes the documented signals, and the news that a child has ended.
+/// A queue of the documented signals and SIGCHLD.
 #[derive(Debug)]
 pub struct SignalQueue(SignalFd);
 
-/// What [`SignalQueue::take`] gives.
+/// A result of [`SignalQueue::take`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Taken {
-    /// A child has ended or several have.
+    /// At least one child has ended.
     ChildEnded,
-    /// One of the documented signals.
+    /// A documented signal.
     Signal(Signal),
 }
 
-/// Holds the documented signals back on this thread and those it starts; gives what
-/// was held back before.
+/// Blocks the documented signals on this thread and on threads that it starts. Returns the
+/// previous mask.
 pub fn hold_back() -> Mask {
     let documented: SigSet = DOCUMENTED.into_iter().collect();
-    // It fails for no valid arguments (sigprocmask(2)).
+    // The call fails only for invalid arguments (sigprocmask(2)).
     Mask(documented.thread_swap_mask(SigmaskHow::SIG_BLOCK).unwrap_or_else(|_| SigSet::empty()))
 }
 
-/// Lets the documented signals through to this thread: it takes them for the whole
-/// process where all others hold them back.
+/// Unblocks the documented signals on this thread. It then receives them for the process
+/// if all other threads block them.
 pub fn let_through() {
     let documented: SigSet = DOCUMENTED.into_iter().collect();
     let _ = documented.thread_unblock();
@@ -49,7 +49,7 @@ pub fn let_through() {
 /// Sends `signal` to a process.
 ///
 /// # Errors
-/// It is gone, or not to be signalled by this one.
+/// The process has ended, or this process may not signal it.
 pub fn send(pid: Pid, signal: Signal) -> io::Result<()> {
     Ok(rustix::process::kill_process(pid, signal)?)
 }
@@ -57,7 +57,7 @@ pub fn send(pid: Pid, signal: Signal) -> io::Result<()> {
 // === impl Mask ===
 
 impl Mask {
-    /// Goes back to it.
+    /// Restores the mask on the calling thread.
     pub fn restore(self) {
         let _ = self.0.thread_set_mask();
     }
@@ -66,11 +66,10 @@ impl Mask {
 // === impl SignalQueue ===
 
 impl SignalQueue {
-    /// From now on signals are taken from here alone. To be called while there is one
-    /// thread.
+    /// Opens the queue and blocks the signals. Call it while the process has one thread.
     ///
     /// # Errors
-    /// No descriptors left.
+    /// Out of descriptors.
     pub fn open() -> io::Result<SignalQueue> {
         let mut wanted: SigSet = DOCUMENTED.into_iter().collect();
         wanted.add(Number::SIGCHLD);
@@ -81,10 +80,10 @@ impl SignalQueue {
         )?))
     }
 
-    /// The next one; `None` where none is pending.
+    /// Returns the next pending signal. `None`: no signal is pending.
     ///
     /// # Errors
-    /// The kernel refuses, which it has no reason for.
+    /// The error of read(2), which is not expected.
     pub fn take(&self) -> io::Result<Option<Taken>> {
         let Some(info) = self.0.read_signal()? else { return Ok(None) };
         let taken = match i32::try_from(info.ssi_signo).map(Number::try_from) {
@@ -109,12 +108,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_signal_that_is_held_back_waits_for_the_queue() {
+    fn blocked_signal_stays_pending_for_the_queue() {
         let held = std::thread::spawn(|| {
             let before = hold_back();
             let queue = SignalQueue::open().unwrap();
             assert_eq!(queue.take().unwrap(), None);
-            // To this thread alone: the others of this test have their default.
+            // raise() signals this thread only. Other threads of the test do not block it.
             nix::sys::signal::raise(Number::SIGHUP).unwrap();
             let taken = queue.take().unwrap();
             before.restore();

@@ -1,8 +1,8 @@
-//! Asks the kernel for TCP connections by their local port (sock_diag(7)).
+//! Counts TCP connections by their local port (sock_diag(7)).
 //!
-//! Used by the sender of heartbeats to count a service's connections. The kernel
-//! sends only the connections asked for, in binary: `/proc/net/tcp` is all of
-//! the host's, as text.
+//! Used by the heartbeat sender to count the connections of a service. The kernel filters
+//! by port and answers in binary, while `/proc/net/tcp` lists all connections of the host
+//! as text. It never changes a socket.
 
 use rustix::net::netlink::{SOCK_DIAG, SocketAddrNetlink};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -14,32 +14,34 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-/// The largest piece the kernel sends of a dump.
+/// Largest part of a dump that the kernel sends.
 const PIECE_BYTES: usize = 32 * 1024;
 
-/// The kernel answers at once; this only bounds a wait for what never comes.
+/// Bounds the wait for an answer. The kernel normally answers immediately.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// `nlmsghdr` and `inet_diag_req_v2` (linux/netlink.h, linux/inet_diag.h).
+/// Sizes of `nlmsghdr` and `inet_diag_req_v2` (linux/netlink.h, linux/inet_diag.h).
 const HEADER_BYTES: usize = 16;
 const REQUEST_BYTES: usize = HEADER_BYTES + 56;
 
-/// Of a message of the answer: the header, then `inet_diag_msg`, whose
-/// `inet_diag_sockid` stands 4 bytes in: both ports, then the local address.
+/// Offsets in a message of the answer. After the header follows `inet_diag_msg`, with
+/// `inet_diag_sockid` at offset 4: both ports, then the local address.
 const PORT_AT: usize = HEADER_BYTES + 4;
 const ADDRESS_AT: usize = PORT_AT + 4;
 
-/// linux/netlink.h, linux/sock_diag.h.
+/// From linux/netlink.h and linux/sock_diag.h.
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const NLM_F_REQUEST_DUMP: u16 = 0x301;
 
-/// How many established connections there are at `local`, in this network
-/// namespace. A socket for both families counts where it accepted by IPv4.
+/// Returns the number of established connections with the local address `local` in this
+/// network namespace.
+///
+/// For an IPv4 address it includes connections that an IPv6 socket accepted over IPv4.
 ///
 /// # Errors
-/// A kernel without sock_diag, or one that does not let us.
+/// The kernel has no sock_diag, or this process may not use it.
 pub fn established(local: SocketAddr) -> io::Result<u32> {
     let wanted = SocketAddr::new(local.ip().to_canonical(), local.port());
     let inet6 = count(libc::AF_INET6, wanted);
@@ -47,7 +49,7 @@ pub fn established(local: SocketAddr) -> io::Result<u32> {
         return inet6;
     }
     let inet = count(libc::AF_INET, wanted)?;
-    // A kernel without IPv6 has none.
+    // Without IPv6 in the kernel, the second count fails.
     Ok(inet.saturating_add(inet6.unwrap_or(0)))
 }
 
@@ -88,8 +90,8 @@ fn ask(family: i32, port: u16) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Established TCP connections of that family and local port. The kernel
-/// compares the port itself (`inet_diag_dump_icsk`).
+/// Encodes a request for established TCP connections of a family and local port. The
+/// kernel filters by port (`inet_diag_dump_icsk`).
 fn request(family: i32, port: u16) -> [u8; REQUEST_BYTES] {
     const ESTABLISHED: u32 = 1 << 1;
     let mut bytes = [0; REQUEST_BYTES];
@@ -105,7 +107,8 @@ fn request(family: i32, port: u16) -> [u8; REQUEST_BYTES] {
     bytes
 }
 
-/// A message and what follows it; `None` at the end, or where it makes no sense.
+/// Returns the first message and the bytes after it. `None`: the end, or a malformed
+/// message.
 fn first_message(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
     let length = u32::from_ne_bytes(*bytes.first_chunk()?) as usize;
     let message = bytes.get(..length).filter(|message| message.len() >= HEADER_BYTES)?;
@@ -117,7 +120,7 @@ fn kind(message: &[u8]) -> u16 {
     u16::from_ne_bytes([message[4], message[5]])
 }
 
-/// `nlmsgerr`: an errno, negative.
+/// Returns the error of a `nlmsgerr`, which holds a negative errno.
 fn error(message: &[u8]) -> io::Error {
     match message.get(HEADER_BYTES..).and_then(<[u8]>::first_chunk) {
         Some(errno) => io::Error::from_raw_os_error(-i32::from_ne_bytes(*errno)),
@@ -143,11 +146,11 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
 
     #[test]
-    fn connections_at_the_port_and_address_are_counted_and_no_others() {
+    fn only_connections_of_the_port_and_address_are_counted() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         assert_eq!(established(address).unwrap(), 0);
-        // More than one piece of the answer holds.
+        // More connections than one part of the answer holds.
         let pair = |_| (TcpStream::connect(address).unwrap(), listener.accept().unwrap());
         let clients: Vec<_> = (0..400).map(pair).collect();
         assert_eq!(established(address).unwrap(), 400);
@@ -159,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_that_make_no_sense_end_the_reading() {
+    fn malformed_messages_end_the_reading() {
         assert!(first_message(&[]).is_none());
         assert!(first_message(&[0; 64]).is_none());
         assert!(first_message(&[0xff; 64]).is_none());

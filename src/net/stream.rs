@@ -1,8 +1,8 @@
-//! Connected stream sockets: connect, receive, send, shut down, reset. All
-//! non-blocking.
+//! Stream sockets: connect, receive, send, shut down, reset.
 //!
-//! Used by the workers. Every call is one system call unless its name says
-//! otherwise; errors come back as they are, for `errno` to judge.
+//! Used by workers. Functions never block. Each makes one system call unless its name or
+//! documentation says otherwise. Errors are returned unchanged; the caller interprets the
+//! errno.
 
 #[cfg(any(test, feature = "fake"))]
 use super::fake;
@@ -17,7 +17,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Whom to connect to.
+/// The address to connect to.
 #[derive(Debug, Clone, Copy)]
 pub enum ConnectTarget<'a> {
     /// IPv4 or IPv6.
@@ -26,31 +26,31 @@ pub enum ConnectTarget<'a> {
     Unix(&'a Path),
 }
 
-/// How far connect(2) got at once.
+/// The state of a connection after connect(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Connecting {
     /// Established.
     Done,
-    /// Under way: becomes writable when it is decided.
+    /// In progress. The socket becomes writable when connecting succeeds or fails.
     Pending,
 }
 
-/// Between keepalive probes once the idle time is over, where that is not
-/// shorter itself.
+/// Longest interval between keepalive probes. A shorter idle time is also the interval.
 const KEEPALIVE_INTERVAL_MAX: Duration = Duration::from_secs(15);
 
 /// Unanswered keepalive probes that end a connection.
 const KEEPALIVE_PROBES: u32 = 4;
 
-/// What the kernel may queue for a peer on this host, to be sent and to be
-/// received; it counts double, with its own bookkeeping (socket(7), SO_SNDBUF). The
-/// first is as much as any process may ask for where `net.core.wmem_max` is as
-/// usual. Less than 208 KiB of the second measured worse than no bound.
+/// Send and receive buffers for peers on this host. The kernel doubles the value for its
+/// overhead (socket(7), SO_SNDBUF).
+///
+/// The send buffer is the default of `net.core.wmem_max`, which any process may request.
+/// A receive buffer below 208 KiB was slower than no bound in measurements.
 const NEAR_SEND_QUEUE: usize = 208 * 1024;
 const NEAR_RECEIVE_QUEUE: usize = 256 * 1024;
 
-/// The name of a Unix socket as the kernel takes it: a leading `@` stands for the
-/// NUL byte of an abstract socket (unix(7)).
+/// Returns the name of a Unix socket for the kernel. A leading `@` becomes the NUL byte of
+/// an abstract socket (unix(7)).
 pub fn unix_name(path: &Path) -> Cow<'_, Path> {
     match path.as_os_str().as_bytes().strip_prefix(b"@") {
         Some(name) => {
@@ -66,8 +66,9 @@ pub fn connect(peer: ConnectTarget<'_>) -> io::Result<(OwnedFd, Connecting)> {
     connect_from(None, peer)
 }
 
-/// Starts connecting to `peer` on a new socket, from the address `source` if one
-/// is given; see [`start_at`]. It is for TCP peers of its own family.
+/// Starts connecting to `peer` on a new socket, from the address `source` if it is given.
+///
+/// `source` must be of the family of a TCP peer; see [`start_at`].
 pub fn connect_from(
     source: Option<IpAddr>,
     peer: ConnectTarget<'_>,
@@ -85,7 +86,7 @@ pub fn connect_from(
     let socket = Socket::new(domain, Type::STREAM.nonblocking().cloexec(), protocol)?;
     if protocol.is_some() {
         socket.set_tcp_nodelay(true)?;
-        // Before the first byte can come. What is accepted has it from its listener.
+        // Set before the first byte can arrive. Accepted connections inherit the option.
         keep_urgent_inline(&socket);
     }
     if let Some(source) = source {
@@ -94,19 +95,19 @@ pub fn connect_from(
     let how_far = match socket.connect(&peer) {
         Ok(()) => Connecting::Done,
         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => Connecting::Pending,
-        // connect(2): a Unix socket whose backlog is full says EAGAIN and is
-        // not connecting; the backend is not keeping up, as when TCP times out.
-        // Of TCP it is this kernel that is short of entries for the route.
+        // connect(2) on a Unix socket gives EAGAIN if the listen queue is full, and the
+        // socket does not connect. The backend is overloaded then. On a TCP socket, EAGAIN
+        // means that this kernel is out of memory for routes.
         Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
-            let says = if protocol.is_some() { libc::ENOBUFS } else { libc::ECONNREFUSED };
-            return Err(io::Error::from_raw_os_error(says));
+            let errno = if protocol.is_some() { libc::ENOBUFS } else { libc::ECONNREFUSED };
+            return Err(io::Error::from_raw_os_error(errno));
         }
         Err(error) => return Err(error),
     };
     Ok((socket.into(), how_far))
 }
 
-/// Whether connections can start at `source` now: it is an address of this host.
+/// Checks that connections can start from `source`: it is an address of this host.
 pub fn try_source(source: IpAddr) -> io::Result<()> {
     let domain = if source.is_ipv4() { Domain::IPV4 } else { Domain::IPV6 };
     let kind = Type::STREAM.nonblocking().cloexec();
@@ -114,9 +115,10 @@ pub fn try_source(source: IpAddr) -> io::Result<()> {
     start_at(&socket, source)
 }
 
-/// Has the TCP socket, not connected yet, connect from that address and whatever
-/// port makes the connection unique: the kernel picks it when it knows both ends
-/// (ip(7), IP_BIND_ADDRESS_NO_PORT).
+/// Sets the source address of an unconnected TCP socket.
+///
+/// The kernel assigns the port at connect(2), when it knows both addresses (ip(7),
+/// IP_BIND_ADDRESS_NO_PORT).
 pub fn start_at(socket: impl AsFd, source: IpAddr) -> io::Result<()> {
     super::sockopt::pick_port_at_connect(socket.as_fd())?;
     SockRef::from(&socket).bind(&SockAddr::from(SocketAddr::new(source, 0)))
@@ -130,9 +132,10 @@ fn connect_faked(socket: OwnedFd) -> io::Result<(OwnedFd, Connecting)> {
     }
 }
 
-/// As [`connect_from`], and looks again at once where the peer is on this host: the
-/// handshake with it is over, one way or the other, by the time connect(2)
-/// returns, although that says "in progress".
+/// Connects as [`connect_from`] does, and checks the result again for loopback peers.
+///
+/// The handshake with a loopback peer has finished when connect(2) returns, although it
+/// returns EINPROGRESS. The check is a second system call.
 pub fn connect_checking_result(
     source: Option<IpAddr>,
     peer: ConnectTarget<'_>,
@@ -152,7 +155,7 @@ pub fn connect_checking_result(
             Err(error) => Err(error),
         };
     }
-    // connect(2) on a connecting socket tells how that went.
+    // A second connect(2) returns the result of the first.
     match rustix::net::connect(&socket, &address) {
         Ok(()) | Err(rustix::io::Errno::ISCONN) => Ok((socket, Connecting::Done)),
         Err(rustix::io::Errno::ALREADY) => Ok((socket, Connecting::Pending)),
@@ -160,7 +163,7 @@ pub fn connect_checking_result(
     }
 }
 
-/// How a connect that was pending ended, once the socket has become writable.
+/// Returns the result of a pending connect, after the socket became writable.
 pub fn connect_result(socket: impl AsFd) -> io::Result<()> {
     #[cfg(any(test, feature = "fake"))]
     if let Some(answer) = fake::take_error(&socket) {
@@ -172,7 +175,7 @@ pub fn connect_result(socket: impl AsFd) -> io::Result<()> {
     }
 }
 
-/// Receives what there is into `buffer`; `Ok(0)` is the peer's FIN.
+/// Receives available bytes into `buffer`. `Ok(0)`: the peer sent FIN.
 #[inline]
 pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
     #[cfg(any(test, feature = "fake"))]
@@ -183,8 +186,8 @@ pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(received)
 }
 
-/// Looks at what there is, as far as it goes into `buffer`, and leaves it to be
-/// received; `Ok(0)` is the peer's FIN.
+/// Copies available bytes into `buffer` without removing them from the socket. `Ok(0)`:
+/// the peer sent FIN.
 pub fn peek(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
     #[cfg(any(test, feature = "fake"))]
     if let Some(answer) = fake::peek(&socket, buffer) {
@@ -194,20 +197,21 @@ pub fn peek(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(there)
 }
 
-/// Has the socket tell of bytes to receive only once so many wait (or its peer has ended).
+/// Makes the socket readable only when `bytes` have arrived or the stream has ended.
 pub fn set_low_water(socket: impl AsFd, bytes: u32) -> io::Result<()> {
     super::sockopt::receive_low_water(socket.as_fd(), bytes)
 }
 
-/// Takes what there is, at most `buffer`'s length, and throws it away: on a TCP
-/// socket nothing is copied (tcp(7), MSG_TRUNC). `Ok(0)` is the peer's FIN.
+/// Receives and discards available bytes, at most the length of `buffer`.
+///
+/// On a TCP socket nothing is copied (tcp(7), MSG_TRUNC). `Ok(0)`: the peer sent FIN.
 #[inline]
 pub fn discard(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<usize> {
     let (_, taken) = rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT | RecvFlags::TRUNC)?;
     Ok(taken)
 }
 
-/// Sends as much of `bytes` as there is room for.
+/// Sends as many of `bytes` as fit into the send buffer.
 #[inline]
 pub fn send(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
     #[cfg(any(test, feature = "fake"))]
@@ -217,7 +221,7 @@ pub fn send(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
     Ok(rustix::net::send(socket, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?)
 }
 
-/// Sends FIN behind whatever is queued (RFC 9293 section 3.6: half-close).
+/// Sends FIN after the queued bytes (RFC 9293 section 3.6: half-close).
 pub fn shutdown_write(socket: impl AsFd) -> io::Result<()> {
     #[cfg(any(test, feature = "fake"))]
     if let Some(answer) = fake::shutdown_write(&socket) {
@@ -227,28 +231,29 @@ pub fn shutdown_write(socket: impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Closes with RST: queued data is thrown away and the peer learns that the
-/// connection was cut (socket(7), SO_LINGER with a time of zero). On a Unix
-/// socket it is a plain close, which has the same effect there.
+/// Closes with RST and discards queued data (socket(7), SO_LINGER with a time of zero).
+///
+/// On a Unix socket it is a plain close, which has the same effect there.
 pub fn reset(socket: OwnedFd) {
     #[cfg(any(test, feature = "fake"))]
     if fake::reset_on_close(&socket).is_some() {
         return;
     }
-    // A failure here can only turn the RST into a FIN.
+    // If this fails, the peer gets a FIN instead of an RST.
     let _ = SockRef::from(&socket).set_linger(Some(Duration::ZERO));
     drop(socket);
 }
 
-/// Keeps what is queued between this process and peers on this very host short
-/// enough to stay in the caches, before much is moved from one socket to the other.
+/// Shortens the socket queues of peers on this host, so that queued bytes stay in the CPU
+/// caches. Call it before bulk data moves from `from` to `to`.
 ///
-/// On its way to another host a stream needs queues as long as the way, which the
-/// kernel finds out. On this one nothing is on its way: what is queued only waits
-/// for somebody's turn on a CPU, and where that is megabytes each byte goes out to
-/// memory and comes back. A no-op for other peers, and where the kernel refuses. A
-/// receive queue that has grown longer stays: what its sender was promised room
-/// for would be dropped.
+/// A stream to another host needs queues for its bandwidth-delay product, which the kernel
+/// measures. On this host the delay is only the wait for a CPU. Queues of megabytes
+/// would move each byte to main memory and back.
+///
+/// It has no effect for other peers and if the kernel rejects the size. A receive queue
+/// that is already longer is not changed, because the kernel would drop bytes for which it
+/// has announced a window.
 pub fn shorten_near_queues(from: impl AsFd, to: impl AsFd) {
     let (from, to) = (SockRef::from(&from), SockRef::from(&to));
     if is_near(&to) {
@@ -259,14 +264,14 @@ pub fn shorten_near_queues(from: impl AsFd, to: impl AsFd) {
     }
 }
 
-/// Whether the peer is on this host.
+/// Returns whether the peer is on this host.
 fn is_near(socket: &Socket) -> bool {
     let ip = |address: io::Result<SockAddr>| Some(address.ok()?.as_socket()?.ip().to_canonical());
     ip(socket.peer_addr())
         .is_some_and(|peer| peer.is_loopback() || ip(socket.local_addr()) == Some(peer))
 }
 
-/// Makes the last close of `socket` a reset, as [`reset`] does at once.
+/// Makes the last close of `socket` send RST instead of FIN.
 pub fn reset_on_close(socket: impl AsFd) {
     #[cfg(any(test, feature = "fake"))]
     if fake::reset_on_close(&socket).is_some() {
@@ -275,42 +280,42 @@ pub fn reset_on_close(socket: impl AsFd) {
     let _ = SockRef::from(&socket).set_linger(Some(Duration::ZERO));
 }
 
-/// Tears the connection down without closing the descriptor: the peer gets RST
-/// (connect(2), AF_UNSPEC), and whoever waits on the socket is woken.
+/// Ends the connection without closing the descriptor. The peer gets RST (connect(2),
+/// AF_UNSPEC), and tasks that wait for the socket are woken.
 pub fn abort(socket: impl AsFd) {
     #[cfg(any(test, feature = "fake"))]
     if fake::tear_down(&socket).is_some() {
         return;
     }
-    // Neither can fail in a way that leaves anyone waiting.
+    // An error means that the socket is already disconnected.
     let _ = rustix::net::connect_unspec(&socket);
     let _ = rustix::net::shutdown(&socket, Shutdown::Both);
 }
 
-/// How far a socket is with what it was given to send.
+/// The progress of a socket with the bytes that it must send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Delivery {
-    /// Bytes that the peer's kernel has not acknowledged (tcp(7), SIOCOUTQ), a FIN
-    /// as one of them. On a Unix socket: memory of what the peer has not read.
+    /// Bytes that the peer's kernel has not acknowledged (tcp(7), SIOCOUTQ). A FIN counts
+    /// as a byte. On a Unix socket: memory of the bytes that the peer has not read.
     pub waiting: u64,
-    /// How long ago the last of it got further; `None` where that cannot be told, as
-    /// on a Unix socket. A little longer than it is: the kernel counts in its ticks.
+    /// Time since the last progress. `None`: unknown, as on a Unix socket. It is up to
+    /// [`KERNEL_TICK_MAX`] too long, because the kernel counts in ticks.
     pub quiet: Option<Duration>,
-    /// The peer's kernel has no room for what waits, and answers when it is asked.
+    /// The peer's kernel has no space for the waiting bytes, and it answers window probes.
     pub blocked: bool,
-    /// The connection is no more.
+    /// The connection is closed.
     pub dead: bool,
 }
 
-/// What the kernel's clock ticks may take away from a time it tells.
+/// Longest clock tick of the kernel, by which its times can be too short.
 const KERNEL_TICK_MAX: Duration = Duration::from_millis(10);
 
-/// Two system calls.
+/// Returns the progress of a socket. Makes two system calls.
 ///
-/// The kernel sends data when its peer has made room for it by taking some, and only
-/// then: probes of a closed window and of an idle connection carry none. So the time
-/// of the last data sent is when the peer was last seen taking any, unless it was
-/// sent once more for want of an answer; then it is that of the last answer.
+/// With a full window, the kernel sends data only after the peer has read some. Probes of
+/// a closed window and of an idle connection carry no data. Therefore the time of the last
+/// data sent is the time of the last progress. If the kernel is retransmitting, it is the
+/// time of the last acknowledgement instead.
 pub fn delivery(socket: impl AsFd) -> Delivery {
     /// `TCP_CLOSE` of `net/tcp_states.h`.
     const CLOSE: u8 = 7;
@@ -328,12 +333,12 @@ pub fn delivery(socket: impl AsFd) -> Delivery {
     };
     let quiet = Some(Duration::from_millis(millis.into()) + KERNEL_TICK_MAX);
     let dead = info.tcpi_state == CLOSE;
-    // One probe may be on its way.
+    // One window probe may still be unanswered.
     let answers = info.tcpi_retransmits == 0 && info.tcpi_probes <= 1;
     Delivery { waiting, quiet, blocked: waiting > 0 && answers && !dead, dead }
 }
 
-/// Bytes that wait at the socket to be received; 0 where that cannot be told.
+/// Returns the bytes that can be received from the socket; 0 if unknown.
 pub fn unread(socket: impl AsFd) -> u64 {
     #[cfg(any(test, feature = "fake"))]
     if let Some(answer) = fake::unread(&socket) {
@@ -342,38 +347,39 @@ pub fn unread(socket: impl AsFd) -> u64 {
     super::ioctl::in_queue(socket.as_fd())
 }
 
-/// Bytes sent but not yet acknowledged by the peer's kernel (tcp(7), SIOCOUTQ);
-/// 0 where that cannot be told.
+/// Returns the bytes that the peer's kernel has not acknowledged (tcp(7), SIOCOUTQ); 0 if
+/// unknown.
 pub fn unacknowledged(socket: impl AsFd) -> u64 {
     super::ioctl::out_queue(socket.as_fd())
 }
 
-/// The errno of a TCP connection that is dead though we have not ended it and
-/// its error is not to be had any more: the kernel tells it once, and may have
-/// told it to a send that it then reported as a short one. A peer's FIN alone
-/// leaves a connection in CLOSE_WAIT, not in CLOSE (RFC 9293 section 3.3.2).
-/// `None` where the connection stands or is none of TCP's.
+/// Returns the errno of a TCP connection that the kernel has closed.
+///
+/// Use it if `SO_ERROR` is already cleared: the kernel reports an error once, and a send
+/// that returned fewer bytes may have consumed it. A FIN from the peer does not close a
+/// connection; it stays in CLOSE_WAIT (RFC 9293 section 3.3.2). `None`: the connection is
+/// open, or it is not TCP.
 pub fn close_error(socket: impl AsFd) -> Option<i32> {
     /// `TCP_CLOSE` of `net/tcp_states.h`.
     const CLOSE: u8 = 7;
     let info = super::sockopt::tcp_info(socket.as_fd()).filter(|info| info.tcpi_state == CLOSE)?;
-    // Sent to in vain, or kept from sending, when the kernel gave it up: then no
-    // data had gone out for the whole of the limit.
+    // The kernel timed the connection out if it was retransmitting or probing, or if no
+    // data was sent for the whole user timeout.
     let limit = SockRef::from(&socket).tcp_user_timeout().ok().flatten();
     let quiet = Duration::from_millis(info.tcpi_last_data_sent.into());
-    let given_up = info.tcpi_retransmits > 0
+    let timed_out = info.tcpi_retransmits > 0
         || info.tcpi_probes > 0
         || limit.is_some_and(|limit| !limit.is_zero() && quiet >= limit);
-    Some(if given_up { libc::ETIMEDOUT } else { libc::ECONNRESET })
+    Some(if timed_out { libc::ETIMEDOUT } else { libc::ECONNRESET })
 }
 
-/// Keeps the byte marked urgent in the stream instead of dropping it (tcp(7)).
+/// Keeps urgent bytes in the stream instead of dropping them (tcp(7)).
 pub fn keep_urgent_inline(socket: impl AsFd) {
     let _ = SockRef::from(&socket).set_out_of_band_inline(true);
 }
 
-/// Switches keepalive and `TCP_USER_TIMEOUT` on (or leaves them off). A no-op
-/// on Unix sockets.
+/// Sets keepalive and `TCP_USER_TIMEOUT`; `None` switches each off. It has no effect on
+/// Unix sockets.
 pub fn set_liveness(
     socket: impl AsFd,
     keepalive: Option<Duration>,
@@ -407,29 +413,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reset_reported_elsewhere_is_not_an_orderly_end() {
+    fn close_error_finds_a_reset_that_another_call_reported() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let pair = || {
-            let ours = std::net::TcpStream::connect(address).unwrap();
-            (ours, listener.accept().unwrap().0)
+            let client = std::net::TcpStream::connect(address).unwrap();
+            (client, listener.accept().unwrap().0)
         };
         let (mut closed, peer) = pair();
         drop(peer);
         assert_eq!(std::io::Read::read(&mut closed, &mut [0]).unwrap(), 0);
         assert_eq!(close_error(&closed), None);
-        let (mut fallen, peer) = pair();
+        let (mut failed, peer) = pair();
         reset(peer.into());
-        let told = std::io::Write::write(&mut fallen, &[0]).unwrap_err();
-        assert_eq!(told.raw_os_error(), Some(libc::ECONNRESET));
-        assert_eq!(std::io::Read::read(&mut fallen, &mut [0]).unwrap(), 0, "as after a FIN");
-        assert_eq!(close_error(&fallen), Some(libc::ECONNRESET));
+        let reported = std::io::Write::write(&mut failed, &[0]).unwrap_err();
+        assert_eq!(reported.raw_os_error(), Some(libc::ECONNRESET));
+        assert_eq!(std::io::Read::read(&mut failed, &mut [0]).unwrap(), 0, "as after a FIN");
+        assert_eq!(close_error(&failed), Some(libc::ECONNRESET));
         let (unix, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
         assert_eq!(close_error(&unix), None);
     }
 
     #[test]
-    fn a_connect_within_the_host_is_decided_at_once() {
+    fn connect_to_this_host_is_done_or_refused_immediately() {
         for host in ["127.0.0.1:0", "[::1]:0"] {
             let listener = std::net::TcpListener::bind(host).unwrap();
             let address = listener.local_addr().unwrap();
@@ -443,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connect_that_waits_for_room_in_the_backlog_is_pending() {
+    fn connect_to_a_full_listen_queue_is_pending() {
         let listener = super::super::listen::bind("127.0.0.1:0".parse().unwrap(), 1).unwrap();
         listener[0].listen(0).unwrap();
         let address = listener[0].local_addr().unwrap().as_socket().unwrap();

@@ -1,8 +1,8 @@
-//! A timer that can sit in an epoll set, exact to the microsecond where
-//! epoll_wait(2) counts in milliseconds. See timerfd_create(2).
+//! A timer for an epoll set. It has a resolution of microseconds, while epoll_wait(2)
+//! counts milliseconds. See timerfd_create(2).
 //!
-//! Used by the load generator's fixed-rate mode. It fires once for each arming
-//! and never by itself.
+//! Used by the fixed-rate mode of the load generator. It fires once after each
+//! [`Timer::arm`] and never repeats.
 
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
@@ -12,23 +12,23 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-/// The timer, disarmed until [`Timer::arm`].
+/// A timer.
 #[derive(Debug)]
 pub struct Timer(OwnedFd);
 
 // === impl Timer ===
 
 impl Timer {
-    /// A disarmed timer.
+    /// Makes a disarmed timer.
     pub fn new() -> io::Result<Timer> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         Ok(Timer(timerfd_create(TimerfdClockId::Monotonic, flags)?))
     }
 
-    /// Becomes readable `after` from now (at least a nanosecond), instead of
-    /// whenever it was to fire before.
+    /// Makes the descriptor readable `after` from now, at least 1 ns. It replaces an
+    /// earlier time.
     pub fn arm(&self, after: Duration) -> io::Result<()> {
-        // All zero would disarm it.
+        // A time of zero would disarm the timer.
         let after = after.max(Duration::from_nanos(1));
         let once = Itimerspec {
             it_interval: Timespec { tv_sec: 0, tv_nsec: 0 },

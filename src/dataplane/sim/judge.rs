@@ -9,7 +9,7 @@ use crate::worker::context::WorkerReport;
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use tidegate_core::health::ConnectFailure;
-use tidegate_net::fake::{self, PeerSignal, SimKernel, SimSocket, SocketRole, is_ours};
+use tidegate_net::fake::{self, PeerSignal, SimKernel, SimSocket, SocketRole, is_local_error};
 
 pub(super) fn judge(world: &SimWorld) {
     fake::with(|kernel| {
@@ -93,7 +93,7 @@ fn judge_undelivered(
     let lost = client.sent - backend.got + backend.sent - client.got;
     check(record.bytes_undelivered == lost, "lost bytes are counted otherwise")?;
     let in_order =
-        |socket: &SimSocket| socket.told == PeerSignal::Fin && !socket.shut && !socket.dead;
+        |socket: &SimSocket| socket.last_signal == PeerSignal::Fin && !socket.shut && !socket.dead;
     check(lost == 0 || !in_order(client) && !in_order(backend), "a part looks like the whole")
 }
 
@@ -104,7 +104,7 @@ fn judge_shortage(kernel: &SimKernel, errno: Option<i32>) -> Result<(), &'static
     let is_that = |injected: &i32| {
         errno.is_none_or(|errno| errno == *injected || no_port(errno) && no_port(*injected))
     };
-    let ours = errno.is_none_or(|errno| is_ours(errno) || errno == libc::ENETUNREACH);
+    let ours = errno.is_none_or(|errno| is_local_error(errno) || errno == libc::ENETUNREACH);
     check(ours && kernel.injected.iter().any(is_that), "nothing ran out")
 }
 
@@ -116,12 +116,12 @@ fn judge_finished(
 ) -> Result<(), &'static str> {
     check(client.fin && client.taken == client.sent, "the client had not finished")?;
     check(record.bytes_in == client.sent, "counted otherwise than sent")?;
-    check(client.told == PeerSignal::Fin, "the client was not told")?;
+    check(client.last_signal == PeerSignal::Fin, "the client was not told")?;
     let Some(backend) = backend else { return Ok(()) };
     check(backend.fin && backend.taken == backend.sent, "the backend had not finished")?;
     check(backend.got == client.sent && client.got == backend.sent, "bytes are missing")?;
     check(record.bytes_out == backend.sent, "counted otherwise than sent")?;
-    check(backend.told == PeerSignal::Fin, "the backend was not told")
+    check(backend.last_signal == PeerSignal::Fin, "the backend was not told")
 }
 
 /// What `failed` had sent before it failed has reached the other, as long as
@@ -153,7 +153,7 @@ fn judge_report(kernel: &SimKernel, report: &WorkerReport) {
     let WorkerReport::ConnectFailed { failure, .. } = report;
     match failure {
         ConnectFailure::Timeout => {}
-        ConnectFailure::Other(errno) => assert!(!is_ours(*errno), "{report:?}"),
+        ConnectFailure::Other(errno) => assert!(!is_local_error(*errno), "{report:?}"),
         _ => {
             let blamed = |s: &SimSocket| s.role != SocketRole::Client && s.peer_failed;
             assert!(kernel.sockets.iter().any(blamed), "{report:?}");

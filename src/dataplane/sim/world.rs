@@ -260,7 +260,7 @@ impl SimWorld {
             4..10 => kernel.peer_sends(id, bytes),
             10..14 => kernel.decide(id),
             14..17 => kernel.peer_reads(id, bytes * 2),
-            17..23 => kernel.go_on(),
+            17..23 => kernel.run_events(),
             23 => kernel.peer_ends(id, gone),
             29 => kernel.peer_fails(id, if reset { libc::ECONNRESET } else { libc::ETIMEDOUT }),
             30 => kernel.wake_for_nothing(id),
@@ -366,7 +366,7 @@ impl SimWorld {
                     kernel.peer_ends(id, false);
                 }
             }
-            kernel.go_on();
+            kernel.run_events();
         });
     }
 

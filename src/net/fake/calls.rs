@@ -1,7 +1,7 @@
-//! The system calls, as `net`'s wrappers make them: `None` where this thread has
-//! no fake kernel, or the descriptor is none of its.
+//! The system calls of the fake kernel.
 //!
-//! Called by the wrappers alone.
+//! Called only by the wrappers in `net`. A call returns `None` if this thread has no fake
+//! kernel or the descriptor belongs to the real kernel. It never blocks.
 
 use super::plan;
 use super::socket::{PeerSignal, SimSocketState, SocketRole, write_stream};
@@ -35,15 +35,15 @@ pub fn socket(address: SocketAddr) -> SimResult<OwnedFd> {
     })
 }
 
-/// The first connect(2), and the one that asks again.
+/// The first connect(2) of a socket, and the second, which returns the result.
 pub fn connect(fd: &impl AsFd) -> SimResult<()> {
-    on(fd, |kernel, id| match kernel.sockets[id].standing {
+    on(fd, |kernel, id| match kernel.sockets[id].state {
         SimSocketState::Fresh => {
             if let Some(InjectedFault::Errno(error)) = kernel.fault(SimCall::Connect, Some(id)) {
                 kernel.sockets[id].dead = true;
                 return errno(error);
             }
-            kernel.sockets[id].standing = SimSocketState::Connecting;
+            kernel.sockets[id].state = SimSocketState::Connecting;
             if kernel.connects_at_once && kernel.rng.bool() {
                 kernel.decide(id);
             }
@@ -82,7 +82,7 @@ pub fn peek(fd: &impl AsFd, buffer: &mut [u8]) -> SimResult<usize> {
 
 pub fn send(fd: &impl AsFd, bytes: &[u8]) -> SimResult<usize> {
     on(fd, |kernel, id| {
-        let count = kernel.way(SimCall::Send, id, bytes.len() as u64)? as usize;
+        let count = kernel.may_send(SimCall::Send, id, bytes.len() as u64)? as usize;
         kernel.sockets[id].put(&bytes[..count]);
         kernel.after_put(id);
         Ok(count)
@@ -98,7 +98,7 @@ pub fn shutdown_write(fd: &impl AsFd) -> SimResult<()> {
             return errno(libc::ENOTCONN);
         }
         kernel.sockets[id].shut = true;
-        kernel.sockets[id].told = PeerSignal::Fin;
+        kernel.sockets[id].last_signal = PeerSignal::Fin;
         kernel.changed(id);
         Ok(())
     })
@@ -115,14 +115,14 @@ pub fn reset_on_close(fd: &impl AsFd) -> Option<()> {
 pub fn tear_down(fd: &impl AsFd) -> Option<()> {
     on(fd, |kernel, id| {
         kernel.sockets[id].fail(libc::ECONNABORTED);
-        kernel.sockets[id].told = PeerSignal::Reset;
+        kernel.sockets[id].last_signal = PeerSignal::Reset;
         kernel.changed(id);
         Ok(())
     })
     .map(|_| ())
 }
 
-/// Options of sockets; what they are for is not played.
+/// Sets a socket option. The options have no effect here.
 pub fn set_option(fd: &impl AsFd) -> SimResult<()> {
     on(fd, |kernel, id| match kernel.fault(SimCall::Option, Some(id)) {
         Some(InjectedFault::Errno(error)) => errno(error),
@@ -156,7 +156,7 @@ pub fn accept(fd: &impl AsFd) -> SimResult<(OwnedFd, SocketAddr)> {
             return Some(errno(libc::EAGAIN));
         }
         match kernel.fault(SimCall::Accept, None) {
-            // It is nothing to be told of but the next to come.
+            // The client stays in the queue, so EAGAIN would be wrong here.
             Some(InjectedFault::Errno(libc::EAGAIN)) | Some(InjectedFault::Short) | None => {}
             Some(InjectedFault::Errno(error)) => return Some(errno(error)),
         }
@@ -174,7 +174,7 @@ pub fn has_queued(fd: &impl AsFd) -> Option<bool> {
 
 // === pipes ===
 
-/// Both ends, to read from and to write to, and how much it holds.
+/// Makes a pipe. Returns the read end, the write end and its size.
 pub fn pipe() -> SimResult<(OwnedFd, OwnedFd, usize)> {
     try_with(|kernel| {
         if let Some(InjectedFault::Errno(error)) = kernel.fault(SimCall::Pipe, None) {
@@ -182,12 +182,12 @@ pub fn pipe() -> SimResult<(OwnedFd, OwnedFd, usize)> {
         }
         kernel.note_closed();
         let flags = rustix::pipe::PipeFlags::CLOEXEC;
-        let (read_alarm, read) = rustix::pipe::pipe_with(flags)?;
-        let (write_alarm, write) = rustix::pipe::pipe_with(flags)?;
+        let (read_watch, read) = rustix::pipe::pipe_with(flags)?;
+        let (write_watch, write) = rustix::pipe::pipe_with(flags)?;
         let size = kernel.rng.choice([4096, 65_536, 1 << 20]).unwrap_or(4096);
         kernel.pipes.push(SimPipe {
             ends: [read.as_raw_fd(), write.as_raw_fd()],
-            alarms: [read_alarm, write_alarm],
+            close_watches: [read_watch, write_watch],
             size,
             holds: Default::default(),
         });
@@ -195,13 +195,14 @@ pub fn pipe() -> SimResult<(OwnedFd, OwnedFd, usize)> {
     })
 }
 
-/// splice(2) from a socket into a pipe; bytes, and how many are left.
+/// splice(2) from a socket into a pipe. Returns the bytes moved and the bytes left in the
+/// socket.
 pub fn fill(fd: &impl AsFd, pipe: &OwnedFd) -> SimResult<(usize, u64)> {
     on(fd, |kernel, id| {
         let at = kernel.pipe(1, pipe);
         let held: u64 = kernel.pipes[at].holds.iter().map(|(_, _, len)| len).sum();
         let room = kernel.pipes[at].size.saturating_sub(held);
-        assert!(room > 0, "a full pipe is filled");
+        assert!(room > 0, "fill of a full pipe");
         let (stream, from, count) = kernel.take(SimCall::Fill, id, room)?;
         if count > 0 {
             kernel.pipes[at].holds.push_back((stream, from, count));
@@ -217,7 +218,7 @@ pub fn drain(fd: &impl AsFd, pipe: &OwnedFd) -> SimResult<usize> {
         let Some((stream, from, held)) = kernel.pipes[at].holds.front().copied() else {
             return errno(libc::EAGAIN);
         };
-        let count = kernel.way(SimCall::Drain, id, held)?;
+        let count = kernel.may_send(SimCall::Drain, id, held)?;
         let mut bytes = vec![0; count as usize];
         write_stream(stream, from, &mut bytes);
         kernel.pipes[at].holds.pop_front();
@@ -250,10 +251,10 @@ impl SimKernel {
     fn pipe(&self, end: usize, fd: &OwnedFd) -> usize {
         let fd = fd.as_raw_fd();
         let at = self.pipes.iter().rposition(|pipe| pipe.ends[end] == fd);
-        at.expect("a pipe of this kernel's")
+        at.expect("the descriptor is a pipe of the fake kernel")
     }
 
-    /// Bytes that have arrived: stream, begin, length; zero of them is the end.
+    /// Receives bytes. Returns stream, offset and length. Length 0 is the end of the stream.
     pub(super) fn take(
         &mut self,
         call: SimCall,
@@ -269,13 +270,13 @@ impl SimKernel {
         let stream = socket.stream;
         self.note(count);
         if self.sockets[id].waiting() > 0 {
-            // As when they came a moment later.
+            // As if the rest arrived after the call.
             self.changed(id);
         }
         Ok((stream, from, count))
     }
 
-    /// As [`SimKernel::take`], and they stay where they are.
+    /// Returns what [`SimKernel::take`] would, without removing the bytes.
     fn look(&mut self, id: usize, most: u64) -> io::Result<(u8, u64, u64)> {
         let most = self.may_take(SimCall::Receive, id, most)?;
         let socket = &mut self.sockets[id];
@@ -288,7 +289,7 @@ impl SimKernel {
     fn may_take(&mut self, call: SimCall, id: usize, most: u64) -> io::Result<u64> {
         let most = match self.fault(call, Some(id)) {
             Some(InjectedFault::Errno(error)) => {
-                self.told_later(id, error);
+                self.report_later(id, error);
                 return errno(error);
             }
             Some(InjectedFault::Short) => self.rng.u64(1..=most),
@@ -297,25 +298,25 @@ impl SimKernel {
         Ok(most.min(self.most))
     }
 
-    /// How many of so many bytes may be sent now.
-    pub(super) fn way(&mut self, call: SimCall, id: usize, most: u64) -> io::Result<u64> {
+    /// Returns how many of `most` bytes a send accepts now.
+    pub(super) fn may_send(&mut self, call: SimCall, id: usize, most: u64) -> io::Result<u64> {
         let most = match self.fault(call, Some(id)) {
             Some(InjectedFault::Errno(error)) => {
-                self.told_later(id, error);
+                self.report_later(id, error);
                 return errno(error);
             }
             Some(InjectedFault::Short) => {
-                // As when there was room again a moment later.
+                // As if more space became free after the call.
                 self.changed(id);
                 self.rng.u64(1..=most)
             }
             None => most,
         };
-        self.sockets[id].make_way(most).or_else(errno)
+        self.sockets[id].sendable(most).or_else(errno)
     }
 
     pub(super) fn after_put(&mut self, id: usize) {
-        // Mostly it is there at once; else it is queued for a while.
+        // In 3 of 4 cases the bytes arrive immediately; else they stay queued.
         if self.rng.u8(..4) > 0 {
             self.sockets[id].deliver(u64::MAX);
         }
@@ -327,8 +328,9 @@ impl SimKernel {
         }
     }
 
-    /// A socket that would block though it would not is ready a moment later.
-    fn told_later(&mut self, id: usize, error: i32) {
+    /// Reports the socket as ready again, because an injected EAGAIN is not followed by a
+    /// real change.
+    fn report_later(&mut self, id: usize, error: i32) {
         if error == libc::EAGAIN || !plan::survives(error) {
             self.changed(id);
         }

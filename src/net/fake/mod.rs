@@ -1,15 +1,15 @@
-//! A kernel that is not there: sockets, pipes, an epoll set and a ring whose
-//! every answer follows from a seed, behind the system calls of `net`.
+//! A fake kernel for tests: sockets, pipes, an epoll set and an io_uring behind the system
+//! calls of `net`. A seed determines every result.
 //!
-//! Installed on a thread by the simulator of `dataplane`; the code above `net` runs
-//! on it unchanged. Descriptors are real ones (of pipes that carry nothing), so
-//! that owning and closing them is real, too. Built for tests alone.
+//! The simulator of `dataplane` installs it on a thread. The code that uses `net` runs
+//! unchanged. Descriptors are real (of pipes without data), so that ownership and closing
+//! are also tested. It is never part of a release build.
 
 #![allow(
     missing_docs,
     missing_debug_implementations,
     clippy::unwrap_used,
-    reason = "for tests alone"
+    reason = "only for tests"
 )]
 
 mod calls;
@@ -19,7 +19,7 @@ mod socket;
 mod uring;
 
 pub use calls::*;
-pub use plan::{FaultSchedule, InjectedFault, SimCall, is_ours};
+pub use plan::{FaultSchedule, InjectedFault, SimCall, is_local_error};
 pub use socket::{PeerSignal, SimSocket, SocketRole};
 pub use uring::*;
 
@@ -43,49 +43,49 @@ thread_local! {
 pub struct SimKernel {
     pub rng: Rng,
     pub plan: FaultSchedule,
-    /// Calls so far that can fail.
+    /// Number of calls until now that can fail.
     pub calls: u64,
-    /// Every one of them, where they are wanted.
+    /// All these calls, if the test needs them.
     pub log: Option<Vec<SimCall>>,
-    /// All there ever were; closed ones stay.
+    /// All sockets, including closed sockets.
     pub sockets: Vec<SimSocket>,
     by_fd: HashMap<RawFd, usize>,
     pipes: Vec<SimPipe>,
-    /// Clients in their queues.
+    /// Length of the listen queue of each listener.
     listeners: HashMap<RawFd, u32>,
     set: SimEpoll,
     uring: SimRing,
-    /// Whose connects are decided at once, as on loopback.
+    /// True if connects can finish immediately, as on loopback.
     pub connects_at_once: bool,
-    /// How much one call moves at most.
+    /// Most bytes that one call moves.
     pub most: u64,
-    /// Errnos that calls were made to give.
+    /// Errnos that were injected into calls.
     pub injected: Vec<i32>,
-    /// Descriptors whose socket was gone when they were used.
+    /// Number of uses of a descriptor after its socket was closed.
     pub misused: u64,
     trace: DefaultHasher,
 }
 
-/// The bytes in a pipe, as stretches of streams.
+/// A pipe. Its bytes are ranges of streams.
 #[derive(Debug)]
 struct SimPipe {
     ends: [RawFd; 2],
-    alarms: [OwnedFd; 2],
+    close_watches: [OwnedFd; 2],
     size: u64,
-    /// Stream, begin, length.
+    /// Stream, offset, length.
     holds: VecDeque<(u8, u64, u64)>,
 }
 
-/// Puts `kernel` behind this thread's system calls, for as long as it is kept.
+/// Installs a fake kernel on this thread until it is dropped.
 pub struct KernelGuard;
 
-/// On the kernel of this thread, which has one.
+/// Runs `run` on the fake kernel of this thread. Panics if the thread has none.
 pub fn with<T>(run: impl FnOnce(&mut SimKernel) -> T) -> T {
     try_with(run).expect("a kernel is installed")
 }
 
 pub fn is_installed() -> bool {
-    // In use: it is there.
+    // If it is borrowed, a kernel is installed.
     KERNEL.with(|kernel| kernel.try_borrow().map_or(true, |kernel| kernel.is_some()))
 }
 
@@ -132,18 +132,19 @@ impl SimKernel {
         }
     }
 
-    /// What has happened so far, in a number.
+    /// Returns a hash of all events until now.
     pub fn trace(&self) -> u64 {
         self.trace.finish()
     }
 
-    /// Something that belongs to the trace.
+    /// Adds an event to the trace.
     pub fn note(&mut self, what: impl Hash) {
         what.hash(&mut self.trace);
     }
 
-    /// Before each call that can fail: what goes wrong with it. What says that a
-    /// connection is gone makes it so.
+    /// Returns the fault of a call that can fail. Run it before each such call.
+    ///
+    /// An errno that means a failed connection also fails the connection.
     fn fault(&mut self, call: SimCall, socket: Option<usize>) -> Option<InjectedFault> {
         let index = self.calls;
         self.calls += 1;
@@ -162,7 +163,7 @@ impl SimKernel {
             socket.injected.push(errno);
             if !plan::survives(errno) && !matches!(call, SimCall::Option | SimCall::Watch) {
                 socket.fail(errno);
-                // This call tells; the next says that it is over.
+                // This call reports the error; the next reports the end of the stream.
                 socket.error = 0;
                 socket.peer_failed = true;
                 self.changed(id);
@@ -171,23 +172,23 @@ impl SimKernel {
         fault
     }
 
-    /// A socket of the balancer's: what it owns, and its number.
+    /// Adds a socket of the balancer. Returns its descriptor and its number.
     fn add_socket(&mut self, role: SocketRole) -> io::Result<(OwnedFd, usize)> {
-        let (alarm, own) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        let (close_watch, own) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         let (id, fd) = (self.sockets.len(), own.as_raw_fd());
         self.note_closed();
-        // The number of each stream is its socket's; 0 would be that of none.
-        self.sockets.push(SimSocket::new(role, (id % 250) as u8 + 1, fd, alarm));
+        // The number of a stream is that of its socket modulo 250, plus 1. 0 is no stream.
+        self.sockets.push(SimSocket::new(role, (id % 250) as u8 + 1, fd, close_watch));
         self.by_fd.insert(fd, id);
         Ok((own, id))
     }
 
-    /// The socket behind a descriptor, where it is one of this kernel's.
+    /// Returns the socket of a descriptor of the fake kernel.
     fn find(&self, fd: RawFd) -> Option<usize> {
         self.by_fd.get(&fd).copied()
     }
 
-    /// One more client is in the queue of that listener.
+    /// Adds a client to the listen queue of a listener.
     pub fn arrive(&mut self, listener: RawFd) {
         *self.listeners.entry(listener).or_default() += 1;
     }
@@ -196,21 +197,21 @@ impl SimKernel {
         self.listeners.values().sum()
     }
 
-    /// Something became of the socket that those who wait for it must learn.
+    /// Reports a change of the socket to the epoll set.
     pub fn changed(&mut self, id: usize) {
         self.set.wake(id);
     }
 
-    /// Sees which descriptors the balancer has closed, and tells their peers.
+    /// Finds descriptors that the balancer has closed, and closes their connections.
     pub fn note_closed(&mut self) {
-        for id in hung_up(self.sockets.iter().map(|socket| socket.alarm.as_ref())) {
+        for id in hung_up(self.sockets.iter().map(|socket| socket.close_watch.as_ref())) {
             let fd = self.sockets[id].fd;
             self.sockets[id].closed();
             self.by_fd.remove(&fd);
             self.set.forget(id);
-            self.note(("closed", id, self.sockets[id].told as u8));
+            self.note(("closed", id, self.sockets[id].last_signal as u8));
         }
-        let gone = hung_up(self.pipes.iter().map(|pipe| Some(&pipe.alarms[0])));
+        let gone = hung_up(self.pipes.iter().map(|pipe| Some(&pipe.close_watches[0])));
         for at in gone.into_iter().rev() {
             self.pipes.remove(at);
         }
@@ -225,25 +226,25 @@ impl SimKernel {
     }
 }
 
-/// Which of these are hung up.
-fn hung_up<'a>(alarms: impl Iterator<Item = Option<&'a OwnedFd>>) -> Vec<usize> {
+/// Returns the indices of the descriptors whose other end is closed.
+fn hung_up<'a>(close_watches: impl Iterator<Item = Option<&'a OwnedFd>>) -> Vec<usize> {
     let (mut which, mut fds) = (Vec::new(), Vec::new());
-    for (index, alarm) in alarms.enumerate() {
-        if let Some(alarm) = alarm {
+    for (index, close_watch) in close_watches.enumerate() {
+        if let Some(close_watch) = close_watch {
             which.push(index);
-            fds.push(PollFd::from_borrowed_fd(alarm.as_fd(), PollFlags::empty()));
+            fds.push(PollFd::from_borrowed_fd(close_watch.as_fd(), PollFlags::empty()));
         }
     }
     let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
-    rustix::event::poll(&mut fds, Some(&at_once)).expect("polling pipes of ours");
-    let told = which.into_iter().zip(&fds);
-    told.filter(|(_, fd)| !fd.revents().is_empty()).map(|(index, _)| index).collect()
+    rustix::event::poll(&mut fds, Some(&at_once)).expect("polling pipes of this process");
+    let polled = which.into_iter().zip(&fds);
+    polled.filter(|(_, fd)| !fd.revents().is_empty()).map(|(index, _)| index).collect()
 }
 
 // === impl SimKernel: what peers and paths do ===
 
 impl SimKernel {
-    /// The peer sends so many more bytes.
+    /// The peer sends `bytes` more.
     pub fn peer_sends(&mut self, id: usize, bytes: u64) {
         let socket = &mut self.sockets[id];
         if socket.is_open() && !socket.fin && !socket.dead {
@@ -252,7 +253,7 @@ impl SimKernel {
         }
     }
 
-    /// The peer ends its stream; with `gone` it has closed altogether.
+    /// The peer sends FIN; with `gone` it has closed its socket.
     pub fn peer_ends(&mut self, id: usize, gone: bool) {
         let socket = &mut self.sockets[id];
         if socket.is_open() && !socket.dead {
@@ -262,7 +263,7 @@ impl SimKernel {
         }
     }
 
-    /// The connection breaks.
+    /// The connection fails.
     pub fn peer_fails(&mut self, id: usize, errno: i32) {
         let socket = &mut self.sockets[id];
         if socket.is_open() && !socket.dead {
@@ -273,7 +274,7 @@ impl SimKernel {
         }
     }
 
-    /// The peer has read, so there is room for so much more.
+    /// The peer reads `bytes`, which frees as much space.
     pub fn peer_reads(&mut self, id: usize, bytes: u64) {
         let socket = &mut self.sockets[id];
         if socket.is_open() {
@@ -282,24 +283,24 @@ impl SimKernel {
         }
     }
 
-    /// A connect that is pending comes to its end.
+    /// A pending connect succeeds or fails.
     pub fn decide(&mut self, id: usize) {
-        if self.sockets[id].standing != socket::SimSocketState::Connecting
+        if self.sockets[id].state != socket::SimSocketState::Connecting
             || !self.sockets[id].is_open()
         {
             return;
         }
         match self.fault(SimCall::Decide, Some(id)) {
-            // Told by the socket, as soon as it is asked.
+            // The socket returns the error at the next call.
             Some(InjectedFault::Errno(errno)) => self.sockets[id].error = errno,
-            _ => self.sockets[id].standing = socket::SimSocketState::Up,
+            _ => self.sockets[id].state = socket::SimSocketState::Up,
         }
         self.changed(id);
     }
 
-    /// What goes on by itself: bytes arrive at the peers, and operations of the ring
-    /// are done.
-    pub fn go_on(&mut self) {
+    /// Runs events that need no call: bytes arrive at the peers, and ring operations
+    /// complete.
+    pub fn run_events(&mut self) {
         self.note_closed();
         let busy = |socket: &&mut SimSocket| socket.is_open() && socket.queued() > 0;
         for socket in self.sockets.iter_mut().filter(busy) {
@@ -312,7 +313,7 @@ impl SimKernel {
         self.run_ring(false);
     }
 
-    /// Wakes whoever watches that socket, for nothing.
+    /// Reports a socket without a change.
     pub fn wake_for_nothing(&mut self, id: usize) {
         self.changed(id);
     }

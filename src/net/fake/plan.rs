@@ -1,8 +1,7 @@
-//! Which system call fails, and how: at random by a seed, or the one that a
-//! test names.
+//! Which system calls fail, and how: at random from a seed, or the call that a test names.
 //!
-//! Asked by the fake kernel before every call. It knows which errnos a call can
-//! give, and what each says of the connection; it fails nothing itself.
+//! The fake kernel uses it before every call. It has the errnos of each call and whether a
+//! connection survives them. It never changes a socket.
 
 use fastrand::Rng;
 
@@ -28,29 +27,29 @@ pub enum SimCall {
     RingPoll,
 }
 
-/// What goes wrong with a call.
+/// A fault of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum InjectedFault {
     Errno(i32),
-    /// It does less than it could.
+    /// The call moves fewer bytes than it could.
     Short,
 }
 
-/// When something goes wrong.
+/// When calls fail.
 #[derive(Debug)]
 pub enum FaultSchedule {
     Never,
-    /// That call, counted from 0, and no other.
+    /// Only the call with this index, from 0.
     At(u64, InjectedFault),
-    /// One in so many calls, at most so many times.
+    /// One in `one_in` calls on average, at most `left` times.
     Random {
         one_in: u32,
         left: u32,
     },
 }
 
-/// Ours, and no peer's: what the machine runs out of, or will not let us do.
-const OURS: [i32; 9] = [
+/// Errnos of local errors: the host is out of a resource or forbids the call.
+const LOCAL_ERRORS: [i32; 9] = [
     libc::EMFILE,
     libc::ENFILE,
     libc::ENOMEM,
@@ -62,20 +61,21 @@ const OURS: [i32; 9] = [
     libc::ENOSPC,
 ];
 
-/// Whether that errno says something of this machine alone.
-pub fn is_ours(errno: i32) -> bool {
-    OURS.contains(&errno)
+/// Returns whether the errno is a local error.
+pub fn is_local_error(errno: i32) -> bool {
+    LOCAL_ERRORS.contains(&errno)
 }
 
-/// Whether the connection is still there after a call has given that errno.
+/// Returns whether the connection survives a call that returned the errno.
 pub(super) fn survives(errno: i32) -> bool {
-    is_ours(errno) || matches!(errno, libc::EAGAIN | libc::EINTR | libc::EINVAL | libc::ECANCELED)
+    is_local_error(errno)
+        || matches!(errno, libc::EAGAIN | libc::EINTR | libc::EINVAL | libc::ECANCELED)
 }
 
 // === impl SimCall ===
 
 impl SimCall {
-    /// What it can fail with.
+    /// Returns the errnos of the call.
     pub fn errnos(self) -> &'static [i32] {
         use libc::*;
         match self {
@@ -94,7 +94,7 @@ impl SimCall {
                 ENOBUFS,
                 ENOMEM,
             ],
-            // How a connect that was pending ends.
+            // The result of a pending connect.
             SimCall::Decide => &[ECONNREFUSED, ECONNRESET, ETIMEDOUT, EHOSTUNREACH, ENETUNREACH],
             SimCall::Receive => &[
                 EAGAIN,
@@ -131,7 +131,7 @@ impl SimCall {
         matches!(self, Receive | Send | Fill | Drain | RingReceive | RingSend)
     }
 
-    /// Everything that can go wrong with it.
+    /// Returns all faults of the call.
     pub fn faults(self) -> impl Iterator<Item = InjectedFault> {
         let short = self.can_be_short().then_some(InjectedFault::Short);
         self.errnos().iter().map(|errno| InjectedFault::Errno(*errno)).chain(short)
@@ -141,7 +141,7 @@ impl SimCall {
 // === impl FaultSchedule ===
 
 impl FaultSchedule {
-    /// What goes wrong with the `index`-th call.
+    /// Returns the fault of the call with this index.
     pub(super) fn fault(
         &mut self,
         call: SimCall,

@@ -1,7 +1,7 @@
-//! The fake kernel's epoll set: edge-triggered, and told in any order.
+//! The epoll set of the fake kernel: edge-triggered, with events in random order.
 //!
-//! One a thread. As in Linux, what is reported is how the socket stands when it
-//! is asked for, not when it changed.
+//! One per thread. As in Linux, an event has the state of the socket at the wait, not at
+//! the change. It never changes a socket.
 
 use super::{InjectedFault, SimCall, SimKernel};
 use rustix::event::epoll::{Event, EventData, EventFlags};
@@ -11,9 +11,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 #[derive(Debug, Default)]
 pub(super) struct SimEpoll {
-    /// Becomes readable when something is ready; who waits on the set waits on
-    /// this.
-    bell: Option<RawFd>,
+    /// The eventfd of the set. It becomes readable when a socket is ready.
+    eventfd: Option<RawFd>,
     watched: BTreeMap<usize, SimWatch>,
 }
 
@@ -30,8 +29,8 @@ impl SimEpoll {
     pub(super) fn wake(&mut self, id: usize) {
         let Some(watched) = self.watched.get_mut(&id) else { return };
         watched.edge = true;
-        if let Some(bell) = self.bell {
-            ring(bell);
+        if let Some(eventfd) = self.eventfd {
+            signal(eventfd);
         }
     }
 
@@ -41,18 +40,17 @@ impl SimEpoll {
 }
 
 /// Makes an eventfd readable.
-pub(super) fn ring(bell: RawFd) {
-    // SAFETY: the descriptor is that of an eventfd that lives as long as the
-    // engine that made it, and the engine as long as it is rung; borrowing it
-    // for one write touches no memory.
+pub(super) fn signal(eventfd: RawFd) {
+    // SAFETY: the engine that made the eventfd keeps it open, and the engine exists as
+    // long as the fake kernel signals it. The borrow lasts for one write.
     #[allow(unsafe_code)]
-    let bell = unsafe { BorrowedFd::borrow_raw(bell) };
-    // A full counter is readable, too.
-    let _ = rustix::io::write(bell, &1_u64.to_ne_bytes());
+    let eventfd = unsafe { BorrowedFd::borrow_raw(eventfd) };
+    // If the counter is full, the eventfd is already readable.
+    let _ = rustix::io::write(eventfd, &1_u64.to_ne_bytes());
 }
 
-/// An eventfd.
-pub(super) fn bell() -> io::Result<OwnedFd> {
+/// Makes an eventfd.
+pub(super) fn eventfd() -> io::Result<OwnedFd> {
     let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
     Ok(rustix::event::eventfd(0, flags)?)
 }
@@ -61,8 +59,8 @@ pub(super) fn bell() -> io::Result<OwnedFd> {
 
 impl SimKernel {
     pub(super) fn epoll_create(&mut self) -> io::Result<OwnedFd> {
-        let own = bell()?;
-        self.set.bell = Some(own.as_raw_fd());
+        let own = eventfd()?;
+        self.set.eventfd = Some(own.as_raw_fd());
         Ok(own)
     }
 
@@ -82,7 +80,7 @@ impl SimKernel {
         Ok(())
     }
 
-    /// How the socket stands, as far as it is watched for.
+    /// Returns the state of the socket, limited to the watched events.
     fn flags(&self, id: usize) -> EventFlags {
         let Some(watched) = self.set.watched.get(&id) else { return EventFlags::empty() };
         let always = EventFlags::ERR | EventFlags::HUP;
@@ -91,9 +89,9 @@ impl SimKernel {
 
     pub(super) fn epoll_wait(&mut self, most: usize) -> io::Result<Vec<Event>> {
         if let Some(InjectedFault::Errno(errno)) = self.fault(SimCall::Wait, None) {
-            // Nothing is taken, and nothing lost.
-            if let Some(bell) = self.set.bell {
-                ring(bell);
+            // The events stay pending, so the eventfd must stay readable.
+            if let Some(eventfd) = self.set.eventfd {
+                signal(eventfd);
             }
             return Err(io::Error::from_raw_os_error(errno));
         }

@@ -1,7 +1,8 @@
-//! A TCP connection as one end's kernel knows it, and the peer at the other.
+//! A TCP connection of the fake kernel: the socket of the balancer and its peer.
 //!
-//! Owned by the fake kernel. The bytes of a stream follow from its number, so
-//! none is kept, and every one that comes out is compared with what went in.
+//! Owned by the fake kernel. The number of a stream determines its bytes, so no bytes are
+//! stored, and each byte that the balancer sends is compared with the byte that it
+//! received. It never makes a system call.
 
 use crate::clock;
 use std::net::SocketAddr;
@@ -9,14 +10,15 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::sync::LazyLock;
 use std::time::Instant;
 
-/// What a stream's bytes are cut from; prime, so that no power of two repeats.
+/// The bytes of all streams. Its length is a prime, so that it does not repeat at powers
+/// of two.
 static PATTERN: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let mut rng = fastrand::Rng::with_seed(1);
     (0..65_521).map(|_| rng.u8(..)).collect()
 });
 
-/// Fills `bytes` with those of the stream `stream` that begin at `from`. The
-/// first one tells its number.
+/// Fills `bytes` with the bytes of stream `stream` at offset `from`. The first byte of a
+/// stream is its number.
 pub(super) fn write_stream(stream: u8, from: u64, bytes: &mut [u8]) {
     let size = PATTERN.len();
     let mut at = (usize::from(stream) * 257 + from as usize) % size;
@@ -31,11 +33,11 @@ pub(super) fn write_stream(stream: u8, from: u64, bytes: &mut [u8]) {
     }
 }
 
-/// Which end of the balancer it is at.
+/// The peer of a socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SocketRole {
     Client,
-    /// By the address connected to.
+    /// The backend with this address.
     Backend(SocketAddr),
 }
 
@@ -46,7 +48,7 @@ pub enum SimSocketState {
     Up,
 }
 
-/// What the peer was told at last.
+/// The last end-of-stream signal that the peer got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PeerSignal {
     Nothing,
@@ -57,50 +59,51 @@ pub enum PeerSignal {
 pub struct SimSocket {
     pub role: SocketRole,
     pub(super) fd: RawFd,
-    /// Hangs up when the other end of it, which is the balancer's descriptor, is
-    /// closed.
-    pub(super) alarm: Option<OwnedFd>,
-    pub standing: SimSocketState,
-    /// Of the bytes the peer sends.
+    /// Hangs up when its other end, the descriptor of the balancer, is closed.
+    pub(super) close_watch: Option<OwnedFd>,
+    pub state: SimSocketState,
+    /// Number of the stream that the peer sends.
     pub stream: u8,
-    /// So many the peer has sent, and so many of them were received.
+    /// Bytes that the peer has sent.
     pub sent: u64,
+    /// Bytes of `sent` that the balancer has received.
     pub taken: u64,
-    /// So many of them somebody has looked at.
+    /// Bytes of `sent` that the balancer has received or peeked at.
     seen: u64,
-    /// The peer has ended its stream.
+    /// The peer has sent FIN.
     pub fin: bool,
-    /// So many bytes were sent to the peer, so many of them have arrived there, and of
-    /// which stream they are.
+    /// Bytes that the balancer has sent.
     pub put: u64,
+    /// Bytes of `put` that have arrived at the peer.
     pub got: u64,
+    /// Number of the stream that the balancer sends.
     pub got_from: Option<u8>,
-    /// When bytes were sent, or arrived, at last.
+    /// When bytes were last sent or arrived.
     pub(super) moved_at: Instant,
     pub garbled: bool,
-    /// What may be sent before there is no room.
+    /// Bytes that fit into the send buffer.
     pub room: u64,
-    /// The connection is no more, and so is what it says to the next who asks.
+    /// The connection has failed; `error` is what the next call returns.
     pub dead: bool,
     pub(super) error: i32,
     pub shut: bool,
-    pub told: PeerSignal,
+    pub last_signal: PeerSignal,
     pub(super) reset_on_close: bool,
-    /// The peer has closed: whatever else it is sent, it answers with a reset.
+    /// The peer has closed its socket and answers further bytes with RST.
     pub gone: bool,
-    /// The peer or the path has failed, whether we know already or not.
+    /// The peer or the path has failed. The balancer may not know yet.
     pub peer_failed: bool,
-    /// Errnos that calls on it were made to give.
+    /// Errnos that were injected into calls on the socket.
     pub injected: Vec<i32>,
 }
 
 impl SimSocket {
-    pub(super) fn new(role: SocketRole, stream: u8, fd: RawFd, alarm: OwnedFd) -> SimSocket {
+    pub(super) fn new(role: SocketRole, stream: u8, fd: RawFd, close_watch: OwnedFd) -> SimSocket {
         SimSocket {
             role,
             fd,
-            alarm: Some(alarm),
-            standing: if role == SocketRole::Client {
+            close_watch: Some(close_watch),
+            state: if role == SocketRole::Client {
                 SimSocketState::Up
             } else {
                 SimSocketState::Fresh
@@ -119,7 +122,7 @@ impl SimSocket {
             dead: false,
             error: 0,
             shut: false,
-            told: PeerSignal::Nothing,
+            last_signal: PeerSignal::Nothing,
             reset_on_close: false,
             gone: false,
             peer_failed: false,
@@ -127,25 +130,24 @@ impl SimSocket {
         }
     }
 
-    /// The balancer still has it.
+    /// Returns whether the balancer has the socket open.
     pub fn is_open(&self) -> bool {
-        self.alarm.is_some()
+        self.close_watch.is_some()
     }
 
     pub(super) fn waiting(&self) -> u64 {
         self.sent - self.taken
     }
 
-    /// Whether the next so many bytes were looked at already: then taking them
-    /// cannot fail.
+    /// Returns whether the next `bytes` were peeked at. Receiving them cannot fail then.
     pub(super) fn has_shown(&self, bytes: u64) -> bool {
         self.taken + bytes <= self.seen
     }
 
-    /// poll(2)'s bits.
+    /// Returns the events of poll(2).
     pub(super) fn ready(&self) -> u32 {
         let bit = |so: bool, flag: i16| if so { flag as u32 } else { 0 };
-        let up = self.standing == SimSocketState::Up;
+        let up = self.state == SimSocketState::Up;
         bit(self.waiting() > 0 || self.fin || self.dead, libc::POLLIN)
             | bit(self.fin || self.dead, libc::POLLRDHUP)
             | bit(up && self.room > 0 || self.dead, libc::POLLOUT)
@@ -153,16 +155,16 @@ impl SimSocket {
             | bit(self.dead || self.fin && self.shut, libc::POLLHUP)
     }
 
-    /// Takes at most `most` bytes: where they begin, and how many. Zero of them
-    /// is the end.
+    /// Receives at most `most` bytes. Returns offset and length. Length 0 is the end of the
+    /// stream.
     pub(super) fn take(&mut self, most: u64) -> Result<(u64, u64), i32> {
         let (from, count) = self.look(most)?;
         self.taken += count;
         Ok((from, count))
     }
 
-    /// The same, and they stay to be taken. What came before a failure is still
-    /// there (`tcp_recvmsg`).
+    /// Returns what [`SimSocket::take`] would, without removing the bytes. Bytes that
+    /// arrived before a failure can still be received (`tcp_recvmsg`).
     pub(super) fn look(&mut self, most: u64) -> Result<(u64, u64), i32> {
         if self.waiting() > 0 {
             let count = self.waiting().min(most);
@@ -171,14 +173,14 @@ impl SimSocket {
         }
         match std::mem::take(&mut self.error) {
             0 if self.fin || self.dead => Ok((self.taken, 0)),
-            0 if self.standing != SimSocketState::Up => Err(libc::ENOTCONN),
+            0 if self.state != SimSocketState::Up => Err(libc::ENOTCONN),
             0 => Err(libc::EAGAIN),
             errno => Err(errno),
         }
     }
 
-    /// Room for at most `most` bytes that are to go out now.
-    pub(super) fn make_way(&mut self, most: u64) -> Result<u64, i32> {
+    /// Returns how many of `most` bytes can be sent now.
+    pub(super) fn sendable(&mut self, most: u64) -> Result<u64, i32> {
         if self.dead || self.shut {
             return match std::mem::take(&mut self.error) {
                 0 => Err(libc::EPIPE),
@@ -186,19 +188,20 @@ impl SimSocket {
             };
         }
         match self.room.min(most) {
-            _ if self.standing != SimSocketState::Up => Err(libc::EAGAIN),
+            _ if self.state != SimSocketState::Up => Err(libc::EAGAIN),
             0 => Err(libc::EAGAIN),
             count => Ok(count),
         }
     }
 
-    /// What has not arrived at the peer; a FIN behind it counts as well.
+    /// Returns the bytes that have not arrived at the peer. A FIN after them counts as a
+    /// byte.
     pub(super) fn queued(&self) -> u64 {
         let left = self.put - self.got;
         left + u64::from(left > 0 && self.shut)
     }
 
-    /// So much of what is queued arrives.
+    /// At most `most` queued bytes arrive at the peer.
     pub(super) fn deliver(&mut self, most: u64) {
         let left = self.put - self.got;
         if left > 0 && !self.dead {
@@ -207,7 +210,7 @@ impl SimSocket {
         }
     }
 
-    /// These bytes go to the peer; there was room for them.
+    /// Sends bytes, for which the send buffer must have space.
     pub(super) fn put(&mut self, bytes: &[u8]) {
         let Some(first) = bytes.first() else { return };
         let stream = *self.got_from.get_or_insert(*first);
@@ -218,13 +221,13 @@ impl SimSocket {
         self.moved_at = clock::now();
         self.room -= bytes.len() as u64;
         if self.gone {
-            // `tcp_reset` in Linux: after the peer's FIN it reads as EPIPE.
+            // As `tcp_reset` in Linux: after a FIN from the peer, the error is EPIPE.
             self.fail(if self.fin { libc::EPIPE } else { libc::ECONNRESET });
             self.peer_failed = true;
         }
     }
 
-    /// The connection breaks.
+    /// The connection fails.
     pub(super) fn fail(&mut self, errno: i32) {
         if !self.dead {
             self.dead = true;
@@ -232,29 +235,29 @@ impl SimSocket {
         }
     }
 
-    /// The balancer has closed it.
+    /// The balancer has closed the socket.
     pub(super) fn closed(&mut self) {
-        self.alarm = None;
-        if self.told != PeerSignal::Reset {
+        self.close_watch = None;
+        if self.last_signal != PeerSignal::Reset {
             let unread = self.waiting() > 0;
-            self.told =
+            self.last_signal =
                 if self.reset_on_close || unread { PeerSignal::Reset } else { PeerSignal::Fin };
         }
-        if self.told == PeerSignal::Fin {
+        if self.last_signal == PeerSignal::Fin {
             self.deliver(u64::MAX);
         }
     }
 }
 
 impl std::fmt::Debug for SimSocket {
-    /// On one line: there are many.
+    /// Formats on one line, because a simulation has many sockets.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let SimSocket { role, stream, standing, sent, taken, put, got, got_from, .. } = self;
-        write!(f, "{role:?} #{stream} {standing:?} sent {sent} taken {taken} put {put} got {got}")?;
+        let SimSocket { role, stream, state, sent, taken, put, got, got_from, .. } = self;
+        write!(f, "{role:?} #{stream} {state:?} sent {sent} taken {taken} put {put} got {got}")?;
         write!(
             f,
-            " of {got_from:?} room {} told {:?} injected {:?}",
-            self.room, self.told, self.injected
+            " of {got_from:?} room {} signal {:?} injected {:?}",
+            self.room, self.last_signal, self.injected
         )?;
         let flags = [
             (self.is_open(), "open"),

@@ -1,13 +1,14 @@
-//! The fake kernel's io_uring: submissions as the real one reads them, and
-//! completions late, in any order and at times short.
+//! The io_uring of the fake kernel. Completions are late, in random order and sometimes
+//! short.
 //!
-//! Used by `net::ring` in the real one's place. It reads and writes the memory
-//! that submissions name, and does so late: memory given up too early shows as
-//! garbled bytes. See io_uring_enter(2) and the header `linux/io_uring.h`.
+//! `net::ring` uses it in place of a real ring. It reads and writes the memory of
+//! submissions late, so that memory that is freed too early shows as garbled bytes. It
+//! never reads a submission differently from Linux. See io_uring_enter(2) and the header
+//! `linux/io_uring.h`.
 
 #![allow(unsafe_code)]
 
-use super::poll::ring as ring_bell;
+use super::poll::signal;
 use super::socket::write_stream;
 use super::{InjectedFault, SimCall, SimKernel, try_with};
 use fastrand::Rng;
@@ -30,35 +31,35 @@ const BUFFER: u32 = 1;
 const MORE: u32 = 2;
 const BUFFER_SHIFT: u32 = 16;
 
-/// Of AsyncCancel: everything.
+/// Flag of a cancellation: all operations.
 const CANCEL_ANY: u32 = 1 << 2;
 
-/// Of submissions: no completion where it succeeds.
+/// Flag of submissions: no completion on success.
 const SKIP_SUCCESS: u8 = 1 << 6;
 
-/// Buffers one receive takes in a row at most.
+/// Most buffers that one receive uses in a row.
 const MULTISHOT_MAX: u32 = 8;
 
 #[derive(Debug, Default)]
 pub(super) struct SimRing {
-    /// Submissions it takes before it must be entered.
+    /// Most submissions before an enter.
     size: usize,
     queued: VecDeque<SimSqe>,
     in_flight: Vec<SimOp>,
-    /// Done, and put off until it is entered.
+    /// Completions that appear at the next enter.
     deferred: VecDeque<SimCqe>,
     completed: VecDeque<SimCqe>,
-    bell: Option<RawFd>,
+    eventfd: Option<RawFd>,
     wakes: bool,
-    /// Where the buffers are shown, how many entries there are, and how many
-    /// were taken.
+    /// Address and number of the entries of the buffer ring.
     buffers: (u64, u16),
+    /// Number of buffers that were taken.
     head: u16,
-    /// The flag for deferred work stands, though there may be none.
+    /// The flag for deferred work. It can be set without deferred work.
     flagged: bool,
 }
 
-/// What a submission says, by the offsets of the header.
+/// The fields of a submission, read at the offsets of the header.
 #[derive(Debug, Clone, Copy)]
 struct SimSqe {
     code: u8,
@@ -70,7 +71,7 @@ struct SimSqe {
     user_data: u64,
 }
 
-/// An entry of the ring of buffers (`struct io_uring_buf`).
+/// An entry of the buffer ring (`struct io_uring_buf`).
 #[repr(C)]
 struct ShownBuffer {
     address: u64,
@@ -83,7 +84,7 @@ struct ShownBuffer {
 struct SimOp {
     entry: SimSqe,
     socket: usize,
-    /// Of a send: bytes that are out.
+    /// For a send: bytes that were sent.
     done: u64,
 }
 
@@ -93,15 +94,15 @@ pub fn ring_new() -> bool {
     super::is_installed()
 }
 
-pub fn ring_register_bell(bell: RawFd) {
-    on(|kernel| (kernel.uring.bell, kernel.uring.wakes) = (Some(bell), true));
+pub fn ring_register_eventfd(eventfd: RawFd) {
+    on(|kernel| (kernel.uring.eventfd, kernel.uring.wakes) = (Some(eventfd), true));
 }
 
 pub fn ring_register_buffers(address: u64, count: u16) {
     on(|kernel| kernel.uring.buffers = (address, count));
 }
 
-/// False where the queue is full.
+/// Queues a submission. Returns false if the queue is full.
 pub fn ring_push(entry: &squeue::Entry) -> bool {
     on(|kernel| {
         let uring = &mut kernel.uring;
@@ -113,8 +114,8 @@ pub fn ring_push(entry: &squeue::Entry) -> bool {
     })
 }
 
-/// Submissions queued, and whether there is deferred work.
-pub fn ring_standing() -> (u32, bool) {
+/// Returns the number of queued submissions, and the flag for deferred work.
+pub fn ring_pending_work() -> (u32, bool) {
     on(|kernel| (kernel.uring.queued.len() as u32, kernel.uring.flagged))
 }
 
@@ -134,13 +135,13 @@ pub fn ring_wakes(wakes: bool) {
     on(|kernel| kernel.uring.wakes = wakes);
 }
 
-/// As if time passed: whatever can come to its end does.
+/// Completes every operation that can complete, as if time passed.
 pub fn ring_wait() {
     on(|kernel| kernel.run_ring(true));
 }
 
 fn on<T>(run: impl FnOnce(&mut SimKernel) -> T) -> T {
-    try_with(run).expect("a fake ring is of a fake kernel")
+    try_with(run).expect("a fake ring needs a fake kernel")
 }
 
 // === impl SimRing ===
@@ -151,25 +152,25 @@ impl SimRing {
         SimRing { size, ..SimRing::default() }
     }
 
-    /// Completions are only queued, as with IORING_SETUP_DEFER_TASKRUN.
+    /// Defers a completion to the next enter, as with IORING_SETUP_DEFER_TASKRUN.
     fn complete(&mut self, completion: SimCqe) {
         self.deferred.push_back(completion);
         self.flagged = true;
         if self.wakes
-            && let Some(bell) = self.bell
+            && let Some(eventfd) = self.eventfd
         {
-            ring_bell(bell);
+            signal(eventfd);
         }
     }
 
-    /// A buffer of the ring's, unless all are taken: where, how long, its number.
+    /// Takes a buffer. Returns its address, length and number; `None` if all are taken.
     fn take_buffer(&mut self) -> Option<(*mut u8, u32, u16)> {
         let (address, count) = self.buffers;
         let at = |index: u16, offset: u64| address + u64::from(index) * 16 + offset;
-        // SAFETY: the ring's owner has registered an array of `count` entries of
-        // 16 bytes there, which lives as long as the ring; the tail is a u16 at
-        // offset 14 of the first (`struct io_uring_buf_ring`), which this thread
-        // alone writes, and not now.
+        // SAFETY: the owner of the ring has registered an array of `count` entries of 16
+        // bytes at this address, which lives as long as the ring. The tail is the u16 at
+        // offset 14 of the first entry (`struct io_uring_buf_ring`). Only this thread
+        // writes it, and not during this call.
         let tail = unsafe { std::ptr::read_volatile(at(0, 14) as *const u16) };
         if tail == self.head {
             return None;
@@ -177,7 +178,8 @@ impl SimRing {
         let index = self.head & (count - 1);
         self.head = self.head.wrapping_add(1);
         let entry = at(index, 0) as *const ShownBuffer;
-        // SAFETY: as above; entries below the tail are initialised.
+        // SAFETY: the entry is in the same array, and entries below the tail are
+        // initialised.
         let ShownBuffer { address, len, id, .. } = unsafe { std::ptr::read(entry) };
         Some((address as *mut u8, len, id))
     }
@@ -187,8 +189,8 @@ impl SimRing {
 
 impl SimSqe {
     fn read(entry: &squeue::Entry) -> SimSqe {
-        // SAFETY: an entry is 64 bytes of plain data (`struct io_uring_sqe`), all
-        // initialised, and borrowed for as long as they are copied.
+        // SAFETY: an entry is 64 initialised bytes (`struct io_uring_sqe`). The reference
+        // is valid during the copy.
         let bytes = unsafe { *std::ptr::from_ref(entry).cast::<[u8; 64]>() };
         let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four"));
         let long = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight"));
@@ -203,25 +205,25 @@ impl SimSqe {
         }
     }
 
-    /// The memory of a send, as stretches.
+    /// Returns the memory ranges of a send.
     fn memory(&self) -> Vec<(*const u8, usize)> {
         if self.code == SEND {
             return vec![(self.address as *const u8, self.len as usize)];
         }
-        // SAFETY: whoever submits a message keeps the header, unmoved, until the
-        // operation is over, as it is not yet.
+        // SAFETY: the submitter keeps the header valid until the operation completes. It
+        // has not completed yet.
         let header = unsafe { &*(self.address as *const libc::msghdr) };
-        // SAFETY: and so the vector it points to, of that length.
+        // SAFETY: the submitter also keeps the vector of that length valid.
         let vector = unsafe { std::slice::from_raw_parts(header.msg_iov, header.msg_iovlen as _) };
         vector.iter().map(|part| (part.iov_base.cast_const().cast(), part.iov_len)).collect()
     }
 
-    /// A copy of at most `most` bytes behind the first `skip`.
+    /// Copies at most `most` bytes after the first `skip`.
     fn bytes(&self, skip: u64, most: u64) -> Vec<u8> {
         let mut all = Vec::new();
         for (start, len) in self.memory() {
-            // SAFETY: whoever submits a send keeps its bytes, unmoved and
-            // unchanged, until the operation is over, as it is not yet.
+            // SAFETY: the submitter keeps the bytes valid and unchanged until the
+            // operation completes. It has not completed yet.
             all.extend_from_slice(unsafe { std::slice::from_raw_parts(start, len) });
         }
         let skip = skip as usize;
@@ -269,7 +271,7 @@ impl SimKernel {
         let mut found = false;
         for at in (0..self.uring.in_flight.len()).rev() {
             let SimOp { entry: other, socket, .. } = self.uring.in_flight[at];
-            // Now and then a receive is about to go on, and is missed.
+            // With a probability of 1/4, the cancellation misses a running receive.
             let busy = other.code == RECEIVE && self.sockets[socket].waiting() > 0;
             let missed = !all && busy && self.rng.u8(..4) == 0;
             if (all || other.user_data == entry.address) && !missed {
@@ -286,7 +288,7 @@ impl SimKernel {
         }
     }
 
-    /// Operations that can go on may do so, in any order; with `all`, all do.
+    /// Runs operations in random order: a random subset, or all with `all`.
     pub(super) fn run_ring(&mut self, all: bool) {
         let mut order: Vec<u64> =
             self.uring.in_flight.iter().map(|operation| operation.entry.user_data).collect();
@@ -307,7 +309,7 @@ impl SimKernel {
             RECEIVE => self.run_receive(entry, socket),
             SEND | SEND_MESSAGE => self.run_send(at),
             POLL => self.run_poll(entry, socket),
-            other => panic!("operation {other} is not played"),
+            other => panic!("operation {other} is not simulated"),
         };
         if let Some(result) = over {
             self.note((entry.user_data, result));
@@ -316,7 +318,7 @@ impl SimKernel {
         }
     }
 
-    /// A multishot receive: goes on until it ends, which is what is given back.
+    /// Runs a multishot receive. Returns its result if it has ended.
     fn run_receive(&mut self, entry: SimSqe, socket: usize) -> Option<i32> {
         for _ in 0..MULTISHOT_MAX {
             if self.sockets[socket].ready() & libc::POLLIN as u32 == 0 {
@@ -327,9 +329,8 @@ impl SimKernel {
             };
             match self.take(SimCall::RingReceive, socket, u64::from(len)) {
                 Ok((stream, from, count)) if count > 0 => {
-                    // SAFETY: a buffer shown to the kernel is the kernel's, for
-                    // `len` bytes, until a completion names it; and no more than
-                    // that were taken.
+                    // SAFETY: a shown buffer of `len` bytes belongs to the kernel until a
+                    // completion names it, and `count` is at most `len`.
                     let bytes = unsafe { std::slice::from_raw_parts_mut(to, count as usize) };
                     write_stream(stream, from, bytes);
                     let flags = BUFFER | MORE | u32::from(id) << BUFFER_SHIFT;
@@ -352,18 +353,18 @@ impl SimKernel {
         }
         let left = entry.total() - done;
         let partial = |result: i32| if done > 0 { done as i32 } else { result };
-        match self.way(SimCall::RingSend, socket, left) {
+        match self.may_send(SimCall::RingSend, socket, left) {
             Ok(count) => {
                 let bytes = entry.bytes(done, count);
                 self.sockets[socket].put(&bytes);
                 self.after_put(socket);
                 self.uring.in_flight[at].done += count;
-                // All of it, or as much as there happened to be room for.
+                // The send completes, or it returns short with a probability of 1/4.
                 let short = count < left && self.rng.u8(..4) == 0;
                 (count == left || short).then_some((done + count) as i32)
             }
             Err(error) => match error.raw_os_error().unwrap_or(libc::EIO) {
-                // Waits for room, or says so where it was made to.
+                // The send waits for space, or returns EAGAIN with a probability of 1/8.
                 libc::EAGAIN if self.rng.u8(..8) > 0 => None,
                 errno => Some(partial(-errno)),
             },

@@ -1,83 +1,81 @@
-//! What goes into a ring and comes out of it, as values.
+//! The inputs and outputs of a ring as plain data.
 //!
-//! Used by the ring engine. Plain data: nothing here knows of the kernel.
+//! Used by the ring engine. It never makes a system call.
 
 use super::buffers::Chunk;
 use super::ops::Op;
 
-/// Pool buffers (each `BUFFER_LEN`) of a ring.
+/// The number of pool buffers of a ring. Each has the length `BUFFER_LEN`.
 #[derive(Debug, Clone, Copy)]
 pub struct RingSettings {
-    /// All there are: a power of two, at most 32,768.
+    /// All buffers: a power of two, at most 32,768.
     pub buffers: u16,
-    /// How many the kernel sees at first, and so the most that one receive can
-    /// take before anyone can stop it.
+    /// Buffers that the kernel can use at first. One receive can use all of them before
+    /// it can be cancelled.
     pub shown: u16,
 }
 
-/// What there is to poll for. Failure and hang-up are always reported.
+/// The event to poll for. Failure and hang-up are always reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PollInterest {
     /// Only failure and hang-up.
     Failure,
-    /// Something to receive.
+    /// Bytes can be received.
     Readable,
-    /// Room to send.
+    /// Bytes can be sent.
     Writable,
 }
 
-/// Something that happened to an operation.
+/// An event of an operation.
 #[derive(Debug)]
 pub struct Completion {
-    /// Which.
+    /// The operation.
     pub op: Op,
-    /// What the caller called it.
+    /// The tag that the caller gave the operation.
     pub tag: u64,
-    /// This was its last event: the operation is over.
+    /// True if the operation has ended.
     pub last: bool,
-    /// What.
+    /// The event.
     pub what: CompletionKind,
 }
 
-/// See [`Completion`].
+/// The event of a [`Completion`].
 #[derive(Debug)]
 pub enum CompletionKind {
-    /// Bytes came; never empty.
+    /// Bytes arrived; never empty.
     Data(Chunk),
-    /// The peer's FIN.
+    /// The peer sent FIN.
     End,
-    /// No buffer was to be had.
+    /// A receive ended because no buffer was free.
     Starved,
-    /// A receive ended for no fault of the connection's: it was cancelled or
-    /// interrupted.
+    /// A receive was cancelled or interrupted. The connection has not failed.
     Stopped,
     /// A receive failed.
     Failed(i32),
-    /// A send was carried on by that many bytes, which is all of them if it was
-    /// the last event.
+    /// A send has sent this many more bytes. In the last event these are all remaining
+    /// bytes.
     Sent(usize),
-    /// A send failed, or was cancelled (`ECANCELED`) before it had sent anything.
+    /// A send failed, or was cancelled (`ECANCELED`) before it sent more bytes.
     SendFailed(i32),
-    /// A send was cancelled after so many bytes more.
+    /// A send was cancelled after it sent this many more bytes.
     SendCut(usize),
-    /// A poll: whether the socket has failed or been hung up, or the errno of
-    /// the poll itself.
+    /// A poll ended: true if the socket has failed or hung up, or the errno of the poll.
     Polled(Result<bool, i32>),
 }
 
-/// What went on inside, for those who ask.
+/// Counters of a ring.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct RingCounts {
-    /// Times completions had outgrown their queue.
+    /// Times the completion queue overflowed.
     pub overflows: u64,
-    /// Times the kernel's flag for deferred work stood for none.
+    /// Times the kernel's flag for deferred work was set without deferred work.
     pub stale_flags: u64,
     /// Receives that found no buffer.
     pub starved: u64,
-    /// Sends that came back short and were resumed.
+    /// Sends that returned short and were resumed.
     pub resumed: u64,
-    /// Operations the kernel had no memory for, and that are tried again.
+    /// Operations that failed because the kernel was out of memory, and are retried.
     pub short: u64,
-    /// Completions that named an operation long over. Never seen.
+    /// Completions that named an operation that has ended. Not expected.
     pub strays: u64,
 }

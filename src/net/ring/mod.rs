@@ -1,13 +1,13 @@
-//! An io_uring of our own for sockets: multishot receive into shared buffers,
-//! sends that are carried to their end, polls.
+//! An io_uring for sockets: multishot receives into shared buffers, sends that are resumed
+//! until complete, and polls.
 //!
-//! Driven by the ring engine, from the one thread that made it. Everything the
-//! kernel may touch is owned in here until the kernel is done with it, so no
-//! mistake of the caller's can make it write to freed memory or send on a
-//! socket that was closed. It never blocks, except when it is dropped.
+//! Used by the ring engine, only on the thread that made it. The ring owns all memory and
+//! sockets of an operation until the kernel has completed it. Therefore no error of a
+//! caller can make the kernel write to freed memory or send on a closed socket. It never
+//! blocks, except on drop.
 //!
 //! See io_uring_setup(2), io_uring_enter(2), io_uring_register_buf_ring(3) and
-//! io_uring_prep_recv_multishot(3). Linux 6.1 or later.
+//! io_uring_prep_recv_multishot(3). It needs Linux 6.1 or later.
 
 #![allow(unsafe_code)]
 
@@ -35,47 +35,46 @@ use std::rc::Rc;
 use std::sync::atomic::{Ordering, fence};
 use uring::{RingBacklog, RingDriver};
 
-/// Submissions between two system calls; more wait in a queue here.
+/// Most submissions between two system calls. More wait in the backlog.
 const SUBMISSIONS: u32 = 2048;
 
-/// Completions the kernel can leave before it has to keep them itself, which
-/// costs it an allocation each and is counted.
+/// Size of the completion queue. On overflow the kernel allocates memory per completion,
+/// which is counted.
 const COMPLETIONS: u32 = 8192;
 
-/// Fruitless tries to have deferred work done after which its flag is taken to
-/// be stale. Each does up to twenty pieces of work, and those rarely leave no
-/// completion behind.
+/// Attempts to run deferred work without a completion, after which its flag counts as
+/// stale. Each attempt runs up to 20 items, which nearly always give a completion.
 const STALE_FLAG_TRIES: u32 = 4;
 
-/// The one group of buffers.
+/// The ID of the only buffer group.
 const GROUP: u16 = 0;
 
-/// `user_data` of cancellations, whose outcome nobody waits for.
-const NOBODY: u64 = u64::MAX;
+/// `user_data` of cancellations. Their results are ignored.
+const IGNORED: u64 = u64::MAX;
 
-/// How often, and for how long each time, a dropped ring waits for what is in
-/// flight. After that the memory is given up for lost.
+/// Number and duration of the waits of a dropped ring for operations in flight. Then the
+/// ring leaks their memory.
 const REAP_WAITS: u32 = 40;
 const REAP_WAIT_NANOS: u32 = 50_000_000;
 
-/// Becomes readable when the ring should be looked at, if it was dozing.
+/// A descriptor that becomes readable when an armed ring has work.
 #[derive(Debug, Clone)]
 pub struct RingWaker(Rc<OwnedFd>);
 
-/// The ring.
+/// An io_uring for sockets.
 pub struct Ring {
     ring: ManuallyDrop<RingDriver>,
     buffers: BufferRing,
     ops: Ops,
     wake: RingWaker,
-    /// What did not fit into the submission queue.
+    /// Entries that did not fit into the submission queue.
     backlog: VecDeque<squeue::Entry>,
-    /// Taken off the completion queue; `taken` of them are dealt with.
+    /// Entries of the completion queue. The first `taken` of them are handled.
     completed: Vec<cqueue::Entry>,
     taken: usize,
-    /// What ran short of memory.
-    shelf: RetryList,
-    /// Something was queued since the last system call.
+    /// Operations that failed because the kernel was out of memory.
+    retries: RetryList,
+    /// True if an entry was queued after the last system call.
     pending: bool,
     counts: RingCounts,
     closing: bool,
@@ -84,7 +83,7 @@ pub struct Ring {
 // === impl Ring: making one ===
 
 impl Ring {
-    /// A ring of the calling thread's, which alone may use it.
+    /// Makes a ring. Only the calling thread may use it.
     pub fn new(settings: RingSettings) -> io::Result<Ring> {
         let ring = RingDriver::new(SUBMISSIONS, COMPLETIONS)?;
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
@@ -92,9 +91,8 @@ impl Ring {
         let mut buffers = BufferRing::new(settings.buffers, settings.shown)?;
         ring.register_eventfd(wake.as_raw_fd())?;
         let (address, count) = (buffers.address(), buffers.count());
-        // SAFETY: the address is that of `count` zeroed entries, page-aligned.
-        // They live as long as `buffers`, which is freed only after the ring is
-        // closed (see `drop`).
+        // SAFETY: the address is that of `count` zeroed, page-aligned entries. They live as
+        // long as `buffers`, which is freed only after the ring is closed (see `drop`).
         unsafe { ring.register_buffers(address, count, GROUP) }?;
         buffers.refill();
         let mut ring = Ring {
@@ -105,7 +103,7 @@ impl Ring {
             backlog: VecDeque::new(),
             completed: Vec::new(),
             taken: 0,
-            shelf: RetryList::default(),
+            retries: RetryList::default(),
             pending: false,
             counts: RingCounts::default(),
             closing: false,
@@ -114,8 +112,8 @@ impl Ring {
         Ok(ring)
     }
 
-    /// Whether this kernel lets us have a ring that works: makes one and moves
-    /// a byte through it. On the calling thread.
+    /// Checks that io_uring works in this process: makes a ring and moves a byte through it
+    /// on the calling thread.
     pub fn probe() -> io::Result<()> {
         let mut ring = Ring::new(RingSettings { buffers: 2, shown: 2 })?;
         let (left, right) = std::os::unix::net::UnixStream::pair()?;
@@ -137,62 +135,63 @@ impl Ring {
         if arrived { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)) }
     }
 
-    /// Readable when the ring should be looked at.
+    /// Returns the descriptor that becomes readable when an armed ring has work.
     pub fn wake(&self) -> RingWaker {
         self.wake.clone()
     }
 
-    /// What went on inside.
+    /// Returns the counters of the ring.
     pub fn counts(&self) -> RingCounts {
         self.counts
     }
 
-    /// Pool buffers that neither the kernel nor a chunk holds.
+    /// Returns the number of pool buffers that neither the kernel nor a chunk holds.
     pub fn buffers_free(&self) -> usize {
         self.buffers.free()
     }
 
-    /// Pool buffers the kernel can receive into now.
+    /// Returns the number of pool buffers that the kernel can receive into.
     #[inline]
     pub fn buffers_shown(&self) -> usize {
         usize::from(self.buffers.shown())
     }
 
-    /// All pool buffers.
+    /// Returns the number of all pool buffers.
     pub fn buffers_total(&self) -> usize {
         usize::from(self.buffers.count())
     }
 
-    /// Operations in flight.
+    /// Returns the number of operations in flight.
     #[inline]
     pub fn in_flight(&self) -> usize {
         self.ops.len()
     }
 
-    /// Shows the kernel buffers that have come free, before `enter` does.
+    /// Shows freed buffers to the kernel. [`Ring::enter`] also does this.
     pub fn show_buffers(&mut self) {
         self.buffers.refill();
     }
 
-    /// Whether operations wait for `enter` to start them.
+    /// Returns whether operations wait for [`Ring::enter`] to start them.
     #[inline]
     pub fn has_pending(&self) -> bool {
         self.pending
     }
 
-    /// Shows the kernel twice as many buffers from now on: streams starve.
+    /// Doubles the number of buffers that are shown to the kernel. Call it after a receive
+    /// found no buffer.
     pub fn widen(&mut self) {
         self.buffers.widen();
     }
 
-    /// To be called now and then while nobody starves: shows the kernel fewer
-    /// buffers again, which stay hot.
+    /// Halves the number of buffers that are shown to the kernel, so that they stay in the
+    /// CPU cache. Call it periodically while all receives find buffers.
     pub fn narrow(&mut self) {
         self.buffers.narrow();
     }
 }
 
-/// The submission for a multishot receive into pool buffers.
+/// Makes the submission of a multishot receive into pool buffers.
 #[inline]
 fn receive_entry(fd: RawFd) -> squeue::Entry {
     opcode::RecvMulti::new(types::Fd(fd), GROUP).build()
@@ -201,8 +200,7 @@ fn receive_entry(fd: RawFd) -> squeue::Entry {
 // === impl Ring: operations ===
 
 impl Ring {
-    /// Receives from `socket` into pool buffers as bytes come, until the last
-    /// event.
+    /// Receives from `socket` into pool buffers until the last event.
     pub fn receive(&mut self, socket: &Rc<OwnedFd>, tag: u64) -> Op {
         let entry = receive_entry(socket.as_raw_fd());
         self.start(socket, tag, OpKind::Receive, entry)
@@ -213,8 +211,7 @@ impl Ring {
         self.send_bytes(socket, tag, SendBytes::One(chunk))
     }
 
-    /// Sends all of the first [`SEND_CHUNKS_MAX`] chunks of `queue`, which
-    /// leave it.
+    /// Removes the first [`SEND_CHUNKS_MAX`] chunks from `queue` and sends all of them.
     pub fn send_queue(
         &mut self,
         socket: &Rc<OwnedFd>,
@@ -228,11 +225,11 @@ impl Ring {
     #[inline]
     fn send_bytes(&mut self, socket: &Rc<OwnedFd>, tag: u64, bytes: SendBytes) -> Op {
         let entry = bytes.send_entry(socket.as_raw_fd());
-        let parcel = self.ops.store_send(bytes);
-        self.start(socket, tag, OpKind::Send(parcel), entry)
+        let slot = self.ops.store_send(bytes);
+        self.start(socket, tag, OpKind::Send(slot), entry)
     }
 
-    /// Reports once when `socket` is as `interest` asks.
+    /// Reports once when `socket` is in the state of `interest`.
     pub fn poll(&mut self, socket: &Rc<OwnedFd>, tag: u64, interest: PollInterest) -> Op {
         let mask = match interest {
             PollInterest::Failure => 0,
@@ -243,7 +240,7 @@ impl Ring {
         self.start(socket, tag, OpKind::Poll, entry)
     }
 
-    /// Ends `op` early; its last event still comes. A no-op where it is over.
+    /// Cancels `op`. Its last event follows. It has no effect if `op` has ended.
     pub fn cancel(&mut self, op: Op) {
         if let Some(operation) = self.ops.get_mut(op) {
             operation.cancelled = true;
@@ -253,18 +250,21 @@ impl Ring {
         }
     }
 
-    /// Asks a send how far it has come: where it has moved at all, a
-    /// [`CompletionKind::Sent`] that is not the last comes, and it goes on.
+    /// Requests the progress of a send. If it has sent bytes, a [`CompletionKind::Sent`]
+    /// follows that is not the last event, and the send continues.
+    ///
+    /// The kernel operation is cancelled to learn its progress and then submitted again.
     pub fn request_progress(&mut self, op: Op) {
-        if let Some(operation) = self.ops.get_mut(op).filter(|operation| !operation.shelved) {
-            operation.nudged = true;
+        let operation = self.ops.get_mut(op).filter(|operation| !operation.awaits_retry);
+        if let Some(operation) = operation {
+            operation.progress_requested = true;
             self.push_cancel(op);
         }
     }
 
     fn push_cancel(&mut self, op: Op) {
         let entry = opcode::AsyncCancel::new(op.user_data()).build();
-        self.push(entry.user_data(NOBODY).flags(squeue::Flags::SKIP_SUCCESS));
+        self.push(entry.user_data(IGNORED).flags(squeue::Flags::SKIP_SUCCESS));
     }
 
     fn start(&mut self, socket: &Rc<OwnedFd>, tag: u64, work: OpKind, entry: squeue::Entry) -> Op {
@@ -273,18 +273,18 @@ impl Ring {
         op
     }
 
-    /// Queues an entry. Only for entries whose memory and socket belong to an
-    /// operation in `ops`, or that have none.
+    /// Queues an entry. Its memory and socket must belong to an operation in `ops`, unless
+    /// it has none.
     fn push(&mut self, entry: squeue::Entry) {
         self.pending = true;
         if !self.backlog.is_empty() {
             self.backlog.push_back(entry);
             return;
         }
-        // SAFETY: what the entry points to is the chunks and message header of
-        // the operation it is named for, which `ops` keeps, unmoved, until the
-        // kernel reports the operation over, or for ever (`drop`). Receives
-        // point nowhere; their buffers are the pool's.
+        // SAFETY: the entry points to the chunks and the message header of its operation.
+        // `ops` keeps them at the same address until the kernel completes the operation,
+        // or leaks them (`drop`). Receives have no pointer; their buffers belong to the
+        // pool.
         let pushed = unsafe { self.ring.push(&entry) };
         if !pushed {
             self.backlog.push_back(entry);
@@ -295,25 +295,25 @@ impl Ring {
 // === impl Ring: submitting and completing ===
 
 impl Ring {
-    /// Hands over what is queued, lets the kernel do what it has put off, and
-    /// takes what is completed. A system call only where there is need.
+    /// Submits the queued entries, runs deferred work of the kernel, and takes the
+    /// completions. It makes a system call only if one of them needs it.
     pub fn enter(&mut self) -> io::Result<()> {
         self.buffers.refill();
         self.pending = false;
         loop {
             self.shorten_backlog();
-            let RingBacklog { queued, deferred, overflowed } = self.ring.standing();
+            let RingBacklog { queued, deferred, overflowed } = self.ring.pending_work();
             let needed = queued > 0 || deferred || overflowed;
             self.counts.overflows += u64::from(overflowed);
             if needed && let Err(error) = self.ring.enter(queued) {
                 match error.raw_os_error() {
-                    // Interrupted, or completions must be taken first.
+                    // The call was interrupted, or completions must be taken first.
                     Some(libc::EINTR | libc::EAGAIN | libc::EBUSY) => {}
                     _ => return Err(error),
                 }
             }
             self.take_completions();
-            // What waited here goes on as far as there is room for answers.
+            // The backlog is submitted as far as completions fit.
             if self.backlog.is_empty() || self.completed.len() >= COMPLETIONS as usize {
                 self.pending = !self.backlog.is_empty();
                 return Ok(());
@@ -342,17 +342,18 @@ impl Ring {
         self.ring.take(&mut self.completed);
     }
 
-    /// Whether nothing waits to be dealt with. Then the ring dozes: [`RingWaker`]
-    /// becomes readable once something does. [`Ring::disarm_wakeup`] ends that.
+    /// Arms the waker if the ring has no work. Returns whether it is armed.
+    ///
+    /// [`RingWaker`] then becomes readable when the ring has work. [`Ring::disarm_wakeup`]
+    /// disarms it.
     pub fn arm_wakeup(&mut self) -> bool {
         if !self.backlog.is_empty() || self.taken != self.completed.len() {
             return false;
         }
-        self.ring.wake_me(true);
-        // The kernel looks at the flag after it has queued something; we look
-        // for something queued after setting the flag. One of the two sees the
-        // other. (The kernel's side has no full barrier everywhere, hence the
-        // caller's safety tick.)
+        self.ring.set_wakeup(true);
+        // The kernel reads the flag after it queues a completion. This code checks for
+        // completions after it sets the flag. One of them sees the write of the other.
+        // Some kernel paths lack a full barrier; the caller's periodic check covers them.
         fence(Ordering::SeqCst);
         let idle = self.nothing_waits();
         if !idle {
@@ -361,18 +362,18 @@ impl Ring {
         idle
     }
 
-    /// Whether there is nothing to submit, to take or to have done.
+    /// Returns whether the ring has no entry to submit, no completion and no deferred work.
     ///
-    /// The kernel queues deferred work first and sets TASKRUN after it; where
-    /// we run the work in between, the flag stays behind for work that is no
-    /// more, until other work comes. (Taken for work, it kept a worker busy for
-    /// ever.) So the flag counts only while having it done brings something.
+    /// The kernel queues deferred work and then sets TASKRUN. If the work runs between
+    /// these steps, the flag stays set without work until other work arrives. If the flag
+    /// always counted as work, the worker would never sleep. So the flag counts only while
+    /// running deferred work gives completions.
     fn nothing_waits(&mut self) -> bool {
         for _ in 0..STALE_FLAG_TRIES {
             if self.ring.has_completions() {
                 return false;
             }
-            let RingBacklog { queued, deferred, overflowed } = self.ring.standing();
+            let RingBacklog { queued, deferred, overflowed } = self.ring.pending_work();
             if queued > 0 || overflowed {
                 return false;
             }
@@ -387,21 +388,21 @@ impl Ring {
         !self.ring.has_completions()
     }
 
-    /// Ends a doze: no more wake-ups, as they cost the kernel a write each.
+    /// Disarms the waker, because each wake-up costs the kernel a write.
     pub fn disarm_wakeup(&mut self) {
-        self.ring.wake_me(false);
+        self.ring.set_wakeup(false);
     }
 
-    /// Makes [`RingWaker`] readable, whether it dozes or not.
+    /// Makes [`RingWaker`] readable, armed or not.
     pub fn signal_wakeup(&self) -> io::Result<()> {
         match rustix::io::write(&*self.wake.0, &1_u64.to_ne_bytes()) {
-            // Full: readable it is.
+            // The counter is full, so the descriptor is already readable.
             Ok(_) | Err(rustix::io::Errno::AGAIN) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// The next thing that happened, of what `enter` took.
+    /// Returns the next event of the completions that [`Ring::enter`] took.
     #[inline]
     pub fn next_event(&mut self) -> Option<Completion> {
         if let Some(event) = self.next_failed() {
@@ -419,10 +420,10 @@ impl Ring {
     }
 
     fn event(&mut self, user_data: u64, result: i32, flags: u32) -> Option<Completion> {
-        // Taken off the ring whatever else the completion says.
+        // The kernel removed the buffer from the ring even if the operation is unknown.
         let chunk = cqueue::buffer_select(flags)
             .map(|id| self.buffers.taken(id, usize::try_from(result).unwrap_or(0)));
-        if user_data == NOBODY {
+        if user_data == IGNORED {
             return None;
         }
         let op = Op::named(user_data);
@@ -441,7 +442,7 @@ impl Ring {
                 errno if errno < 0 => Err(-errno),
                 mask => Ok(mask & i32::from(libc::POLLERR | libc::POLLHUP) != 0),
             }),
-            OpKind::Send(parcel) => return self.sent(op, parcel, result),
+            OpKind::Send(slot) => return self.sent(op, slot, result),
         };
         if last {
             self.ops.remove(op);
@@ -452,7 +453,7 @@ impl Ring {
     fn received(&mut self, result: i32, chunk: Option<Chunk>) -> CompletionKind {
         match (result, chunk) {
             (1.., Some(chunk)) => CompletionKind::Data(chunk),
-            // Bytes without a buffer cannot be: a kernel that lost some.
+            // A result above 0 without a buffer means that the kernel lost bytes.
             (1.., None) => CompletionKind::Failed(libc::EIO),
             (0, _) => CompletionKind::End,
             (result, _) => match -result {
@@ -466,25 +467,25 @@ impl Ring {
         }
     }
 
-    /// A send came back: resumed where it is short, reported where it is over.
-    fn sent(&mut self, op: Op, parcel: SendSlot, result: i32) -> Option<Completion> {
+    /// Handles the completion of a send: resumes a short send, reports a complete one.
+    fn sent(&mut self, op: Op, slot: SendSlot, result: i32) -> Option<Completion> {
         let closing = self.closing;
-        let left = self.ops.bytes(parcel).len();
+        let left = self.ops.bytes(slot).len();
         let operation = self.ops.get_mut(op)?;
         let tag = operation.tag;
         let sent = usize::try_from(result).unwrap_or(0);
-        let nudged = std::mem::take(&mut operation.nudged);
+        let progress_requested = std::mem::take(&mut operation.progress_requested);
         let resumable = sent > 0
             || matches!(-result, libc::EAGAIN | libc::EINTR)
-            || nudged && -result == libc::ECANCELED;
+            || progress_requested && -result == libc::ECANCELED;
         if sent < left && resumable && !operation.cancelled && !closing {
             let fd = operation.fd();
-            let bytes = self.ops.bytes_mut(parcel);
+            let bytes = self.ops.bytes_mut(slot);
             bytes.advance(sent);
             let entry = bytes.send_entry(fd);
             self.push(entry.user_data(op.user_data()));
             self.counts.resumed += 1;
-            // Not an end: progress, where there was any.
+            // The send continues, so this reports progress only.
             return (sent > 0).then_some(Completion {
                 op,
                 tag,
@@ -493,11 +494,11 @@ impl Ring {
             });
         }
         self.ops.remove(op);
-        self.ops.take_send(parcel);
+        self.ops.take_send(slot);
         let what = match result {
             1.. if sent == left => CompletionKind::Sent(sent),
             1.. => CompletionKind::SendCut(sent),
-            // A send that takes nothing and names no reason cannot go on.
+            // Without progress or an errno, the send cannot continue.
             0 => CompletionKind::SendFailed(libc::EPIPE),
             errno => CompletionKind::SendFailed(-errno),
         };
@@ -511,7 +512,7 @@ impl Drop for Ring {
         self.clear_retries();
         if self.in_flight() > 0 {
             let everything = types::CancelBuilder::any().all();
-            let entry = opcode::AsyncCancel2::new(everything).build().user_data(NOBODY);
+            let entry = opcode::AsyncCancel2::new(everything).build().user_data(IGNORED);
             self.push(entry);
         }
         for _ in 0..REAP_WAITS {
@@ -528,8 +529,8 @@ impl Drop for Ring {
             self.buffers.leak();
             self.ops.leak();
         }
-        // SAFETY: dropped here only, and not used after. It goes before the
-        // fields below it, whose memory it could still use.
+        // SAFETY: the ring is dropped only here and not used afterwards. It is dropped
+        // before the other fields, because the kernel could still use their memory.
         unsafe { ManuallyDrop::drop(&mut self.ring) };
     }
 }

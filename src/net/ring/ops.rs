@@ -1,8 +1,8 @@
-//! Operations in flight: what the kernel may still touch, kept until it is done.
+//! Operations in flight, with the sockets and memory that the kernel may still use.
 //!
-//! Used by `Ring` alone. An operation owns a share of its socket and the memory
-//! it sends from, so neither can go away beneath it; its name carries a
-//! generation, so that a late completion never meets another operation.
+//! Used only by `Ring`. An operation owns a share of its socket and the memory that it
+//! sends from, so neither is freed while it runs. Its name has a generation, so that a
+//! late completion never matches another operation.
 
 #![allow(unsafe_code)]
 
@@ -14,43 +14,43 @@ use std::num::NonZeroU64;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 
-/// Chunks one send takes at most.
+/// Most chunks per send.
 pub const SEND_CHUNKS_MAX: usize = 32;
 
-/// Messages kept for the next queue to be sent; more would only hold memory.
+/// Most unused messages that are kept for later sends.
 const SPARE_MESSAGES: usize = 64;
 
-/// An operation's name: generation and slot, the latter from 1. Also the
-/// completion's `user_data`.
+/// The name of an operation: generation and slot, slots from 1. It is also the
+/// `user_data` of its completions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Op(NonZeroU64);
 
-/// A place for an operation in flight. Small: an idle session has two, always.
+/// A slot for an operation in flight. It is small, because an idle session has two.
 #[derive(Debug)]
 pub(super) struct InFlightOp {
-    /// The caller's word for it.
+    /// The tag of the caller.
     pub(super) tag: u64,
-    /// None while the place is free.
+    /// `None` while the slot is free.
     socket: Option<Rc<OwnedFd>>,
     pub(super) work: OpKind,
     generation: u32,
-    /// Not to be resumed when it comes back short.
+    /// A short send must not be resumed.
     pub(super) cancelled: bool,
-    /// Cancelled only to learn how far it has come.
-    pub(super) nudged: bool,
-    /// Unknown to the kernel until it is tried again.
-    pub(super) shelved: bool,
+    /// The kernel operation is cancelled only to learn its progress.
+    pub(super) progress_requested: bool,
+    /// In the retry list. The kernel does not know the operation until it is retried.
+    pub(super) awaits_retry: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
 pub(super) enum OpKind {
     Receive,
     Poll,
-    /// What is sent is found there.
+    /// A send of the bytes in the slot.
     Send(SendSlot),
 }
 
-/// Where the bytes of a send in flight are kept.
+/// Index of the bytes of a send in flight.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SendSlot(u32);
 
@@ -61,8 +61,8 @@ pub(super) enum SendBytes {
     Many(Rc<SendMessage>),
 }
 
-/// A header and its vector for sendmsg(2), with the chunks they point into.
-/// Never moved: it lives in an `Rc`.
+/// A header and a vector for sendmsg(2), with the chunks that they point into. It never
+/// moves, because it lives in an `Rc`.
 pub(super) struct SendMessage {
     pub(super) header: libc::msghdr,
     vector: [libc::iovec; SEND_CHUNKS_MAX],
@@ -73,8 +73,9 @@ pub(super) struct SendMessage {
 pub(super) struct Ops {
     slots: Vec<InFlightOp>,
     free: Vec<u32>,
-    /// Those of sends; few are in flight at once, and reused while still hot.
-    parcels: Slab<SendBytes>,
+    /// The bytes of sends. Few are in flight at a time, and the slots are reused while they
+    /// are in the CPU cache.
+    sends: Slab<SendBytes>,
     spare: Vec<Rc<SendMessage>>,
 }
 
@@ -86,7 +87,8 @@ impl Op {
         Op(NonZeroU64::new(name).expect("one was added"))
     }
 
-    /// Of a completion; `None` for what is no operation's name.
+    /// Returns the operation of a completion. `None`: the value is not the name of an
+    /// operation.
     #[inline]
     pub(super) fn named(user_data: u64) -> Option<Op> {
         NonZeroU64::new(user_data).map(Op)
@@ -112,11 +114,19 @@ impl Ops {
     #[inline]
     pub(super) fn insert(&mut self, socket: Rc<OwnedFd>, tag: u64, work: OpKind) -> Op {
         let socket = Some(socket);
-        let (cancelled, nudged, shelved) = (false, false, false);
+        let (cancelled, progress_requested, awaits_retry) = (false, false, false);
         if let Some(index) = self.free.pop() {
             let place = &mut self.slots[index as usize];
             let generation = place.generation;
-            *place = InFlightOp { tag, socket, work, generation, cancelled, nudged, shelved };
+            *place = InFlightOp {
+                tag,
+                socket,
+                work,
+                generation,
+                cancelled,
+                progress_requested,
+                awaits_retry,
+            };
             return Op::new(generation, index);
         }
         let index = self.slots.len() as u32;
@@ -126,8 +136,8 @@ impl Ops {
             work,
             generation: 0,
             cancelled,
-            nudged,
-            shelved,
+            progress_requested,
+            awaits_retry,
         });
         Op::new(0, index)
     }
@@ -138,7 +148,8 @@ impl Ops {
         (place.generation == op.generation() && place.socket.is_some()).then_some(place)
     }
 
-    /// It is over: lets go of its socket. A no-op where it was before.
+    /// Removes an operation that has ended and releases its socket. It has no effect if the
+    /// operation was removed before.
     #[inline]
     pub(super) fn remove(&mut self, op: Op) {
         if let Some(place) = self.get_mut(op) {
@@ -148,38 +159,38 @@ impl Ops {
         }
     }
 
-    /// Keeps bytes that are to be sent until they are unpacked again.
+    /// Stores the bytes of a send until [`Ops::take_send`].
     #[inline]
     pub(super) fn store_send(&mut self, bytes: SendBytes) -> SendSlot {
-        SendSlot(self.parcels.insert(bytes) as u32)
+        SendSlot(self.sends.insert(bytes) as u32)
     }
 
     #[inline]
-    pub(super) fn bytes(&self, parcel: SendSlot) -> &SendBytes {
-        &self.parcels[parcel.0 as usize]
+    pub(super) fn bytes(&self, slot: SendSlot) -> &SendBytes {
+        &self.sends[slot.0 as usize]
     }
 
     #[inline]
-    pub(super) fn bytes_mut(&mut self, parcel: SendSlot) -> &mut SendBytes {
-        &mut self.parcels[parcel.0 as usize]
+    pub(super) fn bytes_mut(&mut self, slot: SendSlot) -> &mut SendBytes {
+        &mut self.sends[slot.0 as usize]
     }
 
-    /// The send is over: gives its chunks back.
+    /// Frees the chunks of a send that has ended.
     #[inline]
-    pub(super) fn take_send(&mut self, parcel: SendSlot) {
-        if let SendBytes::Many(message) = self.parcels.remove(parcel.0 as usize) {
+    pub(super) fn take_send(&mut self, slot: SendSlot) {
+        if let SendBytes::Many(message) = self.sends.remove(slot.0 as usize) {
             self.recycle(message);
         }
     }
 
-    /// How many are in flight.
+    /// Returns the number of operations in flight.
     #[inline]
     pub(super) fn len(&self) -> usize {
         self.slots.len() - self.free.len()
     }
 
-    /// A message with up to [`SEND_CHUNKS_MAX`] chunks off the front of `queue`,
-    /// and the bytes in them.
+    /// Removes up to [`SEND_CHUNKS_MAX`] chunks from the front of `queue` and returns a
+    /// message with them.
     pub(super) fn message(&mut self, queue: &mut VecDeque<Chunk>) -> Rc<SendMessage> {
         let mut message = self.spare.pop().unwrap_or_else(|| Rc::new(SendMessage::new()));
         let inner = Rc::get_mut(&mut message).expect("a spare message has one owner");
@@ -189,7 +200,7 @@ impl Ops {
         message
     }
 
-    /// Gives its chunks back and keeps the message for the next.
+    /// Frees the chunks of a message and keeps the message for a later send.
     fn recycle(&mut self, mut message: Rc<SendMessage>) {
         if self.spare.len() < SPARE_MESSAGES
             && let Some(inner) = Rc::get_mut(&mut message)
@@ -199,10 +210,10 @@ impl Ops {
         }
     }
 
-    /// Keeps everything in flight for ever.
+    /// Leaks the sockets and memory of all operations in flight.
     pub(super) fn leak(&mut self) {
         std::mem::forget(std::mem::take(&mut self.slots));
-        std::mem::forget(std::mem::take(&mut self.parcels));
+        std::mem::forget(std::mem::take(&mut self.sends));
     }
 }
 
@@ -211,15 +222,14 @@ impl Ops {
 impl SendMessage {
     fn new() -> SendMessage {
         let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        // SAFETY: zeros are a valid `msghdr`: null pointers and lengths of zero.
-        // (Some C libraries pad it with private fields, so it cannot be spelt
-        // out.)
+        // SAFETY: a zeroed `msghdr` is valid: null pointers and lengths of zero. Some C
+        // libraries add private padding fields, so a struct literal does not compile.
         let header = unsafe { std::mem::zeroed::<libc::msghdr>() };
         let chunks = Vec::with_capacity(SEND_CHUNKS_MAX);
         SendMessage { header, vector: [empty; SEND_CHUNKS_MAX], chunks }
     }
 
-    /// Points the header at the vector and the vector at the chunks.
+    /// Sets the pointers of the header to the vector and of the vector to the chunks.
     fn point(&mut self) {
         for (entry, chunk) in self.vector.iter_mut().zip(&self.chunks) {
             entry.iov_base = chunk.pointer().cast_mut().cast();
@@ -233,7 +243,7 @@ impl SendMessage {
         self.chunks.iter().map(Chunk::len).sum()
     }
 
-    /// Forgets the first `bytes`, which are sent.
+    /// Removes the first `bytes`, which were sent.
     pub(super) fn advance(&mut self, mut bytes: usize) {
         let whole = self.chunks.iter().take_while(|chunk| {
             let whole = chunk.len() <= bytes;
@@ -258,7 +268,7 @@ impl std::fmt::Debug for SendMessage {
 // === impl InFlightOp ===
 
 impl InFlightOp {
-    /// The descriptor it works on; -1, which is none, once it is over.
+    /// Returns the descriptor of the operation; -1 after it has ended.
     #[inline]
     pub(super) fn fd(&self) -> RawFd {
         self.socket.as_ref().map_or(-1, AsRawFd::as_raw_fd)
@@ -276,7 +286,7 @@ impl SendBytes {
         }
     }
 
-    /// Forgets the first `bytes`, which are sent.
+    /// Removes the first `bytes`, which were sent.
     pub(super) fn advance(&mut self, bytes: usize) {
         match self {
             SendBytes::One(chunk) => chunk.advance(bytes),
@@ -286,11 +296,11 @@ impl SendBytes {
         }
     }
 
-    /// The submission for a send of them, or of what is left of them.
+    /// Makes the submission for a send of the remaining bytes.
     #[inline]
     pub(super) fn send_entry(&self, fd: RawFd) -> squeue::Entry {
-        // Waiting for all of it measured 3 to 5 % better than resuming here; it
-        // comes back short all the same now and then.
+        // MSG_WAITALL was 3 to 5% faster than resuming short sends here. A send can still
+        // return short.
         let flags = libc::MSG_WAITALL | libc::MSG_NOSIGNAL;
         match self {
             SendBytes::One(chunk) => {

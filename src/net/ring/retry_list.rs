@@ -1,53 +1,54 @@
-//! Operations the kernel had no memory for: kept until they are tried again.
+//! Operations that failed because the kernel was out of memory, kept until they are
+//! retried.
 //!
-//! Used by `Ring` alone. The connection is well, so what runs short waits and
-//! nobody learns of it; to its owner it stays in flight, with its bytes and its
-//! socket, and can be cancelled like any other. Nothing here decides when to try
-//! again: the engine's tick does.
+//! Used only by `Ring`. The connection has not failed, so the caller gets no event. For
+//! the caller the operation stays in flight, with its bytes and its socket, and can be
+//! cancelled. The engine decides when to retry; this code never does.
 
 use super::ops::{Op, OpKind};
 use super::{Completion, CompletionKind, Ring, receive_entry};
 
-/// See the module's documentation. Empty but in a shortage.
+/// The operations to retry. Empty unless the kernel is out of memory.
 #[derive(Debug, Default)]
 pub(super) struct RetryList {
     waiting: Vec<Op>,
-    /// Cancelled while they waited: their last events are still to be told.
+    /// Operations that were cancelled while they waited. Their last events are not yet
+    /// reported.
     cancelled: Vec<Op>,
 }
 
 // === impl Ring ===
 
 impl Ring {
-    /// Whether that completion is for want of memory alone.
+    /// Returns whether the operation failed only because the kernel was out of memory.
     pub(super) fn is_shortage(work: OpKind, result: i32) -> bool {
         match work {
-            // To a receive ENOBUFS is a lack of our own buffers.
+            // For a receive, ENOBUFS means that no pool buffer was free.
             OpKind::Receive => -result == libc::ENOMEM,
             OpKind::Send(_) => matches!(-result, libc::ENOMEM | libc::ENOBUFS),
-            // Whoever polls is told, and does without.
+            // Callers handle a failed poll themselves.
             OpKind::Poll => false,
         }
     }
 
-    /// Puts an operation that ran short aside; false where it is not to go on.
+    /// Adds an operation to the retry list. Returns false if it must not be retried.
     pub(super) fn add_retry(&mut self, op: Op) -> bool {
         let closing = self.closing;
         let Some(operation) = self.ops.get_mut(op).filter(|one| !one.cancelled && !closing) else {
             return false;
         };
-        operation.shelved = true;
-        operation.nudged = false;
-        self.shelf.waiting.push(op);
+        operation.awaits_retry = true;
+        operation.progress_requested = false;
+        self.retries.waiting.push(op);
         self.counts.short += 1;
         true
     }
 
-    /// Has everything tried again that ran short.
+    /// Submits all waiting operations again.
     pub fn retry_all(&mut self) {
-        for op in std::mem::take(&mut self.shelf.waiting) {
+        for op in std::mem::take(&mut self.retries.waiting) {
             let Some(operation) = self.ops.get_mut(op) else { continue };
-            if !std::mem::take(&mut operation.shelved) {
+            if !std::mem::take(&mut operation.awaits_retry) {
                 continue;
             }
             let fd = operation.fd();
@@ -60,21 +61,24 @@ impl Ring {
         }
     }
 
-    /// `op` is cancelled: where it is shelved, the kernel knows nothing of it. True
-    /// then, and its last event comes from [`Ring::next_failed`].
+    /// Cancels `op` if it waits for a retry, because the kernel does not know it then.
+    ///
+    /// Returns whether it did. [`Ring::next_failed`] then returns its last event.
     pub(super) fn fail_all(&mut self, op: Op) -> bool {
-        let shelved =
-            self.ops.get_mut(op).is_some_and(|operation| std::mem::take(&mut operation.shelved));
-        if shelved {
-            self.shelf.cancelled.push(op);
+        let awaits_retry = self
+            .ops
+            .get_mut(op)
+            .is_some_and(|operation| std::mem::take(&mut operation.awaits_retry));
+        if awaits_retry {
+            self.retries.cancelled.push(op);
             self.pending = true;
         }
-        shelved
+        awaits_retry
     }
 
-    /// The last event of an operation that was cancelled on the shelf.
+    /// Returns the last event of an operation that was cancelled in the retry list.
     pub(super) fn next_failed(&mut self) -> Option<Completion> {
-        let op = self.shelf.cancelled.pop()?;
+        let op = self.retries.cancelled.pop()?;
         let operation = self.ops.get_mut(op)?;
         let (tag, work) = (operation.tag, operation.work);
         self.ops.remove(op);
@@ -88,9 +92,9 @@ impl Ring {
         Some(Completion { op, tag, last: true, what })
     }
 
-    /// Gives all of it up, for a ring that ends.
+    /// Cancels all waiting operations, because the ring is being dropped.
     pub(super) fn clear_retries(&mut self) {
-        for op in std::mem::take(&mut self.shelf.waiting) {
+        for op in std::mem::take(&mut self.retries.waiting) {
             self.fail_all(op);
         }
         while self.next_failed().is_some() {}

@@ -1,4 +1,4 @@
-//! The ring against real socket pairs: bytes, shortage, cancellation, its end.
+//! Tests of the ring on real socket pairs: bytes, missing buffers, cancellation, drop.
 
 use super::*;
 use crate::budget::MemoryBudget;
@@ -10,16 +10,16 @@ fn copied(bytes: &[u8]) -> Chunk {
 }
 
 fn pair() -> (Rc<OwnedFd>, UnixStream) {
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    ours.set_nonblocking(true).unwrap();
-    (Rc::new(ours.into()), theirs)
+    let (own, peer) = UnixStream::pair().unwrap();
+    own.set_nonblocking(true).unwrap();
+    (Rc::new(own.into()), peer)
 }
 
 fn small(buffers: u16) -> Ring {
     Ring::new(RingSettings { buffers, shown: buffers }).unwrap()
 }
 
-/// Enters until an event comes; the test would hang where none does.
+/// Enters the ring until an event arrives. Fails after 1,000,000 calls.
 fn await_event(ring: &mut Ring) -> Completion {
     for _ in 0..1_000_000 {
         if let Some(event) = ring.next_event() {
@@ -32,34 +32,34 @@ fn await_event(ring: &mut Ring) -> Completion {
 }
 
 #[test]
-fn a_byte_comes_through() {
+fn probe_moves_a_byte_through_a_ring() {
     Ring::probe().unwrap();
 }
 
 #[test]
-fn received_buffers_come_back_when_their_chunks_are_dropped() {
+fn dropped_chunk_frees_its_buffer() {
     let mut ring = small(4);
-    let (ours, mut theirs) = pair();
-    ring.receive(&ours, 7);
+    let (own, mut peer) = pair();
+    ring.receive(&own, 7);
     for _ in 0..20 {
-        theirs.write_all(b"hello").unwrap();
+        peer.write_all(b"hello").unwrap();
         let event = await_event(&mut ring);
         let CompletionKind::Data(chunk) = event.what else { panic!("{event:?}") };
         assert_eq!((event.tag, event.last, chunk.len()), (7, false, 5));
     }
     assert_eq!(ring.counts().starved, 0);
-    drop(theirs);
+    drop(peer);
     let event = await_event(&mut ring);
     assert!(event.last && matches!(event.what, CompletionKind::End), "{event:?}");
     assert_eq!(ring.in_flight(), 0);
 }
 
 #[test]
-fn a_receive_without_buffers_starves_and_loses_nothing() {
+fn receive_without_free_buffer_ends_and_loses_no_bytes() {
     let mut ring = small(2);
-    let (ours, mut theirs) = pair();
-    theirs.write_all(&vec![1; 3 * BUFFER_LEN]).unwrap();
-    ring.receive(&ours, 0);
+    let (own, mut peer) = pair();
+    peer.write_all(&vec![1; 3 * BUFFER_LEN]).unwrap();
+    ring.receive(&own, 0);
     let mut held = Vec::new();
     loop {
         match await_event(&mut ring).what {
@@ -71,25 +71,25 @@ fn a_receive_without_buffers_starves_and_loses_nothing() {
     assert_eq!(held.len(), 2);
     held.clear();
     ring.enter().unwrap();
-    ring.receive(&ours, 0);
+    ring.receive(&own, 0);
     let CompletionKind::Data(last) = await_event(&mut ring).what else { panic!("no data") };
     assert_eq!(last.len(), BUFFER_LEN);
 }
 
 #[test]
-fn a_long_queue_is_sent_whole_to_a_slow_reader() {
+fn long_queue_is_sent_completely_to_a_slow_reader() {
     let mut ring = small(2);
-    let (ours, mut theirs) = pair();
+    let (own, mut peer) = pair();
     let block: Vec<u8> = (0..BUFFER_LEN).map(|i| (i % 251) as u8).collect();
     let mut queue: VecDeque<Chunk> = (0..64).map(|_| copied(&block)).collect();
     let reader = std::thread::spawn(move || {
         let mut all = Vec::new();
-        theirs.read_to_end(&mut all).unwrap();
+        peer.read_to_end(&mut all).unwrap();
         all
     });
     let mut sent = 0;
     while !queue.is_empty() {
-        ring.send_queue(&ours, 0, &mut queue);
+        ring.send_queue(&own, 0, &mut queue);
         loop {
             let event = await_event(&mut ring);
             let CompletionKind::Sent(bytes) = event.what else { panic!("{event:?}") };
@@ -100,17 +100,17 @@ fn a_long_queue_is_sent_whole_to_a_slow_reader() {
         }
     }
     drop(ring);
-    drop(ours);
+    drop(own);
     assert_eq!(sent, 64 * BUFFER_LEN);
     assert!(reader.join().unwrap() == block.repeat(64));
 }
 
 #[test]
-fn a_nudged_send_says_how_far_it_is_and_goes_on() {
+fn send_reports_its_progress_on_request_and_continues() {
     let mut ring = small(2);
-    let (ours, mut theirs) = pair();
+    let (own, mut peer) = pair();
     let mut queue: VecDeque<Chunk> = (0..32).map(|_| copied(&[3; BUFFER_LEN])).collect();
-    let op = ring.send_queue(&ours, 0, &mut queue);
+    let op = ring.send_queue(&own, 0, &mut queue);
     ring.enter().unwrap();
     assert!(ring.next_event().is_none(), "the socket took it all");
     ring.request_progress(op);
@@ -124,8 +124,8 @@ fn a_nudged_send_says_how_far_it_is_and_goes_on() {
 
     let reader = std::thread::spawn(move || {
         let mut all = vec![0; 32 * BUFFER_LEN];
-        theirs.read_exact(&mut all).unwrap();
-        (theirs, all)
+        peer.read_exact(&mut all).unwrap();
+        (peer, all)
     });
     let mut rest = 0;
     loop {
@@ -141,11 +141,11 @@ fn a_nudged_send_says_how_far_it_is_and_goes_on() {
 }
 
 #[test]
-fn a_cancelled_operation_ends_and_lets_go_of_its_socket() {
+fn cancelled_operation_ends_and_releases_its_socket() {
     let mut ring = small(2);
-    let (ours, _theirs) = pair();
-    let receive = ring.receive(&ours, 1);
-    let poll = ring.poll(&ours, 2, PollInterest::Readable);
+    let (own, _peer) = pair();
+    let receive = ring.receive(&own, 1);
+    let poll = ring.poll(&own, 2, PollInterest::Readable);
     ring.enter().unwrap();
     ring.cancel(receive);
     ring.cancel(poll);
@@ -160,17 +160,17 @@ fn a_cancelled_operation_ends_and_lets_go_of_its_socket() {
     ring.cancel(receive);
     ring.enter().unwrap();
     assert!(ring.next_event().is_none());
-    assert_eq!(Rc::strong_count(&ours), 1);
+    assert_eq!(Rc::strong_count(&own), 1);
 }
 
 #[test]
-fn more_operations_than_the_queues_hold_are_all_done() {
+fn more_operations_than_the_queues_hold_all_complete() {
     let mut ring = small(2);
-    let (ours, theirs) = pair();
-    drop(theirs);
+    let (own, peer) = pair();
+    drop(peer);
     let count = 3 * COMPLETIONS as usize;
     for tag in 0..count {
-        ring.poll(&ours, tag as u64, PollInterest::Readable);
+        ring.poll(&own, tag as u64, PollInterest::Readable);
     }
     let mut seen = vec![false; count];
     for _ in 0..count {
@@ -182,30 +182,30 @@ fn more_operations_than_the_queues_hold_are_all_done() {
 }
 
 #[test]
-fn a_ring_dropped_with_operations_in_flight_reaps_them() {
+fn dropped_ring_completes_its_operations_in_flight() {
     let mut ring = small(2);
-    let (ours, _theirs) = pair();
-    ring.receive(&ours, 0);
+    let (own, _peer) = pair();
+    ring.receive(&own, 0);
     let mut queue: VecDeque<Chunk> = (0..32).map(|_| copied(&[3; BUFFER_LEN])).collect();
-    ring.send_queue(&ours, 0, &mut queue);
-    ring.poll(&ours, 0, PollInterest::Failure);
+    ring.send_queue(&own, 0, &mut queue);
+    ring.poll(&own, 0, PollInterest::Failure);
     ring.enter().unwrap();
     drop(ring);
-    // A leaked operation would still hold its share.
-    assert_eq!(Rc::strong_count(&ours), 1);
+    // A leaked operation would still hold a share of the socket.
+    assert_eq!(Rc::strong_count(&own), 1);
 }
 
 #[test]
-fn a_dozing_ring_rings_its_bell() {
+fn armed_waker_becomes_readable_when_bytes_arrive() {
     let mut ring = small(2);
-    let (ours, mut theirs) = pair();
-    ring.receive(&ours, 0);
+    let (own, mut peer) = pair();
+    ring.receive(&own, 0);
     ring.enter().unwrap();
     assert!(ring.arm_wakeup());
-    let mut bell = [0; 8];
-    assert!(rustix::io::read(ring.wake(), &mut bell).is_err());
-    theirs.write_all(b"x").unwrap();
-    assert_eq!(rustix::io::read(ring.wake(), &mut bell), Ok(8));
+    let mut count = [0; 8];
+    assert!(rustix::io::read(ring.wake(), &mut count).is_err());
+    peer.write_all(b"x").unwrap();
+    assert_eq!(rustix::io::read(ring.wake(), &mut count), Ok(8));
     ring.disarm_wakeup();
     assert!(matches!(await_event(&mut ring).what, CompletionKind::Data(_)));
 }

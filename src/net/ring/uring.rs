@@ -1,7 +1,7 @@
-//! The kernel's side of a ring: its queues, and the system calls on them.
+//! The queues of an io_uring and the system calls on them, or those of the fake kernel.
 //!
-//! Used by `Ring` alone, which says what may stand in the queues. In tests a
-//! fake kernel can take its place; otherwise each function is what it wraps.
+//! Used only by `Ring`, which ensures that queued entries are valid. Each function wraps
+//! one call of the `io_uring` crate. It never interprets entries.
 
 #![allow(unsafe_code)]
 
@@ -11,10 +11,13 @@ use io_uring::{EnterFlags, IoUring, cqueue, squeue, types};
 use std::io;
 use std::os::fd::RawFd;
 
-/// See the module's documentation.
+/// The real io_uring or, in tests, that of the fake kernel.
 #[cfg_attr(
     any(test, feature = "fake"),
-    expect(clippy::large_enum_variant, reason = "one a worker; outside tests it is the other")
+    expect(
+        clippy::large_enum_variant,
+        reason = "one per worker; outside tests the only variant is the large one"
+    )
 )]
 pub(super) enum RingDriver {
     Real(IoUring),
@@ -23,17 +26,17 @@ pub(super) enum RingDriver {
     Fake,
 }
 
-/// What waits in the kernel, or for it.
+/// The pending work of a ring.
 pub(super) struct RingBacklog {
-    /// Submissions.
+    /// Number of queued submissions.
     pub(super) queued: u32,
-    /// It has put work off, or says so.
+    /// The kernel's flag for deferred work is set. It can be stale.
     pub(super) deferred: bool,
-    /// Completions have outgrown their queue.
+    /// The completion queue has overflowed.
     pub(super) overflowed: bool,
 }
 
-/// The same on the real one; what is said first, on the fake one.
+/// Runs the first expression on a fake ring and the second on a real ring.
 macro_rules! either {
     ($uring:expr, $fake:expr, $ring:ident => $real:expr) => {
         match $uring {
@@ -63,18 +66,19 @@ impl RingDriver {
         Ok(RingDriver::Real(ring))
     }
 
-    /// Rings that when something is completed, while it is to.
-    pub(super) fn register_eventfd(&self, bell: RawFd) -> io::Result<()> {
-        either!(self, { fake::ring_register_bell(bell); Ok(()) }, ring => {
-            ring.submitter().register_eventfd(bell)
+    /// Registers an eventfd that the kernel signals on a completion, while wake-ups are
+    /// enabled.
+    pub(super) fn register_eventfd(&self, eventfd: RawFd) -> io::Result<()> {
+        either!(self, { fake::ring_register_eventfd(eventfd); Ok(()) }, ring => {
+            ring.submitter().register_eventfd(eventfd)
         })
     }
 
-    /// Shows it a ring of buffers.
+    /// Registers a ring of buffers.
     ///
     /// # Safety
-    /// `address` is that of `count` initialised entries, page-aligned, which live
-    /// as long as this does.
+    /// `address` must point to `count` initialised, page-aligned entries that outlive this
+    /// ring.
     pub(super) unsafe fn register_buffers(
         &self,
         address: u64,
@@ -82,28 +86,28 @@ impl RingDriver {
         group: u16,
     ) -> io::Result<()> {
         either!(self, { fake::ring_register_buffers(address, count); Ok(()) }, ring => {
-            // SAFETY: as the caller says.
+            // SAFETY: the caller guarantees it.
             unsafe { ring.submitter().register_buf_ring_with_flags(address, count, group, 0) }
         })
     }
 
-    /// Queues an entry; false where there is no room.
+    /// Queues an entry. Returns false if the submission queue is full.
     ///
     /// # Safety
-    /// What the entry points to stays, unmoved, until its completion.
+    /// The memory that the entry points to must stay valid until its completion.
     #[inline]
     pub(super) unsafe fn push(&mut self, entry: &squeue::Entry) -> bool {
         either!(self, fake::ring_push(entry), ring => {
-            // SAFETY: as the caller says.
+            // SAFETY: the caller guarantees it.
             unsafe { ring.submission().push(entry) }.is_ok()
         })
     }
 
     #[inline]
-    pub(super) fn standing(&mut self) -> RingBacklog {
+    pub(super) fn pending_work(&mut self) -> RingBacklog {
         #[cfg(any(test, feature = "fake"))]
         let faked = || {
-            let (queued, deferred) = fake::ring_standing();
+            let (queued, deferred) = fake::ring_pending_work();
             RingBacklog { queued, deferred, overflowed: false }
         };
         either!(self, faked(), ring => {
@@ -116,19 +120,19 @@ impl RingDriver {
         })
     }
 
-    /// Submits, and has what was put off done in the same system call: sends
-    /// and cancellations often leave some.
+    /// Submits the queued entries and runs deferred work in the same system call. Sends and
+    /// cancellations often leave deferred work.
     #[inline]
     pub(super) fn enter(&self, queued: u32) -> io::Result<()> {
         either!(self, fake::ring_enter(), ring => {
             let flags = EnterFlags::GETEVENTS.bits();
-            // SAFETY: no argument is passed by pointer, nothing is waited for, and
-            // what the queued entries point to is kept as `push` says.
+            // SAFETY: no argument is a pointer, the call does not wait, and `push` requires
+            // that the memory of queued entries stays valid.
             unsafe { ring.submitter().enter::<libc::sigset_t>(queued, 0, flags, None) }.map(drop)
         })
     }
 
-    /// Takes what is completed.
+    /// Moves all completions to `into`.
     #[inline]
     pub(super) fn take(&mut self, into: &mut Vec<cqueue::Entry>) {
         either!(self, into.extend(fake::ring_take().into_iter().map(completion)), ring => {
@@ -141,21 +145,21 @@ impl RingDriver {
         either!(self, fake::ring_has_completions(), ring => !ring.completion().is_empty())
     }
 
-    /// Whether the eventfd is to be rung.
+    /// Enables or disables the signalling of the eventfd.
     #[inline]
-    pub(super) fn wake_me(&mut self, wake: bool) {
+    pub(super) fn set_wakeup(&mut self, wake: bool) {
         either!(self, fake::ring_wakes(wake), ring => match wake {
             true => ring.completion().enable_eventfd(),
             false => ring.completion().disable_eventfd(),
         })
     }
 
-    /// Waits for a completion, for so long at most.
+    /// Waits at most `nanos` for a completion.
     pub(super) fn wait(&self, nanos: u32) {
         either!(self, fake::ring_wait(), ring => {
             let wait = types::Timespec::new().nsec(nanos);
             let arguments = types::SubmitArgs::new().timespec(&wait);
-            // A time-out is no error here, and any other shows in `enter`.
+            // A timeout is not an error here. Any other error recurs in `enter`.
             let _ = ring.submitter().submit_with_args(1, &arguments);
         })
     }
@@ -165,7 +169,7 @@ impl RingDriver {
 fn completion((user_data, result, flags): fake::SimCqe) -> cqueue::Entry {
     #[repr(C)]
     struct Plain(u64, i32, u32);
-    // SAFETY: a completion is these three (`struct io_uring_cqe`), without
-    // padding and with any values.
+    // SAFETY: a completion consists of these three fields (`struct io_uring_cqe`), without
+    // padding, and every value is valid.
     unsafe { std::mem::transmute::<Plain, cqueue::Entry>(Plain(user_data, result, flags)) }
 }

@@ -1,10 +1,11 @@
-//! The system calls of this program.
+//! The system calls that the seccomp filter allows.
 //!
-//! Read by the seccomp filter. They are what both engines, the runtimes, the
-//! allocator, the C library and the loader use, and what they may fall back to
-//! on older kernels; what starts the next program of an upgrade is among them.
-//! Never in the list: what makes namespaces, mounts, traces or reads other
-//! processes, loads code into the kernel, or reaches hardware.
+//! Read by `sandbox`. The list has the calls of both engines, the runtimes, the
+//! allocator, the C library and the loader, and their alternatives on older kernels. It
+//! includes the calls that start the new process of an upgrade.
+//!
+//! It never includes calls that make namespaces or mounts, trace or read other
+//! processes, load code into the kernel, or access hardware.
 
 use libc::*;
 use seccompiler::{
@@ -15,7 +16,7 @@ use std::collections::BTreeMap;
 
 type Rules = BTreeMap<i64, Vec<Rule>>;
 
-/// Sockets, files, memory, threads, time, signals: allowed with any arguments.
+/// Calls that are allowed with any arguments.
 #[rustfmt::skip]
 const PLAIN: &[c_long] = &[
     // Sockets.
@@ -26,12 +27,12 @@ const PLAIN: &[c_long] = &[
     SYS_copy_file_range, SYS_pread64, SYS_preadv, SYS_preadv2, SYS_pwrite64, SYS_pwritev,
     SYS_pwritev2, SYS_read, SYS_readv, SYS_sendfile, SYS_splice, SYS_tee, SYS_vmsplice, SYS_write,
     SYS_writev,
-    // Waiting. What goes through a ring is not seen by any filter.
+    // Waiting. Operations in an io_uring bypass the filter.
     SYS_epoll_create1, SYS_epoll_ctl, SYS_epoll_pwait, SYS_epoll_pwait2, SYS_eventfd2,
     SYS_inotify_add_watch, SYS_inotify_init1, SYS_inotify_rm_watch, SYS_io_uring_enter,
     SYS_io_uring_register, SYS_io_uring_setup, SYS_ppoll, SYS_pselect6, SYS_signalfd4,
     SYS_timerfd_create, SYS_timerfd_gettime, SYS_timerfd_settime,
-    // Descriptors and files; what may be opened is landlock's business.
+    // Descriptors and files. landlock restricts which files can be opened.
     SYS_close, SYS_close_range, SYS_dup, SYS_dup3, SYS_faccessat, SYS_faccessat2, SYS_fadvise64,
     SYS_fallocate, SYS_fchdir, SYS_fchmod, SYS_fchmodat, SYS_fchown, SYS_fchownat, SYS_fcntl,
     SYS_fdatasync, SYS_flock, SYS_fstat, SYS_fstatfs, SYS_fsync, SYS_ftruncate, SYS_getcwd,
@@ -43,7 +44,7 @@ const PLAIN: &[c_long] = &[
     SYS_brk, SYS_get_mempolicy, SYS_madvise, SYS_mbind, SYS_membarrier, SYS_mincore, SYS_mlock,
     SYS_mlock2, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_msync, SYS_munlock, SYS_munmap,
     SYS_set_mempolicy,
-    // Threads, and the program an upgrade starts.
+    // Threads, and the start of the new process of an upgrade.
     SYS_execve, SYS_execveat, SYS_exit, SYS_exit_group, SYS_futex, SYS_futex_waitv,
     SYS_get_robust_list, SYS_getcpu, SYS_gettid, SYS_kill, SYS_pidfd_getfd, SYS_pidfd_open,
     SYS_pidfd_send_signal, SYS_restart_syscall, SYS_rseq, SYS_sched_get_priority_max,
@@ -58,7 +59,7 @@ const PLAIN: &[c_long] = &[
     SYS_clock_getres, SYS_clock_gettime, SYS_clock_nanosleep, SYS_getitimer, SYS_gettimeofday,
     SYS_nanosleep, SYS_setitimer, SYS_timer_create, SYS_timer_delete, SYS_timer_getoverrun,
     SYS_timer_gettime, SYS_timer_settime, SYS_times,
-    // Who and how much; the kernel lets nobody gain anything by these.
+    // Identity and limits. A process cannot gain privileges with these calls.
     SYS_capget, SYS_capset, SYS_getegid, SYS_geteuid, SYS_getgid, SYS_getgroups, SYS_getpgid,
     SYS_getpid, SYS_getppid, SYS_getpriority, SYS_getrandom, SYS_getresgid, SYS_getresuid,
     SYS_getrlimit, SYS_getrusage, SYS_getsid, SYS_getuid, SYS_landlock_add_rule,
@@ -67,7 +68,7 @@ const PLAIN: &[c_long] = &[
     SYS_setrlimit, SYS_setsid, SYS_setuid, SYS_sysinfo, SYS_uname,
 ];
 
-/// What newer processors do by other calls.
+/// Calls that only x86-64 has. Newer architectures have other calls for the same purpose.
 #[cfg(target_arch = "x86_64")]
 #[rustfmt::skip]
 const OLDER: &[c_long] = &[
@@ -80,8 +81,8 @@ const OLDER: &[c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const OLDER: &[c_long] = &[];
 
-/// New namespaces of any kind (clone(2)); what asks for them in other ways,
-/// clone3(2) among it, is not in the list at all.
+/// Flags of clone(2) that make a namespace. Other calls that make namespaces, such as
+/// clone3(2), are not in the list.
 const NAMESPACES: c_int = CLONE_NEWNS
     | CLONE_NEWCGROUP
     | CLONE_NEWUTS
@@ -90,14 +91,14 @@ const NAMESPACES: c_int = CLONE_NEWNS
     | CLONE_NEWPID
     | CLONE_NEWNET;
 
-/// The last is how interfaces and addresses are looked up.
+/// Address families of sockets. AF_NETLINK is needed to look up interfaces and addresses.
 const FAMILIES: [c_int; 4] = [AF_UNIX, AF_INET, AF_INET6, AF_NETLINK];
 
-/// Requests that put words into a terminal's mouth (ioctl_tty(2)).
+/// TIOCSTI and TIOCLINUX (ioctl_tty(2)), which insert input into a terminal.
 const TYPING: [u64; 2] = [0x5412, 0x541C];
 
-/// Every call and, where it is not allowed with any arguments, with which;
-/// `None` only where the list contradicts itself.
+/// Returns every allowed call with the conditions on its arguments. `None`: the conditions
+/// contradict each other.
 pub(super) fn rules() -> Option<Rules> {
     let plain = PLAIN.iter().chain(OLDER).map(|call| (*call, Vec::new()));
     plain.chain(conditional()?).map(Some).collect()
@@ -117,8 +118,8 @@ fn conditional() -> Option<[(i64, Vec<Rule>); 4]> {
     ])
 }
 
-/// Of the lower half of an argument: these are `int`s, and the kernel looks at no
-/// more of them.
+/// Makes a condition on the lower 32 bits of an argument. These arguments are `int`s, and
+/// the kernel ignores their upper half.
 fn word(argument: u8, op: Op, value: u64) -> Option<Condition> {
     Condition::new(argument, Length::Dword, op, value).ok()
 }
@@ -162,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn every_call_stands_once() {
+    fn every_call_is_listed_once() {
         let rules = rules().unwrap();
         assert_eq!(rules.len(), PLAIN.len() + OLDER.len() + 4);
     }
