@@ -1,33 +1,33 @@
 //! Reads a heartbeat secret from its file.
 //!
-//! Used by `config` for the keys it names, by `tidegate heartbeat` and by services
-//! that send for themselves: one reader, so one set of rules. It refuses what
-//! `secret_file` refuses, keeps nothing, and never shows what a file holds.
+//! Used by `config` for its keys, by `tidegate heartbeat`, and by services that send
+//! heartbeats, so all have the same rules. It rejects the files that `secret_file`
+//! rejects, and never stores or shows the content of a file.
 
 use super::keys::{SECRET_BYTES_MAX, SECRET_BYTES_MIN, Secret};
 use crate::secret_file::{self, Openness, SecretFileError};
 use std::path::{Path, PathBuf};
 
-/// White space at the end of a file that is not part of the longest secret.
+/// Most bytes of white space after the longest secret.
 const END_BYTES_MAX: usize = 16;
 
-/// Why a key file was refused.
+/// Why a key file was rejected.
 #[derive(Debug, thiserror::Error)]
 #[error("key file {} {why}", path.display())]
 pub struct KeyFileError {
-    /// Which.
+    /// Path of the file.
     pub path: PathBuf,
-    /// What is wrong with it.
+    /// The error.
     pub why: KeyFileProblem,
 }
 
-/// What is wrong with a key file.
+/// An error of a key file.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyFileProblem {
-    /// It cannot be read, or others could.
+    /// It is not readable, or other users have access to it.
     #[error("{0}")]
     File(#[from] SecretFileError),
-    /// Too short or too long.
+    /// The secret is too short or too long.
     #[error(
         "has {0}; a key must have {SECRET_BYTES_MIN} to {SECRET_BYTES_MAX} bytes \
          (create one with: head -c 32 /dev/urandom)"
@@ -35,10 +35,11 @@ pub enum KeyFileProblem {
     Length(String),
 }
 
-/// Reads the secret in the file at `path`: its bytes as they are, but for their
-/// end. Of a file that is text (printable ASCII), the white space at its end is
-/// not part of the secret, however the editor or the system ends lines; of any
-/// other, one newline at the end is not.
+/// Reads the secret in the file at `path`.
+///
+/// The secret is the content without its end. If the file is text (printable ASCII),
+/// white space at the end is removed, so that line ends do not matter. In other files,
+/// one newline at the end is removed.
 ///
 /// # Errors
 /// See [`KeyFileError`].
@@ -46,7 +47,7 @@ pub fn read(path: &Path) -> Result<Secret, KeyFileError> {
     secret(path).map_err(|why| KeyFileError { path: path.to_owned(), why })
 }
 
-/// The same of what the file at `path` held when it was read before.
+/// Returns the secret in `bytes`, which were read earlier from the file at `path`.
 ///
 /// # Errors
 /// See [`KeyFileError`].
@@ -124,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_others_may_read_is_refused_with_its_mode() {
+    fn file_that_other_users_can_access_is_rejected_with_its_mode() {
         for mode in [0o640, 0o604, 0o666, 0o610] {
             let said = refusal(&[7; 32], mode);
             assert!(said.contains(&format!("{mode:04o}")), "{said}");
@@ -132,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn short_and_endless_files_are_refused_without_their_content() {
+    fn errors_of_short_and_long_files_do_not_show_the_content() {
         assert!(refusal(b"secret", 0o600).contains("has 6 bytes"));
         assert!(refusal(&[b'x'; 5000], 0o600).contains("has more than 1024 bytes"));
         assert!(!refusal(b"secret", 0o600).contains("secret\""));

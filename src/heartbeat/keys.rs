@@ -1,8 +1,7 @@
-//! Secrets, and what each may speak for.
+//! Secrets, and the pools and addresses that each is valid for.
 //!
-//! Built when a configuration is taken, read by `trust` with every datagram and
-//! by `sender`. Pure: files are read in `key_file`. A secret is never shown, and
-//! its memory is overwritten when it is dropped.
+//! Made when a configuration is accepted. `daemon::heartbeat` uses them to verify
+//! datagrams, `sender` to sign. Pure: `key_file` reads the files. A secret is never shown.
 
 use hmac::{Hmac, KeyInit, Mac};
 use ipnet::IpNet;
@@ -17,11 +16,13 @@ use super::wire::TAG_BYTES;
 /// Shorter secrets weaken HMAC-SHA-256 (RFC 2104, section 3).
 pub const SECRET_BYTES_MIN: usize = 32;
 
-/// Longer files are no secret but the wrong file.
+/// A longer file is probably not a key file.
 pub const SECRET_BYTES_MAX: usize = 1024;
 
-/// What signs and verifies. Holds the two hash states a secret leads to, not
-/// the secret itself: every tag then costs two hashings less.
+/// A secret that signs and verifies.
+///
+/// It holds the two hash states that the secret gives instead of the secret, which saves
+/// two hash computations per tag.
 #[derive(Clone)]
 pub struct Secret(Hmac<Sha256>);
 
@@ -32,25 +33,27 @@ pub struct Secret(Hmac<Sha256>);
 )]
 pub struct InvalidSecretLength(pub usize);
 
-/// One key: a secret and what it may speak for.
+/// A key: a secret, and the pools and addresses that it is valid for.
 #[derive(Debug, Clone)]
 pub struct HeartbeatKey {
-    /// Its number in datagrams.
+    /// ID in datagrams.
     pub id: u32,
-    /// What senders sign with.
+    /// The secret that senders sign with.
     pub secret: Secret,
-    /// Pools it may speak for.
+    /// The pools that it is valid for.
     pub pools: Vec<Arc<str>>,
-    /// Ranges the announced addresses must lie in.
+    /// The ranges that announced addresses must be in.
     pub addresses: Vec<IpNet>,
 }
 
-/// The keys in force, by number. Several may cover one pool: that is how a key
-/// is replaced while senders still use the old one.
+/// The keys in force by ID.
+///
+/// Several keys can be valid for a pool, so that a key can be replaced while senders
+/// still use the old one.
 #[derive(Debug, Clone, Default)]
 pub struct KeyRing(HashMap<u32, HeartbeatKey>);
 
-/// Two keys with one number.
+/// Two keys have the same ID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("two heartbeat keys have the id {0}")]
 pub struct RepeatedId(pub u32);
@@ -58,10 +61,10 @@ pub struct RepeatedId(pub u32);
 // === impl Secret ===
 
 impl Secret {
-    /// From its bytes, which the caller had better overwrite (`zeroize`).
+    /// Makes a secret from its bytes. The caller should overwrite the bytes (`zeroize`).
     ///
     /// # Errors
-    /// Too few or too many bytes.
+    /// The length is out of bounds.
     pub fn new(bytes: &[u8]) -> Result<Secret, InvalidSecretLength> {
         if !(SECRET_BYTES_MIN..=SECRET_BYTES_MAX).contains(&bytes.len()) {
             return Err(InvalidSecretLength(bytes.len()));
@@ -77,7 +80,7 @@ impl Secret {
         tag
     }
 
-    /// In constant time.
+    /// Verifies a tag in constant time.
     pub(super) fn verify(&self, message: &[u8], tag: &[u8]) -> bool {
         // A shorter tag would be easier to guess.
         tag.len() == TAG_BYTES
@@ -85,8 +88,8 @@ impl Secret {
     }
 }
 
-/// Whether both sign alike, told in constant time: a file that holds another
-/// secret is another configuration.
+/// Compares secrets in constant time by their tags. A configuration with another secret is
+/// another configuration.
 impl PartialEq for Secret {
     fn eq(&self, other: &Secret) -> bool {
         const PROOF: &[u8] = b"are you the same secret?";
@@ -103,12 +106,12 @@ impl fmt::Debug for Secret {
 // === impl HeartbeatKey ===
 
 impl HeartbeatKey {
-    /// Whether it may speak for that pool.
+    /// Returns whether the key is valid for the pool.
     pub fn covers_pool(&self, pool: &str) -> bool {
         self.pools.iter().any(|own| **own == *pool)
     }
 
-    /// Whether it may announce that address. IPv4 mapped into IPv6 is IPv4.
+    /// Returns whether the key is valid for the address. IPv4-mapped IPv6 counts as IPv4.
     pub fn covers_address(&self, address: IpAddr) -> bool {
         let address = address.to_canonical();
         self.addresses.iter().any(|range| range.contains(&address))
@@ -118,10 +121,10 @@ impl HeartbeatKey {
 // === impl KeyRing ===
 
 impl KeyRing {
-    /// The keys given.
+    /// Makes a ring of these keys.
     ///
     /// # Errors
-    /// A number that stands twice.
+    /// Two keys have the same ID.
     pub fn new(keys: impl IntoIterator<Item = HeartbeatKey>) -> Result<KeyRing, RepeatedId> {
         let mut ring = HashMap::new();
         for key in keys {
@@ -132,17 +135,17 @@ impl KeyRing {
         Ok(KeyRing(ring))
     }
 
-    /// The key of that number.
+    /// Returns the key with this ID.
     pub fn get(&self, id: u32) -> Option<&HeartbeatKey> {
         self.0.get(&id)
     }
 
-    /// How many there are.
+    /// Returns the number of keys.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether nothing can be believed.
+    /// Returns whether there is no key, so that every heartbeat is rejected.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

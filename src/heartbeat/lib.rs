@@ -1,17 +1,17 @@
-//! Heartbeats: signed datagrams by which backends announce themselves, their
-//! state and their load.
+//! Heartbeats: signed datagrams with which backends announce themselves, their state and
+//! their load.
 //!
-//! Used by services that send them, by the balancer, which receives them
-//! (`daemon::heartbeat`), and by the controller, which learns of accepted ones alone.
-//! Nothing here decides which backend takes traffic.
+//! Services send them. The balancer receives them (`daemon::heartbeat`), and its
+//! controller handles accepted heartbeats. This crate never decides whether a backend is
+//! eligible.
 //!
-//! | module | what it is |
+//! | module | purpose |
 //! |---|---|
-//! | [`wire`] | the datagram, byte by byte: encode, read, verify (pure) |
-//! | [`keys`] | secrets and what each may speak for (pure) |
+//! | [`wire`] | the datagram: encode, parse, verify (pure) |
+//! | [`keys`] | secrets and the pools and addresses of each (pure) |
 //! | [`key_file`] | reading a secret from its file |
 //! | [`secret_file`] | reading any file that holds a secret |
-//! | [`sender`] | sending them, for services written in Rust (a shell) |
+//! | [`sender`] | sending heartbeats, for services written in Rust |
 
 mod clock;
 pub mod key_file;
@@ -26,56 +26,55 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What one datagram says, once its signature and freshness have been proven.
+/// A heartbeat with a verified signature and a recent time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Heartbeat {
-    /// Pool it speaks for; its key may.
+    /// The pool of the backend. The key is valid for it.
     pub pool: Arc<str>,
     /// Backend name, unique in the pool.
     pub name: Arc<str>,
-    /// Where the backend serves; within its key's address ranges.
+    /// Address of the backend, within the address ranges of the key.
     pub address: SocketAddr,
-    /// Grows with every start of the sender (its start time in milliseconds
-    /// since 1970); sequence numbers begin anew with each.
+    /// Start time of the sender, in milliseconds since 1970. It increases with every start.
+    /// Each incarnation has its own sequence numbers.
     pub incarnation: u64,
-    /// Grows by one with every datagram of an incarnation: gaps are losses.
+    /// Increases by one with every datagram of an incarnation. A gap is a lost datagram.
     pub sequence: u64,
-    /// How often the sender says it sends.
+    /// The interval at which the sender sends.
     pub interval: Duration,
-    /// What it says of itself.
+    /// The state of the backend.
     pub state: SenderState,
-    /// The share it asks for, 1..=1000. Never raises it above what the
-    /// configuration allows.
+    /// The requested weight, 1..=1000. The configuration limits it.
     pub weight: u16,
-    /// Connections it is serving now.
+    /// Connections that the backend serves.
     pub in_flight: u32,
-    /// How busy it is, 0..=1000.
+    /// Load of the backend, 0..=1000.
     pub load: u16,
-    /// The key that signed it.
+    /// ID of the key that signed the heartbeat.
     pub key_id: u32,
 }
 
-/// What a sender says of itself.
+/// The state that a backend reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SenderState {
     /// Not serving yet.
     Starting,
     /// Serving.
     Ready,
-    /// Serving what it has, wants nothing new.
+    /// Serves its open connections and requests no new sessions.
     Draining,
-    /// About to be gone.
+    /// Will exit.
     Stopping,
 }
 
 // === impl SenderState ===
 
 impl SenderState {
-    /// Every state, in the order of a life.
+    /// Every state, in the order in which a sender has them.
     pub const ALL: [SenderState; 4] =
         [SenderState::Starting, SenderState::Ready, SenderState::Draining, SenderState::Stopping];
 
-    /// For logs and status.
+    /// Returns the name for logs and status.
     pub fn name(self) -> &'static str {
         match self {
             SenderState::Starting => "starting",

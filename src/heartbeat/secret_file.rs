@@ -1,62 +1,62 @@
-//! Reads a file that holds a secret: a key of heartbeats, the admin token.
+//! Reads a file that holds a secret: a heartbeat key or the admin token.
 //!
-//! Used by `heartbeat::key_file` and `daemon::admin::token`, and through the first by
-//! `config`: there is no other reader of secrets. It refuses files that others
-//! than their owner could have read or written, keeps nothing, never waits, and
-//! never shows what a file holds.
+//! Used by `heartbeat::key_file` and `daemon::admin::token`. No other code reads secrets.
+//! It rejects files that users other than the owner can access. It never waits for a
+//! writer, and never stores or shows the content of a file.
 
 use rustix::fs::{FileType, Mode, OFlags};
 use std::io::{self, Read};
 use std::path::Path;
 use zeroize::Zeroizing;
 
-/// Who may use such a file beside its owner.
+/// The users that may have access to a secret file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Openness {
-    /// Nobody: 0600 at most.
+    /// Only its owner: 0600 at most.
     OwnerAlone,
-    /// Its group as well: 0660 at most.
+    /// Its owner and its group: 0660 at most.
     OwnerAndGroup,
 }
 
-/// Why a file was refused. The words name no path: who asked knows it.
+/// Why a file was rejected. The message has no path; the caller adds it.
 #[derive(Debug, thiserror::Error)]
 pub enum SecretFileError {
     /// It cannot be opened or read.
     #[error("cannot be read: {}", plain(.0))]
     Unreadable(#[source] io::Error),
-    /// A directory, a device, a pipe.
+    /// It is a directory, a device or a FIFO.
     #[error("is not a regular file")]
     NotAFile,
-    /// Others may read, write or execute it.
+    /// Other users have access to it.
     #[error("is accessible to others than {allowed} (mode {mode:04o}); run chmod {chmod}")]
     Open {
-        /// In words.
+        /// The users that may have access, as text.
         allowed: &'static str,
         /// Its permission bits.
         mode: u32,
-        /// Permission bits that would do.
+        /// The permission bits to set.
         chmod: &'static str,
     },
-    /// Somebody else could change it.
-    #[error("is owned by user {owner}; it must be owned by root or by user {us}")]
+    /// Another user owns it and can change it.
+    #[error("is owned by user {owner}; it must be owned by root or by user {own}")]
     Foreign {
-        /// Its owner's number.
+        /// User ID of its owner.
         owner: u32,
-        /// Ours.
-        us: u32,
+        /// User ID of this process.
+        own: u32,
     },
-    /// Not such a secret, whatever it is.
+    /// It is longer than any secret.
     #[error("is too large: more than {0} bytes")]
     TooLarge(usize),
 }
 
-/// The bytes of the file at `path`, at most `bytes_max`; they are overwritten
-/// when they are dropped.
+/// Reads the file at `path`, at most `bytes_max` bytes. The bytes are overwritten on drop.
+///
+/// It does not wait for the writer of a FIFO: it opens the file with `O_NONBLOCK` and
+/// checks the type before the first read (open(2)).
 ///
 /// # Errors
-/// See [`SecretFileError`]. A FIFO or device is refused, not waited for: it is
-/// opened with `O_NONBLOCK` and looked at before the first read (open(2)).
+/// See [`SecretFileError`].
 pub fn read(
     path: &Path,
     openness: Openness,
@@ -65,7 +65,7 @@ pub fn read(
     let unreadable = SecretFileError::Unreadable;
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| unreadable(e.into()))?;
-    // Of what was opened, not of what the path names by then.
+    // fstat(2) checks the opened file, even if the path has been replaced.
     let status = rustix::fs::fstat(&fd).map_err(|e| unreadable(e.into()))?;
     if !FileType::from_raw_mode(status.st_mode).is_file() {
         return Err(SecretFileError::NotAFile);
@@ -78,11 +78,11 @@ pub fn read(
     if mode & forbidden != 0 {
         return Err(SecretFileError::Open { allowed, mode, chmod });
     }
-    let us = rustix::process::geteuid().as_raw();
-    if status.st_uid != us && status.st_uid != 0 {
-        return Err(SecretFileError::Foreign { owner: status.st_uid, us });
+    let own = rustix::process::geteuid().as_raw();
+    if status.st_uid != own && status.st_uid != 0 {
+        return Err(SecretFileError::Foreign { owner: status.st_uid, own });
     }
-    // It never grows, so no copy of the secret is left behind.
+    // The buffer never grows, so no copy of the secret stays in freed memory.
     let mut bytes = Zeroizing::new(Vec::with_capacity(bytes_max + 1));
     let file = std::fs::File::from(fd);
     file.take(bytes_max as u64 + 1).read_to_end(&mut bytes).map_err(unreadable)?;
@@ -92,7 +92,7 @@ pub fn read(
     Ok(bytes)
 }
 
-/// The kernel's words without Rust's "(os error 2)".
+/// Returns the text of an OS error without Rust's "(os error 2)".
 fn plain(error: &io::Error) -> String {
     let text = error.to_string();
     match text.find(" (os error") {
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_may_use_is_refused_with_its_mode() {
+    fn file_that_other_users_can_access_is_rejected_with_its_mode() {
         for (openness, good, bad) in [
             (Openness::OwnerAlone, [0o600, 0o400], [0o640, 0o604, 0o610]),
             (Openness::OwnerAndGroup, [0o640, 0o600], [0o644, 0o602, 0o641]),
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_another_user_is_refused() {
+    fn file_of_another_user_is_rejected() {
         if !rustix::process::geteuid().is_root() {
             return;
         }
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_or_too_large_is_refused() {
+    fn special_and_large_files_are_rejected() {
         let dir = tempfile::tempdir().unwrap();
         let refused = |path: &Path| read(path, Openness::OwnerAlone, 9).unwrap_err();
         assert!(matches!(refused(dir.path()), SecretFileError::NotAFile));

@@ -1,9 +1,9 @@
-//! Sends heartbeats: the library for services written in Rust, and what
-//! `tidegate heartbeat` runs on.
+//! Sends heartbeats. The library for services written in Rust, and for
+//! `tidegate heartbeat`.
 //!
-//! A service starts a [`Sender`], sets what changes, and closes it before it
-//! goes. It needs no runtime, only one thread; it never waits for the network
-//! and never fails because nobody listens.
+//! A service starts a [`Sender`], sets its state and load when they change, and closes it
+//! before it exits. The sender has one thread and needs no runtime. It never waits for the
+//! network and never fails because no balancer receives.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -36,33 +36,32 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-/// How often a sender says that it stops: three losses in a row are rare, and
-/// the silence that follows says the same a little later.
+/// Number of `stopping` heartbeats at the end. If all are lost, the balancer detects the
+/// missing heartbeats.
 pub const STOPPING_COUNT: u32 = 3;
 
-/// Between them, so that one full buffer does not swallow all.
+/// Pause after each of them, so that a full buffer does not drop all.
 const STOPPING_GAP: Duration = Duration::from_millis(10);
 
-/// A shorter interval would be load, not news.
+/// Shortest interval.
 const INTERVAL_MIN: Duration = Duration::from_millis(1);
 
-/// What is sent where.
+/// The settings of a sender.
 #[derive(Debug, Clone)]
 pub struct SenderSettings {
-    /// Balancers; each gets every heartbeat.
+    /// The balancers. Each gets every heartbeat.
     pub to: Vec<SocketAddr>,
-    /// Who sends.
+    /// The backend.
     pub identity: SenderIdentity,
-    /// The number balancers know the secret by.
+    /// The ID of the secret at the balancers.
     pub key_id: u32,
-    /// What heartbeats are signed with.
+    /// The secret that signs heartbeats.
     pub secret: Secret,
-    /// How often, 1 ms to an hour; what is outside is taken as the bound.
+    /// Interval, 1 ms to 1 h. Values outside are set to the nearest bound.
     pub interval: Duration,
 }
 
-/// A running sender. Closing or dropping it tells the balancers that the
-/// backend stops.
+/// A running sender. On close or drop it reports the state `stopping`.
 #[derive(Debug)]
 pub struct Sender {
     shared: Arc<SenderShared>,
@@ -71,29 +70,29 @@ pub struct Sender {
 
 #[derive(Debug)]
 struct SenderShared {
-    says: Mutex<SenderFields>,
+    fields: Mutex<SenderFields>,
     changed: Condvar,
 }
 
-/// What the next heartbeat says, and what became of the last.
+/// The content of the next heartbeat, and the results of earlier sends.
 #[derive(Debug)]
 struct SenderFields {
     state: SenderState,
     weight: u16,
     load: u16,
     in_flight: u32,
-    /// The state has changed since the last heartbeat.
-    news: bool,
+    /// The state has changed after the last heartbeat.
+    state_changed: bool,
     closing: bool,
     sent: u64,
     failed: u64,
     last_error: Option<(SocketAddr, i32)>,
 }
 
-/// The thread's side.
+/// The state of the thread.
 struct SendLoop {
     settings: SenderSettings,
-    /// For IPv4 and IPv6 peers; `None` where there are none.
+    /// For IPv4 and IPv6 peers. `None`: no peer of that family.
     sockets: [Option<UdpSocket>; 2],
     shared: Arc<SenderShared>,
     incarnation: u64,
@@ -101,11 +100,11 @@ struct SendLoop {
 }
 
 fn now_ms() -> u64 {
-    // A clock before 1970 is refused by every balancer, as it should be.
+    // Every balancer rejects a heartbeat with the time 0.
     clock::wall().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
-/// A socket to send to peers such as that one from. It never waits for room.
+/// Makes a non-blocking socket for peers of the same family.
 fn socket_for(peer: SocketAddr) -> io::Result<UdpSocket> {
     let own: SocketAddr = match peer {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
@@ -116,8 +115,8 @@ fn socket_for(peer: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket)
 }
 
-/// The first moment after `now` that lies whole intervals after `due`: what was
-/// missed meanwhile is not made up for.
+/// Returns the first time after `now` that is a multiple of the interval after `due`.
+/// Missed heartbeats are not sent later.
 fn next_due(due: Instant, now: Instant, interval: Duration) -> Instant {
     let late = now.saturating_duration_since(due).as_nanos();
     let missed = late / interval.as_nanos().max(1);
@@ -128,11 +127,11 @@ fn next_due(due: Instant, now: Instant, interval: Duration) -> Instant {
 // === impl Sender ===
 
 impl Sender {
-    /// Starts sending: the first heartbeat goes out at once and says
-    /// `starting`, weight 1, no load, nothing in flight.
+    /// Starts sending. The first heartbeat is sent immediately, with the state `starting`,
+    /// weight 1, load 0 and no connections.
     ///
     /// # Errors
-    /// No socket or no thread to be had.
+    /// A socket or the thread cannot be made.
     pub fn start(mut settings: SenderSettings) -> io::Result<Sender> {
         settings.interval = settings.interval.clamp(INTERVAL_MIN, INTERVAL_MAX);
         let mut sockets = [None, None];
@@ -142,19 +141,19 @@ impl Sender {
                 *socket = Some(socket_for(*to)?);
             }
         }
-        let says = SenderFields {
+        let fields = SenderFields {
             state: SenderState::Starting,
             weight: 1,
             load: 0,
             in_flight: 0,
-            news: false,
+            state_changed: false,
             closing: false,
             sent: 0,
             failed: 0,
             last_error: None,
         };
-        let shared = Arc::new(SenderShared { says: Mutex::new(says), changed: Condvar::new() });
-        let beat = SendLoop {
+        let shared = Arc::new(SenderShared { fields: Mutex::new(fields), changed: Condvar::new() });
+        let send_loop = SendLoop {
             settings,
             sockets,
             shared: Arc::clone(&shared),
@@ -162,51 +161,51 @@ impl Sender {
             sequence: 0,
         };
         let builder = std::thread::Builder::new().name("heartbeat-sender".to_owned());
-        let thread = builder.spawn(move || beat.run())?;
+        let thread = builder.spawn(move || send_loop.run())?;
         Ok(Sender { shared, thread: Some(thread) })
     }
 
-    /// What the backend says of itself from now on; a change is sent at once,
-    /// beside the regular heartbeats.
+    /// Sets the state of the backend. A change is sent immediately, in addition to the
+    /// regular heartbeats.
     pub fn set_state(&self, state: SenderState) {
-        let mut says = self.shared.lock();
-        if says.state != state {
-            (says.state, says.news) = (state, true);
-            drop(says);
+        let mut fields = self.shared.lock();
+        if fields.state != state {
+            (fields.state, fields.state_changed) = (state, true);
+            drop(fields);
             self.shared.changed.notify_one();
         }
     }
 
-    /// The share of traffic asked for, 1 to 1000; goes out with the next
-    /// heartbeat.
+    /// Sets the requested weight, 1 to 1000. It is sent with the next heartbeat.
     pub fn set_weight(&self, weight: u16) {
         self.shared.lock().weight = weight.clamp(1, SHARE_MAX);
     }
 
-    /// How busy the backend is, 0 to 1000; goes out with the next heartbeat.
+    /// Sets the load of the backend, 0 to 1000. It is sent with the next heartbeat.
     pub fn set_load(&self, load: u16) {
         self.shared.lock().load = load.min(SHARE_MAX);
     }
 
-    /// Connections it is serving; goes out with the next heartbeat.
+    /// Sets the number of open connections. It is sent with the next heartbeat.
     pub fn set_in_flight(&self, in_flight: u32) {
         self.shared.lock().in_flight = in_flight;
     }
 
-    /// Datagrams handed to the kernel so far, one for each balancer.
+    /// Returns the number of datagrams that the kernel accepted. Each heartbeat is one
+    /// datagram per balancer.
     pub fn sent(&self) -> u64 {
         self.shared.lock().sent
     }
 
-    /// Datagrams the kernel did not take, and why not the last of them.
+    /// Returns the number of datagrams that the kernel rejected, and the last error.
     pub fn failed(&self) -> (u64, Option<(SocketAddr, io::Error)>) {
-        let says = self.shared.lock();
+        let fields = self.shared.lock();
         let error = |(to, errno)| (to, io::Error::from_raw_os_error(errno));
-        (says.failed, says.last_error.map(error))
+        (fields.failed, fields.last_error.map(error))
     }
 
-    /// Says `stopping` [`STOPPING_COUNT`] times and ends the thread; takes some
-    /// 30 ms.
+    /// Sends [`STOPPING_COUNT`] heartbeats with the state `stopping` and ends the thread.
+    /// Takes about 30 ms.
     pub fn close(self) {
         drop(self);
     }
@@ -217,7 +216,7 @@ impl Drop for Sender {
         self.shared.lock().closing = true;
         self.shared.changed.notify_one();
         if let Some(thread) = self.thread.take() {
-            // Its panic has been reported on standard error already.
+            // A panic of the thread was already reported on standard error.
             let _ = thread.join();
         }
     }
@@ -226,9 +225,10 @@ impl Drop for Sender {
 // === impl SenderShared ===
 
 impl SenderShared {
-    /// Nothing done under the lock can fail half-way.
+    /// Locks the fields. A poisoned lock is used as it is, because no code panics between
+    /// two writes to the fields.
     fn lock(&self) -> MutexGuard<'_, SenderFields> {
-        self.says.lock().unwrap_or_else(PoisonError::into_inner)
+        self.fields.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -251,26 +251,26 @@ impl SendLoop {
         }
     }
 
-    /// Until it is time, or there is news; false when it is over.
+    /// Waits until `due` or a change of the state. Returns false if the sender is closing.
     fn wait_until(&self, due: Instant) -> bool {
-        let mut says = self.shared.lock();
+        let mut fields = self.shared.lock();
         loop {
             let left = due.saturating_duration_since(clock::now());
-            if says.closing {
+            if fields.closing {
                 return false;
             }
-            if says.news || left.is_zero() {
-                says.news = false;
+            if fields.state_changed || left.is_zero() {
+                fields.state_changed = false;
                 return true;
             }
-            let waited = self.shared.changed.wait_timeout(says, left);
-            says = waited.unwrap_or_else(PoisonError::into_inner).0;
+            let waited = self.shared.changed.wait_timeout(fields, left);
+            fields = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
     fn send(&mut self) {
         self.sequence += 1;
-        let says = self.shared.lock();
+        let fields = self.shared.lock();
         let draft = HeartbeatFields {
             identity: &self.settings.identity,
             key_id: self.settings.key_id,
@@ -278,12 +278,12 @@ impl SendLoop {
             sequence: self.sequence,
             sent: now_ms(),
             interval: self.settings.interval,
-            state: says.state,
-            weight: says.weight,
-            in_flight: says.in_flight,
-            load: says.load,
+            state: fields.state,
+            weight: fields.weight,
+            in_flight: fields.in_flight,
+            load: fields.load,
         };
-        drop(says);
+        drop(fields);
         let datagram = encode(&draft, &self.settings.secret);
         let (mut sent, mut failed, mut last_error) = (0, 0, None);
         for to in &self.settings.to {
@@ -296,10 +296,10 @@ impl SendLoop {
                 }
             }
         }
-        let mut says = self.shared.lock();
-        says.sent += sent;
-        says.failed += failed;
-        says.last_error = last_error.or(says.last_error);
+        let mut fields = self.shared.lock();
+        fields.sent += sent;
+        fields.failed += failed;
+        fields.last_error = last_error.or(fields.last_error);
     }
 }
 
@@ -308,7 +308,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_schedule_neither_drifts_nor_bursts() {
+    fn schedule_does_not_drift_or_send_missed_heartbeats() {
         let (began, ms) = (clock::now(), Duration::from_millis);
         let next = |now| next_due(began, began + now, ms(100)) - began;
         assert_eq!(next(ms(0)), ms(100));

@@ -1,27 +1,23 @@
-//! What the tests of this module's parts share: a secret, a key, a sender whose
-//! clock and numbers are set by hand.
+//! Helpers for tests: a secret, a key, and a sender with a settable clock and numbers.
+//!
+//! Used by tests of this and other crates. Never part of a release build.
 
-#![allow(
-    missing_docs,
-    clippy::unwrap_used,
-    clippy::new_without_default,
-    reason = "for tests alone"
-)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::new_without_default, reason = "only for tests")]
 
 use super::SenderState;
 use super::keys::{HeartbeatKey, KeyRing, Secret};
 use super::wire::{EncodedHeartbeat, HeartbeatFields, SenderIdentity, encode};
 use std::time::Duration;
 
-/// Wall-clock time the tests begin at, ms since 1970.
+/// Wall-clock time at the start of tests, in ms since 1970.
 pub const START: u64 = 1_800_000_000_000;
 
-/// A secret of one byte value.
+/// Returns a secret of 32 equal bytes.
 pub fn secret(byte: u8) -> Secret {
     Secret::new(&[byte; 32]).unwrap()
 }
 
-/// Key 7 for pool `web` and 10.0.0.0/8 and fd00::/8.
+/// Returns key 7, valid for the pool `web`, 10.0.0.0/8 and fd00::/8.
 pub fn key() -> HeartbeatKey {
     HeartbeatKey {
         id: 7,
@@ -35,7 +31,7 @@ pub fn ring(keys: impl IntoIterator<Item = HeartbeatKey>) -> KeyRing {
     KeyRing::new(keys).unwrap()
 }
 
-/// Says whatever its fields are set to.
+/// A sender that sends the values of its fields.
 #[derive(Clone)]
 pub struct TestSender {
     pub identity: SenderIdentity,
@@ -47,7 +43,7 @@ pub struct TestSender {
 }
 
 impl TestSender {
-    /// Backend `a` of pool `web`, started and sending at [`START`].
+    /// Makes a sender of backend `a` in pool `web`, started at [`START`].
     pub fn new() -> TestSender {
         TestSender::named("web", "a", "10.0.0.1:80")
     }
@@ -78,7 +74,7 @@ impl TestSender {
         }
     }
 
-    /// What it says now; the next has the next sequence.
+    /// Returns the next datagram and increases the sequence number.
     pub fn send(&mut self) -> EncodedHeartbeat {
         let datagram = encode(&self.draft(), &self.secret);
         self.sequence += 1;

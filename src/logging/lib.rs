@@ -1,7 +1,6 @@
-//! How the log is written: its text format, and a queue that never makes a writer wait.
+//! Writing of the log: its text format, and a queue that never blocks.
 //!
-//! Used by the balancer and its supervisor. What is logged, and how much of it, is theirs
-//! to say.
+//! Used by the balancer and its supervisor. It never decides what to log.
 
 pub mod log_queue;
 pub mod logfmt;

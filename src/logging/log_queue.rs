@@ -1,9 +1,9 @@
-//! The program's log between those who write to it and standard error.
+//! A bounded queue between the threads that log and standard error.
 //!
-//! Whoever logs puts a line into a bounded queue and goes on; a thread of its
-//! own writes. It never makes anybody wait: where the reader is stuck or the disk
-//! full, lines are dropped and counted, and a line says how many once it flows
-//! again.
+//! The log layer puts each line into the queue, and a separate thread writes it. Logging
+//! never blocks: if the queue is full because the reader is stalled, or if a write fails,
+//! lines are dropped and counted. After the next successful write, the queue reports the
+//! count to its owner.
 
 use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 use std::io::{self, Write};
@@ -12,13 +12,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::Builder;
 use std::time::Duration;
 
-/// Lines that may wait: what a bad minute brings, about 1 MB.
+/// Most queued lines, about 1 MB.
 pub const QUEUE_MAX: usize = 4_096;
 
-/// Pause before a target that would have blocked is tried again.
+/// Pause before a write is retried after `WouldBlock`.
 const RETRY: Duration = Duration::from_millis(20);
 
-/// Everybody's end; cheap to clone.
+/// The sending end of the queue. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct LogQueue {
     items: Sender<LogItem>,
@@ -28,11 +28,11 @@ pub struct LogQueue {
 #[derive(Debug)]
 enum LogItem {
     Line(Vec<u8>),
-    /// Everything before it is written.
+    /// Answered after all earlier lines are written.
     Flush(Sender<()>),
 }
 
-/// The writing end of one event.
+/// Collects one line and queues it on drop.
 #[derive(Debug)]
 pub struct LineWriter {
     queue: LogQueue,
@@ -42,40 +42,42 @@ pub struct LineWriter {
 // === impl LogQueue ===
 
 impl LogQueue {
-    /// Starts the thread, which writes to `target` and calls `told` with the
-    /// number of lines lost once lines flow again.
+    /// Starts the thread, which writes to `target`.
+    ///
+    /// After a successful write it calls `report_dropped` with the number of lines that were
+    /// dropped before and not yet reported.
     ///
     /// # Errors
-    /// No thread can be started.
+    /// The thread cannot be started.
     pub fn start(
         target: impl Write + Send + 'static,
-        told: impl Fn(u64) + Send + 'static,
+        report_dropped: impl Fn(u64) + Send + 'static,
     ) -> io::Result<LogQueue> {
         let (items, incoming) = bounded(QUEUE_MAX);
         let dropped = Arc::new(AtomicU64::new(0));
         let counted = Arc::clone(&dropped);
         Builder::new()
             .name("log".to_owned())
-            .spawn(move || run(target, &incoming, &counted, told))?;
+            .spawn(move || run(target, &incoming, &counted, report_dropped))?;
         Ok(LogQueue { items, dropped })
     }
 
-    /// Lines lost so far.
+    /// Returns the number of dropped lines.
     pub fn dropped(&self) -> u64 {
         self.dropped.load(Ordering::Relaxed)
     }
 
-    /// Waits until what was logged so far is written; at most `limit`, so that a
-    /// stuck reader holds no exit up.
+    /// Waits until all earlier lines are written, at most twice `limit`, so that a stalled
+    /// reader does not block an exit.
     pub fn flush(&self, limit: Duration) {
         let (done, written) = bounded(1);
         if self.items.send_timeout(LogItem::Flush(done), limit).is_ok() {
-            // Written or not, it is time to go.
+            // After the limit the lines are given up.
             let _ = written.recv_timeout(limit);
         }
     }
 
-    /// What one event is written to.
+    /// Returns a writer for one line.
     pub fn line(&self) -> LineWriter {
         LineWriter { queue: self.clone(), line: Vec::new() }
     }
@@ -93,21 +95,21 @@ fn run(
     mut target: impl Write,
     incoming: &Receiver<LogItem>,
     dropped: &AtomicU64,
-    told: impl Fn(u64),
+    report_dropped: impl Fn(u64),
 ) {
-    let mut told_of = 0;
+    let mut reported = 0;
     while let Ok(item) = incoming.recv() {
         match item {
             LogItem::Flush(done) => drop(done.send(())),
             LogItem::Line(line) => match write_line(&mut target, &line) {
                 Ok(()) => {
                     let lost = dropped.load(Ordering::Relaxed);
-                    if lost > told_of {
-                        told(lost - told_of);
-                        told_of = lost;
+                    if lost > reported {
+                        report_dropped(lost - reported);
+                        reported = lost;
                     }
                 }
-                // A full disk, a reader that is gone.
+                // The disk is full, or the reader has closed its end.
                 Err(_) => drop(dropped.fetch_add(1, Ordering::Relaxed)),
             },
         }
@@ -120,7 +122,7 @@ fn write_line(target: &mut impl Write, mut line: &[u8]) -> io::Result<()> {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(written) => line = &line[written..],
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // Somebody has made the terminal or pipe non-blocking.
+            // Another process has made the terminal or pipe non-blocking.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 std::thread::park_timeout(RETRY);
             }
@@ -164,13 +166,13 @@ mod tests {
     }
 
     #[test]
-    fn stuck_reader_blocks_nothing_and_learns_what_it_missed() {
+    fn stalled_reader_blocks_no_writer_and_dropped_lines_are_reported() {
         let (mut reader, writer) = io::pipe().unwrap();
-        let told = Arc::new(Mutex::new(0));
-        let heard = Arc::clone(&told);
-        let queue = LogQueue::start(writer, move |lost| *heard.lock().unwrap() += lost).unwrap();
+        let reported = Arc::new(Mutex::new(0));
+        let sum = Arc::clone(&reported);
+        let queue = LogQueue::start(writer, move |lost| *sum.lock().unwrap() += lost).unwrap();
         let line = "x".repeat(1023) + "\n";
-        // A pipe holds 64 lines of a KiB, the queue the rest.
+        // The pipe holds 64 lines of 1 KiB, the queue holds QUEUE_MAX.
         (0..QUEUE_MAX + 1000).for_each(|_| log(&queue, &line));
         let lost = queue.dropped();
         assert!((100..=1000).contains(&lost), "{lost} lost");
@@ -181,11 +183,11 @@ mod tests {
         });
         queue.flush(SOON);
         reading.join().unwrap();
-        assert_eq!((*told.lock().unwrap(), queue.dropped()), (lost, lost));
+        assert_eq!((*reported.lock().unwrap(), queue.dropped()), (lost, lost));
     }
 
     #[test]
-    fn a_full_disk_loses_lines_and_counts_them() {
+    fn lines_are_dropped_and_counted_if_the_disk_is_full() {
         let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
         let queue = LogQueue::start(full, |_| {}).unwrap();
         (0..3).for_each(|_| log(&queue, "a line\n"));

@@ -1,12 +1,12 @@
-//! Fields of a text log line as logfmt parsers read them.
+//! Formats the fields of a text log line as logfmt.
 //!
-//! Called by the log layer for each event. It never changes what is logged as JSON.
+//! Called by the log layer for each event. It never changes JSON lines.
 //!
-//! - A value with a space, a quote, an equals sign or a character that a terminal
-//!   obeys is quoted and escaped as in JSON. Text from outside (a path, a name, an
-//!   error) can therefore forge neither a line nor a field.
-//! - A message stays as it is, unless it holds such a character other than a space;
-//!   then it is the field `message`.
+//! - A value is quoted and escaped as in JSON if it has a space, a quote, an equals sign, a
+//!   backslash or a character that controls a terminal. Therefore untrusted text (a path,
+//!   a name, an error) cannot forge a line or a field.
+//! - A message is written unchanged. If it has one of these characters other than a
+//!   space, it is written as the field `message`.
 
 use std::fmt::{self, Write};
 use tracing::field::{Field, Visit};
@@ -24,12 +24,12 @@ struct Visitor<'a> {
     result: fmt::Result,
 }
 
-/// `text` in one line that no terminal obeys.
+/// Returns `text` on one line, with characters that control a terminal escaped.
 pub fn one_line(text: &str) -> String {
     let mut line = String::with_capacity(text.len());
     for c in text.chars() {
         // Writing to a string cannot fail.
-        let _ = if is_obeyed(c) { write_escaped(&mut line, c) } else { line.write_char(c) };
+        let _ = if controls_terminal(c) { write_escaped(&mut line, c) } else { line.write_char(c) };
     }
     line
 }
@@ -60,11 +60,12 @@ fn write_escaped(to: &mut dyn Write, c: char) -> fmt::Result {
 }
 
 fn is_special(c: char) -> bool {
-    matches!(c, '"' | '=' | '\\') || is_obeyed(c)
+    matches!(c, '"' | '=' | '\\') || controls_terminal(c)
 }
 
-/// Control characters, line separators, and marks that turn the direction of text.
-fn is_obeyed(c: char) -> bool {
+/// Returns whether the character is a control character, a line separator or a mark that
+/// changes the direction of text.
+fn controls_terminal(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{2028}' | '\u{2029}' | '\u{200e}' | '\u{200f}')
         || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
@@ -126,7 +127,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
     use tracing_subscriber::layer::SubscriberExt;
 
-    /// What a subscriber writes of the events in `log`.
+    /// Returns what a subscriber writes for the events in `log`.
     fn written(json: bool, log: impl FnOnce()) -> String {
         #[derive(Clone, Default)]
         struct Buffer(Arc<Mutex<Vec<u8>>>);
@@ -153,7 +154,7 @@ mod tests {
         String::from_utf8(bytes).unwrap()
     }
 
-    /// A parser of the rest of a line after its header, as strict as the usual ones.
+    /// Parses the fields of a line as strictly as common logfmt parsers.
     fn parse(line: &str) -> Vec<(String, String)> {
         let (mut rest, mut pairs) = (line, Vec::new());
         while !rest.is_empty() {
@@ -183,7 +184,7 @@ mod tests {
         pairs
     }
 
-    const NASTY: [&str; 7] = [
+    const HOSTILE: [&str; 7] = [
         "plain",
         "two words",
         "a=b \"c\" \\d",
@@ -194,14 +195,14 @@ mod tests {
     ];
 
     #[test]
-    fn every_value_is_read_back_and_no_line_is_forged() {
-        for text in NASTY {
+    fn every_value_parses_back_and_forges_no_line() {
+        for text in HOSTILE {
             let error = std::io::Error::other(text);
             let lines = written(false, || {
                 tracing::warn!(pool = %text, backend = text, %error, count = 3, "backend");
             });
             assert_eq!(lines.matches('\n').count(), 1, "{lines:?}");
-            assert!(!lines.trim_end().chars().any(is_obeyed), "{lines:?}");
+            assert!(!lines.trim_end().chars().any(controls_terminal), "{lines:?}");
             let (_, fields) = lines.trim_end_matches('\n').split_once("tests: ").unwrap();
             let pairs = parse(fields);
             let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
@@ -217,10 +218,10 @@ mod tests {
     }
 
     #[test]
-    fn a_message_is_bare_unless_it_could_pass_for_more() {
+    fn message_is_unquoted_unless_it_could_forge_a_field() {
         let line = written(false, || tracing::info!(from = "up", "backend came back"));
         assert!(line.ends_with(": backend came back from=\"up\"\n"), "{line}");
-        for text in NASTY {
+        for text in HOSTILE {
             let line = written(false, || tracing::info!("refused: {text}"));
             assert_eq!(line.matches('\n').count(), 1, "{line:?}");
             assert!(!line.contains(" pool=web") || line.contains("message=\""), "{line}");
@@ -228,8 +229,8 @@ mod tests {
     }
 
     #[test]
-    fn json_lines_hold_the_same_values() {
-        for text in NASTY {
+    fn json_lines_have_the_same_values() {
+        for text in HOSTILE {
             let lines = written(true, || tracing::warn!(pool = %text, "refused: {text}"));
             assert_eq!(lines.matches('\n').count(), 1, "{lines:?}");
             let value: serde_json::Value = serde_json::from_str(&lines).unwrap();
@@ -239,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn text_for_one_line_stays_readable() {
+    fn one_line_escapes_only_control_characters() {
         assert_eq!(one_line("cannot bind /a\nb: \"no\" = é"), "cannot bind /a\\nb: \"no\" = é");
     }
 }

@@ -1,5 +1,5 @@
-//! A service that sends its own heartbeats: an echo server that reports how many
-//! connections it has. When its standard input ends it drains, and then it stops.
+//! A service that sends heartbeats: an echo server that reports its number of
+//! connections. When its standard input ends, it drains and then exits.
 //!
 //! ```sh
 //! cargo run -p tidegate-heartbeat --example service -- \
@@ -50,7 +50,7 @@ pub(crate) fn run(
     let (events, happened) = channel();
     let ended = events.clone();
     std::thread::spawn(move || {
-        // An input that cannot be read has ended, too.
+        // A read error also counts as the end of the input.
         let _ = io::copy(&mut { input }, &mut io::sink());
         let _ = ended.send(ServiceEvent::InputEnded);
     });
@@ -65,8 +65,9 @@ pub(crate) fn run(
     Ok(())
 }
 
-/// Reports the number of connections until the input ends; if there is a limit, until
-/// none is left or nothing has happened for that long. Returns how many there are.
+/// Reports the number of connections until the input ends. With a `limit`, reports until
+/// no connection is left or no connection has closed for that time. Returns the number of
+/// open connections.
 fn report(
     sender: &Sender,
     happened: &Receiver<ServiceEvent>,
@@ -93,7 +94,7 @@ fn accept(listener: &TcpListener, events: &EventSender<ServiceEvent>) {
         let events = events.clone();
         let _ = events.send(ServiceEvent::Opened);
         std::thread::spawn(move || {
-            // A client that resets has left.
+            // An error means that the client has closed or reset the connection.
             let _ = echo(&client);
             let _ = events.send(ServiceEvent::Closed);
         });

@@ -1,12 +1,12 @@
-//! The heartbeat datagram, byte by byte: encode, read, verify.
+//! The heartbeat datagram: encode, parse, verify.
 //!
-//! Used by `sender` to write one and by `trust` to read one. Reading is strict
-//! and allocates nothing; it never panics on any bytes and proves nothing until
-//! [`ParsedHeartbeat::verify`] has been asked.
+//! `sender` encodes datagrams, and `daemon::heartbeat` parses them. The parser is strict,
+//! allocates nothing and never panics. A parsed datagram is not trusted until
+//! [`ParsedHeartbeat::verify`] returns true.
 //!
 //! # Format, version 1
 //!
-//! One UDP datagram, numbers big-endian, nothing before, between or after:
+//! One UDP datagram, numbers big-endian, without padding or trailing bytes:
 //!
 //! | at | bytes | field | values |
 //! |---|---|---|---|
@@ -16,25 +16,24 @@
 //! | 6 | 1 | state | 1 starting, 2 ready, 3 draining, 4 stopping |
 //! | 7 | 1 | address family | 4 or 6 |
 //! | 8 | 4 | key id | as configured on both sides |
-//! | 12 | 8 | incarnation | when the sender started, ms since 1970 |
-//! | 20 | 8 | sequence | one more with each datagram of an incarnation |
-//! | 28 | 8 | time | when it was sent, ms since 1970 |
-//! | 36 | 4 | interval | how often it is sent, ms, 1 to 3,600,000 |
-//! | 40 | 4 | in flight | connections the backend is serving |
+//! | 12 | 8 | incarnation | start time of the sender, ms since 1970 |
+//! | 20 | 8 | sequence | increases by one with each datagram of an incarnation |
+//! | 28 | 8 | time | time of sending, ms since 1970 |
+//! | 36 | 4 | interval | interval of sending, ms, 1 to 3,600,000 |
+//! | 40 | 4 | in flight | connections that the backend serves |
 //! | 44 | 2 | weight | 1 to 1000 |
 //! | 46 | 2 | load | 0 (idle) to 1000 (full) |
 //! | 48 | 2 | port | 1 to 65535 |
-//! | 50 | 4 or 16 | address | where the backend serves: IPv4 or IPv6, by the family |
-//! | | 1 | length of the pool's name | 1 to 64 |
-//! | | that | pool | `A-Z a-z 0-9 . _ -`, not dots alone |
-//! | | 1 | length of the backend's name | 1 to 64 |
-//! | | that | name | as a pool's, or the address and port as text (`10.0.0.1:80`, `[2001:db8::1]:80`): the name a backend has that was given none |
-//! | | 16 | tag | the first 16 bytes of HMAC-SHA-256 (RFC 2104) with the key over everything before |
+//! | 50 | 4 or 16 | address | address of the backend: IPv4 or IPv6, by the family |
+//! | | 1 | length of the pool name | 1 to 64 |
+//! | | as given | pool | `A-Z a-z 0-9 . _ -`, not only dots |
+//! | | 1 | length of the backend name | 1 to 64 |
+//! | | as given | name | as for pools; or the address and port as text (`10.0.0.1:80`, `[2001:db8::1]:80`), which is the name of a backend without a configured name |
+//! | | 16 | tag | the first 16 bytes of HMAC-SHA-256 (RFC 2104) with the key over all earlier bytes |
 //!
-//! The smallest is 76 bytes, the largest [`DATAGRAM_BYTES_MAX`]. Not every
-//! address is one: unspecified, multicast, broadcast, IPv4 mapped into IPv6 and
-//! link-local IPv6 (which means nothing without an interface) are malformed.
-//! Whoever changes anything here raises the version.
+//! The smallest datagram has 76 bytes, the largest [`DATAGRAM_BYTES_MAX`]. These addresses
+//! are malformed: unspecified, multicast, broadcast, IPv4-mapped IPv6, and link-local IPv6
+//! (ambiguous without an interface). Every change of the format needs a new version.
 
 use super::SenderState;
 use super::keys::Secret;
@@ -53,21 +52,21 @@ pub const DATAGRAM_BYTES_MAX: usize = HEADER_BYTES + 16 + 2 * (1 + NAME_BYTES_MA
 /// Shortest: header, IPv4 address, two names of one character, tag.
 pub const DATAGRAM_BYTES_MIN: usize = HEADER_BYTES + 4 + 2 * (1 + 1) + TAG_BYTES;
 
-/// 128 bits: a guess hits with 2^-128, and no receiver answers anyway.
+/// Length of the tag: 128 bits. A random tag is valid with a probability of 2^-128.
 pub const TAG_BYTES: usize = 16;
 
 /// Greatest weight and greatest load.
 pub const SHARE_MAX: u16 = 1000;
 
-/// Longest interval a sender may claim: an hour.
+/// Longest interval: 1 h.
 pub const INTERVAL_MAX: Duration = Duration::from_secs(3600);
 
 const MAGIC: [u8; 4] = *b"TGHB";
 const VERSION: u8 = 1;
-/// Everything before the address.
+/// Length of the fields before the address.
 const HEADER_BYTES: usize = 50;
 
-/// Who sends: checked once, so that encoding cannot fail.
+/// The backend that sends. It is checked when it is made, so that encoding cannot fail.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SenderIdentity {
     pool: Arc<str>,
@@ -75,118 +74,117 @@ pub struct SenderIdentity {
     address: SocketAddr,
 }
 
-/// Why an identity cannot be sent.
+/// Why an identity is invalid.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidIdentity {
-    /// The pool's name.
+    /// The pool name.
     #[error("invalid pool name {0:?}: use 1 to 64 of A-Z a-z 0-9 . _ -")]
     Pool(String),
-    /// The backend's name.
+    /// The backend name.
     #[error("invalid backend name {0:?}: use its address or 1 to 64 of A-Z a-z 0-9 . _ -")]
     Name(String),
-    /// Nobody could connect there.
+    /// No balancer can connect to the address.
     #[error("a balancer cannot connect to address {0}")]
     Address(SocketAddr),
 }
 
-/// What one datagram is to say. Weight, load and interval beyond their bounds
-/// are sent as the nearest bound.
+/// The fields of a datagram. Weight, load and interval outside their bounds are sent as the
+/// nearest bound.
 #[derive(Debug, Clone, Copy)]
 pub struct HeartbeatFields<'a> {
-    /// Who.
+    /// The backend.
     pub identity: &'a SenderIdentity,
-    /// Number of the secret it is signed with.
+    /// ID of the key that signs the datagram.
     pub key_id: u32,
-    /// When the sender started, ms since 1970.
+    /// Start time of the sender, ms since 1970.
     pub incarnation: u64,
-    /// One more each time.
+    /// Sequence number, increased by one per datagram.
     pub sequence: u64,
-    /// Now, ms since 1970.
+    /// Current time, ms since 1970.
     pub sent: u64,
-    /// How often it sends.
+    /// Interval of sending.
     pub interval: Duration,
-    /// Its state.
+    /// State of the backend.
     pub state: SenderState,
-    /// Its share, 1..=1000.
+    /// Requested weight, 1..=1000.
     pub weight: u16,
-    /// Connections it is serving.
+    /// Connections that the backend serves.
     pub in_flight: u32,
-    /// How busy it is, 0..=1000.
+    /// Load of the backend, 0..=1000.
     pub load: u16,
 }
 
-/// A datagram ready to be sent; derefs to its bytes.
+/// An encoded datagram. Derefs to its bytes.
 #[derive(Clone, Copy)]
 pub struct EncodedHeartbeat {
     bytes: [u8; DATAGRAM_BYTES_MAX],
     length: usize,
 }
 
-/// A well-formed datagram, not yet proven.
+/// A well-formed datagram that is not verified.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ParsedHeartbeat<'a> {
-    /// Pool it speaks for.
+    /// Pool of the backend.
     pub pool: &'a str,
     /// Backend name.
     pub name: &'a str,
-    /// Where the backend serves.
+    /// Address of the backend.
     pub address: SocketAddr,
-    /// Number of the secret it claims to be signed with.
+    /// ID of the key that the datagram names.
     pub key_id: u32,
-    /// When the sender started.
+    /// Start time of the sender.
     pub incarnation: u64,
-    /// Its number in the incarnation.
+    /// Sequence number in the incarnation.
     pub sequence: u64,
-    /// When it was sent, ms since 1970 by the sender's clock.
+    /// Time of sending, ms since 1970 on the sender's clock.
     pub sent: u64,
-    /// How often the sender sends.
+    /// Interval of sending.
     pub interval: Duration,
-    /// The sender's state.
+    /// State of the backend.
     pub state: SenderState,
-    /// The share it asks for.
+    /// Requested weight.
     pub weight: u16,
-    /// Connections it is serving.
+    /// Connections that the backend serves.
     pub in_flight: u32,
-    /// How busy it is.
+    /// Load of the backend.
     pub load: u16,
     signed: &'a [u8],
     tag: &'a [u8],
 }
 
-/// What is wrong with the bytes.
+/// Why a datagram is malformed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
-    /// Fewer bytes than the smallest datagram, or than it announces.
+    /// It is shorter than the smallest datagram, or than its fields.
     #[error("datagram too short")]
     Short,
-    /// More bytes than the largest datagram, or than it announces.
+    /// It is longer than the largest datagram, or than its fields.
     #[error("datagram too long")]
     Long,
-    /// Not one of ours.
+    /// It does not start with the magic bytes.
     #[error("not a heartbeat")]
     Magic,
-    /// One of ours, of another version or with unknown flags.
+    /// It has another version or unknown flags.
     #[error("unsupported version or flags")]
     Version,
-    /// No such state.
+    /// The state is unknown.
     #[error("unknown sender state")]
     State,
-    /// No such family, or an address nobody can connect to.
+    /// The address family is unknown, or no balancer can connect to the address.
     #[error("unusable address")]
     Address,
-    /// Interval, weight, load or port out of bounds.
+    /// Interval, weight or load is out of bounds.
     #[error("value out of range")]
     Value,
-    /// A name of wrong length or characters.
+    /// A name has a wrong length or wrong characters.
     #[error("invalid name")]
     Name,
 }
 
-/// Takes fields off the front. Bounds were checked before where `take` cannot
-/// fail, and are checked here in any case.
+/// Reads fields from the front and checks every length.
 struct Cursor<'a>(&'a [u8]);
 
-/// Writes and signs one datagram.
+/// Encodes and signs a datagram.
 pub fn encode(draft: &HeartbeatFields<'_>, secret: &Secret) -> EncodedHeartbeat {
     let SenderIdentity { pool, name, address } = draft.identity;
     let family = if address.is_ipv4() { 4 } else { 6 };
@@ -216,7 +214,7 @@ pub fn encode(draft: &HeartbeatFields<'_>, secret: &Secret) -> EncodedHeartbeat 
     to
 }
 
-/// Whether a balancer could connect there: what a datagram may announce.
+/// Returns whether a balancer can connect to the address.
 fn is_usable(address: SocketAddr) -> bool {
     let ip = address.ip();
     let odd = match ip {
@@ -226,8 +224,8 @@ fn is_usable(address: SocketAddr) -> bool {
     address.port() != 0 && !ip.is_unspecified() && !ip.is_multicast() && !odd
 }
 
-/// The configuration's rule for names: what can be a metric label and a path
-/// segment as it stands.
+/// Checks a name by the rule of the configuration: it needs no escaping as a metric label
+/// or a path segment.
 fn is_name(text: &str) -> bool {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
     (1..=NAME_BYTES_MAX).contains(&text.len())
@@ -235,25 +233,26 @@ fn is_name(text: &str) -> bool {
         && text.bytes().any(|b| b != b'.')
 }
 
-/// A name, or what a backend is called that was given none: its address.
+/// Checks a backend name: a name, or the address of the backend.
 fn is_backend_name(text: &str, address: SocketAddr) -> bool {
-    // Only then is there a colon; formatting an address costs more.
+    // The check for a colon avoids formatting the address, which costs more.
     is_name(text) || (text.contains(':') && address.to_string() == text)
 }
 
 // === impl SenderIdentity ===
 
 impl SenderIdentity {
-    /// A backend of `pool` that serves at `address`.
+    /// Makes the identity of a backend in `pool` with `address`.
     ///
     /// # Errors
-    /// Names outside the configuration's rules, addresses nobody can connect to.
+    /// A name breaks the rules of the configuration, or no balancer can connect to the
+    /// address.
     pub fn new(
         pool: &str,
         name: &str,
         address: SocketAddr,
     ) -> Result<SenderIdentity, InvalidIdentity> {
-        // IPv4 mapped into IPv6 is the IPv4 address everywhere.
+        // IPv4-mapped IPv6 is always treated as the IPv4 address.
         let address = SocketAddr::new(address.ip().to_canonical(), address.port());
         if !is_name(pool) {
             return Err(InvalidIdentity::Pool(pool.to_owned()));
@@ -267,17 +266,17 @@ impl SenderIdentity {
         Ok(SenderIdentity { pool: pool.into(), name: name.into(), address })
     }
 
-    /// Pool it speaks for.
+    /// Returns the pool of the backend.
     pub fn pool(&self) -> &str {
         &self.pool
     }
 
-    /// Backend name.
+    /// Returns the backend name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Where it serves.
+    /// Returns the address of the backend.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -310,10 +309,10 @@ impl fmt::Debug for EncodedHeartbeat {
 // === impl ParsedHeartbeat ===
 
 impl<'a> ParsedHeartbeat<'a> {
-    /// Takes a datagram apart.
+    /// Parses a datagram.
     ///
     /// # Errors
-    /// The first thing wrong, front to back.
+    /// The first error from the front.
     pub fn read(datagram: &'a [u8]) -> Result<ParsedHeartbeat<'a>, ParseError> {
         match datagram.len() {
             ..DATAGRAM_BYTES_MIN => return Err(ParseError::Short),
@@ -371,7 +370,7 @@ impl<'a> ParsedHeartbeat<'a> {
         })
     }
 
-    /// Whether `secret` has signed it; takes the same time whatever the answer.
+    /// Returns whether `secret` signed the datagram, in constant time.
     pub fn verify(&self, secret: &Secret) -> bool {
         secret.verify(self.signed, self.tag)
     }
@@ -413,7 +412,7 @@ impl<'a> Cursor<'a> {
 // === impl SenderState ===
 
 impl SenderState {
-    /// Its byte in a datagram.
+    /// Returns the byte of the state in a datagram.
     fn code(self) -> u8 {
         match self {
             SenderState::Starting => 1,

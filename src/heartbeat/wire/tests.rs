@@ -1,4 +1,5 @@
-//! The datagram held to its table: round trips, cuts, additions, every bound.
+//! Tests of the datagram against the format table: round trips, truncation, additions,
+//! bounds.
 
 use super::*;
 use crate::testing::{START, TestSender, secret};
@@ -8,7 +9,7 @@ fn datagram() -> Vec<u8> {
     TestSender::new().send().to_vec()
 }
 
-/// The bytes with some replaced and signed again: only its form can be wrong.
+/// Returns the datagram with some bytes replaced and a valid signature.
 fn signed_again(at: usize, bytes: &[u8]) -> Vec<u8> {
     let mut changed = datagram();
     changed[at..at + bytes.len()].copy_from_slice(bytes);
@@ -22,8 +23,8 @@ fn wrong(bytes: &[u8]) -> ParseError {
     ParsedHeartbeat::read(bytes).expect_err("malformed")
 }
 
-/// Made by `examples/heartbeat/sender.py`'s way of writing, in Python: the format is
-/// what the table says, not what this file does.
+/// A datagram encoded in Python as `examples/heartbeat/sender.py` does. It checks the
+/// format independently of this crate.
 const FROM_PYTHON: &str = "\
     5447484201000204000000070000\
     01a3185c5000000000000000000100\
@@ -31,14 +32,14 @@ const FROM_PYTHON: &str = "\
     00fa00500a000001037765620161";
 
 #[test]
-fn the_bytes_are_those_of_the_table() {
+fn encoded_bytes_match_the_format_table() {
     let bytes = datagram();
     let hex: String = bytes[..bytes.len() - TAG_BYTES].iter().map(|b| format!("{b:02x}")).collect();
     assert_eq!(hex, FROM_PYTHON);
 }
 
 #[test]
-fn every_cut_is_refused() {
+fn truncated_datagram_is_rejected() {
     let bytes = datagram();
     for length in 0..bytes.len() {
         let cut = wrong(&bytes[..length]);
@@ -47,7 +48,7 @@ fn every_cut_is_refused() {
 }
 
 #[test]
-fn nothing_may_follow() {
+fn trailing_bytes_are_rejected() {
     for more in [1, 2, 100, 1_000, 65_000] {
         let bytes = [datagram(), vec![0; more]].concat();
         assert_eq!(wrong(&bytes), ParseError::Long);
@@ -55,14 +56,14 @@ fn nothing_may_follow() {
 }
 
 #[test]
-fn names_that_claim_to_be_longer_or_shorter_are_refused() {
+fn wrong_name_lengths_are_rejected() {
     assert_eq!(wrong(&signed_again(54, &[4])), ParseError::Short);
     assert_eq!(wrong(&signed_again(54, &[255])), ParseError::Short);
     assert_eq!(wrong(&signed_again(58, &[0])), ParseError::Long);
 }
 
 #[test]
-fn other_versions_and_flags_are_refused() {
+fn other_versions_and_flags_are_rejected() {
     for at in [4, 5] {
         assert_eq!(wrong(&signed_again(at, &[2])), ParseError::Version);
     }
@@ -70,7 +71,7 @@ fn other_versions_and_flags_are_refused() {
 }
 
 #[test]
-fn every_field_has_bounds() {
+fn values_out_of_bounds_are_rejected() {
     let cases: [(usize, &[u8], ParseError); 12] = [
         (6, &[0], ParseError::State),
         (6, &[5], ParseError::State),
@@ -91,7 +92,7 @@ fn every_field_has_bounds() {
 }
 
 #[test]
-fn names_keep_to_the_configurations_characters() {
+fn names_allow_only_the_characters_of_the_configuration() {
     for bad in [b' ', b'/', b':', b'"', 0, 0x7f, 0x80, 0xff] {
         assert_eq!(wrong(&signed_again(55, &[bad])), ParseError::Name, "pool {bad}");
         assert_eq!(wrong(&signed_again(59, &[bad])), ParseError::Name, "name {bad}");
@@ -100,10 +101,10 @@ fn names_keep_to_the_configurations_characters() {
 }
 
 #[test]
-fn a_backend_without_a_name_goes_by_its_address() {
+fn backend_name_can_be_its_own_address() {
     for address in ["10.0.0.1:80", "[2001:db8::1]:80"] {
-        let mut mouth = TestSender::named("web", address, address);
-        assert_eq!(ParsedHeartbeat::read(&mouth.send()).unwrap().name, address);
+        let mut sender = TestSender::named("web", address, address);
+        assert_eq!(ParsedHeartbeat::read(&sender.send()).unwrap().name, address);
     }
     let other = SenderIdentity::new("web", "10.0.0.2:80", "10.0.0.1:80".parse().unwrap());
     assert!(matches!(other, Err(InvalidIdentity::Name(_))));
@@ -125,7 +126,7 @@ fn ipv4_address_mapped_into_ipv6_is_announced_as_ipv4() {
 }
 
 #[test]
-fn the_largest_and_the_smallest_are_what_their_constants_say() {
+fn largest_and_smallest_datagrams_match_their_constants() {
     let long = "x".repeat(NAME_BYTES_MAX);
     let largest = TestSender::named(&long, &long, "[2001:db8::1]:65535").send();
     assert_eq!(largest.len(), DATAGRAM_BYTES_MAX);
@@ -142,7 +143,7 @@ fn only_the_same_secret_verifies() {
 }
 
 #[test]
-fn a_secret_shows_nothing_of_itself() {
+fn debug_output_hides_the_secret() {
     assert_eq!(format!("{:?}", secret(b'x')), "Secret(hidden)");
 }
 
@@ -160,7 +161,7 @@ fn address() -> impl Strategy<Value = SocketAddr> {
 
 proptest! {
     #[test]
-    fn what_is_written_is_what_is_read(
+    fn parsed_fields_equal_the_encoded_fields(
         pool in name(), name in name(), address in address(), key_id: u32, incarnation: u64,
         sequence: u64, sent: u64, interval in 1_u64..=3_600_000, state in 0_usize..4,
         weight in 1_u16..=1_000, in_flight: u32, load in 0_u16..=1_000, bytes in any::<[u8; 32]>(),
@@ -182,7 +183,7 @@ proptest! {
     }
 
     #[test]
-    fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+    fn parsing_arbitrary_bytes_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
         let _ = ParsedHeartbeat::read(&bytes);
         let mut like_ours = datagram();
         let end = like_ours.len().min(bytes.len() + 6);
@@ -191,12 +192,12 @@ proptest! {
     }
 
     #[test]
-    fn values_beyond_their_bounds_are_sent_as_the_bounds(weight: u16, load: u16, interval: u64) {
-        let mouth = TestSender { incarnation: START, ..TestSender::new() };
+    fn values_out_of_bounds_are_encoded_as_the_nearest_bound(weight: u16, load: u16, interval: u64) {
+        let sender = TestSender { incarnation: START, ..TestSender::new() };
         let draft = HeartbeatFields {
-            weight, load, interval: Duration::from_millis(interval), ..mouth.draft()
+            weight, load, interval: Duration::from_millis(interval), ..sender.draft()
         };
-        let datagram = encode(&draft, &mouth.secret);
+        let datagram = encode(&draft, &sender.secret);
         let read = ParsedHeartbeat::read(&datagram).unwrap();
         prop_assert_eq!(read.weight, weight.clamp(1, SHARE_MAX));
         prop_assert_eq!(read.load, load.min(SHARE_MAX));
