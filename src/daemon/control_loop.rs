@@ -165,8 +165,8 @@ impl Control {
 
     async fn supervised_event(&mut self, event: SupervisedEvent) {
         match event {
-            SupervisedEvent::News(News::GoOn(status)) => self.resume_serving(status).await,
-            SupervisedEvent::News(News::Alone) => {
+            SupervisedEvent::News(News::Resume(status)) => self.resume_serving(status).await,
+            SupervisedEvent::News(News::SupervisorExited) => {
                 tracing::error!("supervisor exited; draining and exiting");
                 self.begin_drain("supervisor exited");
             }

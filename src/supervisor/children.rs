@@ -1,6 +1,7 @@
-//! The processes the supervisor starts: how it starts them, and what it knows of each.
+//! The child processes of the supervisor: their start and the state of each.
 //!
-//! Owned by `parent`, which decides.
+//! Used by `parent`, which decides when to start and stop them. It never waits for a
+//! child, except for a full message buffer, at most [`SEND_TIMEOUT`].
 
 use super::message::SupervisorOrder;
 use super::program::Program;
@@ -19,46 +20,46 @@ use std::time::Duration;
 use tidegate_net::fd_channel;
 use tidegate_net::packets::{FDS_MAX, Packets};
 
-/// How long a child that does not read its messages may hold the supervisor up. It has a
-/// thread for that.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Longest wait to send to a child that does not read its messages. Children read them on
+/// a separate thread.
+const SEND_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What one child is at the moment.
+/// The role of a child.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Role {
-    /// It is the service.
+    /// It provides the service.
     Main,
-    /// Started at the word of that process, to take its place.
+    /// The main process with this ID has requested it, as its replacement.
     Successor(Pid),
-    /// Its successor is the service, for less than a second.
+    /// Its successor has provided the service for less than a second.
     SteppingDown,
     /// It drains.
     Leaving,
 }
 
-/// Sockets kept under a name.
+/// Sockets that the supervisor holds under a name.
 #[derive(Debug)]
 pub(super) struct Held {
     pub(super) name: String,
     pub(super) sockets: Vec<OwnedFd>,
 }
 
-/// One process.
+/// A child process.
 #[derive(Debug)]
 pub(super) struct Child {
     pub(super) pid: Pid,
     pub(super) role: Role,
-    /// It has served.
+    /// It has reported that it serves.
     pub(super) ready: bool,
-    /// Which program it is, and with which arguments.
+    /// Its program and arguments.
     pub(super) program: Program,
-    /// The file of that program, where this process has started it.
+    /// The file of the program, if this process has started the child.
     pub(super) file: Option<FileId>,
-    /// Its own sockets.
+    /// Copies of its sockets.
     pub(super) held: Vec<Held>,
-    /// Those it was started with; kept until it has its own.
+    /// The sockets that it was started with, until it reports that it serves.
     pub(super) given: Vec<Held>,
-    /// `None` once it is closed.
+    /// `None` after the link was closed.
     pub(super) link: Option<Packets>,
 }
 
@@ -72,16 +73,16 @@ pub(super) struct ChildPipes {
 // === impl Child ===
 
 impl Child {
-    /// Starts one.
+    /// Starts a child.
     pub(super) fn start(
         program: &Program,
         role: Role,
         pipes: Option<ChildPipes>,
     ) -> io::Result<Child> {
-        let (link, other) = Packets::pair(PATIENCE)?;
+        let (link, other) = Packets::pair(SEND_TIMEOUT)?;
         let mut command = program.command().map_err(io::Error::other)?;
         prepare(&mut command, pipes);
-        // There is one thread: no other child can get it meanwhile.
+        // The supervisor has one thread, so no other child can inherit the descriptor.
         fcntl_setfd(&other, FdFlags::empty())?;
         command.env(link::MARK, other.as_fd().as_raw_fd().to_string());
         let file = FileId::of(Path::new(command.get_program())).ok();
@@ -89,13 +90,13 @@ impl Child {
         Ok(Child { file, ..Child::of(pid, role, program.clone(), Some(link)) })
     }
 
-    /// One that runs.
+    /// Makes the state of a child that already runs.
     pub(super) fn of(pid: Pid, role: Role, program: Program, link: Option<Packets>) -> Child {
         let (held, given) = (Vec::new(), Vec::new());
         Child { pid, role, ready: false, program, file: None, held, given, link }
     }
 
-    /// Has it begin with `given` and the stores.
+    /// Sends the child the sockets in `given`, the stores and the order to begin.
     pub(super) fn begin(
         &mut self,
         given: Vec<Held>,
@@ -118,16 +119,18 @@ impl Child {
             })
             .and_then(|()| link.send(&order, &store::borrowed(stores)));
         if sent.is_err() {
-            // It has ended, or does not read what it waits for.
+            // The child has ended, or it does not read its messages.
             self.signal(rustix::process::Signal::KILL);
         }
     }
 
+    /// Sends an order without waiting. Returns whether it was sent.
     pub(super) fn tell(&self, order: &SupervisorOrder) -> bool {
         self.link.as_ref().is_some_and(|link| link.try_send(&order.encode()).is_ok())
     }
 
-    /// A process that has ended is not reaped yet, so that the number is its own.
+    /// Sends a signal to the child. An ended child is not reaped yet, so no other process
+    /// has its process ID.
     pub(super) fn signal(&self, signal: rustix::process::Signal) {
         let _ = tidegate_net::signals::send(self.pid, signal);
     }
@@ -139,27 +142,28 @@ impl Child {
         }
     }
 
-    /// How many there are kept of it.
+    /// Returns the number of sockets that the supervisor holds for the child.
     pub(super) fn sockets(&self) -> usize {
         self.held.iter().chain(&self.given).map(|held| held.sockets.len()).sum()
     }
 
-    /// What another process is to go on with.
+    /// Takes the sockets for a process that replaces this child.
     pub(super) fn take_sockets(&mut self) -> Vec<Held> {
         let began = self.ready || self.given.is_empty();
         std::mem::take(if began { &mut self.held } else { &mut self.given })
     }
 }
 
-/// Starts it; it is reaped with all others.
+/// Starts a process. The loop of `parent` reaps it.
 pub(super) fn spawn(command: &mut Command) -> io::Result<Pid> {
     let pid = i32::try_from(command.spawn()?.id()).ok().and_then(Pid::from_raw);
     pid.ok_or_else(|| io::Error::other("the new process has no process ID"))
 }
 
-/// What every process that the supervisor starts has, and has not.
+/// Sets the process group, environment and pipes of a process that the supervisor starts.
 pub(super) fn prepare(command: &mut Command, pipes: Option<ChildPipes>) {
-    // A signal of the terminal reaches the supervisor alone, which passes it on once.
+    // In a separate group, the child gets no signal of the terminal. The supervisor passes
+    // each signal on once.
     command.process_group(0);
     for name in ["LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID"] {
         command.env_remove(name);
@@ -178,11 +182,12 @@ pub(super) fn prepare(command: &mut Command, pipes: Option<ChildPipes>) {
     };
 }
 
-/// Whether root, or the user this process runs as, is at the other end of that
-/// connection; no child of this process is.
+/// Checks that the peer of the connection is root or the user of the supervisor, and no
+/// child of the supervisor.
 ///
-/// It separates a process that serves as another user. One of the same user passes it by
-/// a process that it forks, and could do whatever that user can in other ways as well.
+/// It stops a serving process that runs as another user. A serving process of the same
+/// user can evade the check with a process that it forks. It gains nothing, because it
+/// already has all rights of that user.
 pub(super) fn permitted(asked_over: &OwnedFd, children: &[Child]) -> Result<(), String> {
     let peer = getsockopt(asked_over, PeerCredentials).map_err(|error| {
         format!("the supervisor cannot read the user of the requester: {error}")

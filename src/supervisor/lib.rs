@@ -1,35 +1,45 @@
-//! The supervisor: the small parent that `tidegate run` is. It holds a copy of every
-//! listening socket, starts the process that serves, passes signals on to it, reaps, and
-//! starts another at once when it crashes.
+//! The supervisor: the parent process of `tidegate run`. It holds a copy of every
+//! listening socket, starts the serving process, passes signals on to it, reaps children,
+//! and starts a new serving process if it crashes.
 //!
-//! `cli::run` calls [`run`]; the processes it starts talk to it through a [`Link`]. The
-//! parent opens no network socket, reads no configuration and none of what its children
-//! leave with it, and has one thread; the messages it takes are a fixed set
-//! (`message`). The files: `parent` (its loop), `children` (what it knows of each and how
-//! it starts them), `program` (which program that is), `manager` (telling a service
-//! manager), `pid_file`, `log`, `store` (what survives a crash), `reexec` and `state` (how
-//! it comes to run the program of an upgrade), `link` (the children's side).
+//! `cli::run` calls [`run`]. Children communicate with the supervisor through a [`Link`].
+//! The supervisor has one thread. It never opens a network socket, never reads the
+//! configuration or the stores of its children, and accepts only a fixed set of messages.
 //!
-//! # Who is what
+//! - `parent`: the loop.
+//! - `children`: the state of each child and its start.
+//! - `program`: which program to start.
+//! - `message`, `link`: the messages, and the side of the children.
+//! - `manager`, `pid_file`, `log`: service manager, PID file, log.
+//! - `store`: the state that survives a crash.
+//! - `reexec`, `state`: how the supervisor changes to the binary of an upgrade.
 //!
-//! One child is the *main* one: signals go to it, and what it says of itself is passed
-//! on to the service manager. An upgrade starts a *successor* at the word of the main
-//! one; it becomes the main one when the old one says that it serves. The old one is
-//! *stepping down* for a second, in which it goes on if the new one ends, and then
-//! *leaving*: it drains.
+//! # Roles of children
 //!
-//! A worker that falls is still replaced inside its process (`dataplane::worker::supervisor`): that keeps
-//! the sessions of the other workers, which another process has none of.
+//! - *Main*: gets the signals. The supervisor passes its notices on to the service
+//!   manager.
+//! - *Successor*: started by an upgrade on request of the main process. It becomes main
+//!   when the old process reports that it serves.
+//! - *Stepping down*: the old process, for a second. If the new process ends within that
+//!   time, the old process resumes the service.
+//! - *Leaving*: the old process after that second. It drains.
 //!
-//! # Why this process has all rights
+//! A panicked worker is restarted in its process (`dataplane::worker::supervisor`), which
+//! keeps the sessions of the other workers.
 //!
-//! It gives up none, so that each process it starts gives up its own: a release that
-//! needs one more system call or capability can be upgraded to. What could be attacked
-//! runs in its children, which can ask it for few things: to keep sockets, to start the
-//! program it was itself started from, and to start another one only when root or this
-//! process's own user has asked for that over the admin socket, which it looks at itself.
-//! That last check separates a child that has become another user (`[process] user`). It
-//! cannot separate a child of the same user, which passes it by a process of its own.
+//! # Rights of the supervisor
+//!
+//! The supervisor keeps all its rights, and each child drops its own. So an upgrade can
+//! go to a release that needs another system call or capability. All code that handles
+//! untrusted input runs in children. A child can request only these actions:
+//!
+//! - to hold sockets;
+//! - to start the program that the supervisor was started from;
+//! - to start another program, if root or the user of the supervisor requested it over
+//!   the admin socket. The supervisor checks that connection itself.
+//!
+//! The last check stops a child that runs as another user (`[process] user`). It cannot
+//! stop a child of the same user, which can evade it with a process that it forks.
 
 mod children;
 pub mod link;

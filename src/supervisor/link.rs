@@ -1,7 +1,8 @@
-//! A supervised process's way to its supervisor.
+//! The connection of a serving process to its supervisor.
 //!
-//! Made by `cli::run` first thing, shared by everything in `daemon` that has something to
-//! say. What the supervisor says is read by a thread of its own. It decides nothing.
+//! `cli::run` makes it first in the process. All parts of `daemon` that send messages to
+//! the supervisor share it. A separate thread reads the orders of the supervisor. It never
+//! decides what to do with an order.
 
 use super::manager::ServiceNotice;
 use super::message::{ChildReport, SupervisorOrder, Wish};
@@ -15,51 +16,51 @@ use std::time::Duration;
 use tidegate_net::fd_channel;
 use tidegate_net::packets::{FDS_MAX, Packet, Packets};
 
-/// Names the descriptor that leads to the supervisor.
+/// Environment variable with the number of the descriptor of the link.
 pub(super) const MARK: &str = "TIDEGATE_SUPERVISOR";
 
-/// How long the supervisor, which does little, may take for an answer.
+/// Longest wait for an answer of the supervisor.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 
-/// See the module's documentation.
+/// The connection to the supervisor.
 #[derive(Debug)]
 pub struct Link {
     packets: Packets,
-    /// Who waits for news of a successor.
+    /// Where orders about a successor go, while this process waits for them.
     asking: Mutex<Option<mpsc::Sender<SupervisorOrder>>>,
 }
 
-/// What a process was started with by its supervisor.
+/// The sockets and stores that a process gets from its supervisor at the start.
 #[derive(Debug)]
 pub struct SupervisorState {
-    /// Sockets that it or another process had kept there, by the names they gave.
+    /// Sockets that an earlier process left with the supervisor, by their names.
     pub held: Vec<(String, Vec<OwnedFd>)>,
-    /// Operators' intents.
+    /// The operators' intents.
     pub intents: Store,
-    /// All else that was known.
+    /// The remaining state of an earlier process.
     pub known: Store,
-    /// The texts of the configuration in force; a supervisor of an older program has no
-    /// place for them.
+    /// The texts of the configuration in force. `None`: the supervisor is older than this
+    /// store.
     pub texts: Option<Store>,
-    /// It takes the place of a process that has ended by itself: how, in words.
+    /// How the previous process ended, if this process replaces one that crashed.
     pub before: Option<String>,
-    /// Starts in a row that came to nothing, this one included.
+    /// Number of this start in a row of failed starts, from 1.
     pub attempt: u8,
 }
 
-/// Something to act on.
+/// An event that this process must act on.
 #[derive(Debug)]
 pub enum News {
-    /// The supervisor has died.
-    Alone,
-    /// The successor has ended so soon that this process is to go on.
-    GoOn(ExitStatus),
+    /// The supervisor has exited.
+    SupervisorExited,
+    /// The successor has ended within a second, so this process must resume the service.
+    Resume(ExitStatus),
 }
 
 /// A successor that the supervisor has started.
 #[derive(Debug)]
 pub struct Successor {
-    /// Its number.
+    /// Process ID.
     pub pid: u32,
     link: Arc<Link>,
     news: mpsc::Receiver<SupervisorOrder>,
@@ -69,11 +70,13 @@ pub struct Successor {
 // === impl Link ===
 
 impl Link {
-    /// The way to the supervisor, where one has started this process, and what it has
-    /// given. To be called before anything opens a descriptor.
+    /// Returns the link and the state from the supervisor. `None`: no supervisor has started
+    /// this process.
+    ///
+    /// Call it before other code opens descriptors.
     ///
     /// # Errors
-    /// What was given is not understood.
+    /// The environment variable or a message is malformed, or the supervisor has exited.
     pub fn from_environment() -> io::Result<Option<(Arc<Link>, SupervisorState)>> {
         let Some(number) = std::env::var_os(MARK) else { return Ok(None) };
         let number = number.to_str().and_then(|text| text.parse().ok());
@@ -83,7 +86,7 @@ impl Link {
         Ok(Some((Arc::new(Link { packets, asking: Mutex::default() }), given)))
     }
 
-    /// Has the supervisor keep copies of these sockets under that name.
+    /// Sends copies of sockets to the supervisor, which holds them under this name.
     pub fn hold<'a>(&self, name: &str, sockets: impl Iterator<Item = BorrowedFd<'a>>) {
         let sockets: Vec<BorrowedFd<'_>> = sockets.collect();
         for some in sockets.chunks(FDS_MAX) {
@@ -91,12 +94,13 @@ impl Link {
         }
     }
 
-    /// Has it close what it keeps under that name.
+    /// Requests that the supervisor closes the sockets under this name.
     pub fn release(&self, name: &str) {
         self.tell(&ChildReport::Release(name.to_owned()), &[]);
     }
 
-    /// Tells it of the service; a main process is the successor that it has started.
+    /// Sends a notice about the service. A main process is always the successor that this
+    /// process requested.
     pub fn notify(&self, notice: ServiceNotice) {
         let report = match notice {
             ServiceNotice::Ready => ChildReport::Ready,
@@ -104,30 +108,32 @@ impl Link {
             ServiceNotice::Stopping => ChildReport::Stopping,
             ServiceNotice::MainProcess(_) => ChildReport::Serves,
             ServiceNotice::Alive => {
-                // Not worth waiting for room.
-                let _ = self.packets.try_send(&ChildReport::Beat.encode());
+                // The next notice has the same content, so a full buffer is ignored.
+                let _ = self.packets.try_send(&ChildReport::Alive.encode());
                 return;
             }
         };
         self.tell(&report, &[]);
     }
 
-    /// This process has closed its sockets after that.
-    pub fn let_go(&self) {
-        self.tell(&ChildReport::LetGo, &[]);
+    /// Reports that this process has closed its listening sockets and cannot resume.
+    pub fn sockets_closed(&self) {
+        self.tell(&ChildReport::SocketsClosed, &[]);
     }
 
-    /// It serves again after [`News::GoOn`].
-    pub fn goes_on(&self) {
-        self.tell(&ChildReport::GoesOn, &[]);
+    /// Reports that this process serves again after [`News::Resume`].
+    pub fn resumed(&self) {
+        self.tell(&ChildReport::Resumed, &[]);
     }
 
-    /// Has a successor started, with `channel` as its standard input and `stderr`;
-    /// another program or configuration only where `asked_over` shows that root or the
-    /// supervisor's own user wants it.
+    /// Requests a successor with `channel` as its standard input and `stderr` as its
+    /// standard error.
+    ///
+    /// A wish for another program or configuration needs `asked_over`, the admin connection
+    /// of the request. Its peer must be root or the user of the supervisor.
     ///
     /// # Errors
-    /// There will be none; why.
+    /// The supervisor starts no process. The error is its reason.
     pub fn start(
         self: &Arc<Link>,
         channel: &OwnedFd,
@@ -149,10 +155,11 @@ impl Link {
         }
     }
 
-    /// Reads what the supervisor says, on a thread of its own.
+    /// Starts a thread that reads the orders of the supervisor and calls `tell` for each
+    /// event.
     ///
     /// # Errors
-    /// There is no thread to be had.
+    /// The thread cannot be started.
     pub fn listen(
         self: &Arc<Link>,
         tell: impl Fn(News) + Send + 'static,
@@ -161,17 +168,17 @@ impl Link {
         std::thread::Builder::new().name("supervisor".to_owned()).spawn(move || {
             while let Ok(Some(packet)) = link.packets.receive() {
                 match SupervisorOrder::decode(&packet.bytes) {
-                    Some(SupervisorOrder::GoOn(status)) => {
-                        tell(News::GoOn(ExitStatus::from_raw(status)))
+                    Some(SupervisorOrder::Resume(status)) => {
+                        tell(News::Resume(ExitStatus::from_raw(status)))
                     }
                     Some(order) => {
-                        // An upgrade that has ended asks for no news.
+                        // If the upgrade has ended, the order has no receiver.
                         let _ = link.asking().as_ref().map(|asking| asking.send(order));
                     }
                     None => {}
                 }
             }
-            tell(News::Alone);
+            tell(News::SupervisorExited);
         })
     }
 
@@ -216,7 +223,7 @@ fn given(packets: &Packets) -> io::Result<SupervisorState> {
 // === impl Successor ===
 
 impl Successor {
-    /// Its exit status, once it has ended; waits so long for it.
+    /// Waits at most `limit` for the end of the successor. Returns its exit status.
     pub fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
         if self.ended.is_none()
             && let Ok(SupervisorOrder::Ended(status)) = self.news.recv_timeout(limit)
@@ -226,7 +233,7 @@ impl Successor {
         self.ended
     }
 
-    /// Ends it at once.
+    /// Kills the successor and waits for its end.
     pub fn kill(&mut self) {
         self.link.tell(&ChildReport::End, &[]);
         self.wait(ANSWER_MAX);

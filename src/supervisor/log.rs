@@ -1,10 +1,9 @@
-//! The supervisor's log: every line of it, as text on standard error.
+//! The log of the supervisor: text on standard error.
 //!
-//! Installed by `parent` as the first thing; `parent`, `reexec` and `manager` write to it
-//! with `tracing`. The lines look as those of the process that serves do with
-//! `format = "text"`: the supervisor reads no configuration and so knows no other format
-//! and no level. It never waits for a reader: a full pipe costs the line, and the next
-//! line that is written says in `lines_lost` how many there were.
+//! `parent` installs it first. `parent`, `reexec` and `manager` write to it with
+//! `tracing`. It always has the format of `format = "text"` and the level `info`, because
+//! the supervisor reads no configuration. It never waits for a reader: if the pipe is
+//! full, the line is dropped, and the next line has the count in `lines_lost`.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, Write};
@@ -13,27 +12,28 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tidegate_logging::logfmt::Logfmt;
 use tracing::level_filters::LevelFilter;
 
-/// Longest line. A pipe that can be written to at all takes so much at once (pipe(7),
+/// Longest line. A writable pipe accepts a write of this length without blocking (pipe(7),
 /// PIPE_BUF).
 const LINE_MAX: usize = 4096;
 
-/// Lines that nobody had room for since the last one that was written.
+/// Lines dropped after the last line that was written.
 static LOST: AtomicU64 = AtomicU64::new(0);
 
 /// Writes whole lines to a descriptor.
 struct LogLines<'a>(BorrowedFd<'a>);
 
-/// Has everything that this process logs written to standard error.
+/// Installs the log for this process.
 pub(super) fn install() {
     let to = || LogLines(rustix::stdio::stderr());
     let layer = tracing_subscriber::fmt().fmt_fields(Logfmt).with_writer(to).with_ansi(false);
     let log = layer.with_max_level(LevelFilter::INFO).finish();
-    // A log that is there already stays.
+    // In tests, another log may be installed already. It stays.
     let _ = tracing::subscriber::set_global_default(log);
 }
 
 impl Write for LogLines<'_> {
-    /// Takes one line; says that all of it is written, as there is nobody to tell else.
+    /// Writes or drops one line. Always reports success, because the caller cannot handle
+    /// an error.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let lost = LOST.load(Ordering::Relaxed);
         let mut text = line.strip_suffix(b"\n").unwrap_or(line).to_vec();
@@ -63,7 +63,7 @@ mod tests {
         let (mut reader, writer) = io::pipe().unwrap();
         let mut lines = LogLines(writer.as_fd());
         let long = [b'x'; 2 * LINE_MAX];
-        // A pipe holds 64 KiB unless told otherwise; 4 KiB a line.
+        // A pipe holds 64 KiB by default, and each line has 4 KiB.
         for _ in 0..40 {
             assert_eq!(lines.write(&long).unwrap(), long.len());
         }

@@ -1,9 +1,8 @@
-//! Telling a service manager how this process is (sd_notify(3)): ready, reloading,
-//! stopping, alive.
+//! Notifications for a service manager (sd_notify(3)): ready, reloading, stopping, alive.
 //!
-//! Used by the supervisor and, where there is none, by `daemon::notify`. Datagrams to
-//! `NOTIFY_SOCKET`, sent without waiting; one that is lost is lost, and the log names the
-//! first in a row. Without that variable nothing is sent.
+//! Used by the supervisor and, in a process without a supervisor, by `daemon::notify`. It
+//! sends datagrams to `NOTIFY_SOCKET` and never waits. Without that variable it sends
+//! nothing. Lost notifications are not repeated; the first in a row is logged.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -14,55 +13,55 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tidegate_net::clock;
 
-/// Where to send.
+/// Environment variable with the address of the service manager.
 pub(super) const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
 
-/// How long the manager waits for a word before it acts, and whose word.
+/// Environment variables with the watchdog timeout, and the process that must notify.
 pub(super) const WATCHDOG_USEC: &str = "WATCHDOG_USEC";
 pub(super) const WATCHDOG_PID: &str = "WATCHDOG_PID";
 
-/// What is told of the service, to a manager or by a process to its supervisor.
+/// A notice about the service, for a service manager or from a process to its supervisor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ServiceNotice {
-    /// It serves, on the configuration in force.
+    /// It serves with the configuration in force.
     Ready,
-    /// It reads the configuration again; [`ServiceNotice::Ready`] ends that.
+    /// It reloads the configuration. [`ServiceNotice::Ready`] follows.
     Reloading,
     /// It drains.
     Stopping,
-    /// The sign of life that a watchdog wants.
+    /// The notification for the watchdog.
     Alive,
-    /// That process is the service from now on.
+    /// The process with this ID provides the service.
     MainProcess(u32),
 }
 
-/// The way to the service manager, if there is one.
+/// The connection to the service manager, if there is one.
 #[derive(Debug, Default)]
 pub struct Manager {
     to: Option<io::Result<(UnixDatagram, SocketAddr)>>,
-    /// The last message was lost: the log says so once.
+    /// The last notification was lost, and this is logged.
     lost: AtomicBool,
 }
 
 // === impl Manager ===
 
 impl Manager {
-    /// As the environment says.
+    /// Makes the connection that the environment names.
     pub fn from_environment() -> Manager {
         std::env::var_os(NOTIFY_SOCKET).map_or_else(Manager::default, |path| Manager::at(&path))
     }
 
-    /// At a path or an abstract name.
+    /// Makes the connection to a path or an abstract name.
     pub fn at(path: &OsStr) -> Manager {
         let to = UnixDatagram::unbound().and_then(|socket| {
             socket.set_nonblocking(true)?;
             Ok((socket, address(path)?))
         });
-        // What is wrong with it is logged with the first message: there is a log by then.
+        // An error is logged with the first notification, when the log is installed.
         Manager { to: Some(to), lost: AtomicBool::new(false) }
     }
 
-    /// Tells it; a message that is lost is lost.
+    /// Sends a notification without waiting.
     pub fn tell(&self, notice: ServiceNotice) {
         match notice {
             ServiceNotice::Ready => self.send(&format!("READY=1\nMAINPID={}", std::process::id())),
@@ -88,11 +87,11 @@ impl Manager {
     }
 }
 
-/// What the manager wants a sign of life within, where it wants one of this process.
+/// Returns the watchdog timeout of the service manager, if this process must notify.
 pub fn watchdog() -> Option<Duration> {
-    let for_us = std::env::var_os(WATCHDOG_PID)
+    let for_this_process = std::env::var_os(WATCHDOG_PID)
         .is_none_or(|pid| pid.to_str() == Some(&std::process::id().to_string()));
-    micros(std::env::var_os(WATCHDOG_USEC).filter(|_| for_us))
+    micros(std::env::var_os(WATCHDOG_USEC).filter(|_| for_this_process))
 }
 
 fn micros(text: Option<OsString>) -> Option<Duration> {
@@ -100,7 +99,7 @@ fn micros(text: Option<OsString>) -> Option<Duration> {
     Some(Duration::from_micros(micros))
 }
 
-/// A path, or an abstract name behind `@` (unix(7)).
+/// Parses a path, or an abstract name after `@` (unix(7)).
 fn address(path: &OsStr) -> io::Result<SocketAddr> {
     match path.as_bytes().strip_prefix(b"@") {
         Some(name) => SocketAddr::from_abstract_name(name),
@@ -108,7 +107,7 @@ fn address(path: &OsStr) -> io::Result<SocketAddr> {
     }
 }
 
-/// The next message at `socket`, for tests of this member and of others.
+/// Receives the next message at `socket`. For tests of this and other crates.
 #[cfg(any(test, feature = "testing"))]
 pub fn next_message(socket: &UnixDatagram) -> io::Result<String> {
     socket.set_read_timeout(Some(Duration::from_secs(5)))?;
@@ -122,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_go_to_a_path_or_an_abstract_name() {
+    fn notifications_are_sent_to_a_path_or_an_abstract_name() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notify");
         let socket = UnixDatagram::bind(&path).unwrap();
@@ -145,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn a_senseless_watchdog_is_none() {
+    fn invalid_watchdog_timeout_is_ignored() {
         for text in ["0", "-1", "soon", ""] {
             assert_eq!(micros(Some(text.into())), None, "{text}");
         }

@@ -1,67 +1,70 @@
-//! What the supervisor and the processes it starts say to each other: a fixed set of
-//! short messages, a byte that names each and at most two texts.
+//! The messages between the supervisor and its children: a byte for the kind, and at most
+//! two texts.
 //!
-//! Used by `parent` and `link`. It reads whatever bytes come; what it does not know is
-//! none. Either side may be of an older or newer program than the other: an upgrade leaves
-//! old processes to drain, and the supervisor changes its program while they do. So a
-//! message keeps its number and its meaning for good.
+//! Used by `parent` and `link`. Unknown messages are ignored. Decoding never panics.
+//!
+//! The two sides can run different releases: old processes drain after an upgrade, and the
+//! supervisor changes its binary while they do. Therefore the number and the meaning of a
+//! message never change.
 
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-/// What a process tells the supervisor. Descriptors go along where it says so.
+/// A message of a child to the supervisor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum ChildReport {
-    /// *Keep these listening sockets of mine*: at most 64 at once, under that name.
+    /// Hold copies of the attached listening sockets under this name; at most 64 per
+    /// message.
     Hold(String),
-    /// *Close what you keep under that name.*
+    /// Close the sockets under this name.
     Release(String),
-    /// *I serve, by the configuration in force.*
+    /// The child serves with the configuration in force.
     Ready,
-    /// *I read the configuration again.*
+    /// The child reloads the configuration.
     Reloading,
-    /// *I drain and end.*
+    /// The child drains and exits.
     Stopping,
-    /// *I am alive, and so are my workers.*
-    Beat,
-    /// *Start my successor.* With the way to it and its standard error; where a path is
-    /// named, also the connection over which it was asked for.
+    /// The child and its workers are responsive.
+    Alive,
+    /// Start a successor. Attached are its channel and its standard error, and for a
+    /// wish with a path the admin connection of the request.
     Start(Wish),
-    /// *End the successor that you have started.*
+    /// Kill the successor.
     End,
-    /// *My successor serves; it is the service from now on.*
+    /// The successor serves and provides the service.
     Serves,
-    /// *I have let go of my sockets; I could not go on any more.*
-    LetGo,
-    /// *I go on, as you have told me.*
-    GoesOn,
+    /// The child has closed its sockets and cannot resume the service.
+    SocketsClosed,
+    /// The child has resumed the service after [`SupervisorOrder::Resume`].
+    Resumed,
 }
 
-/// What another successor than usual is to be.
+/// The differences of a successor from its predecessor. Empty for a usual upgrade.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Wish {
-    /// This program.
+    /// Its program.
     pub binary: Option<PathBuf>,
-    /// With this configuration file.
+    /// Its configuration file.
     pub config: Option<PathBuf>,
 }
 
-/// What the supervisor tells a process.
+/// A message of the supervisor to a child.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum SupervisorOrder {
-    /// *These are yours*: sockets kept under that name.
+    /// The attached sockets were held under this name.
     Held(String),
-    /// *That was all; begin*. With the descriptors of [`super::store::STORES`] files.
-    /// How many times in a row it was tried, and what became of the process before.
+    /// All sockets are sent; begin. Attached are the files of [`super::store::STORES`]
+    /// stores. The fields: number of this start in a row, and how the previous process
+    /// ended.
     Begin(u8, String),
-    /// *Your successor is this process.*
+    /// The process ID of the successor.
     Started(u32),
-    /// *There will be none*; why.
+    /// No successor is started, for this reason.
     Refused(String),
-    /// *Your successor has ended*, with that wait status.
+    /// The successor has ended with this wait status.
     Ended(i32),
-    /// The same; it was the service for less than a second: *go on*.
-    GoOn(i32),
+    /// The successor has ended with this wait status within a second; resume the service.
+    Resume(i32),
 }
 
 // === impl ChildReport ===
@@ -74,12 +77,12 @@ impl ChildReport {
             ChildReport::Ready => vec![3],
             ChildReport::Reloading => vec![4],
             ChildReport::Stopping => vec![5],
-            ChildReport::Beat => vec![6],
+            ChildReport::Alive => vec![6],
             ChildReport::Start(wish) => encoded(7, &wish.encode()),
             ChildReport::End => vec![8],
             ChildReport::Serves => vec![9],
-            ChildReport::LetGo => vec![10],
-            ChildReport::GoesOn => vec![11],
+            ChildReport::SocketsClosed => vec![10],
+            ChildReport::Resumed => vec![11],
         }
     }
 
@@ -92,12 +95,12 @@ impl ChildReport {
             3 => ChildReport::Ready,
             4 => ChildReport::Reloading,
             5 => ChildReport::Stopping,
-            6 => ChildReport::Beat,
+            6 => ChildReport::Alive,
             7 => ChildReport::Start(Wish::decode(rest)),
             8 => ChildReport::End,
             9 => ChildReport::Serves,
-            10 => ChildReport::LetGo,
-            11 => ChildReport::GoesOn,
+            10 => ChildReport::SocketsClosed,
+            11 => ChildReport::Resumed,
             _ => return None,
         })
     }
@@ -106,7 +109,7 @@ impl ChildReport {
 // === impl Wish ===
 
 impl Wish {
-    /// Paths hold no NUL: one parts them.
+    /// Encodes both paths with a NUL between them, because paths hold no NUL.
     fn encode(&self) -> Vec<u8> {
         let bytes = |path: &Option<PathBuf>| -> Vec<u8> {
             path.as_deref()
@@ -124,7 +127,7 @@ impl Wish {
         Wish { binary: path(parts.next()), config: path(parts.next()) }
     }
 
-    /// Whether it is the usual successor.
+    /// Returns whether the successor has the same program and configuration.
     pub(super) fn is_usual(&self) -> bool {
         *self == Wish::default()
     }
@@ -142,7 +145,7 @@ impl SupervisorOrder {
             SupervisorOrder::Started(pid) => encoded(3, &pid.to_le_bytes()),
             SupervisorOrder::Refused(why) => encoded(4, why.as_bytes()),
             SupervisorOrder::Ended(status) => encoded(5, &status.to_le_bytes()),
-            SupervisorOrder::GoOn(status) => encoded(6, &status.to_le_bytes()),
+            SupervisorOrder::Resume(status) => encoded(6, &status.to_le_bytes()),
         }
     }
 
@@ -159,7 +162,7 @@ impl SupervisorOrder {
             3 => SupervisorOrder::Started(rest.try_into().ok().map(u32::from_le_bytes)?),
             4 => SupervisorOrder::Refused(text(rest)?),
             5 => SupervisorOrder::Ended(number()?),
-            6 => SupervisorOrder::GoOn(number()?),
+            6 => SupervisorOrder::Resume(number()?),
             _ => return None,
         })
     }
@@ -175,7 +178,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn every_message_survives_the_way() {
+    fn decoded_message_equals_the_encoded_message() {
         let wish = Wish { binary: None, config: Some("/etc/b c.toml".into()) };
         for report in [
             ChildReport::Hold("a".into()),
@@ -183,13 +186,13 @@ mod tests {
             ChildReport::Ready,
             ChildReport::Reloading,
             ChildReport::Stopping,
-            ChildReport::Beat,
+            ChildReport::Alive,
             ChildReport::Start(Wish::default()),
             ChildReport::Start(wish),
             ChildReport::End,
             ChildReport::Serves,
-            ChildReport::LetGo,
-            ChildReport::GoesOn,
+            ChildReport::SocketsClosed,
+            ChildReport::Resumed,
         ] {
             assert_eq!(ChildReport::decode(&report.encode()), Some(report));
         }
@@ -199,7 +202,7 @@ mod tests {
             SupervisorOrder::Started(77),
             SupervisorOrder::Refused("no".into()),
             SupervisorOrder::Ended(256),
-            SupervisorOrder::GoOn(9),
+            SupervisorOrder::Resume(9),
         ] {
             assert_eq!(SupervisorOrder::decode(&order.encode()), Some(order));
         }
@@ -207,7 +210,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_bytes_come_are_a_message_or_none(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
+        fn decoding_arbitrary_bytes_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
             let _ = (ChildReport::decode(&bytes), SupervisorOrder::decode(&bytes));
         }
     }

@@ -1,7 +1,8 @@
-//! The supervisor's loop: takes messages and signals, reaps, starts.
+//! The loop of the supervisor: handles messages and signals, reaps and starts processes.
 //!
-//! Called by `cli::run` while there is one thread. What goes wrong here is logged (`log`);
-//! all else the process that serves logs.
+//! Called by `cli::run` while the process has one thread. It logs its own errors (`log`);
+//! the serving process logs everything else. It never exits because of an error of a
+//! child, except after [`FAILED_STARTS_MAX`] failed starts.
 
 use super::children::{Child, ChildPipes, Held, Role, permitted};
 use super::manager::{Manager, ServiceNotice};
@@ -22,57 +23,58 @@ use tidegate_net::limits;
 use tidegate_net::packets::Packet;
 use tidegate_net::signals::{SignalQueue, Taken};
 
-/// Processes in a row that may end before they serve.
+/// Starts in a row that may fail before the supervisor exits.
 const FAILED_STARTS_MAX: u8 = 5;
 
-/// Before the second start in a row; twice that before each further one.
+/// Pause before the second start in a row. It doubles before each further start.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// How often the pid file is tried again.
-const TRY_AGAIN: Duration = Duration::from_millis(500);
+/// Time between attempts to write the PID file.
+const RETRY_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Messages taken from one child before the others get their turn.
+/// Most messages of a child per turn of the loop.
 const TURN_MAX: usize = 256;
 
-/// As of a failure while running.
+/// Exit code of a runtime failure.
 const FAILED: u8 = 3;
 
-/// What the supervisor knows.
+/// The state of the supervisor.
 #[derive(Debug)]
 pub(super) struct Parent {
-    /// What the next process is to be.
+    /// The program of the next process.
     pub(super) program: Program,
     signals: SignalQueue,
     manager: Manager,
-    /// The manager knows that the service is ready.
+    /// The service manager was notified that the service is ready.
     pub(super) told_ready: bool,
     pub(super) stores: Vec<OwnedFd>,
     pub(super) children: Vec<Child>,
-    /// Sockets of a process that has ended, for the next.
+    /// Sockets of a process that has ended, for the next process.
     pub(super) kept: Vec<Held>,
-    /// What became of the process before, for the next one's log.
+    /// How the previous process ended, for the log of the next.
     before: String,
-    /// Starts in a row that came to nothing.
+    /// Failed starts in a row.
     failed_starts: u8,
     pub(super) start_at: Option<Instant>,
     pub(super) served: bool,
-    /// The service is to end.
+    /// The service is shutting down.
     pub(super) stopping: bool,
-    /// Passed on while a successor was being started: the process that was the main one
-    /// then may have had no use for them any more.
-    unsettled: Vec<Signal>,
-    /// With this code, once all children have ended.
+    /// Signals that were passed on during an upgrade. They are repeated to the new main
+    /// process, because the old one may have ignored them.
+    repeat: Vec<Signal>,
+    /// The exit code, after all children have ended.
     pub(super) exit: Option<u8>,
     pub(super) pid_file: Option<PidFile>,
-    /// The program of an upgrade, for as long as this process may have to execute it.
+    /// The program of an upgrade, while this process may have to execute it.
     pub(super) renewal: Option<Renewal>,
 }
 
-/// Runs the service until it ends; gives the exit code. `activated` are sockets that a
-/// service manager has passed.
+/// Runs the service until it ends. Returns the exit code.
+///
+/// `activated` are sockets that a service manager has passed.
 ///
 /// # Errors
-/// There is nothing to wait for signals with, or no memory file.
+/// The signal queue or a memory file cannot be made, or waiting fails.
 pub fn run(
     program: Program,
     pid_file: Option<PathBuf>,
@@ -90,7 +92,7 @@ pub fn run(
 }
 
 impl Parent {
-    /// Of a service that has no process yet.
+    /// Makes the state of a service without a process.
     pub(super) fn new(program: Program, stores: Vec<OwnedFd>) -> io::Result<Parent> {
         log::install();
         Ok(Parent {
@@ -106,14 +108,14 @@ impl Parent {
             start_at: None,
             served: false,
             stopping: false,
-            unsettled: Vec::new(),
+            repeat: Vec::new(),
             exit: None,
             pid_file: None,
             renewal: None,
         })
     }
 
-    /// Until the service ends.
+    /// Runs the loop until the service ends.
     pub(super) fn run(mut self) -> io::Result<u8> {
         loop {
             self.start_if_due();
@@ -147,8 +149,7 @@ impl Parent {
         let times = self.start_at.into_iter().chain(self.renewal.as_ref().and_then(Renewal::due));
         let times = times.map(|at| at.saturating_duration_since(clock::now()));
         let unwritten = self.pid_file.as_ref().is_some_and(|file| !file.is_written());
-        let retry = (self.served && unwritten).then_some(TRY_AGAIN);
-        // Rounded up by no less than what the poll takes of it.
+        let retry = (self.served && unwritten).then_some(RETRY_INTERVAL);
         let timeout = times.chain(retry).min().map(|time| Timespec {
             tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: time.subsec_nanos().into(),
@@ -169,24 +170,24 @@ impl Parent {
 
     // --- signals ---
 
-    /// Passes a signal on to the process that serves; it waits there until it is taken.
+    /// Passes a signal on to the main process, where it stays pending until it is handled.
     fn pass_on(&mut self, signal: Signal) {
         let stop = matches!(signal, Signal::TERM | Signal::INT);
         self.stopping |= stop;
         let upgrading = self.children.iter().any(|one| matches!(one.role, Role::Successor(_)));
-        if upgrading && signal != Signal::USR2 && !self.unsettled.contains(&signal) {
-            self.unsettled.push(signal);
+        if upgrading && signal != Signal::USR2 && !self.repeat.contains(&signal) {
+            self.repeat.push(signal);
         }
         match self.main() {
             Some(main) => main.signal(signal),
-            // Between two starts, or while the last ones drain.
+            // The supervisor is between two starts, or the last children drain.
             None if stop && self.exit.is_none() => self.end(0),
             None if stop => self.end(FAILED),
             None => {}
         }
     }
 
-    /// Ends the service; what still drains may do so where all is in order.
+    /// Ends the service. With code 0, draining children may finish; else they are killed.
     fn end(&mut self, code: u8) {
         (self.exit, self.start_at, self.renewal) = (Some(code), None, None);
         let orderly = code == 0;
@@ -263,7 +264,8 @@ impl Parent {
                 Ok(Some(packet)) => self.take_message(at, packet),
                 Ok(None) => child.link = None,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                // It has ended with messages unread; its own are still there.
+                // The child ended without reading all orders. Its messages are still
+                // readable.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
                 Err(error) => {
                     tracing::warn!(pid = %child.pid, %error, "cannot read a message of a process");
@@ -277,7 +279,7 @@ impl Parent {
         if let Role::Successor(of) = self.children[at].role
             && let Some(before) = self.children.iter().position(|child| child.pid == of)
         {
-            // It may have said, on its own way, that this one is the service.
+            // An earlier message of the old process may have made this child the main one.
             self.take_messages(before);
         }
         let child = &mut self.children[at];
@@ -301,7 +303,7 @@ impl Parent {
                 self.stopping = true;
                 self.manager.tell(ServiceNotice::Stopping);
             }
-            ChildReport::Beat if is_main => self.manager.tell(ServiceNotice::Alive),
+            ChildReport::Alive if is_main => self.manager.tell(ServiceNotice::Alive),
             ChildReport::Start(wish) => self.answer_start(at, &wish, fds),
             ChildReport::End if is_main => {
                 if let Some(successor) = self.of(|role| role == Role::Successor(pid)) {
@@ -309,8 +311,8 @@ impl Parent {
                 }
             }
             ChildReport::Serves if is_main => self.change_over(at),
-            ChildReport::LetGo => self.let_go(at),
-            ChildReport::GoesOn => self.kept.clear(),
+            ChildReport::SocketsClosed => self.sockets_closed(at),
+            ChildReport::Resumed => self.kept.clear(),
             _ => {}
         }
     }
@@ -340,12 +342,12 @@ impl Parent {
         self.children[at].tell(&order);
     }
 
-    /// A process has closed its sockets after another one took the service over.
-    fn let_go(&mut self, at: usize) {
+    /// Handles that an old process has closed its sockets.
+    fn sockets_closed(&mut self, at: usize) {
         let (stopping, child) = (self.stopping, &mut self.children[at]);
         child.held.clear();
         match child.role {
-            // It was told to go on when it could not any more.
+            // The supervisor ordered it to resume, but it had already closed its sockets.
             Role::Main if !stopping => {
                 (child.role, child.ready) = (Role::Leaving, false);
                 self.start_at = Some(clock::now());
@@ -355,14 +357,15 @@ impl Parent {
         }
     }
 
-    /// Of the service; which process it is, is none of the manager's business.
+    /// Notifies the service manager that the service is ready. The main process of the
+    /// service manager is always the supervisor.
     fn tell_ready(&mut self) {
         if !std::mem::replace(&mut self.told_ready, true) {
             self.manager.tell(ServiceNotice::Ready);
         }
     }
 
-    /// The successor is the service from now on.
+    /// Makes the successor of a child the main process.
     fn change_over(&mut self, at: usize) {
         let pid = self.children[at].pid;
         let Some(successor) = self.of(|role| role == Role::Successor(pid)) else { return };
@@ -370,22 +373,22 @@ impl Parent {
         let (program, renewal) = (successor.program.clone(), Renewal::by(successor));
         (self.program, self.renewal) = (program, renewal);
         self.children[at].role = Role::SteppingDown;
-        for signal in std::mem::take(&mut self.unsettled) {
+        for signal in std::mem::take(&mut self.repeat) {
             self.pass_on(signal);
         }
     }
 
     // --- ends ---
 
-    /// Takes every end there is: also of orphans, where this is process 1.
+    /// Reaps all ended processes, including orphans if this is process 1.
     pub(super) fn reap(&mut self) {
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
             let Some(at) = self.children.iter().position(|child| child.pid == pid) else {
                 self.trial_ended(pid, status);
                 continue;
             };
-            // What it has said before it ended comes first.
-            while self.children[at].link.is_some() && self.has_words(at) {
+            // Messages that it sent before it ended are handled first.
+            while self.children[at].link.is_some() && self.has_messages(at) {
                 self.take_messages(at);
             }
             let child = self.children.swap_remove(at);
@@ -393,7 +396,7 @@ impl Parent {
         }
     }
 
-    fn has_words(&self, at: usize) -> bool {
+    fn has_messages(&self, at: usize) -> bool {
         let Some(link) = &self.children[at].link else { return false };
         let mut fd = [PollFd::new(link, PollFlags::IN)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -403,31 +406,31 @@ impl Parent {
     fn ended(&mut self, mut child: Child, status: WaitStatus) {
         match child.role {
             Role::Successor(of) => {
-                self.unsettled.clear();
+                self.repeat.clear();
                 if let Some(old) = self.children.iter().find(|one| one.pid == of) {
                     old.tell(&SupervisorOrder::Ended(status.as_raw()));
                 }
             }
             Role::SteppingDown | Role::Leaving if status.exit_status() == Some(0) => {}
             Role::SteppingDown | Role::Leaving => {
-                tracing::warn!(reason = in_words(child.pid, status), "draining process failed");
+                tracing::warn!(reason = outcome(child.pid, status), "draining process failed");
             }
             Role::Main => self.main_ended(&mut child, status),
         }
     }
 
     fn main_ended(&mut self, child: &mut Child, status: WaitStatus) {
-        // No program to become: it has not proved itself.
+        // The new program has crashed, so the supervisor does not execute it.
         self.renewal = None;
         let code = status.exit_status().map(|code| u8::try_from(code).unwrap_or(FAILED));
         if self.stopping || code == Some(0) || (code.is_some() && !self.served) {
             return self.end(code.unwrap_or(FAILED));
         }
         self.kept.extend(child.take_sockets());
-        self.before = in_words(child.pid, status);
+        self.before = outcome(child.pid, status);
         let old = self.of(|role| role == Role::SteppingDown);
         if let Some(old) = old
-            && old.tell(&SupervisorOrder::GoOn(status.as_raw()))
+            && old.tell(&SupervisorOrder::Resume(status.as_raw()))
         {
             old.role = Role::Main;
             self.program = old.program.clone();
@@ -435,7 +438,7 @@ impl Parent {
         }
         if let Some(next) = self.of(|role| role == Role::Successor(child.pid)) {
             if next.ready {
-                // The word that it serves was not said any more.
+                // The old process ended before it reported that the successor serves.
                 next.role = Role::Main;
                 self.program = next.program.clone();
                 self.kept.clear();
@@ -451,8 +454,8 @@ impl Parent {
     }
 }
 
-/// How a process ended.
-fn in_words(pid: Pid, status: WaitStatus) -> String {
+/// Returns how a process ended, as text.
+fn outcome(pid: Pid, status: WaitStatus) -> String {
     match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => format!("process {pid} exited with code {code}"),
         (_, Some(signal)) => format!("process {pid} was killed by signal {signal}"),

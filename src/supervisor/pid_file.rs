@@ -1,43 +1,45 @@
-//! A file that holds the number of the process to be signalled.
+//! The PID file: holds the process ID that signals must go to.
 //!
-//! Written when the process serves, by rename, so that a reader finds a whole
-//! number; removed at the end unless another process has written it since.
+//! Written by the supervisor or by a process without one, when it serves. It is replaced
+//! by rename, so that a reader never sees a partial number. It is removed at the exit,
+//! unless another process has written it.
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-/// This process's entry; dropping it removes the file if it is still ours.
+/// The PID file of this process. Dropping it removes the file if it still holds the ID of
+/// this process.
 #[derive(Debug)]
 pub struct PidFile {
     path: PathBuf,
     written: bool,
-    /// That it cannot be written is logged once.
-    told: bool,
+    /// A failed write was logged.
+    failure_logged: bool,
 }
 
 // === impl PidFile ===
 
 impl PidFile {
-    /// One that is not written yet, or that this process has written.
+    /// Makes the state of a PID file that this process has written, or not yet.
     pub fn at(path: PathBuf, written: bool) -> PidFile {
-        PidFile { path, written, told: false }
+        PidFile { path, written, failure_logged: false }
     }
 
-    /// Where it is.
+    /// Returns its path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether it is there.
+    /// Returns whether this process has written it.
     pub fn is_written(&self) -> bool {
         self.written
     }
 
-    /// Writes it, unless that is done; a failure is for the caller to try again.
+    /// Writes the file if it is not written. After a failure the caller must call it again.
     pub fn write(&mut self) {
         let Err(error) = self.try_write() else { return };
-        if !std::mem::replace(&mut self.told, true) {
+        if !std::mem::replace(&mut self.failure_logged, true) {
             let path = self.path.display();
             tracing::error!(%path, %error, "cannot write the PID file; retrying");
         }
@@ -49,7 +51,7 @@ impl PidFile {
         }
         let mut whole = self.path.as_os_str().to_owned();
         whole.push(format!(".{}", std::process::id()));
-        // Of a process that had this number before; whose directory it is, is not sure.
+        // An earlier process with the same ID may have left the file.
         let _ = std::fs::remove_file(&whole);
         let written = File::create_new(&whole)
             .and_then(|mut file| writeln!(file, "{}", std::process::id()))
@@ -64,9 +66,9 @@ impl PidFile {
 
 impl Drop for PidFile {
     fn drop(&mut self) {
-        let ours = std::process::id().to_string();
-        if std::fs::read_to_string(&self.path).is_ok_and(|text| text.trim() == ours) {
-            // Left behind, it names a process that is gone.
+        let own = std::process::id().to_string();
+        if std::fs::read_to_string(&self.path).is_ok_and(|text| text.trim() == own) {
+            // A file that is left behind names a process that has exited.
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -77,24 +79,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_file_goes_with_its_process_but_not_with_the_one_before() {
+    fn process_removes_only_its_own_pid_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pid");
-        let mut ours = PidFile::at(path.clone(), false);
-        ours.write();
+        let mut own = PidFile::at(path.clone(), false);
+        own.write();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
-        assert!(ours.is_written());
-        drop(ours);
+        assert!(own.is_written());
+        drop(own);
         assert!(!path.exists());
-        let mut ours = PidFile::at(path.clone(), false);
-        ours.write();
+        let mut own = PidFile::at(path.clone(), false);
+        own.write();
         std::fs::write(&path, "1\n").unwrap();
-        drop(ours);
+        drop(own);
         assert!(path.exists());
     }
 
     #[test]
-    fn one_that_cannot_be_written_can_be_tried_again() {
+    fn failed_write_can_be_retried() {
         let dir = tempfile::tempdir().unwrap();
         let mut file = PidFile::at(dir.path().join("no/pid"), false);
         file.write();

@@ -1,8 +1,8 @@
-//! Which program is started, and with which arguments.
+//! The program and arguments of the processes that the supervisor starts.
 //!
-//! Made once at start, from what this process was started with; asked for each process
-//! that is to be started. It looks the path up each time, so that a file that was
-//! replaced (or a link that was turned) is taken.
+//! Made at the start of the supervisor from its own command line, and used for each
+//! process. It searches the path at each start, so that a replaced file or link is used.
+//! It never starts a process itself.
 
 use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
@@ -12,35 +12,35 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// How this process was started.
+/// A program, as a process was started with it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Program {
-    /// The first word of its command line.
+    /// The first word of the command line.
     name: OsString,
-    /// Where it was started.
+    /// The working directory.
     directory: OsString,
-    /// The file it runs, as of its start.
+    /// The executable file at the start.
     file: OsString,
-    /// Everything after the first word.
+    /// The command line after the first word.
     arguments: Vec<OsString>,
 }
 
 // === impl Program ===
 
 impl Program {
-    /// This process, to be started again with `arguments`.
+    /// Returns the program of this process with `arguments`.
     ///
     /// # Errors
-    /// The kernel does not say where it was started from.
+    /// The working directory or the executable file is unknown.
     pub fn of_this_process(arguments: Vec<OsString>) -> io::Result<Program> {
         let name = std::env::args_os().next().unwrap_or_default();
         let directory = std::env::current_dir()?.into();
         Ok(Program { name, directory, file: std::env::current_exe()?.into(), arguments })
     }
 
-    /// This program, or `binary` in its place; with `config` in the place of its
-    /// configuration file.
+    /// Returns this program with `binary` and `config` in place of its file and its
+    /// configuration file, if they are given.
     pub fn wished(&self, binary: Option<&Path>, config: Option<&Path>) -> Program {
         let mut wished = self.clone();
         if let Some(binary) = binary {
@@ -56,10 +56,11 @@ impl Program {
         wished
     }
 
-    /// Starts whatever is found now by the name this process was started by.
+    /// Returns the command that starts the program from the file that its name resolves to
+    /// now.
     ///
     /// # Errors
-    /// In words: there is no program.
+    /// A message: the file does not exist or is not executable.
     pub fn command(&self) -> Result<Command, String> {
         let path = self.path()?;
         let mut command = Command::new(path);
@@ -67,18 +68,18 @@ impl Program {
         Ok(command)
     }
 
-    /// Where that is.
+    /// Returns the path of the file that the name resolves to now.
     ///
     /// # Errors
-    /// In words: there is no program.
+    /// A message: the file does not exist or is not executable.
     pub fn path(&self) -> Result<PathBuf, String> {
         let path = self.find(std::env::var_os("PATH").as_deref());
         check(&path)?;
         Ok(path)
     }
 
-    /// As a shell would find it: by the path, or in the directories of `PATH`;
-    /// the file of this process where that finds nothing.
+    /// Searches the file as a shell does: by its path, or in the directories of `PATH`.
+    /// Returns the file at the start if it finds none.
     fn find(&self, path: Option<&OsStr>) -> PathBuf {
         if self.name.as_encoded_bytes().contains(&b'/') {
             return self.directory().join(&self.name);
@@ -96,7 +97,7 @@ impl Program {
     }
 }
 
-/// A file that may be run.
+/// Checks that the path is an executable file.
 fn check(path: &Path) -> Result<(), String> {
     let facts = std::fs::metadata(path)
         .map_err(|error| format!("cannot start {}: {error}", path.display()))?;
@@ -125,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_looked_up_each_time_from_where_the_process_was_started() {
+    fn relative_path_is_resolved_at_each_start_from_the_working_directory() {
         let dir = tempfile::tempdir().unwrap();
         let program = program("./tidegate", dir.path());
         let error = program.command().unwrap_err();
@@ -137,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_searched_for_as_a_shell_does() {
+    fn name_is_searched_in_path_as_a_shell_does() {
         let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         File::create(one.path().join("tidegate")).unwrap();
         executable(&other.path().join("tidegate"));
@@ -148,14 +149,14 @@ mod tests {
     }
 
     #[test]
-    fn another_binary_and_another_configuration_are_taken_and_kept() {
+    fn wished_binary_and_configuration_apply_to_later_processes() {
         let dir = tempfile::tempdir().unwrap();
         executable(&dir.path().join("new"));
         let program = program("tidegate", dir.path());
         let wished = program.wished(Some(Path::new("new")), Some(Path::new("/b.toml")));
         assert_eq!(wished.path().unwrap(), dir.path().join("new"));
         assert_eq!(wished.arguments, ["run", "--config", "/b.toml"]);
-        assert_eq!(wished.wished(None, None), wished, "the next one is the same");
+        assert_eq!(wished.wished(None, None), wished, "the next program is the same");
         let error = program.wished(Some(dir.path()), None).path().unwrap_err();
         assert!(error.contains("not an executable file"), "{error}");
     }

@@ -1,35 +1,35 @@
-//! The supervisor executes the new program in its own place, under its own number, once
-//! an upgrade has brought another one.
+//! Changes the supervisor to the binary of an upgrade: it executes the new program under
+//! the same process ID.
 //!
-//! Part of `parent`, which calls [`Parent::renew`] on each turn of its loop; [`check`] and
-//! [`resume`] are called by `cli::run` in the new program. It waits for nothing: the trial
-//! is a child as any other.
+//! `parent` calls [`Parent::renew`] on each turn of its loop. `cli::run` calls [`check`]
+//! and [`resume`] in the new program. It never blocks, because the trial is a child
+//! process.
 //!
-//! # The order
+//! # Steps
 //!
-//! 1. An upgrade to a file other than the one this process runs has come about, and the
-//!    old process has let go of its sockets: the new one has lived its second.
-//! 2. The *trial*: that file is started with this process's own arguments and
-//!    `--supervisor-check VERSION`. Standard input is the description of the state
-//!    (`state`) that it is to take over; it reads all of it, and answers with the digest
-//!    on standard output. It has [`TRIAL_MAX`] for that.
-//! 3. The same file is executed (execve(2)) with *the very bytes* that the trial has read,
-//!    if the state is still that one; otherwise the trial is made again,
-//!    [`TRIALS_MAX`] times in all.
+//! 1. An upgrade to another file has succeeded, and the old process has closed its sockets,
+//!    a second after the new process took over.
+//! 2. The *trial*: the new file is started with the arguments of this process and
+//!    `--supervisor-check VERSION`. Its standard input is the state (`state`). It reads
+//!    and checks the state, and writes its digest to standard output within
+//!    [`TRIAL_MAX`].
+//! 3. If the state has not changed, the same file is executed (execve(2)) with the bytes
+//!    that the trial has read. Otherwise the trial is repeated, up to [`TRIALS_MAX`]
+//!    trials in total.
 //!
-//! So a program that cannot read its arguments or the state says so while this process is
-//! still there; a program that is too old for the question, crashes or hangs in the trial
-//! changes nothing either, nor does an execve(2) that fails. One line of the log says why.
-//! What the new program cannot do after that is what it has done a moment before; if it
-//! ends all the same, that is the death of a supervisor: the process that serves drains.
+//! If the new program is too old for the option, rejects its arguments or the state, or
+//! crashes or hangs in the trial, the supervisor keeps its binary. The same holds if
+//! execve(2) fails. The log has one line with the reason. If the new program exits after
+//! execve(2), the serving process drains, as after any exit of a supervisor.
 //!
-//! # What stays
+//! # Inherited state
 //!
-//! Children stay children of the process number. Descriptors lose close-on-exec for the
-//! call alone. Signals are held back from the first moment of either program on, and
-//! those that come meanwhile stay pending (execve(2), signal(7)). The new program opens
-//! the queue of signals and the way to the service manager again, from the same mask and
-//! environment.
+//! - Children stay children, because the process ID stays the same.
+//! - Descriptors lose close-on-exec only for the call.
+//! - Signals are blocked from the first instruction of either program, so signals during
+//!   the change stay pending (execve(2), signal(7)).
+//! - The new program opens the signal queue and the connection to the service manager
+//!   again, from the same mask and environment.
 
 use super::children::{Child, Held, Role, prepare, spawn};
 use super::parent::Parent;
@@ -55,19 +55,19 @@ use tidegate_net::clock;
 use tidegate_net::fd_channel::take_inherited;
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Names the descriptor of the state that is to be taken over.
+/// Environment variable with the number of the descriptor of the state.
 pub(super) const MARK: &str = "TIDEGATE_SUPERVISOR_STATE";
 
-/// How long a trial may take.
+/// Longest duration of a trial.
 pub(super) const TRIAL_MAX: Duration = Duration::from_secs(2);
 
-/// Trials of one program: each but the first because the state has changed meanwhile.
+/// Most trials of a program. A trial is repeated only if the state has changed.
 const TRIALS_MAX: u8 = 5;
 
-/// Longer than the answer.
+/// Size of the buffer for the answer, longer than any answer.
 const ANSWER_MAX: usize = 128;
 
-/// Which file a program is.
+/// The identity of a program file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct FileId {
     device: u64,
@@ -87,32 +87,32 @@ pub(super) struct Renewal {
 
 #[derive(Debug)]
 enum Step {
-    /// For a quiet moment.
+    /// Waits until no change of the children is in progress.
     Waits,
     Tried(Trial),
     /// The trial has read this state.
     Passed(Vec<u8>),
 }
 
-/// A trial under way.
+/// A running trial.
 #[derive(Debug)]
 struct Trial {
     pid: Pid,
     until: Instant,
     answer: io::PipeReader,
     state: Vec<u8>,
-    /// Its time is over.
+    /// It was killed after [`TRIAL_MAX`].
     killed: bool,
     ended: bool,
 }
 
 // === the new program ===
 
-/// `--supervisor-check`: reads a state of that version from standard input and answers
-/// with its digest.
+/// Runs `--supervisor-check`: reads a state of this version from standard input and writes
+/// its digest to standard output.
 ///
 /// # Errors
-/// In words: it cannot be taken over.
+/// A message: this program cannot take over the state.
 pub fn check(version: u32) -> Result<(), String> {
     if version != VERSION {
         return Err(format!(
@@ -130,8 +130,10 @@ fn answer(state: &[u8]) -> String {
     format!("supervisor state {VERSION} {:016x}\n", xxh3_64(state))
 }
 
-/// Goes on as the supervisor that has executed this program, if one has; gives the exit
-/// code. To be called before anything opens a descriptor.
+/// Continues as the supervisor that has executed this program. Returns the exit code.
+/// `None`: no supervisor has executed it.
+///
+/// Call it before other code opens descriptors.
 ///
 /// # Errors
 /// The state cannot be taken over.
@@ -171,7 +173,7 @@ impl Trial {
         let input = memory_file(&state)?;
         io::Seek::rewind(&mut &input)?;
         let (answer, output) = io::pipe()?;
-        // Its end of the pipe may be held open by what it has started.
+        // Processes that the trial starts may keep the other end of the pipe open.
         ioctl_fionbio(&answer, true)?;
         let mut words = std::env::args_os();
         let mut command = Command::new(path);
@@ -184,14 +186,14 @@ impl Trial {
         Ok(Trial { pid, until, answer, state, killed: false, ended: false })
     }
 
-    /// It leads a group of its own, and is not reaped yet.
+    /// Kills the process group of the trial, which is not reaped yet.
     fn kill(&mut self) {
         self.killed = true;
         let _ = kill_process_group(self.pid, Signal::KILL);
     }
 
-    /// What its end means: the state it has read.
-    fn judge(mut self, status: WaitStatus) -> Result<Vec<u8>, String> {
+    /// Returns the state that the trial has read, or why it failed.
+    fn result(mut self, status: WaitStatus) -> Result<Vec<u8>, String> {
         self.ended = true;
         match (status.exit_status(), status.terminating_signal()) {
             (Some(0), _) => {}
@@ -219,7 +221,8 @@ impl Drop for Trial {
 // === impl Renewal ===
 
 impl Renewal {
-    /// `None` where the child runs the file that this process runs, too.
+    /// Returns the renewal to the program of `child`. `None`: this process runs the same
+    /// file.
     pub(super) fn by(child: &Child) -> Option<Renewal> {
         let file = child.file?;
         let own = FileId::of(Path::new("/proc/self/exe")).ok();
@@ -227,7 +230,7 @@ impl Renewal {
         Some(Renewal { path, file, trials: 0, step: Step::Waits })
     }
 
-    /// When [`Parent::renew`] is to be called at the latest.
+    /// Returns the latest time for the next call of [`Parent::renew`].
     pub(super) fn due(&self) -> Option<Instant> {
         match &self.step {
             Step::Tried(trial) => Some(trial.until).filter(|_| !trial.killed),
@@ -235,12 +238,14 @@ impl Renewal {
         }
     }
 
+    /// Handles the end of a process, if it is the trial.
+    ///
     /// # Errors
-    /// Why the program is not to be executed.
+    /// Why the program must not be executed.
     fn ended(&mut self, pid: Pid, status: WaitStatus) -> Result<(), String> {
-        let ours = matches!(&self.step, Step::Tried(trial) if trial.pid == pid);
-        if ours && let Step::Tried(trial) = std::mem::replace(&mut self.step, Step::Waits) {
-            self.step = Step::Passed(trial.judge(status)?);
+        let is_trial = matches!(&self.step, Step::Tried(trial) if trial.pid == pid);
+        if is_trial && let Step::Tried(trial) = std::mem::replace(&mut self.step, Step::Waits) {
+            self.step = Step::Passed(trial.result(status)?);
         }
         Ok(())
     }
@@ -249,12 +254,12 @@ impl Renewal {
 // === impl Parent ===
 
 impl Parent {
-    /// The next step towards the new program, if one is due.
+    /// Takes the next step towards the new program, if one is due.
     pub(super) fn renew(&mut self) {
         let Some(mut renewal) = self.renewal.take() else { return };
         match self.next_step(&mut renewal) {
             Ok(()) => self.renewal = Some(renewal),
-            Err(why) => stays(&renewal.path, &why),
+            Err(why) => log_old_binary_stays(&renewal.path, &why),
         }
     }
 
@@ -289,17 +294,17 @@ impl Parent {
         Ok(())
     }
 
-    /// Takes the end of a child that is no process of the service.
+    /// Handles the end of a child that is not a process of the service.
     pub(super) fn trial_ended(&mut self, pid: Pid, status: WaitStatus) {
         if let Some(mut renewal) = self.renewal.take() {
             match renewal.ended(pid, status) {
                 Ok(()) => self.renewal = Some(renewal),
-                Err(why) => stays(&renewal.path, &why),
+                Err(why) => log_old_binary_stays(&renewal.path, &why),
             }
         }
     }
 
-    /// One process serves, others may drain, nothing is on its way.
+    /// Returns whether no change is in progress: one process serves, and all others drain.
     fn is_quiet(&self) -> bool {
         let steady = |child: &Child| match child.role {
             Role::Main => child.ready && child.given.is_empty(),
@@ -324,7 +329,7 @@ impl Parent {
         State::new(self.program.clone(), stores, children.collect(), pid_file)
     }
 
-    /// Executes it with that state. Comes back only where it could not.
+    /// Executes the program with the state. Returns only on failure.
     fn execute(&self, path: &Path, state: &[u8]) -> Result<Infallible, io::Error> {
         let file = memory_file(state)?;
         let mark =
@@ -340,7 +345,8 @@ impl Parent {
         Err(error.into())
     }
 
-    /// Whether everything that the state names gets to the program that is executed.
+    /// Sets the flags of all descriptors that the state names, so that the executed program
+    /// inherits them or not.
     fn inherit(&self, state: &File, flags: FdFlags) -> io::Result<()> {
         let links = self.children.iter().filter_map(|child| child.link.as_ref()).map(AsFd::as_fd);
         let held = self.children.iter().flat_map(|child| &child.held);
@@ -349,12 +355,12 @@ impl Parent {
         all.try_for_each(|fd: BorrowedFd<'_>| Ok(fcntl_setfd(fd, flags)?))
     }
 
-    /// The supervisor that has passed this state on. Every descriptor is taken before
-    /// another one is opened.
+    /// Makes the supervisor from a state. It takes over all descriptors before it opens
+    /// others, because their numbers are fixed.
     fn of_state(state: State) -> io::Result<Parent> {
         let children: io::Result<Vec<Child>> = state.children.into_iter().map(child_of).collect();
         let (children, mut stores) = (children?, taken(state.stores)?);
-        // A supervisor of an older program may have had fewer.
+        // An older supervisor may have had fewer stores.
         store::complete(&mut stores)?;
         let mut parent = Parent::new(state.program, stores)?;
         let pid_file = state.pid_file.map(|(path, written)| PidFile::at(path.into(), written));
@@ -362,7 +368,7 @@ impl Parent {
         (parent.told_ready, parent.served) = (true, true);
         let version = env!("CARGO_PKG_VERSION");
         tracing::info!(version, "the supervisor runs the new binary");
-        // Some may have ended meanwhile.
+        // Children may have ended during the change, and their SIGCHLD may be lost.
         parent.reap();
         Ok(parent)
     }
@@ -384,8 +390,8 @@ fn taken(numbers: Vec<RawFd>) -> io::Result<Vec<OwnedFd>> {
     numbers.into_iter().map(take_inherited).collect()
 }
 
-/// Says why the supervisor does not execute a program.
-fn stays(path: &Path, why: &str) {
+/// Logs why the supervisor does not execute a program.
+fn log_old_binary_stays(path: &Path, why: &str) {
     tracing::warn!(
         program = %path.display(), reason = why,
         "the supervisor keeps running the old binary until a restart or the next upgrade"

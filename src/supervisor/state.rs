@@ -1,11 +1,10 @@
-//! What a supervisor passes on to the program that it executes in its own place: the
-//! description of its children and of everything that it holds.
+//! The state that a supervisor hands over to the program that it executes: its children
+//! and its descriptors.
 //!
-//! Written and taken up by `reexec`. The description is JSON of at most [`BYTES_MAX`]
-//! bytes in a memory file; descriptors are named by their numbers. It describes a quiet
-//! moment alone (one child serves, the others drain, nothing is being started or
-//! stopped), so that it holds no times and no half of a step. Every number in it is
-//! checked when it is read, in the trial and again when it is taken over.
+//! Written and read by `reexec`. It is JSON of at most [`BYTES_MAX`] bytes in a memory
+//! file; descriptors are given by their numbers. It is written only if no change is in
+//! progress (one child serves, the others drain), so it has no times and no partial steps.
+//! All numbers are checked when it is read: in the trial, and after execve(2).
 
 use super::program::Program;
 use rustix::process::Pid;
@@ -15,44 +14,44 @@ use std::ffi::OsString;
 use std::os::fd::RawFd;
 use tidegate_net::{fd_channel, packets};
 
-/// Of the format. A program that changes the format counts it up, and goes on to read
-/// those before or refuses them.
+/// Version of the format. A change of the format increases it. A program reads or rejects
+/// older versions.
 pub(super) const VERSION: u32 = 1;
 
-/// Longest description: the largest number of sockets, with a name for each.
+/// Longest state: enough for the largest number of sockets with a name each.
 pub(super) const BYTES_MAX: usize = 16 * 1024 * 1024;
 
-/// Most processes at once: one serves, the others drain.
+/// Most children: one serves, the others drain.
 pub(super) const CHILDREN_MAX: usize = 1024;
 
-/// Most descriptors: the sockets that are kept, a link to each process, the stores.
+/// Most descriptors: held sockets, a link per child, and the stores.
 const DESCRIPTORS_MAX: usize = fd_channel::FDS_MAX + CHILDREN_MAX + packets::FDS_MAX;
 
-/// Descriptors below are those of every program (stdin(3)).
+/// First number after the standard descriptors (stdin(3)).
 const FIRST: RawFd = 3;
 
-/// See the module's documentation.
+/// The state of a supervisor.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct State {
     version: u32,
-    /// What the next process is to be.
+    /// The program of the next process.
     pub(super) program: Program,
     pub(super) stores: Vec<RawFd>,
     pub(super) children: Vec<Described>,
-    /// Where the pid file is, and whether it is written.
+    /// Path of the PID file, and whether it is written.
     pub(super) pid_file: Option<(OsString, bool)>,
 }
 
-/// One child.
+/// A child in the state.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Described {
     pub(super) pid: i32,
-    /// It is the service; otherwise it drains.
+    /// True: it serves. False: it drains.
     pub(super) main: bool,
     pub(super) program: Program,
-    /// Its sockets by their names.
+    /// The held sockets by their names.
     pub(super) held: Vec<(String, Vec<RawFd>)>,
     pub(super) link: Option<RawFd>,
 }
@@ -69,10 +68,10 @@ impl State {
         State { version: VERSION, program, stores, children, pid_file }
     }
 
-    /// As it is passed on.
+    /// Encodes the state.
     ///
     /// # Errors
-    /// In words: there is more of it than can be passed on.
+    /// A message: the state exceeds a bound.
     pub(super) fn encode(&self) -> Result<Vec<u8>, String> {
         self.check()?;
         let bytes = serde_json::to_vec(self).map_err(|error| error.to_string())?;
@@ -85,10 +84,10 @@ impl State {
         Ok(bytes)
     }
 
-    /// Reads one of any origin.
+    /// Decodes an untrusted state.
     ///
     /// # Errors
-    /// In words: it is none, or not within its bounds.
+    /// A message: the bytes are malformed, or the state exceeds a bound.
     pub(super) fn decode(bytes: &[u8]) -> Result<State, String> {
         if bytes.len() > BYTES_MAX {
             return Err(format!("the state has more than {BYTES_MAX} bytes"));
@@ -124,7 +123,7 @@ impl State {
         Ok(())
     }
 
-    /// Everything that is passed on.
+    /// Returns all descriptors in the state.
     pub(super) fn descriptors(&self) -> impl Iterator<Item = RawFd> {
         let held = self.children.iter().flat_map(|child| &child.held);
         let links = self.children.iter().filter_map(|child| child.link);
@@ -136,7 +135,7 @@ impl State {
 
 impl Described {
     pub(super) fn pid(&self) -> Option<Pid> {
-        // A number of 0 or below means several processes (kill(2)).
+        // For kill(2), a number of 0 or below means several processes.
         Some(self.pid).filter(|pid| *pid > 0).and_then(Pid::from_raw)
     }
 }
@@ -163,14 +162,14 @@ mod tests {
     }
 
     #[test]
-    fn a_state_survives_the_way() {
+    fn decoded_state_equals_the_encoded_state() {
         let bytes = state().encode().unwrap();
         assert_eq!(State::decode(&bytes).unwrap(), state());
     }
 
-    /// The format of version 1, which programs that are installed somewhere read.
+    /// The format of version 1, which released programs read.
     #[test]
-    fn the_format_changes_with_its_version_alone() {
+    fn format_of_version_1_is_unchanged() {
         let program = r#"{"name":{"Unix":[97]},"directory":{"Unix":[47]},"file":{"Unix":[47,97]},"arguments":[{"Unix":[114]}]}"#;
         let text = format!(
             r#"{{"version":1,"program":{program},"stores":[3,4],"children":[{{"pid":7,"main":true,"program":{program},"held":[["b",[5]]],"link":6}},{{"pid":8,"main":false,"program":{program},"held":[],"link":null}}],"pid_file":[{{"Unix":[47,98]}},true]}}"#
@@ -181,8 +180,8 @@ mod tests {
     }
 
     #[test]
-    fn a_state_out_of_bounds_is_refused() {
-        let spoilt: [fn(&mut State); 12] = [
+    fn invalid_state_is_rejected() {
+        let changes: [fn(&mut State); 12] = [
             |state| state.version += 1,
             |state| state.children.clear(),
             |state| state.children[0].main = true,
@@ -196,9 +195,9 @@ mod tests {
             |state| state.stores[0] = state.stores[1],
             |state| state.stores = (100..200).collect(),
         ];
-        for (number, spoil) in spoilt.into_iter().enumerate() {
+        for (number, change) in changes.into_iter().enumerate() {
             let mut state = state();
-            spoil(&mut state);
+            change(&mut state);
             assert!(state.encode().is_err(), "{number}");
             let bytes = serde_json::to_vec(&state).unwrap();
             assert!(State::decode(&bytes).is_err(), "{number}");
@@ -206,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn more_than_the_format_has_is_refused() {
+    fn unknown_field_and_truncated_state_are_rejected() {
         let text = String::from_utf8(state().encode().unwrap()).unwrap();
         let more = text.replacen('{', "{\"more\":1,", 1);
         assert!(State::decode(more.as_bytes()).unwrap_err().contains("more"));
@@ -215,7 +214,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_bytes_come_are_a_state_or_an_error(at in 0..300_usize, byte: u8) {
+        fn changed_byte_gives_a_valid_state_or_an_error(at in 0..300_usize, byte: u8) {
             let mut bytes = state().encode().unwrap();
             let at = at % bytes.len();
             bytes[at] = byte;

@@ -1,9 +1,9 @@
-//! What a serving process leaves with the supervisor for the one that is started after a
-//! crash: texts in memory files (memfd_create(2)) that the supervisor holds and never
-//! reads.
+//! Texts that a serving process leaves for the process that replaces it after a crash.
+//! They are in memory files (memfd_create(2)).
 //!
-//! Made by `parent`, written and read by `daemon`. Each store is two files, written in
-//! turn: a process killed in the middle of a write leaves the other one whole.
+//! `parent` makes the files and never reads them. `daemon` writes and reads them. Each
+//! store has two files, which are written alternately: if a process is killed during a
+//! write, the other file is still valid.
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
@@ -13,22 +13,22 @@ use std::os::unix::fs::FileExt;
 use tidegate_net::packets::FDS_MAX;
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Operators' intents, all else that is known, and the texts of the configuration in
+/// The operators' intents, the remaining state, and the texts of the configuration in
 /// force.
 pub(super) const STORES: usize = 3;
 const _: () = assert!(2 * STORES <= FDS_MAX);
 
-/// Longest text kept.
+/// Longest text.
 const TEXT_MAX: usize = 256 * 1024 * 1024;
 
 /// Number, length and checksum.
 const HEADER: usize = 24;
 
-/// One text, in two files: the newer one counts.
+/// A text in two files. The newer valid text is current.
 #[derive(Debug)]
 pub struct Store([File; 2]);
 
-/// Adds the files that are missing, empty.
+/// Adds empty files until all stores have their files.
 pub(super) fn complete(files: &mut Vec<OwnedFd>) -> io::Result<()> {
     while files.len() < 2 * STORES {
         files.push(memfd_create("tidegate", MemfdFlags::CLOEXEC)?);
@@ -43,18 +43,18 @@ impl Store {
         Store(files.map(File::from))
     }
 
-    /// Keeps `text` in the place of the one before.
+    /// Stores `text` as the current text.
     ///
     /// # Errors
-    /// No memory, or the text is too long; the one before is kept then.
+    /// Out of memory, or the text is too long. The previous text stays current.
     pub fn write(&self, text: &[u8]) -> io::Result<()> {
         if text.len() > TEXT_MAX {
             return Err(io::Error::other(format!("{} bytes are too large to keep", text.len())));
         }
-        // Another process may have written since.
-        let [one, other] = self.0.each_ref().map(|file| whole(file).map_or(0, |(n, _)| n));
+        // Read again, because another process may have written the files.
+        let [one, other] = self.0.each_ref().map(|file| valid(file).map_or(0, |(n, _)| n));
         let (number, file) = (one.max(other) + 1, &self.0[usize::from(one > other)]);
-        // First what was there stops being whole.
+        // The older text becomes invalid first.
         file.write_all_at(&[0; HEADER], 0)?;
         file.set_len((HEADER + text.len()) as u64)?;
         file.write_all_at(text, HEADER as u64)?;
@@ -63,13 +63,14 @@ impl Store {
         file.write_all_at(&parts.concat(), 0)
     }
 
-    /// The newest whole text.
+    /// Returns the newest valid text.
     pub fn read(&self) -> Option<Vec<u8>> {
-        self.0.iter().filter_map(whole).max_by_key(|(number, _)| *number).map(|(_, text)| text)
+        self.0.iter().filter_map(valid).max_by_key(|(number, _)| *number).map(|(_, text)| text)
     }
 }
 
-fn whole(file: &File) -> Option<(u64, Vec<u8>)> {
+/// Returns the number and the text of a file, if they are valid.
+fn valid(file: &File) -> Option<(u64, Vec<u8>)> {
     let mut header = [0; HEADER];
     file.read_exact_at(&mut header, 0).ok()?;
     let mut parts = header.chunks_exact(8).map(|part| part.try_into().map(u64::from_le_bytes));
@@ -84,7 +85,7 @@ fn whole(file: &File) -> Option<(u64, Vec<u8>)> {
     (xxh3_64(&text) ^ number == sum).then_some((number, text))
 }
 
-/// For the message that hands them on.
+/// Borrows the files for a message.
 pub(super) fn borrowed(files: &[OwnedFd]) -> Vec<BorrowedFd<'_>> {
     files.iter().map(AsFd::as_fd).collect()
 }
@@ -101,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_whole_text_is_read_by_the_next_process() {
+    fn next_process_reads_the_newest_valid_text() {
         let files = two();
         let again = || files.each_ref().map(|file| file.try_clone().unwrap());
         let store = Store::of(again());
@@ -116,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn a_write_that_was_cut_short_anywhere_leaves_the_text_before() {
+    fn interrupted_write_keeps_the_previous_text() {
         let files = two();
         let again = || files.each_ref().map(|file| file.try_clone().unwrap());
         let store = Store::of(again());
@@ -127,7 +128,7 @@ mod tests {
             second.set_len(cut as u64).unwrap();
             assert_eq!(Store::of(again()).read().unwrap(), b"whole", "cut at {cut}");
         }
-        store.write(b"goes on").unwrap();
-        assert_eq!(Store::of(again()).read().unwrap(), b"goes on");
+        store.write(b"continued").unwrap();
+        assert_eq!(Store::of(again()).read().unwrap(), b"continued");
     }
 }

@@ -115,7 +115,7 @@ impl Control {
             self.admin.hand_over();
         }
         if let Some(link) = self.supervised.link() {
-            link.let_go();
+            link.sockets_closed();
         }
     }
 
@@ -140,7 +140,7 @@ impl Control {
         }
         self.lifecycle.serve_again();
         if let Some(link) = self.supervised.link() {
-            link.goes_on();
+            link.resumed();
         }
         self.keep_intents();
         self.supervised.in_force.write();
