@@ -1,5 +1,4 @@
-//! The `tidegate` command. Everything is in the library; this is the only place
-//! the process ends.
+//! The `tidegate` command. It only calls `tidegate_cli::main`, which returns the exit code.
 
 use std::process::ExitCode;
 

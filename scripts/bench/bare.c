@@ -1,14 +1,13 @@
-/* A relay and nothing else: what is left of a balancer that decides, counts, bounds
- * and times nothing.
+/* A minimal relay without policies, counters, limits or timeouts.
  *
- * Built and run by `candidates` as a measuring stick: how far from it a balancer is
- * shows what its own work costs, and where even this is no faster, nobody is. Each
- * process has one edge-triggered epoll set and reads 256 KiB. It serves nobody well:
- * a receiver that does not read holds everybody up.
+ * `candidates` builds and runs it as a lower bound: the difference to a balancer is the
+ * cost of the balancer's own work. Each process has one edge-triggered epoll set and
+ * reads 256 KiB at a time. It is not fit for service, because a receiver that does not
+ * read blocks all sessions of its process.
  *
  *   bare PROCESSES LISTEN-PORT CONNECT-PORT [LISTEN-PORT CONNECT-PORT ...]
  *
- * on 127.0.0.1. The first process's end is the others'.
+ * All ports are on 127.0.0.1. If the first process ends, the others end.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -25,10 +24,10 @@
 
 enum { FDS = 65536, EVENTS = 64, BUFFER = 256 * 1024 };
 
-/* By descriptor: the other side's, and whether this one has ended. */
+/* By descriptor: the descriptor of the other side, and whether this side sent FIN. */
 static int peer[FDS];
 static char ended[FDS];
-/* Of a listener: the port to connect to. */
+/* By listener: the port to connect to. */
 static int forwards_to[FDS];
 static char buffer[BUFFER];
 static int set;
@@ -99,7 +98,7 @@ static void forward(int fd, unsigned events) {
             }
             sent += more;
         }
-        /* A short read has drained the socket, unless its end stands behind. */
+        /* After a short read the socket is empty, unless FIN has arrived. */
     } while (got == BUFFER || (got > 0 && events & EPOLLRDHUP));
     if (got < 0 && errno != EAGAIN) {
         close_both(fd);

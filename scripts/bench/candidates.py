@@ -1,9 +1,9 @@
-"""The balancers that are compared: their equal configurations and their lives.
+"""The compared balancers: equal configurations, start and stop.
 
-Each listens on one loopback port for each kind of backend and spreads
-connections round robin over that kind's addresses: same threads, no Nagle,
-half-closed connections kept, no logging, ten minutes idle. Nothing is measured
-here.
+Used by `measure`. Each balancer listens on one loopback port per kind of backend and
+distributes connections round robin among the addresses of that kind. All have the same
+number of threads, TCP_NODELAY, half-close, no logging and an idle timeout of 10 minutes.
+This module never measures.
 """
 
 import json
@@ -23,7 +23,7 @@ KINDS = ["echo", "source", "trickle", "sink"]
 
 HARD_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 
-# Sessions a balancer may hold: two descriptors each, and some of its own.
+# Most sessions of a balancer: two descriptors each, and 500 for other purposes.
 SESSIONS_MAX = (min(HARD_LIMIT, 200_000) - 500) // 2
 
 
@@ -32,16 +32,16 @@ def find(program):
 
 
 class Candidate:
-    """One balancer of one set-up."""
+    """A balancer in a set-up."""
 
     name = ""
-    # Workload families it takes part in; None for all.
+    # The workload families that it runs. None: all.
     only = None
 
     def __init__(self, root, directory, backends, base_port, threads, cpu):
         self.root, self.threads, self.cpu = root, threads, cpu
         self.backends = backends
-        # Its own each time: two of one kind may be up at once.
+        # A new directory each time, because two of one kind can run at the same time.
         self.directory = tempfile.mkdtemp(prefix=f"{self.name}-", dir=directory)
         self.ports = {kind: base_port + at for at, kind in enumerate(KINDS)}
         self.process = None
@@ -73,11 +73,11 @@ class Candidate:
         for kind in KINDS:
             while not connects(self.address(kind)):
                 if self.process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"{self.name} did not come up:\n{self.log()}")
+                    raise RuntimeError(f"{self.name} did not start:\n{self.log()}")
                 time.sleep(0.02)
 
     def log(self):
-        """The end of what it wrote, if it was started at all."""
+        """Returns the end of its output, or "" if it was not started."""
         try:
             with open(os.path.join(self.directory, "log"), errors="replace") as file:
                 return file.read()[-2000:]
@@ -92,7 +92,7 @@ class Candidate:
             return
         below = self.pids()
         end(self.process)
-        # Workers of a parent that had to be killed.
+        # If the parent was killed, its workers may still run.
         for pid in below[1:]:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -143,7 +143,7 @@ class HAProxy(Candidate):
 
 class HAProxySplice(HAProxy):
     name = "haproxy-splice"
-    # It sets descriptors for its pipes aside, and streams are few.
+    # HAProxy reserves descriptors for pipes. The workloads have few streams.
     limits = "  maxconn 1000\n  maxpipes 500\n"
     options = "  option splice-auto\n"
     only = ("download", "upload")
@@ -206,7 +206,7 @@ class Envoy(Candidate):
                     {"filters": [{"name": "envoy.filters.network.tcp_proxy", "typed_config": proxy}]}
                 ],
             })
-            # Its default would refuse beyond 1024 connections.
+            # By default, Envoy rejects connections above 1024.
             many = {"thresholds": [{"max_connections": 1_000_000, "max_pending_requests": 1_000_000}]}
             clusters.append({
                 "name": kind,
@@ -235,7 +235,7 @@ def socket_address(host, port):
 
 class Tidegate(Candidate):
     engine = ""
-    # More keys of [process].
+    # Further keys of [process].
     keys = ""
 
     def binary(self):
@@ -259,7 +259,7 @@ class Tidegate(Candidate):
             [self.binary(), "status", "--json", "--admin", admin], capture_output=True, text=True
         ).stdout
         status = json.loads(out or "{}")
-        # Otherwise one engine would be measured under the other's name.
+        # After a fallback, the other engine would be measured under this name.
         if status.get("engine") != self.engine:
             raise RuntimeError(f"not on {self.engine}: {status.get('engine_reason')}")
 
@@ -279,7 +279,7 @@ class TidegateEpoll(Tidegate):
 
 
 class TidegateSpin(TidegateEpoll):
-    """Polls for a moment before it sleeps: for those with a CPU to give away."""
+    """The epoll engine with `spin`: it polls before it sleeps, which uses more CPU."""
 
     name = "tidegate-spin"
     keys = 'spin = "50us"\n'
@@ -287,7 +287,7 @@ class TidegateSpin(TidegateEpoll):
 
 
 class Bare(Candidate):
-    """A relay that does nothing else (bare.c): what nobody can do without."""
+    """The minimal relay of bare.c: a lower bound of the costs."""
 
     name = "bare"
     only = ("ping-pong", "short", "download", "upload", "open-loop")
@@ -299,7 +299,7 @@ class Bare(Candidate):
         source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "bare.c")
         os.makedirs(os.path.dirname(self.binary()), exist_ok=True)
         subprocess.run(["cc", "-O2", "-o", self.binary(), source], check=True)
-        # The first backend of each kind alone.
+        # Only the first backend of each kind.
         ports = [[str(self.ports[kind]), str(self.backends[kind][0][1])] for kind in KINDS]
         return [self.binary(), str(self.threads)] + sum(ports, [])
 
@@ -308,7 +308,7 @@ class Bare(Candidate):
 
 
 class Direct(Candidate):
-    """No balancer at all: the floor of what the machine spends."""
+    """No balancer: the costs of load generator and backends alone."""
 
     name = "direct"
 
@@ -322,12 +322,12 @@ class Direct(Candidate):
         return "-"
 
 
-# In the order of the rounds: what is compared with comes first.
+# In the order of the rounds. The reference is first.
 ALL = [HAProxy, TidegateRing, TidegateEpoll, Nginx, Envoy, HAProxySplice, TidegateSpin, Bare, Direct]
 
 
 def available(root):
-    """Those whose programs are here."""
+    """Returns the candidates whose programs are installed."""
     there = {
         HAProxy: find("haproxy"),
         HAProxySplice: find("haproxy"),

@@ -1,6 +1,6 @@
-"""What the kernel says about processes and the machine.
+"""Figures of the kernel about processes and the host.
 
-Used by the measurements. Reads /proc alone; starts and ends nothing.
+Used by the measurements. Reads /proc. It never starts or ends a measured process.
 """
 
 import glob
@@ -11,7 +11,7 @@ TICK = 1.0 / os.sysconf("SC_CLK_TCK")
 
 
 def children(pid):
-    """The process and everything below it."""
+    """Returns the process and all its descendants."""
     found = [pid]
     for path in glob.glob(f"/proc/{pid}/task/*/children"):
         try:
@@ -25,7 +25,7 @@ def children(pid):
 
 
 def cpu_seconds(pids):
-    """CPU time of all threads of these processes so far."""
+    """Returns the CPU time of all living threads of these processes, in seconds."""
     total = 0
     for pid in pids:
         for path in glob.glob(f"/proc/{pid}/task/*/schedstat"):
@@ -49,13 +49,14 @@ def resident_bytes(pids):
 
 
 def cpu_seconds_whole(pids):
-    """CPU time of each of these processes so far, by pid, with their threads that
-    have ended; exact to a tick."""
+    """Returns the CPU time of each process by pid, in seconds, including threads that have
+    ended. The resolution is one clock tick."""
     found = {}
     for pid in pids:
         try:
             with open(f"/proc/{pid}/stat") as file:
-                # After the name, which may hold anything, field 3 (proc(5)).
+                # The first word after the name is field 3 (proc(5)). The name can hold any
+                # character.
                 words = file.read().rpartition(")")[2].split()
         except OSError:
             continue
@@ -64,7 +65,7 @@ def cpu_seconds_whole(pids):
 
 
 def memory_bytes(pid):
-    """What /proc says of its memory: {"VmRSS": ..., "RssAnon": ...}, in bytes."""
+    """Returns {"VmRSS": ..., "RssAnon": ...} of a process, in bytes."""
     with open(f"/proc/{pid}/status") as file:
         words = [line.split() for line in file if line.startswith(("VmRSS:", "RssAnon:"))]
     return {name.rstrip(":"): int(kib) * 1024 for name, kib, _ in words}
@@ -81,7 +82,7 @@ def descriptors(pids):
 
 
 def machine_seconds():
-    """CPU seconds of the whole machine so far: (busy, stolen by the host)."""
+    """Returns the CPU seconds of this host: (busy, stolen by the hypervisor)."""
     with open("/proc/stat") as file:
         user, nice, system, _idle, _iowait, irq, softirq, steal = map(
             int, file.readline().split()[1:9]
@@ -90,7 +91,7 @@ def machine_seconds():
 
 
 def about():
-    """The machine, for the head of the table."""
+    """Returns facts about the host for the head of the table."""
 
     def first(path, prefix=""):
         try:

@@ -1,7 +1,7 @@
-"""One set-up's run: backends and balancers up, every workload in rounds.
+"""Runs a set-up: starts backends and balancers, and runs every workload in rounds.
 
-Owns its children and ends each by its process id. Gives samples; what they mean
-is `report`'s.
+Owns its children and ends each by its process ID. Returns samples; `report` analyses
+them.
 """
 
 import json
@@ -17,11 +17,11 @@ import candidates
 import kernel
 import workloads
 
-# Above this share of the machine used by others a measurement is not counted.
+# A measurement is repeated if other processes used more than this share of the host.
 FOREIGN_MAX = 0.10
 
-# Backend addresses of each kind: enough that short connections never wait for
-# one of the balancer's own ports.
+# Backend addresses of each kind. With this many, short connections never run out of
+# local ports of the balancer.
 BACKEND_HOSTS = ["127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"]
 
 BACKENDS = {
@@ -65,10 +65,10 @@ class Setup:
             self.add(make)
 
     def add(self, make):
-        # Again with other ports: somebody may have taken one meanwhile.
+        # Retries use other ports, because another process can bind a free port first.
         for attempt in range(3):
             one = self.make(make)
-            # First, so that whatever happens next finds it to stop.
+            # Added first, so that `stop` ends it after any error.
             self.balancers.append(one)
             try:
                 one.start()
@@ -80,7 +80,7 @@ class Setup:
                 self.broken[make.name] = str(error)
                 self.balancers.remove(one)
                 one.stop()
-        print(f"{make.name}: left out", file=sys.stderr)
+        print(f"{make.name}: skipped", file=sys.stderr)
 
     def make(self, make):
         base = free_ports(len(candidates.KINDS))
@@ -97,7 +97,7 @@ class Setup:
     # --- measuring ---
 
     def run(self, workload):
-        """Rounds of samples: [{candidate: sample}]."""
+        """Returns the samples of all rounds: [{candidate: sample}]."""
         takes_part = [
             one for one in self.balancers if one.only is None or workload.family in one.only
         ]
@@ -105,7 +105,7 @@ class Setup:
         for number in range(self.options.rounds):
             samples = {}
             for one in takes_part:
-                # None where nothing could be measured: a finding, not a gap.
+                # None: the measurement failed. `report` counts it.
                 samples[one.name] = self.clean_sample(workload, one)
             rounds.append(samples)
             progress(f"{self.name} {workload.name}: round {number + 1} of {self.options.rounds}")
@@ -142,36 +142,36 @@ class Setup:
         return summed_up(workload, report, before, after)
 
     def readings(self, one):
-        ours = [pid for other in self.balancers for pid in other.pids()]
-        ours += [process.pid for process in self.backends.values()]
+        pids = [pid for other in self.balancers for pid in other.pids()]
+        pids += [process.pid for process in self.backends.values()]
         times = os.times()
         busy, stolen = kernel.machine_seconds()
         return {
             "balancer": kernel.cpu_seconds(one.pids()),
-            # The load generators that have ended.
+            # Load generators that have ended.
             "load": times.children_user + times.children_system,
-            # Ourselves and them.
-            "ours": kernel.cpu_seconds(ours) + sum(times[:4]),
+            # All processes of this measurement, including this one.
+            "own": kernel.cpu_seconds(pids) + sum(times[:4]),
             "busy": busy,
             "stolen": stolen,
             "wall": time.monotonic(),
         }
 
     def idle(self, make, wanted=workloads.IDLE):
-        """Resident memory for each of many idle sessions of a fresh balancer."""
+        """Returns the resident memory per idle session of a new balancer."""
         wanted = min(wanted, candidates.SESSIONS_MAX - 200)
         one = self.make(make)
         load = None
         try:
             one.start()
-            # What only the first sessions cost is not a session's.
+            # The first sessions cause one-time allocations, which are excluded.
             self.hold(one, 50, "0.2s").wait()
             before = settled_memory(one)
             load = self.hold(one, wanted, "60s")
             deadline = time.monotonic() + 30
             while kernel.descriptors(one.pids()) < 2 * wanted:
                 if load.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"{wanted} sessions did not come to stand:\n{one.log()}")
+                    raise RuntimeError(f"{wanted} sessions were not established:\n{one.log()}")
                 time.sleep(0.1)
             after = settled_memory(one)
             return {"sessions": wanted, "bytes_per_session": (after - before) / wanted}
@@ -193,7 +193,7 @@ class Setup:
 
 
 def settled_memory(one):
-    """Resident memory once it has not moved for a second."""
+    """Waits until the resident memory has not changed for 1 s, at most 10 s. Returns it."""
     last = kernel.resident_bytes(one.pids())
     still = 0
     for _ in range(50):
@@ -220,7 +220,7 @@ def summed_up(workload, report, before, after):
         "cpu": each("balancer"),
         "load": each("load"),
         "busy": each("busy"),
-        "foreign": max(0.0, spent["busy"] + spent["stolen"] - spent["ours"]) / capacity,
+        "foreign": max(0.0, spent["busy"] + spent["stolen"] - spent["own"]) / capacity,
         "p50": latency.get("p50"),
         "p99": latency.get("p99"),
         "p99.9": latency.get("p99.9"),
@@ -228,16 +228,17 @@ def summed_up(workload, report, before, after):
     }
 
 
-# --- is it a balancer at all ---
+# --- check of a balancer ---
 
 def relays(one):
-    """Bytes pass unchanged both ways, and a half-closed connection goes on."""
+    """Checks that bytes pass unchanged in both directions, also after a half-close."""
     if isinstance(one, candidates.Direct):
         return
     sent = random.Random(7).randbytes(300_000)
     with socket.create_connection(one.address("echo"), 5) as stream:
         stream.settimeout(10)
-        # Small enough for the buffers on the way: nobody reads meanwhile.
+        # Each part fits into the socket buffers, because this code reads only after
+        # sending.
         for at in range(0, len(sent), 20_000):
             stream.sendall(sent[at:at + 20_000])
             if received(stream, 20_000) != sent[at:at + 20_000]:
@@ -270,9 +271,9 @@ def received(stream, count):
 
 
 def free_ports(count):
-    """The first of `count` ports in a row that nobody uses."""
+    """Returns the first of `count` consecutive unused ports."""
     for _ in range(1000):
-        # Below the kernel's own choices (ip_local_port_range).
+        # Below the ports that the kernel assigns (ip_local_port_range).
         base = random.randrange(12_000, 31_000)
         held = []
         try:
@@ -295,7 +296,7 @@ def progress(text):
 
 
 def stop_on_signals():
-    """SIGTERM ends the run as an interrupt does: through every `finally`."""
+    """Makes SIGTERM and SIGHUP end the run through every `finally`, as SIGINT does."""
 
     def leave(number, _frame):
         raise SystemExit(128 + number)

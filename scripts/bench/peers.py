@@ -1,5 +1,6 @@
-"""Tidegate beside its peers. Called by scripts/bench-peers, which explains the
-arguments and installs what is missing.
+"""Compares Tidegate with other balancers.
+
+Called by scripts/bench-peers, which documents the arguments and installs missing programs.
 """
 
 import argparse
@@ -8,7 +9,7 @@ import shutil
 import sys
 import tempfile
 
-# The source tree stays as it is.
+# No bytecode files in the source tree.
 sys.dont_write_bytecode = True
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
@@ -76,9 +77,9 @@ def chosen(options):
     there = candidates.available(ROOT)
     for one in candidates.ALL:
         if one not in there:
-            print(f"{one.name}: not installed, left out", file=sys.stderr)
+            print(f"{one.name}: not installed, skipped", file=sys.stderr)
     if candidates.HAProxy not in there:
-        sys.exit("scripts/bench-peers: haproxy is what all ratios are to, and it is not here")
+        sys.exit("scripts/bench-peers: haproxy is the reference of all ratios and is not installed")
     wanted = options.candidates
     return [o for o in there if not wanted or o.name in wanted or o is candidates.HAProxy]
 
@@ -109,7 +110,7 @@ def run_setup(name, options, makes, directory, cpus):
 
 
 def count_syscalls(options, makes, directory, cpus):
-    """Prints the system calls of a short connection, for each balancer."""
+    """Prints the system calls of a short connection for each balancer."""
     setup = measure.Setup("pinned", options, ROOT, directory, cpus)
     workload = next(one for one in workloads.ALL if one.family == "short")
     try:
@@ -123,7 +124,7 @@ def count_syscalls(options, makes, directory, cpus):
 
 
 def run_series(options, directory, cpus):
-    """Prints how costs grow, and draws it."""
+    """Measures how costs grow. Prints a table and writes a chart."""
     found = series.measured(options, ROOT, directory, cpus)
     print(series.table(found))
     place = os.path.join(ROOT, "target/bench-peers")
@@ -154,9 +155,9 @@ def main():
     makes = chosen(options)
     names = ["pinned", "free"] if options.setup == "both" else [options.setup]
     if len(cpus) < 2 and "pinned" in names:
-        print("one CPU: nothing to pin apart; only the free set-up is run", file=sys.stderr)
+        print("only one CPU: skipping the pinned set-up", file=sys.stderr)
         names = ["free"]
-    # Unix socket paths are short (unix(7)): not under the project's own.
+    # Paths of Unix sockets are short (unix(7)), so it is not under the source tree.
     directory = tempfile.mkdtemp(prefix="bench-peers-")
     try:
         versions = {o.name: o(ROOT, directory, {}, 0, 1, None).version() for o in makes}
@@ -164,7 +165,7 @@ def main():
             "machine": kernel.about(), "versions": versions,
             "rounds": options.rounds, "seconds": options.seconds, "setups": [],
         }
-        # A set-up none of the chosen workloads has is not even started.
+        # A set-up without a chosen workload is not started.
         names = [n for n in names if any(n in one.setups for one in options.workloads)]
         for name in names:
             results["setups"].append(run_setup(name, options, makes, directory, cpus))

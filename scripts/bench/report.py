@@ -1,7 +1,7 @@
-"""What the samples say: ratios to HAProxy in each round, their medians and
-spread; as a table, as JSON, as an SVG chart.
+"""Analyses samples: ratios to HAProxy in each round, with median, minimum and maximum.
 
-Computes and prints; measures nothing.
+Called by `peers`. Formats the results as a table, as JSON and as an SVG chart. It never
+measures.
 """
 
 import json
@@ -10,18 +10,18 @@ from xml.sax.saxutils import escape
 
 REFERENCE = "haproxy"
 
-# What is compared, with its heading. Fewer is better in all but the first.
+# Compared measures and their headings. Except for the first, less is better.
 MEASURES = [("rate", "rate"), ("cpu", "balancer CPU"), ("busy", "machine busy"), ("p99", "p99")]
 
 
 def ratios(rounds, name, measure):
-    """The candidate's value over HAProxy's, of every round that has both."""
+    """Returns the ratios of the candidate to HAProxy, for every round that has both."""
     found = []
     for samples in rounds:
         mine, reference = samples.get(name), samples.get(REFERENCE)
         if not mine or not reference:
             continue
-        # At a fixed rate, a rate says nothing.
+        # A failed measurement has no value, and a ratio needs a value above 0.
         if mine.get(measure) is not None and reference.get(measure):
             found.append(mine[measure] / reference[measure])
     return found
@@ -40,7 +40,7 @@ def median_of(rounds, name, measure):
 
 
 def analyse(workload, rounds):
-    """Everything about a workload in one set-up."""
+    """Returns the results of a workload in a set-up."""
     names = []
     for samples in rounds:
         names += [name for name in samples if name not in names]
@@ -68,7 +68,7 @@ def analyse(workload, rounds):
 # --- text ---
 
 def amount(value, unit):
-    """CPU time of one unit, readable."""
+    """Formats the CPU time of one unit."""
     if value is None:
         return "-"
     return f"{value * 1e3:.0f} ms" if unit == "GiB" else f"{value * 1e6:.2f} us"
@@ -126,14 +126,14 @@ def table(results):
                 rows.append(cells)
             lines += columns(rows)
         if setup["idle"]:
-            lines += ["", "idle sessions: resident memory of the balancer for each"]
+            lines += ["", "idle sessions: resident memory of the balancer per session"]
             rows = [["", "bytes", "sessions"]]
             for name, found in setup["idle"].items():
                 rows.append([name, f"{found['bytes_per_session']:.0f}", str(found["sessions"])])
             lines += columns(rows)
-    lines += ["", "* errors among its answers (see results.json)",
-              "? nothing was measured in at least one round",
-              "! at least one measurement with more than 10 % of the machine used by others"]
+    lines += ["", "* some answers were errors (see results.json)",
+              "? at least one measurement failed",
+              "! in at least one measurement, other processes used more than 10% of the host"]
     return "\n".join(lines)
 
 
@@ -166,8 +166,8 @@ WIDTH, BAR, GAP, LEFT, RIGHT = 960, 11, 16, 250, 40
 
 
 def chart(results):
-    """Two columns of bars for each workload: rate (longer is better) and
-    balancer CPU for each unit (shorter is better), HAProxy being 1."""
+    """Returns an SVG with two columns of bars per workload: rate (longer is better) and
+    balancer CPU per unit (shorter is better). HAProxy is 1."""
     legend, y = legend_of(results)
     body, y = [], y + 56
     top = y
@@ -196,10 +196,10 @@ def chart(results):
                 )
             y += GAP
         y += 14
-    head = [text(16, 24, "Tidegate beside its peers: ratios to HAProxy on the same work", 16, "bold")]
+    head = [text(16, 24, "Tidegate and other balancers: ratios to HAProxy for the same workload", 16, "bold")]
     head += [
         text(lanes["rate"], top - 26, "rate: longer is better", 11),
-        text(lanes["cpu"], top - 26, "balancer CPU for each unit: shorter is better", 11),
+        text(lanes["cpu"], top - 26, "balancer CPU per unit: shorter is better", 11),
     ] + legend
     for line in heading(results)[::2]:
         body.append(text(16, y, line, 10))
@@ -212,8 +212,8 @@ def chart(results):
 
 
 def legend_of(results):
-    """The names beside their colours, in as many lines as they need; and where
-    the last line stands."""
+    """Returns the legend, in as many lines as it needs, and the y position of its last
+    line."""
     marks, x, y = [], 16, 38
     for name, colour in COLOURS.items():
         if name not in results["versions"] or name == REFERENCE:
@@ -228,7 +228,8 @@ def legend_of(results):
 
 
 def top_of(results, key):
-    """The ratio at a lane's right end: one lone giant must not flatten the rest."""
+    """Returns the ratio at the right end of a lane, at most 4, so that one large value does
+    not shrink all other bars."""
     medians = [
         row["ratio"][key]["median"]
         for setup in results["setups"] for one in setup["workloads"]

@@ -1,8 +1,8 @@
-"""How costs grow: a pick with the number of backends, memory with the number of
+"""Measures how costs grow: a pick with the number of backends, memory with the number of
 sessions, a reload with the size of the configuration.
 
-Called by `peers` for --series. Tidegate alone; measures, prints, and draws one
-panel for each series.
+Called by `peers` for --series. It measures only Tidegate, prints tables, and draws one
+panel per series.
 """
 
 import http.client
@@ -26,19 +26,19 @@ RELOADS = 7
 
 COLOURS = ["#0b6e4f", "#4a6fa5", "#c77d3a", "#8a4f9e", "#b03a48", "#6bbf95", "#888888"]
 
-# A longer line has no marks at its points.
+# Lines with more points have no marks at their points.
 MARKED_MAX = 50
 
 
 def measured(options, root, directory, cpus):
-    """The three series: {title: ..., x: ..., y: ..., lines: {name: [[x, y], ...]}}."""
+    """Returns the three series: {title: ..., x: ..., y: ..., lines: {name: [[x, y], ...]}}."""
     return [picks(root), memory(options, root, directory, cpus), reloads(root, directory, cpus)]
 
 
 # --- a pick ---
 
 def picks(root):
-    """Nanoseconds for a pick, by benches/pick.rs."""
+    """Measures the time of a pick in ns with benches/pick.rs."""
     print("picks: cargo bench --bench pick", file=sys.stderr)
     out = subprocess.run(
         ["cargo", "bench", "--quiet", "--bench", "pick", "--", "^pick/"],
@@ -51,7 +51,7 @@ def picks(root):
     for policy, backends, value, unit in re.findall(pattern, out):
         lines.setdefault(policy, []).append([int(backends), float(value) * units[unit]])
     if not lines:
-        raise RuntimeError("benches/pick.rs said nothing that could be read")
+        raise RuntimeError("cannot parse the output of benches/pick.rs")
     return {"title": "a pick", "x": "backends", "y": "ns", "lines": lines}
 
 
@@ -86,8 +86,8 @@ def reloads(root, directory, cpus):
 
 
 def reload_millis(root, directory, policy, count):
-    """Median time of a reload, from the request to the answer, which comes when
-    the new table is published."""
+    """Returns the median time of a reload in ms, from the request to the answer. The answer
+    is sent when the new table is published."""
     place = tempfile.mkdtemp(prefix="reload-", dir=directory)
     admin, path = os.path.join(place, "admin.sock"), os.path.join(place, "tidegate.toml")
     port = measure.free_ports(1)
@@ -102,7 +102,7 @@ def reload_millis(root, directory, policy, count):
             host = f"127.{1 + number // 60_000}.{number // 250 % 250}.{number % 250 + 1}"
             share = weight if number == 0 else 1
             words.append(f'[[pool.web.backend]]\naddress = "{host}:9"\nweight = {share}\n')
-        # Whole at once: the file is watched as well.
+        # Replaced by rename, because the file watcher must not read a partial file.
         with open(path + ".new", "w") as file:
             file.write("".join(words))
         os.rename(path + ".new", path)
@@ -116,7 +116,7 @@ def reload_millis(root, directory, policy, count):
         deadline = time.monotonic() + 20
         while not os.path.exists(admin) or not measure_ready(admin):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("the balancer did not come up")
+                raise RuntimeError("the balancer did not start")
             time.sleep(0.02)
         took = []
         for turn in range(RELOADS):
@@ -124,12 +124,12 @@ def reload_millis(root, directory, policy, count):
             began = time.monotonic()
             answer = ask(admin, "POST", "/v1/reload")
             if answer.status != 200:
-                raise RuntimeError(f"reload refused: {answer.status}")
-            # Where the watcher was first, there is nothing left to measure.
+                raise RuntimeError(f"reload rejected: {answer.status}")
+            # If the file watcher reloaded first, the request changes nothing.
             if answer.changed:
                 took.append((time.monotonic() - began) * 1e3)
         if not took:
-            raise RuntimeError("every reload was the file watcher's")
+            raise RuntimeError("the file watcher reloaded first each time")
         return statistics.median(took)
     finally:
         candidates.end(process)
@@ -160,7 +160,7 @@ def measure_ready(admin):
         return False
 
 
-# --- what came of it ---
+# --- results ---
 
 def table(found):
     lines = []
@@ -178,8 +178,8 @@ WIDTH, HEIGHT, LEFT, GAP = 960, 300, 70, 80
 
 
 def chart(found, heading, title="How Tidegate's costs grow"):
-    """A panel for each series, from zero or, where it spans decades, in
-    logarithms."""
+    """Returns an SVG with a panel per series. Axes start at 0, or are logarithmic if the
+    values span more than a factor of 20."""
     body, y = [text(16, 24, title, 16, "bold"), text(16, 42, heading, 10)], 70
     for one in found:
         body += panel(one, y)
@@ -218,8 +218,8 @@ def panel(one, top):
 
 
 def scale(values, low, high):
-    """Where a value stands between the pixels `low` and `high`; with `marks`,
-    the values worth a line."""
+    """Returns a function from a value to a position between the pixels `low` and `high`. Its
+    attribute `marks` has the values of the grid lines."""
     smallest, largest = min(values), max(values)
     if smallest > 0 and largest / smallest > 20:
         first, last = math.floor(math.log10(smallest)), math.ceil(math.log10(largest))

@@ -1,7 +1,7 @@
-"""The long run: changes the configuration, samples, and judges as it goes.
+"""The soak: changes the configuration, takes samples, and checks them after each sample.
 
-Called by scripts/soak, whose --help explains the options. The main thread starts
-every process and takes every sample; another one makes the changes.
+Called by scripts/soak, whose --help documents the options. The main thread starts all
+processes and takes all samples. Another thread makes the changes.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Soak:
     # --- changes ---
 
     def change(self):
-        """Reloads and upgrades at even distances until it is told to stop."""
+        """Reloads and upgrades at fixed intervals until `stop` is set."""
         options = self.options
         next_reload = self.began + options.reload
         next_upgrade = self.began + options.upgrades if options.upgrades else float("inf")
@@ -98,9 +98,9 @@ class Soak:
         world, pid = self.world, self.world.pids[-1]
         memory, status = kernel.memory_bytes(pid), world.status()
         wall = after["wall"] - before["wall"]
-        # Of those that ended since, the last bit counts as foreign.
+        # For a process that has ended, the last part of its CPU time counts as foreign.
         spent = {one: seconds - before["each"].get(one, 0.0) for one, seconds in after["each"].items()}
-        ours = sum(spent.values()) + after["self"] - before["self"]
+        own = sum(spent.values()) + after["self"] - before["self"]
         busy = after["busy"] - before["busy"] + after["stolen"] - before["stolen"]
         window = {name: load.windows[-1] if load.windows else {} for name, load in world.loads.items()}
         latency = {name: one.get("latency_seconds", {}) for name, one in window.items()}
@@ -116,8 +116,8 @@ class Soak:
             "streams": window["ledger"].get("streams"), "wrong": window["ledger"].get("wrong"),
             "errors": sum(sum(load.failures().values()) for load in world.loads.values()),
             "balancer_cores": sum(spent.get(one, 0.0) for one in world.pids) / wall,
-            "our_cores": ours / wall,
-            "foreign": max(0.0, busy - ours) / (wall * os.cpu_count()),
+            "our_cores": own / wall,
+            "foreign": max(0.0, busy - own) / (wall * os.cpu_count()),
         }
 
     def run(self):
@@ -126,14 +126,14 @@ class Soak:
         changes.start()
         seen, before, end = 0, self.readings(), self.began + options.duration
         while not self.stop.is_set() and time.monotonic() < end:
-            # In step with the windows of latency, so that both see the same time.
+            # Samples follow the windows of latency, so that both cover the same time.
             patience = min(2 * options.every, end + 0.5 - time.monotonic())
             seen = world.loads["steady"].window_after(seen, max(0.1, patience))
             after = self.readings()
             if after["wall"] - before["wall"] < options.every / 2:
                 continue
             if not soak_world.alive(world.pids[-1]):
-                world.broken.append("the balancer died")
+                world.broken.append("the balancer exited")
                 break
             self.samples.append(self.sample(before, after))
             before = after
@@ -144,7 +144,7 @@ class Soak:
         return self.wind_up()
 
     def wind_up(self):
-        """Ends the load, and sees whether its sessions go."""
+        """Ends the load and checks that all sessions end."""
         world = self.world
         world.stop_loads()
         ends = {}
@@ -153,7 +153,7 @@ class Soak:
             while (left := world.status()["connections_active"]) and time.monotonic() < deadline:
                 time.sleep(0.1)
             if left:
-                world.broken.append(f"{left} sessions are left though every client has gone")
+                world.broken.append(f"{left} sessions are open although all clients have closed")
             found = re.findall(r"^(tidegate_(?:session_end|refused)_total\{.*\}) (\d+)$",
                                world.metrics(), re.MULTILINE)
             ends = {name: int(count) for name, count in found if int(count)}
@@ -163,7 +163,7 @@ class Soak:
         self.write(result)
         return result
 
-    # --- what came of it ---
+    # --- results ---
 
     def result(self, complete):
         world = self.world
@@ -220,7 +220,7 @@ def main():
     if options.check:
         return 0
     soak_world.adopt_orphans()
-    # Unix socket paths are short (unix(7)): not under the project's own.
+    # Paths of Unix sockets are short (unix(7)), so it is not under the source tree.
     directory = tempfile.mkdtemp(prefix="soak-")
     world = soak_world.World(options, directory)
     print(f"seed {options.seed}; samples go to {options.out}", flush=True)

@@ -1,26 +1,28 @@
-"""What a soak's samples say: slopes, drifts, and whether the bounds were kept.
+"""Checks the samples of a soak: slopes, drifts, and their bounds.
 
-Computes and prints; measures nothing.
+Called by `soak`. It never measures.
 """
 
 import math
 import statistics
 
-# The bounds: growth of resident memory, and of the p99 from the second quarter
+# Bounds: growth of resident memory in MB/h, and growth of the p99 from the second quarter
 # of the judged time to the last.
 SLOPE_MAX, DRIFT_MAX = 1.0, 0.05
 
-# Descriptors: sessions come and go between two samples.
+# Allowed growth of descriptors, because the number of sessions varies between samples.
 DESCRIPTORS_SHARE, DESCRIPTORS_SPARE = 0.02, 4
 
-# A shorter run shows warming up, not growth; and its medians are noise.
+# Shortest judged time and fewest windows. Below them, results are warm-up and noise.
 JUDGED_MIN = 1800.0
 WINDOWS_MIN = 20
 
 
 def slope(samples, key, warm_up):
-    """(growth an hour, its standard error) by least squares with one level for
-    each process: an upgraded balancer begins anew. None where it says nothing."""
+    """Returns (growth per hour, its standard error) by least squares.
+
+    Each process has its own level, because an upgrade starts a new process. None: too few
+    samples."""
     by_process = {}
     for one in samples:
         begun = by_process.setdefault(one["pid"], (one["at"], []))
@@ -45,7 +47,7 @@ def slope(samples, key, warm_up):
 
 
 def quarters(samples, warm_up):
-    """The second and the last quarter of what is judged."""
+    """Returns the samples of the second and of the last quarter of the judged time."""
     judged = [one for one in samples if one["at"] >= warm_up]
     if not judged:
         return [], []
@@ -56,8 +58,8 @@ def quarters(samples, warm_up):
 
 
 def drift(samples, warm_up, value):
-    """Change of the median from the second quarter to the last, as a share of
-    it, with how many windows there are in each."""
+    """Returns the relative change of the median from the second quarter to the last, and the
+    number of windows in each."""
     parts = [[value(one) for one in part] for part in quarters(samples, warm_up)]
     parts = [[one for one in part if one is not None] for part in parts]
     if not all(parts):
@@ -74,13 +76,13 @@ def enough(found):
 
 
 def judge(run):
-    """Every promise: {"name", "held" (None: not judged), "text"}."""
+    """Returns all promises: {"name", "held" (None: not judged), "text"}."""
     samples, warm_up = run["samples"], run["options"]["warm_up"]
     judged = [one for one in samples if one["at"] >= warm_up]
     long_enough = bool(judged) and judged[-1]["at"] - judged[0]["at"] >= JUDGED_MIN
     verdict = [work(run), losses(run), broken(run)]
     verdict.append(growth(samples, warm_up, long_enough))
-    # With upgrades, some sessions are another process's in every sample.
+    # With upgrades, some sessions are in an old process, which the samples do not include.
     steady = long_enough and not run["upgrades"]
     verdict.append(descriptors(judged, samples, warm_up, steady))
     verdict += latency(samples, warm_up, long_enough, run["options"]["foreign"])
@@ -92,10 +94,10 @@ def promise(name, held, text):
 
 
 def work(run):
-    """Nothing is lost where nothing is tried."""
+    """Checks that every load generator did work, because an idle one proves nothing."""
     idle = [name for name, done in run["done"].items() if not done]
     text = ", ".join(f"{name} {done:,}" for name, done in run["done"].items())
-    # The first windows are yet to come.
+    # Before the end of the run, the first windows may be missing.
     held = not idle if run["complete"] or not idle else None
     return promise("load made", held, text)
 
@@ -151,9 +153,9 @@ def latency(samples, warm_up, long_enough, foreign_max):
 
     raw = drift(samples, warm_up, lambda one: one["p99"])
     still = drift(samples, warm_up, lambda one: one["p99"] if quiet(one) else None)
-    beside = drift(samples, warm_up, lambda one: one["p99"] / one["direct_p99"]
-                   if quiet(one) and one["p99"] and one["direct_p99"] else None)
-    # The quiet ones decide where there are enough: the rest is the neighbours'.
+    ratio = drift(samples, warm_up, lambda one: one["p99"] / one["direct_p99"]
+                  if quiet(one) and one["p99"] and one["direct_p99"] else None)
+    # Quiet windows decide if there are enough, because other processes affect the rest.
     decides = "quiet" if enough(still) else "raw"
     lines = []
     for name, found in [("raw", raw), ("quiet", still)]:
@@ -166,8 +168,8 @@ def latency(samples, warm_up, long_enough, foreign_max):
         judge_it = long_enough and name == decides and enough(found)
         held = found["share"] < DRIFT_MAX if judge_it else None
         lines.append(promise(f"p99, {name}", held, text + f"; bound {DRIFT_MAX:.0%}"))
-    if beside is not None:
-        text = f"{beside['before']:.2f}, then {beside['after']:.2f}: {beside['share']:+.1%}"
+    if ratio is not None:
+        text = f"{ratio['before']:.2f}, then {ratio['after']:.2f}: {ratio['share']:+.1%}"
         lines.append(promise("p99 over direct", None, text))
     return lines
 

@@ -1,6 +1,7 @@
-"""What a soak runs: the balancer, its changing configuration, and the load.
+"""The processes of a soak: the balancer with its changing configuration, and the load.
 
-Owns its children and ends each by its process id. Measures and judges nothing.
+Called by `soak`. Owns its children and ends each by its process ID. It never measures or
+judges.
 """
 
 import ctypes
@@ -19,7 +20,8 @@ import series
 
 FRONTENDS = ["steady", "short", "bulk", "idle", "ledger"]
 
-# Backends that stay, and addresses of those that come and go under new names.
+# Numbers of permanent echo backends, of addresses for temporary backends, and of ledger
+# backends.
 ECHOES, GUESTS, LEDGERS = 4, 3, 3
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -27,12 +29,12 @@ LIBC = ctypes.CDLL(None)
 
 
 def adopt_orphans():
-    """What an old balancer leaves behind becomes this process's to wait for."""
+    """Makes this process the parent of orphaned descendants, so that it can reap them."""
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def started(command, **more):
-    """A child out of reach of the terminal's signals; it does not outlive us."""
+    """Starts a child that gets no signals of the terminal and ends with this process."""
     def apart():
         os.setsid()
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
@@ -41,8 +43,8 @@ def started(command, **more):
 
 
 class Load:
-    """A generator that prints a line of JSON for each window and one at its end.
-    Where it ends by itself, it is started again."""
+    """A load generator that prints a line of JSON per window and one at its end. It is
+    restarted if it exits."""
 
     def __init__(self, name, command, log):
         self.name, self.command, self.log = name, command, log
@@ -56,7 +58,8 @@ class Load:
         self.runs += 1
         self.counted, self.units = {}, 0
         self.process = started(self.command, stdout=subprocess.PIPE, stderr=self.log, text=True)
-        # Reads alone: whoever starts processes must be the main thread.
+        # This thread only reads. PR_SET_PDEATHSIG requires that the main thread starts
+        # processes.
         self.reader = threading.Thread(target=self.read, args=(self.process,), daemon=True)
         self.reader.start()
 
@@ -74,8 +77,8 @@ class Load:
             self.changed.notify_all()
 
     def take(self, found):
-        # A ledger's lines count from its beginning, a bench's each for itself,
-        # the last one of either the whole.
+        # The lines of a ledger have totals. The lines of a bench have the counts of a
+        # window, except for the last, which has totals.
         ledger = "streams" in found
         errors = found.get("errors") or {
             kind: found[kind] for kind in ("refused", "reset", "wrong", "silent") if found.get(kind)
@@ -91,12 +94,12 @@ class Load:
         self.windows.append(found)
 
     def done(self):
-        """Streams, answers or connections, of all runs so far."""
+        """Returns the streams, answers or connections of all runs."""
         with self.changed:
             return self.before + self.units
 
     def failures(self):
-        """Errors by kind, of all runs so far."""
+        """Returns the errors of all runs by kind."""
         with self.changed:
             sums = dict(self.errors)
             for kind, count in self.counted.items():
@@ -104,7 +107,7 @@ class Load:
             return sums
 
     def revive(self):
-        """Starts it again if it has ended."""
+        """Restarts the generator if it has exited."""
         if self.process.poll() is None or self.stopping:
             return
         self.close_books()
@@ -114,16 +117,15 @@ class Load:
         self.reader.join(5)
         self.errors, self.counted = self.failures(), {}
         self.before, self.units = self.done(), 0
-        # 3 also where a ledger found faults, which the counts tell. One that was
-        # ended before it could begin, or had hardly begun (3: it measured nothing,
-        # whatever it had opened), has nothing to say; what all runs did together is
-        # judged beside this.
+        # Exit code 3 also means that a ledger found errors, which the counts show. A
+        # generator that was stopped before its first result (SIGTERM, or 3: it measured
+        # nothing) is no error. The verdict checks the work of all runs separately.
         early = self.stopping and self.process.returncode in (-signal.SIGTERM, 3)
         if self.process.returncode != 0 and not self.errors and not early:
             self.broken = f"{self.name} ended with {self.process.returncode}"
 
     def window_after(self, seen, patience):
-        """Waits for more than `seen` windows; gives how many there are."""
+        """Waits for more than `seen` windows. Returns their number."""
         with self.changed:
             self.changed.wait_for(lambda: len(self.windows) > seen or self.stopping, patience)
             return len(self.windows)
@@ -133,7 +135,7 @@ class Load:
         if self.process.poll() is None:
             self.process.terminate()
         try:
-            # A ledger waits for what is under way.
+            # A ledger waits for its open streams.
             self.process.wait(45)
         except subprocess.TimeoutExpired:
             self.broken = f"{self.name} did not end"
@@ -172,7 +174,7 @@ class World:
             stdout=self.log, stderr=self.log,
         )
         self.await_ready()
-        # The supervisor's, which holds no sessions and is not measured.
+        # Without the supervisor, which has no sessions and is not measured.
         self.pids = kernel.children(self.balancer.pid)[1:]
         self.generation = self.status()["generation"]
         self.start_loads()
@@ -181,12 +183,12 @@ class World:
         deadline = time.monotonic() + 20
         while not (os.path.exists(self.admin) and series.measure_ready(self.admin)):
             if self.balancer.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the balancer did not come up:\n{self.last_lines()}")
+                raise RuntimeError(f"the balancer did not start:\n{self.last_lines()}")
             time.sleep(0.05)
 
     def start_loads(self):
-        """Open loop wherever there is a rate. With upgrades, sessions end before
-        the process they are in must."""
+        """Starts the load generators. Those with a rate are open loop. With upgrades, each
+        run is shorter than the drain of an old process."""
         options, scale = self.options, self.options.load
         span = f"{int(options.upgrades or options.duration + 3600)}s"
         every = ["--every", f"{options.every * 1000:.0f}ms", "--for", span, "--json"]
@@ -200,7 +202,7 @@ class World:
 
         bench("steady", at("steady"), "open-loop", "--connections", "32", "--size", "256",
               "--rate", f"{800 * scale}")
-        # What the machine alone does to the same messages.
+        # The same messages without a balancer, as a reference.
         bench("direct", self.echoes[0], "open-loop", "--connections", "8", "--size", "256",
               "--rate", f"{300 * scale}")
         bench("short", at("short"), "churn", "--size", "128", "--lifetime", "500ms",
@@ -225,7 +227,7 @@ class World:
                 self.broken.append(load.broken)
 
     def stop(self):
-        """Ends the balancer in order, and whatever else is left."""
+        """Shuts the balancer down and ends all other processes."""
         for load in self.loads.values():
             candidates.end(load.process)
         if self.balancer:
@@ -253,7 +255,7 @@ class World:
         with open(self.log.name, errors="replace") as file:
             return file.read()[-2000:]
 
-    # --- what is asked of the balancer ---
+    # --- requests to the balancer ---
 
     def status(self):
         return json.loads(series.ask(self.admin, "GET", "/v1/status").body)
@@ -262,17 +264,17 @@ class World:
         return series.ask(self.admin, "GET", "/metrics").body.decode()
 
     def processes(self):
-        ours = [load.process.pid for load in self.loads.values()]
-        return ours + self.pids + [self.echo.pid]
+        loads = [load.process.pid for load in self.loads.values()]
+        return loads + self.pids + [self.echo.pid]
 
     def reload(self):
         self.write(self.shape(self.reloads + 1))
         answer = series.ask(self.admin, "POST", "/v1/reload")
         self.reloads += 1
         if answer.status != 200:
-            self.broken.append(f"reload {self.reloads} was refused: {answer.body.decode()[:500]}")
+            self.broken.append(f"reload {self.reloads} was rejected: {answer.body.decode()[:500]}")
             return
-        # The file watcher may have been first; then nothing is new, but in force.
+        # If the file watcher reloaded first, the answer has the generation in force.
         generation = json.loads(answer.body)["generation"]
         if generation <= self.generation:
             self.broken.append(f"reload {self.reloads} changed nothing: generation {generation}")
@@ -292,11 +294,11 @@ class World:
     # --- the configuration ---
 
     def shape(self, number):
-        """Another one each time: weights, who is there, a frontend's cap."""
+        """Returns a new configuration: weights, backends, and the cap of a frontend."""
         draw = self.random
         weights = [draw.randrange(1, 11) for _ in range(ECHOES + LEDGERS)]
         out = draw.randrange(2 * ECHOES) if number else ECHOES
-        # A guest has a name nobody had before.
+        # A temporary backend has a new name each time.
         guest = draw.randrange(GUESTS) if number % 2 else None
         return {
             "number": number, "weights": weights, "out": out, "guest": guest,
@@ -305,7 +307,7 @@ class World:
 
     def write(self, shape):
         text = self.render(shape)
-        # Whole at once: the file is watched as well.
+        # Replaced by rename, because the file watcher must not read a partial file.
         with open(self.config + ".new", "w") as file:
             file.write(text)
         os.rename(self.config + ".new", self.config)
@@ -319,7 +321,7 @@ class World:
         ]
         for name in FRONTENDS:
             pool = "ledger" if name == "ledger" else "web"
-            # Caps that change and that nobody reaches.
+            # The cap changes with each reload and is never reached.
             cap = 10_000 + shape["number"] if name == "short" else 0
             words.append(
                 f'[frontend.{name}]\nbind = ["127.0.0.1:{self.ports[name]}"]\npool = "{pool}"\n'
@@ -332,7 +334,7 @@ class World:
         if shape["guest"] is not None:
             address = self.echoes[ECHOES + shape["guest"]]
             words.append(backend("web", f"guest{shape['number']}", address, 1))
-        # Some ledger streams end in a reset by their backend, on purpose.
+        # Ledger backends reset some streams on purpose.
         words.append('[pool.ledger]\nejection = "off"\n')
         for number, address in enumerate(self.ledgers):
             if number != shape["ledger_out"]:
@@ -347,7 +349,7 @@ def backend(pool, name, address, weight):
 
 
 def alive(pid):
-    """Whether it runs; one that has ended is reaped where it is ours."""
+    """Returns whether the process runs. A zombie does not run."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")

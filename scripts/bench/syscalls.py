@@ -1,9 +1,8 @@
-"""System calls a balancer makes for each short connection.
+"""Counts the system calls of each balancer per short connection.
 
-Called by `peers` for --syscalls. Counts with perf where it may use the
-kernel's tracepoints (the work goes on at full speed), otherwise with strace
-(every call stops the balancer, so it finds more to do at a time). Counting and
-a table; nothing is timed here.
+Called by `peers` for --syscalls. It counts with perf if perf may use the tracepoints of
+the kernel, else with strace. strace stops the balancer at every call, so that the balancer
+handles more work per wake-up. This module never measures time.
 """
 
 import json
@@ -17,7 +16,7 @@ import time
 import candidates
 import kernel
 
-# Counted by name; the rest is told as "others".
+# Calls that are counted by name. The rest is counted as "others".
 NAMES = [
     "accept4", "socket", "connect", "bind", "setsockopt", "getsockopt", "getsockname",
     "getpeername", "epoll_ctl", "epoll_wait", "epoll_pwait", "epoll_pwait2", "io_uring_enter",
@@ -25,14 +24,14 @@ NAMES = [
     "ioctl", "fcntl", "shutdown", "close", "timerfd_settime", "clock_gettime", "futex",
 ]
 
-# Said by an io_uring: no system calls, but work all the same.
+# Operations of an io_uring. They are not system calls, but they cost work.
 OPERATIONS = "io_uring:io_uring_submit_req"
 
 SECONDS = 2.0
 
 
 def by_perf():
-    """Whether perf may count system calls here."""
+    """Returns whether perf may count system calls."""
     try:
         return subprocess.run(
             ["perf", "stat", "-x,", "-e", "raw_syscalls:sys_enter", "true"], capture_output=True
@@ -49,7 +48,7 @@ def threads(one):
 
 
 def counted(setup, one, workload, perf):
-    """{name: calls for each connection} under the workload."""
+    """Runs the workload. Returns {name: calls per connection}."""
     output = tempfile.NamedTemporaryFile(prefix="syscalls-", dir=setup.directory, delete=False).name
     if perf:
         events = ["raw_syscalls:sys_enter"] + [f"syscalls:sys_enter_{name}" for name in NAMES]
@@ -60,7 +59,7 @@ def counted(setup, one, workload, perf):
         watch = ["strace", "-f", "-c", "-o", output, *targets]
     watcher = subprocess.Popen(watch, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
-    # What happens before and after the load is a few wake-ups, not more.
+    # Before and after the load, the balancer makes only a few calls.
     time.sleep(0.5)
     try:
         host, port = one.address(workload.kind)
@@ -108,7 +107,7 @@ def of_strace(text):
 
 
 def measure(setup, workload):
-    """{candidate: {name: calls for each connection}}, and how it was counted."""
+    """Returns {candidate: {name: calls per connection}} and the counting program."""
     perf = by_perf()
     found = {}
     for one in setup.balancers:
@@ -118,14 +117,14 @@ def measure(setup, workload):
 
 
 def table(found):
-    """As Markdown, the commonest calls first."""
+    """Formats the counts as Markdown, the most frequent calls first."""
     calls = found["calls"]
     names = sorted(
         {name for one in calls.values() for name, count in one.items() if count >= 0.005},
         key=lambda name: (name in ("others", "total"), name == "total", name.startswith("("),
                           -max(one.get(name, 0) for one in calls.values())),
     )
-    lines = ["| a connection | " + " | ".join(calls) + " |", "|---|" + "---:|" * len(calls)]
+    lines = ["| per connection | " + " | ".join(calls) + " |", "|---|" + "---:|" * len(calls)]
     for name in names:
         cells = [f"{one[name]:.2f}" if one.get(name) else "" for one in calls.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

@@ -1,11 +1,11 @@
-"""The tables of docs/performance.md, of what `report` found.
+"""Formats the results of `report` as the tables of docs/performance.md.
 
-Computes and formats; measures nothing.
+Called by `peers`. It never measures.
 """
 
 import report
 
-# What has a column, with its heading.
+# The candidates that have a column, and their headings.
 COLUMNS = [
     ("tidegate-io_uring", "Tidegate, io_uring"), ("tidegate-epoll", "Tidegate, epoll"),
     ("nginx", "nginx"), ("envoy", "Envoy"), ("bare", "bare relay"),
@@ -13,7 +13,7 @@ COLUMNS = [
 
 
 def of(results):
-    """A table for each set-up; a cell is rate / processor time beside HAProxy's."""
+    """Returns a table per set-up. A cell is rate / CPU time relative to HAProxy."""
     columns = [(name, title) for name, title in COLUMNS if name in results["versions"]]
     lines = []
     for setup in results["setups"]:
@@ -53,4 +53,4 @@ def cell(row):
 def idle(found):
     each = ", ".join(f"{name} {one['bytes_per_session']:,.0f} B" for name, one in found.items())
     sessions = max(one["sessions"] for one in found.values())
-    return f"Resident memory for each of {sessions:,} idle sessions: {each}."
+    return f"Resident memory per session, with {sessions:,} idle sessions: {each}."

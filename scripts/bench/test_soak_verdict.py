@@ -1,6 +1,6 @@
-"""Whether a soak's verdict finds what was put into made-up samples.
+"""Tests of the verdict of a soak on generated samples.
 
-Run by scripts/test. Starts nothing and reads no files.
+Run by scripts/test. Starts no process and reads no file.
 """
 
 import unittest
@@ -9,8 +9,9 @@ import soak_verdict
 
 
 def run_of(hours=2.0, growth=0.0, slower=0.0, leak=0.0, foreign=0.02, **more):
-    """A sample each 10 s; `growth` in MB/h, `slower` as a share at the end, `leak`
-    in descriptors an hour. A little noise that has no trend."""
+    """Returns a run with a sample per 10 s and noise without a trend. `growth` is in MB/h,
+    `slower` is the increase of the p99 at the end as a share, `leak` is in descriptors per
+    hour."""
     samples = []
     for number in range(1, int(hours * 360) + 1):
         at, wave = number * 10.0, (number * 7919 % 13 - 6) / 6
@@ -35,13 +36,13 @@ def held(run):
 
 
 class Verdict(unittest.TestCase):
-    def test_a_steady_run_keeps_every_promise(self):
+    def test_steady_run_keeps_every_promise(self):
         found = held(run_of())
         self.assertEqual({name for name, kept in found.items() if kept is None},
                          {"p99, raw", "p99 over direct"})
         self.assertNotIn(False, found.values())
 
-    def test_memory_that_grows_faster_than_the_bound_breaks_it(self):
+    def test_memory_growth_above_the_bound_is_found(self):
         self.assertIs(held(run_of(growth=0.8))["memory"], True)
         self.assertIs(held(run_of(growth=1.2))["memory"], False)
 
@@ -51,26 +52,26 @@ class Verdict(unittest.TestCase):
             one["pid"], one["rss_mb"] = 2, one["rss_mb"] + 50
         self.assertIs(held(run)["memory"], True)
 
-    def test_latency_that_creeps_up_breaks_its_bound(self):
+    def test_latency_growth_above_the_bound_is_found(self):
         self.assertIs(held(run_of(slower=0.05))["p99, quiet"], True)
         self.assertIs(held(run_of(slower=0.2))["p99, quiet"], False)
 
-    def test_the_raw_latency_decides_where_the_machine_was_never_quiet(self):
+    def test_raw_latency_decides_without_quiet_windows(self):
         found = held(run_of(slower=0.2, foreign=0.5))
         self.assertEqual((found["p99, raw"], found["p99, quiet"]), (False, None))
 
-    def test_descriptors_that_leak_are_found(self):
+    def test_leaked_descriptors_are_found(self):
         self.assertIs(held(run_of(leak=30))["descriptors"], False)
 
-    def test_a_single_loss_is_one_too_many(self):
+    def test_single_loss_breaks_the_promise(self):
         run = run_of(errors={"ledger": {"wrong": 1}, "steady": {}})
         self.assertIs(held(run)["nothing lost"], False)
         self.assertIs(held(run_of(broken=["a reload was refused"]))["every change taken"], False)
 
-    def test_nothing_is_proved_by_a_load_that_did_nothing(self):
+    def test_idle_load_generator_breaks_the_promise(self):
         self.assertIs(held(run_of(done={"steady": 0}))["load made"], False)
 
-    def test_a_short_run_is_not_judged_by_its_slopes(self):
+    def test_slopes_of_a_short_run_are_not_judged(self):
         found = held(run_of(hours=0.3, growth=50, slower=3))
         self.assertEqual((found["memory"], found["p99, quiet"]), (None, None))
 

@@ -1,7 +1,7 @@
-"""The work that is compared, one entry for each row of the table.
+"""The compared workloads, one per row of the table.
 
-A workload names the kind of backend it runs against, the load generator's
-arguments, and what its results are counted in. Plain values.
+Used by `measure` and `peers`. A workload has the kind of its backend, the arguments of the
+load generator, and the unit of its results. Plain data: it never starts a process.
 """
 
 
@@ -12,14 +12,14 @@ class Workload:
         self.setups = setups
 
     def done(self, report):
-        """(units within the measured time, all units the balancer worked for)"""
+        """Returns (units within the measured time, all units that the balancer handled)."""
         if self.unit == "GiB":
             key = "bytes_out" if self.family == "upload" else "bytes_in"
             return report[key] / 2**30, report[key] / 2**30
         return report["requests"], report["requests"] + report["late"]
 
 
-# Sessions held for the memory row, or as many as the descriptor limit allows.
+# Sessions of the memory row, or as many as the descriptor limit allows.
 IDLE = 9_000
 
 
