@@ -55,7 +55,7 @@ pub enum Cause {
     InternalError,
 }
 
-/// How far a session had come when it ended.
+/// The phase that a session had reached when it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum Phase {
@@ -90,7 +90,7 @@ pub enum SessionSide {
 pub struct SessionEnd {
     /// What ended it first.
     pub cause: Cause,
-    /// How far it had come.
+    /// The phase that it had reached.
     pub phase: Phase,
     /// The errno of the failure; 0 for none.
     pub errno: i32,

@@ -27,9 +27,9 @@ pub enum WorkerStage {
 #[derive(Debug, Default)]
 pub struct WorkerProgress {
     /// Number of the last request; written by the control thread.
-    asked: AtomicU64,
+    requested: AtomicU64,
     /// Number of the last answered request; written by the worker, as is the stage.
-    answered: AtomicU64,
+    reported: AtomicU64,
     stage: AtomicU8,
     /// Thread id of the kernel; 0 before the thread exists.
     thread: AtomicI32,
@@ -77,7 +77,7 @@ impl WorkerProgress {
 
     /// Answers the last request. Called once per turn of the event loop.
     pub fn report_progress(&self) {
-        self.answered.store(self.asked.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.reported.store(self.requested.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 }
 
@@ -87,16 +87,16 @@ impl WorkerProgress {
     /// Requests a progress report. Returns false if the last request is still open. The
     /// caller must wake the worker.
     pub fn request_progress(&self) -> bool {
-        let answered = self.is_answered();
-        if answered {
-            self.asked.store(self.asked.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        let reported = self.has_reported();
+        if reported {
+            self.requested.store(self.requested.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         }
-        answered
+        reported
     }
 
-    /// Returns whether the last request was answered.
-    pub fn is_answered(&self) -> bool {
-        self.answered.load(Ordering::Relaxed) == self.asked.load(Ordering::Relaxed)
+    /// Returns whether the worker has answered the last request.
+    pub fn has_reported(&self) -> bool {
+        self.reported.load(Ordering::Relaxed) == self.requested.load(Ordering::Relaxed)
     }
 
     /// Returns the last stage that the worker stored.

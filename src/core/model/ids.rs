@@ -1,21 +1,21 @@
-//! Numbers that name pools, backends and frontends for the life of the process.
+//! Numbers that identify pools, backends and frontends for the lifetime of the process.
 //!
-//! Given out by the controller; used wherever a name would cost too much. No number is used
-//! twice, not even after a removal.
+//! The controller assigns them. They are used in place of names if a name is too large
+//! or too slow to compare. A number is never reused, not even after a removal.
 
-/// Names a pool, for as long as its name stays configured.
+/// Identifies a pool while its name is configured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PoolId(pub u32);
 
 impl PoolId {
-    /// No pool has this number.
+    /// A number that no pool has.
     pub const NONE: PoolId = PoolId(0);
 }
 
-/// Names a backend.
+/// Identifies a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BackendId(pub u32);
 
-/// Names a frontend.
+/// Identifies a frontend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FrontendId(pub u32);
