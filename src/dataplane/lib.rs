@@ -1,8 +1,8 @@
 //! The data path: accept, admit, route, pick, connect, relay, close, account.
 //!
-//! One worker a thread; `daemon` starts them and feeds them tables and commands.
-//! Nothing here knows of files, probes or the admin API: in comes a table, out
-//! go counters, reports and access-log records.
+//! One thread per worker. `daemon` starts the workers and sends them tables and commands. The
+//! workers return counters, reports and access-log records. The data path knows no
+//! configuration files, no probes and no admin API.
 
 pub mod accept;
 pub mod access_log;

@@ -1,21 +1,20 @@
-//! What an errno says about whose fault it is.
+//! Classifies an errno: local error, or failure of the peer or the path.
 //!
-//! Used wherever a socket call fails on behalf of a session: local trouble is
-//! counted, never blamed on a backend.
+//! Called after a failed system call on a session's socket. A local error is counted, but
+//! never against a backend.
 
 use std::io;
 use tidegate_core::metrics::counters::LocalErrorKind;
 
-/// The kind of local trouble, or `None` where the peer or the path is to
-/// blame.
+/// Returns the kind of local error, or `None` if the peer or the path failed.
 pub fn local_error_kind(error: &io::Error) -> Option<LocalErrorKind> {
     match error.raw_os_error()? {
         libc::EMFILE | libc::ENFILE => Some(LocalErrorKind::Descriptors),
         libc::EADDRNOTAVAIL | libc::EADDRINUSE => Some(LocalErrorKind::Ports),
-        // ENOSPC: the limit on what all epoll sets of a user watch (epoll_ctl(2)).
+        // ENOSPC: limit on the descriptors in all epoll sets of a user (epoll_ctl(2)).
         libc::ENOBUFS | libc::ENOMEM | libc::ENOSPC => Some(LocalErrorKind::Memory),
-        // A firewall or policy of this host, a socket family it lacks, or a
-        // Unix socket whose directory we may not enter.
+        // A local firewall or policy, a missing socket family, or a Unix socket in a directory
+        // without search permission.
         libc::EPERM | libc::EACCES | libc::EAFNOSUPPORT | libc::EINVAL => {
             Some(LocalErrorKind::Other)
         }
@@ -23,13 +22,14 @@ pub fn local_error_kind(error: &io::Error) -> Option<LocalErrorKind> {
     }
 }
 
-/// As [`local_error_kind`], for an error that connect(2) gave at once. No packet has
-/// left this host by then, so a lack of a route or of an interface is ours;
-/// the same errno on a connect that was pending came by ICMP and speaks of the
-/// path (tcp(7), "Error handling"; `tcp_v4_err` in Linux).
+/// Like [`local_error_kind`], for an error that connect(2) returned immediately.
 ///
-/// EHOSTUNREACH stays the path's even here: it says that a neighbour did not
-/// answer, or that somebody declared this one host unreachable.
+/// No packet has left this host then, so a missing route or interface is a local error. After
+/// a pending connect the same errno comes from ICMP and describes the path (tcp(7), "Error
+/// handling"; `tcp_v4_err` in Linux).
+///
+/// EHOSTUNREACH is a path failure in both cases: a neighbour did not answer, or the route
+/// declares this destination unreachable.
 pub fn local_error_now(error: &io::Error) -> Option<LocalErrorKind> {
     match error.raw_os_error()? {
         libc::ENETUNREACH | libc::ENETDOWN | libc::ENONET => Some(LocalErrorKind::Route),
@@ -37,22 +37,21 @@ pub fn local_error_now(error: &io::Error) -> Option<LocalErrorKind> {
     }
 }
 
-/// Trouble that is ours whatever the errno: the call concerns nobody else.
+/// Returns the kind of a failed call that involves this host only: every errno is local.
 pub fn local_kind(error: &io::Error) -> LocalErrorKind {
     local_error_kind(error).unwrap_or(LocalErrorKind::Other)
 }
 
-/// What a failed call that moves bytes means for its stream.
+/// Meaning of a failed send or receive for its stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum StreamError {
-    /// Nothing can be moved now.
+    /// No bytes can be moved now.
     WouldBlock,
-    /// The same call succeeds at once.
+    /// Repeat the call at once.
     Interrupted,
-    /// This host is out of memory: the connection is well, and the same call can succeed
-    /// later.
+    /// This host is out of memory. The connection is unaffected; repeat the call later.
     Shortage,
-    /// The connection has failed with that errno.
+    /// The connection has failed with this errno.
     Broken(i32),
 }
 
@@ -67,8 +66,8 @@ impl StreamError {
     }
 }
 
-/// Whether accept(2) failed only for the connection it was about to return:
-/// the next call may well succeed (accept(2), "Error handling").
+/// Whether accept(2) failed only for the connection it was about to return, so that the next
+/// call can succeed (accept(2), "Error handling").
 pub fn accept_can_continue(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),

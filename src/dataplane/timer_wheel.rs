@@ -1,32 +1,33 @@
-//! A worker's timers: a two-level wheel with one timer a session, armed,
-//! re-armed and cancelled in constant time.
+//! A two-level timer wheel with one timer per session. Arm, re-arm and cancel take constant
+//! time.
 //!
-//! Owned by the relay engine. Pure: time comes in as a count of ticks. After
-//! Varghese and Lauck, "Hashed and hierarchical timing wheels" (1987), schemes 6
-//! and 7; the lists are threaded through one array, so a timer costs 24 bytes
-//! and no allocation.
+//! Owned by the relay engine. Pure: the caller passes the time as a number of ticks.
+//!
+//! The design follows Varghese and Lauck, "Hashed and hierarchical timing wheels" (1987),
+//! schemes 6 and 7. The lists are linked through one array, so a timer costs 24 bytes and no
+//! allocation.
 
-/// Ticks in the fine level, which holds what is due in the current block.
+/// Ticks in the fine level, which holds the timers due in the current block.
 const FINE: u64 = 256;
 
-/// Blocks of [`FINE`] ticks in the coarse level. Timers further away wait in
-/// its last block and are placed anew from there.
+/// Blocks of [`FINE`] ticks in the coarse level. Timers further away wait in its last block
+/// and are placed again when that block begins.
 const COARSE: u64 = 512;
 
 const SLOTS: usize = (FINE + COARSE) as usize;
 const WORDS: usize = SLOTS / 64;
 const NONE: u32 = u32::MAX;
 
-/// The wheel.
+/// Timers by key, and the current tick.
 #[derive(Debug)]
 pub struct TimerWheel {
-    /// The last tick that `advance` has dealt with.
+    /// The last tick that `advance` has processed.
     now: u64,
-    /// First node of each slot: the fine ones, then the coarse ones.
+    /// First node of each slot: fine slots, then coarse slots.
     heads: Box<[u32; SLOTS]>,
-    /// One bit a slot: not empty.
+    /// One bit per slot: set if the slot is not empty.
     occupied: [u64; WORDS],
-    /// By key.
+    /// Nodes by key.
     nodes: Vec<TimerNode>,
 }
 
@@ -40,13 +41,13 @@ struct TimerNode {
 }
 
 impl TimerWheel {
-    /// No timers; the current tick is `now`.
+    /// Returns a wheel without timers at the tick `now`.
     pub fn new(now: u64) -> TimerWheel {
         TimerWheel { now, heads: Box::new([NONE; SLOTS]), occupied: [0; WORDS], nodes: Vec::new() }
     }
 
-    /// Arms the timer `key` (small: it indexes an array) for the tick `due`, or
-    /// for the next tick where that is past. Replaces what it was armed for.
+    /// Arms the timer `key` for the tick `due`, or for the next tick if `due` has passed.
+    /// Replaces an earlier due tick. Keys index an array, so they should be small.
     pub fn arm(&mut self, key: u32, due: u64) {
         self.cancel(key);
         let needed = key as usize + 1;
@@ -77,8 +78,8 @@ impl TimerWheel {
         }
     }
 
-    /// The earliest tick at which `advance` has work: never later than the
-    /// earliest timer, and a block's start where that is far away.
+    /// Returns the earliest tick at which `advance` has work. That is never later than the
+    /// earliest timer. For a timer in a later block it is the start of that block.
     pub fn next_due(&self) -> Option<u64> {
         let position = self.now % FINE;
         let block = self.now / FINE;
@@ -93,8 +94,8 @@ impl TimerWheel {
         Some((block + ahead as u64) * FINE)
     }
 
-    /// Moves to the tick `now` and appends to `fired` every timer due by then;
-    /// each is disarmed. Those of one tick come in no particular order.
+    /// Advances to the tick `now`. Disarms all timers due by then and appends them to `fired`.
+    /// Timers of the same tick have no defined order.
     pub fn advance(&mut self, now: u64, fired: &mut Vec<u32>) {
         while let Some(due) = self.next_due().filter(|due| *due <= now) {
             self.now = due;
@@ -112,7 +113,7 @@ impl TimerWheel {
         self.now = self.now.max(now);
     }
 
-    /// Spreads the block that begins now over the fine level.
+    /// Moves the timers of the block that begins now to the fine level.
     fn cascade(&mut self, block: u64) {
         let mut key = self.take_slot((FINE + block % COARSE) as usize);
         while key != NONE {
@@ -122,7 +123,7 @@ impl TimerWheel {
         }
     }
 
-    /// Links `key` where `due` (not before `now`) belongs.
+    /// Links `key` into the slot of `due`, which must not be before `now`.
     fn place(&mut self, key: u32, due: u64) {
         let (block, current) = (due / FINE, self.now / FINE);
         let slot = if block == current {
@@ -153,7 +154,7 @@ impl TimerWheel {
         }
     }
 
-    /// The first occupied slot in `from..to`.
+    /// Returns the first occupied slot in `from..to`.
     fn first_occupied(&self, from: usize, to: usize) -> Option<usize> {
         let mut slot = from;
         while slot < to {
@@ -192,7 +193,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn fires_what_a_sorted_map_would(
+        fn wheel_fires_the_same_timers_as_a_sorted_map(
             start in prop_oneof![0..5u64, 0..1u64 << 40],
             steps in prop::collection::vec(step(), 1..200),
         ) {

@@ -1,114 +1,116 @@
-//! Which sides of a session have ended or failed, what was moved, and how the session
-//! ends.
+//! Which sides of a session have ended or failed, and how the session ends.
 //!
-//! The rules every engine shares. The engines report; this says when a FIN is passed on,
-//! when the session is over, and how. Pure.
+//! Both engines report received bytes, sent bytes and ends of sides. This module decides when a
+//! FIN is passed on, when the session has ended, and with which cause. Pure.
 
 use std::io;
 use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
 
-/// The standing of both sides.
+/// The state of both sides, and the bytes moved between them.
 #[derive(Debug, Default)]
 pub(super) struct CloseState {
     sides: [SideState; 2],
-    /// Which side ended first.
+    /// The side that ended first.
     closed_first: Option<SessionSide>,
-    /// Whom a FIN was sent to.
-    told_fin: [bool; 2],
-    /// By the side the bytes come from.
+    /// Sides to which a FIN was sent.
+    fin_sent: [bool; 2],
+    /// Bytes by the side that sent them.
     carried: [Carried; 2],
 }
 
 #[derive(Debug, Default, Clone, Copy)]
 struct SideState {
-    /// The errno that ended the socket; 0 while it is well.
+    /// The errno with which the socket failed; 0 if it has not failed.
     failure: i32,
-    /// FIN (or the end by failure) was received from it.
+    /// A FIN or a failure was received from this side.
     ended: bool,
-    /// It was a FIN.
-    in_order: bool,
-    /// All it had sent is passed on (or cannot be any more), and so is its FIN.
+    /// A FIN was received.
+    fin_received: bool,
+    /// All bytes from this side are passed on or discarded, and its FIN is passed on.
     finished: bool,
-    /// It was sent something after its end: if it had closed, it answers with a
-    /// reset.
+    /// Bytes were sent to this side after its end. If it had closed its socket, it answers
+    /// with a reset.
     sent_after_end: bool,
 }
 
-/// What one turn did.
+/// What a turn has moved.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct TurnBytes {
-    /// Bytes received from each side, by [`SessionSide`] number.
+    /// Bytes received from each side, indexed by [`SessionSide`].
     pub(super) received: [u64; 2],
-    /// Bytes sent on, by the number of the side they came from.
+    /// Bytes sent, indexed by the side that they came from.
     pub(super) sent: [u64; 2],
-    /// A side's end was seen this turn.
+    /// A side ended in this turn.
     pub(super) ended: bool,
 }
 
-/// What became of the bytes of one direction.
+/// Byte counts of one direction.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Carried {
-    /// Received from the side they come from.
+    /// Bytes received.
     pub(super) received: u64,
-    /// Of these, taken by the other side's socket. The rest is kept, or was thrown
-    /// away as there was nobody left to take it.
+    /// Bytes sent to the other side. The rest is buffered, or was discarded because the other
+    /// side had failed.
     pub(super) sent: u64,
 }
 
-/// What a turn asks for next.
+/// What a session needs after a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TurnNext {
-    /// Wait for the sockets.
+    /// Wait until a socket is ready.
     Wait,
-    /// Its share of this round is used up: turn again soon.
+    /// Another turn soon: its share of this round is used up.
     Again,
-    /// Over.
+    /// The session has ended.
     End(SessionEnd),
 }
 
 // === impl CloseState ===
 
 impl CloseState {
-    /// Whether that side's socket has failed.
+    /// Whether the side's socket has failed.
     #[inline]
     pub(super) fn failed(&self, side: SessionSide) -> bool {
         self.sides[side as usize].failure != 0
     }
 
-    /// Whether that side will send no more.
+    /// Whether the side has sent a FIN or failed.
     #[inline]
     pub(super) fn ended(&self, side: SessionSide) -> bool {
         self.sides[side as usize].ended
     }
 
-    /// Which side ended first, if one did.
+    /// The side that ended first.
     pub(super) fn closed_first(&self) -> Option<SessionSide> {
         self.closed_first
     }
 
-    /// How far the session has come.
+    /// The phase, from the number of sides that have sent a FIN.
     pub(super) fn phase(&self) -> Phase {
-        match self.sides.iter().filter(|side| side.in_order).count() {
+        match self.sides.iter().filter(|side| side.fin_received).count() {
             0 => Phase::Data,
             1 => Phase::HalfClosed,
             _ => Phase::Closed,
         }
     }
 
-    /// What became of that side's bytes so far.
+    /// Byte counts of the direction from `from`.
     pub(super) fn carried(&self, from: SessionSide) -> Carried {
         self.carried[from as usize]
     }
 
-    /// So many bytes came from that side.
+    /// Counts bytes received from a side.
     #[inline]
     pub(super) fn received(&mut self, from: SessionSide, bytes: usize, moved: &mut TurnBytes) {
         self.carried[from as usize].received += bytes as u64;
         moved.received[from as usize] += bytes as u64;
     }
 
-    /// Receives bytes that were only looked at, and are sent since: as many as `seen` is
-    /// long. They are there, so an end instead of them is a failure; gives its errno.
+    /// Consumes bytes that were peeked and have been sent: `seen.len()` bytes. They are in the
+    /// receive queue, so an end of the stream before them is a failure.
+    ///
+    /// # Errors
+    /// The errno of that failure.
     pub(super) fn receive_seen(
         &mut self,
         from: SessionSide,
@@ -131,7 +133,7 @@ impl CloseState {
         Ok(())
     }
 
-    /// The other side's socket has taken so many bytes.
+    /// Counts bytes from `from` that were sent to the other side.
     #[inline]
     pub(super) fn sent_on(&mut self, from: SessionSide, bytes: usize, moved: &mut TurnBytes) {
         self.carried[from as usize].sent += bytes as u64;
@@ -140,20 +142,20 @@ impl CloseState {
         to.sent_after_end |= to.ended;
     }
 
-    /// `from` will send no more: FIN (0), or a failure with its errno.
+    /// Records the end of a side: a FIN if `errno` is 0, else a failure.
     pub(super) fn end_of(&mut self, from: SessionSide, errno: i32, moved: &mut TurnBytes) {
         moved.ended = true;
         let side = &mut self.sides[from as usize];
         side.ended = true;
-        side.in_order = errno == 0;
+        side.fin_received = errno == 0;
         if errno != 0 {
             side.failure = errno;
         }
         self.closed_first.get_or_insert(from);
     }
 
-    /// Sending to that side failed. Whatever it had sent before is still to be
-    /// read.
+    /// Records that sending to a side failed. Bytes that it had sent before can still be
+    /// received.
     pub(super) fn send_failed(&mut self, to: SessionSide, errno: i32) {
         let side = &mut self.sides[to as usize];
         if side.failure == 0 {
@@ -162,20 +164,20 @@ impl CloseState {
         self.closed_first.get_or_insert(to);
     }
 
-    /// Notes that a side's connection has failed while bytes from it still wait
-    /// for the other to take them; true when that is news. The failure itself is
-    /// read in its turn, but nobody waits for more than the half-closed time.
+    /// Records that a side has failed while bytes from it are not yet sent. Returns true if no
+    /// side had ended before. The failure itself is received after those bytes; from now on the
+    /// half-closed timeout applies.
     pub(super) fn note_failure(&mut self, side: SessionSide) -> bool {
-        let news = self.closed_first.is_none();
+        let first = self.closed_first.is_none();
         self.closed_first.get_or_insert(side);
-        news
+        first
     }
 
-    /// Passes the end of `from` on, once everything before it is sent: by
-    /// `shutdown` of the other side's writing half, or else by the close that
-    /// follows when both sides have ended. A failure is not a FIN: it ends the
-    /// session and is passed on as a reset. True when the other side turned out
-    /// to have failed.
+    /// Passes on the FIN of `from` once all bytes before it are sent. Returns true if the other
+    /// side turns out to have failed.
+    ///
+    /// The FIN is sent by `shutdown` of the other side, or by the close that follows if both
+    /// sides have ended. A failure is not passed on as FIN: it ends the session with a reset.
     pub(super) fn finish(
         &mut self,
         from: SessionSide,
@@ -189,9 +191,9 @@ impl CloseState {
         if other.finished && !other.sent_after_end {
             return false;
         }
-        let told = shutdown();
-        self.told_fin[from.other() as usize] = told.is_ok();
-        match told {
+        let sent = shutdown();
+        self.fin_sent[from.other() as usize] = sent.is_ok();
+        match sent {
             Err(error) if !self.failed(from.other()) => {
                 self.send_failed(from.other(), error.raw_os_error().unwrap_or(libc::EIO));
                 true
@@ -200,15 +202,15 @@ impl CloseState {
         }
     }
 
-    /// The ending, once nothing is left to move.
+    /// Returns the ending once no bytes are left to move.
     #[inline]
     pub(super) fn ending(&self) -> Option<SessionEnd> {
         let first = self.closed_first?;
         let (phase, closed_first) = (self.phase(), self.closed_first);
         for from in [first, first.other()] {
             let SideState { failure, finished, .. } = self.sides[from as usize];
-            // What a failed side had sent before is still delivered, as long as
-            // there is somebody to take it.
+            // Bytes that a failed side had sent are still delivered, unless the other side has
+            // failed too.
             if failure != 0 && (finished || self.failed(from.other())) {
                 let cause = Cause::of_failure(from, failure);
                 return Some(SessionEnd { cause, phase, errno: failure, closed_first });
@@ -218,13 +220,13 @@ impl CloseState {
         over.then_some(SessionEnd { cause: Cause::Finished, phase, errno: 0, closed_first })
     }
 
-    /// Whether a FIN was sent to that side.
-    pub(super) fn was_told_fin(&self, side: SessionSide) -> bool {
-        self.told_fin[side as usize]
+    /// Whether a FIN was sent to the side.
+    pub(super) fn fin_sent(&self, side: SessionSide) -> bool {
+        self.fin_sent[side as usize]
     }
 
-    /// Who still takes what the other had sent before it failed, once the session
-    /// ends with that failure.
+    /// Returns the side that can still receive the last bytes of the failed side, if the
+    /// session ended by a failure.
     pub(super) fn survivor(&self, ending: SessionEnd) -> Option<SessionSide> {
         let survivor = match ending.cause {
             Cause::ClientReset | Cause::ClientLost => SessionSide::Backend,
@@ -234,8 +236,8 @@ impl CloseState {
         (!self.failed(survivor)).then_some(survivor)
     }
 
-    /// The ending when the session is ended by us.
-    pub(super) fn cut(&self, cause: Cause) -> SessionEnd {
+    /// The ending if Tidegate ends the session with `cause`.
+    pub(super) fn abort(&self, cause: Cause) -> SessionEnd {
         SessionEnd { cause, phase: self.phase(), errno: 0, closed_first: self.closed_first }
     }
 }

@@ -1,7 +1,7 @@
-//! What the engines share: the table of sessions, their stages and how they end.
+//! The common part of both engines: the table of sessions and the [`RelayEngine`] interface.
 //!
-//! Sessions and the worker call it as a [`RelayEngine`]; the bytes are moved by an
-//! [`EngineIo`], in which the engines differ. It never blocks and never picks a backend.
+//! Called by sessions and the worker. An [`EngineIo`] moves the bytes; that is the part in
+//! which the engines differ. It never blocks and never picks a backend.
 
 use super::RelayEngine;
 use super::delivery;
@@ -29,131 +29,131 @@ use tidegate_net::clock;
 use tidegate_net::stream;
 use tokio::sync::Notify;
 
-/// A connect that takes longer has the client watched meanwhile. Most take microseconds
-/// and are spared that.
+/// Time after which the engine watches the client of a pending connect for a reset. Most
+/// connects take microseconds and need no watch.
 const WATCH_AFTER: Duration = Duration::from_millis(2 * TICK.as_millis() as u64);
 
-/// The part in which the engines differ: moves the bytes of sessions, each known by its key.
+/// The part in which the engines differ: moves the bytes of sessions, identified by keys.
 pub(super) trait EngineIo: Sized + Debug + 'static {
-    /// One session's sockets and streams.
-    type Flow: EngineFlow;
+    /// Sockets and streams of a session.
+    type Session: EngineSession;
 
-    /// A session with only a client.
-    fn open(&mut self, client: OwnedFd) -> Self::Flow;
+    /// Creates a session that has only a client.
+    fn open(&mut self, client: OwnedFd) -> Self::Session;
 
-    /// Gives it a backend socket. Where a connect is `pending` on that, its end is reported.
+    /// Adds the backend socket. If its connect is `pending`, reports the end of the connect.
     fn attach(
         &mut self,
         key: u32,
-        flow: &mut Self::Flow,
+        session: &mut Self::Session,
         upstream: OwnedFd,
         pending: bool,
     ) -> io::Result<()>;
 
-    /// Takes the backend socket away again and closes it.
-    fn detach(&mut self, flow: &mut Self::Flow);
+    /// Removes the backend socket and closes it.
+    fn detach(&mut self, session: &mut Self::Session);
 
-    /// From now on the client's failure is reported, and where `readable`, once, that it has
-    /// bytes or has ended.
-    fn watch_client(&mut self, key: u32, flow: &mut Self::Flow, readable: bool);
+    /// Starts to report a failure of the client. If `readable`, also reports once that the
+    /// client has sent bytes or a FIN.
+    fn watch_client(&mut self, key: u32, session: &mut Self::Session, readable: bool);
 
     /// Starts relaying.
-    fn begin(&mut self, key: u32, flow: &mut Self::Flow, moved: &mut TurnBytes) -> TurnNext;
+    fn begin(&mut self, key: u32, session: &mut Self::Session, moved: &mut TurnBytes) -> TurnNext;
 
-    /// The session is over: nothing is moved any more, and it settles.
-    fn stop(&mut self, flow: &mut Self::Flow, how: StopMode);
+    /// Stops moving bytes of a session that has ended. The session settles once its operations
+    /// are complete.
+    fn stop(&mut self, session: &mut Self::Session, how: StopMode);
 
-    /// Asks for progress that has not shown yet; false where there can be none.
-    fn request_progress(&mut self, flow: &mut Self::Flow) -> bool;
+    /// Requests progress that has not been reported yet. Returns false if there is none.
+    fn request_progress(&mut self, session: &mut Self::Session) -> bool;
 
-    /// Whether something waits to be done at once.
+    /// Whether work is due at once.
     fn has_work(&self) -> bool;
 
-    /// Handles what has happened, a batch at most.
+    /// Handles at most one batch of events.
     fn round(state: &mut EngineState<Self>) -> io::Result<TurnResult>;
 
-    /// Periodic work; gives the time to the next tick. Called while awake, or asleep where
-    /// it [wants to be](EngineIo::wants_tick).
+    /// Does periodic work and returns the time to the next tick. Called while the engine is
+    /// awake, and from sleep if [`EngineIo::wants_tick`] returns true.
     fn tick(state: &mut EngineState<Self>) -> Duration;
 
-    /// Whether to wake for the next tick; `sessions` says whether there are any.
+    /// Whether to wake from sleep for the next tick. `sessions`: the engine has sessions.
     fn wants_tick(&self, sessions: bool) -> bool;
 
-    /// Gets ready to be awaited; false where there is something to do. The next round
-    /// ends that.
+    /// Prepares `poll_wake` until the next round. Returns false if work is due.
     fn arm_wakeup(&mut self) -> bool;
 
-    /// Makes `poll_wake` ready through the reactor; false where it cannot.
+    /// Makes `poll_wake` ready through the reactor. Returns false if the engine cannot.
     fn signal_wakeup(&self) -> io::Result<bool>;
 
-    /// Ready when there is something to do.
+    /// Ready when work is due.
     fn poll_wake(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>>;
 
-    /// Whether all buffers and operations are back.
+    /// Whether all buffers and operations have been returned.
     #[cfg(all(test, feature = "sim"))]
     fn is_clean(&self) -> bool {
         true
     }
 }
 
-/// One session's sockets and streams, as the engines share them.
-pub(super) trait EngineFlow: Debug {
+/// Sockets and streams of a session, in either engine.
+pub(super) trait EngineSession: Debug {
     fn socket(&self, side: SessionSide) -> Option<BorrowedFd<'_>>;
 
-    /// Which sides have ended, and what was moved.
+    /// Ends of the sides and byte counts.
     fn close_state(&self) -> &CloseState;
 
-    /// Whether its sockets can be given away: no operation uses them.
+    /// Whether no operation uses the sockets, so that they can be handed out.
     fn is_settled(&self) -> bool;
 
-    /// Takes both sockets out of a settled, connected session.
+    /// Removes both sockets from a settled, connected session.
     fn take_sockets(&mut self) -> Option<[OwnedFd; 2]>;
 }
 
 /// How a session is stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum StopMode {
-    /// Operations are cancelled.
+    /// Cancel the operations.
     Cancel,
-    /// That was not enough: its connections are reset under them.
+    /// Reset the connections, because the operations did not end after a cancel.
     Reset,
 }
 
-/// How a pending connect ended, from good to bad.
+/// How a pending connect ended, from best to worst.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum ConnectResult {
     Connected,
-    /// The socket knows how.
+    /// The connect failed. The socket has the errno.
     Failed,
-    /// It continues, but its end cannot be seen: this host failed to wait.
+    /// The connect continues, but waiting for it failed with this errno, a local error.
     Unwatched(i32),
 }
 
-/// What a round did.
+/// Result of a round or turn.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct TurnResult {
-    /// Nothing is left to do now.
+    /// No work is left.
     pub(super) drained: bool,
-    /// Something was done.
+    /// Some work was done.
     pub(super) busy: bool,
 }
 
-/// One worker's engine.
+/// The engine of a worker.
 #[derive(Debug)]
 pub(super) struct EngineCore<M: EngineIo> {
-    /// How long to poll after the last activity before sleeping.
+    /// How long to poll after the last activity before the engine sleeps.
     pub(super) spin: Option<Duration>,
     pub(super) state: RefCell<EngineState<M>>,
-    /// A panic has left the state half-way.
+    /// Notified when a panic has left the state invalid.
     pub(super) broken: Notify,
-    /// The worker has panicked: what is left is closed in `close_all`.
+    /// The worker has panicked. `close_all` closes the remaining sockets.
     pub(super) worker_panicked: Cell<bool>,
     pub(super) faults: FaultPlan,
-    /// Where it shows its progress.
+    /// The worker's counters, for progress reports.
     pub(super) worker: Arc<WorkerCounters>,
 }
 
-// === impl EngineCore: what sessions and the worker call ===
+// === impl EngineCore: interface for sessions and the worker ===
 
 impl<M: EngineIo> EngineCore<M> {
     pub(super) fn new(io: M, spin: Option<Duration>, worker: Arc<WorkerCounters>) -> Rc<Self> {
@@ -161,7 +161,7 @@ impl<M: EngineIo> EngineCore<M> {
         Rc::new(EngineCore {
             spin,
             state: RefCell::new(EngineState {
-                flows: Slab::new(),
+                sessions: Slab::new(),
                 io,
                 sleep: EngineSleep::new(started),
                 wheel: TimerWheel::new(0),
@@ -181,7 +181,7 @@ impl<M: EngineIo> EngineCore<M> {
     fn abort_where(&self, cause: Cause, matches: impl Fn(&SessionStage) -> bool) -> usize {
         let state = &mut *self.hold();
         state.now = clock::now();
-        let chosen = state.flows.iter().filter(|(_, e)| !e.orphaned && matches(&e.stage));
+        let chosen = state.sessions.iter().filter(|(_, e)| !e.orphaned && matches(&e.stage));
         let keys: Vec<u32> = chosen.map(|(key, _)| key as u32).collect();
         for key in &keys {
             state.abort(*key, cause);
@@ -194,28 +194,28 @@ impl<M: EngineIo> EngineCore<M> {
 impl<M: EngineIo> RelayEngine for EngineCore<M> {
     fn open(&self, client: OwnedFd) -> u32 {
         let state = &mut *self.hold();
-        let flow = state.io.open(client);
-        state.flows.insert(SessionEntry {
-            flow,
+        let session = state.io.open(client);
+        state.sessions.insert(SessionEntry {
+            session,
             stage: SessionStage::Setup(SessionSetup::default()),
             waiter: None,
             client_failed: false,
             client_sent: None,
             aborted: None,
             orphaned: false,
-            looks: 0,
+            checks: 0,
         }) as u32
     }
 
     fn attach(&self, key: u32, upstream: OwnedFd) -> io::Result<()> {
         let state = &mut *self.hold();
-        state.io.attach(key, &mut state.flows[key as usize].flow, upstream, false)
+        state.io.attach(key, &mut state.sessions[key as usize].session, upstream, false)
     }
 
     fn start_connect(&self, key: u32, upstream: OwnedFd, deadline: Instant) -> io::Result<()> {
         let state = &mut *self.hold();
-        let entry = &mut state.flows[key as usize];
-        state.io.attach(key, &mut entry.flow, upstream, true)?;
+        let entry = &mut state.sessions[key as usize];
+        state.io.attach(key, &mut entry.session, upstream, true)?;
         let setup = SessionSetup { deadline: Some(deadline), ..SessionSetup::default() };
         entry.stage = SessionStage::Setup(setup);
         state.arm(key, state.sleep.tick_after(deadline.min(clock::now() + WATCH_AFTER)));
@@ -225,14 +225,14 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
 
     fn poll_connected(&self, key: u32, cx: &Context<'_>) -> Poll<Result<(), ConnectEnd>> {
         let state = &mut *self.hold();
-        let entry = &mut state.flows[key as usize];
+        let entry = &mut state.sessions[key as usize];
         let Some(result) = entry.connect_result() else {
             entry.waiter = Some(cx.waker().clone());
             return Poll::Pending;
         };
         state.wheel.cancel(key);
         if result.is_err() {
-            state.io.detach(&mut entry.flow);
+            state.io.detach(&mut entry.session);
             state.wake_for_work();
         }
         Poll::Ready(result)
@@ -240,14 +240,14 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
 
     fn watch_client(&self, key: u32, readable: bool) {
         let state = &mut *self.hold();
-        let entry = &mut state.flows[key as usize];
+        let entry = &mut state.sessions[key as usize];
         entry.client_sent = readable.then_some(false);
-        state.io.watch_client(key, &mut entry.flow, readable);
+        state.io.watch_client(key, &mut entry.session, readable);
         state.wake_for_work();
     }
 
     fn poll_client(&self, key: u32, cx: &Context<'_>) -> Poll<Result<(), ConnectEnd>> {
-        let entry = &mut self.hold().flows[key as usize];
+        let entry = &mut self.hold().sessions[key as usize];
         if let Some(end) = entry.interruption() {
             return Poll::Ready(Err(end));
         }
@@ -260,33 +260,33 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
 
     fn set_low_water(&self, key: u32, bytes: u32) -> io::Result<()> {
         let state = self.hold();
-        let client = state.flows[key as usize].flow.socket(SessionSide::Client);
+        let client = state.sessions[key as usize].session.socket(SessionSide::Client);
         client.map_or(Ok(()), |client| stream::set_low_water(client, bytes))
     }
 
     fn client_left_silently(&self, key: u32) -> bool {
         let left = |client| matches!(stream::peek(client, &mut [0]), Ok(0));
-        self.hold().flows[key as usize].flow.socket(SessionSide::Client).is_some_and(left)
+        self.hold().sessions[key as usize].session.socket(SessionSide::Client).is_some_and(left)
     }
 
     fn unread(&self, key: u32) -> u64 {
         let state = self.hold();
-        state.flows[key as usize].flow.socket(SessionSide::Client).map_or(0, stream::unread)
+        state.sessions[key as usize].session.socket(SessionSide::Client).map_or(0, stream::unread)
     }
 
     fn start_relay(&self, key: u32, limits: SessionTimeouts, meter: SessionMeter) {
         let state = &mut *self.hold();
         state.now = clock::now();
-        let entry = &mut state.flows[key as usize];
+        let entry = &mut state.sessions[key as usize];
         entry.waiter = None;
         self.faults.pass(FaultPoint::Relay);
         let timers = Box::new(SessionTimers::new(limits, meter, state.now));
         entry.stage = SessionStage::Relaying(timers);
         if let Some(cause) = entry.aborted {
-            state.end_by_us(key, cause);
+            state.abort_relay(key, cause);
         } else {
             let mut moved = TurnBytes::default();
-            let next = state.io.begin(key, &mut entry.flow, &mut moved);
+            let next = state.io.begin(key, &mut entry.session, &mut moved);
             state.rearm(key);
             state.progress(key, &moved, next);
         }
@@ -295,10 +295,10 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
 
     fn poll_relayed(&self, key: u32, cx: &Context<'_>) -> Poll<RelayResult> {
         let state = &mut *self.hold();
-        let entry = &mut state.flows[key as usize];
-        let settled = entry.flow.is_settled();
+        let entry = &mut state.sessions[key as usize];
+        let settled = entry.session.is_settled();
         let SessionStage::Ended(ending, timers) = &entry.stage else {
-            // The same task waits until the end: one clone a session.
+            // The same task waits until the end, so one clone per session is enough.
             entry.waiter.get_or_insert_with(|| cx.waker().clone());
             return Poll::Pending;
         };
@@ -306,8 +306,8 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
             entry.waiter.get_or_insert_with(|| cx.waker().clone());
             return Poll::Pending;
         }
-        let mut result = relay_result(&entry.flow, *ending, timers.answer);
-        result.sockets = entry.flow.take_sockets();
+        let mut result = relay_result(&entry.session, *ending, timers.answer);
+        result.sockets = entry.session.take_sockets();
         entry.stage = SessionStage::Setup(SessionSetup::default());
         state.wheel.cancel(key);
         Poll::Ready(result)
@@ -315,42 +315,46 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
 
     fn so_far(&self, key: u32, cause: Cause) -> Option<RelayResult> {
         let state = self.state.try_borrow().ok()?;
-        let entry = state.flows.get(key as usize)?;
+        let entry = state.sessions.get(key as usize)?;
         let (ending, answer) = match &entry.stage {
             SessionStage::Ended(ending, timers) | SessionStage::Delivering(ending, timers) => {
                 (*ending, timers.answer)
             }
-            SessionStage::Relaying(timers) => (entry.flow.close_state().cut(cause), timers.answer),
-            SessionStage::Setup(_) => (entry.flow.close_state().cut(cause), FirstByteState::Idle),
+            SessionStage::Relaying(timers) => {
+                (entry.session.close_state().abort(cause), timers.answer)
+            }
+            SessionStage::Setup(_) => {
+                (entry.session.close_state().abort(cause), FirstByteState::Idle)
+            }
         };
-        Some(relay_result(&entry.flow, ending, answer))
+        Some(relay_result(&entry.session, ending, answer))
     }
 
     fn remove(&self, key: u32) {
         let state = &mut *self.hold();
-        let entry = &mut state.flows[key as usize];
+        let entry = &mut state.sessions[key as usize];
         entry.waiter = None;
         if let SessionStage::Relaying(timers) = &entry.stage {
-            timers.over();
+            timers.ended();
         }
         if self.worker_panicked.get() {
             return;
         }
         entry.reset_remaining();
         state.wheel.cancel(key);
-        if entry.flow.is_settled() {
-            state.flows.remove(key as usize);
+        if entry.session.is_settled() {
+            state.sessions.remove(key as usize);
             return;
         }
         entry.orphaned = true;
-        state.io.stop(&mut entry.flow, StopMode::Cancel);
+        state.io.stop(&mut entry.session, StopMode::Cancel);
         state.now = clock::now();
         state.expect_to_settle(key);
         state.wake_for_work();
     }
 
-    fn open_flows(&self) -> usize {
-        self.hold().flows.len()
+    fn open_sessions(&self) -> usize {
+        self.hold().sessions.len()
     }
 
     fn abort_all(&self, cause: Cause) -> usize {
@@ -376,7 +380,7 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
 
     fn close_all(&self) {
         if let Ok(state) = self.state.try_borrow_mut() {
-            state.flows.iter().for_each(|(_, entry)| entry.reset_remaining());
+            state.sessions.iter().for_each(|(_, entry)| entry.reset_remaining());
         }
     }
 
@@ -395,8 +399,12 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
     }
 }
 
-/// What a session moved and how it ended, without its sockets.
-fn relay_result(flow: &impl EngineFlow, ending: SessionEnd, answer: FirstByteState) -> RelayResult {
+/// Returns the result of a session, without its sockets.
+fn relay_result(
+    session: &impl EngineSession,
+    ending: SessionEnd,
+    answer: FirstByteState,
+) -> RelayResult {
     let (first_byte, unanswered_since) = match answer {
         FirstByteState::Idle => (None, None),
         FirstByteState::Awaited(since) => (None, Some(since)),
@@ -405,8 +413,10 @@ fn relay_result(flow: &impl EngineFlow, ending: SessionEnd, answer: FirstByteSta
     let untouched = ending.cause == Cause::BackendReset
         && ending.phase == Phase::Data
         && answer == FirstByteState::Idle
-        && SessionSide::BOTH.into_iter().all(|side| flow.close_state().carried(side).received == 0)
-        && !flow.close_state().failed(SessionSide::Client);
-    let bytes = delivery::bytes(flow, ending);
+        && SessionSide::BOTH
+            .into_iter()
+            .all(|side| session.close_state().carried(side).received == 0)
+        && !session.close_state().failed(SessionSide::Client);
+    let bytes = delivery::bytes(session, ending);
     RelayResult { ending, bytes, first_byte, unanswered_since, untouched, sockets: None }
 }

@@ -1,7 +1,7 @@
-//! A session's handle on its engine, and the values that pass between the two.
+//! A session's handle to its engine, and the types of its calls.
 //!
-//! Used by `session`. Dropping the handle takes the session out of the engine and resets
-//! the sockets that are left there.
+//! Used by `session`. Dropping the handle removes the session from the engine and resets the
+//! sockets that are still there.
 
 use super::Engine;
 use std::future::poll_fn;
@@ -15,100 +15,101 @@ use tidegate_core::outcome::{Cause, SessionEnd};
 use tidegate_core::table::state::{BackendState, FrontendState};
 use tidegate_net::clock;
 
-/// One session's sockets, inside the engine.
+/// A session inside the engine.
 #[derive(Debug)]
 pub(crate) struct RelayHandle {
     engine: Engine,
     key: u32,
 }
 
-/// How waiting for a connect ended otherwise than by success.
+/// Why a wait for a connect, or for the client, ended without success.
 #[derive(Debug)]
 pub(crate) enum ConnectEnd {
-    /// The kernel's verdict on the connect.
+    /// The connect failed.
     Failed(io::Error),
-    /// The deadline came first.
+    /// The deadline passed.
     TimedOut,
-    /// The client reset its connection meanwhile.
+    /// The client reset its connection.
     ClientGone(i32),
-    /// The session is cut from outside.
+    /// The session was aborted.
     Aborted(Cause),
 }
 
-/// A session's timers.
+/// Timeouts and keepalive settings of a session. `None` is off.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SessionTimeouts {
-    /// Nobody has said a word for so long: over. `None` is off.
+    /// Ends a session in which neither side has sent a byte for this long.
     pub(crate) first_byte: Option<Duration>,
-    /// Nothing moved for so long: over. `None` is off.
+    /// Ends a session in which no byte has moved for this long.
     pub(crate) idle: Option<Duration>,
-    /// The same once one side has ended. `None` is off.
+    /// Replaces `idle` once one side has ended.
     pub(crate) half_closed: Option<Duration>,
-    /// How long at least a peer without room may take nothing before one of the three
-    /// above acts. `None`: as they say.
+    /// Minimum time without progress towards a peer with a full receive window, before one of
+    /// the timeouts above ends the session.
     pub(crate) stalled: Option<Duration>,
-    /// TCP keepalive of the upstream leg.
+    /// TCP keepalive of the backend connection.
     pub(crate) keepalive: Option<Duration>,
-    /// `TCP_USER_TIMEOUT` of the upstream leg.
+    /// `TCP_USER_TIMEOUT` of the backend connection.
     pub(crate) user_timeout: Option<Duration>,
 }
 
-/// Where a flow's bytes are counted while they move.
+/// Counters that a session updates while bytes move.
 #[derive(Debug)]
 pub(crate) struct SessionMeter {
-    /// The writing worker. Small: see the size of `SessionTimers`.
+    /// Number of the worker. 16 bits, to keep `SessionTimers` small.
     pub(crate) worker: u16,
     /// The session's frontend.
     pub(crate) frontend: Arc<FrontendState>,
     /// The session's backend.
     pub(crate) backend: Arc<BackendState>,
-    /// The session decides its backend's trial.
+    /// The trial of the backend whose result this session decides.
     pub(crate) trial: Option<TrialId>,
-    /// Whether somebody balances by first-byte times.
+    /// The pool's policy uses first-byte times.
     pub(crate) timed: bool,
 }
 
-/// What a session moved.
+/// Bytes of a session.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Bytes {
-    /// Sent on to the backend.
+    /// Sent to the backend.
     pub(crate) bytes_in: u64,
-    /// Sent on to the client.
+    /// Sent to the client.
     pub(crate) bytes_out: u64,
-    /// Come from either side, and not taken by the kernel of the other when it was
-    /// over; none of a session that finished.
+    /// Received from either side and not acknowledged by the other side's kernel at the end.
+    /// 0 if the session finished.
     pub(crate) undelivered: u64,
 }
 
-/// How a relay ended or, where it is broken off, would end now.
+/// How a relay ended, or would end if it were interrupted now.
 #[derive(Debug)]
 pub(crate) struct RelayResult {
-    /// Cause, phase, which side closed first.
+    /// Cause, phase and the side that closed first.
     pub(crate) ending: SessionEnd,
-    /// What it moved.
+    /// Bytes moved.
     pub(crate) bytes: Bytes,
-    /// When the backend's first byte came.
+    /// When the backend's first byte arrived.
     pub(crate) first_byte: Option<Instant>,
-    /// When the client spoke, if the backend never answered.
+    /// When the client's first byte arrived, if the backend never sent one.
     pub(crate) unanswered_since: Option<Instant>,
-    /// The backend reset the connection before either side had said or ended
-    /// anything: another can serve the client as if this one had never been.
+    /// The backend reset the connection before either side had sent a byte or a FIN. The
+    /// session can retry on another backend.
     pub(crate) untouched: bool,
-    /// Client's and backend's, still open; `None` where the relay was broken off. Where
-    /// both have ended, it may be the closing of these that tells the side that ended first.
+    /// The client's and the backend's socket, still open; `None` if the relay was interrupted.
+    /// If both sides have ended, closing these sockets may send the last FIN.
     pub(crate) sockets: Option<[OwnedFd; 2]>,
 }
 
 // === impl SessionMeter ===
 
 impl SessionMeter {
-    /// The client spoke, and before the backend did.
+    /// Records that the client sent the first byte.
     pub(super) fn client_spoke(&self) {
         self.backend.count_client_spoke(self.worker.into());
         self.advance_trial(TrialPhase::ClientSpoke);
     }
 
-    /// The backend's first byte is there, that long after the client's.
+    /// Records the backend's first byte, `after` the client's. `None`: the client had sent no
+    /// byte before it.
     pub(super) fn backend_answered(&self, after: Option<Duration>, now: Instant) {
         self.backend.count_answered(self.worker.into(), after);
         self.advance_trial(TrialPhase::Passed);
@@ -129,13 +130,13 @@ impl SessionMeter {
 // === impl RelayHandle ===
 
 impl RelayHandle {
-    /// A session for an accepted client. From now on it can be aborted.
+    /// Adds a session for an accepted client to the engine. The engine can abort it.
     pub(crate) fn open(engine: &Engine, client: OwnedFd) -> RelayHandle {
         RelayHandle { engine: Rc::clone(engine), key: engine.open(client) }
     }
 
-    /// Waits for the end of the connect that is pending on `upstream`. After a success it is
-    /// the session's backend socket; otherwise it is closed.
+    /// Waits for the pending connect of `upstream`. On success `upstream` becomes the backend
+    /// connection; on failure it is closed.
     pub(crate) async fn connected(
         &self,
         upstream: OwnedFd,
@@ -146,7 +147,7 @@ impl RelayHandle {
         poll_fn(|cx| self.engine.poll_connected(self.key, cx)).await
     }
 
-    /// Makes the already connected `upstream` the session's backend socket.
+    /// Adds the connected socket `upstream` as the session's backend connection.
     pub(crate) fn attach(&self, upstream: OwnedFd) -> io::Result<()> {
         self.engine.attach(self.key, upstream)
     }
@@ -161,8 +162,8 @@ impl RelayHandle {
         }
     }
 
-    /// Resolves when so many bytes of the client wait to be received, or it has ended its
-    /// side after fewer.
+    /// Resolves when `bytes` bytes from the client wait in the receive queue, or when the
+    /// client has sent a FIN after fewer bytes.
     pub(crate) async fn client_sent(&self, bytes: u32) -> Result<(), ConnectEnd> {
         self.engine.set_low_water(self.key, bytes).map_err(ConnectEnd::Failed)?;
         self.engine.watch_client(self.key, true);
@@ -170,29 +171,29 @@ impl RelayHandle {
         self.engine.set_low_water(self.key, 1).map_err(ConnectEnd::Failed)
     }
 
-    /// Whether the client has ended its side (FIN) without having said anything.
-    /// For a session that is not relayed yet.
+    /// Whether the client has sent a FIN and no byte. For a session that is not relayed yet.
     pub(crate) fn client_left_silently(&self) -> bool {
         self.engine.client_left_silently(self.key)
     }
 
-    /// Moves bytes both ways to the end, from now on. Needs a connected backend socket.
+    /// Starts to move bytes in both directions. Needs a connected backend socket.
     pub(crate) fn start_relay(&self, limits: SessionTimeouts, meter: SessionMeter) {
         self.engine.start_relay(self.key, limits, meter);
     }
 
-    /// Resolves, once, when the relay is over. Idle sessions are made of this future: it
-    /// holds nothing but a reference.
+    /// Resolves once, when the relay has ended. Idle sessions wait in this future, so it holds
+    /// only a reference.
     pub(crate) fn relayed(&self) -> impl Future<Output = RelayResult> {
         poll_fn(|cx| self.engine.poll_relayed(self.key, cx))
     }
 
-    /// The result if `cause` broke the relay off now; `None` where it cannot be told.
+    /// Returns the result as if `cause` ended the session now. `None` if a panic has
+    /// interrupted the engine.
     pub(crate) fn so_far(&self, cause: Cause) -> Option<RelayResult> {
         self.engine.so_far(self.key, cause)
     }
 
-    /// Bytes the client has sent, of a session that is not relayed.
+    /// Returns the number of unread bytes from the client, for a session that is not relayed.
     pub(crate) fn unread(&self) -> u64 {
         self.engine.unread(self.key)
     }

@@ -1,10 +1,12 @@
-//! What a panic does to an engine and its sessions.
+//! Effects of a panic on an engine and its sessions.
 //!
-//! Part of `engine`. A panic outside the engine leaves it whole, and the session that is
-//! dropped is removed like any other; one inside marks the engine broken, and its worker
-//! starts a new thread. A broken engine is only emptied.
+//! Part of `engine`.
+//!
+//! - A panic outside the engine leaves the engine valid. The dropped session is removed.
+//! - A panic inside marks the engine broken. Its sessions are removed, and the worker starts a
+//!   new thread with a new engine.
 
-use super::engine::{EngineCore, EngineFlow, EngineIo};
+use super::engine::{EngineCore, EngineIo, EngineSession};
 use super::stages::{EngineState, SessionEntry, SessionStage};
 use crate::relay::delivery;
 use std::cell::RefMut;
@@ -13,11 +15,11 @@ use tidegate_core::outcome::SessionSide;
 use tidegate_net::stream;
 use tokio::sync::Notify;
 
-/// Exclusive use of the state; where a panic ends it, the engine is broken.
+/// Exclusive access to the state. A panic while it is held marks the engine broken.
 pub(super) struct StateGuard<'a, M: EngineIo> {
     state: RefMut<'a, EngineState<M>>,
     broken: &'a Notify,
-    /// Taken while a panic was under way, which is then not this one's.
+    /// A panic was in progress when the guard was created, so it began outside the guard.
     unwinding: bool,
 }
 
@@ -51,7 +53,7 @@ impl<M: EngineIo> Drop for StateGuard<'_, M> {
 // === impl EngineCore ===
 
 impl<M: EngineIo> EngineCore<M> {
-    /// The state, for the time of one step.
+    /// Borrows the state for one step.
     #[inline]
     pub(super) fn hold(&self) -> StateGuard<'_, M> {
         let unwinding = std::thread::panicking();
@@ -61,17 +63,17 @@ impl<M: EngineIo> EngineCore<M> {
 
 // === impl SessionEntry ===
 
-impl<F: EngineFlow> SessionEntry<F> {
-    /// Has the sockets that were not given away reset when they close: to a peer, the end
-    /// of a stream that was broken off must not look like its end.
+impl<F: EngineSession> SessionEntry<F> {
+    /// Sets the remaining sockets to reset on close: to a peer, an interrupted stream must not
+    /// look complete.
     pub(super) fn reset_remaining(&self) {
         if let SessionStage::Ended(ending, _) = &self.stage
-            && let undelivered = delivery::bytes(&self.flow, *ending).undelivered
+            && let undelivered = delivery::bytes(&self.session, *ending).undelivered
             && ending.cause.closes_in_order(undelivered)
         {
             return;
         }
-        for socket in SessionSide::BOTH.into_iter().filter_map(|side| self.flow.socket(side)) {
+        for socket in SessionSide::BOTH.into_iter().filter_map(|side| self.session.socket(side)) {
             stream::reset_on_close(socket);
         }
     }

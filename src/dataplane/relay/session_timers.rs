@@ -1,26 +1,23 @@
-//! What every engine keeps of a relayed session besides its bytes: timers and
-//! the counting.
+//! Timeouts and counters of a relayed session.
 //!
-//! Owned by `engine`. Time comes in; nothing here touches a socket.
+//! Owned by `engine`, the same for both engines. It touches no socket and reads no clock.
 
 use super::handle::{SessionMeter, SessionTimeouts};
 use crate::relay::close_state::TurnBytes;
 use std::time::{Duration, Instant};
 use tidegate_core::outcome::Cause;
 
-/// Sessions younger than this get no keepalive or user timeout on the upstream
-/// leg, for short sessions save the system calls; unless one of the two could
-/// act earlier, see [`liveness_after`].
+/// Maximum age at which a session gets keepalive and user timeout on its backend connection.
+/// Short sessions save these system calls. See [`liveness_after`].
 const LIVENESS_AFTER_MAX: Duration = Duration::from_secs(10);
 
-/// See [`SessionTimers::looked`].
-const ASKED: u32 = 1 << 31;
+/// Flag in [`SessionTimers::last_queue`].
+const PROGRESS_REQUESTED: u32 = 1 << 31;
 
-/// How long last words may stand still on their way where neither the half-closed nor
-/// the user timeout is on.
-const PATIENCE_DEFAULT: Duration = Duration::from_secs(60);
+/// Delivery timeout if neither `half_closed_timeout` nor `user_timeout` is set.
+const DELIVERY_TIMEOUT_DEFAULT: Duration = Duration::from_secs(60);
 
-/// A session's timers and meter. Idle sessions have one each, in a box.
+/// Timeouts and meter of a session. Idle sessions have one each, in a box.
 #[derive(Debug)]
 pub(super) struct SessionTimers {
     first_byte: CompactTimeout,
@@ -32,36 +29,34 @@ pub(super) struct SessionTimers {
     pub(super) meter: SessionMeter,
     last_activity: Instant,
     pub(super) answer: FirstByteState,
-    /// When keepalive is to be switched on upstream; `None` once it is.
+    /// When to set keepalive and user timeout on the backend connection; `None` once set.
     liveness_due: Option<Instant>,
-    /// How long the queue was, at the last look, of sockets that tell no more; and in
-    /// the bit [`ASKED`], whether progress was asked for since the last activity.
-    looked: u32,
+    /// Length of the send queues at the last check, for sockets that show nothing else. The bit
+    /// [`PROGRESS_REQUESTED`] is set if progress was requested since the last activity.
+    last_queue: u32,
 }
 
-// With these sizes, glibc's malloc places it in the room that the alignment of a
-// session's task (tokio: 128 bytes) leaves before the next: eight bytes more
-// measured 128 more for each idle session.
+// glibc's malloc places a box of this size in the gap that the alignment of a session's task
+// (tokio: 128 bytes) leaves. With eight bytes more, an idle session used 128 bytes more in
+// measurements.
 const _: () = assert!(size_of::<SessionTimers>() <= 104);
 
-/// Who has spoken, as far as it says something of the backend.
+/// The first bytes of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FirstByteState {
-    /// Nobody yet.
+    /// No byte from either side.
     Idle,
-    /// The client, then; the backend has not answered.
+    /// The client sent its first byte at this time; the backend has not answered.
     Awaited(Instant),
-    /// The backend, then, with its first byte.
+    /// The backend sent its first byte at this time.
     Answered(Instant),
 }
 
-/// A time limit in a quarter of the space: whole milliseconds, at least one;
-/// 0 is off. The longest is 49 days.
+/// A timeout of 1 ms to 49 days in 4 bytes; 0 is off.
 #[derive(Debug, Clone, Copy)]
 struct CompactTimeout(u32);
 
-/// A time limit of whole seconds, rounded up, in half of that space; 0 is off. The
-/// longest is 18 hours.
+/// A timeout of 1 s to 18 h in 2 bytes, rounded up to seconds; 0 is off.
 #[derive(Debug, Clone, Copy)]
 struct Seconds(u16);
 
@@ -91,9 +86,10 @@ impl CompactTimeout {
     }
 }
 
-/// When the upstream leg's limits are to be set: in time for either to act as
-/// soon as it may. Half of it, for the kernel looks only when it sends again,
-/// and is told when to look by the limit it knows of (tcp(7), `TCP_USER_TIMEOUT`).
+/// Returns the age at which keepalive and user timeout are set: half of the shorter one.
+///
+/// The kernel checks `TCP_USER_TIMEOUT` only when it retransmits, and it schedules that by the
+/// value set at that time (tcp(7)).
 fn liveness_after(limits: &SessionTimeouts) -> Duration {
     let either = [limits.keepalive, limits.user_timeout].into_iter().flatten();
     either.map(|limit| limit / 2).fold(LIVENESS_AFTER_MAX, Duration::min)
@@ -112,12 +108,12 @@ impl SessionTimers {
             last_activity: now,
             answer: FirstByteState::Idle,
             liveness_due: Some(now + liveness_after(&limits)),
-            looked: 0,
+            last_queue: 0,
         }
     }
 
-    /// How long nothing may move, and what it is called when that is over. Who
-    /// has ended its side is not one that keeps its first byte back.
+    /// Returns the timeout in force and its cause. Once one side has ended, only
+    /// `half_closed_timeout` applies.
     fn limit(&self, half_closed: bool) -> Option<(Duration, Cause)> {
         if half_closed {
             return self.half_closed.get().map(|limit| (limit, Cause::HalfClosedTimeout));
@@ -128,36 +124,36 @@ impl SessionTimers {
         [first_byte, idle].into_iter().flatten().min_by_key(|(limit, _)| *limit)
     }
 
-    /// The upstream leg's keepalive and user timeout.
+    /// Keepalive and user timeout of the backend connection.
     pub(super) fn liveness(&self) -> (Option<Duration>, Option<Duration>) {
         (self.keepalive.get(), self.user_timeout.get())
     }
 
-    /// How long nothing may move now; for ever where all timers are off.
+    /// The timeout in force; `Duration::MAX` if none is set.
     pub(super) fn limit_now(&self, half_closed: bool) -> Duration {
         self.limit(half_closed).map_or(Duration::MAX, |(limit, _)| limit)
     }
 
-    /// The time limit that is over: nothing has moved for as long as is allowed.
+    /// Returns the cause of the timeout that has passed since the last activity.
     pub(super) fn overdue(&self, half_closed: bool, now: Instant) -> Option<Cause> {
         let idle = now.saturating_duration_since(self.last_activity);
         self.limit(half_closed).filter(|(limit, _)| idle >= *limit).map(|(_, cause)| cause)
     }
 
-    /// Whether the upstream's keepalive is to be switched on now; once.
+    /// Returns true once, when keepalive and user timeout are due to be set.
     pub(super) fn take_liveness(&mut self, now: Instant) -> bool {
         self.liveness_due.take_if(|due| *due <= now).is_some()
     }
 
-    /// When to look at the timers next.
+    /// Returns when to check the timeouts next.
     pub(super) fn due(&self, half_closed: bool, now: Instant) -> Instant {
         let idle = self.limit(half_closed).map(|(limit, _)| self.last_activity + limit);
-        // Both off: look again in a day.
+        // Check again in a day if all are off.
         let never = now + Duration::from_secs(86_400);
         [idle, self.liveness_due].into_iter().flatten().min().unwrap_or(never)
     }
 
-    /// Counts what a turn moved.
+    /// Counts the bytes of a turn and records activity and first bytes.
     #[inline]
     pub(super) fn account(&mut self, moved: &TurnBytes, now: Instant) {
         let ([asked, answered], [bytes_in, bytes_out]) = (moved.received, moved.sent);
@@ -165,9 +161,9 @@ impl SessionTimers {
             return;
         }
         self.last_activity = now;
-        self.looked &= !ASKED;
+        self.last_queue &= !PROGRESS_REQUESTED;
         self.count(moved);
-        // What both sides said in one turn shows no order: no question then.
+        // If both sides sent bytes in one turn, their order is unknown.
         if asked != 0 && answered == 0 && self.answer == FirstByteState::Idle {
             self.answer = FirstByteState::Awaited(now);
             self.meter.client_spoke();
@@ -177,7 +173,7 @@ impl SessionTimers {
         }
     }
 
-    /// Counts what was sent on.
+    /// Counts sent bytes.
     #[inline]
     pub(super) fn count(&self, moved: &TurnBytes) {
         let [bytes_in, bytes_out] = moved.sent;
@@ -193,9 +189,9 @@ impl SessionTimers {
         }
     }
 
-    /// The kernels have passed bytes on since: the last so long ago, and there may be
-    /// more that does not show where the peer is `blocked`.
-    pub(super) fn moved_unseen(
+    /// Records that a peer acknowledged bytes `ago`. If the peer is `blocked` (full receive
+    /// window), it can have read more than it shows.
+    pub(super) fn note_acknowledged(
         &mut self,
         ago: Duration,
         blocked: bool,
@@ -208,38 +204,36 @@ impl SessionTimers {
         }
     }
 
-    /// Whether a queue, of which only the length is known, is another than at the last
-    /// look; if so, something has moved just now.
-    pub(super) fn looks_moved(&mut self, queued: u64, now: Instant) -> bool {
-        let queued = queued.min((!ASKED).into()) as u32;
-        let moved = self.looked & !ASKED != queued;
+    /// Compares the length of a send queue with the last check, for sockets that show nothing
+    /// else. Returns whether it has changed, which counts as activity.
+    pub(super) fn note_queue(&mut self, queued: u64, now: Instant) -> bool {
+        let queued = queued.min((!PROGRESS_REQUESTED).into()) as u32;
+        let moved = self.last_queue & !PROGRESS_REQUESTED != queued;
         if moved {
-            (self.looked, self.last_activity) = (queued, now);
+            (self.last_queue, self.last_activity) = (queued, now);
         }
         moved
     }
 
-    /// Whether progress that does not show may be asked for: once after the last
-    /// activity.
-    pub(super) fn may_ask(&mut self) -> bool {
-        let may = self.looked & ASKED == 0;
-        self.looked |= ASKED;
-        may
+    /// Whether progress can be requested: once after the last activity.
+    pub(super) fn take_progress_request(&mut self) -> bool {
+        let first = self.last_queue & PROGRESS_REQUESTED == 0;
+        self.last_queue |= PROGRESS_REQUESTED;
+        first
     }
 
-    /// How long the last words of a side that failed may stand still on their way to
-    /// the other before they are given up.
-    pub(super) fn patience(&self) -> Duration {
+    /// Time without progress after which the last bytes of a failed side are given up.
+    pub(super) fn delivery_timeout(&self) -> Duration {
         let limits = [self.half_closed.get(), self.user_timeout.get()];
-        let least = limits.into_iter().flatten().min().unwrap_or(PATIENCE_DEFAULT);
+        let least = limits.into_iter().flatten().min().unwrap_or(DELIVERY_TIMEOUT_DEFAULT);
         least + self.grace(least)
     }
 
-    /// How much longer than `limit` a peer without room may show nothing.
+    /// Returns how much longer than `limit` a peer with a full receive window can show no
+    /// progress.
     ///
-    /// Its kernel frees what a reader has read in lumps, as it came in: 128 KiB and more
-    /// where the sender was quick, for which a reader of 4 kB a second takes half a
-    /// minute. Until then all it says is that there is no room.
+    /// The peer's kernel frees received bytes in blocks of 128 KiB and more if the sender was
+    /// fast. A reader of 4 kB/s takes half a minute per block. Until then the window is full.
     fn grace(&self, limit: Duration) -> Duration {
         self.stalled.get().unwrap_or_default().saturating_sub(limit)
     }
@@ -254,8 +248,8 @@ impl SessionTimers {
         self.meter.backend_answered(after, now);
     }
 
-    /// The session is over.
-    pub(super) fn over(&self) {
+    /// Counts a session that ended while the client waited for an answer.
+    pub(super) fn ended(&self) {
         if matches!(self.answer, FirstByteState::Awaited(_)) {
             self.meter.backend.count_unanswered(self.meter.worker.into());
         }

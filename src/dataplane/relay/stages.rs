@@ -1,8 +1,8 @@
-//! A session inside an engine: its stages, from the client's socket to the result.
+//! The stages of a session inside an engine, from setup to the result.
 //!
-//! Part of `engine`, called by it and by the engines' events.
+//! Part of `engine`, called by it and by the event handlers of both engines.
 
-use super::engine::{ConnectResult, EngineFlow, EngineIo, StopMode};
+use super::engine::{ConnectResult, EngineIo, EngineSession, StopMode};
 use super::handle::ConnectEnd;
 use super::task::EngineSleep;
 use crate::relay::close_state::{TurnBytes, TurnNext};
@@ -15,93 +15,93 @@ use std::time::Instant;
 use tidegate_core::outcome::{Cause, SessionEnd, SessionSide};
 use tidegate_net::stream;
 
-/// The sessions and what moves their bytes.
+/// The sessions of an engine and its event loop state.
 #[derive(Debug)]
 pub(super) struct EngineState<M: EngineIo> {
-    pub(super) flows: Slab<SessionEntry<M::Flow>>,
+    pub(super) sessions: Slab<SessionEntry<M::Session>>,
     pub(super) io: M,
     pub(super) sleep: EngineSleep,
     pub(super) wheel: TimerWheel,
     pub(super) fired: Vec<u32>,
-    /// Read once a round.
+    /// Time of the current round.
     pub(super) now: Instant,
-    /// When the engine last had nothing left to do.
+    /// When the engine was last idle.
     pub(super) idle_at: Instant,
     pub(super) next_tick: Instant,
-    /// Rounds in a row for which timers that are due have waited.
+    /// Rounds in a row for which due timers have been postponed.
     pub(super) postponed: usize,
 }
 
 #[derive(Debug)]
 pub(super) struct SessionEntry<F> {
-    pub(super) flow: F,
+    pub(super) session: F,
     pub(super) stage: SessionStage,
-    /// The session, when it waits.
+    /// Waker of the session's task, while it waits.
     pub(super) waiter: Option<Waker>,
     /// The client failed before the relay began.
     pub(super) client_failed: bool,
-    /// Whether the client has sent what its session waits for; `None` where it does not.
+    /// Whether the awaited first bytes have arrived; `None` if the session awaits none.
     pub(super) client_sent: Option<bool>,
     pub(super) aborted: Option<Cause>,
-    /// Its session is gone; kept only until it has settled.
+    /// The session was dropped. The entry stays until its operations are complete.
     pub(super) orphaned: bool,
-    /// How often it was looked at since it ended.
-    pub(super) looks: u8,
+    /// Checks since the session ended.
+    pub(super) checks: u8,
 }
 
 #[derive(Debug)]
 pub(super) enum SessionStage {
-    /// Before the relay; the connect of the backend socket may be pending.
+    /// Before the relay; the connect of the backend socket can be pending.
     Setup(SessionSetup),
     Relaying(Box<SessionTimers>),
-    /// A side has failed, and what it had sent before is on its way to the other.
+    /// A side has failed, and its last bytes are being delivered to the other side.
     Delivering(SessionEnd, Box<SessionTimers>),
     Ended(SessionEnd, Box<SessionTimers>),
 }
 
 #[derive(Debug, Default)]
 pub(super) struct SessionSetup {
-    /// When the pending connect has taken too long.
+    /// Deadline of the pending connect.
     pub(super) deadline: Option<Instant>,
     /// How the pending connect ended.
     pub(super) decided: Option<ConnectResult>,
     pub(super) timed_out: bool,
 }
 
-// === impl EngineState: how stages change ===
+// === impl EngineState: changes of stage ===
 
 impl<M: EngineIo> EngineState<M> {
-    /// A pending connect ended; the worst report about it holds.
+    /// Records the end of a pending connect. Of several results the worst counts.
     pub(super) fn connect_decided(&mut self, key: u32, how: ConnectResult) {
-        let entry = &mut self.flows[key as usize];
+        let entry = &mut self.sessions[key as usize];
         if let SessionStage::Setup(setup) = &mut entry.stage {
             setup.decided = setup.decided.max(Some(how));
             entry.wake();
         }
     }
 
-    /// The client's connection has failed.
+    /// Records a failure of the client's connection before the relay.
     pub(super) fn client_failed(&mut self, key: u32) {
-        let entry = &mut self.flows[key as usize];
+        let entry = &mut self.sessions[key as usize];
         if matches!(entry.stage, SessionStage::Setup(_)) {
             entry.client_failed = true;
             entry.wake();
         }
     }
 
-    /// The client has sent as many bytes as were waited for, or has ended its side.
+    /// Records that the awaited first bytes, or a FIN, have arrived.
     pub(super) fn client_readable(&mut self, key: u32) {
-        let entry = &mut self.flows[key as usize];
+        let entry = &mut self.sessions[key as usize];
         if let Some(sent) = &mut entry.client_sent {
             *sent = true;
             entry.wake();
         }
     }
 
-    /// Counts what was moved and ends the session where it is over.
+    /// Counts moved bytes and ends the session if `next` is an end.
     #[inline]
     pub(super) fn progress(&mut self, key: u32, moved: &TurnBytes, next: TurnNext) {
-        let timers = match &mut self.flows[key as usize].stage {
+        let timers = match &mut self.sessions[key as usize].stage {
             SessionStage::Relaying(timers) => timers,
             SessionStage::Ended(_, timers) => return timers.count(moved),
             _ => return,
@@ -114,40 +114,41 @@ impl<M: EngineIo> EngineState<M> {
         }
     }
 
-    /// A side has failed while bytes from it still wait.
-    pub(super) fn note_failure(&mut self, key: u32, news: bool) {
-        if news && self.flows[key as usize].is_relaying() {
+    /// Rearms the timer if a side has failed while bytes from it are not yet sent, and no side
+    /// had ended before (`first`).
+    pub(super) fn note_failure(&mut self, key: u32, first: bool) {
+        if first && self.sessions[key as usize].is_relaying() {
             self.rearm(key);
         }
     }
 
-    /// An operation of this session has come back: gives the session its sockets, or
-    /// removes one that is orphaned.
+    /// Called after a completed operation. If the session has ended and settled, hands its
+    /// sockets out, or removes the entry if it is orphaned.
     #[inline]
     pub(super) fn finish_when_idle(&mut self, key: u32) {
-        let entry = &mut self.flows[key as usize];
-        if !entry.flow.is_settled() {
+        let entry = &mut self.sessions[key as usize];
+        if !entry.session.is_settled() {
             return;
         }
         if entry.orphaned {
             self.wheel.cancel(key);
-            self.flows.remove(key as usize);
+            self.sessions.remove(key as usize);
         } else if matches!(entry.stage, SessionStage::Ended(..)) {
             self.settled(key);
         }
     }
 
-    /// Ends a session that neither side has ended.
-    pub(super) fn end_by_us(&mut self, key: u32, cause: Cause) {
-        let ending = self.flows[key as usize].flow.close_state().cut(cause);
+    /// Ends a relay for a cause other than its sides.
+    pub(super) fn abort_relay(&mut self, key: u32, cause: Cause) {
+        let ending = self.sessions[key as usize].session.close_state().abort(cause);
         self.end(key, ending);
     }
 
     fn end(&mut self, key: u32, ending: SessionEnd) {
-        let entry = &mut self.flows[key as usize];
+        let entry = &mut self.sessions[key as usize];
         match entry.take_stage() {
             SessionStage::Relaying(timers) => {
-                timers.over();
+                timers.ended();
                 entry.stage = SessionStage::Ended(ending, timers);
             }
             other => {
@@ -155,8 +156,8 @@ impl<M: EngineIo> EngineState<M> {
                 return;
             }
         }
-        self.io.stop(&mut entry.flow, StopMode::Cancel);
-        if entry.flow.is_settled() {
+        self.io.stop(&mut entry.session, StopMode::Cancel);
+        if entry.session.is_settled() {
             self.settled(key);
         } else {
             self.expect_to_settle(key);
@@ -164,17 +165,17 @@ impl<M: EngineIo> EngineState<M> {
     }
 
     pub(super) fn abort(&mut self, key: u32, cause: Cause) {
-        let entry = &mut self.flows[key as usize];
+        let entry = &mut self.sessions[key as usize];
         entry.aborted = Some(cause);
         match entry.stage {
-            SessionStage::Relaying(_) => self.end_by_us(key, cause),
+            SessionStage::Relaying(_) => self.abort_relay(key, cause),
             SessionStage::Setup(_) => entry.wake(),
             SessionStage::Delivering(..) => self.stop_delivery(key),
             SessionStage::Ended(..) => {}
         }
     }
 
-    /// Wakes the engine task where there is something to do at once.
+    /// Wakes the engine task if work is due at once.
     pub(super) fn wake_for_work(&mut self) {
         if self.io.has_work() {
             self.sleep.wake_if_sooner(0);
@@ -184,32 +185,33 @@ impl<M: EngineIo> EngineState<M> {
 
 // === impl SessionEntry ===
 
-impl<F: EngineFlow> SessionEntry<F> {
+impl<F: EngineSession> SessionEntry<F> {
     #[inline]
     pub(super) fn is_relaying(&self) -> bool {
         matches!(self.stage, SessionStage::Relaying(_))
     }
 
-    /// The stage, to be put back or replaced.
+    /// Takes the stage out, for the caller to replace or put back.
     pub(super) fn take_stage(&mut self) -> SessionStage {
         std::mem::replace(&mut self.stage, SessionStage::Setup(SessionSetup::default()))
     }
 
-    /// How the pending connect ended, if it did.
+    /// Returns the result of the pending connect once it has ended.
     pub(super) fn connect_result(&self) -> Option<Result<(), ConnectEnd>> {
         if let Some(end) = self.interruption() {
             return Some(Err(end));
         }
         let SessionStage::Setup(setup) = &self.stage else { return None };
         match setup.decided {
-            // Writable and well is connected; only a failure is worth asking for.
+            // A writable socket without an error is connected. Only a failure needs a system
+            // call for its errno.
             Some(ConnectResult::Connected) => Some(Ok(())),
             Some(ConnectResult::Unwatched(errno)) => {
                 Some(Err(ConnectEnd::Failed(io::Error::from_raw_os_error(errno))))
             }
             Some(ConnectResult::Failed) => {
                 let gone = || io::Error::from_raw_os_error(libc::EBADF);
-                let socket = self.flow.socket(SessionSide::Backend).ok_or_else(gone);
+                let socket = self.session.socket(SessionSide::Backend).ok_or_else(gone);
                 Some(socket.and_then(stream::connect_result).map_err(ConnectEnd::Failed))
             }
             None => setup.timed_out.then_some(Err(ConnectEnd::TimedOut)),

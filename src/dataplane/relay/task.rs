@@ -1,7 +1,7 @@
-//! The engine's task: rounds of events and due timers, then sleep until something happens.
+//! The engine task: rounds of events and due timers, then sleep until the next event.
 //!
-//! One per worker, started by `worker`. It yields between turns, so that accepts and
-//! sessions of the same worker run.
+//! One per worker, started by `worker`. It yields between turns, so that accepts and session
+//! tasks of the worker run.
 
 use super::engine::{EngineCore, EngineIo, TurnResult};
 use super::timers;
@@ -16,38 +16,39 @@ use tidegate_core::metrics::progress::WorkerStage;
 use tidegate_net::clock;
 use tokio::time::Sleep;
 
-/// Rounds in a row before accepts and other tasks of the worker get a turn.
-const ROUNDS_A_TURN: u32 = 8;
+/// Rounds per turn, before other tasks of the worker run.
+const ROUNDS_PER_TURN: u32 = 8;
 
-/// The same in time: eight rounds of bulk can take 20 ms, of small messages not this.
+/// Time limit of a turn. Eight rounds of small messages are shorter; eight rounds of bulk can
+/// take 20 ms.
 const TURN_MAX: Duration = Duration::from_millis(2);
 
-/// Turns in a row before the thread parks in its reactor: tokio-uring submits its own
-/// operations only there, not when a task yields.
-const TURNS_A_PARK: u32 = 32;
+/// Turns before the thread parks in its reactor. tokio-uring submits its own operations only
+/// when it parks, not when a task yields.
+const TURNS_PER_PARK: u32 = 32;
 
-/// Length of a timer tick: deadlines are kept to this, or a little later.
+/// Length of a timer tick. Timers fire up to one tick late, or later under load.
 pub(super) const TICK: Duration = Duration::from_millis(8);
 
-/// Time in ticks, and when the engine task sleeps. It reads no clock.
+/// Converts time to ticks, and wakes the sleeping engine task. It reads no clock.
 #[derive(Debug)]
 pub(super) struct EngineSleep {
     started: Instant,
-    /// The engine task, when it sleeps.
+    /// Waker of the sleeping engine task.
     sleeper: Option<Waker>,
-    /// The tick the engine task sleeps to: `u64::MAX` for none, 0 for no longer.
+    /// The tick at which the engine task wakes up: `u64::MAX` for none, 0 for at once.
     sleeps_to: u64,
 }
 
 // === impl EngineSleep ===
 
 impl EngineSleep {
-    /// Ticks count from `started`.
+    /// Returns a state whose tick 0 is `started`.
     pub(super) fn new(started: Instant) -> EngineSleep {
         EngineSleep { started, sleeper: None, sleeps_to: u64::MAX }
     }
 
-    /// The first tick that begins at `at` or later.
+    /// Returns the first tick that begins at `at` or later.
     pub(super) fn tick_after(&self, at: Instant) -> u64 {
         let since = at.saturating_duration_since(self.started);
         (since.as_millis() as u64).div_ceil(TICK.as_millis() as u64)
@@ -61,7 +62,7 @@ impl EngineSleep {
         self.started + Duration::from_millis(tick * TICK.as_millis() as u64)
     }
 
-    /// Wakes the engine task where it would sleep past `due`.
+    /// Wakes the engine task if it would sleep past the tick `due`.
     pub(super) fn wake_if_sooner(&mut self, due: u64) {
         if due < self.sleeps_to {
             self.sleeps_to = 0;
@@ -71,7 +72,7 @@ impl EngineSleep {
         }
     }
 
-    /// Ready when the sleeping engine task was woken.
+    /// Ready if `wake_if_sooner` has woken the engine task.
     fn poll_wake(&mut self, cx: &Context<'_>) -> Poll<()> {
         if self.sleeps_to == 0 {
             return Poll::Ready(());
@@ -86,7 +87,7 @@ impl EngineSleep {
 // === impl EngineCore ===
 
 impl<M: EngineIo> EngineCore<M> {
-    /// See `RelayEngine::run`.
+    /// Body of the engine task.
     pub(super) async fn drive(self: Rc<Self>) -> io::Result<()> {
         let mut timer = pin!(tokio::time::sleep(Duration::ZERO));
         let mut last_activity = clock::now();
@@ -106,14 +107,13 @@ impl<M: EngineIo> EngineCore<M> {
                 if idle {
                     state.idle_at = state.now;
                 }
-                idle || turns >= TURNS_A_PARK && state.io.signal_wakeup()?
+                idle || turns >= TURNS_PER_PARK && state.io.signal_wakeup()?
             };
             if idle {
                 turns = 0;
                 self.sleep(timer.as_mut()).await?;
             } else {
-                // Lets accepts and sessions run, and the reactor look around: no
-                // turn follows another without it.
+                // Accepts, session tasks and the reactor run between two turns.
                 tokio::task::yield_now().await;
             }
         }
@@ -122,7 +122,7 @@ impl<M: EngineIo> EngineCore<M> {
     fn turn(&self) -> io::Result<TurnResult> {
         let mut busy = false;
         let mut ends_at = None;
-        for _ in 0..ROUNDS_A_TURN {
+        for _ in 0..ROUNDS_PER_TURN {
             let state = &mut *self.hold();
             let before = state.now;
             let round = M::round(state)?;
@@ -148,7 +148,7 @@ impl<M: EngineIo> EngineCore<M> {
     async fn sleep(&self, mut timer: Pin<&mut Sleep>) -> io::Result<()> {
         let next = {
             let state = &mut *self.hold();
-            let wanted = state.io.wants_tick(!state.flows.is_empty());
+            let wanted = state.io.wants_tick(!state.sessions.is_empty());
             let tick = wanted.then(|| state.sleep.tick_after(state.next_tick));
             let next = [state.wheel.next_due(), tick].into_iter().flatten().min();
             state.sleep.sleeps_to = next.unwrap_or(u64::MAX);
@@ -170,7 +170,7 @@ impl<M: EngineIo> EngineCore<M> {
             state.sleep.poll_wake(cx).map(Ok)
         })
         .await?;
-        // Awake, it looks at everything anyway.
+        // An awake task needs no wake-up.
         self.hold().sleep.sleeps_to = u64::MAX;
         Ok(())
     }

@@ -1,79 +1,81 @@
-//! The sessions' timers: armed for whatever is due first, looked at when they
-//! fire.
+//! Arms and fires the timers of sessions, in one wheel for all sessions of the engine.
 //!
-//! Part of `engine`; one wheel for all sessions. It reads no clock: `now` is the
-//! time of the round.
+//! Part of `engine`. A session has one timer, armed for its earliest deadline. It reads no
+//! clock: `now` is the time of the round.
 
 use super::delivery;
-use super::engine::{EngineFlow, EngineIo, StopMode};
+use super::engine::{EngineIo, EngineSession, StopMode};
 use super::stages::{EngineState, SessionStage};
 use std::time::Duration;
 use tidegate_core::outcome::SessionSide;
 use tidegate_net::stream;
 
-/// How often an ended session is looked at whose operations have not come back,
-/// and how often in vain before its sockets are torn down under them. Cancelling
-/// takes microseconds. A look counts only where the engine has had nothing left to do
-/// since: to a worker that gets no processor, or is behind, operations come back
-/// late, and a reset would break streams that are whole.
-const SETTLE_LOOK: Duration = Duration::from_millis(100);
-const SETTLE_LOOKS: u8 = 5;
+/// Time between two checks of an ended session whose operations are not complete, and the
+/// number of checks before its connections are reset.
+///
+/// A cancel takes microseconds. A check counts only if the engine has been idle since the last
+/// check. On a busy worker operations complete late, and a reset would break streams that can
+/// still be delivered.
+const SETTLE_CHECK: Duration = Duration::from_millis(100);
+const SETTLE_CHECKS: u8 = 5;
 
-/// Longest time between two rounds after which the later one still shows what the kernel
-/// had at `now`. After a longer one this process may have been stopped in between: after
-/// the kernel was asked, before the time was read.
+/// Maximum time between two rounds for which the later round is current: it shows the state of
+/// the kernel at `now`. After a longer gap the process may have been stopped between the
+/// system call and the reading of the clock.
 pub(super) const ROUND_GAP_MAX: Duration = Duration::from_millis(10);
 
-/// Sessions that a round passes over at least where it leaves events behind: it takes 32
-/// events, and a session has two sockets. The kernel keeps them in a queue, so once the
-/// rounds have passed over all sessions, no event is left that was there when the timers
-/// were due. Counted, not timed: a process that is stopped meanwhile loses no round.
-const SESSIONS_A_ROUND: usize = 16;
+/// Sessions that a full round covers at least: it takes 32 events, and a session has two
+/// sockets.
+///
+/// The kernel queues events. Once the rounds have covered all sessions, every event from before
+/// the due time is handled. Rounds are counted, not timed, so stopping the process skips none.
+const SESSIONS_PER_ROUND: usize = 16;
 
 impl<M: EngineIo> EngineState<M> {
-    /// Arms a session's timer for that tick.
+    /// Arms a session's timer for the tick `due`.
     pub(super) fn arm(&mut self, key: u32, due: u64) {
         self.wheel.arm(key, due);
         self.sleep.wake_if_sooner(due);
     }
 
-    /// Sets a session's timer anew. The half-closed timer may be due long before
-    /// the idle one.
+    /// Arms a session's timer for its next deadline. Called again when a side ends,
+    /// because `half_closed_timeout` can be much shorter than `idle_timeout`.
     pub(super) fn rearm(&mut self, key: u32) {
-        let entry = &self.flows[key as usize];
+        let entry = &self.sessions[key as usize];
         let SessionStage::Relaying(relaying) = &entry.stage else { return };
-        let half_closed = entry.flow.close_state().closed_first().is_some();
+        let half_closed = entry.session.close_state().closed_first().is_some();
         let due = relaying.due(half_closed, self.now);
         self.arm(key, self.sleep.tick_after(due));
     }
 
     pub(super) fn expect_to_settle(&mut self, key: u32) {
-        self.arm(key, self.sleep.tick_after(self.now + SETTLE_LOOK));
+        self.arm(key, self.sleep.tick_after(self.now + SETTLE_CHECK));
     }
 
-    /// Its operations have still not come back.
-    fn unsettled(&mut self, key: u32) {
-        let entry = &mut self.flows[key as usize];
-        // About since the last look: that one may be wrong, not all of them.
-        let caught_up = self.now.saturating_duration_since(self.idle_at) <= SETTLE_LOOK * 2;
-        entry.looks += u8::from(caught_up);
-        if entry.looks == SETTLE_LOOKS {
-            entry.looks = 0;
-            self.io.stop(&mut entry.flow, StopMode::Reset);
+    /// Checks an ended session whose operations are not complete.
+    fn check_settling(&mut self, key: u32) {
+        let entry = &mut self.sessions[key as usize];
+        // Idle at about the last check. This can be wrong once, but not SETTLE_CHECKS times.
+        let caught_up = self.now.saturating_duration_since(self.idle_at) <= SETTLE_CHECK * 2;
+        entry.checks += u8::from(caught_up);
+        if entry.checks == SETTLE_CHECKS {
+            entry.checks = 0;
+            self.io.stop(&mut entry.session, StopMode::Reset);
         }
         self.expect_to_settle(key);
     }
 
-    /// Fires the timers that are due; false where they wait for another round. What they
-    /// would end may have happened in time: the round was not `current`, or other events
-    /// stood before it.
+    /// Fires the timers that are due. Returns false if they are postponed to another round.
+    ///
+    /// Timers are postponed if an event that prevents the timeout can still be unhandled:
+    /// because the round was not `current`, or because more events were queued than it took.
     pub(super) fn expire(&mut self, current: bool) -> bool {
         let now = self.sleep.tick_at(self.now);
         if self.wheel.next_due().is_none_or(|due| due > now) {
             self.postponed = 0;
             return true;
         }
-        if !current && self.postponed < 2 + self.flows.len() / SESSIONS_A_ROUND {
+        if !current && self.postponed < 2 + self.sessions.len() / SESSIONS_PER_ROUND {
             self.postponed += 1;
             return false;
         }
@@ -89,14 +91,14 @@ impl<M: EngineIo> EngineState<M> {
 
     fn timer_fired(&mut self, key: u32) {
         let now = self.now;
-        let entry = &mut self.flows[key as usize];
+        let entry = &mut self.sessions[key as usize];
         if entry.orphaned {
-            return self.unsettled(key);
+            return self.check_settling(key);
         }
         match &mut entry.stage {
             SessionStage::Setup(setup) => match setup.deadline {
                 Some(deadline) if now < deadline => {
-                    self.io.watch_client(key, &mut entry.flow, false);
+                    self.io.watch_client(key, &mut entry.session, false);
                     self.wheel.arm(key, self.sleep.tick_after(deadline));
                 }
                 _ => {
@@ -104,34 +106,37 @@ impl<M: EngineIo> EngineState<M> {
                     entry.wake();
                 }
             },
-            SessionStage::Relaying(_) => self.look_at_timers(key),
-            SessionStage::Delivering(..) => self.look_at_delivery(key),
-            SessionStage::Ended(..) => self.unsettled(key),
+            SessionStage::Relaying(_) => self.check_timeouts(key),
+            SessionStage::Delivering(..) => self.check_delivery(key),
+            SessionStage::Ended(..) => self.check_settling(key),
         }
     }
 
-    fn look_at_timers(&mut self, key: u32) {
-        let entry = &mut self.flows[key as usize];
+    fn check_timeouts(&mut self, key: u32) {
+        let entry = &mut self.sessions[key as usize];
         let SessionStage::Relaying(relaying) = &mut entry.stage else { return };
-        let half_closed = entry.flow.close_state().closed_first().is_some();
+        let half_closed = entry.session.close_state().closed_first().is_some();
         if relaying.overdue(half_closed, self.now).is_some() {
             let limit = relaying.limit_now(half_closed);
-            let unsure = delivery::note_progress(&entry.flow, relaying, limit, self.now);
-            if unsure && relaying.may_ask() && self.io.request_progress(&mut entry.flow) {
-                // The answer is there by the next tick, if there is one.
+            let unsure = delivery::note_progress(&entry.session, relaying, limit, self.now);
+            if unsure
+                && relaying.take_progress_request()
+                && self.io.request_progress(&mut entry.session)
+            {
+                // Progress is reported before the tick after the next, if there is any.
                 self.wheel.arm(key, self.sleep.tick_at(self.now) + 2);
                 return;
             }
             if let Some(cause) = relaying.overdue(half_closed, self.now) {
-                self.end_by_us(key, cause);
+                self.abort_relay(key, cause);
                 return;
             }
         }
         if relaying.take_liveness(self.now)
-            && let Some(upstream) = entry.flow.socket(SessionSide::Backend)
+            && let Some(upstream) = entry.session.socket(SessionSide::Backend)
         {
             let (keepalive, user_timeout) = relaying.liveness();
-            // Refused at most for a socket that is dead already.
+            // This fails only if the connection has failed.
             let _ = stream::set_liveness(upstream, keepalive, user_timeout);
         }
         self.rearm(key);

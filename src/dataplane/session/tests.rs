@@ -37,7 +37,7 @@ fn on_each<F: Future<Output = ()>>(timeout: Duration, test: impl Fn(Bench) -> F)
             let ctx = Rc::clone(&bench.ctx);
             let engine = tokio::task::spawn_local(Rc::clone(&ctx.engine).run());
             test(bench).await;
-            eventually(|| ctx.engine.open_flows() == 0).await;
+            eventually(|| ctx.engine.open_sessions() == 0).await;
             engine.abort();
             assert_eq!((ctx.counters.accepted.get(), ctx.counters.ended.get()), (1, 1));
             assert_eq!(ctx.shared.in_flight.get(), 0, "permit is released");

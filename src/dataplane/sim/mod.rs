@@ -1,20 +1,20 @@
-//! The whole data path in a machine that is not there: listener, admission,
-//! sessions, connects and both engines above a fake kernel, driven by a seed.
+//! Simulation of the whole data path on a fake kernel: listener, admission, sessions, connects
+//! and both engines.
 //!
-//! Every system call may fail with every errno it knows, come back short or
-//! late, and time jumps. Each run is a seed, named when it fails:
-//! `SIM_SEED=n` replays it, `SIM_SEEDS=n` sets how many are tried.
+//! A seed determines each run. Every system call can fail with each of its errnos, or be short
+//! or late, and time can jump. A failed run prints its seed. `SIM_SEED=n` replays a seed,
+//! `SIM_SEEDS=n` sets the number of seeds.
 
 #![allow(clippy::unwrap_used, reason = "a simulation is a test")]
 
-mod judge;
+mod checks;
 mod world;
 
 use crate::worker::EngineKind;
 use tidegate_net::fake::{FaultSchedule, InjectedFault, SimCall};
 use world::{SimScript, SimWorld};
 
-/// Failed once.
+/// Seeds that have failed before.
 const REGRESSION_SEEDS: [(EngineKind, u64); 4] = [
     (EngineKind::Epoll, 88),
     (EngineKind::Epoll, 143),
@@ -22,15 +22,17 @@ const REGRESSION_SEEDS: [(EngineKind, u64); 4] = [
     (EngineKind::IoUring, 23),
 ];
 
-/// Of each engine, by default.
+/// Default number of seeds per engine.
 const SEEDS: u64 = 300;
+
+/// Failed scripts after which a test ends.
+const FAILURES_MAX: usize = 20;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Runs `script` to its end on a machine of its own; gives what came of it, or
-/// how to replay it.
+/// Runs `script` on a new simulated machine. The error says how to replay it.
 fn try_run(runtime: EngineKind, script: SimScript) -> Result<SimOutcome, String> {
     std::panic::catch_unwind(|| SimWorld::run(runtime, script)).map_err(|_| {
         format!("replay with SIM_SEED={} on {}: {script:?}", script.seed, runtime.name())
@@ -41,9 +43,8 @@ fn run(runtime: EngineKind, script: SimScript) -> SimOutcome {
     try_run(runtime, script).unwrap_or_else(|replay| panic!("{replay}"))
 }
 
-/// Runs all of them; fails with every one that failed, up to a few.
+/// Runs all scripts. Panics with all failed scripts, or after [`FAILURES_MAX`].
 fn run_all(runtime: EngineKind, scripts: impl Iterator<Item = SimScript>) -> EndCounts {
-    const FAILURES_MAX: usize = 20;
     let (mut seen, mut failed) = (EndCounts::new(), Vec::new());
     for script in scripts {
         match try_run(runtime, script) {
@@ -59,10 +60,10 @@ fn run_all(runtime: EngineKind, scripts: impl Iterator<Item = SimScript>) -> End
     seen
 }
 
-/// How often sessions ended how.
+/// Number of sessions by cause.
 type EndCounts = std::collections::BTreeMap<&'static str, u64>;
 
-/// What a run leaves behind.
+/// Result of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct SimOutcome {
     trace: u64,
@@ -92,17 +93,17 @@ fn try_seeds(runtime: EngineKind) {
 }
 
 #[test]
-fn sessions_keep_every_promise_on_readiness_whatever_fails() {
+fn epoll_sessions_pass_all_checks_under_random_faults() {
     try_seeds(EngineKind::Epoll);
 }
 
 #[test]
-fn sessions_keep_every_promise_on_the_ring_whatever_fails() {
+fn ring_sessions_pass_all_checks_under_random_faults() {
     try_seeds(EngineKind::IoUring);
 }
 
 #[test]
-fn the_same_seed_gives_the_same_trace() {
+fn same_seed_gives_the_same_trace() {
     for runtime in [EngineKind::Epoll, EngineKind::IoUring] {
         for seed in 1..8 {
             let script = SimScript::random(seed);
@@ -111,7 +112,7 @@ fn the_same_seed_gives_the_same_trace() {
     }
 }
 
-/// Every errno, and a short count, at every call of a few whole sessions.
+/// Injects every errno and a short count at every call of a few sessions.
 fn try_every_fault(runtime: EngineKind) {
     for seed in 1..=number("SIM_MATRIX").unwrap_or(2) {
         let script = SimScript::calm(seed);
@@ -125,12 +126,12 @@ fn try_every_fault(runtime: EngineKind) {
 }
 
 #[test]
-fn every_errno_at_every_call_of_a_session_is_survived_on_readiness() {
+fn epoll_sessions_pass_all_checks_with_each_errno_at_each_call() {
     try_every_fault(EngineKind::Epoll);
 }
 
 #[test]
-fn every_errno_at_every_call_of_a_session_is_survived_on_the_ring() {
+fn ring_sessions_pass_all_checks_with_each_errno_at_each_call() {
     try_every_fault(EngineKind::IoUring);
 }
 
@@ -149,7 +150,7 @@ fn ring_poll_failure_counts_as_local_error() {
 }
 
 #[test]
-fn an_operation_of_the_ring_without_memory_is_tried_again_and_its_session_goes_on() {
+fn ring_operation_without_memory_is_retried_and_its_session_finishes() {
     const TRIES: u32 = 8;
     let shortages = [
         (SimCall::RingSend, libc::ENOMEM),
@@ -172,7 +173,7 @@ fn an_operation_of_the_ring_without_memory_is_tried_again_and_its_session_goes_o
                 break;
             }
         }
-        assert!(tried >= TRIES, "{call:?} was made {tried} times");
+        assert!(tried >= TRIES, "{call:?}: only {tried} calls");
     }
 }
 
@@ -189,5 +190,5 @@ impl SimScript {
     }
 }
 
-/// For scripts, which are copied.
+/// Index of a call, and the fault to inject there.
 type At = Option<(u64, InjectedFault)>;

@@ -1,8 +1,8 @@
-//! One simulated machine: a worker's context, engine and listener above the fake
-//! kernel, and the clients, backends and operator that act on it.
+//! A simulated machine: the context, engine and listener of a worker on the fake kernel, with
+//! clients, backends and an operator.
 //!
-//! Run by the tests of `sim`. It acts, yields to the worker's tasks, and at last
-//! lets everybody end in order and sees what was promised.
+//! Run by the tests of `sim`. A run has random steps, each followed by turns of the worker's
+//! tasks. Then all peers close with FIN, and `checks` checks the run.
 
 use super::{At, SimOutcome};
 use crate::accept::listener::{Listener, ListenerRetirement};
@@ -29,44 +29,45 @@ use tidegate_net::budget::MemoryBudget;
 use tidegate_net::clock;
 use tidegate_net::fake::{self, KernelGuard, SimKernel, SocketRole};
 
-/// What happens in a run.
+/// Parameters of a run.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SimScript {
     pub(super) seed: u64,
-    /// Nobody fails, and nothing jumps.
+    /// No peer fails and time does not jump.
     pub(super) calm: bool,
-    /// That goes wrong at that call, and nothing else.
+    /// The only injected fault, if set.
     pub(super) fault: At,
 }
 
 pub(super) struct SimWorld {
     pub(super) rng: Rng,
     pub(super) ctx: Rc<WorkerContext>,
-    /// Of bytes that are held.
+    /// Budget for buffered bytes.
     pub(super) budget: Arc<MemoryBudget>,
     pub(super) records: Vec<AccessLogRecord>,
     pub(super) reports: Vec<WorkerReport>,
-    /// All that were in force.
+    /// All published tables.
     pub(super) tables: Vec<Arc<Table>>,
     controller: Controller,
     publisher: TablePublisher,
     listener: Arc<Socket>,
-    /// Tells the listener that somebody is in its queue.
-    doorbell: Socket,
+    /// Makes the listener readable when a client arrives.
+    arrivals: Socket,
     calm: bool,
-    /// Bytes a peer sends at a time.
+    /// Most bytes that a peer sends in a step.
     portion: u64,
     clients_left: u32,
-    /// Time has jumped, or an operator has cut something.
+    /// Time has jumped.
     pub(super) jumped: bool,
-    pub(super) cut: bool,
+    /// The operator has aborted sessions.
+    pub(super) aborted: bool,
 }
 
-/// Virtual time after which a session that nobody holds up must have ended:
-/// three connects, and what a reset may be held back.
+/// Virtual time after which all sessions must have ended once no fault occurs: three connect
+/// timeouts, and the time that a reset can be delayed.
 const END_MAX: Duration = Duration::from_secs(12);
 
-/// Mostly plenty; or for a few reads, for one, for none.
+/// Returns a budget: usually unlimited, else for a few reads, for one, or for none.
 fn some_budget(rng: &mut Rng) -> usize {
     rng.choice([usize::MAX, usize::MAX, 100_000, 20_000, 0]).unwrap_or(usize::MAX)
 }
@@ -129,10 +130,10 @@ impl SimWorld {
             let task = tokio::task::spawn_local(Rc::clone(&world.ctx.engine).run());
             world.live().await;
             world.end().await;
-            assert!(!task.is_finished(), "the engine gave up");
+            assert!(!task.is_finished(), "engine task ended");
             world.outcome()
         });
-        // The engine's end is part of the run: a ring waits for its operations.
+        // Dropping the engine is part of the run: a ring waits for its operations.
         drop((local, tokio));
         outcome
     }
@@ -167,13 +168,13 @@ impl SimWorld {
             rng.u64(..),
             CarryOver::default(),
         );
-        let (doorbell, listener) = Socket::pair(Domain::UNIX, Type::DGRAM, None).unwrap();
-        doorbell.set_nonblocking(true).unwrap();
+        let (arrivals, listener) = Socket::pair(Domain::UNIX, Type::DGRAM, None).unwrap();
+        arrivals.set_nonblocking(true).unwrap();
         listener.set_nonblocking(true).unwrap();
         let portions: &[u64] =
             if script.calm { &[300, 40_000, 400_000] } else { &[1, 300, 20_000, 400_000] };
         let portion = *rng.choice(portions).unwrap();
-        // Bulk byte by byte would take for ever.
+        // Bulk in single bytes would take too long.
         fake::with(|kernel| kernel.most = kernel.most.max(portion / 50));
         let clients_left = if script.calm { 1 } else { rng.u32(1..7) };
         let config = Arc::new(config::parse(&config_text(&mut rng), "sim").unwrap());
@@ -187,12 +188,12 @@ impl SimWorld {
             controller,
             publisher,
             listener: Arc::new(listener),
-            doorbell,
+            arrivals,
             calm: script.calm,
             portion,
             clients_left,
             jumped: false,
-            cut: false,
+            aborted: false,
             rng,
         };
         world.perform(effects);
@@ -244,7 +245,7 @@ impl SimWorld {
         match kind {
             0..4 => self.arrive(),
             24 => return self.jump().await,
-            25 => self.interfere(),
+            25 => self.operate(),
             26..28 => {
                 let millis = self.rng.u64(1..900);
                 return self.pass(Duration::from_millis(millis)).await;
@@ -273,8 +274,8 @@ impl SimWorld {
         if self.clients_left > 0 {
             self.clients_left -= 1;
             fake::with(|kernel| kernel.arrive(self.listener.as_raw_fd()));
-            // Full of it is as good.
-            let _ = self.doorbell.send(b"!");
+            // If the socket is full, the listener is readable already.
+            let _ = self.arrivals.send(b"!");
         }
     }
 
@@ -282,23 +283,23 @@ impl SimWorld {
         tokio::time::advance(time).await;
     }
 
-    /// Suspended for a while, or starved.
+    /// Advances time by a large step, as after a suspend or without CPU time.
     async fn jump(&mut self) {
         self.jumped = true;
         let seconds = self.rng.choice([3, 15, 45, 100_000]).unwrap();
         self.pass(Duration::from_secs(seconds)).await;
     }
 
-    /// What operators do.
-    fn interfere(&mut self) {
+    /// A random action of the operator.
+    fn operate(&mut self) {
         match self.rng.u8(..4) {
             3 => self.budget.set_max(some_budget(&mut self.rng)),
             0 => {
-                self.cut = true;
+                self.aborted = true;
                 self.ctx.engine.abort_all(Cause::DrainDeadline);
             }
             1 => {
-                self.cut = true;
+                self.aborted = true;
                 if let Some(backend) = self.publisher.current().pools[0].serving.first() {
                     self.ctx.engine.abort_backend(backend.id, Cause::BackendRemoved);
                 }
@@ -312,21 +313,22 @@ impl SimWorld {
         }
     }
 
-    /// Where nothing happens, nobody does anything: not for ever, at least.
+    /// Checks that the worker makes no system calls without events.
     async fn be_idle(&mut self) {
-        let mut calm = 0;
+        let mut idle_turns = 0;
         for _ in 0..3000 {
             let before = fake::with(|kernel| kernel.calls);
             self.turn(1).await;
-            calm = if fake::with(|kernel| kernel.calls) == before { calm + 1 } else { 0 };
-            if calm == 40 {
+            let idle = fake::with(|kernel| kernel.calls) == before;
+            idle_turns = if idle { idle_turns + 1 } else { 0 };
+            if idle_turns == 40 {
                 return;
             }
         }
-        panic!("somebody spins");
+        panic!("a task makes system calls without events");
     }
 
-    /// From here on nothing fails, everybody reads, and ends in order.
+    /// Ends all sessions: no new faults, all peers read and close with FIN.
     async fn end(&mut self) {
         fake::with(|kernel| {
             if !matches!(kernel.plan, fake::FaultSchedule::At(..)) {
@@ -347,14 +349,14 @@ impl SimWorld {
             assert!(clock::now() < give_up, "sessions hang:\n{}", self.describe());
             self.pass(Duration::from_millis(10)).await;
         }
-        // Idle pipes are kept for a moment.
+        // Idle pipes are closed after a delay.
         for _ in 0..4 {
             self.pass(Duration::from_millis(700)).await;
             self.turn(20).await;
         }
         self.be_idle().await;
         fake::with(SimKernel::note_closed);
-        super::judge::judge(self);
+        super::checks::check_run(self);
     }
 
     fn let_all_end(&self) {
@@ -381,7 +383,7 @@ impl SimWorld {
 
     pub(super) fn describe(&self) -> String {
         let sockets = fake::with(|kernel| format!("{:#?}", kernel.sockets));
-        format!("{} flows open, {:?}\n{sockets}", self.ctx.engine.open_flows(), self.records)
+        format!("{} open sessions, {:?}\n{sockets}", self.ctx.engine.open_sessions(), self.records)
     }
 
     fn outcome(&self) -> SimOutcome {

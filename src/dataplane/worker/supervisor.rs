@@ -256,7 +256,7 @@ impl WorkerThread {
         let now = clock::now();
         let (worker, counters) = (self.config.id, &self.config.counters);
         counters.panics.cell(PanicScope::Worker as usize, 0).add(1);
-        let sessions = ctx.engine.open_flows();
+        let sessions = ctx.engine.open_sessions();
         tracing::error!(worker, sessions, reason, "worker panicked; resetting its sessions");
         let engine = Rc::clone(&ctx.engine);
         if !self.restarts.allow_restart(now) {

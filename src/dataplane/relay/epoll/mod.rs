@@ -1,14 +1,14 @@
-//! The epoll engine: sockets watched by one edge-triggered epoll set of a
-//! worker's own, nested in the runtime's reactor.
+//! The epoll engine: one edge-triggered epoll set per worker, nested in the runtime's reactor.
 //!
-//! Driven by `engine` and its task. One registration a socket, recv and send of a message
-//! back to back through one hot buffer, at most
-//! [`epoll::BATCH`](tidegate_net::epoll::BATCH) sockets a batch. It never blocks
-//! and keeps no operation in flight.
+//! Driven by `engine` and its task. It never blocks and keeps no operation in flight.
+//!
+//! - Each socket has one registration. A batch has at most [`BATCH`] events.
+//! - A message is received and sent through one buffer of the engine. Only unsent bytes move
+//!   to the session.
 
 pub(crate) mod pump;
 
-use super::engine::{ConnectResult, EngineFlow, EngineIo, StopMode, TurnResult};
+use super::engine::{ConnectResult, EngineIo, EngineSession, StopMode, TurnResult};
 use super::stages::EngineState;
 use crate::local_errors;
 use crate::relay::close_state::{CloseState, TurnBytes, TurnNext};
@@ -28,58 +28,58 @@ use tidegate_net::pipe::{FillResult, Pipe, Pipes};
 use tidegate_net::{reactor, stream};
 use tokio::io::unix::AsyncFd;
 
-/// Between two ticks.
+/// Time between two ticks.
 const TICK: Duration = Duration::from_millis(500);
 
-/// The epoll set, and what is shared by all sessions.
+/// The epoll set, and state shared by all sessions.
 #[derive(Debug)]
 pub(super) struct EpollEngine {
     epoll: AsyncFd<Epoll>,
-    /// Flows whose share of a turn was used up.
+    /// Sessions that have used up their share of a turn.
     again: VecDeque<u32>,
-    /// Read into and sent from; what is left over moves to the flow.
+    /// Receive and send buffer. Unsent bytes are copied to the session.
     buffer: Box<[u8]>,
     pipes: Pipes,
     budget: Arc<MemoryBudget>,
     batch: EpollBatch,
-    /// Flows that ran short of memory: tried again at the next tick.
+    /// Sessions for which the kernel had no memory. They get a turn at the next tick.
     short: Vec<u32>,
-    /// Where local errors are counted.
+    /// The worker's counters, for local errors.
     worker: Arc<WorkerCounters>,
-    /// Tells a flow's registration from an earlier one in the same slot.
+    /// Number of the last registration. It distinguishes sessions that use the same key.
     registrations: u32,
 }
 
-/// One session's sockets and streams.
+/// Sockets and streams of a session.
 #[derive(Debug)]
 pub(super) struct EpollSession {
     sockets: SocketPair,
-    /// In use only while they hold something, by the side it comes from.
+    /// Pipes by the side that the bytes come from; `None` while a pipe would be empty.
     pipes: [Option<Box<Pipe>>; 2],
     pump: Pump,
     registration: u32,
-    /// By [`SessionSide`] number.
+    /// Indexed by [`SessionSide`].
     watched: [EpollWatch; 2],
-    /// Set while in `again`.
+    /// Set while the session is in `again`.
     queued: bool,
-    /// Set while in `short`.
+    /// Set while the session is in `short`.
     short: bool,
 }
 
-/// What a socket is watched for.
+/// Events for which a socket is registered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum EpollWatch {
     Not,
-    /// Everything but room to send.
+    /// All events except writable.
     Arrivals,
     All,
 }
 
-/// Client's and backend's, by [`SessionSide`] number.
+/// The client's and the backend's socket, indexed by [`SessionSide`].
 #[derive(Debug, Default)]
 struct SocketPair([Option<OwnedFd>; 2]);
 
-/// What a pump works on: a flow's sockets, and its pipes from the worker's pool.
+/// Input and output of a pump: the session's sockets, and pipes from the worker's pool.
 struct EpollIo<'a> {
     sockets: &'a SocketPair,
     own: &'a mut [Option<Box<Pipe>>; 2],
@@ -90,7 +90,7 @@ struct EpollIo<'a> {
 // === impl EpollEngine ===
 
 impl EpollEngine {
-    /// On the current thread's runtime.
+    /// Creates an engine on the current thread's runtime.
     pub(super) fn new(
         budget: Arc<MemoryBudget>,
         worker: Arc<WorkerCounters>,
@@ -108,38 +108,39 @@ impl EpollEngine {
         })
     }
 
-    /// Moves what can be moved on one flow.
-    fn turn(&mut self, key: u32, flow: &mut EpollSession, moved: &mut TurnBytes) -> TurnNext {
-        let mut wires = EpollIo {
-            sockets: &flow.sockets,
-            own: &mut flow.pipes,
+    /// Moves bytes of a session until its sockets or its share of the round stop it.
+    fn turn(&mut self, key: u32, session: &mut EpollSession, moved: &mut TurnBytes) -> TurnNext {
+        let mut io = EpollIo {
+            sockets: &session.sockets,
+            own: &mut session.pipes,
             pool: &mut self.pipes,
             budget: &self.budget,
         };
-        let next = flow.pump.turn(&mut wires, &mut self.buffer, moved);
+        let next = session.pump.turn(&mut io, &mut self.buffer, moved);
         for side in SessionSide::BOTH {
-            if flow.watched[side as usize] == EpollWatch::Arrivals && flow.pump.is_full(side) {
-                self.watch_room(key, flow, side);
+            if session.watched[side as usize] == EpollWatch::Arrivals && session.pump.is_full(side)
+            {
+                self.watch_room(key, session, side);
             }
         }
-        if next == TurnNext::Again && !flow.queued {
-            flow.queued = true;
+        if next == TurnNext::Again && !session.queued {
+            session.queued = true;
             self.again.push_back(key);
         }
         if let Some(error) = self.pipes.last_error() {
             self.count(local_errors::local_kind(&error));
         }
-        if flow.pump.is_short() {
-            self.note_shortage(key, flow);
+        if session.pump.is_short() {
+            self.note_shortage(key, session);
         }
         next
     }
 
-    /// Has a flow that ran short of memory go on in a while.
+    /// Schedules another turn at the next tick, because the kernel had no memory.
     #[cold]
-    fn note_shortage(&mut self, key: u32, flow: &mut EpollSession) {
+    fn note_shortage(&mut self, key: u32, session: &mut EpollSession) {
         self.count(LocalErrorKind::Memory);
-        if !std::mem::replace(&mut flow.short, true) {
+        if !std::mem::replace(&mut session.short, true) {
             self.short.push(key);
         }
     }
@@ -149,43 +150,44 @@ impl EpollEngine {
         self.worker.count_local_error(kind, LocalErrorPlace::Relay);
     }
 
-    /// From now on that side's room to send is reported, too. Most sessions
-    /// never fill a socket, and are spared the events.
+    /// Registers a socket for writable events too. Most sessions never fill a socket and
+    /// need none of these events.
     #[cold]
-    fn watch_room(&self, key: u32, flow: &mut EpollSession, side: SessionSide) {
-        let Some(socket) = &flow.sockets.0[side as usize] else { return };
-        let token = token(key, flow.registration, side);
+    fn watch_room(&self, key: u32, session: &mut EpollSession, side: SessionSide) {
+        let Some(socket) = &session.sockets.0[side as usize] else { return };
+        let token = token(key, session.registration, side);
         if self.epoll.get_ref().watch_room(socket.as_fd(), token).is_ok() {
-            flow.watched[side as usize] = EpollWatch::All;
+            session.watched[side as usize] = EpollWatch::All;
         }
     }
 
-    /// Has that side's arrivals reported from now on, and those that are there.
-    fn watch(&self, key: u32, flow: &mut EpollSession, side: SessionSide) -> io::Result<()> {
-        let Some(socket) = &flow.sockets.0[side as usize] else { return Ok(()) };
-        if flow.watched[side as usize] != EpollWatch::Not {
+    /// Registers a socket for all events except writable. Data that is already there is
+    /// reported as well.
+    fn watch(&self, key: u32, session: &mut EpollSession, side: SessionSide) -> io::Result<()> {
+        let Some(socket) = &session.sockets.0[side as usize] else { return Ok(()) };
+        if session.watched[side as usize] != EpollWatch::Not {
             return Ok(());
         }
-        let token = token(key, flow.registration, side);
+        let token = token(key, session.registration, side);
         self.epoll.get_ref().watch(socket.as_fd(), token)?;
-        flow.watched[side as usize] = EpollWatch::Arrivals;
+        session.watched[side as usize] = EpollWatch::Arrivals;
         Ok(())
     }
 
     fn handle(state: &mut EngineState<EpollEngine>, event: Event) {
         let (key, registration, side) = split(event.token);
-        let Some(entry) = state.flows.get_mut(key as usize) else { return };
-        let flow = &mut entry.flow;
-        if flow.registration != registration {
+        let Some(entry) = state.sessions.get_mut(key as usize) else { return };
+        let session = &mut entry.session;
+        if session.registration != registration {
             return;
         }
-        flow.pump.note(side, event.readable, event.writable, event.hang_up || event.urgent);
+        session.pump.note(side, event.readable, event.writable, event.hang_up || event.urgent);
         if entry.is_relaying() {
-            let news = event.failed && entry.flow.pump.close.note_failure(side);
+            let first_failure = event.failed && entry.session.pump.close.note_failure(side);
             let mut moved = TurnBytes::default();
-            let next = state.io.turn(key, &mut entry.flow, &mut moved);
+            let next = state.io.turn(key, &mut entry.session, &mut moved);
             state.progress(key, &moved, next);
-            state.note_failure(key, news);
+            state.note_failure(key, first_failure);
         } else if side == SessionSide::Client && event.failed {
             state.client_failed(key);
         } else if side == SessionSide::Client && event.readable {
@@ -197,20 +199,20 @@ impl EpollEngine {
     }
 
     fn turn_again(state: &mut EngineState<EpollEngine>, key: u32) {
-        let Some(entry) = state.flows.get_mut(key as usize) else { return };
-        // A flag of an earlier flow's does no harm: a turn too many.
-        if std::mem::take(&mut entry.flow.queued) && entry.is_relaying() {
+        let Some(entry) = state.sessions.get_mut(key as usize) else { return };
+        // The entry can be of an earlier session with this key. That costs one extra turn.
+        if std::mem::take(&mut entry.session.queued) && entry.is_relaying() {
             let mut moved = TurnBytes::default();
-            let next = state.io.turn(key, &mut entry.flow, &mut moved);
+            let next = state.io.turn(key, &mut entry.session, &mut moved);
             state.progress(key, &moved, next);
         }
     }
 }
 
 impl EngineIo for EpollEngine {
-    type Flow = EpollSession;
+    type Session = EpollSession;
 
-    /// Edges are not lost; only unused pipes and free memory are waited for.
+    /// Events wake the engine. Ticks only trim unused pipes and retry after memory shortage.
     fn wants_tick(&self, _: bool) -> bool {
         self.pipes.has_spare() || !self.short.is_empty()
     }
@@ -231,47 +233,47 @@ impl EngineIo for EpollEngine {
     fn attach(
         &mut self,
         key: u32,
-        flow: &mut EpollSession,
+        session: &mut EpollSession,
         upstream: OwnedFd,
         pending: bool,
     ) -> io::Result<()> {
-        let token = token(key, flow.registration, SessionSide::Backend);
+        let token = token(key, session.registration, SessionSide::Backend);
         let epoll = self.epoll.get_ref();
-        flow.watched[SessionSide::Backend as usize] = if pending {
+        session.watched[SessionSide::Backend as usize] = if pending {
             epoll.watch_all(upstream.as_fd(), token)?;
             EpollWatch::All
         } else {
             epoll.watch(upstream.as_fd(), token)?;
             EpollWatch::Arrivals
         };
-        flow.pump.renew(SessionSide::Backend);
-        flow.sockets.0[SessionSide::Backend as usize] = Some(upstream);
+        session.pump.renew(SessionSide::Backend);
+        session.sockets.0[SessionSide::Backend as usize] = Some(upstream);
         Ok(())
     }
 
-    fn detach(&mut self, flow: &mut EpollSession) {
-        flow.sockets.0[SessionSide::Backend as usize] = None;
+    fn detach(&mut self, session: &mut EpollSession) {
+        session.sockets.0[SessionSide::Backend as usize] = None;
     }
 
-    fn watch_client(&mut self, key: u32, flow: &mut EpollSession, _: bool) {
-        // Where it fails, `begin` finds out.
-        let _ = self.watch(key, flow, SessionSide::Client);
+    fn watch_client(&mut self, key: u32, session: &mut EpollSession, _: bool) {
+        // `begin` tries again and reports the error.
+        let _ = self.watch(key, session, SessionSide::Client);
     }
 
-    fn begin(&mut self, key: u32, flow: &mut EpollSession, moved: &mut TurnBytes) -> TurnNext {
-        // The client's first bytes are mostly there already: they go out before
-        // it is watched, which would tell of them.
-        flow.pump.note(SessionSide::Client, true, false, false);
-        let next = self.turn(key, flow, moved);
+    fn begin(&mut self, key: u32, session: &mut EpollSession, moved: &mut TurnBytes) -> TurnNext {
+        // The client's first bytes are usually in the receive queue. Sending them before the
+        // registration saves an event.
+        session.pump.note(SessionSide::Client, true, false, false);
+        let next = self.turn(key, session, moved);
         if matches!(next, TurnNext::End(_)) {
             return next;
         }
-        match self.watch(key, flow, SessionSide::Client) {
+        match self.watch(key, session, SessionSide::Client) {
             Ok(()) => next,
             Err(error) => {
                 let errno = error.raw_os_error().unwrap_or(0);
-                let cut = flow.pump.close.cut(Cause::LocalResource);
-                TurnNext::End(SessionEnd { errno, ..cut })
+                let ending = session.pump.close.abort(Cause::LocalResource);
+                TurnNext::End(SessionEnd { errno, ..ending })
             }
         }
     }
@@ -307,10 +309,10 @@ impl EngineIo for EpollEngine {
     fn tick(state: &mut EngineState<EpollEngine>) -> Duration {
         state.io.pipes.trim();
         for key in std::mem::take(&mut state.io.short) {
-            // A flow that came after does no harm: a turn too many.
-            let Some(entry) = state.flows.get_mut(key as usize) else { continue };
-            entry.flow.short = false;
-            if !std::mem::replace(&mut entry.flow.queued, true) {
+            // The key can be of a later session. That costs one extra turn.
+            let Some(entry) = state.sessions.get_mut(key as usize) else { continue };
+            entry.session.short = false;
+            if !std::mem::replace(&mut entry.session.queued, true) {
                 state.io.again.push_back(key);
             }
         }
@@ -330,7 +332,7 @@ impl EngineIo for EpollEngine {
     }
 }
 
-impl EngineFlow for EpollSession {
+impl EngineSession for EpollSession {
     fn socket(&self, side: SessionSide) -> Option<BorrowedFd<'_>> {
         self.sockets.0[side as usize].as_ref().map(AsFd::as_fd)
     }

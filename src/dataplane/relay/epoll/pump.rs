@@ -1,11 +1,10 @@
-//! One session's two byte streams: what to read, what to send, what is kept,
-//! when a FIN or a reset is passed on.
+//! The two byte streams of a session: receive, send, buffer, and pass on the end.
 //!
-//! Driven by the epoll engine with a socket pair behind [`PumpIo`], and by
-//! tests with a scripted one. It owns no socket, reads no clock and knows no
-//! timers. Bytes that could not be sent are the only thing it ever keeps: at
-//! most one buffer or pipe a direction, none while a session is idle, and none
-//! anew once the process's budget is spent.
+//! Driven by the epoll engine with a socket pair behind [`PumpIo`], and by tests with a
+//! scripted one. It owns no socket, reads no clock and knows no timers.
+//!
+//! It buffers only bytes that could not be sent: at most one buffer or pipe per direction, none
+//! while a session is idle, and none once the process's budget is used up.
 
 use crate::local_errors::StreamError;
 use crate::relay::close_state::{CloseState, TurnBytes, TurnNext};
@@ -15,47 +14,43 @@ use tidegate_core::outcome::SessionSide;
 use tidegate_net::budget::BudgetShare;
 use tidegate_net::pipe::FillResult;
 
-/// Read size until a stream proves to be bulk.
+/// Read size of a stream that is not bulk.
 pub(super) const READ_SMALL: usize = 16 * 1024;
 
-/// Read size of a bulk stream. 64 KiB in between measured worse than either.
+/// Read size of a bulk stream. 64 KiB was slower than both sizes in measurements.
 pub(super) const READ_BULK: usize = 256 * 1024;
 
-/// Full reads in a row, none of them held up by the receiver, that make a
-/// stream bulk: it moves through a pipe, or where there is none in big reads.
+/// Full reads in a row, each sent completely, after which a stream is bulk. Bulk moves through
+/// a pipe, or in large reads if no pipe is available.
 const STREAK: u8 = 3;
 
-/// Each time a pipe was no use, the next has to wait for twice as many; so many
-/// times at most.
-const CRAMMED_MAX: u8 = 4;
+/// How often the required streak is doubled. It doubles each time a pipe was inefficient.
+const PIPE_FAILURES_MAX: u8 = 4;
 
-/// What one direction may ask to read before other sessions get their turn; the
-/// last read may go beyond it.
-const BYTES_A_TURN: usize = 1024 * 1024;
+/// Bytes that one direction can request to read per turn. The last read can exceed it.
+const BYTES_PER_TURN: usize = 1024 * 1024;
 
-/// The two sockets and their pipes, as the pump sees them. A pipe is named by
-/// the side its bytes come from.
+/// The sockets and pipes of a session. A pipe is named by the side that its bytes come from.
 pub(super) trait PumpIo {
     /// recv(2), non-blocking.
     fn receive(&self, side: SessionSide, buffer: &mut [u8]) -> io::Result<usize>;
-    /// The same, and what was received stays to be received.
+    /// recv(2) with `MSG_PEEK`, non-blocking: the bytes stay in the receive queue.
     fn peek(&self, side: SessionSide, buffer: &mut [u8]) -> io::Result<usize>;
-    /// Whether so many bytes may be received that may have to be kept.
+    /// Whether the budget has room for `bytes` received bytes, should they need a buffer.
     fn may_keep(&self, bytes: usize) -> bool;
-    /// Bytes are kept, as long as the share lives.
+    /// Takes `bytes` from the budget until the share is dropped.
     fn keep(&self, bytes: usize) -> BudgetShare;
     /// send(2), non-blocking.
     fn send(&self, side: SessionSide, bytes: &[u8]) -> io::Result<usize>;
     /// shutdown(2) of the writing half.
     fn shutdown_write(&self, side: SessionSide) -> io::Result<()>;
-    /// Much is going to be received from that side, and sent to the other. Said
-    /// once.
+    /// Prepares the sockets for a bulk stream from this side. Called once.
     fn expect_bulk(&self, from: SessionSide);
-    /// Makes sure there is a pipe; false where none is to be had.
+    /// Opens a pipe if there is none. Returns false if no pipe is available.
     fn open_pipe(&mut self, from: SessionSide) -> bool;
-    /// Gives the pipe up, and what is in it.
+    /// Closes the pipe and discards the bytes in it.
     fn close_pipe(&mut self, from: SessionSide);
-    /// Bytes in the pipe; 0 where there is none.
+    /// Returns the bytes in the pipe; 0 if there is no pipe.
     fn piped(&self, from: SessionSide) -> usize;
     /// splice(2) from the socket into its empty pipe.
     fn fill(&mut self, from: SessionSide) -> io::Result<FillResult>;
@@ -66,59 +61,58 @@ pub(super) trait PumpIo {
 /// Both directions of a session.
 #[derive(Debug, Default)]
 pub(super) struct Pump {
-    /// Indexed by the side the bytes come from.
+    /// Indexed by the side that the bytes come from.
     streams: [PumpDirection; 2],
     /// Indexed by side.
     sockets: [PumpSocket; 2],
     pub(super) close: CloseState,
-    /// A call of the last turn failed for want of memory.
+    /// A call in the last turn failed because the kernel had no memory.
     short: bool,
 }
 
-/// What is known of one socket; edge-triggered, so it must be remembered.
+/// Last known readiness of a socket. Edge-triggered events report it only once.
 #[derive(Debug, Default, Clone, Copy)]
 struct PumpSocket {
     readable: bool,
     writable: bool,
-    /// Reads go on until they say FIN or error themselves: a short read no
-    /// longer means "drained".
+    /// Read until FIN or an error: a short read does not mean that the receive queue is empty.
     read_to_the_end: bool,
 }
 
-/// Bytes from one side on their way to the other.
+/// Bytes from one side to the other.
 #[derive(Debug, Default)]
 struct PumpDirection {
-    /// Received and not yet sent; mostly none.
+    /// Bytes received and not yet sent; usually `None`.
     kept: Option<Box<UnsentBytes>>,
     /// Full reads in a row.
     streak: u8,
-    /// Fills in a row that were less than a full read, or crammed.
+    /// Fills in a row that were small or crammed.
     small_fills: u8,
     last_crammed: bool,
-    /// How often the pipe turned out to be no use.
-    crammed: u8,
-    /// It was bulk before.
-    announced: bool,
+    /// How often a pipe was inefficient.
+    pipe_failures: u8,
+    /// The stream has been bulk before.
+    was_bulk: bool,
     mode: PumpMode,
 }
 
-/// The one buffer of a direction.
+/// The buffer of a direction.
 #[derive(Debug)]
 struct UnsentBytes {
     bytes: Vec<u8>,
-    /// How much of it is sent.
+    /// Length of the prefix that has been sent.
     sent: usize,
     _share: BudgetShare,
 }
 
-/// How a stream's bytes are moved.
+/// How the bytes of a stream are moved.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 enum PumpMode {
-    /// Through the buffer; bulk is noticed.
+    /// Through the buffer. The stream can become bulk.
     #[default]
     Copy,
-    /// Through the buffer, in big reads for bulk: a pipe could not be had, or
-    /// was no use.
+    /// Through the buffer, in large reads for bulk, because no pipe is available or the pipe
+    /// was inefficient.
     CopyOnly,
     /// Through a pipe.
     Bulk,
@@ -127,7 +121,7 @@ enum PumpMode {
 // === impl Pump ===
 
 impl Pump {
-    /// Fresh sockets: writable until they say otherwise.
+    /// Returns a pump for new sockets, which count as writable until a send fails.
     pub(super) fn new() -> Pump {
         let mut pump = Pump::default();
         for socket in &mut pump.sockets {
@@ -136,12 +130,12 @@ impl Pump {
         pump
     }
 
-    /// That side has a new socket (another connect attempt).
+    /// Resets the state of a side for a new socket (another connect attempt).
     pub(super) fn renew(&mut self, side: SessionSide) {
         self.sockets[side as usize] = PumpSocket { writable: true, ..PumpSocket::default() };
     }
 
-    /// Notes what a socket reported.
+    /// Records the events of a socket.
     #[inline]
     pub(super) fn note(
         &mut self,
@@ -156,13 +150,13 @@ impl Pump {
         socket.read_to_the_end |= read_to_the_end;
     }
 
-    /// Whether that side has no room, as far as is known.
+    /// Whether the last send to this side found no room.
     #[inline]
     pub(super) fn is_full(&self, side: SessionSide) -> bool {
         !self.sockets[side as usize].writable
     }
 
-    /// Moves what can be moved, through `buffer` (at least [`READ_BULK`]).
+    /// Moves bytes in both directions through `buffer`, of at least [`READ_BULK`] bytes.
     #[inline]
     pub(super) fn turn(
         &mut self,
@@ -180,14 +174,15 @@ impl Pump {
         if again && !self.short { TurnNext::Again } else { TurnNext::Wait }
     }
 
-    /// Whether the last turn stopped for want of memory: no socket will tell when
-    /// to go on, so another turn is to be tried later.
+    /// Whether the last turn stopped because the kernel had no memory. No event follows, so
+    /// the caller must schedule another turn.
     #[inline]
     pub(super) fn is_short(&self) -> bool {
         self.short
     }
 
-    /// A side that failed while it was sent to, after its own turn to be read.
+    /// Whether a side failed in a send after its receive of this turn, so that bytes from it
+    /// can still be unread.
     fn failed_but_unread(&self, io: &impl PumpIo) -> bool {
         SessionSide::BOTH.into_iter().any(|side| {
             self.close.failed(side)
@@ -199,8 +194,8 @@ impl Pump {
         })
     }
 
-    /// Moves bytes from `from` to the other side; true when it stopped only
-    /// because its share was used up.
+    /// Moves bytes from `from` to the other side. Returns true if only the share of the turn
+    /// stopped it.
     fn forward(
         &mut self,
         from: SessionSide,
@@ -209,7 +204,7 @@ impl Pump {
         moved: &mut TurnBytes,
     ) -> bool {
         let to = from.other();
-        let mut budget = BYTES_A_TURN;
+        let mut budget = BYTES_PER_TURN;
         while budget > 0 {
             if self.streams[from as usize].mode == PumpMode::Bulk {
                 match self.forward_bulk(from, io, moved) {
@@ -253,7 +248,7 @@ impl Pump {
         true
     }
 
-    /// Sends what an earlier turn had to keep; false while some of it is left.
+    /// Sends bytes kept from an earlier turn. Returns false if some are left.
     #[inline]
     fn send_kept(&mut self, from: SessionSide, io: &impl PumpIo, moved: &mut TurnBytes) -> bool {
         let to = from.other();
@@ -265,11 +260,11 @@ impl Pump {
                     let all = kept.sent == kept.bytes.len();
                     self.close.sent_on(from, sent, moved);
                     if all {
-                        // Freed, not cleared: an idle session holds no buffer.
+                        // Free the buffer: an idle session holds none.
                         self.streams[from as usize].kept = None;
                         return true;
                     }
-                    // send(2) took less than it was given: no more room.
+                    // A short send(2) means that the send queue is full.
                     self.sockets[to as usize].writable = false;
                 }
                 Err(error) => self.send_error(to, &error),
@@ -282,7 +277,7 @@ impl Pump {
         stream.kept.is_none()
     }
 
-    /// Sends what was just received, and keeps what does not go out.
+    /// Sends bytes just received and keeps the unsent rest.
     #[inline]
     fn send_fresh(
         &mut self,
@@ -305,7 +300,7 @@ impl Pump {
         }
         if sent < bytes.len() && !self.close.failed(to) {
             let stream = &mut self.streams[from as usize];
-            // The receiver is the bottleneck: big reads would only pin memory.
+            // The receiver is the bottleneck, so large reads would only use memory.
             stream.streak = 0;
             stream.mode = if stream.mode == PumpMode::Bulk { PumpMode::Copy } else { stream.mode };
             let rest = &bytes[sent..];
@@ -331,24 +326,24 @@ impl Pump {
         let stream = &mut self.streams[from as usize];
         if received == size {
             stream.streak = stream.streak.saturating_add(1);
-            if stream.streak == STREAK << stream.crammed && stream.mode == PumpMode::Copy {
+            if stream.streak == STREAK << stream.pipe_failures && stream.mode == PumpMode::Copy {
                 stream.mode = PumpMode::Bulk;
-                if !std::mem::replace(&mut stream.announced, true) {
+                if !std::mem::replace(&mut stream.was_bulk, true) {
                     io.expect_bulk(from);
                 }
             }
         } else {
             stream.streak = 0;
-            // The next bulk may find a pipe again.
+            // The next bulk tries a pipe again.
             stream.mode = PumpMode::Copy;
             let socket = &mut self.sockets[from as usize];
-            // A short read drained the socket (epoll(7)), unless something
-            // stands behind what was read: FIN, RST or an urgent mark.
+            // After a short read the receive queue is empty (epoll(7)), unless a FIN, a RST or
+            // an urgent mark follows the bytes.
             socket.readable = socket.read_to_the_end;
         }
     }
 
-    /// Whether `from` is worth another look.
+    /// Handles a failed receive. Returns whether to call `forward`'s loop again.
     fn receive_failed(
         &mut self,
         from: SessionSide,
@@ -367,7 +362,7 @@ impl Pump {
         false
     }
 
-    /// `from` will send no more: FIN, or a failure with its errno.
+    /// Records the end of a side: a FIN if `errno` is 0, else a failure.
     fn end_of(&mut self, from: SessionSide, errno: i32, moved: &mut TurnBytes) {
         self.sockets[from as usize].readable = false;
         self.close.end_of(from, errno, moved);
@@ -397,7 +392,8 @@ impl Pump {
 // === impl PumpSocket ===
 
 impl PumpSocket {
-    /// Sending to it failed; whatever it had sent before is still to be read.
+    /// Sets the socket to be read until its end, because bytes that it sent before a failed
+    /// send to it can still be unread.
     fn read_to_the_end(&mut self) {
         self.readable = true;
         self.read_to_the_end = true;

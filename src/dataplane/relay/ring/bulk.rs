@@ -1,45 +1,44 @@
-//! Bulk streams on the ring: through a pipe, without copying.
+//! Moves bulk streams of the ring engine through a pipe with splice(2), without copying.
 //!
-//! A stream comes here after a few full buffers in a row, once all of them are
-//! sent, and goes back to receives when little arrives at a time, when it arrives
-//! in pieces that fill the pipe with little, or when there is no pipe for it. The
-//! ring only tells when to go on: splice(2) itself is a plain call, as one by the
-//! ring measured the same. Small messages never come here.
+//! Called by `streams` after a few full buffers in a row, once they are sent. The ring only
+//! reports readiness. splice(2) is a system call: as a ring operation it was not faster in
+//! measurements. The stream returns to receives in three cases:
+//!
+//! - Few bytes arrive at a time.
+//! - The bytes arrive in fragments that fill the pipe with little data.
+//! - No pipe is available.
 
-use super::streams::{OpResult, OpUse, RingMode, RingSession, SHUNNED_MAX};
+use super::streams::{OpResult, OpUse, PIPE_FAILURES_MAX, RingMode, RingSession};
 use crate::local_errors::StreamError;
 use crate::relay::close_state::TurnBytes;
 use tidegate_core::outcome::SessionSide;
 use tidegate_net::pipe::{FillResult, Pipes};
 use tidegate_net::ring::{BUFFER_LEN, Ring};
 
-/// Small or crammed fills in a row, or wake-ups that brought nothing, that end
-/// bulk.
+/// Small or crammed fills in a row, or wake-ups without bytes, that end bulk.
 const SMALL_FILLS: u8 = 8;
 
-/// What one direction may move before other sessions get their turn; the last
-/// fill may go beyond it.
-const BYTES_A_TURN: usize = 1024 * 1024;
+/// Bytes that one direction can move per turn. The last fill can exceed it.
+const BYTES_PER_TURN: usize = 1024 * 1024;
 
-/// What a fill leaves to do.
+/// Result of a fill.
 enum FillOutcome {
-    /// Pass that on.
+    /// This many bytes are in the pipe.
     Some(usize),
-    /// There is nothing to receive now.
+    /// No bytes to receive now.
     Nothing,
     /// The side has failed.
     Failed,
-    /// The end, or an urgent mark that an end stands behind (`tcp_splice_read` in
-    /// Linux): a receive knows.
+    /// The end of the stream, or an urgent mark before it (`tcp_splice_read` in Linux). Only a
+    /// receive can distinguish them.
     Unclear,
-    /// No pipe, or none of use to this socket.
+    /// No pipe is available, or the socket does not support splice(2).
     NoPipe,
 }
 
 impl RingSession {
-    /// Moves bytes from `from` to the other side through a pipe, until a socket
-    /// or the turn's share says stop. `readable` is whether it was woken for
-    /// bytes to receive.
+    /// Moves bytes from `from` to the other side through a pipe, until a socket or the share of
+    /// the turn stops it. `readable`: a readable event caused this turn.
     pub(super) fn splice(
         &mut self,
         key: u32,
@@ -49,7 +48,7 @@ impl RingSession {
         pipes: &mut Pipes,
         moved: &mut TurnBytes,
     ) -> OpResult {
-        let mut budget = BYTES_A_TURN;
+        let mut budget = BYTES_PER_TURN;
         loop {
             match self.empty_pipe(from, moved) {
                 Ok(()) => {}
@@ -77,7 +76,7 @@ impl RingSession {
             match self.fill(from, pipes, moved) {
                 FillOutcome::Some(bytes) => budget = budget.saturating_sub(bytes),
                 FillOutcome::Nothing => {
-                    // An urgent mark is readable, but not by splice.
+                    // An urgent mark makes the socket readable, but splice(2) stops at it.
                     self.streams[from as usize].streak += u8::from(readable);
                     self.wait(key, from, OpUse::Readable, ring);
                     break;
@@ -88,7 +87,7 @@ impl RingSession {
                     break;
                 }
                 FillOutcome::NoPipe => {
-                    self.streams[from as usize].crammed = true;
+                    self.streams[from as usize].pipe_failed = true;
                     self.leave_bulk(from);
                     break;
                 }
@@ -99,13 +98,13 @@ impl RingSession {
         OpResult::Nothing
     }
 
-    /// Sends all that is in the pipe.
+    /// Sends all bytes in the pipe.
     fn empty_pipe(&mut self, from: SessionSide, moved: &mut TurnBytes) -> Result<(), StreamError> {
         let Some(pipe) = &mut self.streams[from as usize].pipe else { return Ok(()) };
         let Some(to) = &self.sockets[from.other() as usize] else { return Ok(()) };
         while pipe.holds() > 0 {
             match pipe.drain(to) {
-                // Not to be had from a pipe that holds something.
+                // splice(2) cannot return 0 for a pipe that is not empty.
                 Ok(0) => return Err(StreamError::Broken(libc::EIO)),
                 Ok(sent) => self.close.sent_on(from, sent, moved),
                 Err(error) => match StreamError::of(&error) {
@@ -137,12 +136,11 @@ impl RingSession {
                 self.close.received(from, bytes, moved);
                 let small = crammed || bytes < BUFFER_LEN;
                 stream.streak = if small { stream.streak + 1 } else { 0 };
-                stream.crammed = crammed;
+                stream.pipe_failed = crammed;
                 FillOutcome::Some(bytes)
             }
             Err(StreamError::WouldBlock | StreamError::Interrupted) => FillOutcome::Nothing,
-            // A receive needs less memory; EINVAL: this kind of socket cannot be spliced
-            // (splice(2)).
+            // A receive needs less memory. EINVAL: splice(2) does not support this socket.
             Err(StreamError::Shortage | StreamError::Broken(libc::EINVAL)) => FillOutcome::NoPipe,
             Err(StreamError::Broken(errno)) => {
                 self.end_of(from, errno, moved);
@@ -151,17 +149,17 @@ impl RingSession {
         }
     }
 
-    /// From now on by receives, the first of which is armed by the caller.
+    /// Returns the stream to receives. The caller arms the first one.
     fn leave_bulk(&mut self, from: SessionSide) {
         let stream = &mut self.streams[from as usize];
         stream.mode = RingMode::Ring;
         stream.streak = 0;
-        if std::mem::take(&mut stream.crammed) {
-            stream.shunned = (stream.shunned + 1).min(SHUNNED_MAX);
+        if std::mem::take(&mut stream.pipe_failed) {
+            stream.pipe_failures = (stream.pipe_failures + 1).min(PIPE_FAILURES_MAX);
         }
     }
 
-    /// Others may use it. One that still holds something stays.
+    /// Returns an empty pipe to the pool, for other sessions.
     fn give_back_pipe(&mut self, from: SessionSide, pipes: &mut Pipes) {
         if let Some(pipe) = self.streams[from as usize].pipe.take_if(|pipe| pipe.holds() == 0) {
             pipes.give_back(*pipe);

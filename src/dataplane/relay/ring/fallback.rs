@@ -1,10 +1,11 @@
-//! When there is no buffer in the ring to receive into: with one of the
-//! session's own, and where the process's budget has none left, with none. And
-//! when the kernel itself has no memory: later.
+//! Moves bytes while the ring has no buffer to receive into.
 //!
-//! Driven by `RingEngine` for sides that starve. It never drops a byte: what can
-//! be neither kept nor sent stays in the kernel's receive buffer, and TCP holds
-//! the sender back.
+//! Called by `RingEngine` for sides that wait for a buffer. It drops no bytes.
+//!
+//! - While the process's budget has room, a session uses its own buffer.
+//! - Otherwise it uses none: bytes that cannot be sent stay in the kernel's receive queue, and
+//!   TCP flow control stops the sender.
+//! - If the kernel has no memory, it retries at the next tick.
 
 use super::streams::{OpResult, OpUse, RingSession, tag};
 use crate::local_errors::StreamError;
@@ -19,26 +20,26 @@ use tidegate_net::pipe::Pipes;
 use tidegate_net::ring::{BUFFER_LEN, Chunk, PollInterest, Ring};
 use tidegate_net::stream;
 
-/// What is read with when the ring has no buffer.
+/// Buffers used while the ring has none.
 #[derive(Debug)]
 pub(super) struct FallbackBuffers {
-    /// What is over moves to a buffer of the session's own.
+    /// Shared by all sessions. Received bytes are copied to a buffer of the session.
     scratch: Box<[u8]>,
     budget: Arc<MemoryBudget>,
 }
 
-/// What came of asking for bytes without a receive in flight.
+/// Result of a receive without a ring buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FallbackResult {
-    /// It is no longer starved.
+    /// The side does not wait for a buffer any more.
     Done,
-    /// It still is.
+    /// The side still waits for a buffer.
     MoreToRead,
-    /// It waits for its own bytes to be sent.
+    /// The side waits until its bytes are sent.
     Waits,
-    /// The kernel has no memory for it.
+    /// The kernel has no memory.
     Short,
-    /// The side across has failed, and it is news.
+    /// The other side has failed.
     Failed,
 }
 
@@ -61,30 +62,32 @@ impl RingSession {
         OpResult::Starved { side, alone: stream.queued > 0 }
     }
 
-    /// The kernel had no memory even to wait with: it is asked again at a tick.
+    /// Marks the side for a retry at the next tick, because the kernel had no memory for a poll.
     #[cold]
     pub(super) fn wait_short(&mut self, side: SessionSide) -> OpResult {
         let stream = &mut self.streams[side as usize];
-        (stream.dry, stream.short) = (false, true);
+        (stream.unbuffered, stream.short) = (false, true);
         OpResult::Short(side)
     }
 
-    /// Whether nothing is received from that side as its bytes wait.
+    /// Whether the receive of this side is stopped because its bytes wait to be sent.
     pub(super) fn is_stalled(&self, from: SessionSide) -> bool {
         let stream = &self.streams[from as usize];
         stream.receive.is_none()
             && stream.stalled_poll.is_none()
-            && (stream.pipe.is_some() || stream.dry || stream.queued > 0 && stream.poll.is_none())
+            && (stream.pipe.is_some()
+                || stream.unbuffered
+                || stream.queued > 0 && stream.poll.is_none())
             && !stream.starved
             && !stream.short
             && !self.close.ended(from)
             && !self.close.failed(from.other())
     }
 
-    /// Watches a side that still is stalled for its failure, which no receive
-    /// would tell of.
+    /// Starts to watch a side for failure if it is still stalled, because no receive would
+    /// report the failure.
     pub(super) fn watch_stalled(&mut self, key: u32, from: SessionSide, ring: &mut Ring) {
-        self.streams[from as usize].listed = false;
+        self.streams[from as usize].stall_reported = false;
         if self.halted || !self.is_stalled(from) {
             return;
         }
@@ -96,14 +99,16 @@ impl RingSession {
         }
     }
 
-    /// Whether that side waits for a buffer.
+    /// Whether the side waits for a buffer.
     pub(super) fn is_without_buffer(&self, from: SessionSide) -> bool {
         !self.halted && self.streams[from as usize].starved
     }
 
-    /// Gets a starved side going again: with a receive where there are buffers,
-    /// else by reading what its empty queue can take, else by passing on what
-    /// finds room at once.
+    /// Continues a side that waits for a buffer, by the first of these that is possible:
+    ///
+    /// 1. Arm a ring receive, if the pool has buffers.
+    /// 2. Receive into a buffer of the session, if the budget has room.
+    /// 3. Peek, and send what the other side accepts now.
     pub(super) fn receive_fallback(
         &mut self,
         key: u32,
@@ -119,18 +124,18 @@ impl RingSession {
             return FallbackResult::Done;
         }
         if stream.queued > 0 {
-            // The end of the send tries again.
+            // The completion of the send retries.
             stream.starved = false;
             return FallbackResult::Waits;
         }
         let Some(socket) = self.sockets[from as usize].clone() else { return FallbackResult::Done };
         let FallbackBuffers { scratch, budget } = buffers;
         let keeps = budget.has(scratch.len());
-        let there = match keeps {
+        let received = match keeps {
             true => stream::receive(&socket, scratch),
             false => stream::peek(&socket, scratch),
         };
-        match there {
+        match received {
             Ok(0) => {
                 self.streams[from as usize].starved = false;
                 self.end_of(from, 0, moved);
@@ -140,8 +145,8 @@ impl RingSession {
                 self.received(key, from, chunk, ring, moved);
                 return FallbackResult::MoreToRead;
             }
-            Ok(there) => {
-                return self.pass_on(key, from, &socket, &mut scratch[..there], ring, moved);
+            Ok(peeked) => {
+                return self.pass_on(key, from, &socket, &mut scratch[..peeked], ring, moved);
             }
             Err(error) => return self.back_off(key, from, &error, ring, moved),
         }
@@ -170,8 +175,8 @@ impl RingSession {
         FallbackResult::Done
     }
 
-    /// Sends what was seen at `from` and still is to be received there, and
-    /// receives as much as found room. Nothing of this direction is in flight.
+    /// Sends bytes that were peeked at `from`, then consumes the sent ones from its receive
+    /// queue. No operation of this direction may be in flight.
     fn pass_on(
         &mut self,
         key: u32,
@@ -191,8 +196,8 @@ impl RingSession {
             Err(StreamError::Broken(errno)) => {
                 self.streams[from as usize].starved = false;
                 self.send_failed(from, errno, ring);
-                // It cannot be delivered; left unread it would turn a close in order into
-                // a reset. What is wrong with this socket shows at its next read.
+                // Discard the bytes: left unread, they would turn a close with FIN into a
+                // reset. An error of this socket is reported by its next receive.
                 let _ = self.close.receive_seen(from, seen, moved, receive);
                 return FallbackResult::Failed;
             }
@@ -211,7 +216,7 @@ impl RingSession {
             }
         }
         let stream = &mut self.streams[from as usize];
-        (stream.starved, stream.dry) = (false, true);
+        (stream.starved, stream.unbuffered) = (false, true);
         self.wait(key, from, OpUse::Writable, ring);
         FallbackResult::Waits
     }
@@ -222,7 +227,7 @@ impl RingSession {
         FallbackResult::Short
     }
 
-    /// Goes on where the kernel had no memory.
+    /// Continues a side for which the kernel had no memory.
     pub(super) fn retry_short(
         &mut self,
         key: u32,
@@ -239,9 +244,9 @@ impl RingSession {
             stream.starved = true;
             return OpResult::Starved { side: from, alone: true };
         }
-        let meaning = self.splice(key, from, false, ring, pipes, moved);
+        let result = self.splice(key, from, false, ring, pipes, moved);
         self.arm(key, from, ring);
         self.finish(from);
-        meaning
+        result
     }
 }

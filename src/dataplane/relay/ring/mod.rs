@@ -1,10 +1,10 @@
-//! The ring engine: receives and sends as io_uring operations on a ring of a
-//! worker's own.
+//! The ring engine: receives and sends as io_uring operations, on one ring per worker.
 //!
-//! Driven by `engine` and its task, woken by the ring's eventfd through the runtime's
-//! reactor. Multishot receives into shared buffers, sends straight out of them;
-//! an idle session holds no buffer. Nothing here is unsafe: what the kernel uses
-//! belongs to `net::ring`.
+//! Driven by `engine` and its task, which the ring's eventfd wakes through the runtime's
+//! reactor. It contains no unsafe code: `net::ring` owns all memory that the kernel uses.
+//!
+//! - Multishot receives fill buffers of a shared pool. Sends read from the same buffers.
+//! - An idle session holds no buffer.
 
 mod bulk;
 mod fallback;
@@ -36,67 +36,70 @@ use tidegate_net::reactor;
 use tidegate_net::ring::{BUFFER_LEN, Completion, Ring, RingCounts, RingSettings, RingWaker};
 use tokio::io::unix::AsyncFd;
 
-/// 16 MiB at most for a worker, and only as much as was ever in use at once.
-/// 256 were enough for 512 busy sessions and 64 cost them 20 %; the rest is for
-/// slow readers, each of which pins eight. Where they run out, sessions go on
-/// with a buffer each of their own, slower, and where the process's budget has no
-/// room for that, with none. Few are shown at first: those stay
-/// in the cache, and a sender faster than its reader fills no more than those
-/// before it is stopped. But one system call completes up to forty receives
-/// (twice twenty pieces of deferred work), and each needs one: showing sixteen
-/// cost up to 25 % at 512 busy sessions.
+/// Size of the buffer pool of a worker, and the buffers offered to the kernel at first.
+///
+/// The pool takes up to 16 MiB, and only as much as was in use at the same time. In
+/// measurements 256 buffers were enough for 512 busy sessions; 64 cost 20 %. The rest is for
+/// slow readers, each of which holds eight. If the pool is empty, a session uses its own
+/// buffer, which is slower. If the process's budget is used up too, it uses none.
+///
+/// Few buffers are offered at first: they stay in the CPU cache, and a sender that is faster
+/// than its reader fills only those before it is stopped. But one system call completes up to
+/// forty receives, and each needs a buffer: offering 16 cost up to 25 % with 512 busy sessions.
 pub(crate) const SETTINGS: RingSettings = RingSettings { buffers: 1024, shown: 64 };
 
-/// Between two ticks. Wake-ups by the eventfd are argued for, not promised: look now and then.
+/// Time between two ticks. Ticks also cover a wake-up that the eventfd might miss.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Ticks without starvation after which fewer buffers are shown again.
+/// Ticks without a missing buffer after which fewer buffers are offered again.
 const NARROW_AFTER: u32 = 10;
 
-/// The ring, and what is shared by all sessions.
+/// The ring, and state shared by all sessions.
 #[derive(Debug)]
 pub(super) struct RingEngine {
     ring: Ring,
-    bell: AsyncFd<RingWaker>,
+    waker: AsyncFd<RingWaker>,
     pipes: Pipes,
     /// Sides that wait for a buffer.
     starved: VecDeque<(u32, SessionSide)>,
-    /// Sides not received from since the last tick.
+    /// Sides whose receive has been stopped since the last tick, because their bytes wait.
     stalled: Vec<(u32, SessionSide)>,
-    /// Sides the kernel had no memory for since the last tick.
+    /// Sides for which the kernel had no memory since the last tick.
     short: Vec<(u32, SessionSide)>,
-    /// For reading where there is no buffer.
+    /// Used while the pool has no buffer.
     fallback: FallbackBuffers,
-    /// Starvations seen at the last tick, and ticks since there was one.
-    starved_before: u64,
+    /// Count of missing buffers at the last tick.
+    last_starved: u64,
+    /// Ticks since a buffer was missing.
     quiet_ticks: u32,
     /// Set while the ring wakes the task.
     armed: bool,
-    /// Where the ring's counts are shown, and those that are.
+    /// The worker's counters.
     worker: Arc<WorkerCounters>,
+    /// Counts of the ring that have been added to the worker's counters.
     shown: RingCounts,
 }
 
 // === impl RingEngine ===
 
 impl RingEngine {
-    /// On the current thread and its runtime.
+    /// Creates an engine on the current thread's runtime.
     pub(super) fn new(
         settings: RingSettings,
         budget: Arc<MemoryBudget>,
         worker: Arc<WorkerCounters>,
     ) -> io::Result<RingEngine> {
         let ring = Ring::new(settings)?;
-        let bell = reactor::watch_readable(ring.wake())?;
+        let waker = reactor::watch_readable(ring.wake())?;
         Ok(RingEngine {
             ring,
-            bell,
+            waker,
             pipes: Pipes::new(Arc::clone(&budget)),
             starved: VecDeque::new(),
             stalled: Vec::new(),
             short: Vec::new(),
             fallback: FallbackBuffers::new(budget),
-            starved_before: 0,
+            last_starved: 0,
             quiet_ticks: 0,
             armed: false,
             worker,
@@ -104,7 +107,7 @@ impl RingEngine {
         })
     }
 
-    /// Adds what the ring has counted since the last time.
+    /// Adds new counts of the ring to the worker's counters.
     fn show_counts(&mut self) {
         let now = self.ring.counts();
         let before = std::mem::replace(&mut self.shown, now);
@@ -124,7 +127,7 @@ impl RingEngine {
         memory.add(now.short - before.short);
     }
 
-    /// Shows how much of the pool holds received bytes.
+    /// Sets the gauge of pool bytes that hold received data.
     fn show_held(&self) {
         let ring = &self.ring;
         let idle = ring.buffers_free() + ring.buffers_shown();
@@ -134,29 +137,29 @@ impl RingEngine {
     #[inline]
     fn handle(state: &mut EngineState<RingEngine>, event: Completion) {
         let key = streams::key_of(event.tag);
-        // Flows outlive their operations, so this one is there.
-        let Some(entry) = state.flows.get_mut(key as usize) else { return };
+        // A session stays until its operations are complete, so the entry exists.
+        let Some(entry) = state.sessions.get_mut(key as usize) else { return };
         let last = event.last;
         let mut moved = TurnBytes::default();
         let RingEngine { ring, pipes, .. } = &mut state.io;
-        let meaning = entry.flow.handle(event, ring, pipes, &mut moved);
-        RingEngine::handle_result(state, key, meaning, &moved);
+        let result = entry.session.handle(event, ring, pipes, &mut moved);
+        RingEngine::handle_result(state, key, result, &moved);
         if last {
             state.finish_when_idle(key);
         }
     }
 
-    /// What an event, or a try without one, leaves to do.
+    /// Applies the result of an event or of a retry to the engine.
     #[inline]
     fn handle_result(
         state: &mut EngineState<RingEngine>,
         key: u32,
-        meaning: OpResult,
+        result: OpResult,
         moved: &TurnBytes,
     ) {
-        let verdict = &state.flows[key as usize].flow.close;
-        let next = verdict.ending().map_or(TurnNext::Wait, TurnNext::End);
-        match meaning {
+        let close = &state.sessions[key as usize].session.close;
+        let next = close.ending().map_or(TurnNext::Wait, TurnNext::End);
+        match result {
             OpResult::Nothing => {}
             OpResult::Connected(how) => state.connect_decided(key, how),
             OpResult::ClientFailed => state.client_failed(key),
@@ -174,49 +177,49 @@ impl RingEngine {
         state.progress(key, moved, next);
     }
 
-    /// Has that side go on at the next tick.
+    /// Schedules a retry for the side at the next tick, because the kernel had no memory.
     #[cold]
     fn note_shortage(&mut self, key: u32, side: SessionSide) {
         self.worker.count_local_error(LocalErrorKind::Memory, LocalErrorPlace::Relay);
         self.short.push((key, side));
     }
 
-    /// Has everything go on that ran short of memory.
+    /// Retries everything for which the kernel had no memory.
     fn retry_short(state: &mut EngineState<RingEngine>) {
         state.io.ring.retry_all();
         for (key, side) in std::mem::take(&mut state.io.short) {
-            // A flow that came after is not short.
-            let Some(entry) = state.flows.get_mut(key as usize) else { continue };
+            // The key can be of a later session, whose side is not marked short.
+            let Some(entry) = state.sessions.get_mut(key as usize) else { continue };
             if !entry.is_relaying() {
                 continue;
             }
             let mut moved = TurnBytes::default();
             let RingEngine { ring, pipes, .. } = &mut state.io;
-            let meaning = entry.flow.retry_short(key, side, ring, pipes, &mut moved);
-            RingEngine::handle_result(state, key, meaning, &moved);
+            let result = entry.session.retry_short(key, side, ring, pipes, &mut moved);
+            RingEngine::handle_result(state, key, result, &moved);
         }
     }
 
-    /// Lets every starved side try again, once.
+    /// Gives every side that waits for a buffer one attempt to receive.
     fn receive_fallback(state: &mut EngineState<RingEngine>) {
         for _ in 0..state.io.starved.len() {
             let Some((key, side)) = state.io.starved.pop_front() else { return };
-            let Some(entry) = state.flows.get_mut(key as usize) else { continue };
-            // An entry of an earlier flow in this place does no harm.
-            if !entry.is_relaying() || !entry.flow.is_without_buffer(side) {
+            let Some(entry) = state.sessions.get_mut(key as usize) else { continue };
+            // The key can be of a later session, whose side is not marked starved.
+            if !entry.is_relaying() || !entry.session.is_without_buffer(side) {
                 continue;
             }
             let RingEngine { ring, fallback, starved, stalled, .. } = &mut state.io;
             let mut moved = TurnBytes::default();
             let (mut failed, mut short) = (false, false);
-            match entry.flow.receive_fallback(key, side, ring, fallback, &mut moved) {
+            match entry.session.receive_fallback(key, side, ring, fallback, &mut moved) {
                 FallbackResult::Done => {}
                 FallbackResult::MoreToRead => starved.push_back((key, side)),
                 FallbackResult::Waits => stalled.push((key, side)),
                 FallbackResult::Short => short = true,
                 FallbackResult::Failed => failed = true,
             }
-            let next = entry.flow.close.ending().map_or(TurnNext::Wait, TurnNext::End);
+            let next = entry.session.close.ending().map_or(TurnNext::Wait, TurnNext::End);
             if short {
                 state.io.note_shortage(key, side);
             }
@@ -227,7 +230,7 @@ impl RingEngine {
 }
 
 impl EngineIo for RingEngine {
-    type Flow = RingSession;
+    type Session = RingSession;
 
     fn wants_tick(&self, sessions: bool) -> bool {
         sessions || self.pipes.has_spare()
@@ -240,43 +243,43 @@ impl EngineIo for RingEngine {
     fn attach(
         &mut self,
         key: u32,
-        flow: &mut RingSession,
+        session: &mut RingSession,
         upstream: OwnedFd,
         pending: bool,
     ) -> io::Result<()> {
-        flow.attach(key, upstream, pending, &mut self.ring);
+        session.attach(key, upstream, pending, &mut self.ring);
         Ok(())
     }
 
-    fn detach(&mut self, flow: &mut RingSession) {
-        flow.detach(&mut self.ring);
+    fn detach(&mut self, session: &mut RingSession) {
+        session.detach(&mut self.ring);
     }
 
-    fn watch_client(&mut self, key: u32, flow: &mut RingSession, readable: bool) {
-        flow.watch_client(key, readable, &mut self.ring);
+    fn watch_client(&mut self, key: u32, session: &mut RingSession, readable: bool) {
+        session.watch_client(key, readable, &mut self.ring);
     }
 
-    fn begin(&mut self, key: u32, flow: &mut RingSession, _: &mut TurnBytes) -> TurnNext {
+    fn begin(&mut self, key: u32, session: &mut RingSession, _: &mut TurnBytes) -> TurnNext {
         for side in SessionSide::BOTH {
-            flow.arm(key, side, &mut self.ring);
+            session.arm(key, side, &mut self.ring);
         }
         TurnNext::Wait
     }
 
-    fn stop(&mut self, flow: &mut RingSession, how: StopMode) {
+    fn stop(&mut self, session: &mut RingSession, how: StopMode) {
         if how == StopMode::Cancel {
-            return flow.halt(&mut self.ring);
+            return session.halt(&mut self.ring);
         }
         self.worker.ring_events.cell(RingEvent::TornDown as usize, 0).add(1);
         tracing::warn!(
-            operations = flow.describe_operations(),
+            operations = session.describe_operations(),
             "io_uring operations did not complete after the session ended; resetting its sockets"
         );
-        flow.tear_down(&mut self.ring);
+        session.reset(&mut self.ring);
     }
 
-    fn request_progress(&mut self, flow: &mut RingSession) -> bool {
-        flow.ask_progress(&mut self.ring)
+    fn request_progress(&mut self, session: &mut RingSession) -> bool {
+        session.request_progress(&mut self.ring)
     }
 
     #[inline]
@@ -296,7 +299,7 @@ impl EngineIo for RingEngine {
             RingEngine::handle(state, event);
         }
         if !state.io.starved.is_empty() {
-            // What this batch gave back is to be had before the next.
+            // Offer the buffers that this batch has freed.
             state.io.ring.show_buffers();
             RingEngine::receive_fallback(state);
         }
@@ -307,10 +310,10 @@ impl EngineIo for RingEngine {
         RingEngine::retry_short(state);
         let mut stalled = std::mem::take(&mut state.io.stalled);
         for (key, side) in stalled.drain(..) {
-            if let Some(entry) = state.flows.get_mut(key as usize)
+            if let Some(entry) = state.sessions.get_mut(key as usize)
                 && entry.is_relaying()
             {
-                entry.flow.watch_stalled(key, side, &mut state.io.ring);
+                entry.session.watch_stalled(key, side, &mut state.io.ring);
             }
         }
         let io = &mut state.io;
@@ -322,7 +325,7 @@ impl EngineIo for RingEngine {
         io.show_counts();
         io.show_held();
         let starved = io.ring.counts().starved;
-        if std::mem::replace(&mut io.starved_before, starved) != starved {
+        if std::mem::replace(&mut io.last_starved, starved) != starved {
             io.quiet_ticks = 0;
             return TICK;
         }
@@ -344,7 +347,7 @@ impl EngineIo for RingEngine {
     }
 
     fn poll_wake(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.bell.poll_read_ready(cx).map(|guard| guard.map(|mut guard| guard.clear_ready()))
+        self.waker.poll_read_ready(cx).map(|guard| guard.map(|mut guard| guard.clear_ready()))
     }
 
     fn signal_wakeup(&self) -> io::Result<bool> {

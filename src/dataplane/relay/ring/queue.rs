@@ -1,16 +1,15 @@
-//! What one direction has received and not sent yet.
+//! The bytes of a direction that are received and not yet sent.
 //!
-//! Owned by a stream of `streams`; it decides nothing about when to receive or
-//! send.
+//! Owned by a direction in `streams`, which decides when to receive and send.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use tidegate_net::ring::{Chunk, Op, Ring};
 
-/// Chunks that wait to be sent: mostly none, and then no memory either.
+/// Chunks to be sent. Usually empty, and then without memory.
 #[derive(Debug, Default)]
-#[expect(clippy::box_collection, reason = "a quarter of the room in every idle session")]
+#[expect(clippy::box_collection, reason = "a quarter of the size in every idle session")]
 pub(super) struct SendQueue(Option<Box<VecDeque<Chunk>>>);
 
 // === impl SendQueue ===
@@ -20,7 +19,7 @@ impl SendQueue {
         self.0.is_none()
     }
 
-    /// Behind the rest, and within its last buffer where it can be.
+    /// Appends a chunk, to the last buffer of the queue if that has room.
     pub(super) fn push(&mut self, chunk: Chunk) {
         let queue = self.0.get_or_insert_default();
         if !queue.back_mut().is_some_and(|tail| tail.absorb(&chunk)) {
@@ -28,7 +27,7 @@ impl SendQueue {
         }
     }
 
-    /// Sends as much of it as one send takes; nothing where it is empty.
+    /// Starts a send of as many chunks as one operation takes. `None`: the queue is empty.
     #[inline]
     pub(super) fn send(&mut self, to: &Rc<OwnedFd>, tag: u64, ring: &mut Ring) -> Option<Op> {
         let queue = self.0.as_mut()?;

@@ -1,17 +1,15 @@
-//! One session on the ring: what is received, queued and sent in each
-//! direction, and which operations are in flight.
+//! A session of the ring engine: its sockets, queues and operations in flight.
 //!
-//! Driven by `RingEngine` with the ring's events. It owns the sockets together with
-//! the operations that use them, reads no clock and knows no timers.
+//! Driven by `RingEngine` with the events of the ring. It reads no clock and knows no timers.
 //!
-//! In each direction there is at most one receive and one send. Bytes wait in a
-//! queue while a send is in flight; at the high-water mark the receive is
-//! cancelled, at the low one it is started again. A stream that is never short
-//! of bytes goes over to bulk: through a pipe, see `bulk`.
+//! - Each direction has at most one receive and one send in flight.
+//! - Bytes are queued while a send is in flight. At the high-water mark the receive is
+//!   cancelled; at half of it, the receive is started again.
+//! - A stream whose buffers are full several times in a row becomes bulk, see `bulk`.
 
 use super::queue::SendQueue;
 use crate::relay::close_state::{CloseState, TurnBytes};
-use crate::relay::engine::{ConnectResult, EngineFlow};
+use crate::relay::engine::{ConnectResult, EngineSession};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use tidegate_core::outcome::SessionSide;
@@ -19,138 +17,134 @@ use tidegate_net::pipe::{Pipe, Pipes};
 use tidegate_net::ring::{BUFFER_LEN, Chunk, Completion, CompletionKind, Op, PollInterest, Ring};
 use tidegate_net::stream;
 
-/// Bytes queued at which a direction stops receiving, while buffers are plenty.
-/// It stops late: one receive takes as many buffers as are shown, which are 1
-/// MiB unless streams starve. The pool bounds all of them together.
+/// Queued bytes at which a direction stops receiving, while at least half of the pool is free.
+/// A direction can exceed it: one receive takes as many buffers as are offered, up to 1 MiB
+/// unless buffers are missing. The pool bounds all sessions together.
 const HIGH_WATER: u32 = 128 * 1024;
 
-/// The same once less than half of the pool's buffers are left, for the others.
+/// High-water mark while less than half of the pool is free.
 const HIGH_WATER_SCARCE: u32 = 2 * BUFFER_LEN as u32;
 
-/// Where a cancelled receive goes on for so much longer, the cancellation has
-/// missed it: try again.
+/// Bytes received after a cancel before it is repeated, because it missed the receive.
 const CANCEL_AGAIN: u32 = 512 * 1024;
 
-/// Full buffers in a row that make a stream bulk.
+/// Full buffers in a row after which a stream is bulk.
 const STREAK: u8 = 6;
 
-/// Each time a pipe was no use, the next has to wait for twice as many; so many
-/// times at most.
-pub(super) const SHUNNED_MAX: u8 = 5;
+/// How often the required streak is doubled. It doubles each time a pipe was inefficient.
+pub(super) const PIPE_FAILURES_MAX: u8 = 5;
 
-/// What an operation is for; the low bits of its tag.
+/// The purpose of an operation; the low bits of its tag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum OpUse {
     Receive,
-    /// Tagged with the side the bytes came from.
+    /// Tagged with the side that the bytes came from.
     Send,
     Connect,
-    /// The client, while the backend's connect is pending.
+    /// Poll of the client before the relay.
     Watch,
-    /// A socket that was drained by other means than a multishot receive.
+    /// Poll of a socket that has no multishot receive, for bytes.
     Readable,
-    /// A socket that has no room for what is in the pipe. Tagged with the side
-    /// the bytes came from.
+    /// Poll of a socket for room to send. Tagged with the side that the bytes came from.
     Writable,
-    /// A socket not received from, as its bytes wait.
+    /// Poll of a socket whose receive is stopped, for failure.
     Stalled,
 }
 
-// What matches on a tag's bits.
+// Constants for matching the bits of a tag.
 const CONNECT: u64 = OpUse::Connect as u64;
 const WATCH: u64 = OpUse::Watch as u64;
 const READABLE: u64 = OpUse::Readable as u64;
 const WRITABLE: u64 = OpUse::Writable as u64;
 const STALLED: u64 = OpUse::Stalled as u64;
 
-/// One session's sockets, streams and operations.
+/// Sockets, streams and operations of a session.
 #[derive(Debug, Default)]
 pub(in crate::relay) struct RingSession {
-    /// By side. Operations hold shares.
+    /// Indexed by side. Operations hold references.
     pub(super) sockets: [Option<Rc<OwnedFd>>; 2],
-    /// By the side the bytes come from.
+    /// Indexed by the side that the bytes come from.
     pub(super) streams: [RingDirection; 2],
     pub(super) close: CloseState,
-    /// Operations whose last event is still to come.
+    /// Operations that are not complete.
     pub(super) operations: u32,
     connect: Option<Op>,
     watch: Option<Op>,
-    /// Over: nothing new is started, and what still comes is dropped.
+    /// The session has ended. No operation is started, and results are discarded.
     pub(super) halted: bool,
-    /// Which streams were bulk before, by the side the bytes come from. Here is
-    /// room for it; in a stream it would make two of them longer.
+    /// Streams that have been bulk, by the side that the bytes come from. Kept here, because a
+    /// flag in `RingDirection` would enlarge it.
     were_bulk: [bool; 2],
 }
 
-/// Bytes from one side on their way to the other. Small: idle sessions have two.
+/// Bytes from one side to the other. Small, because every idle session has two.
 #[derive(Debug, Default)]
 pub(super) struct RingDirection {
     pub(super) receive: Option<Op>,
     pub(super) send: Option<Op>,
-    /// While neither of them can go on: for bytes to receive, or, where the pipe
-    /// holds some, for room to send.
+    /// Poll without a receive or send in flight: for room to send if the pipe holds bytes or
+    /// the direction is unbuffered, else for bytes.
     pub(super) poll: Option<Op>,
-    /// The poll of a socket that is not received from, as its bytes wait.
+    /// Poll of a socket whose receive is stopped, for failure.
     pub(super) stalled_poll: Option<Op>,
-    /// Behind what is being sent.
+    /// Chunks behind the send in flight.
     queue: SendQueue,
-    /// Never kept empty while the stream waits.
+    /// `None` while the pipe would be empty and the stream waits.
     pub(super) pipe: Option<Box<Pipe>>,
-    /// Bytes queued or being sent.
+    /// Bytes queued or in flight to be sent.
     pub(super) queued: u32,
-    /// `queued` at which to cancel the receive, next time.
+    /// Value of `queued` at which to cancel the receive.
     cancel_at: u32,
     pub(super) mode: RingMode,
     /// Waits for a buffer.
     pub(super) starved: bool,
-    /// Has no buffer to keep bytes in, and waits for room to send them at once.
-    pub(super) dry: bool,
-    /// The kernel had no memory to go on; nothing is in flight, and it is tried
-    /// again at a tick.
+    /// No buffer is available, and the other side has no room for the bytes.
+    pub(super) unbuffered: bool,
+    /// The kernel had no memory. No operation is in flight; a tick retries.
     pub(super) short: bool,
-    /// Already reported as stalled.
-    pub(super) listed: bool,
+    /// The stall has been reported to the engine.
+    pub(super) stall_reported: bool,
     /// Full buffers in a row; in bulk, small fills in a row.
     pub(super) streak: u8,
-    /// The last fill was crammed.
-    pub(super) crammed: bool,
-    /// How often a pipe was no use, or not to be had.
-    pub(super) shunned: u8,
+    /// The last fill was crammed, or no pipe was available.
+    pub(super) pipe_failed: bool,
+    /// How often a pipe was inefficient or not available.
+    pub(super) pipe_failures: u8,
 }
 
-/// How a stream's bytes are moved.
+/// How the bytes of a stream are moved.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub(super) enum RingMode {
-    /// By receives and sends; bulk is noticed.
+    /// By receives and sends. The stream can become bulk.
     #[default]
     Ring,
-    /// Bulk, as soon as what was received before is sent.
+    /// Becomes bulk once the queued bytes are sent.
     ToBulk,
-    /// Through a pipe; nothing is received or queued.
+    /// Through a pipe. No receive is in flight and no chunk is queued.
     Bulk,
 }
 
-/// What an event means to the engine, beside what it moved.
+/// What the engine must do after an event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum OpResult {
     Nothing,
-    /// The pending connect was decided.
+    /// The pending connect ended.
     Connected(ConnectResult),
-    /// The client has failed before it was relayed.
+    /// The client failed before the relay.
     ClientFailed,
-    /// The client has sent or ended something before it was relayed.
+    /// The client sent bytes or a FIN before the relay.
     ClientReadable,
-    /// No buffer for bytes of that side; `alone` where it took them all itself.
+    /// No buffer for bytes of this side. `alone`: the side holds buffers in its own queue.
     Starved {
         side: SessionSide,
         alone: bool,
     },
-    /// That side is not received from, as its bytes wait.
+    /// The receive of this side is stopped, because its bytes wait to be sent.
     Stalled(SessionSide),
-    /// The kernel has no memory to move bytes of that side.
+    /// The kernel has no memory to move bytes of this side.
     Short(SessionSide),
-    /// That side has failed, and it is news.
+    /// This side has failed.
     Failed(SessionSide),
 }
 
@@ -160,7 +154,7 @@ pub(super) fn tag(key: u32, side: SessionSide, what: OpUse) -> u64 {
     u64::from(key) << 8 | (side as u64) << 4 | what as u64
 }
 
-/// The flow an event belongs to.
+/// The key of the session that an event belongs to.
 #[inline]
 pub(super) fn key_of(tag: u64) -> u32 {
     (tag >> 8) as u32
@@ -205,7 +199,7 @@ impl RingSession {
         }
     }
 
-    /// Stops everything; what is in flight comes back soon.
+    /// Cancels all operations and discards queued bytes. The operations complete soon after.
     pub(super) fn halt(&mut self, ring: &mut Ring) {
         self.halted = true;
         for stream in &mut self.streams {
@@ -217,7 +211,7 @@ impl RingSession {
         self.cancel_all(ring);
     }
 
-    /// What is in flight, and what it is for.
+    /// Operations in flight with their names.
     fn in_flight(&self) -> impl Iterator<Item = (&'static str, Op)> {
         let of = |stream: &RingDirection| {
             let RingDirection { receive, send, poll, stalled_poll, .. } = stream;
@@ -233,7 +227,7 @@ impl RingSession {
         all.filter_map(|(name, op)| Some((name, op?)))
     }
 
-    /// What has not come back, in words.
+    /// Describes the operations in flight, for the log.
     pub(super) fn describe_operations(&self) -> String {
         let names: Vec<&str> = self.in_flight().map(|(name, _)| name).collect();
         format!("{} in all: {}", self.operations, names.join(", "))
@@ -245,36 +239,35 @@ impl RingSession {
         }
     }
 
-    /// Cancelling was not enough: takes the connections away from under the
-    /// operations.
-    pub(super) fn tear_down(&self, ring: &mut Ring) {
+    /// Resets the connections, because the operations did not complete after a cancel.
+    pub(super) fn reset(&self, ring: &mut Ring) {
         for socket in self.sockets.iter().flatten() {
             stream::abort(socket);
         }
         self.cancel_all(ring);
     }
 
-    /// Asks whatever waits for room how far it is; false where nothing does.
-    pub(super) fn ask_progress(&self, ring: &mut Ring) -> bool {
-        let mut asked = false;
+    /// Requests the progress of sends that wait for room. Returns false if there are none.
+    pub(super) fn request_progress(&self, ring: &mut Ring) -> bool {
+        let mut requested = false;
         for stream in &self.streams {
             if let Some(op) = stream.send {
                 ring.request_progress(op);
-                asked = true;
-            } else if (stream.pipe.is_some() || stream.dry)
+                requested = true;
+            } else if (stream.pipe.is_some() || stream.unbuffered)
                 && let Some(op) = stream.poll
             {
-                // Its end has the pipe tried again: there may be room, though
-                // too little for the kernel to tell.
+                // The end of the poll retries the send. There can be room, but too little for
+                // the kernel to report.
                 ring.cancel(op);
-                asked = true;
+                requested = true;
             }
         }
-        asked
+        requested
     }
 }
 
-impl EngineFlow for RingSession {
+impl EngineSession for RingSession {
     fn socket(&self, side: SessionSide) -> Option<BorrowedFd<'_>> {
         self.sockets[side as usize].as_ref().map(AsFd::as_fd)
     }
@@ -298,7 +291,8 @@ impl EngineFlow for RingSession {
 // === impl RingSession: moving bytes ===
 
 impl RingSession {
-    /// Receives from that side, unless it does, or must not now.
+    /// Starts a receive from this side, unless one is in flight or the side must not receive
+    /// now.
     pub(super) fn arm(&mut self, key: u32, from: SessionSide, ring: &mut Ring) {
         let stream = &mut self.streams[from as usize];
         if self.halted
@@ -331,7 +325,7 @@ impl RingSession {
         self.operations += 1;
     }
 
-    /// Waits for bytes from that side, or for room for them at the other.
+    /// Polls this side for bytes, or the other side for room to send them.
     pub(super) fn wait(&mut self, key: u32, from: SessionSide, what: OpUse, ring: &mut Ring) {
         let (of, interest) = match what {
             OpUse::Writable => (from.other(), PollInterest::Writable),
@@ -344,7 +338,7 @@ impl RingSession {
         }
     }
 
-    /// Deals with what happened to an operation of this flow's.
+    /// Handles an event of an operation of this session.
     #[inline]
     pub(super) fn handle(
         &mut self,
@@ -363,9 +357,9 @@ impl RingSession {
             self.note_late(side, &what, moved);
             return OpResult::Nothing;
         }
-        let meaning = match what {
+        let result = match what {
             CompletionKind::Data(chunk) => {
-                self.classify_result(side, chunk.len(), ring);
+                self.classify_stream(side, chunk.len(), ring);
                 self.received(key, side, chunk, ring, moved);
                 OpResult::Nothing
             }
@@ -395,13 +389,13 @@ impl RingSession {
             self.arm(key, side, ring);
         }
         self.finish(side);
-        if meaning == OpResult::Nothing
+        if result == OpResult::Nothing
             && self.is_stalled(side)
-            && !std::mem::replace(&mut self.streams[side as usize].listed, true)
+            && !std::mem::replace(&mut self.streams[side as usize].stall_reported, true)
         {
             return OpResult::Stalled(side);
         }
-        meaning
+        result
     }
 
     fn forget(&mut self, op: Op, side: SessionSide) {
@@ -415,15 +409,15 @@ impl RingSession {
         }
     }
 
-    /// Whether the stream is one for a pipe.
-    fn classify_result(&mut self, from: SessionSide, len: usize, ring: &mut Ring) {
+    /// Counts full buffers, and makes the stream bulk after enough of them.
+    fn classify_stream(&mut self, from: SessionSide, len: usize, ring: &mut Ring) {
         let stream = &mut self.streams[from as usize];
         if len < BUFFER_LEN {
             stream.streak = 0;
             return;
         }
         stream.streak = stream.streak.saturating_add(1);
-        if stream.streak >= STREAK << stream.shunned && stream.mode == RingMode::Ring {
+        if stream.streak >= STREAK << stream.pipe_failures && stream.mode == RingMode::Ring {
             stream.mode = RingMode::ToBulk;
             stream.streak = 0;
             if let Some(op) = stream.receive {
@@ -472,8 +466,8 @@ impl RingSession {
         self.operations += u32::from(stream.send.is_some());
     }
 
-    /// That side's peer cannot be sent to any more. What waits for it is thrown
-    /// away; what it had sent is still read.
+    /// Records that bytes from `from` cannot be sent, because the other side has failed.
+    /// Discards the queued bytes. Bytes that the failed side had sent are still received.
     pub(super) fn send_failed(
         &mut self,
         from: SessionSide,
@@ -501,7 +495,7 @@ impl RingSession {
         OpResult::Nothing
     }
 
-    /// Passes an end on, once nothing is before it.
+    /// Passes on the end of a side once all bytes before it are sent.
     pub(super) fn finish(&mut self, from: SessionSide) {
         let stream = &self.streams[from as usize];
         let waits = stream.send.is_some() || stream.pipe.is_some() || !stream.queue.is_empty();
@@ -512,8 +506,7 @@ impl RingSession {
         self.close.finish(from, || to.map_or(Ok(()), stream::shutdown_write));
     }
 
-    /// What an operation did before it was stopped is counted, though nothing more is
-    /// made of it.
+    /// Counts what an operation moved before it was cancelled.
     #[cold]
     fn note_late(&mut self, side: SessionSide, what: &CompletionKind, moved: &mut TurnBytes) {
         match what {
@@ -527,12 +520,12 @@ impl RingSession {
         }
     }
 
-    /// The errno behind the end of what `side` sent; 0 for a FIN.
+    /// Returns the errno if the end of `side` is a failure, or 0 if it is a FIN.
     ///
-    /// A socket tells its error once. A send of the ring that has sent a part
-    /// takes it and comes back short (`io_send` in Linux), and what is received
-    /// then ends as by a FIN. So while something is being sent to that side, its
-    /// end is looked into; nothing else of ours could have taken the error.
+    /// A socket reports its error once. A ring send that has sent a part consumes the error and
+    /// completes as a short send (`io_send` in Linux). The receive then ends as if by a FIN.
+    /// Therefore the end is checked if a send to this side is in flight. No other operation can
+    /// consume the error.
     fn failure_behind_end(&self, side: SessionSide) -> i32 {
         let back = &self.streams[side.other() as usize];
         if back.send.is_none() && back.pipe.is_none() {
@@ -542,8 +535,8 @@ impl RingSession {
         socket.and_then(stream::close_error).unwrap_or(0)
     }
 
-    /// There are bytes on a socket that was drained, or room for those in the
-    /// pipe; or the wait for that was cut short.
+    /// Handles the end of a poll: bytes arrived, there is room to send, or the poll was
+    /// cancelled.
     fn woken(
         &mut self,
         key: u32,
@@ -553,7 +546,7 @@ impl RingSession {
         pipes: &mut Pipes,
         moved: &mut TurnBytes,
     ) -> OpResult {
-        self.streams[side as usize].dry = false;
+        self.streams[side as usize].unbuffered = false;
         match self.streams[side as usize].mode {
             RingMode::Bulk => self.splice(key, side, readable, ring, pipes, moved),
             RingMode::ToBulk => OpResult::Nothing,
@@ -583,7 +576,7 @@ impl RingSession {
             STALLED if result == Ok(true) && self.close.note_failure(side) => {
                 OpResult::Failed(side)
             }
-            // Cancelled, or of an attempt that was given up.
+            // Cancelled, or a poll of an earlier connect attempt.
             _ => OpResult::Nothing,
         }
     }

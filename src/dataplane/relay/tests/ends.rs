@@ -1,4 +1,4 @@
-//! Ends: how sessions are over, and that both engines report the same.
+//! Tests of how sessions end. Both engines must report the same.
 
 use super::*;
 use tidegate_core::outcome::SessionEnd;
@@ -8,12 +8,16 @@ fn idle(idle: u64, half_closed: u64) -> SessionTimeouts {
         stalled: None,
         idle: Some(Duration::from_millis(idle)),
         half_closed: Some(Duration::from_millis(half_closed)),
-        ..FOREVER
+        ..NO_TIMEOUTS
     }
 }
 
-/// Both sockets can be used as if nothing had ever been in flight on them.
-async fn sockets_are_ours(relayed: RelayResult, mut client: TcpStream, mut backend: TcpStream) {
+/// Asserts that both sockets can be used: no operation is in flight on them.
+async fn assert_sockets_are_usable(
+    relayed: RelayResult,
+    mut client: TcpStream,
+    mut backend: TcpStream,
+) {
     let [to_client, to_backend] = relayed.sockets.unwrap();
     assert_eq!(tidegate_net::stream::send(&to_client, b"bye").unwrap(), 3);
     assert_eq!(tidegate_net::stream::send(&to_backend, b"bye").unwrap(), 3);
@@ -26,9 +30,9 @@ async fn sockets_are_ours(relayed: RelayResult, mut client: TcpStream, mut backe
 }
 
 #[test]
-fn an_answer_after_the_clients_fin_arrives() {
+fn answer_after_the_clients_fin_arrives() {
     on_each(|rig| async move {
-        let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
+        let Session { mut client, mut backend, relayed } = rig.session(NO_TIMEOUTS);
         client.write_all(b"question").await.unwrap();
         client.shutdown().await.unwrap();
         let mut question = Vec::new();
@@ -49,10 +53,10 @@ fn an_answer_after_the_clients_fin_arrives() {
 }
 
 #[test]
-fn what_came_before_a_reset_is_delivered_and_the_reset_is_told() {
+fn bytes_before_a_reset_are_delivered_and_the_reset_is_reported() {
     on_each(|rig| async move {
         for side in SessionSide::BOTH {
-            let Session { client, backend, relayed } = rig.session(FOREVER);
+            let Session { client, backend, relayed } = rig.session(NO_TIMEOUTS);
             let (mut failing, mut other) = match side {
                 SessionSide::Client => (client, backend),
                 SessionSide::Backend => (backend, client),
@@ -73,10 +77,10 @@ fn what_came_before_a_reset_is_delivered_and_the_reset_is_told() {
 }
 
 #[test]
-fn a_reset_behind_half_a_megabyte_waits_for_its_slow_reader() {
+fn reset_after_512_kib_waits_for_a_slow_reader() {
     on_each(|rig| async move {
-        let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
-        // As much as the queues on the way hold, for all of it has to have left.
+        let Session { mut client, mut backend, relayed } = rig.session(NO_TIMEOUTS);
+        // No more than the queues on the path hold, because all of it must be acknowledged.
         let sent = 1 << 19;
         let drain = |socket: TcpStream| async move {
             let mut socket = socket;
@@ -89,8 +93,9 @@ fn a_reset_behind_half_a_megabyte_waits_for_its_slow_reader() {
             all
         };
         backend.write_all(&vec![1; sent]).await.unwrap();
-        // So that the reset does not throw away what is still on its way.
-        eventually("sent", || tidegate_net::stream::unacknowledged(&backend) == 0).await;
+        // A reset would discard unacknowledged bytes.
+        eventually("all is acknowledged", || tidegate_net::stream::unacknowledged(&backend) == 0)
+            .await;
         client.write_all(b"x").await.unwrap();
         reset(backend);
         let received = tokio::task::spawn_local(drain(client));
@@ -102,12 +107,13 @@ fn a_reset_behind_half_a_megabyte_waits_for_its_slow_reader() {
     });
 }
 
-/// A session whose client has not read the answer of a backend that is gone.
+/// Returns a session whose backend has reset its connection after an answer that the client has
+/// not read.
 async fn unread_answer(rig: &Rig, limits: SessionTimeouts, answer: usize) -> Session {
     let Session { client, mut backend, relayed } = rig.session(limits);
     SockRef::from(&client).set_recv_buffer_size(8192).unwrap();
     backend.write_all(&vec![7; answer]).await.unwrap();
-    eventually("all is received", || tidegate_net::stream::unacknowledged(&backend) == 0).await;
+    eventually("all is acknowledged", || tidegate_net::stream::unacknowledged(&backend) == 0).await;
     let (other, _) = tcp_pair();
     let other = TcpStream::from_std(other).unwrap();
     reset(std::mem::replace(&mut backend, other));
@@ -115,7 +121,7 @@ async fn unread_answer(rig: &Rig, limits: SessionTimeouts, answer: usize) -> Ses
 }
 
 #[test]
-fn a_reset_waits_until_the_reader_has_everything() {
+fn reset_waits_until_the_reader_has_all_bytes() {
     on_each(|rig| async move {
         let answer = 200_000;
         let limits = idle(60_000, 1_000);
@@ -123,7 +129,7 @@ fn a_reset_waits_until_the_reader_has_everything() {
         let mut buffer = vec![0; answer / 20];
         let mut left = answer;
         while left > 0 {
-            assert!(!relayed.is_finished() || left < answer / 2, "{left} B are on their way");
+            assert!(!relayed.is_finished() || left < answer / 2, "{left} bytes undelivered");
             tokio::time::sleep(Duration::from_millis(70)).await;
             left -= client.read(&mut buffer).await.unwrap();
         }
@@ -135,7 +141,7 @@ fn a_reset_waits_until_the_reader_has_everything() {
 }
 
 #[test]
-fn last_words_that_stand_still_are_given_up_and_counted() {
+fn bytes_without_progress_are_given_up_and_counted() {
     on_each(|rig| async move {
         let session = unread_answer(&rig, idle(60_000, 400), 200_000).await;
         let relayed = session.relayed.await.unwrap();
@@ -148,9 +154,9 @@ fn last_words_that_stand_still_are_given_up_and_counted() {
 }
 
 #[test]
-fn a_cut_ends_the_wait_for_last_words() {
+fn abort_ends_the_wait_for_delivery() {
     on_each(|rig| async move {
-        let session = unread_answer(&rig, FOREVER, 200_000).await;
+        let session = unread_answer(&rig, NO_TIMEOUTS, 200_000).await;
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(!session.relayed.is_finished());
         assert_eq!(rig.engine.abort_backend(BackendId(0), Cause::DrainDeadline), 1);
@@ -162,7 +168,7 @@ fn a_cut_ends_the_wait_for_last_words() {
 }
 
 #[test]
-fn a_time_out_with_bytes_on_their_way_counts_them() {
+fn timeout_counts_undelivered_bytes() {
     on_each(|rig| async move {
         let Session { mut client, backend, relayed } = rig.session(idle(200, 200));
         fill(&mut client).await;
@@ -181,13 +187,13 @@ fn a_time_out_with_bytes_on_their_way_counts_them() {
 }
 
 #[test]
-fn a_backend_that_refuses_more_still_has_its_answer_delivered() {
+fn answer_of_a_backend_that_resets_an_upload_is_delivered() {
     on_each(|rig| async move {
-        let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
+        let Session { mut client, mut backend, relayed } = rig.session(NO_TIMEOUTS);
         client.write_all(&[1; 1000]).await.unwrap();
         backend.write_all(b"413").await.unwrap();
         backend.peek(&mut [0]).await.unwrap();
-        // Closing with unread bytes resets.
+        // A close with unread bytes sends a RST.
         drop(backend);
         let mut answer = [0; 3];
         client.read_exact(&mut answer).await.unwrap();
@@ -199,11 +205,11 @@ fn a_backend_that_refuses_more_still_has_its_answer_delivered() {
 }
 
 #[test]
-fn a_cut_ends_busy_sessions_and_hands_their_sockets_back() {
+fn abort_ends_busy_sessions_and_hands_out_their_sockets() {
     on_each(|rig| async move {
-        let mut sessions: Vec<Session> = (0..20).map(|_| rig.session(FOREVER)).collect();
+        let mut sessions: Vec<Session> = (0..20).map(|_| rig.session(NO_TIMEOUTS)).collect();
         for session in &mut sessions {
-            // Nobody reads: sends are in flight both ways.
+            // Neither side reads, so sends are in flight in both directions.
             for peer in [&mut session.client, &mut session.backend] {
                 let flood = peer.write_all(&[3; 8 << 20]);
                 let _ = tokio::time::timeout(Duration::from_millis(10), flood).await;
@@ -223,7 +229,7 @@ fn a_cut_ends_busy_sessions_and_hands_their_sockets_back() {
 }
 
 #[test]
-fn a_quiet_session_is_cut_by_the_idle_timer_with_its_sockets_whole() {
+fn idle_timeout_ends_a_session_and_hands_out_its_sockets() {
     on_each(|rig| async move {
         let Session { mut client, backend, relayed } = rig.session(idle(150, 10_000));
         client.write_all(b"hello").await.unwrap();
@@ -233,12 +239,12 @@ fn a_quiet_session_is_cut_by_the_idle_timer_with_its_sockets_whole() {
         assert!(took >= Duration::from_millis(140) && took < Duration::from_secs(3), "{took:?}");
         let (cause, phase) = (Cause::IdleTimeout, Phase::Data);
         assert_eq!(relayed.ending, SessionEnd { cause, phase, errno: 0, closed_first: None });
-        sockets_are_ours(relayed, client, backend).await;
+        assert_sockets_are_usable(relayed, client, backend).await;
     });
 }
 
 #[test]
-fn a_half_closed_session_has_a_timer_of_its_own() {
+fn half_closed_timeout_replaces_the_idle_timeout() {
     on_each(|rig| async move {
         let Session { mut client, mut backend, relayed } = rig.session(idle(60_000, 150));
         backend.shutdown().await.unwrap();
@@ -250,9 +256,9 @@ fn a_half_closed_session_has_a_timer_of_its_own() {
     });
 }
 
-/// Fills the way to a backend that does not read.
+/// Fills all queues towards a backend that does not read.
 async fn fill(client: &mut TcpStream) {
-    // Until nothing moves. A pause alone may be the machine's own.
+    // Five pauses in a row: a single pause can be due to a slow machine.
     let (block, mut pauses) = (vec![9; 1 << 16], 0);
     while pauses < 5 {
         match tokio::time::timeout(Duration::from_millis(40), client.write(&block)).await {
@@ -263,7 +269,7 @@ async fn fill(client: &mut TcpStream) {
 }
 
 #[test]
-fn a_reader_that_never_reads_is_idle_in_the_end() {
+fn session_with_a_reader_that_never_reads_ends_by_idle_timeout() {
     on_each(|rig| async move {
         let Session { mut client, backend, relayed } = rig.session(idle(200, 200));
         fill(&mut client).await;
@@ -274,7 +280,7 @@ fn a_reader_that_never_reads_is_idle_in_the_end() {
 }
 
 #[test]
-fn a_slow_reader_is_not_idle() {
+fn session_with_a_slow_reader_does_not_end_by_idle_timeout() {
     on_each(|rig| async move {
         let small = |socket: SockRef<'_>| {
             socket.set_send_buffer_size(128 * 1024).unwrap();
@@ -288,7 +294,7 @@ fn a_slow_reader_is_not_idle() {
         let mut buffer = vec![0; 16 * 1024];
         while clock::now() - started < Duration::from_millis(2500) {
             assert!(backend.read(&mut buffer).await.unwrap() > 0);
-            assert!(!relayed.is_finished(), "cut although it moves");
+            assert!(!relayed.is_finished(), "session ended although bytes move");
             tokio::time::sleep(Duration::from_millis(30)).await;
         }
         writing.abort();
@@ -298,8 +304,8 @@ fn a_slow_reader_is_not_idle() {
 }
 
 #[test]
-fn a_client_that_fails_while_its_bytes_wait_starts_the_half_closed_timer() {
-    // Without the ring's bulk: it waits for room with its pipe empty at times.
+fn client_failure_with_unsent_bytes_starts_the_half_closed_timeout() {
+    // Without bulk on the ring, which can wait for room with an empty pipe.
     on_each_within(usize::MAX, |rig| async move {
         let Session { mut client, backend, relayed } = rig.session(idle(60_000, 300));
         fill(&mut client).await;
@@ -313,9 +319,9 @@ fn a_client_that_fails_while_its_bytes_wait_starts_the_half_closed_timer() {
 }
 
 #[test]
-fn a_dropped_session_resets_both_its_sockets_as_nothing_of_it_is_whole() {
+fn dropped_session_resets_both_sockets() {
     on_each(|rig| async move {
-        let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
+        let Session { mut client, mut backend, relayed } = rig.session(NO_TIMEOUTS);
         client.write_all(b"x").await.unwrap();
         backend.read_exact(&mut [0]).await.unwrap();
         relayed.abort();
@@ -327,7 +333,7 @@ fn a_dropped_session_resets_both_its_sockets_as_nothing_of_it_is_whole() {
 }
 
 #[test]
-fn a_dropped_engine_lets_go_of_every_socket() {
+fn dropped_engine_closes_all_sockets() {
     for (runtime, ring) in [(EngineKind::Epoll, None), (EngineKind::IoUring, Some(RING_SETTINGS))] {
         let peers = std::cell::RefCell::new(Vec::new());
         let main = async {
@@ -338,7 +344,7 @@ fn a_dropped_engine_lets_go_of_every_socket() {
             let task = tokio::task::spawn_local(Rc::clone(&engine).run());
             let rig = Rig::new(engine);
             for number in 0..30 {
-                let mut session = rig.session(FOREVER);
+                let mut session = rig.session(NO_TIMEOUTS);
                 if number % 2 == 0 {
                     fill(&mut session.client).await;
                 }
@@ -348,15 +354,15 @@ fn a_dropped_engine_lets_go_of_every_socket() {
             task.abort();
             for (client, backend) in peers.take() {
                 let pair = (client.into_std().unwrap(), backend.into_std().unwrap());
-                LEFT.with_borrow_mut(|left| left.push(pair));
+                PEERS.with_borrow_mut(|left| left.push(pair));
             }
         };
         runtime.block_on(main).unwrap();
-        for (client, backend) in LEFT.take() {
+        for (client, backend) in PEERS.take() {
             for mut peer in [client, backend] {
                 peer.set_nonblocking(false).unwrap();
-                peer.set_read_timeout(Some(PATIENCE)).unwrap();
-                // Bytes on their way, then the end: FIN or RST.
+                peer.set_read_timeout(Some(TIMEOUT)).unwrap();
+                // Queued bytes, then FIN or RST.
                 let end = std::io::copy(&mut peer, &mut std::io::sink());
                 assert!(end.is_ok() || end.unwrap_err().kind() == io::ErrorKind::ConnectionReset);
             }
@@ -365,6 +371,6 @@ fn a_dropped_engine_lets_go_of_every_socket() {
 }
 
 thread_local! {
-    static LEFT: std::cell::RefCell<Vec<(StdTcpStream, StdTcpStream)>> =
+    static PEERS: std::cell::RefCell<Vec<(StdTcpStream, StdTcpStream)>> =
         const { std::cell::RefCell::new(Vec::new()) };
 }

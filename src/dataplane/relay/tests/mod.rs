@@ -1,5 +1,5 @@
-//! Both engines over real sockets, through the same test functions: what a
-//! session owes its two ends must not depend on the engine.
+//! Tests of both engines over real sockets. Each test function runs on both: the behaviour of a
+//! session must not depend on the engine.
 
 mod ends;
 mod engine;
@@ -19,11 +19,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
-/// Long enough for a slow machine, short enough to fail in one's lifetime.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Test timeout, long enough for a slow machine.
+const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// No timers.
-const FOREVER: SessionTimeouts = SessionTimeouts {
+/// All timeouts off.
+const NO_TIMEOUTS: SessionTimeouts = SessionTimeouts {
     first_byte: None,
     idle: None,
     half_closed: None,
@@ -32,7 +32,7 @@ const FOREVER: SessionTimeouts = SessionTimeouts {
     user_timeout: None,
 };
 
-/// An engine that runs, and whom its flows are counted for.
+/// A running engine, with the frontend and backend of its sessions.
 #[derive(Clone)]
 struct Rig {
     engine: Engine,
@@ -47,18 +47,18 @@ struct Session {
     relayed: JoinHandle<RelayResult>,
 }
 
-/// A ring that starves all the time.
+/// A ring with too few buffers.
 const TINY: RingSettings = RingSettings { buffers: 4, shown: 2 };
 
-/// Runs `test` on each engine, also on a ring that has hardly any buffers, and
-/// where the budget allows none.
+/// Runs `test` on epoll and on a tiny ring, with a budget of 0 and without a limit, and on a ring
+/// of the default size.
 fn on_each<F: Future<Output = ()>>(test: impl Fn(Rig) -> F) {
     on_each_within(0, &test);
     on_each_within(usize::MAX, &test);
     on(EngineKind::IoUring, || ring_engine(None, RING_SETTINGS, Arc::default(), counters()), &test);
 }
 
-/// On both engines, the ring a small one, with that much room for bytes that wait.
+/// Runs `test` on epoll and on a tiny ring, with a budget of `max` buffered bytes.
 fn on_each_within<F: Future<Output = ()>>(max: usize, test: impl Fn(Rig) -> F) {
     let budget = || Arc::new(MemoryBudget::new(max));
     on(EngineKind::Epoll, || epoll_engine(None, budget(), counters()), &test);
@@ -74,40 +74,40 @@ fn on<F: Future<Output = ()>>(
         let engine = engine().unwrap();
         let task = tokio::task::spawn_local(Rc::clone(&engine).run());
         test(Rig::new(engine.clone())).await;
-        eventually("every flow is gone", || engine.open_flows() == 0).await;
-        assert!(!task.is_finished(), "the engine gave up");
+        eventually("all sessions are removed", || engine.open_sessions() == 0).await;
+        assert!(!task.is_finished(), "engine task ended");
         task.abort();
     };
     runtime
-        .block_on(async { tokio::time::timeout(4 * PATIENCE, main).await.expect("the test hangs") })
+        .block_on(async { tokio::time::timeout(4 * TIMEOUT, main).await.expect("test hangs") })
         .unwrap();
 }
 
-/// Starts relaying at once.
+/// Starts the relay and returns a future of its result.
 fn relay(
-    flow: RelayHandle,
+    handle: RelayHandle,
     limits: SessionTimeouts,
     meter: SessionMeter,
 ) -> impl Future<Output = RelayResult> {
-    flow.start_relay(limits, meter);
-    async move { flow.relayed().await }
+    handle.start_relay(limits, meter);
+    async move { handle.relayed().await }
 }
 
 fn counters() -> Arc<WorkerCounters> {
     Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT))
 }
 
-async fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
-    for _ in 0..PATIENCE.as_millis() / 2 {
-        if is_so() {
+async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    for _ in 0..TIMEOUT.as_millis() / 2 {
+        if condition() {
             return;
         }
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
-    panic!("never: {what}");
+    panic!("not in time: {what}");
 }
 
-/// An address that refuses connects, as long as the socket lives: the socket is bound, so
+/// Returns an address that refuses connects while the socket is open. The socket is bound, so
 /// that no other test gets the port, and does not listen.
 pub(super) fn refusing_address() -> (Socket, SocketAddr) {
     let bound = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
@@ -116,7 +116,7 @@ pub(super) fn refusing_address() -> (Socket, SocketAddr) {
     (bound, address)
 }
 
-/// Two ends of a TCP connection: who connected, and who accepted.
+/// Returns the connecting and the accepting end of a TCP connection.
 fn tcp_pair() -> (StdTcpStream, StdTcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let left = StdTcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -150,23 +150,23 @@ impl Rig {
         self.frontend.counters.sum(|counters| counters.bytes_in.get())
     }
 
-    /// A relayed session.
+    /// Starts a relayed session.
     fn session(&self, limits: SessionTimeouts) -> Session {
         self.session_with(limits, |_| {})
     }
 
-    /// The same, with `tune` for the engine's upstream socket and its peer.
+    /// Starts a relayed session; `tune` configures both ends of the backend connection.
     fn session_with(&self, limits: SessionTimeouts, tune: impl Fn(SockRef<'_>)) -> Session {
         let (client, downstream) = tcp_pair();
         let (upstream, backend) = tcp_pair();
-        // As `listen` and `connect` do.
+        // `listen` and `connect` set this too.
         tidegate_net::stream::keep_urgent_inline(&downstream);
         tidegate_net::stream::keep_urgent_inline(&upstream);
         tune(SockRef::from(&upstream));
         tune(SockRef::from(&backend));
-        let flow = RelayHandle::open(&self.engine, downstream.into());
-        flow.attach(upstream.into()).unwrap();
-        let relayed = tokio::task::spawn_local(relay(flow, limits, self.meter()));
+        let handle = RelayHandle::open(&self.engine, downstream.into());
+        handle.attach(upstream.into()).unwrap();
+        let relayed = tokio::task::spawn_local(relay(handle, limits, self.meter()));
         Session {
             client: TcpStream::from_std(client).unwrap(),
             backend: TcpStream::from_std(backend).unwrap(),

@@ -1,31 +1,30 @@
-//! Before the relay: connects that come to an end, or not, and clients that do
-//! not wait for it.
+//! Tests of sessions before the relay: connects, their timeouts, and clients that reset.
 
 use super::*;
 use tidegate_net::stream::{self, ConnectTarget, Connecting};
 
-/// A listener whose queue is full: connects to it stay pending.
-struct Deaf {
+/// A listener with a full listen queue: connects to it stay pending.
+struct FullListener {
     _listener: Socket,
     _queued: Vec<(OwnedFd, Connecting)>,
     address: SocketAddr,
 }
 
-impl Deaf {
-    fn new() -> Deaf {
+impl FullListener {
+    fn new() -> FullListener {
         let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         listener.bind(&"127.0.0.1:0".parse::<SocketAddr>().unwrap().into()).unwrap();
         listener.listen(0).unwrap();
         let address = listener.local_addr().unwrap().as_socket().unwrap();
         let queued =
             (0..4).map(|_| stream::connect(ConnectTarget::Tcp(address)).unwrap()).collect();
-        Deaf { _listener: listener, _queued: queued, address }
+        FullListener { _listener: listener, _queued: queued, address }
     }
 }
 
 fn pending(address: SocketAddr) -> OwnedFd {
-    let (socket, how_far) = stream::connect(ConnectTarget::Tcp(address)).unwrap();
-    assert_eq!(how_far, Connecting::Pending);
+    let (socket, progress) = stream::connect(ConnectTarget::Tcp(address)).unwrap();
+    assert_eq!(progress, Connecting::Pending);
     socket
 }
 
@@ -34,14 +33,14 @@ fn soon(millis: u64) -> Instant {
 }
 
 #[test]
-fn a_connect_that_succeeds_is_relayed_over() {
+fn successful_connect_is_relayed() {
     on_each(|rig| async move {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (client, downstream) = tcp_pair();
-        let flow = RelayHandle::open(&rig.engine, downstream.into());
+        let handle = RelayHandle::open(&rig.engine, downstream.into());
         let upstream = pending(listener.local_addr().unwrap());
-        flow.connected(upstream, soon(5_000)).await.unwrap();
-        let relayed = tokio::task::spawn_local(relay(flow, FOREVER, rig.meter()));
+        handle.connected(upstream, soon(5_000)).await.unwrap();
+        let relayed = tokio::task::spawn_local(relay(handle, NO_TIMEOUTS, rig.meter()));
 
         let (backend, _) = listener.accept().unwrap();
         backend.set_nonblocking(true).unwrap();
@@ -57,51 +56,51 @@ fn a_connect_that_succeeds_is_relayed_over() {
 }
 
 #[test]
-fn a_refused_connect_may_be_followed_by_one_that_stands() {
+fn session_can_connect_after_a_refused_attempt() {
     on_each(|rig| async move {
         let (_bound, closed) = refusing_address();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (client, downstream) = tcp_pair();
-        let flow = RelayHandle::open(&rig.engine, downstream.into());
+        let handle = RelayHandle::open(&rig.engine, downstream.into());
 
-        let refused = flow.connected(pending(closed), soon(5_000)).await.unwrap_err();
+        let refused = handle.connected(pending(closed), soon(5_000)).await.unwrap_err();
         let ConnectEnd::Failed(error) = refused else { panic!("{refused:?}") };
         assert_eq!(error.raw_os_error(), Some(libc::ECONNREFUSED));
 
         let upstream = pending(listener.local_addr().unwrap());
-        flow.connected(upstream, soon(5_000)).await.unwrap();
-        drop((flow, client));
+        handle.connected(upstream, soon(5_000)).await.unwrap();
+        drop((handle, client));
     });
 }
 
 #[test]
-fn a_connect_that_takes_too_long_is_timed_out() {
+fn connect_ends_at_its_deadline() {
     on_each(|rig| async move {
-        let deaf = Deaf::new();
+        let full = FullListener::new();
         let (client, downstream) = tcp_pair();
-        let flow = RelayHandle::open(&rig.engine, downstream.into());
+        let handle = RelayHandle::open(&rig.engine, downstream.into());
         let started = clock::now();
-        let end = flow.connected(pending(deaf.address), soon(200)).await.unwrap_err();
+        let end = handle.connected(pending(full.address), soon(200)).await.unwrap_err();
         let took = clock::now() - started;
         assert!(matches!(end, ConnectEnd::TimedOut), "{end:?}");
         assert!(took >= Duration::from_millis(199) && took < Duration::from_secs(3), "{took:?}");
 
-        drop(flow);
+        drop(handle);
         let mut client = TcpStream::from_std(client).unwrap();
-        let told = client.read(&mut [0]).await.unwrap_err();
-        assert_eq!(told.kind(), io::ErrorKind::ConnectionReset);
+        let error = client.read(&mut [0]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     });
 }
 
 #[test]
-fn a_client_that_resets_ends_a_slow_connect() {
+fn client_reset_ends_a_pending_connect() {
     on_each(|rig| async move {
-        let deaf = Deaf::new();
+        let full = FullListener::new();
         let (client, downstream) = tcp_pair();
-        let flow = RelayHandle::open(&rig.engine, downstream.into());
-        let upstream = pending(deaf.address);
+        let handle = RelayHandle::open(&rig.engine, downstream.into());
+        let upstream = pending(full.address);
         let connecting =
-            tokio::task::spawn_local(async move { flow.connected(upstream, soon(10_000)).await });
+            tokio::task::spawn_local(async move { handle.connected(upstream, soon(10_000)).await });
         tokio::time::sleep(Duration::from_millis(50)).await;
         reset(TcpStream::from_std(client).unwrap());
         let end = connecting.await.unwrap().unwrap_err();
@@ -110,17 +109,17 @@ fn a_client_that_resets_ends_a_slow_connect() {
 }
 
 #[test]
-fn a_cut_ends_a_slow_connect_and_a_wait() {
+fn abort_ends_a_pending_connect_and_a_wait() {
     on_each(|rig| async move {
-        let deaf = Deaf::new();
+        let full = FullListener::new();
         let (_client, downstream) = tcp_pair();
-        let flow = RelayHandle::open(&rig.engine, downstream.into());
-        let upstream = pending(deaf.address);
+        let handle = RelayHandle::open(&rig.engine, downstream.into());
+        let upstream = pending(full.address);
         let connecting =
-            tokio::task::spawn_local(async move { flow.connected(upstream, soon(10_000)).await });
+            tokio::task::spawn_local(async move { handle.connected(upstream, soon(10_000)).await });
         let (_waiting_client, downstream) = tcp_pair();
-        let flow = RelayHandle::open(&rig.engine, downstream.into());
-        let waiting = tokio::task::spawn_local(async move { flow.interrupted().await });
+        let handle = RelayHandle::open(&rig.engine, downstream.into());
+        let waiting = tokio::task::spawn_local(async move { handle.interrupted().await });
         tokio::time::sleep(Duration::from_millis(20)).await;
 
         assert_eq!(rig.engine.abort_all(Cause::DrainDeadline), 2);
@@ -132,11 +131,11 @@ fn a_cut_ends_a_slow_connect_and_a_wait() {
 }
 
 #[test]
-fn a_client_that_resets_ends_a_wait() {
+fn client_reset_ends_a_wait() {
     on_each(|rig| async move {
         let (client, downstream) = tcp_pair();
-        let flow = RelayHandle::open(&rig.engine, downstream.into());
-        let waiting = tokio::task::spawn_local(async move { flow.interrupted().await });
+        let handle = RelayHandle::open(&rig.engine, downstream.into());
+        let waiting = tokio::task::spawn_local(async move { handle.interrupted().await });
         tokio::time::sleep(Duration::from_millis(20)).await;
         reset(TcpStream::from_std(client).unwrap());
         assert!(matches!(waiting.await.unwrap(), ConnectEnd::ClientGone(_)));

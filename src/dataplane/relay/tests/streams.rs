@@ -1,18 +1,18 @@
-//! Bytes: all of them, once, in order, whatever the sizes and the readers.
+//! Tests that all bytes arrive once and in order, for all sizes and reader speeds.
 
 use super::*;
 
-/// The `index`-th byte of the stream `seed`.
+/// Returns byte `index` of the stream `seed`.
 fn byte(seed: u64, index: u64) -> u8 {
     let mixed = (index / 7 + seed).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     (mixed >> 56) as u8 ^ index as u8
 }
 
-fn stretch(seed: u64, from: u64, len: usize) -> Vec<u8> {
+fn part(seed: u64, from: u64, len: usize) -> Vec<u8> {
     (from..from + len as u64).map(|index| byte(seed, index)).collect()
 }
 
-/// Sends `total` bytes of the stream `seed` in odd pieces, then FIN.
+/// Sends `total` bytes of the stream `seed` in random pieces, then FIN.
 async fn send_all(
     socket: &mut tokio::net::tcp::OwnedWriteHalf,
     seed: u64,
@@ -23,7 +23,7 @@ async fn send_all(
     while at < total {
         let most = [1, 64, 2_000, 40_000, 300_000][random.usize(..5)];
         let len = random.usize(1..=most).min((total - at) as usize);
-        socket.write_all(&stretch(seed, at, len)).await.unwrap();
+        socket.write_all(&part(seed, at, len)).await.unwrap();
         at += len as u64;
         if random.u8(..8) == 0 {
             tokio::time::sleep(Duration::from_millis(random.u64(..3))).await;
@@ -32,7 +32,7 @@ async fn send_all(
     socket.shutdown().await.unwrap();
 }
 
-/// Reads to FIN, at times slowly; how much came of the stream `seed`.
+/// Reads to FIN with random pauses. Checks the stream `seed` and returns its length.
 async fn receive_all(
     socket: &mut tokio::net::tcp::OwnedReadHalf,
     seed: u64,
@@ -46,7 +46,7 @@ async fn receive_all(
         if len == 0 {
             return at;
         }
-        assert!(buffer[..len] == stretch(seed, at, len), "stream {seed} is garbled at {at}");
+        assert!(buffer[..len] == part(seed, at, len), "stream {seed} is garbled at {at}");
         at += len as u64;
         if random.u8(..16) == 0 {
             tokio::time::sleep(Duration::from_millis(random.u64(..3))).await;
@@ -60,12 +60,12 @@ async fn exchange(rig: Rig, seed: u64) {
         let most = [0, 1, 500, 20_000, 200_000, 2_000_000][random.usize(..6)];
         random.u64(..=most)
     });
-    let Session { client, backend, relayed } = rig.session(FOREVER);
+    let Session { client, backend, relayed } = rig.session(NO_TIMEOUTS);
     let ((mut client_reads, mut client_writes), (mut backend_reads, mut backend_writes)) =
         (client.into_split(), backend.into_split());
     let over = async {
         let relayed = relayed.await.unwrap();
-        // As the session does: one of the two may wait for this FIN.
+        // A session does the same: one of the two peers may wait for this FIN.
         drop(relayed.sockets);
         let RelayResult { ending, bytes, first_byte, .. } = relayed;
         let Bytes { bytes_in, bytes_out, .. } = bytes;
@@ -85,7 +85,7 @@ async fn exchange(rig: Rig, seed: u64) {
 }
 
 #[test]
-fn hundreds_of_streams_arrive_whole_in_any_order_of_ends() {
+fn streams_arrive_completely_in_any_order_of_ends() {
     on_each(|rig| async move {
         for round in 0..8 {
             let streams = (0..32).map(|number| {
@@ -99,11 +99,11 @@ fn hundreds_of_streams_arrive_whole_in_any_order_of_ends() {
 }
 
 #[test]
-fn short_sessions_reuse_each_others_places() {
+fn short_sessions_reuse_keys_without_mixing_bytes() {
     on_each(|rig| async move {
         for _ in 0..30 {
             let sessions = (0..40u8).map(|number| {
-                let mut session = rig.session(FOREVER);
+                let mut session = rig.session(NO_TIMEOUTS);
                 tokio::task::spawn_local(async move {
                     session.client.write_all(&[number; 64]).await.unwrap();
                     let mut got = [0; 64];
@@ -111,7 +111,7 @@ fn short_sessions_reuse_each_others_places() {
                     session.backend.write_all(&got).await.unwrap();
                     session.client.read_exact(&mut got).await.unwrap();
                     assert_eq!(got, [number; 64]);
-                    // Ends of all kinds, some with bytes nobody will read.
+                    // Ends of all kinds, some with unread bytes.
                     match number % 4 {
                         0 => reset(session.client),
                         1 => reset(session.backend),
@@ -133,8 +133,8 @@ fn short_sessions_reuse_each_others_places() {
     });
 }
 
-/// What the engine may take off a sender whose reader stalls: the kernel's
-/// buffers (small ones here), and what is queued.
+/// Most bytes that the engine may accept from a sender whose reader stalls: kernel buffers
+/// (small here) and the engine's queue.
 const STALLED_MAX: u64 = 2 * 1024 * 1024;
 
 fn small_buffers(socket: SockRef<'_>) {
@@ -143,14 +143,15 @@ fn small_buffers(socket: SockRef<'_>) {
 }
 
 #[test]
-fn a_reader_that_stalls_holds_its_sender_up_and_loses_nothing() {
+fn stalled_reader_stops_its_sender_and_loses_no_bytes() {
     on_each(|rig| async move {
-        let Session { mut client, mut backend, relayed } = rig.session_with(FOREVER, small_buffers);
+        let Session { mut client, mut backend, relayed } =
+            rig.session_with(NO_TIMEOUTS, small_buffers);
         let total = 24 * 1024 * 1024;
         let sending = tokio::task::spawn_local(async move {
             let mut at = 0;
             while at < total {
-                client.write_all(&stretch(5, at, 64 * 1024)).await.unwrap();
+                client.write_all(&part(5, at, 64 * 1024)).await.unwrap();
                 at += 64 * 1024;
             }
             client.shutdown().await.unwrap();
@@ -160,13 +161,13 @@ fn a_reader_that_stalls_holds_its_sender_up_and_loses_nothing() {
         while std::mem::replace(&mut before, rig.bytes_in()) != rig.bytes_in() || before == 0 {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        assert!(before <= STALLED_MAX, "{before} bytes taken");
+        assert!(before <= STALLED_MAX, "{before} bytes accepted");
 
         let mut buffer = vec![0; 256 * 1024];
         let mut at = 0;
         while at < total {
             let len = backend.read(&mut buffer).await.unwrap();
-            assert!(len > 0 && buffer[..len] == stretch(5, at, len));
+            assert!(len > 0 && buffer[..len] == part(5, at, len));
             at += len as u64;
         }
         drop((sending.await.unwrap(), backend));
@@ -175,11 +176,11 @@ fn a_reader_that_stalls_holds_its_sender_up_and_loses_nothing() {
 }
 
 #[test]
-fn stalled_readers_do_not_starve_the_others() {
+fn stalled_readers_do_not_delay_other_sessions() {
     on_each(|rig| async move {
-        let mut stalled: Vec<_> = (0..40).map(|_| rig.session(FOREVER)).collect();
+        let mut stalled: Vec<_> = (0..40).map(|_| rig.session(NO_TIMEOUTS)).collect();
         for session in &mut stalled {
-            // As much as is taken at once; nobody will read it.
+            // Until the queues are full; the backend does not read.
             while tokio::time::timeout(
                 Duration::from_millis(20),
                 session.client.write_all(&[7; 1 << 20]),
@@ -188,30 +189,30 @@ fn stalled_readers_do_not_starve_the_others() {
             .is_ok()
             {}
         }
-        let mut lively = rig.session(FOREVER);
+        let mut active = rig.session(NO_TIMEOUTS);
         for number in 0..200u8 {
             let mut got = [0; 3];
-            lively.client.write_all(&[number; 3]).await.unwrap();
-            lively.backend.read_exact(&mut got).await.unwrap();
-            lively.backend.write_all(&got).await.unwrap();
-            lively.client.read_exact(&mut got).await.unwrap();
+            active.client.write_all(&[number; 3]).await.unwrap();
+            active.backend.read_exact(&mut got).await.unwrap();
+            active.backend.write_all(&got).await.unwrap();
+            active.client.read_exact(&mut got).await.unwrap();
             assert_eq!(got, [number; 3]);
         }
-        drop(lively);
+        drop(active);
         rig.engine.abort_all(Cause::DrainDeadline);
     });
 }
 
 #[test]
-fn an_urgent_byte_stays_in_the_stream() {
+fn urgent_byte_stays_in_the_stream() {
     on_each(|rig| async move {
-        let Session { client, mut backend, relayed } = rig.session_with(FOREVER, |_| {});
+        let Session { client, mut backend, relayed } = rig.session_with(NO_TIMEOUTS, |_| {});
         backend.write_all(b"be").await.unwrap();
         let mut client = client;
         let mut got = [0; 2];
         client.read_exact(&mut got).await.unwrap();
         SockRef::from(&backend).send_out_of_band(b"!").unwrap();
-        // Whether it came as urgent or not, it is not dropped once read inline.
+        // Read inline, the byte is not dropped, whether it arrives as urgent or not.
         let mut after = [0; 2];
         tokio::time::sleep(Duration::from_millis(20)).await;
         backend.write_all(b"a").await.unwrap();
@@ -224,25 +225,25 @@ fn an_urgent_byte_stays_in_the_stream() {
 
 const BULK: u64 = 6 * 1024 * 1024;
 
-/// Sends the bytes `at..at + BULK` of the stream `seed` one way, in big pieces.
+/// Sends the bytes `at..at + BULK` of the stream `seed` in large pieces, and checks them.
 async fn bulk(from: &mut TcpStream, to: &mut TcpStream, seed: u64, at: u64) {
     let sending = async {
         for start in (at..at + BULK).step_by(256 * 1024) {
-            from.write_all(&stretch(seed, start, 256 * 1024)).await.unwrap();
+            from.write_all(&part(seed, start, 256 * 1024)).await.unwrap();
         }
     };
     let receiving = async {
         let mut got = vec![0; BULK as usize];
         to.read_exact(&mut got).await.unwrap();
-        assert!(got == stretch(seed, at, got.len()), "garbled after {at}");
+        assert!(got == part(seed, at, got.len()), "garbled after {at}");
     };
     tokio::join!(sending, receiving);
 }
 
 #[test]
-fn bulk_and_small_talk_take_turns_and_nothing_is_lost() {
+fn alternating_bulk_and_small_messages_lose_no_bytes() {
     on_each(|rig| async move {
-        let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
+        let Session { mut client, mut backend, relayed } = rig.session(NO_TIMEOUTS);
         let mut at = 0;
         for _ in 0..4 {
             bulk(&mut client, &mut backend, 1, at).await;
@@ -250,12 +251,12 @@ fn bulk_and_small_talk_take_turns_and_nothing_is_lost() {
             at += BULK;
             for _ in 0..40 {
                 let mut got = [0; 5];
-                client.write_all(&stretch(1, at, 5)).await.unwrap();
+                client.write_all(&part(1, at, 5)).await.unwrap();
                 backend.read_exact(&mut got).await.unwrap();
-                assert_eq!(got, *stretch(1, at, 5));
-                backend.write_all(&stretch(2, at, 5)).await.unwrap();
+                assert_eq!(got, *part(1, at, 5));
+                backend.write_all(&part(2, at, 5)).await.unwrap();
                 client.read_exact(&mut got).await.unwrap();
-                assert_eq!(got, *stretch(2, at, 5));
+                assert_eq!(got, *part(2, at, 5));
                 at += 5;
             }
         }
@@ -266,17 +267,17 @@ fn bulk_and_small_talk_take_turns_and_nothing_is_lost() {
 }
 
 #[test]
-fn bulk_between_peers_on_this_host_is_queued_no_longer_than_the_caches_hold() {
+fn bulk_between_local_peers_uses_short_socket_queues() {
     let most: usize = std::fs::read_to_string("/proc/sys/net/core/rmem_max")
         .map_or(usize::MAX, |text| text.trim().parse().unwrap());
     let (sends, receives) = (2 * 208 * 1024, 2 * most.min(256 * 1024));
     let test = |rig: Rig| async move {
         for bulky in [false, true] {
-            let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
+            let Session { mut client, mut backend, relayed } = rig.session(NO_TIMEOUTS);
             if bulky {
                 bulk(&mut client, &mut backend, 1, 0).await;
             } else {
-                client.write_all(&stretch(1, 0, 5_000)).await.unwrap();
+                client.write_all(&part(1, 0, 5_000)).await.unwrap();
                 backend.read_exact(&mut [0; 5_000]).await.unwrap();
             }
             drop((client, backend));
@@ -284,7 +285,7 @@ fn bulk_between_peers_on_this_host_is_queued_no_longer_than_the_caches_hold() {
             let [from, to] = sockets.each_ref().map(SockRef::from);
             assert_eq!(from.recv_buffer_size().unwrap() == receives, bulky);
             assert_eq!(to.send_buffer_size().unwrap() == sends, bulky);
-            // Nothing of the kind went the other way.
+            // No bulk went in the other direction.
             assert!(from.send_buffer_size().unwrap() > sends);
             assert_ne!(to.recv_buffer_size().unwrap(), receives);
         }
@@ -294,15 +295,15 @@ fn bulk_between_peers_on_this_host_is_queued_no_longer_than_the_caches_hold() {
 }
 
 #[test]
-fn a_fin_behind_bulk_comes_after_the_last_byte_and_the_answer_still_passes() {
+fn fin_after_bulk_follows_the_last_byte_and_the_answer_still_arrives() {
     on_each(|rig| async move {
-        let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
+        let Session { mut client, mut backend, relayed } = rig.session(NO_TIMEOUTS);
         bulk(&mut client, &mut backend, 1, 0).await;
-        client.write_all(&stretch(1, BULK, 700_000)).await.unwrap();
+        client.write_all(&part(1, BULK, 700_000)).await.unwrap();
         client.shutdown().await.unwrap();
         let mut tail = Vec::new();
         backend.read_to_end(&mut tail).await.unwrap();
-        assert!(tail == stretch(1, BULK, 700_000));
+        assert!(tail == part(1, BULK, 700_000));
         bulk(&mut backend, &mut client, 2, 0).await;
         drop(backend);
         assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
@@ -311,9 +312,9 @@ fn a_fin_behind_bulk_comes_after_the_last_byte_and_the_answer_still_passes() {
 }
 
 #[test]
-fn an_urgent_byte_amid_bulk_holds_nothing_up() {
+fn urgent_byte_amid_bulk_delays_no_bytes() {
     on_each(|rig| async move {
-        let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
+        let Session { mut client, mut backend, relayed } = rig.session(NO_TIMEOUTS);
         bulk(&mut backend, &mut client, 2, 0).await;
         SockRef::from(&backend).send_out_of_band(b"!").unwrap();
         backend.write_all(b"a").await.unwrap();
@@ -327,11 +328,11 @@ fn an_urgent_byte_amid_bulk_holds_nothing_up() {
 }
 
 #[test]
-fn bulk_an_urgent_byte_and_a_fin_lose_nothing() {
+fn urgent_byte_and_fin_after_bulk_lose_no_bytes() {
     let runs = if std::env::var("TIDEGATE_LONG").is_ok_and(|long| long == "1") { 200 } else { 8 };
     on_each(|rig| async move {
         for run in 0..runs {
-            let Session { client, backend, relayed } = rig.session(FOREVER);
+            let Session { client, backend, relayed } = rig.session(NO_TIMEOUTS);
             let (mut from, mut to) =
                 if run % 2 == 0 { (client, backend) } else { (backend, client) };
             let (bulk, tail) = ([300_000, 4_000_000][run / 2 % 2], [10, 100_000][run / 4 % 2]);
@@ -358,7 +359,7 @@ fn bulk_an_urgent_byte_and_a_fin_lose_nothing() {
 fn reset_amid_unread_bulk_is_passed_on() {
     on_each(|rig| async move {
         for side in SessionSide::BOTH {
-            let Session { mut client, mut backend, relayed } = rig.session(FOREVER);
+            let Session { mut client, mut backend, relayed } = rig.session(NO_TIMEOUTS);
             bulk(&mut client, &mut backend, 1, 0).await;
             let flood = async { while client.write_all(&[9; 1 << 16]).await.is_ok() {} };
             let _ = tokio::time::timeout(Duration::from_millis(50), flood).await;
@@ -367,8 +368,8 @@ fn reset_amid_unread_bulk_is_passed_on() {
                 SessionSide::Backend => (backend, client),
             };
             reset(failing);
-            // A receiver that is gone ends it at once; a sender that is, once
-            // what it had sent is taken.
+            // A failed receiver ends the session at once; a failed sender, once its bytes are
+            // delivered.
             let reading = tokio::task::spawn_local(async move {
                 let mut other = other;
                 let mut buffer = vec![0; 1 << 18];

@@ -1,17 +1,16 @@
-//! Forwarding with nothing to keep bytes in: once the process's budget is spent.
+//! Forwards bytes without a buffer, while the process's buffer budget is used up.
 //!
-//! Bytes are looked at where they are, sent as far as there is room, and taken
-//! from the socket only then. What finds no room stays in the kernel's receive
-//! buffer, where TCP holds the sender back: nothing is ever dropped. It costs
-//! a system call a message more, and is left as soon as the budget has room.
+//! Called by the pump. It drops no bytes: they are peeked, sent, and consumed only after the
+//! send. The rest stays in the kernel's receive queue, and TCP flow control stops the sender.
+//! This costs one more system call per message.
 
 use super::{Pump, PumpIo};
 use crate::relay::close_state::TurnBytes;
 use tidegate_core::outcome::SessionSide;
 
 impl Pump {
-    /// Moves at most a buffer's worth; false where there is nothing to move or no
-    /// room for it.
+    /// Moves at most `buffer.len()` bytes. Returns false if there are no bytes to move or no
+    /// room for them.
     #[cold]
     pub(super) fn forward_scarce(
         &mut self,
@@ -22,40 +21,39 @@ impl Pump {
     ) -> bool {
         let to = from.other();
         self.streams[from as usize].streak = 0;
-        let there = match io.peek(from, buffer) {
+        let peeked = match io.peek(from, buffer) {
             Ok(0) => {
                 self.end_of(from, 0, moved);
                 return true;
             }
-            Ok(there) => there,
+            Ok(peeked) => peeked,
             Err(error) => return self.receive_failed(from, &error, moved),
         };
         if !self.may_send(to) {
             return false;
         }
-        match io.send(to, &buffer[..there]) {
+        match io.send(to, &buffer[..peeked]) {
             Ok(sent) => {
                 self.close.sent_on(from, sent, moved);
-                self.sockets[to as usize].writable = sent == there;
-                self.take(from, io, &mut buffer[..sent], moved);
-                sent == there
+                self.sockets[to as usize].writable = sent == peeked;
+                self.consume(from, io, &mut buffer[..sent], moved);
+                sent == peeked
             }
             Err(error) => {
                 self.send_error(to, &error);
                 if self.close.failed(to) {
-                    // Nobody wants it; left unread it would turn a close in order
-                    // into a reset.
-                    self.take(from, io, &mut buffer[..there], moved);
+                    // Discard the bytes: left unread, they would turn a close with FIN into a
+                    // reset.
+                    self.consume(from, io, &mut buffer[..peeked], moved);
                 }
-                // Where it has failed, the caller sees; where it was interrupted,
-                // it tries again.
+                // After a failure the caller checks `close`; after an interrupt it retries.
                 self.sockets[to as usize].writable && !self.short
             }
         }
     }
 
-    /// Takes from the socket what was sent.
-    fn take(
+    /// Consumes bytes that have been sent from the receive queue.
+    fn consume(
         &mut self,
         from: SessionSide,
         io: &impl PumpIo,

@@ -1,28 +1,30 @@
-//! Bulk streams: through a pipe, without copying.
+//! Moves bulk streams through a pipe with splice(2), without copying.
 //!
-//! A stream comes here after a few full reads in a row and goes back to copying
-//! when little arrives at a time, when it arrives in pieces that fill the pipe
-//! with little, or when there is no pipe for it. Small messages never come here:
-//! two splices cost more than one copy.
+//! Called by the pump after [`STREAK`](super::STREAK) full reads in a row. The stream returns
+//! to copying in three cases:
+//!
+//! - Few bytes arrive at a time. Two splices cost more than one copy.
+//! - The bytes arrive in fragments that fill the pipe with little data.
+//! - No pipe is available.
 
-use super::{BYTES_A_TURN, CRAMMED_MAX, Pump, PumpIo, PumpMode, READ_SMALL};
+use super::{BYTES_PER_TURN, PIPE_FAILURES_MAX, Pump, PumpIo, PumpMode, READ_SMALL};
 use crate::local_errors::StreamError;
 use crate::relay::close_state::TurnBytes;
 use std::io;
 use tidegate_core::outcome::SessionSide;
 use tidegate_net::pipe::FillResult;
 
-/// Small fills in a row that end the bulk mode.
+/// Small or crammed fills in a row that end the bulk mode.
 const SMALL_FILLS: u8 = 8;
 
-/// What a bulk turn leaves to do.
+/// What a stream needs after a bulk turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SpliceNext {
     /// Wait for the sockets.
     Wait,
-    /// Its share of this round is used up.
+    /// Another turn: its share of this one is used up.
     Again,
-    /// The stream is to be copied from now on.
+    /// Copy instead.
     Copy,
 }
 
@@ -34,7 +36,7 @@ impl Pump {
         io: &mut impl PumpIo,
         moved: &mut TurnBytes,
     ) -> SpliceNext {
-        let mut budget = BYTES_A_TURN;
+        let mut budget = BYTES_PER_TURN;
         loop {
             if !self.empty_pipe(from, io, moved) {
                 return SpliceNext::Wait;
@@ -44,14 +46,15 @@ impl Pump {
                 return SpliceNext::Copy;
             }
             if !self.sockets[from as usize].readable || self.close.failed(from.other()) {
-                // Nothing to move: others may use the pipe.
+                // No bytes to move: free the pipe for other sessions.
                 io.close_pipe(from);
                 return SpliceNext::Wait;
             }
             if self.streams[from as usize].small_fills == SMALL_FILLS {
                 let stream = &mut self.streams[from as usize];
                 let crammed = std::mem::take(&mut stream.last_crammed);
-                stream.crammed = (stream.crammed + u8::from(crammed)).min(CRAMMED_MAX);
+                stream.pipe_failures =
+                    (stream.pipe_failures + u8::from(crammed)).min(PIPE_FAILURES_MAX);
                 let mode = if crammed { PumpMode::CopyOnly } else { PumpMode::Copy };
                 return self.copy_again(from, io, mode);
             }
@@ -63,8 +66,8 @@ impl Pump {
             }
             match io.fill(from) {
                 Ok(FillResult { bytes: 0, .. }) => {
-                    // The end, or an urgent mark that an end stands behind
-                    // (`tcp_splice_read` in Linux): a read knows.
+                    // The end of the stream, or an urgent mark before it (`tcp_splice_read` in
+                    // Linux). Only a read can distinguish them.
                     self.sockets[from as usize].read_to_the_end();
                     return self.copy_again(from, io, PumpMode::Copy);
                 }
@@ -81,7 +84,7 @@ impl Pump {
         }
     }
 
-    /// How the stream continues where it does not by splice(2).
+    /// Handles a failed fill. Returns the new mode if the stream must be copied.
     fn fill_failed(
         &mut self,
         from: SessionSide,
@@ -90,11 +93,11 @@ impl Pump {
     ) -> Option<PumpMode> {
         let socket = &mut self.sockets[from as usize];
         match StreamError::of(error) {
-            // It stops at an urgent mark; a read does not.
+            // splice(2) stops at an urgent mark; a read does not.
             StreamError::WouldBlock if socket.read_to_the_end => return Some(PumpMode::Copy),
             StreamError::WouldBlock => socket.readable = false,
             StreamError::Interrupted => {}
-            // A copy needs less memory; EINVAL: this kind of socket cannot be spliced.
+            // A copy needs less memory. EINVAL: splice(2) does not support this socket.
             StreamError::Shortage | StreamError::Broken(libc::EINVAL) => {
                 return Some(PumpMode::CopyOnly);
             }
@@ -103,7 +106,7 @@ impl Pump {
         None
     }
 
-    /// Sends what is in the pipe; false while some of it is left.
+    /// Sends the bytes in the pipe. Returns false if some are left.
     fn empty_pipe(
         &mut self,
         from: SessionSide,
@@ -120,7 +123,7 @@ impl Pump {
                 return false;
             }
             match io.drain(from) {
-                // Not to be had from a pipe that holds something.
+                // splice(2) cannot return 0 for a pipe that is not empty.
                 Ok(0) => self.send_error(to, &io::Error::from_raw_os_error(libc::EIO)),
                 Ok(sent) => self.close.sent_on(from, sent, moved),
                 Err(error) => self.send_error(to, &error),

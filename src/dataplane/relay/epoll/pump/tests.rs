@@ -1,5 +1,4 @@
-//! The pump against scripted sockets: what a session owes its two ends, in any
-//! order of events.
+//! Tests of the pump with scripted sockets, in any order of events.
 
 use super::*;
 use proptest::prelude::*;
@@ -10,15 +9,15 @@ use tidegate_core::outcome::SessionSide::{Backend, Client};
 use tidegate_core::outcome::{Cause, Phase, SessionEnd};
 use tidegate_net::budget::MemoryBudget;
 
-/// Two sockets whose peers are played by the test.
+/// Two sockets whose peers the test controls.
 #[derive(Default)]
 struct Script {
     sockets: [Fake; 2],
     pipes: [Option<VecDeque<u8>>; 2],
     pipes_left: usize,
-    /// Whether pipes turn out to be full of little.
+    /// Fills report a pipe that is full of little data.
     crams: bool,
-    /// From which sides much was announced.
+    /// Sides with a bulk stream, in the order of `expect_bulk` calls.
     bulk_from: RefCell<Vec<SessionSide>>,
     budget: Arc<MemoryBudget>,
 }
@@ -26,17 +25,17 @@ struct Script {
 #[derive(Default)]
 struct Fake {
     arrived: RefCell<VecDeque<u8>>,
-    /// `Some(0)` is FIN, anything else the errno of a failure.
+    /// `Some(0)` is a FIN, any other value the errno of a failure.
     end: Cell<Option<i32>>,
     sent: RefCell<Vec<u8>>,
     room: Cell<usize>,
     fin_sent: Cell<bool>,
-    /// Calls that fail for want of memory before one succeeds.
+    /// Calls that fail with ENOMEM before one succeeds.
     short: Cell<u32>,
 }
 
 impl Fake {
-    fn runs_short(&self) -> io::Result<()> {
+    fn check_memory(&self) -> io::Result<()> {
         match self.short.get().checked_sub(1) {
             None => Ok(()),
             Some(left) => {
@@ -50,7 +49,7 @@ impl Fake {
 impl PumpIo for Script {
     fn receive(&self, side: SessionSide, buffer: &mut [u8]) -> io::Result<usize> {
         let fake = &self.sockets[side as usize];
-        fake.runs_short()?;
+        fake.check_memory()?;
         let mut arrived = fake.arrived.borrow_mut();
         let count = arrived.len().min(buffer.len());
         if count > 0 {
@@ -60,7 +59,7 @@ impl PumpIo for Script {
         match fake.end.get() {
             None => Err(io::ErrorKind::WouldBlock.into()),
             Some(0) => Ok(0),
-            // As the kernel does: an error is told once, then it reads as FIN.
+            // The kernel reports an error once; later reads return 0.
             Some(errno) => {
                 fake.end.set(Some(0));
                 Err(io::Error::from_raw_os_error(errno))
@@ -88,8 +87,8 @@ impl PumpIo for Script {
 
     fn send(&self, side: SessionSide, bytes: &[u8]) -> io::Result<usize> {
         let fake = &self.sockets[side as usize];
-        assert!(!fake.fin_sent.get(), "sent behind our own FIN");
-        fake.runs_short()?;
+        assert!(!fake.fin_sent.get(), "bytes sent after the FIN");
+        fake.check_memory()?;
         if fake.end.get().is_some_and(|errno| errno != 0) {
             return Err(io::Error::from_raw_os_error(libc::EPIPE));
         }
@@ -166,7 +165,7 @@ impl Bench {
         bench
     }
 
-    /// An edge on `side`, then turns until the pump wants to wait.
+    /// Reports an edge on `side`, then runs turns until the pump waits.
     fn edge(&mut self, side: SessionSide) {
         let ended = self.script.sockets[side as usize].end.get().is_some();
         self.pump.note(side, true, true, ended);
@@ -183,7 +182,7 @@ impl Bench {
                 TurnNext::End(ending) => self.ending = Some(ending),
             }
         }
-        panic!("the pump turns for ever");
+        panic!("the pump never waits");
     }
 
     fn arrive(&mut self, side: SessionSide, bytes: &[u8]) {
@@ -202,7 +201,8 @@ impl Bench {
         self.edge(side);
     }
 
-    /// Nothing may be kept (in the copying modes; pipes have their own count).
+    /// Uses the budget up, or frees it. Applies to the copying modes; pipes have their own
+    /// limit.
     fn spend(&mut self, all: bool) {
         self.script.budget.set_max(if all { 0 } else { usize::MAX });
     }
@@ -227,7 +227,7 @@ fn fin_follows_the_last_byte_and_the_other_direction_stays_open() {
     let mut bench = Bench::new(4);
     bench.arrive(Client, b"request");
     bench.end(Client, 0);
-    assert!(!bench.fin_sent_to(Backend), "three bytes are still to come");
+    assert!(!bench.fin_sent_to(Backend), "three bytes are not sent yet");
 
     bench.make_room(Backend, 100);
     assert_eq!(bench.sent_to(Backend), b"request");
@@ -237,20 +237,20 @@ fn fin_follows_the_last_byte_and_the_other_direction_stays_open() {
     bench.make_room(Client, 100);
     bench.arrive(Backend, b"answer");
     bench.end(Backend, 0);
-    let ending = bench.ending.expect("both directions are over");
+    let ending = bench.ending.expect("both directions have ended");
     assert_eq!((ending.cause, ending.phase), (Cause::Finished, Phase::Closed));
     assert_eq!(ending.closed_first, Some(Client));
     assert_eq!(bench.sent_to(Client), b"answer");
 }
 
 #[test]
-fn want_of_memory_ends_nothing_and_has_the_pump_ask_for_another_turn() {
+fn memory_shortage_ends_no_session_and_requests_another_turn() {
     let mut bench = Bench::new(100);
     for side in [Client, Backend] {
         bench.script.sockets[side as usize].short.set(1);
         bench.arrive(Client, b"piece");
-        assert!(bench.pump.is_short(), "nothing else will tell it to go on");
-        // No edge comes: the turn is the engine's idea.
+        assert!(bench.pump.is_short(), "no event follows");
+        // The engine runs this turn without an edge.
         let mut moved = TurnBytes::default();
         let next = bench.pump.turn(&mut bench.script, &mut bench.buffer, &mut moved);
         assert_eq!((next, bench.pump.is_short()), (TurnNext::Wait, false));
@@ -259,76 +259,76 @@ fn want_of_memory_ends_nothing_and_has_the_pump_ask_for_another_turn() {
 }
 
 #[test]
-fn a_reset_ends_the_session_after_what_came_before_it_is_delivered() {
+fn reset_ends_the_session_after_the_bytes_before_it_are_delivered() {
     let mut bench = Bench::new(2);
-    bench.arrive(Backend, b"last words");
+    bench.arrive(Backend, b"last bytes");
     bench.end(Backend, libc::ECONNRESET);
     assert!(bench.ending.is_none(), "eight bytes are still kept");
 
     bench.make_room(Client, 100);
     let ending = bench.ending.expect("delivered");
     assert_eq!((ending.cause, ending.errno), (Cause::BackendReset, libc::ECONNRESET));
-    assert_eq!(bench.sent_to(Client), b"last words");
+    assert_eq!(bench.sent_to(Client), b"last bytes");
     assert!(!bench.fin_sent_to(Client), "a reset is not passed on as FIN");
 }
 
 #[test]
-fn an_answer_sent_before_the_backend_refused_more_still_arrives() {
+fn answer_sent_before_the_backend_resets_an_upload_arrives() {
     let mut bench = Bench::new(1000);
     let backend = &bench.script.sockets[Backend as usize];
     backend.arrived.borrow_mut().extend(b"413 too large");
     backend.end.set(Some(libc::ECONNRESET));
 
     bench.arrive(Client, b"more of the upload");
-    let ending = bench.ending.expect("the backend is gone");
+    let ending = bench.ending.expect("the backend has failed");
     assert_eq!((ending.cause, ending.closed_first), (Cause::BackendReset, Some(Backend)));
     assert_eq!(bench.sent_to(Client), b"413 too large");
 }
 
 #[test]
-fn two_sides_that_fail_under_each_others_bytes_end_the_session() {
+fn failure_of_both_sides_in_sends_ends_the_session() {
     let mut bench = Bench::new(1000);
     for side in SessionSide::BOTH {
         let fake = &bench.script.sockets[side as usize];
-        fake.arrived.borrow_mut().extend(b"for nobody");
+        fake.arrived.borrow_mut().extend(b"undelivered");
         fake.end.set(Some(libc::ECONNRESET));
         bench.pump.note(side, true, true, true);
     }
     bench.edge(Client);
-    let ending = bench.ending.expect("nothing can be delivered any more");
-    // The backend was sent to first, and so found dead first.
+    let ending = bench.ending.expect("no bytes can be delivered");
+    // The pump sends to the backend first, so it notices that failure first.
     assert_eq!((ending.cause, ending.closed_first), (Cause::BackendReset, Some(Backend)));
 }
 
 #[test]
-fn a_client_that_failed_while_its_bytes_wait_counts_as_closed_first() {
+fn client_that_fails_with_unsent_bytes_is_closed_first() {
     let mut bench = Bench::new(0);
-    bench.arrive(Client, b"nobody takes this");
-    assert!(bench.pump.close.note_failure(Client), "the half-closed timer starts");
-    assert!(!bench.pump.close.note_failure(Client), "once");
+    bench.arrive(Client, b"unsent");
+    assert!(bench.pump.close.note_failure(Client), "the half-closed timeout starts");
+    assert!(!bench.pump.close.note_failure(Client), "it starts once");
     bench.end(Client, libc::ECONNRESET);
-    assert!(bench.ending.is_none(), "its bytes may still be taken");
+    assert!(bench.ending.is_none(), "its bytes can still be delivered");
     assert_eq!(bench.pump.close.closed_first(), Some(Client));
 }
 
 #[test]
-fn two_failed_sides_end_a_session_whatever_is_left_between_them() {
+fn two_failed_sides_end_the_session_with_unsent_bytes() {
     let mut bench = Bench::new(0);
     bench.arrive(Client, b"for the backend");
     bench.arrive(Backend, b"for the client");
     for side in SessionSide::BOTH {
-        // More stands behind what is kept, so that neither failure is read.
+        // More bytes follow the kept ones, so that neither failure is received.
         bench.script.sockets[side as usize].arrived.borrow_mut().extend(b"more");
         bench.script.sockets[side as usize].end.set(Some(libc::ECONNRESET));
     }
     bench.edge(Client);
     bench.edge(Backend);
-    let ending = bench.ending.expect("nobody is left");
+    let ending = bench.ending.expect("both sides have failed");
     assert_eq!((ending.cause, ending.phase), (Cause::ClientReset, Phase::Data));
 }
 
 #[test]
-fn the_second_fin_is_left_to_the_close_unless_a_reset_may_come_back() {
+fn second_fin_is_sent_by_the_close_unless_the_peer_may_answer_with_a_reset() {
     for (answered_late, sent) in [(false, false), (true, true)] {
         let mut bench = Bench::new(100);
         bench.end(Client, 0);
@@ -342,22 +342,22 @@ fn the_second_fin_is_left_to_the_close_unless_a_reset_may_come_back() {
 }
 
 #[test]
-fn a_reset_after_the_peers_fin_is_one_in_a_half_closed_session() {
+fn reset_after_the_peers_fin_has_phase_half_closed() {
     let mut bench = Bench::new(100);
     bench.end(Client, 0);
     bench.end(Backend, libc::ECONNRESET);
-    let ending = bench.ending.expect("over");
+    let ending = bench.ending.expect("ended");
     assert_eq!((ending.cause, ending.phase), (Cause::BackendReset, Phase::HalfClosed));
 }
 
 #[test]
-fn a_bulk_stream_takes_a_pipe_and_gives_it_back_when_idle() {
+fn bulk_stream_takes_a_pipe_and_returns_it_when_idle() {
     let mut bench = Bench::new(usize::MAX);
     bench.script.pipes_left = 1;
     bench.arrive(Backend, &vec![5; 2_000_000]);
     assert_eq!(bench.pump.streams[Backend as usize].mode, PumpMode::Bulk);
-    assert_eq!(bench.script.pipes_left, 1, "nothing moves, so others may have it");
-    assert_eq!(*bench.script.bulk_from.borrow(), [Backend], "announced once");
+    assert_eq!(bench.script.pipes_left, 1, "an idle stream holds no pipe");
+    assert_eq!(*bench.script.bulk_from.borrow(), [Backend], "called once");
 
     for _ in 0..20 {
         bench.arrive(Backend, b"now small");
@@ -367,7 +367,7 @@ fn a_bulk_stream_takes_a_pipe_and_gives_it_back_when_idle() {
 }
 
 #[test]
-fn without_a_pipe_bulk_is_copied() {
+fn bulk_is_copied_without_a_pipe() {
     let mut bench = Bench::new(usize::MAX);
     bench.arrive(Client, &vec![5; 2_000_000]);
     assert_ne!(bench.pump.streams[Client as usize].mode, PumpMode::Bulk);
@@ -375,13 +375,13 @@ fn without_a_pipe_bulk_is_copied() {
 }
 
 #[test]
-fn bulk_that_crams_its_pipes_is_copied_and_tries_again_later() {
+fn bulk_that_crams_its_pipe_is_copied_and_retries_later() {
     let mut bench = Bench::new(usize::MAX);
     bench.script.pipes_left = 1;
     bench.script.crams = true;
     bench.arrive(Client, &vec![5; 8_000_000]);
-    // Once, and not for each few megabytes.
-    assert_eq!(bench.pump.streams[Client as usize].crammed, 1);
+    // Once, not again after a few megabytes.
+    assert_eq!(bench.pump.streams[Client as usize].pipe_failures, 1);
     assert_ne!(bench.pump.streams[Client as usize].mode, PumpMode::Bulk);
     assert_eq!(bench.script.pipes_left, 1);
     bench.script.crams = false;
@@ -391,7 +391,7 @@ fn bulk_that_crams_its_pipes_is_copied_and_tries_again_later() {
 }
 
 #[test]
-fn what_is_in_the_pipe_when_its_sender_resets_is_still_delivered() {
+fn bytes_in_the_pipe_are_delivered_after_a_reset_of_their_sender() {
     let mut bench = Bench::new(100_000);
     bench.script.pipes_left = 1;
     bench.arrive(Backend, &vec![5; 300_000]);
@@ -405,14 +405,14 @@ fn what_is_in_the_pipe_when_its_sender_resets_is_still_delivered() {
 }
 
 #[test]
-fn a_peer_that_vanished_is_lost_and_not_reset() {
+fn etimedout_counts_as_lost_not_as_reset() {
     let mut bench = Bench::new(10);
     bench.end(Client, libc::ETIMEDOUT);
-    assert_eq!(bench.ending.expect("over").cause, Cause::ClientLost);
+    assert_eq!(bench.ending.expect("ended").cause, Cause::ClientLost);
 }
 
 #[test]
-fn a_reader_that_stalls_pins_one_read_and_no_more() {
+fn stalled_reader_uses_memory_for_at_most_one_read() {
     let mut bench = Bench::new(0);
     for _ in 0..100 {
         bench.arrive(Client, &[7; READ_SMALL]);
@@ -424,7 +424,7 @@ fn a_reader_that_stalls_pins_one_read_and_no_more() {
 }
 
 #[test]
-fn where_the_budget_is_spent_nothing_is_kept_and_nothing_lost() {
+fn without_budget_no_bytes_are_kept_and_none_lost() {
     let mut bench = Bench::new(0);
     bench.spend(true);
     for _ in 0..100 {
@@ -433,7 +433,7 @@ fn where_the_budget_is_spent_nothing_is_kept_and_nothing_lost() {
     }
     assert_eq!(bench.kept(), 0);
     assert_eq!(bench.sent_to(Backend).len(), 100 * 1000);
-    assert_eq!(bench.received[Client as usize], 100 * 1000, "no more is taken than is sent");
+    assert_eq!(bench.received[Client as usize], 100 * 1000, "received bytes equal sent bytes");
     assert!(bench.script.budget.refused() > 0);
     bench.end(Client, 0);
     assert!(!bench.fin_sent_to(Backend));
@@ -444,7 +444,7 @@ fn where_the_budget_is_spent_nothing_is_kept_and_nothing_lost() {
 }
 
 #[test]
-fn what_is_kept_is_counted_until_it_is_sent() {
+fn kept_bytes_use_the_budget_until_they_are_sent() {
     let mut bench = Bench::new(10);
     bench.arrive(Client, &[7; 100]);
     assert_eq!(bench.script.budget.used(), 90);
@@ -453,19 +453,19 @@ fn what_is_kept_is_counted_until_it_is_sent() {
 }
 
 #[test]
-fn a_firehose_gives_others_their_turn() {
+fn fast_sender_is_limited_to_its_share_of_a_turn() {
     let mut bench = Bench::new(usize::MAX);
-    bench.script.sockets[Client as usize].arrived.borrow_mut().extend(vec![1; 4 * BYTES_A_TURN]);
+    bench.script.sockets[Client as usize].arrived.borrow_mut().extend(vec![1; 4 * BYTES_PER_TURN]);
     bench.pump.note(Client, true, true, false);
     let mut moved = TurnBytes::default();
     let next = bench.pump.turn(&mut bench.script, &mut bench.buffer, &mut moved);
     assert_eq!(next, TurnNext::Again);
-    assert!(moved.received[Client as usize] < (BYTES_A_TURN + READ_BULK) as u64);
+    assert!(moved.received[Client as usize] < (BYTES_PER_TURN + READ_BULK) as u64);
 }
 
 #[test]
-fn bytes_behind_an_urgent_mark_are_not_forgotten() {
-    // A read stops at the mark, so it is short although more is there.
+fn bytes_after_an_urgent_mark_are_received() {
+    // A read stops at the mark, so it is short although more bytes are queued.
     let mut bench = Bench::new(100);
     bench.pump.note(Client, true, true, true);
     let client = &bench.script.sockets[Client as usize];
@@ -509,7 +509,7 @@ proptest! {
         let mut bench = Bench::new(0);
         bench.script.pipes_left = pipes;
         bench.spend(spent);
-        let mut owed: [Vec<u8>; 2] = Default::default();
+        let mut expected: [Vec<u8>; 2] = Default::default();
         let mut next_byte = 0u8;
         for act in acts {
             match act {
@@ -517,7 +517,7 @@ proptest! {
                     let from = side(from);
                     if bench.script.sockets[from as usize].end.get().is_none() {
                         let bytes: Vec<u8> = (0..size).map(|_| { next_byte = next_byte.wrapping_add(1); next_byte }).collect();
-                        owed[from.other() as usize].extend(&bytes);
+                        expected[from.other() as usize].extend(&bytes);
                         bench.arrive(from, &bytes);
                     }
                 }
@@ -526,8 +526,8 @@ proptest! {
             }
             for to in SessionSide::BOTH {
                 let sent = bench.sent_to(to);
-                prop_assert!(owed[to as usize].starts_with(&sent));
-                prop_assert!(!bench.fin_sent_to(to) || sent.len() == owed[to as usize].len());
+                prop_assert!(expected[to as usize].starts_with(&sent));
+                prop_assert!(!bench.fin_sent_to(to) || sent.len() == expected[to as usize].len());
             }
         }
         for both in [Client, Backend] {
@@ -538,14 +538,15 @@ proptest! {
         prop_assert_eq!(bench.ending.map(|ending| ending.cause), Some(Cause::Finished));
         prop_assert!(SessionSide::BOTH.into_iter().any(|side| bench.fin_sent_to(side)));
         for to in SessionSide::BOTH {
-            prop_assert_eq!(&bench.sent_to(to), &owed[to as usize]);
-            prop_assert_eq!(bench.received[to.other() as usize], owed[to as usize].len() as u64);
+            let expected = &expected[to as usize];
+            prop_assert_eq!(&bench.sent_to(to), expected);
+            prop_assert_eq!(bench.received[to.other() as usize], expected.len() as u64);
         }
         prop_assert_eq!(bench.kept(), 0);
     }
 
     #[test]
-    fn a_failure_always_ends_the_session_once_there_is_room(
+    fn failure_ends_the_session_once_the_other_side_has_room(
         acts in prop::collection::vec(act(), 0..20),
         failing in any::<bool>(),
         pipes in 0..3usize,
@@ -563,7 +564,7 @@ proptest! {
         }
         bench.end(side(failing), libc::ECONNRESET);
         bench.make_room(side(failing).other(), usize::MAX / 2);
-        let ending = bench.ending.expect("over");
+        let ending = bench.ending.expect("ended");
         prop_assert_eq!(ending.cause, Cause::of_failure(side(failing), libc::ECONNRESET));
     }
 }
