@@ -150,7 +150,7 @@ pub struct DrainArgs {
 /// Reads the arguments of this process and does what they say.
 pub fn main() -> ExitCode {
     // Before anything else: none of them may end a process that is to obey them.
-    let before = signals::hold_back();
+    let before = signals::block();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

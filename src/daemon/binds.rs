@@ -124,7 +124,7 @@ impl Binds {
                 // An overlapping socket of this process would fail this check. `foreign`
                 // has checked for sockets of other processes.
                 if !self.overlaps(address) {
-                    listen::taken(address, freebind)?;
+                    listen::check_unused(address, freebind)?;
                 }
                 BindSockets { sockets: Vec::new(), holder: SocketOwner::Process }
             }

@@ -154,7 +154,7 @@ fn binds(config: &Config, origin: &Origin, found: &mut Vec<Problem>) {
     for frontend in &config.frontends {
         for Bind { key, options } in &frontend.binds {
             let address = key.socket_addr();
-            let Err(error) = listen::taken(address, options.freebind) else { continue };
+            let Err(error) = listen::check_unused(address, options.freebind) else { continue };
             let missing =
                 matches!(error.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT));
             if missing && options.if_ipv6 {

@@ -315,12 +315,12 @@ fn apply_sandbox(report: &mut SandboxReport, paths: &Paths, inherited: &[String]
     report.set("no_new_privs", Ok("set".to_owned()));
     let landlock = match have("landlock") {
         true => Ok(before.to_owned()),
-        false => sandbox::close_files(paths),
+        false => sandbox::restrict_files(paths),
     };
     report.set("landlock", landlock);
-    let seccomp = match have("seccomp") && sandbox::calls_are_closed() {
+    let seccomp = match have("seccomp") && sandbox::calls_are_restricted() {
         true => Ok(before.to_owned()),
-        false => sandbox::close_calls(),
+        false => sandbox::restrict_calls(),
     };
     report.set("seccomp", seccomp);
 }

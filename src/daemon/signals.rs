@@ -54,7 +54,7 @@ impl Signals {
     /// them.
     pub(super) fn unblock(&self) {
         if self.listeners.is_some() {
-            signals::let_through();
+            signals::unblock();
         }
     }
 

@@ -106,12 +106,14 @@ pub enum ChannelError {
         fds: u32,
     },
     /// Descriptors that the header announced did not arrive.
-    #[error("received {came} of {wanted} descriptors; check the descriptor limit (ulimit -n)")]
+    #[error(
+        "received {received} of {announced} descriptors; check the descriptor limit (ulimit -n)"
+    )]
     LostDescriptors {
         /// Number of descriptors that arrived.
-        came: usize,
+        received: usize,
         /// Number of descriptors that were announced.
-        wanted: usize,
+        announced: usize,
     },
     /// A system call failed.
     #[error("{0}")]
@@ -237,10 +239,13 @@ impl HandoverChannel {
         }
         let mut fds = Vec::new();
         while fds.len() < wanted {
-            let came = fds.len();
+            let before = fds.len();
             self.receive_batch(&mut fds, deadline)?;
-            if fds.len() == came || fds.len() > wanted {
-                return Err(ChannelError::LostDescriptors { came: fds.len(), wanted });
+            if fds.len() == before || fds.len() > wanted {
+                return Err(ChannelError::LostDescriptors {
+                    received: fds.len(),
+                    announced: wanted,
+                });
             }
         }
         Ok(ChannelFrame { kind, body, fds })
@@ -276,7 +281,7 @@ impl HandoverChannel {
             self.0.set_read_timeout(Some(left(deadline)?)).map_err(ChannelError::Io)?;
             match (&self.0).read(into) {
                 Ok(0) => return Err(ChannelError::Closed),
-                Ok(came) => into = &mut into[came..],
+                Ok(received) => into = &mut into[received..],
                 Err(error) => check_error(error)?,
             }
         }
@@ -299,8 +304,8 @@ impl HandoverChannel {
                         }
                     }
                     if message.flags.contains(ReturnFlags::CTRUNC) {
-                        let (came, wanted) = (fds.len(), fds.len() + 1);
-                        return Err(ChannelError::LostDescriptors { came, wanted });
+                        let (received, announced) = (fds.len(), fds.len() + 1);
+                        return Err(ChannelError::LostDescriptors { received, announced });
                     }
                     return Ok(());
                 }
@@ -431,7 +436,10 @@ mod tests {
         (&one.0).write_all(&header.encode()).unwrap();
         (&one.0).write_all(&[0, 0]).unwrap();
         let error = other.receive(soon()).unwrap_err();
-        assert!(matches!(error, ChannelError::LostDescriptors { came: 0, wanted: 2 }), "{error}");
+        assert!(
+            matches!(error, ChannelError::LostDescriptors { received: 0, announced: 2 }),
+            "{error}"
+        );
     }
 
     #[test]

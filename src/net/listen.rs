@@ -21,7 +21,7 @@ const BACKLOG: i32 = 65_535;
 ///
 /// With SO_REUSEPORT alone, two processes of one user could share the traffic without an
 /// error.
-pub fn taken(address: SocketAddr, freebind: bool) -> io::Result<()> {
+pub fn check_unused(address: SocketAddr, freebind: bool) -> io::Result<()> {
     let socket = unbound(address, freebind)?;
     socket.bind(&SockAddr::from(address))?;
     socket.listen(1)
@@ -203,9 +203,9 @@ mod tests {
     #[test]
     fn address_with_a_listener_is_in_use() {
         let (address, socket) = any_port();
-        assert_eq!(taken(address, false).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(check_unused(address, false).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         drop(socket);
-        taken(address, false).unwrap();
+        check_unused(address, false).unwrap();
     }
 
     #[test]

@@ -55,7 +55,7 @@ const WRITE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
 ///
 /// # Errors
 /// A message: the kernel does not support landlock, or rejects the rules.
-pub fn close_files(paths: &Paths) -> Result<String, String> {
+pub fn restrict_files(paths: &Paths) -> Result<String, String> {
     let refused = |error: &dyn std::fmt::Display| format!("rejected by the kernel: {error}");
     let restricted = || -> Result<_, landlock::RulesetError> {
         Ruleset::default()
@@ -91,7 +91,7 @@ pub fn close_files(paths: &Paths) -> Result<String, String> {
 /// # Errors
 /// A message: the kernel does not support seccomp or rejects the filter, or this
 /// architecture has no list.
-pub fn close_calls() -> Result<String, String> {
+pub fn restrict_calls() -> Result<String, String> {
     let rules = calls::rules().ok_or("not supported on this CPU architecture")?;
     let count = rules.len();
     let arch =
@@ -109,7 +109,7 @@ pub fn close_calls() -> Result<String, String> {
 
 /// Returns whether a seccomp filter is in force for this thread. Another program may have
 /// set it.
-pub fn calls_are_closed() -> bool {
+pub fn calls_are_restricted() -> bool {
     use rustix::thread::SecureComputingMode;
     rustix::thread::secure_computing_mode().is_ok_and(|mode| mode == SecureComputingMode::Filter)
 }
@@ -156,7 +156,7 @@ mod tests {
         };
         let closed = on_thread(|| {
             crate::privileges::set_no_new_privs().unwrap();
-            close_files(&paths).map(|_| {
+            restrict_files(&paths).map(|_| {
                 assert!(std::fs::read(read.path().join("f")).is_ok());
                 assert!(std::fs::write(read.path().join("f"), "y").is_err());
                 assert!(std::fs::write(write.path().join("g"), "y").is_ok());
@@ -178,8 +178,8 @@ mod tests {
     fn unlisted_calls_fail_with_enosys() {
         let (changed_root, packet, usual) = on_thread(|| {
             crate::privileges::set_no_new_privs().unwrap();
-            close_calls().expect("seccomp");
-            assert!(calls_are_closed());
+            restrict_calls().expect("seccomp");
+            assert!(calls_are_restricted());
             let changed_root = rustix::process::chroot("/");
             let packet = socket2::Socket::new(socket2::Domain::PACKET, socket2::Type::DGRAM, None);
             let usual = std::thread::spawn(|| std::fs::read("/proc/self/stat").is_ok()).join();

@@ -33,7 +33,7 @@ pub enum Taken {
 
 /// Blocks the documented signals on this thread and on threads that it starts. Returns the
 /// previous mask.
-pub fn hold_back() -> Mask {
+pub fn block() -> Mask {
     let documented: SigSet = DOCUMENTED.into_iter().collect();
     // The call fails only for invalid arguments (sigprocmask(2)).
     Mask(documented.thread_swap_mask(SigmaskHow::SIG_BLOCK).unwrap_or_else(|_| SigSet::empty()))
@@ -41,7 +41,7 @@ pub fn hold_back() -> Mask {
 
 /// Unblocks the documented signals on this thread. It then receives them for the process
 /// if all other threads block them.
-pub fn let_through() {
+pub fn unblock() {
     let documented: SigSet = DOCUMENTED.into_iter().collect();
     let _ = documented.thread_unblock();
 }
@@ -110,7 +110,7 @@ mod tests {
     #[test]
     fn blocked_signal_stays_pending_for_the_queue() {
         let held = std::thread::spawn(|| {
-            let before = hold_back();
+            let before = block();
             let queue = SignalQueue::open().unwrap();
             assert_eq!(queue.take().unwrap(), None);
             // raise() signals this thread only. Other threads of the test do not block it.

@@ -189,9 +189,9 @@ pub(super) fn send_hello(channel: HandoverChannel) -> Result<OldProcess, Message
     let frame = channel.receive(deadline)?;
     let offer: Offer = message::decode(&frame)?;
     let mut fds = frame.fds.into_iter();
-    let lost = |wanted: usize| tidegate_net::fd_channel::ChannelError::LostDescriptors {
-        came: wanted.saturating_sub(1),
-        wanted,
+    let lost = |announced: usize| tidegate_net::fd_channel::ChannelError::LostDescriptors {
+        received: announced.saturating_sub(1),
+        announced,
     };
     let stderr = fds.next().ok_or(lost(1))?;
     let mut given = GivenSockets::default();

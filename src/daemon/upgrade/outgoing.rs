@@ -133,7 +133,7 @@ fn run(
     to_control: &mpsc::UnboundedSender<UpgradeProgress>,
 ) {
     // The new process inherits the mask. No signal can end it before it handles signals.
-    signals::hold_back();
+    signals::block();
     let deadline = clock::now() + attempt.timeout;
     let tail = StderrTail::default();
     let (mut process, stderr) = match attempt.start.start(other) {

@@ -66,7 +66,7 @@ pub fn serve(service: Service) -> io::Result<(LoadThreads<ServeReport>, Vec<Sock
     for address in &service.listen {
         let named = |error: io::Error| io::Error::new(error.kind(), format!("{address}: {error}"));
         if address.port() != 0 {
-            listen::taken(*address, false).map_err(named)?;
+            listen::check_unused(*address, false).map_err(named)?;
         }
         let mut sockets = bind_all(*address, service.threads).map_err(named)?;
         let local = sockets[0].local_addr()?.as_socket();
