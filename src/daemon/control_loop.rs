@@ -25,7 +25,7 @@ use super::worker_set::WorkerSet;
 use crate::admin::AdminRequest;
 use tidegate_core::control::{ControlEvent, Controller};
 use tidegate_net::clock;
-use tidegate_supervisor::{News, Wish};
+use tidegate_supervisor::{SuccessorChanges, SupervisorEvent};
 
 /// Everything the control thread owns.
 #[derive(Debug)]
@@ -158,15 +158,19 @@ impl Control {
             }
             SignalKindReceived::Stop(name) => self.stop_signal(name),
             SignalKindReceived::Reload => self.reload_by_signal().await,
-            SignalKindReceived::Upgrade => self.begin_upgrade(Wish::default(), None, None),
+            SignalKindReceived::Upgrade => {
+                self.begin_upgrade(SuccessorChanges::default(), None, None)
+            }
         }
         None
     }
 
     async fn supervised_event(&mut self, event: SupervisedEvent) {
         match event {
-            SupervisedEvent::News(News::Resume(status)) => self.resume_serving(status).await,
-            SupervisedEvent::News(News::SupervisorExited) => {
+            SupervisedEvent::Supervisor(SupervisorEvent::Resume(status)) => {
+                self.resume_serving(status).await
+            }
+            SupervisedEvent::Supervisor(SupervisorEvent::SupervisorExited) => {
                 tracing::error!("supervisor exited; draining and exiting");
                 self.begin_drain("supervisor exited");
             }

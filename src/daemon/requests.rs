@@ -9,7 +9,7 @@ use crate::admin::{self, AdminRequest};
 use tidegate_core::control::OperatorError;
 use tidegate_core::health::Intent;
 use tidegate_net::clock;
-use tidegate_supervisor::Wish;
+use tidegate_supervisor::SuccessorChanges;
 use tokio::sync::oneshot;
 
 impl Control {
@@ -24,7 +24,7 @@ impl Control {
                 if self.upgrades.handed_over() => {}
             AdminRequest::Reload(reply) => self.request_reload(Some(reply)).await,
             AdminRequest::Upgrade { binary, config, asked_over, reply } => {
-                self.begin_upgrade(Wish { binary, config }, asked_over, Some(reply));
+                self.begin_upgrade(SuccessorChanges { binary, config }, asked_over, Some(reply));
             }
             AdminRequest::Explain { pool, backend, reply } => {
                 let _ = reply.send(self.explain(&pool, &backend));

@@ -28,7 +28,7 @@ use tidegate_core::control::Controller;
 use tidegate_core::control::handover::{Saved, Saving};
 use tidegate_core::model::BindKey;
 use tidegate_net::clock;
-use tidegate_supervisor::{Link, News, Store, SupervisorState};
+use tidegate_supervisor::{Link, Store, SupervisorEvent, SupervisorState};
 use tokio::sync::mpsc;
 
 /// Smallest time between two snapshots.
@@ -65,14 +65,14 @@ pub struct Supervised {
     saving: Option<(Saving, Duration)>,
     changed: bool,
     next_write: Option<Instant>,
-    news: Option<mpsc::UnboundedReceiver<News>>,
+    events: Option<mpsc::UnboundedReceiver<SupervisorEvent>>,
 }
 
 /// What the control loop must do.
 #[derive(Debug)]
 pub(super) enum SupervisedEvent {
     /// A message of the supervisor.
-    News(News),
+    Supervisor(SupervisorEvent),
     /// [`Supervised::write`] is due.
     Snapshot,
 }
@@ -144,13 +144,13 @@ impl Supervised {
             return Ok((KeptState::default(), None));
         };
         let no_thread = |error: io::Error| format!("cannot start a thread: {error}");
-        let (tell, news) = mpsc::unbounded_channel();
+        let (tell, events) = mpsc::unbounded_channel();
         link.listen(move |one| {
             // Fails only at the end of this process.
             let _ = tell.send(one);
         })
         .map_err(no_thread)?;
-        self.news = Some(news);
+        self.events = Some(events);
         if let Some(before) = &given.before {
             let attempt = given.attempt;
             tracing::error!(attempt, reason = %before, "serving process ended; this process replaces it");
@@ -167,9 +167,9 @@ impl Supervised {
     /// Waits for the next event. Never resolves without a supervisor.
     pub(super) async fn wake(&mut self) -> SupervisedEvent {
         let write_due = self.next_write(clock::now());
-        let news = self.news.as_mut().map(mpsc::UnboundedReceiver::recv);
+        let events = self.events.as_mut().map(mpsc::UnboundedReceiver::recv);
         tokio::select! {
-            Some(news) = due::if_any(news) => SupervisedEvent::News(news),
+            Some(event) = due::if_any(events) => SupervisedEvent::Supervisor(event),
             () = due::reached(write_due) => SupervisedEvent::Snapshot,
         }
     }

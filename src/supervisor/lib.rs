@@ -53,8 +53,8 @@ mod reexec;
 mod state;
 mod store;
 
-pub use link::{Link, News, SupervisorState};
-pub use message::Wish;
+pub use link::{Link, SupervisorEvent, SupervisorState};
+pub use message::SuccessorChanges;
 pub use parent::run;
 pub use reexec::{check, resume};
 pub use store::Store;

@@ -5,7 +5,7 @@
 //! decides what to do with an order.
 
 use super::manager::ServiceNotice;
-use super::message::{ChildReport, SupervisorOrder, Wish};
+use super::message::{ChildReport, SuccessorChanges, SupervisorOrder};
 use super::store::{STORES, Store};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -50,7 +50,7 @@ pub struct SupervisorState {
 
 /// An event that this process must act on.
 #[derive(Debug)]
-pub enum News {
+pub enum SupervisorEvent {
     /// The supervisor has exited.
     SupervisorExited,
     /// The successor has ended within a second, so this process must resume the service.
@@ -63,7 +63,7 @@ pub struct Successor {
     /// Process ID.
     pub pid: u32,
     link: Arc<Link>,
-    news: mpsc::Receiver<SupervisorOrder>,
+    orders: mpsc::Receiver<SupervisorOrder>,
     ended: Option<ExitStatus>,
 }
 
@@ -121,7 +121,7 @@ impl Link {
         self.tell(&ChildReport::SocketsClosed, &[]);
     }
 
-    /// Reports that this process serves again after [`News::Resume`].
+    /// Reports that this process serves again after [`SupervisorEvent::Resume`].
     pub fn resumed(&self) {
         self.tell(&ChildReport::Resumed, &[]);
     }
@@ -129,7 +129,7 @@ impl Link {
     /// Requests a successor with `channel` as its standard input and `stderr` as its
     /// standard error.
     ///
-    /// A wish for another program or configuration needs `asked_over`, the admin connection
+    /// Changes of the program or configuration need `asked_over`, the admin connection
     /// of the request. Its peer must be root or the user of the supervisor.
     ///
     /// # Errors
@@ -138,17 +138,17 @@ impl Link {
         self: &Arc<Link>,
         channel: &OwnedFd,
         stderr: &OwnedFd,
-        wish: Wish,
+        changes: SuccessorChanges,
         asked_over: Option<&OwnedFd>,
     ) -> io::Result<Successor> {
-        let (tell, news) = mpsc::channel();
+        let (tell, orders) = mpsc::channel();
         *self.asking() = Some(tell);
         let mut fds = vec![channel.as_fd(), stderr.as_fd()];
         fds.extend(asked_over.map(AsFd::as_fd));
-        self.packets.send(&ChildReport::Start(wish).encode(), &fds)?;
-        match news.recv_timeout(ANSWER_MAX) {
+        self.packets.send(&ChildReport::Start(changes).encode(), &fds)?;
+        match orders.recv_timeout(ANSWER_MAX) {
             Ok(SupervisorOrder::Started(pid)) => {
-                Ok(Successor { pid, link: Arc::clone(self), news, ended: None })
+                Ok(Successor { pid, link: Arc::clone(self), orders, ended: None })
             }
             Ok(SupervisorOrder::Refused(why)) => Err(io::Error::other(why)),
             _ => Err(io::Error::other("the supervisor does not answer")),
@@ -162,14 +162,14 @@ impl Link {
     /// The thread cannot be started.
     pub fn listen(
         self: &Arc<Link>,
-        tell: impl Fn(News) + Send + 'static,
+        tell: impl Fn(SupervisorEvent) + Send + 'static,
     ) -> io::Result<std::thread::JoinHandle<()>> {
         let link = Arc::clone(self);
         std::thread::Builder::new().name("supervisor".to_owned()).spawn(move || {
             while let Ok(Some(packet)) = link.packets.receive() {
                 match SupervisorOrder::decode(&packet.bytes) {
                     Some(SupervisorOrder::Resume(status)) => {
-                        tell(News::Resume(ExitStatus::from_raw(status)))
+                        tell(SupervisorEvent::Resume(ExitStatus::from_raw(status)))
                     }
                     Some(order) => {
                         // If the upgrade has ended, the order has no receiver.
@@ -178,7 +178,7 @@ impl Link {
                     None => {}
                 }
             }
-            tell(News::SupervisorExited);
+            tell(SupervisorEvent::SupervisorExited);
         })
     }
 
@@ -226,7 +226,7 @@ impl Successor {
     /// Waits at most `limit` for the end of the successor. Returns its exit status.
     pub fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
         if self.ended.is_none()
-            && let Ok(SupervisorOrder::Ended(status)) = self.news.recv_timeout(limit)
+            && let Ok(SupervisorOrder::Ended(status)) = self.orders.recv_timeout(limit)
         {
             self.ended = Some(ExitStatus::from_raw(status));
         }

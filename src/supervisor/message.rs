@@ -27,8 +27,8 @@ pub(super) enum ChildReport {
     /// The child and its workers are responsive.
     Alive,
     /// Start a successor. Attached are its channel and its standard error, and for a
-    /// wish with a path the admin connection of the request.
-    Start(Wish),
+    /// change of a path the admin connection of the request.
+    Start(SuccessorChanges),
     /// Kill the successor.
     End,
     /// The successor serves and provides the service.
@@ -41,7 +41,7 @@ pub(super) enum ChildReport {
 
 /// The differences of a successor from its predecessor. Empty for a usual upgrade.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Wish {
+pub struct SuccessorChanges {
     /// Its program.
     pub binary: Option<PathBuf>,
     /// Its configuration file.
@@ -78,7 +78,7 @@ impl ChildReport {
             ChildReport::Reloading => vec![4],
             ChildReport::Stopping => vec![5],
             ChildReport::Alive => vec![6],
-            ChildReport::Start(wish) => encoded(7, &wish.encode()),
+            ChildReport::Start(changes) => encoded(7, &changes.encode()),
             ChildReport::End => vec![8],
             ChildReport::Serves => vec![9],
             ChildReport::SocketsClosed => vec![10],
@@ -96,7 +96,7 @@ impl ChildReport {
             4 => ChildReport::Reloading,
             5 => ChildReport::Stopping,
             6 => ChildReport::Alive,
-            7 => ChildReport::Start(Wish::decode(rest)),
+            7 => ChildReport::Start(SuccessorChanges::decode(rest)),
             8 => ChildReport::End,
             9 => ChildReport::Serves,
             10 => ChildReport::SocketsClosed,
@@ -106,9 +106,9 @@ impl ChildReport {
     }
 }
 
-// === impl Wish ===
+// === impl SuccessorChanges ===
 
-impl Wish {
+impl SuccessorChanges {
     /// Encodes both paths with a NUL between them, because paths hold no NUL.
     fn encode(&self) -> Vec<u8> {
         let bytes = |path: &Option<PathBuf>| -> Vec<u8> {
@@ -118,18 +118,18 @@ impl Wish {
         [bytes(&self.binary), vec![0], bytes(&self.config)].concat()
     }
 
-    fn decode(bytes: &[u8]) -> Wish {
+    fn decode(bytes: &[u8]) -> SuccessorChanges {
         let path = |bytes: Option<&[u8]>| {
             let bytes = bytes.filter(|bytes| !bytes.is_empty())?;
             Some(PathBuf::from(std::ffi::OsString::from_vec(bytes.to_vec())))
         };
         let mut parts = bytes.split(|byte| *byte == 0);
-        Wish { binary: path(parts.next()), config: path(parts.next()) }
+        SuccessorChanges { binary: path(parts.next()), config: path(parts.next()) }
     }
 
     /// Returns whether the successor has the same program and configuration.
-    pub(super) fn is_usual(&self) -> bool {
-        *self == Wish::default()
+    pub(super) fn is_empty(&self) -> bool {
+        *self == SuccessorChanges::default()
     }
 }
 
@@ -179,7 +179,7 @@ mod tests {
 
     #[test]
     fn decoded_message_equals_the_encoded_message() {
-        let wish = Wish { binary: None, config: Some("/etc/b c.toml".into()) };
+        let changes = SuccessorChanges { binary: None, config: Some("/etc/b c.toml".into()) };
         for report in [
             ChildReport::Hold("a".into()),
             ChildReport::Release("b".into()),
@@ -187,8 +187,8 @@ mod tests {
             ChildReport::Reloading,
             ChildReport::Stopping,
             ChildReport::Alive,
-            ChildReport::Start(Wish::default()),
-            ChildReport::Start(wish),
+            ChildReport::Start(SuccessorChanges::default()),
+            ChildReport::Start(changes),
             ChildReport::End,
             ChildReport::Serves,
             ChildReport::SocketsClosed,

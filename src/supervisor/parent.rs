@@ -6,7 +6,7 @@
 
 use super::children::{Child, ChildPipes, Held, Role, permitted};
 use super::manager::{Manager, ServiceNotice};
-use super::message::{ChildReport, SupervisorOrder, Wish};
+use super::message::{ChildReport, SuccessorChanges, SupervisorOrder};
 use super::pid_file::PidFile;
 use super::program::Program;
 use super::reexec::Renewal;
@@ -232,7 +232,12 @@ impl Parent {
         }
     }
 
-    fn start_successor(&mut self, of: Pid, wish: &Wish, fds: Vec<OwnedFd>) -> Result<Pid, String> {
+    fn start_successor(
+        &mut self,
+        of: Pid,
+        changes: &SuccessorChanges,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Pid, String> {
         let mut fds = fds.into_iter();
         let (Some(channel), Some(stderr)) = (fds.next(), fds.next()) else {
             return Err("descriptors are missing".to_owned());
@@ -240,11 +245,12 @@ impl Parent {
         if self.of(|role| matches!(role, Role::Successor(_))).is_some() || self.stopping {
             return Err("the supervisor is already starting a process, or is stopping".to_owned());
         }
-        if !wish.is_usual() {
+        if !changes.is_empty() {
             let asked_over = fds.next().ok_or("the connection of the requester is missing")?;
             permitted(&asked_over, &self.children)?;
         }
-        let program = self.program.wished(wish.binary.as_deref(), wish.config.as_deref());
+        let program =
+            self.program.with_changes(changes.binary.as_deref(), changes.config.as_deref());
         let mut child =
             Child::start(&program, Role::Successor(of), Some(ChildPipes { channel, stderr }))
                 .map_err(|error| error.to_string())?;
@@ -304,7 +310,7 @@ impl Parent {
                 self.manager.tell(ServiceNotice::Stopping);
             }
             ChildReport::Alive if is_main => self.manager.tell(ServiceNotice::Alive),
-            ChildReport::Start(wish) => self.answer_start(at, &wish, fds),
+            ChildReport::Start(changes) => self.answer_start(at, &changes, fds),
             ChildReport::End if is_main => {
                 if let Some(successor) = self.of(|role| role == Role::Successor(pid)) {
                     successor.signal(Signal::KILL);
@@ -330,9 +336,9 @@ impl Parent {
         }
     }
 
-    fn answer_start(&mut self, at: usize, wish: &Wish, fds: Vec<OwnedFd>) {
+    fn answer_start(&mut self, at: usize, changes: &SuccessorChanges, fds: Vec<OwnedFd>) {
         let started = match self.children[at].role {
-            Role::Main => self.start_successor(self.children[at].pid, wish, fds),
+            Role::Main => self.start_successor(self.children[at].pid, changes, fds),
             _ => Err("the requesting process is not the serving process".to_owned()),
         };
         let order = match started {

@@ -41,19 +41,19 @@ impl Program {
 
     /// Returns this program with `binary` and `config` in place of its file and its
     /// configuration file, if they are given.
-    pub fn wished(&self, binary: Option<&Path>, config: Option<&Path>) -> Program {
-        let mut wished = self.clone();
+    pub fn with_changes(&self, binary: Option<&Path>, config: Option<&Path>) -> Program {
+        let mut changed = self.clone();
         if let Some(binary) = binary {
-            wished.file = self.directory().join(binary).into();
-            wished.name = wished.file.clone();
+            changed.file = self.directory().join(binary).into();
+            changed.name = changed.file.clone();
         }
         if let Some(config) = config
-            && let Some(at) = wished.arguments.iter().position(|word| word == "--config")
-            && let Some(word) = wished.arguments.get_mut(at + 1)
+            && let Some(at) = changed.arguments.iter().position(|word| word == "--config")
+            && let Some(word) = changed.arguments.get_mut(at + 1)
         {
             *word = self.directory().join(config).into();
         }
-        wished
+        changed
     }
 
     /// Returns the command that starts the program from the file that its name resolves to
@@ -149,15 +149,15 @@ mod tests {
     }
 
     #[test]
-    fn wished_binary_and_configuration_apply_to_later_processes() {
+    fn changed_binary_and_configuration_apply_to_later_processes() {
         let dir = tempfile::tempdir().unwrap();
         executable(&dir.path().join("new"));
         let program = program("tidegate", dir.path());
-        let wished = program.wished(Some(Path::new("new")), Some(Path::new("/b.toml")));
-        assert_eq!(wished.path().unwrap(), dir.path().join("new"));
-        assert_eq!(wished.arguments, ["run", "--config", "/b.toml"]);
-        assert_eq!(wished.wished(None, None), wished, "the next program is the same");
-        let error = program.wished(Some(dir.path()), None).path().unwrap_err();
+        let changed = program.with_changes(Some(Path::new("new")), Some(Path::new("/b.toml")));
+        assert_eq!(changed.path().unwrap(), dir.path().join("new"));
+        assert_eq!(changed.arguments, ["run", "--config", "/b.toml"]);
+        assert_eq!(changed.with_changes(None, None), changed, "the next program is the same");
+        let error = program.with_changes(Some(dir.path()), None).path().unwrap_err();
         assert!(error.contains("not an executable file"), "{error}");
     }
 }

@@ -56,7 +56,7 @@ use stepping::SteppingDown;
 use tidegate_core::control::handover::Saved;
 use tidegate_net::clock;
 use tidegate_net::fd_channel::HandoverChannel;
-use tidegate_supervisor::Wish;
+use tidegate_supervisor::SuccessorChanges;
 use tokio::sync::{mpsc, oneshot};
 
 /// Timeout from *commit* to *serving*. The control loop of the old process waits, and the
@@ -226,11 +226,11 @@ impl Control {
     /// Starts an upgrade. The reply is sent when the upgrade has ended.
     pub(super) fn begin_upgrade(
         &mut self,
-        wish: Wish,
+        changes: SuccessorChanges,
         asked_over: Option<Arc<OwnedFd>>,
         reply: Option<UpgradeReply>,
     ) {
-        match self.start_upgrade(wish, asked_over) {
+        match self.start_upgrade(changes, asked_over) {
             Ok(outgoing) => {
                 self.upgrades.under_way = Some(RunningUpgrade { outgoing, reply, reload: false });
             }
@@ -248,7 +248,7 @@ impl Control {
 
     fn start_upgrade(
         &mut self,
-        wish: Wish,
+        changes: SuccessorChanges,
         asked_over: Option<Arc<OwnedFd>>,
     ) -> Result<UpgradeHandle, String> {
         if !self.lifecycle.is_serving() {
@@ -260,7 +260,7 @@ impl Control {
         let Some(starter) = &self.upgrades.starter else {
             return Err("the balancer is embedded in another program".to_owned());
         };
-        let start = starter.prepare(wish, asked_over)?;
+        let start = starter.prepare(changes, asked_over)?;
         tracing::info!("upgrade started");
         let attempt = self.attempt(start).map_err(|error| error.to_string())?;
         UpgradeHandle::start(attempt).map_err(|error| error.to_string())

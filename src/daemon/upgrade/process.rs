@@ -13,7 +13,7 @@ use tidegate_net::clock;
 use tidegate_net::fd_channel::MARK;
 use tidegate_supervisor::link::Successor;
 use tidegate_supervisor::program::Program;
-use tidegate_supervisor::{Link, Wish};
+use tidegate_supervisor::{Link, SuccessorChanges};
 use tokio::sync::oneshot;
 
 /// Environment variables that the new process must not inherit.
@@ -36,7 +36,7 @@ pub(crate) enum Starter {
 #[derive(Debug)]
 pub(super) enum Start {
     Own { command: Box<Command>, path: PathBuf },
-    Supervisor { link: Arc<Link>, wish: Wish, asked_over: Option<Arc<OwnedFd>> },
+    Supervisor { link: Arc<Link>, changes: SuccessorChanges, asked_over: Option<Arc<OwnedFd>> },
 }
 
 /// A new process.
@@ -78,7 +78,7 @@ impl Starter {
     /// own checks when it starts the program.
     pub(super) fn prepare(
         &self,
-        wish: Wish,
+        changes: SuccessorChanges,
         asked_over: Option<Arc<OwnedFd>>,
     ) -> Result<Start, String> {
         Ok(match self {
@@ -90,12 +90,13 @@ impl Starter {
                 );
             }
             Starter::Own(program) => {
-                let program = program.wished(wish.binary.as_deref(), wish.config.as_deref());
+                let program =
+                    program.with_changes(changes.binary.as_deref(), changes.config.as_deref());
                 let command = Box::new(program.command()?);
                 Start::Own { command, path: program.path()? }
             }
             Starter::Supervisor(link) => {
-                Start::Supervisor { link: Arc::clone(link), wish, asked_over }
+                Start::Supervisor { link: Arc::clone(link), changes, asked_over }
             }
         })
     }
@@ -128,8 +129,8 @@ impl Start {
                     NotStarted::Failed(format!("cannot start {}: {error}", path.display()))
                 })?)
             }
-            Start::Supervisor { link, wish, asked_over } => {
-                let started = link.start(&channel, &writer.into(), wish, asked_over.as_deref());
+            Start::Supervisor { link, changes, asked_over } => {
+                let started = link.start(&channel, &writer.into(), changes, asked_over.as_deref());
                 UpgradeProcess::Supervised(
                     started.map_err(|error| NotStarted::Refused(error.to_string()))?,
                 )
