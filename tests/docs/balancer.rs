@@ -6,6 +6,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
@@ -77,6 +78,19 @@ impl Balancer {
             Some(answer.blocking_recv().unwrap())
                 .filter(|text| series.iter().all(|series| text.contains(series)))
         })
+    }
+
+    /// What `GET /metrics` answers over the admin socket.
+    pub(crate) fn scrape(&self) -> String {
+        let mut socket = UnixStream::connect(self.directory.path().join("admin.sock")).unwrap();
+        socket
+            .write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            .unwrap();
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("HTTP/1.1 200 ") && !head.contains("chunked"), "{head}");
+        body.to_owned()
     }
 
     /// The document of `/v1/status`.

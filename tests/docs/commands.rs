@@ -1,7 +1,7 @@
 //! The commands of docs/quickstart.md and of the README's example, run in an empty
 //! directory as they are written, but for addresses and the admin socket.
 
-use crate::pages::{blocks, page, pages};
+use crate::pages::{blocks, page, pages, prose};
 use clap::Parser;
 use std::fmt::Write;
 use std::fs;
@@ -36,6 +36,33 @@ fn the_commands_of_the_quickstart_lead_to_answers_of_both_services() {
     ] {
         assert!(printed.contains(line), "no {line:?} in:\n{printed}");
     }
+    // Both answers in order, and the head of the table, as the page shows them.
+    let spaced = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let [answers, status] = blocks(steps, "text")[..] else { panic!("two blocks of output") };
+    assert!(printed.contains(answers), "no {answers:?} in:\n{printed}");
+    for line in status.lines().take(2) {
+        assert!(spaced(&printed).contains(&spaced(line)), "no {line:?} in:\n{printed}");
+    }
+}
+
+/// Words per minute that a newcomer reads, and types. A typed word has five characters.
+const READ: f64 = 200.0;
+const TYPED: f64 = 40.0;
+
+#[test]
+fn quickstart_reaches_a_served_request_within_five_minutes_and_the_build() {
+    let text = page("docs/quickstart.md");
+    let (start, _) = text.split_once("\nThe two answers come").expect("the first request");
+    // With services of their own readers skip the commands that start two.
+    let (before, rest) = start.split_once("\n## Start two services\n").unwrap();
+    let (own, after) = rest.split_once("\n## Write a configuration\n").unwrap();
+    let skip = own.split("```").next().unwrap();
+    let path = [before, skip, after].join("\n");
+    let words = prose(&path).split_whitespace().count();
+    let commands: usize = blocks(&path, "sh").iter().map(|block| block.len()).sum();
+    assert!(words > 80 && commands > 400, "{words} words, {commands} characters");
+    let minutes = words as f64 / READ + commands as f64 / 5.0 / TYPED;
+    assert!(minutes <= 5.0, "{minutes:.1} min: {words} words, {commands} characters");
 }
 
 #[test]

@@ -1,0 +1,56 @@
+//! The metrics and the files for Prometheus, as `promtool` of Prometheus checks them.
+
+use crate::balancer::Balancer;
+use crate::pages::root;
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
+
+/// Runs `promtool` in the folder of the examples; `None` if this host has no `promtool`. In CI
+/// a missing `promtool` fails the test.
+fn promtool(arguments: &[&str], input: &str) -> Option<Output> {
+    let started = Command::new("promtool")
+        .args(arguments)
+        .current_dir(root().join("examples/prometheus"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let Ok(mut child) = started else {
+        assert!(std::env::var_os("CI").is_none(), "no promtool");
+        eprintln!("skipped: no promtool");
+        return None;
+    };
+    // A program that does not read its input closes it.
+    let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+    Some(child.wait_with_output().unwrap())
+}
+
+#[track_caller]
+fn assert_accepted(arguments: &[&str], input: &str) {
+    if let Some(checked) = promtool(arguments, input) {
+        let said = String::from_utf8_lossy(&checked.stderr);
+        assert!(checked.status.success(), "promtool {arguments:?}: {said}");
+    }
+}
+
+#[test]
+fn promtool_accepts_the_rules_and_the_scrape_configuration() {
+    assert_accepted(&["check", "rules", "alerts.yml"], "");
+    assert_accepted(&["check", "config", "scrape.yml"], "");
+}
+
+#[test]
+fn promtool_accepts_a_scrape_of_a_balancer() {
+    let balancer = Balancer::after_one_session();
+    // These histograms and series exist only after a session and a heartbeat.
+    balancer.metrics_with(&["tidegate_session_seconds_count", "tidegate_backend_heartbeat_phi{"]);
+    let scrape = balancer.scrape();
+    assert!(scrape.lines().count() > 200, "{scrape}");
+    assert_accepted(&["check", "metrics"], &scrape);
+}
+
+#[test]
+fn promtool_finds_an_error_in_metrics() {
+    let checked = promtool(&["check", "metrics"], "# TYPE a_total counter\na_total{ 1\n");
+    assert!(checked.is_none_or(|checked| !checked.status.success()));
+}
