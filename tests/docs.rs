@@ -1,6 +1,6 @@
-//! The pages against each other and against the program: links resolve, every page is in
-//! the index, and every configuration shown is accepted. Tables are compared in the
-//! modules, and parts that come from the program are written by `scripts/docs`.
+//! Checks the pages: links resolve, the index lists every page, and every configuration is valid.
+//! The modules compare tables and texts with the program. `scripts/docs` writes the generated
+//! parts.
 
 // Outside of test functions too, a failed step of a test is a failed test.
 #![allow(clippy::unwrap_used)]
@@ -65,7 +65,7 @@ fn every_link_resolves() {
 }
 
 #[test]
-fn the_index_lists_every_page_and_no_other() {
+fn index_lists_every_page() {
     let mut listed = links(&page("docs/README.md"));
     listed.retain(|link| !link.contains("://") && !link.contains("..") && !link.contains('#'));
     listed.sort();
@@ -117,7 +117,7 @@ const REPLACED: [&str; 20] = [
 ];
 
 #[test]
-fn no_page_uses_words_that_the_style_guide_replaces() {
+fn pages_use_no_word_that_the_style_guide_replaces() {
     let mut found = String::new();
     for name in pages() {
         // The guide itself quotes them.
@@ -138,7 +138,7 @@ fn no_page_uses_words_that_the_style_guide_replaces() {
 }
 
 #[test]
-fn every_configuration_shown_is_accepted() {
+fn every_configuration_in_the_pages_is_valid() {
     let mut accepted = 0;
     for name in pages() {
         for block in blocks(&page(&name), "toml") {

@@ -1,5 +1,5 @@
-//! The table of the access log's fields in `docs/observability.md`: names in the order of
-//! a real line, meanings from the comments of the record in the source.
+//! Generates the table of access-log fields in `docs/observability.md`. The names come from a
+//! real line, the meanings from the comments of the record in the source.
 
 use crate::balancer::Balancer;
 use crate::generated::cell;
@@ -18,14 +18,14 @@ pub(crate) fn text() -> String {
     out
 }
 
-/// The fields of the line of one session, in order.
+/// The fields of the line of a session, in order.
 fn fields() -> Vec<String> {
     let line = Balancer::after_one_session().access_log_line();
     let names = line.trim().trim_matches(['{', '}']).split(",\"");
     names.map(|pair| pair.trim_start_matches('"').split_once("\":").unwrap().0.to_owned()).collect()
 }
 
-/// The definition of the record, without what comes after it.
+/// The definition of the record.
 fn source() -> String {
     let folder = root().join("src/dataplane/access_log");
     let files = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
@@ -37,7 +37,7 @@ fn source() -> String {
     found.into_iter().next().expect("the record of the access log")
 }
 
-/// The comment above each field, by the name that the field has in a line.
+/// The comment of each field, by the name of the field in a line.
 fn meanings(source: &str) -> BTreeMap<String, String> {
     let mut found = BTreeMap::new();
     let (mut comment, mut renamed) = (String::new(), None);
@@ -57,7 +57,7 @@ fn meanings(source: &str) -> BTreeMap<String, String> {
 }
 
 #[test]
-fn comments_belong_to_the_names_in_the_line() {
+fn comments_belong_to_the_names_of_the_line() {
     let source =
         "/// One\n/// thing.\n#[serde(rename = \"a_seconds\")]\npub a: u8,\n/// B.\npub b: u8,";
     let meanings = meanings(source);

@@ -1,5 +1,4 @@
-//! `docs/admin-api.md` lists the routes of the admin API and the fields of its documents,
-//! and no other.
+//! Compares the routes and fields in `docs/admin-api.md` with a running balancer.
 
 use crate::balancer::Balancer;
 use crate::pages::{column, page, root};
@@ -8,7 +7,7 @@ use std::collections::BTreeSet;
 use std::fs;
 
 #[test]
-fn every_route_of_the_admin_api_is_listed_and_no_other() {
+fn admin_api_page_lists_every_route() {
     let routes = fs::read_to_string(root().join("src/daemon/admin/routes.rs")).unwrap();
     let route = |line: &str| {
         let (path, rest) = line.trim().strip_prefix(".route(\"")?.split_once("\", ")?;
@@ -22,7 +21,7 @@ fn every_route_of_the_admin_api_is_listed_and_no_other() {
 }
 
 #[test]
-fn every_field_of_status_and_explain_is_listed_and_no_other() {
+fn admin_api_page_lists_every_field_of_status_and_explain() {
     let balancer = Balancer::after_one_session();
     let status = balancer.status();
     let pool = &status["pools"][0];

@@ -1,5 +1,6 @@
-//! A balancer in this process that has served one session, with one backend that sends
-//! heartbeats: what the pages list comes from its answers.
+//! A balancer in the test process that has served one session. Its backend sends heartbeats.
+//!
+//! Used by the modules that generate tables from metrics, documents and log lines.
 
 use serde_json::Value;
 use std::fs;
@@ -18,7 +19,7 @@ use tidegate_heartbeat::sender::{Sender, SenderSettings};
 use tidegate_heartbeat::wire::SenderIdentity;
 use tokio::sync::oneshot;
 
-/// Longest wait for something that is about to happen.
+/// Timeout of `eventually`.
 const SOON: Duration = Duration::from_secs(10);
 
 /// A balancer in this process that has served one session.
@@ -63,13 +64,13 @@ impl Balancer {
         let settings =
             SenderSettings { to: vec![heartbeats], identity, key_id: 1, secret, interval };
         talk_once(frontend);
-        // Only then: its first heartbeat has the backend asked whether it is there.
+        // After the session, because the first heartbeat starts a probe of the backend.
         let sender = Sender::start(settings).unwrap();
         sender.set_state(SenderState::Ready);
         Balancer { running: Some(running), directory, _sender: sender }
     }
 
-    /// The metrics, once they hold those series.
+    /// Waits until the metrics contain these series, and returns the metrics.
     pub(crate) fn metrics_with(&self, series: &[&str]) -> String {
         let requests = self.running.as_ref().unwrap().requests();
         eventually(|| {
@@ -80,7 +81,7 @@ impl Balancer {
         })
     }
 
-    /// What `GET /metrics` answers over the admin socket.
+    /// The answer to `GET /metrics` over the admin socket.
     pub(crate) fn scrape(&self) -> String {
         let mut socket = UnixStream::connect(self.directory.path().join("admin.sock")).unwrap();
         socket
@@ -123,7 +124,7 @@ impl Drop for Balancer {
     fn drop(&mut self) {
         if let Some(running) = self.running.take() {
             let (reply, _) = oneshot::channel();
-            // It may have failed already, and the test with it.
+            // The balancer can have failed already.
             let _ = running.requests().blocking_send(AdminRequest::Shutdown(reply));
             running.wait();
         }
@@ -134,7 +135,7 @@ fn free_address() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
-/// Answers the first connection that says something.
+/// Answers the first message of the first connection.
 fn serve_one(listener: &TcpListener) {
     let (mut client, _) = listener.accept().unwrap();
     let mut word = [0u8; 4];
@@ -157,7 +158,7 @@ pub(crate) fn eventually<T>(mut attempt: impl FnMut() -> Option<T>) -> T {
         if let Some(result) = attempt() {
             return result;
         }
-        assert!(tidegate_net::clock::now() < deadline, "it did not come within {SOON:?}");
+        assert!(tidegate_net::clock::now() < deadline, "not within {SOON:?}");
         let _ = never.recv_timeout(Duration::from_millis(10));
     }
 }

@@ -1,4 +1,4 @@
-//! The commands in `docs/cli.md`, from the definitions that `--help` is made of.
+//! Generates `docs/cli.md` from the definitions of `--help`.
 
 use crate::generated::cell;
 use crate::pages::{column, page};
@@ -59,7 +59,7 @@ fn options(out: &mut String, args: Vec<&Arg>) {
     let _ = writeln!(out);
 }
 
-/// How an option is written: `--config FILE`, `--wait[=TIME]`, `MODE`.
+/// The synopsis of an option: `--config FILE`, `--wait[=TIME]`, `MODE`.
 fn name(arg: &Arg) -> String {
     let value = arg.get_value_names().map(|names| names[0].to_string());
     let value = value.filter(|_| arg.get_action().takes_values());
@@ -72,7 +72,7 @@ fn name(arg: &Arg) -> String {
     }
 }
 
-/// The values of an argument, where each has a meaning of its own.
+/// The values of an argument, if each value has its own help.
 fn values(out: &mut String, arg: &Arg) {
     let values = arg.get_possible_values();
     let explained: Vec<_> = values.iter().filter(|value| value.get_help().is_some()).collect();
@@ -91,7 +91,7 @@ fn help(arg: &Arg) -> String {
     sentence(&arg.get_long_help().or(arg.get_help()).map(ToString::to_string).unwrap_or_default())
 }
 
-/// clap takes the full stop off a text of one sentence.
+/// Adds the full stop that clap removes from a text of one sentence.
 fn sentence(text: &str) -> String {
     let text = text.trim();
     let stop = if text.ends_with('.') { "" } else { "." };
@@ -99,7 +99,7 @@ fn sentence(text: &str) -> String {
 }
 
 #[test]
-fn every_exit_code_is_listed() {
+fn cli_page_lists_every_exit_code() {
     let codes = [Exit::Fine, Exit::Refused, Exit::Usage, Exit::Failed];
     let codes: Vec<String> = codes.map(|code| (code as u8).to_string()).to_vec();
     assert_eq!(column(&page("docs/cli.md"), "| exit code |", 0), codes);

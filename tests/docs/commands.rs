@@ -1,5 +1,5 @@
-//! The commands of docs/quickstart.md and of the README's example, run in an empty
-//! directory as they are written, but for addresses and the admin socket.
+//! Runs the commands of the pages in an empty directory, as they are written. Only addresses and
+//! the admin socket are replaced.
 
 use crate::pages::{blocks, page, pages, prose};
 use clap::Parser;
@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use tidegate_cli::Cli;
 
 #[test]
-fn the_commands_of_the_quickstart_lead_to_answers_of_both_services() {
+fn quickstart_commands_get_answers_from_both_services() {
     let text = page("docs/quickstart.md");
     let (_, rest) = text.split_once("\n## Start two services").unwrap();
     let (steps, _) = rest.split_once("\n## How commands find").unwrap();
@@ -48,15 +48,15 @@ fn the_commands_of_the_quickstart_lead_to_answers_of_both_services() {
     }
 }
 
-/// Words per minute that a newcomer reads, and types. A typed word has five characters.
+/// Words per minute of a reader, and of a typist. A typed word has five characters.
 const READ: f64 = 200.0;
 const TYPED: f64 = 40.0;
 
 #[test]
-fn quickstart_reaches_a_served_request_within_five_minutes_and_the_build() {
+fn quickstart_takes_at_most_five_minutes_without_the_build() {
     let text = page("docs/quickstart.md");
     let (start, _) = text.split_once("\nThe two answers come").expect("the first request");
-    // With services of their own readers skip the commands that start two.
+    // Readers who have two services skip the commands that start two.
     let (before, rest) = start.split_once("\n## Start two services\n").unwrap();
     let (own, after) = rest.split_once("\n## Write a configuration\n").unwrap();
     let skip = own.split("```").next().unwrap();
@@ -69,7 +69,7 @@ fn quickstart_reaches_a_served_request_within_five_minutes_and_the_build() {
 }
 
 #[test]
-fn the_example_of_the_readme_loses_no_connection() {
+fn readme_example_loses_no_connection() {
     let text = page("README.md");
     let [frontend, a, b] = free_addresses();
     let shell = Shell::new();
@@ -112,7 +112,7 @@ fn the_example_of_the_readme_loses_no_connection() {
 }
 
 #[test]
-fn the_requests_of_the_admin_api_page_are_answered() {
+fn requests_of_the_admin_api_page_get_answers() {
     let shell = Shell::new();
     let directory = shell.0.path().display().to_string();
     let [one, other, tcp] = free_addresses();
@@ -144,7 +144,7 @@ fn the_requests_of_the_admin_api_page_are_answered() {
 }
 
 #[test]
-fn every_command_shown_is_understood() {
+fn every_command_in_the_pages_is_valid() {
     let (mut wrong, mut seen) = (String::new(), 0);
     for name in pages() {
         let text = page(&name);
@@ -155,7 +155,9 @@ fn every_command_shown_is_understood() {
             let line = line.trim_start_matches("$ ");
             let words: Vec<&str> = line
                 .split_whitespace()
-                .take_while(|word| !word.starts_with(['#', '|', '&', '>', ';']))
+                .take_while(|word| {
+                    !word.starts_with(['#', '|', '&', '>', ';']) && !word.starts_with("2>")
+                })
                 .collect();
             if words.first() != Some(&"tidegate") {
                 continue;
@@ -170,7 +172,7 @@ fn every_command_shown_is_understood() {
     assert!(seen > 15, "{seen}");
 }
 
-/// A directory in which scripts run, with an admin socket that no other balancer uses.
+/// A directory for scripts, with an admin socket that no other balancer uses.
 struct Shell(tempfile::TempDir);
 
 impl Shell {
@@ -194,7 +196,7 @@ impl Shell {
         fs::read_to_string(self.0.path().join(name)).unwrap()
     }
 
-    /// What the script printed; it succeeds.
+    /// Runs the script and returns its output. Fails if the script fails.
     fn run(&self, script: &str) -> String {
         let program = Path::new(env!("CARGO_BIN_EXE_tidegate")).parent().unwrap();
         let path = format!("{}:{}", program.display(), std::env::var("PATH").unwrap());
@@ -204,7 +206,7 @@ impl Shell {
             .current_dir(self.0.path())
             .env("PATH", path)
             .env("TIDEGATE_ADMIN", self.admin())
-            // Its own group, so that nothing it starts outlives it.
+            // A process group, so that the processes of the script end with it.
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(output.try_clone().unwrap())
@@ -213,7 +215,7 @@ impl Shell {
             .unwrap();
         let group = rustix::process::Pid::from_child(&shell);
         let status = shell.wait().unwrap();
-        // Nothing is left of it if all went well.
+        // This fails if no process of the group is left.
         let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
         let printed = self.read("output");
         assert!(status.success(), "{status}: {printed}");

@@ -1,5 +1,5 @@
-//! The tables of `docs/configuration.md`, from the keys that the reader is compared with, and
-//! `config/full.toml` against the same keys.
+//! Generates the tables of `docs/configuration.md` from the table of keys, and compares
+//! `config/full.toml` with it. `tidegate-config` compares the table of keys with the reader.
 
 use crate::generated::cell;
 use crate::pages::{blocks, page, sources};
@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use tidegate_config::keys::{Applies, DefaultValue, KeyTable, TABLES};
 
-/// One table per table of the file.
+/// One Markdown table per table of a configuration file.
 pub(crate) fn text() -> String {
     let mut out = String::new();
     for KeyTable { header, about, keys } in TABLES {
@@ -31,7 +31,7 @@ pub(crate) fn text() -> String {
     out
 }
 
-/// A key of a file: the header that it stands under, its name and its value.
+/// A key of a file: its header, its name and its value.
 type FileKey = (String, String, String);
 
 /// Every key of config/full.toml, set or commented out.
@@ -49,7 +49,7 @@ fn keys_of_the_full_file() -> Vec<FileKey> {
         }
         let value = value.split(" #").next().unwrap_or_default().trim();
         keys.push((header.clone(), name.to_owned(), value.to_owned()));
-        // A table that is a value has keys of its own.
+        // An inline table has its own keys.
         if let Some(inner) = value.strip_prefix("{ ").and_then(|rest| rest.split_once(" }")) {
             let pairs = inner.0.split(", ").filter_map(|pair| pair.split_once(" = "));
             let own = pairs.map(|(key, value)| (name.to_owned(), key.to_owned(), value.to_owned()));
@@ -65,7 +65,7 @@ fn full_file_has_every_key_and_no_other() {
     for (header, name, _) in keys_of_the_full_file() {
         named.entry(header).or_default().insert(name);
     }
-    // The key and the table of ejection have one name; the file shows the table.
+    // `ejection` is a key and a table. The file shows the table.
     named.get_mut("[pool.NAME]").unwrap().insert("ejection".to_owned());
     for table in TABLES {
         let known: BTreeSet<String> = table.keys.iter().map(|key| key.name.to_owned()).collect();
@@ -84,7 +84,7 @@ fn full_file_has_the_default_of_every_key() {
             };
             let of = |(header, name, _): &&FileKey| header == table.header && name == key.name;
             let values: Vec<&str> = shown.iter().filter(of).map(|(.., value)| &**value).collect();
-            // The file shows an example where a default would show nothing.
+            // For these keys the file shows an example instead of the default.
             let example = table.header == "bind" || key.name == "send";
             assert!(
                 values.contains(&value) || example,
@@ -116,7 +116,7 @@ fn keys_that_need_a_restart_are_those_that_a_reload_reports() {
 #[test]
 fn page_has_three_complete_examples() {
     let text = page("docs/configuration.md");
-    // tests/docs.rs reads every block of every page as a configuration.
+    // tests/docs.rs parses every TOML block of every page.
     assert_eq!(blocks(&text, "toml").len(), 3);
 }
 

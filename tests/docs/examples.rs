@@ -1,5 +1,5 @@
-//! The files in `examples`: configurations are accepted, command lines are understood, and
-//! the one for systemd is started as systemd starts it.
+//! Checks the files in `examples`: configurations, command lines, and the start of the systemd
+//! example with a passed socket.
 
 use crate::pages::{page, root};
 use clap::Parser;
@@ -14,7 +14,7 @@ const TIDEGATE_YAML: &str = "examples/kubernetes/tidegate.yaml";
 const APP_YAML: &str = "examples/kubernetes/app.yaml";
 const SYSTEMD: &str = "examples/systemd/tidegate.toml";
 
-/// A process that does not outlive its test.
+/// A process that is killed when its test ends.
 struct Started(Child);
 
 impl Drop for Started {
@@ -29,7 +29,7 @@ fn accepted(text: &str, name: &str) -> Config {
         .unwrap_or_else(|problems| panic!("{}", problems.render(false)))
 }
 
-/// The text of a key that is a block (`|`), without its indentation.
+/// The text of a block (`|`) in YAML, without its indentation.
 fn block(yaml: &str, key: &str) -> String {
     let (before, rest) = yaml.split_once(&format!("{key}: |\n")).expect("the block");
     let outer = before.lines().last().map_or(0, |line| line.len());
@@ -40,7 +40,7 @@ fn block(yaml: &str, key: &str) -> String {
     lines.map(|line| format!("{}\n", line.strip_prefix(inner.as_str()).unwrap_or(line))).collect()
 }
 
-/// Every command in a manifest, in both ways of writing a list.
+/// Every command in a manifest, from both notations of a list.
 fn commands(yaml: &str) -> Vec<Vec<String>> {
     let inline = yaml.split("command: [").skip(1).map(|rest| {
         let list = rest.split_once(']').expect("an end of the list").0;
@@ -60,7 +60,7 @@ fn seconds_after(text: &str, key: &str) -> u64 {
 }
 
 #[test]
-fn the_configuration_of_the_config_map_is_accepted_and_fits_the_grace_period() {
+fn config_map_is_valid_and_fits_the_grace_period() {
     let yaml = page(TIDEGATE_YAML);
     let text = block(&yaml, "tidegate.toml");
     assert!(text.contains("[frontend.web]") && text.ends_with("register = true\n"), "{text}");
@@ -71,7 +71,7 @@ fn the_configuration_of_the_config_map_is_accepted_and_fits_the_grace_period() {
 }
 
 #[test]
-fn an_application_serves_for_as_long_as_its_sender_drains() {
+fn application_serves_while_its_sender_drains() {
     let yaml = page(APP_YAML);
     let slept = seconds_after(&yaml, "[\"sleep\", \"");
     assert!(slept >= seconds_after(&yaml, "--drain="));
@@ -79,7 +79,7 @@ fn an_application_serves_for_as_long_as_its_sender_drains() {
 }
 
 #[test]
-fn every_command_of_the_manifests_is_understood() {
+fn every_command_of_the_manifests_is_valid() {
     let mut understood = 0;
     for name in [TIDEGATE_YAML, APP_YAML] {
         for command in commands(&page(name)).iter().filter(|command| command[0] == "tidegate") {
@@ -97,7 +97,7 @@ fn every_command_of_the_manifests_is_understood() {
 }
 
 #[test]
-fn the_socket_unit_listens_where_the_example_binds() {
+fn socket_unit_has_the_bind_of_the_example() {
     let unit = page("config/tidegate.socket");
     let listened: Vec<&str> =
         unit.lines().filter_map(|line| line.strip_prefix("ListenStream=")).collect();
@@ -108,7 +108,7 @@ fn the_socket_unit_listens_where_the_example_binds() {
 }
 
 #[test]
-fn the_example_for_systemd_serves_by_a_socket_that_was_passed() {
+fn systemd_example_serves_on_a_passed_socket() {
     let directory = tempfile::tempdir().unwrap();
     let backend = TcpListener::bind("127.0.0.1:0").unwrap();
     let frontend = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
@@ -142,7 +142,7 @@ fn the_example_for_systemd_serves_by_a_socket_that_was_passed() {
 }
 
 #[test]
-fn every_example_is_in_the_index() {
+fn index_lists_every_example() {
     let index = page("examples/README.md");
     let mut folders = vec![root().join("examples")];
     while let Some(folder) = folders.pop() {

@@ -1,7 +1,7 @@
-//! The bounds in `docs/limits.md` and `docs/security.md` against the constants of the
+//! Compares the bounds in `docs/limits.md` and `docs/security.md` with the constants of the
 //! source.
 //!
-//! Many of the constants are private to their modules, so the source is read as text.
+//! The tests read the source as text, because many constants are private.
 
 use crate::pages::{page, root, table};
 use std::collections::BTreeSet;
@@ -37,7 +37,7 @@ const BOUNDS: [(&str, &str, &str); 24] = [
 ];
 
 #[test]
-fn every_bound_is_the_constant_of_the_source() {
+fn table_of_bounds_has_the_constants_of_the_source() {
     let page = page("docs/limits.md");
     let rows = table(&page, "| bound |");
     for (bound, folder, name) in BOUNDS {
@@ -48,7 +48,7 @@ fn every_bound_is_the_constant_of_the_source() {
 }
 
 #[test]
-fn the_bounds_of_the_admin_api_are_the_constants_of_the_source() {
+fn admin_api_bounds_are_the_constants_of_the_source() {
     let page = page("docs/security.md");
     let rows = table(&page, "| what | bound |");
     let bound = |what: &str| &rows.iter().find(|row| row[0].starts_with(what)).unwrap()[1];
@@ -58,7 +58,7 @@ fn the_bounds_of_the_admin_api_are_the_constants_of_the_source() {
 }
 
 #[test]
-fn the_rates_of_heartbeats_are_the_constants_of_the_source() {
+fn heartbeat_rates_are_the_constants_of_the_source() {
     let text = page("docs/security.md");
     let (_, rest) = text.split_once("\n## Heartbeat authentication\n").unwrap();
     let (section, _) = rest.split_once("\n## ").unwrap();
@@ -72,7 +72,7 @@ fn the_rates_of_heartbeats_are_the_constants_of_the_source() {
 }
 
 #[test]
-fn as_many_system_calls_remain_as_the_page_says() {
+fn security_page_has_the_number_of_allowed_system_calls() {
     let source = page("src/net/sandbox/calls.rs");
     let (program, _) = source.split_once("#[cfg(test)]").unwrap();
     let words = program.split(|c: char| !c.is_alphanumeric() && c != '_');
@@ -82,7 +82,7 @@ fn as_many_system_calls_remain_as_the_page_says() {
     assert!(text.contains(&said), "{said}");
 }
 
-/// The number that a cell starts with: `4,096`, `16 MiB`.
+/// The number at the start of a cell: `4,096`, `16 MiB`.
 fn number(cell: &str) -> u64 {
     let mut words = cell.split([' ', ';']);
     let digits = words.next().unwrap().replace(',', "");
@@ -94,7 +94,7 @@ fn number(cell: &str) -> u64 {
     }
 }
 
-/// The value of the one constant of that name below a folder of `src`.
+/// The value of the only constant with this name below a folder of `src`.
 fn constant(folder: &str, name: &str) -> u64 {
     let mut found = Vec::new();
     collect(&root().join("src").join(folder), &format!("const {name}: "), &mut found);
@@ -114,7 +114,7 @@ fn collect(path: &Path, definition: &str, found: &mut Vec<String>) {
     }
 }
 
-/// Of whole numbers with `*` or `<<` between them.
+/// The value of integers with `*` or `<<` between them.
 fn value(expression: &str) -> u64 {
     let number = |text: &str| -> u64 {
         let text = text.trim().trim_end_matches(';').replace('_', "");
@@ -127,7 +127,7 @@ fn value(expression: &str) -> u64 {
 }
 
 #[test]
-fn numbers_are_read_in_both_forms() {
+fn numbers_parse_in_pages_and_in_source() {
     assert_eq!(number("100,000, or what descriptors allow"), 100_000);
     assert_eq!(number("16 MiB"), value("16 * 1024 * 1024;"));
     assert_eq!(value("256 << 20;"), number("256 MiB"));

@@ -1,5 +1,5 @@
-//! The tables of `docs/metrics.md`, from the metrics of a balancer that has served one
-//! session: name, type, labels and HELP, by what a series belongs to.
+//! Generates the tables of `docs/metrics.md` from the metrics of a balancer that has served one
+//! session: name, type, labels and HELP, by area.
 
 use crate::balancer::Balancer;
 use crate::generated::cell;
@@ -12,11 +12,11 @@ struct Metric {
     name: String,
     kind: String,
     help: String,
-    /// The values of each label, in the order in which they appear.
+    /// The values of each label, in order of appearance.
     labels: BTreeMap<String, Vec<String>>,
 }
 
-/// Labels with values from a fixed set, every one of which has a sample from the start.
+/// Labels with values from a fixed set. Every value has a sample from the start.
 const FIXED: [&str; 5] = ["reason", "result", "at", "direction", "layer"];
 
 const AREAS: [&str; 7] = [
@@ -72,7 +72,7 @@ fn parse(text: &str) -> Vec<Metric> {
     all
 }
 
-/// Names and values of a sample's labels, without a histogram's `le`.
+/// Names and values of the labels of a sample, without `le`.
 fn sample_labels(line: &str) -> Vec<(String, String)> {
     let inner = line.split_once('{').and_then(|(_, rest)| rest.rsplit_once('}'));
     let all = inner.map_or("", |(inner, _)| inner).split("\",");
@@ -85,7 +85,7 @@ fn sample_labels(line: &str) -> Vec<(String, String)> {
 // === impl Metric ===
 
 impl Metric {
-    /// What its series belong to.
+    /// The area to which its series belong.
     fn area(&self) -> &'static str {
         let labels: BTreeSet<&str> = self.labels.keys().map(String::as_str).collect();
         let has = |label: &str| labels.contains(label);
@@ -100,7 +100,7 @@ impl Metric {
         }
     }
 
-    /// Its labels, those of fixed sets with their values.
+    /// Its labels. Labels of fixed sets have their values.
     fn labels(&self) -> String {
         let order = |name: &str| match name {
             "frontend" | "pool" => 0,
@@ -118,7 +118,7 @@ impl Metric {
 }
 
 #[test]
-fn metrics_are_read_with_their_labels() {
+fn metrics_parse_with_their_labels() {
     let all =
         parse("# HELP a_total A.\n# TYPE a_total counter\na_total{at=\"x\",pool=\"p,q\"} 1\n");
     let metric = &all[0];
@@ -127,14 +127,14 @@ fn metrics_are_read_with_their_labels() {
 }
 
 #[test]
-fn every_metric_that_is_named_anywhere_exists() {
+fn every_metric_named_in_the_tree_exists() {
     let known: BTreeSet<String> = page("docs/metrics.md")
         .lines()
         .filter_map(|line| line.strip_prefix("| `"))
         .filter_map(|rest| Some(rest.split_once("` | ")?.0.to_owned()))
         .collect();
     let mut files = pages();
-    // Those name flags of the compiler, too.
+    // These files also name compiler flags with this prefix.
     files.retain(|file| !file.starts_with("docs/contributing"));
     files.push("examples/prometheus/alerts.yml".to_owned());
     let mut named = 0;
@@ -149,7 +149,7 @@ fn every_metric_that_is_named_anywhere_exists() {
     assert!(named > 100, "names are found");
 }
 
-/// Words that are names of metrics; those of Rust packages have `::` behind them.
+/// Words that are names of metrics. Names of Rust packages have `::` after them.
 fn names(text: &str) -> Vec<&str> {
     let is_word = |c: char| c.is_ascii_lowercase() || c == '_';
     let starts = text.match_indices("tidegate_");

@@ -1,5 +1,4 @@
-//! Facts of the operators' pages against the program: defaults, constants and words that
-//! stand in prose.
+//! Compares facts in the pages for operators with the program: defaults, constants and words.
 
 use crate::generated::hand_written;
 use crate::pages::{blocks, column, page, pages, prose, sources, table};
@@ -18,7 +17,7 @@ use tidegate_heartbeat::SenderState;
 use tidegate_heartbeat::keys::Secret;
 use tidegate_heartbeat::wire::{HeartbeatFields, SenderIdentity, encode};
 
-/// Every key of config/full.toml with the values it has there. tests/config.rs compares
+/// Every key of config/full.toml with its values. tests/config.rs compares
 /// that file with the built-in defaults.
 fn defaults() -> BTreeMap<String, BTreeSet<String>> {
     let mut known: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
@@ -32,7 +31,7 @@ fn defaults() -> BTreeMap<String, BTreeSet<String>> {
 }
 
 #[test]
-fn every_default_in_prose_is_the_default() {
+fn defaults_in_prose_are_the_defaults() {
     let (known, mut wrong, mut seen) = (defaults(), String::new(), 0);
     for name in pages() {
         let text = prose(&page(&name)).split_whitespace().collect::<Vec<_>>().join(" ");
@@ -50,7 +49,7 @@ fn every_default_in_prose_is_the_default() {
     assert!(seen > 5, "{seen}");
 }
 
-/// Defaults are in configuration.md, and in prose in the form that the test above reads.
+/// configuration.md has the tables of defaults. The test above checks defaults in prose.
 #[test]
 fn hand_written_text_has_no_table_of_defaults() {
     for name in pages().iter().filter(|name| name.starts_with("docs/")) {
@@ -61,14 +60,14 @@ fn hand_written_text_has_no_table_of_defaults() {
 // === balancing.md, sources.md ===
 
 #[test]
-fn every_policy_can_be_chosen() {
+fn every_policy_has_a_use_in_the_balancing_page() {
     let known: BTreeSet<&str> = Policy::all().map(|policy| policy.word()).collect();
     let chosen = column(&page("docs/balancing.md"), "| your sessions |", 1);
     assert_eq!(chosen.iter().map(String::as_str).collect::<BTreeSet<_>>(), known);
 }
 
 #[test]
-fn the_round_robin_shown_is_the_one_made() {
+fn balancing_page_shows_the_round_robin_sequence() {
     let candidate = |(name, weight): (&str, u32)| Candidate {
         key: Arc::from(name),
         weight,
@@ -87,7 +86,7 @@ fn the_round_robin_shown_is_the_one_made() {
 }
 
 #[test]
-fn the_sources_tracked_are_as_many_as_the_page_says() {
+fn sources_page_has_the_cap_on_tracked_sources() {
     let number = format!("{},{:03}", SOURCES_MAX / 1000, SOURCES_MAX % 1000);
     let text = prose(&page("docs/sources.md"));
     assert!(text.contains(&format!("{number} sources per frontend")), "{number}");
@@ -97,7 +96,7 @@ fn the_sources_tracked_are_as_many_as_the_page_says() {
 // === health.md, heartbeats.md ===
 
 #[test]
-fn probes_and_heartbeats_together_mean_what_the_page_says() {
+fn health_page_has_the_table_of_probes_and_heartbeats() {
     let rows = table(&page("docs/health.md"), "| heartbeats (`pulse`) |");
     let pulses = [
         HeartbeatHealth::Absent,
@@ -120,7 +119,7 @@ fn probes_and_heartbeats_together_mean_what_the_page_says() {
 }
 
 #[test]
-fn every_reason_to_reject_a_heartbeat_is_listed_and_no_other() {
+fn heartbeats_page_lists_every_reject_reason() {
     let built: BTreeSet<String> = RejectReason::ALL
         .iter()
         .map(|reason| reason.name())
@@ -136,7 +135,7 @@ fn every_reason_to_reject_a_heartbeat_is_listed_and_no_other() {
 }
 
 #[test]
-fn the_datagram_is_laid_out_as_the_page_says() {
+fn heartbeats_page_has_the_layout_of_the_datagram() {
     let identity = SenderIdentity::new("web", "a", "10.0.0.1:80".parse().unwrap()).unwrap();
     let secret = Secret::new(&[7; 32]).unwrap();
     let fields = HeartbeatFields {
@@ -180,7 +179,7 @@ fn the_datagram_is_laid_out_as_the_page_says() {
 // === change.md ===
 
 #[test]
-fn every_setting_that_needs_more_than_a_reload_is_listed_and_no_other() {
+fn change_page_lists_the_settings_that_need_a_restart() {
     // `("[process] workers", old.workers != new.workers),`
     let setting = |line: &str| {
         let rest = line.trim().strip_prefix("(\"[")?;
@@ -200,10 +199,10 @@ fn every_setting_that_needs_more_than_a_reload_is_listed_and_no_other() {
 // === troubleshooting.md ===
 
 #[test]
-fn every_log_line_quoted_is_in_the_source() {
+fn every_quoted_log_line_is_in_the_source() {
     let mut program = String::new();
     sources("src", &mut |text| {
-        // Strings that go on in the next line.
+        // Strings that continue in the next line.
         let joined = text.split("\\\n").map(str::trim_start).collect::<Vec<_>>().concat();
         program.push_str(&joined);
     });
@@ -281,7 +280,7 @@ const PRINTED: [(&str, &[&str]); 4] = [
 ];
 
 #[test]
-fn what_pages_show_of_output_is_what_the_program_prints() {
+fn quoted_output_is_in_the_source() {
     let mut program = String::new();
     sources("src", &mut |text| program.push_str(text));
     for (name, parts) in PRINTED {
@@ -294,7 +293,7 @@ fn what_pages_show_of_output_is_what_the_program_prints() {
 }
 
 #[test]
-fn the_readme_states_the_largest_configuration() {
+fn readme_has_the_caps_of_a_configuration() {
     let grouped = |number: usize| format!("{},{:03}", number / 1000, number % 1000);
     let text = prose(&page("README.md")).split_whitespace().collect::<Vec<_>>().join(" ");
     for (number, what) in [
@@ -311,7 +310,7 @@ fn the_readme_states_the_largest_configuration() {
 }
 
 #[test]
-fn the_readme_is_short_and_its_figures_are_those_of_the_performance_page() {
+fn readme_is_short_and_has_figures_of_the_performance_page() {
     let text = page("README.md");
     assert!(text.lines().count() <= 220, "{}", text.lines().count());
     let all = table(&page("docs/performance.md"), "| workload |");

@@ -1,4 +1,4 @@
-//! The metrics and the files for Prometheus, as `promtool` of Prometheus checks them.
+//! Checks a scrape and the files for Prometheus with `promtool`.
 
 use crate::balancer::Balancer;
 use crate::pages::root;
@@ -20,7 +20,7 @@ fn promtool(arguments: &[&str], input: &str) -> Option<Output> {
         eprintln!("skipped: no promtool");
         return None;
     };
-    // A program that does not read its input closes it.
+    // This fails if the program exits without reading its input.
     let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
     Some(child.wait_with_output().unwrap())
 }

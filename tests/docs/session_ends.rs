@@ -1,4 +1,4 @@
-//! The matrix of `docs/session-ends.md`: causes, phases and the letters of each cell.
+//! Generates the matrix of `docs/session-ends.md`: causes, phases and the letters of each cell.
 
 use crate::pages::{column, page};
 use std::fmt::Write;
@@ -21,7 +21,7 @@ pub(crate) fn text() -> String {
     out
 }
 
-/// The phases in which a session can end so.
+/// The phases in which a session can end with this cause.
 fn phases_of(cause: Cause) -> &'static [Phase] {
     use Phase::{Admit, Closed, Connect, Data, HalfClosed, Preread, Queue};
     match cause {

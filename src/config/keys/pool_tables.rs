@@ -14,7 +14,7 @@ pub(super) const POOL: &[ConfigKey] = &[
         Words(words::<Policy>),
         Value("\"weighted-round-robin\""),
         Reload,
-        "How a backend is picked, see [balancing.md](balancing.md).",
+        "Policy that picks a backend, see [balancing.md](balancing.md).",
     ),
     key(
         "hash_slots",
@@ -68,7 +68,7 @@ pub(super) const POOL: &[ConfigKey] = &[
         TIME,
         Value("\"3s\""),
         Reload,
-        "How long to wait for the first probe result of the pool. After that each backend is \
+        "Maximum wait for the first probe result of the pool. After that each backend is \
          eligible until its own first result.",
     ),
     key(
@@ -76,7 +76,7 @@ pub(super) const POOL: &[ConfigKey] = &[
         WordOrTime("keep", "close-after ", "1ms", "30d"),
         Value("\"keep\""),
         Reload,
-        "Sessions of a backend that leaves the file: finish, or are reset after this time.",
+        "Sessions of a backend that leaves the file finish, or are reset after this time.",
     ),
     key(
         "slow_start",
@@ -101,7 +101,7 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Words(words::<ProbeKindKey>),
         Value("\"tcp\""),
         Reload,
-        "`tcp`: the backend accepts a connection. `send-expect`: the answer has the expected \
+        "`tcp`: the backend accepts a connection; `send-expect`: the answer has the expected \
          bytes; `http`: the answer has an accepted status.",
     ),
     key(
@@ -151,7 +151,7 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Form("text, or a [table](#expect)"),
         Described("required for `send-expect`"),
         Reload,
-        "For `send-expect`: what the answer must have.",
+        "For `send-expect`: expected bytes of the answer.",
     ),
     key(
         "path",
@@ -309,9 +309,15 @@ pub(super) const BACKEND: &[ConfigKey] = &[
         Form("`\"IP:PORT\"`, `\"[IPV6]:PORT\"`, `\"unix:/path\"` or `\"unix:@name\"`"),
         Required,
         Reload,
-        "Where Tidegate connects. `unix:@name` is an abstract Unix socket.",
+        "Address of the service. `unix:@name` is an abstract Unix socket.",
     ),
-    key("weight", Integer(1, 1_000), Value("1"), Reload, "Share of new sessions."),
+    key(
+        "weight",
+        Integer(1, 1_000),
+        Value("1"),
+        Reload,
+        "Share of new sessions, relative to the other backends.",
+    ),
     key("backup", Flag, Value("false"), Reload, "Used only while no other backend is eligible."),
     key(
         "connections_max",

@@ -36,7 +36,7 @@ pub const TABLES: &[KeyTable] = &[
     KeyTable { header: "[log]", about: "The log and the access log.", keys: LOG },
     KeyTable {
         header: "[frontend.NAME]",
-        about: "Where clients connect. A file has at least one frontend.",
+        about: "Addresses where clients connect. A file has at least one frontend.",
         keys: FRONTEND,
     },
     KeyTable {
@@ -48,7 +48,7 @@ pub const TABLES: &[KeyTable] = &[
     KeyTable {
         header: "[[frontend.NAME.route]]",
         about: "Routes are tried in order before `pool`. The first route whose conditions all \
-                match takes the client. A route has at least one condition and either `pool` or \
+                match decides. A route has at least one condition and either `pool` or \
                 `refuse`; a frontend has at most 255 routes.",
         keys: ROUTE,
     },
@@ -91,7 +91,11 @@ pub const TABLES: &[KeyTable] = &[
                 heartbeats can register.",
         keys: BACKEND,
     },
-    KeyTable { header: "[heartbeat]", about: "Where heartbeats are received.", keys: HEARTBEAT },
+    KeyTable {
+        header: "[heartbeat]",
+        about: "Addresses and keys for heartbeats.",
+        keys: HEARTBEAT,
+    },
     KeyTable {
         header: "[[heartbeat.key]]",
         about: "A key with which senders sign heartbeats; 1 to 64 tables. Two keys at a time \
@@ -207,7 +211,7 @@ const ADMIN: &[ConfigKey] = &[
         Form("`\"unix:/path\"` or `\"IP:PORT\"`"),
         Value("\"unix:/run/tidegate/admin.sock\""),
         Restart,
-        "Where the API listens. If the user cannot use the directory of the default, Tidegate \
+        "Address of the API. If the user cannot use the directory of the default, Tidegate \
          uses `$XDG_RUNTIME_DIR/tidegate`, else `/tmp/tidegate-UID`.",
     ),
     key(
@@ -236,7 +240,13 @@ const LOG: &[ConfigKey] = &[
         "Least severe level that is written. [observability.md](observability.md) says what each \
          level contains.",
     ),
-    key("format", Words(words::<LogFormat>), Value("\"text\""), Restart, "Form of the log lines."),
+    key(
+        "format",
+        Words(words::<LogFormat>),
+        Value("\"text\""),
+        Restart,
+        "Format of the log lines.",
+    ),
     key(
         "access",
         Form("`\"off\"`, `\"stdout\"` or a file path with a `/`"),
@@ -259,7 +269,7 @@ const FRONTEND: &[ConfigKey] = &[
         Form("the name of a pool"),
         Required,
         Reload,
-        "Pool of clients that no route takes.",
+        "Pool for clients that match no route.",
     ),
     key(
         "first_byte_timeout",
@@ -289,8 +299,8 @@ const FRONTEND: &[ConfigKey] = &[
         WordOrTime("off", "", "1s", "32767s"),
         Value("\"45s\""),
         Reload,
-        "Extend the three timeouts above to at least this for a peer that still answers but has \
-         no room for the bytes that wait for it.",
+        "Extend the three timeouts above to at least this if a peer still answers but its \
+         receive buffer is full.",
     ),
     key(
         "keepalive",
@@ -356,9 +366,9 @@ const ROUTE: &[ConfigKey] = &[
         Form("the name of a pool"),
         Described("required without `refuse`"),
         Reload,
-        "Pool of the clients that this route takes.",
+        "Pool for the clients that match this route.",
     ),
-    key("refuse", Flag, Value("false"), Reload, "Reset the clients that this route takes."),
+    key("refuse", Flag, Value("false"), Reload, "Reset the clients that match this route."),
 ];
 
 const SOURCES: &[ConfigKey] = &[
@@ -382,10 +392,16 @@ const SOURCES: &[ConfigKey] = &[
         Form("a file path"),
         Described("none"),
         Reload,
-        "The same from a file: one prefix per line, `#` starts a comment. All lists of a frontend \
-         together have at most 1,000,000 prefixes.",
+        "File with more allowed prefixes: one per line, `#` starts a comment. All lists of a \
+         frontend together have at most 1,000,000 prefixes.",
     ),
-    key("deny_file", Form("a file path"), Described("none"), Reload, "The same for `deny`."),
+    key(
+        "deny_file",
+        Form("a file path"),
+        Described("none"),
+        Reload,
+        "File with more denied prefixes.",
+    ),
     key(
         "prefix_v4",
         Integer(0, 32),
@@ -394,7 +410,7 @@ const SOURCES: &[ConfigKey] = &[
         "IPv4 addresses with this many equal leading bits are one client source. It needs \
          `connections_max` or `rate`.",
     ),
-    key("prefix_v6", Integer(0, 128), Value("64"), Reload, "The same for IPv6."),
+    key("prefix_v6", Integer(0, 128), Value("64"), Reload, "The same number for IPv6 addresses."),
     key(
         "connections_max",
         CONNECTIONS,
