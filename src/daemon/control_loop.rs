@@ -137,8 +137,8 @@ impl Control {
             }
             LifecycleEvent::PidFile => self.lifecycle.write_pid_file(),
             LifecycleEvent::DrainStep => {
-                let cut = self.drain_step()?;
-                return Some(self.finish(cut).await);
+                let reset = self.drain_step()?;
+                return Some(self.finish(reset).await);
             }
         }
         None

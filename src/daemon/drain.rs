@@ -83,7 +83,7 @@ impl Control {
         let over = closed && counted && !self.upgrades.is_stepping_down();
         match self.lifecycle.drain_step(open, over) {
             DrainProgress::Wait => None,
-            DrainProgress::Cut => {
+            DrainProgress::Reset => {
                 tracing::warn!(
                     sessions = open,
                     "drain timeout reached; resetting the remaining sessions"
@@ -92,7 +92,7 @@ impl Control {
                 self.order_end_within(Duration::ZERO);
                 None
             }
-            DrainProgress::Done(cut) => Some(cut),
+            DrainProgress::Done(reset) => Some(reset),
         }
     }
 
@@ -102,12 +102,12 @@ impl Control {
     }
 
     /// Ends the workers, flushes the access log and closes the admin socket.
-    pub(super) async fn finish(&mut self, cut: u32) -> RunEnd {
+    pub(super) async fn finish(&mut self, reset: u32) -> RunEnd {
         self.send_final_counts().await;
         self.workers.finish().await;
         self.admin.finish().await;
         self.lifecycle.remove_pid_file();
-        tracing::info!(sessions_reset = cut, "drained");
-        RunEnd::Drained { cut }
+        tracing::info!(sessions_reset = reset, "drained");
+        RunEnd::Drained { reset }
     }
 }

@@ -87,9 +87,9 @@ impl HeartbeatReceiver {
                 Ok(ReceiverChange::Update(receiver.prepare(listen).map_err(refused)?, keys))
             }
             None => {
-                let gate = Verifier::new(keys, VerifierLimits::default(), fastrand::u64(..));
+                let verifier = Verifier::new(keys, VerifierLimits::default(), fastrand::u64(..));
                 Ok(ReceiverChange::Start(
-                    Receiver::start_with(listen, inherited, gate).map_err(refused)?,
+                    Receiver::start_with(listen, inherited, verifier).map_err(refused)?,
                 ))
             }
         }

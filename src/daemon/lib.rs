@@ -139,7 +139,7 @@ pub enum RunEnd {
     /// Every session finished, or was reset at the drain deadline.
     Drained {
         /// How many sessions were reset.
-        cut: u32,
+        reset: u32,
     },
     /// A second stop signal: ended at once, with open sessions.
     SecondSignal,

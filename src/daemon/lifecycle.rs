@@ -18,7 +18,7 @@ use tidegate_supervisor::pid_file::PidFile;
 const DRAIN_STEP: Duration = Duration::from_millis(20);
 
 /// How long the process waits for reset sessions to be counted and logged.
-const CUT_GRACE: Duration = Duration::from_millis(1500);
+const RESET_GRACE: Duration = Duration::from_millis(1500);
 
 /// Time until a failed write of the pid file is retried.
 const PID_FILE_RETRY: Duration = Duration::from_millis(500);
@@ -44,7 +44,7 @@ struct DrainState {
     /// A point in time, so that other events do not delay the check.
     next_check: Instant,
     /// Set at the deadline: how many sessions were reset, and when.
-    cut: Option<(u32, Instant)>,
+    reset: Option<(u32, Instant)>,
 }
 
 /// An event of the process.
@@ -65,7 +65,7 @@ pub(super) enum DrainProgress {
     /// Sessions are open.
     Wait,
     /// The deadline has passed. The remaining sessions must be reset.
-    Cut,
+    Reset,
     /// The drain is complete. The number of sessions that were reset.
     Done(u32),
 }
@@ -149,7 +149,7 @@ impl Lifecycle {
         self.leaving = None;
         self.readiness.set_draining();
         let now = clock::now();
-        self.draining = Some(DrainState { deadline: now + timeout, next_check: now, cut: None });
+        self.draining = Some(DrainState { deadline: now + timeout, next_check: now, reset: None });
     }
 
     /// Shortens the deadline of a drain to `time` from now.
@@ -172,13 +172,13 @@ impl Lifecycle {
         let Some(draining) = &mut self.draining else { return DrainProgress::Wait };
         let now = clock::now();
         draining.next_check = now + DRAIN_STEP;
-        match draining.cut {
-            cut if open == 0 && over => DrainProgress::Done(cut.map_or(0, |(cut, _)| cut)),
+        match draining.reset {
+            reset if open == 0 && over => DrainProgress::Done(reset.map_or(0, |(reset, _)| reset)),
             None if now >= draining.deadline => {
-                draining.cut = Some((open, now));
-                DrainProgress::Cut
+                draining.reset = Some((open, now));
+                DrainProgress::Reset
             }
-            Some((cut, at)) if now >= at + CUT_GRACE => DrainProgress::Done(cut),
+            Some((reset, at)) if now >= at + RESET_GRACE => DrainProgress::Done(reset),
             _ => DrainProgress::Wait,
         }
     }

@@ -91,10 +91,10 @@ pub(super) fn warnings<'a>(
 ) -> Vec<String> {
     let mut warnings = Vec::new();
     for backend in backends.filter(|_| watch.warnings() > 0) {
-        for way in backend.source_addrs.load().iter() {
-            if watch.is_warned(backend.id, way.source()) && warnings.len() < WARNINGS_MAX {
-                let used = watch.used(backend, way, limits);
-                warnings.push(source_ports::warning_text(backend, way, used, limits));
+        for addr in backend.source_addrs.load().iter() {
+            if watch.is_warned(backend.id, addr.source()) && warnings.len() < WARNINGS_MAX {
+                let used = watch.used(backend, addr, limits);
+                warnings.push(source_ports::warning_text(backend, addr, used, limits));
             }
         }
     }

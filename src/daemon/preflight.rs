@@ -205,7 +205,7 @@ pub(super) fn try_sources(config: &Config) -> Result<(), (SourceAddr, String)> {
 
 /// Returns the problem of a token file that cannot be used.
 pub(super) fn token_problem(origin: &Origin, why: String) -> Box<Problem> {
-    let help = "make one with: (umask 077; head -c 24 /dev/urandom | base64 > FILE)";
+    let help = "create it with: (umask 077; head -c 24 /dev/urandom | base64 > FILE)";
     Box::new(origin.error(&Spot::TokenFile, why, Some(help.to_owned())))
 }
 

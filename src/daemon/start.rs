@@ -77,7 +77,7 @@ fn control_thread(
         Err(error) => {
             let failure = Failure::Runtime(format!("cannot start the async runtime: {error}"));
             let _ = ready.send(Err(failure));
-            return RunEnd::Drained { cut: 0 };
+            return RunEnd::Drained { reset: 0 };
         }
     };
     runtime.block_on(async {
@@ -92,7 +92,7 @@ fn control_thread(
             }
             Err(failure) => {
                 let _ = ready.send(Err(failure));
-                RunEnd::Drained { cut: 0 }
+                RunEnd::Drained { reset: 0 }
             }
         }
     })

@@ -197,21 +197,21 @@ mod tests {
     use tidegate_core::outcome::{Cause, Phase};
     use tidegate_net::clock;
 
-    struct World {
+    struct Setup {
         now: Instant,
         workers: Vec<Arc<WorkerCounters>>,
         watchdog: Watchdog,
         facts: ThreadFacts,
     }
 
-    impl World {
-        fn new() -> World {
+    impl Setup {
+        fn new() -> Setup {
             let now = clock::now();
             let one = || Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
             let workers = vec![one(), one()];
             workers.iter().for_each(|worker| worker.pulse.set_thread(1));
             let facts = ThreadFacts { state: Some('R'), ..ThreadFacts::default() };
-            World { now, workers, watchdog: Watchdog::new(2, now), facts }
+            Setup { now, workers, watchdog: Watchdog::new(2, now), facts }
         }
 
         /// The workers in `turning` answer, `time` passes, then the watchdog checks.
@@ -234,64 +234,64 @@ mod tests {
 
     #[test]
     fn stalled_worker_is_reported_once_and_then_cleared() {
-        let mut world = World::new();
-        assert_eq!(world.steps(&[0, 1], 10), []);
-        let found = world.steps(&[0], 10);
+        let mut setup = Setup::new();
+        assert_eq!(setup.steps(&[0, 1], 10), []);
+        let found = setup.steps(&[0], 10);
         let [WatchdogEvent::Stalled { worker: 1, time, state: Some('R') }] = found[..] else {
             panic!("{found:?}")
         };
         assert!(time >= STALLED_AFTER && time <= STALLED_AFTER + STEP, "{time:?}");
-        assert_eq!(world.workers[1].stalls.get(), 1);
-        let stalled = longest_stall(&world.workers).unwrap();
+        assert_eq!(setup.workers[1].stalls.get(), 1);
+        let stalled = longest_stall(&setup.workers).unwrap();
         assert!(stalled >= STEP * 9, "{stalled:?}");
-        let found = world.steps(&[0, 1], 3);
+        let found = setup.steps(&[0, 1], 3);
         assert!(matches!(found[..], [WatchdogEvent::Responsive { worker: 1, .. }]), "{found:?}");
-        assert_eq!(longest_stall(&world.workers), None);
+        assert_eq!(longest_stall(&setup.workers), None);
     }
 
     #[test]
     fn late_watchdog_reports_no_stall() {
-        let mut world = World::new();
-        world.steps(&[0, 1], 2);
+        let mut setup = Setup::new();
+        setup.steps(&[0, 1], 2);
         for _ in 0..20 {
-            assert_eq!(world.step(&[], Duration::from_secs(30)), []);
+            assert_eq!(setup.step(&[], Duration::from_secs(30)), []);
         }
-        assert_eq!(world.steps(&[0, 1], 10), []);
+        assert_eq!(setup.steps(&[0, 1], 10), []);
     }
 
     #[test]
     fn worker_waiting_for_a_cpu_is_not_stalled() {
-        let mut world = World::new();
-        world.steps(&[0, 1], 2);
+        let mut setup = Setup::new();
+        setup.steps(&[0, 1], 2);
         for _ in 0..40 {
-            world.facts.waited += STEP;
-            assert_eq!(world.step(&[0], STEP), []);
+            setup.facts.waited += STEP;
+            assert_eq!(setup.step(&[0], STEP), []);
         }
-        let found = world.steps(&[0], 5);
+        let found = setup.steps(&[0], 5);
         assert!(matches!(found[..], [WatchdogEvent::Stalled { worker: 1, .. }]), "{found:?}");
     }
 
     #[test]
     fn worker_waiting_for_a_cpu_is_not_stalled_before_the_kernel_accounts_the_wait() {
-        let mut world = World::new();
-        world.steps(&[0, 1], 2);
+        let mut setup = Setup::new();
+        setup.steps(&[0, 1], 2);
         // The thread is runnable and does not run: neither time increases.
         for _ in 0..40 {
-            assert_eq!(world.step(&[0], STEP), []);
+            assert_eq!(setup.step(&[0], STEP), []);
         }
         // The thread runs for 50 µs and waits again.
-        world.facts.waited += STEP * 40;
-        world.facts.ran += Duration::from_micros(50);
+        setup.facts.waited += STEP * 40;
+        setup.facts.ran += Duration::from_micros(50);
         for _ in 0..40 {
-            assert_eq!(world.step(&[0], STEP), []);
+            assert_eq!(setup.step(&[0], STEP), []);
         }
         // An endless loop runs, and a thread that waits for a lock sleeps. Both stall.
-        let found = world.steps(&[0], 6);
+        let found = setup.steps(&[0], 6);
         assert!(matches!(found[..], [WatchdogEvent::Stalled { worker: 1, .. }]), "{found:?}");
-        let mut world = World::new();
-        world.facts.state = Some('S');
-        world.steps(&[0, 1], 2);
-        let found: Vec<WatchdogEvent> = (0..10).flat_map(|_| world.step(&[0], STEP)).collect();
+        let mut setup = Setup::new();
+        setup.facts.state = Some('S');
+        setup.steps(&[0, 1], 2);
+        let found: Vec<WatchdogEvent> = (0..10).flat_map(|_| setup.step(&[0], STEP)).collect();
         assert!(matches!(found[..], [WatchdogEvent::Stalled { worker: 1, .. }]), "{found:?}");
     }
 

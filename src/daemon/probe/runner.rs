@@ -56,7 +56,7 @@ type ProbeEnded = (BackendId, ProbeToken, ProbeOutcome);
 #[derive(Debug)]
 struct ProbeTask {
     running_max: usize,
-    lanes: Lanes,
+    queues: ProbeQueues,
     /// Bounded by the number of backends: a newer request replaces an older one.
     requested: HashMap<BackendId, ProbeRequest>,
     running: HashMap<BackendId, (AbortHandle, u32)>,
@@ -68,9 +68,9 @@ struct ProbeTask {
 
 /// Decides which probe runs next.
 #[derive(Debug, Default)]
-struct Lanes {
+struct ProbeQueues {
     /// Pools with waiting or running probes.
-    pools: HashMap<u32, Lane>,
+    pools: HashMap<u32, PoolProbes>,
     /// Pools with waiting probes: running probes, last turn, pool.
     waiting: BTreeSet<(usize, u64, u32)>,
     turn: u64,
@@ -78,7 +78,7 @@ struct Lanes {
 
 /// The probes of one pool.
 #[derive(Debug, Default)]
-struct Lane {
+struct PoolProbes {
     running: usize,
     last_turn: u64,
     /// Oldest request first. Entries without a request in `ProbeTask::requested` are
@@ -87,9 +87,9 @@ struct Lane {
     others: VecDeque<BackendId>,
 }
 
-// === impl Lanes ===
+// === impl ProbeQueues ===
 
-impl Lanes {
+impl ProbeQueues {
     fn join(&mut self, lane: ProbeLane, backend: BackendId) {
         self.change(lane.pool, |pool| {
             let queue = if lane.urgent { &mut pool.urgent } else { &mut pool.others };
@@ -124,13 +124,13 @@ impl Lanes {
     }
 
     /// Applies `change` to a pool and updates `waiting`.
-    fn change<T>(&mut self, pool: u32, change: impl FnOnce(&mut Lane) -> T) -> T {
-        let lane = self.pools.entry(pool).or_default();
-        self.waiting.remove(&(lane.running, lane.last_turn, pool));
-        let result = change(lane);
-        if !lane.urgent.is_empty() || !lane.others.is_empty() {
-            self.waiting.insert((lane.running, lane.last_turn, pool));
-        } else if lane.running == 0 {
+    fn change<T>(&mut self, pool: u32, change: impl FnOnce(&mut PoolProbes) -> T) -> T {
+        let queue = self.pools.entry(pool).or_default();
+        self.waiting.remove(&(queue.running, queue.last_turn, pool));
+        let result = change(queue);
+        if !queue.urgent.is_empty() || !queue.others.is_empty() {
+            self.waiting.insert((queue.running, queue.last_turn, pool));
+        } else if queue.running == 0 {
             self.pools.remove(&pool);
         }
         result
@@ -152,7 +152,7 @@ impl ProbeRunner {
         let (requests, incoming) = mpsc::unbounded_channel();
         let task = ProbeTask {
             running_max: running_max.max(1),
-            lanes: Lanes::default(),
+            queues: ProbeQueues::default(),
             requested: HashMap::new(),
             running: HashMap::new(),
             tasks: JoinSet::new(),
@@ -217,19 +217,19 @@ impl ProbeTask {
         let (backend, lane) = (request.backend, request.lane);
         if let Some((older, pool)) = self.running.remove(&backend) {
             older.abort();
-            self.lanes.ended(pool);
+            self.queues.ended(pool);
         }
         let before = self.requested.insert(backend, request).map(|older| older.lane);
         // The request keeps its position in the queue, unless its urgency changed.
         // The older entry is then skipped.
         if before != Some(lane) {
-            self.lanes.join(lane, backend);
+            self.queues.join(lane, backend);
         }
     }
 
     /// Starts waiting probes while slots are free.
     fn fill(&mut self) {
-        while let Some((pool, backend)) = self.lanes.next(self.running.len(), self.running_max) {
+        while let Some((pool, backend)) = self.queues.next(self.running.len(), self.running_max) {
             let Some(request) = self.requested.remove(&backend) else { continue };
             let counters = Arc::clone(&self.counters);
             let turn = self.turns.next(backend, &request.spec.source);
@@ -241,7 +241,7 @@ impl ProbeTask {
                 }
                 (request.backend, request.token, outcome)
             });
-            self.lanes.started(pool);
+            self.queues.started(pool);
             self.running.insert(backend, (task, pool));
         }
     }
@@ -262,7 +262,7 @@ impl ProbeTask {
             return None;
         }
         if let Some((_, pool)) = self.running.remove(&backend) {
-            self.lanes.ended(pool);
+            self.queues.ended(pool);
         }
         ended.ok().map(|(_, result)| result)
     }

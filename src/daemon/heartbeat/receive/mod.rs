@@ -124,8 +124,8 @@ impl Receiver {
     ///
     /// # Errors
     /// An address cannot be bound, or no file descriptor or thread is available.
-    pub fn start(listen: &[SocketAddr], gate: Verifier) -> io::Result<Receiver> {
-        Receiver::start_with(listen, Vec::new(), gate)
+    pub fn start(listen: &[SocketAddr], verifier: Verifier) -> io::Result<Receiver> {
+        Receiver::start_with(listen, Vec::new(), verifier)
     }
 
     /// Starts the receiver with `inherited` sockets of another process. A socket is used
@@ -136,7 +136,7 @@ impl Receiver {
     pub fn start_with(
         listen: &[SocketAddr],
         inherited: Vec<(SocketAddr, OwnedFd)>,
-        gate: Verifier,
+        verifier: Verifier,
     ) -> io::Result<Receiver> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let inbox = ReceiverInbox { commands: Mutex::default(), wake: eventfd(0, flags)? };
@@ -155,7 +155,7 @@ impl Receiver {
         let prepared = receiver.prepare(listen)?;
         receiver.commit(prepared);
         let thread = thread::ReceiverThread::new(
-            gate,
+            verifier,
             Arc::clone(&receiver.inbox),
             Arc::clone(&receiver.queue),
             (Arc::clone(&receiver.counts), Arc::clone(&receiver.rejected)),
