@@ -1,7 +1,7 @@
-//! The short answers: drain and undrain, upgrade, life of the process, errors.
+//! The short answers: drain and undrain, upgrade, state of the process, errors.
 //!
-//! Written by `daemon`, read by the commands that ask for these things. Answers have no
-//! behaviour.
+//! Written by `daemon`, read by the commands that make these requests. They contain only
+//! data.
 
 use super::names::{IntentName, ServiceState};
 use super::reload::ProblemDoc;
@@ -21,7 +21,7 @@ pub struct IntentDoc {
     pub pool: String,
     /// Backend name.
     pub backend: String,
-    /// What holds for it from now on.
+    /// The new intent.
     pub intent: IntentName,
 }
 
@@ -36,10 +36,10 @@ pub struct DrainedDoc {
     pub sessions: u64,
 }
 
-/// `POST /v1/upgrade` with 200: another process serves.
+/// `POST /v1/upgrade` with 200: a new process serves.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UpgradeDoc {
-    /// Process id.
+    /// ID of the new process.
     pub pid: u32,
     /// Version of its program.
     pub version: String,
@@ -47,15 +47,15 @@ pub struct UpgradeDoc {
     pub generation: u64,
 }
 
-/// Every answer above 399.
+/// The body of every answer with a status of 400 or higher.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ErrorDoc {
-    /// What was refused or failed, one short sentence.
+    /// What was rejected or failed, in one short sentence.
     pub error: String,
-    /// Why; may be empty.
+    /// The reason; can be empty.
     #[serde(default)]
     pub detail: String,
-    /// What is wrong with the configuration file, where that is why.
+    /// The problems of the configuration file, if they are the reason.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problems: Option<Vec<ProblemDoc>>,
 }

@@ -1,14 +1,15 @@
-//! What the balancer and its clients have to agree on: the documents of the admin API,
-//! and where the admin socket is.
+//! The contract between the balancer and its clients: the documents of the admin API and
+//! the default paths of the admin socket.
 //!
-//! Used by `daemon`, which writes the documents, and by `client`, `cli` and `lab`, which
-//! read them. Nothing here connects or listens.
+//! Written by `daemon`, read by `client`, `cli` and `lab`. It opens no connection and
+//! listens on no address.
 //!
-//! A document has exactly the fields that its type lists, in that order. A reader
-//! ignores fields it does not know, and keeps names it does not know as `Other`: so it
-//! reads the documents of newer balancers. A field that is missing is an error, except
-//! one that has a default because it came after a release. Times are in seconds, sizes
-//! in bytes; a name that ends in `_total` counts from the start of the process.
+//! - A document has exactly the fields of its type, in their order.
+//! - A reader can read the documents of a newer balancer: it ignores unknown fields and
+//!   keeps unknown names as `Other`.
+//! - A missing field is an error, unless it has a default because it was added after a
+//!   release.
+//! - Times are in seconds, sizes in bytes. A `_total` counts since the process started.
 
 pub mod answers;
 pub mod explain;

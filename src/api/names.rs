@@ -1,7 +1,7 @@
-//! Closed sets of names in the documents.
+//! The sets of names in the documents.
 //!
-//! Written by `daemon` from the names of `core`, matched by clients. Each set keeps a
-//! name that it does not know as `Other`, since a newer balancer may have more of them.
+//! Written by `daemon` from the names of `core`, matched by clients. A set keeps an unknown
+//! name as `Other`, because a newer balancer can have more names.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
@@ -20,7 +20,7 @@ macro_rules! names {
         }
 
         impl $set {
-            /// As in the document.
+            /// Returns the name in the document.
             pub fn name(&self) -> &str {
                 match self {
                     $($set::$name => $text,)+
@@ -61,35 +61,35 @@ macro_rules! names {
 names! {
     /// Whether the process accepts connections.
     pub enum ServiceState {
-        /// Not yet.
+        /// It does not accept yet.
         Starting = "starting",
-        /// It does.
+        /// It accepts connections.
         Serving = "serving",
-        /// It finishes the sessions it has.
+        /// It accepts no connections and finishes its sessions.
         Draining = "draining",
     }
 
-    /// What moves the bytes of sessions.
+    /// The engine that moves the bytes of sessions.
     pub enum EngineName {
-        /// Readiness, with splice for long streams.
+        /// epoll, with splice for long streams.
         Epoll = "epoll",
-        /// Completions.
+        /// io_uring.
         IoUring = "io_uring",
     }
 
-    /// How a pool picks backends.
+    /// The policy by which a pool picks backends.
     pub enum PolicyName {
-        /// In turn, by weight.
+        /// In turn, in proportion to the weights.
         WeightedRoundRobin = "weighted-round-robin",
-        /// Fewest sessions for its weight.
+        /// The backend with the fewest sessions in proportion to its weight.
         LeastConnections = "least-connections",
-        /// By chance, by weight.
+        /// At random, in proportion to the weights.
         Random = "random",
-        /// The less busy of two drawn by chance.
+        /// The less busy of two random backends.
         TwoChoices = "two-choices",
-        /// The less busy of two, by connect time and sessions.
+        /// The less busy of two random backends, by connect time and sessions.
         PeakEwma = "peak-ewma",
-        /// By the client's address.
+        /// By a hash of the client address.
         SourceHash = "source-hash",
     }
 
@@ -105,25 +105,25 @@ names! {
         Former = "former",
     }
 
-    /// What the operator wants of a backend.
+    /// The operator's intent for a backend.
     pub enum IntentName {
-        /// New sessions.
+        /// New sessions are allowed.
         Ready = "ready",
-        /// No new sessions; those it has finish.
+        /// No new sessions; open sessions continue.
         Draining = "draining",
         /// Out of service.
         Maintenance = "maintenance",
     }
 
-    /// What probes and heartbeats say of a backend.
+    /// The result of the probes and heartbeats of a backend.
     pub enum ObservationName {
         /// No result yet.
         Unknown = "unknown",
         /// It works.
         Up = "up",
-        /// Unclear: it gets a tenth of its weight.
+        /// The evidence is unclear; it has 10% of its weight.
         Suspect = "suspect",
-        /// Confirmed not to work.
+        /// Confirmed as not working.
         Down = "down",
     }
 
@@ -135,55 +135,55 @@ names! {
         Unknown = "unknown",
         /// It works.
         Up = "up",
-        /// Unclear.
+        /// The evidence is unclear.
         Suspect = "suspect",
-        /// Confirmed not to work.
+        /// Confirmed as not working.
         Down = "down",
-        /// Out for a time after failures.
+        /// Removed for a time after failures.
         Ejected = "ejected",
-        /// One session at a time, after an ejection.
+        /// It gets one session at a time, after an ejection.
         Trial = "trial",
-        /// It is configured no more.
+        /// It is not configured any more.
         Removed = "removed",
-        /// The operator or its heartbeats want new sessions.
+        /// The operator or its sender allows new sessions.
         Ready = "ready",
-        /// The operator or its heartbeats want no new sessions.
+        /// The operator or its sender stopped new sessions.
         Draining = "draining",
-        /// The operator has taken it out of service.
+        /// The operator set it to maintenance.
         Maintenance = "maintenance",
-        /// Its heartbeats want no sessions yet.
+        /// Its sender reports that it is starting.
         Starting = "starting",
-        /// Its heartbeats say that it stops.
+        /// Its sender reports that it is stopping.
         Stopping = "stopping",
     }
 
-    /// What a backend's heartbeats ask for.
+    /// The state that the sender of a backend reports.
     pub enum SenderStateName {
-        /// New sessions.
+        /// It can get new sessions.
         Ready = "ready",
-        /// No sessions yet.
+        /// It gets no new sessions yet.
         Starting = "starting",
-        /// No new sessions.
+        /// It gets no new sessions.
         Draining = "draining",
-        /// No new sessions, and it stops.
+        /// It gets no new sessions, and it exits soon.
         Stopping = "stopping",
     }
 
-    /// What the silence of a backend's heartbeats means.
+    /// What the arrival of a backend's heartbeats means for it.
     pub enum PulseName {
-        /// None were heard and none are needed.
+        /// None was received and none is required.
         Absent = "absent",
-        /// None were heard; the first one is needed.
+        /// None was received; the first one is required.
         Awaited = "awaited",
-        /// They arrive in time.
+        /// They arrive on time.
         Beating = "beating",
         /// Overdue, not confirmed.
         Suspect = "suspect",
-        /// Silent, but it answers probes.
+        /// Overdue, but probes succeed.
         Vouched = "vouched",
-        /// Silent, and confirmed.
+        /// Overdue, and confirmed as down.
         Silent = "silent",
-        /// Silent for the pool's `ttl`.
+        /// None arrived for the pool's `ttl`.
         Expired = "expired",
     }
 
@@ -195,19 +195,19 @@ names! {
         Up = "up",
         /// Overdue, not confirmed.
         Suspect = "suspect",
-        /// Confirmed.
+        /// Confirmed as down.
         Down = "down",
-        /// They arrive again, not proven yet.
+        /// They arrive again, for too short a time.
         Recovering = "recovering",
     }
 
-    /// What one probe does.
+    /// The kind of a probe.
     pub enum ProbeKindName {
-        /// Connects.
+        /// Connects to the backend.
         Tcp = "tcp",
-        /// Compares an answer.
+        /// Sends bytes and compares the answer.
         SendExpect = "send-expect",
-        /// Makes an HTTP request.
+        /// Sends an HTTP request.
         Http = "http",
     }
 }
@@ -217,7 +217,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_of_a_newer_version_is_kept_and_written_as_it_came() {
+    fn unknown_name_round_trips() {
         let read = |text: &str| serde_json::from_str::<IntentName>(text).expect("a name");
         assert_eq!(read("\"draining\""), IntentName::Draining);
         let newer = read("\"resting\"");

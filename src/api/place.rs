@@ -1,17 +1,17 @@
-//! Where the admin socket may be if the configuration does not say.
+//! The default paths of the admin socket.
 //!
-//! Read by the balancer, which chooses one, and by clients, which look for a balancer
-//! there. Nothing here makes a directory, binds or connects.
+//! The balancer chooses one of them, and clients try all. This module creates no directory,
+//! binds no socket and opens no connection.
 
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use tidegate_core::model::ADMIN_SOCKET;
 
-/// The socket's name in its directory.
+/// File name of the socket.
 pub const SOCKET: &str = "admin.sock";
 
-/// Every place that a balancer of this user takes by itself, best first.
+/// Returns the default paths for this user, in order of preference.
 pub fn places() -> Vec<PathBuf> {
     let uid = rustix::process::geteuid().as_raw();
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
@@ -22,10 +22,10 @@ pub fn places() -> Vec<PathBuf> {
     places
 }
 
-/// Whether only root or this user can have put a socket there.
+/// Checks that only root or this user can have created the socket.
 ///
 /// # Errors
-/// Why not.
+/// Another user can have created it, or the directory cannot be inspected.
 pub fn trusted(socket: &Path) -> io::Result<()> {
     let directory = socket.parent().unwrap_or(Path::new("."));
     let found = std::fs::symlink_metadata(directory)?;
@@ -36,7 +36,7 @@ pub fn trusted(socket: &Path) -> io::Result<()> {
     Err(refused(directory, "is not a directory of this user"))
 }
 
-/// The error of a directory that is not fit.
+/// Returns the error for an unsuitable directory.
 pub fn refused(directory: &Path, why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::PermissionDenied, format!("{} {why}", directory.display()))
 }

@@ -1,38 +1,37 @@
-//! The answer to `POST /v1/reload`: the configuration in force, or what is wrong with
-//! the file.
+//! The answer to `POST /v1/reload`: the generation in force, or the problems of the file.
 //!
-//! Written by `daemon`, read by `tidegate reload`. Nothing here reads a file.
+//! Written by `daemon`, read by `tidegate reload`. It contains only data.
 
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
-/// With 200: a configuration is in force.
+/// The answer with 200: the configuration was accepted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReloadDoc {
-    /// Its number.
+    /// Generation of the configuration in force.
     pub generation: u64,
-    /// False if the file says what was in force already.
+    /// False if the file has the same meaning as the configuration that was in force.
     pub changed: bool,
-    /// Settings that were accepted and wait for a restart, one sentence each.
+    /// Accepted settings that take effect after a restart, one sentence each.
     pub warnings: Vec<String>,
 }
 
-/// With 422: one thing wrong at one place of a file.
+/// One problem of the file, in the answer with 422.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProblemDoc {
-    /// The file as the operator named it.
+    /// The file, as the operator named it.
     pub file: Arc<str>,
-    /// From 1.
+    /// Line number, from 1.
     pub line: usize,
-    /// From 1, in characters.
+    /// Column in characters, from 1.
     pub column: usize,
-    /// One line.
+    /// The problem, in one line.
     pub message: String,
-    /// What would be right, on one line.
+    /// How to correct it, in one line.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub help: Option<String>,
-    /// All of it with the source line and a caret, as `tidegate check` shows it. Empty
-    /// where an older balancer does not send it.
+    /// The problem with its source line and a caret, as `tidegate check` shows it. Empty if
+    /// an older balancer does not send it.
     #[serde(default)]
     pub rendered: String,
 }

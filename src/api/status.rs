@@ -1,7 +1,7 @@
-//! `GET /v1/status`: the whole balancer at one moment.
+//! `GET /v1/status`: the state of the whole process.
 //!
-//! Written by `daemon`, read by `tidegate status`, `drain --wait` and the demo. Plain
-//! data: nothing here is worked out.
+//! Written by `daemon`, read by `tidegate status`, `drain --wait` and the demo. It contains
+//! only data and computes nothing.
 
 use super::names::{
     BackendStateName, EngineName, IntentName, NoneEligible, ObservationName, PolicyName, PulseName,
@@ -10,125 +10,125 @@ use super::names::{
 use serde::{Deserialize, Serialize, Serializer};
 use std::net::SocketAddr;
 
-/// The document.
+/// The whole answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StatusDoc {
     /// Version of the program.
     pub version: String,
-    /// Configurations accepted so far; the number of the one in force.
+    /// Generation of the configuration in force.
     pub generation: u64,
-    /// Tables published so far.
+    /// Serial number of the routing table in force.
     pub table_serial: u64,
-    /// What moves the bytes of sessions.
+    /// Engine in use.
     pub engine: EngineName,
-    /// Why that one.
+    /// Why this engine is in use.
     pub engine_reason: String,
-    /// Worker threads.
+    /// Number of worker threads.
     pub workers: u64,
-    /// Workers that make no progress.
+    /// Stalled workers.
     pub stalled: Vec<StalledWorkerDoc>,
     /// Panics of sessions and workers.
     pub worker_panics_total: u64,
     /// Restarts of workers after a panic.
     pub worker_restarts_total: u64,
-    /// Since the process started.
+    /// Time since the process started.
     pub uptime_seconds: f64,
     /// `serving` or `draining`.
     pub state: ServiceState,
     /// Sessions open in the whole process.
     pub connections_active: u32,
-    /// Cap on those.
+    /// Cap on open sessions.
     pub connections_max: u32,
-    /// Settings that wait for a restart and what runs short, one sentence each.
+    /// Settings that need a restart and resources that are nearly used up, one sentence each.
     pub warnings: Vec<String>,
-    /// Layer by layer.
+    /// The layers of the sandbox.
     pub confinement: Vec<SandboxLayerDoc>,
-    /// `null` where no pool takes heartbeats.
+    /// `null` if no pool accepts heartbeats.
     pub heartbeat: Option<HeartbeatChannelDoc>,
-    /// In file order.
+    /// Frontends, in file order.
     pub frontends: Vec<FrontendDoc>,
-    /// In file order.
+    /// Pools, in file order.
     pub pools: Vec<PoolDoc>,
-    /// Backends no longer configured that still hold sessions.
+    /// Removed backends that still have sessions.
     pub leaving: Vec<RemovedBackendDoc>,
 }
 
-/// A worker that makes no progress.
+/// A stalled worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StalledWorkerDoc {
-    /// From 0.
+    /// Number of the worker, from 0.
     pub worker: u64,
-    /// For how long.
+    /// Time since its last progress.
     pub seconds: f64,
-    /// What it did last, in words.
+    /// Its last activity, in words.
     pub stage: String,
 }
 
-/// One layer that can confine the process.
+/// One layer of the sandbox.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SandboxLayerDoc {
-    /// Such as `seccomp`; as in the metrics.
+    /// Name as in the metrics, such as `seccomp`.
     pub layer: String,
-    /// Whether it confines anything.
+    /// Whether it restricts the process.
     pub in_force: bool,
-    /// How far, or why not.
+    /// What it restricts, or why it is not in force.
     pub detail: String,
 }
 
-/// Heartbeats as a whole.
+/// The heartbeat receiver.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct HeartbeatChannelDoc {
-    /// Where they are received.
+    /// Addresses it listens on.
     pub listen: Vec<SocketAddr>,
-    /// Heartbeats believed.
+    /// Accepted heartbeats.
     pub accepted_total: u64,
-    /// Heartbeats rejected, for any reason.
+    /// Rejected heartbeats, for any reason.
     pub rejected_total: u64,
     /// Heartbeats that the kernel dropped.
     pub kernel_drops_total: u64,
-    /// Senders whose heartbeats were rejected, the last first; at most 64.
+    /// Senders with rejected heartbeats, latest rejection first; at most 64.
     pub rejections: Vec<RejectedDoc>,
-    /// Times no silence counted, because the balancer was late or lost heartbeats.
+    /// Times silence was ignored because the balancer was late or dropped heartbeats.
     pub excuses_total: u64,
-    /// No heartbeat at all arrives.
+    /// No heartbeat of any sender arrives.
     pub silent: bool,
-    /// Why no silent backend of any pool is taken out, if so.
+    /// Why silent backends of all pools stay in rotation; `null` if they do not.
     pub frozen: Option<FreezeDoc>,
 }
 
 /// A guard that is in force.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct FreezeDoc {
-    /// One sentence.
+    /// The reason, in one sentence.
     pub reason: String,
-    /// Since it is in force.
+    /// Time since it took effect.
     pub seconds: f64,
 }
 
 /// The last rejected heartbeat of one sender.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RejectedDoc {
-    /// Pool that it names; `null` where that could not be read.
+    /// Pool that it names; `null` if it could not be read.
     pub pool: Option<String>,
-    /// Backend that it names.
+    /// Backend that it names; `null` if it could not be read.
     pub backend: Option<String>,
-    /// Where it came from.
+    /// Address of the sender.
     pub from: Option<SocketAddr>,
-    /// The key that it names.
+    /// ID of the key that it names.
     pub key: Option<u32>,
-    /// As in the metrics.
+    /// The reason, as in the metrics.
     pub reason: String,
-    /// The sender's clock less this host's; `null` where no key in force has signed.
+    /// Sender's clock minus this host's clock; `null` if it has no valid signature.
     pub skew_seconds: Option<f64>,
-    /// Whether pool and backend are proven.
+    /// Whether a valid signature proves its pool and backend.
     pub signed: bool,
-    /// Rejections of this sender.
+    /// Rejected heartbeats of this sender.
     pub total: u64,
-    /// Of those, since a heartbeat of this sender was believed.
+    /// Rejected heartbeats since the last accepted one of this sender.
     pub in_a_row: u64,
-    /// When the last one came.
+    /// Time since the last rejected heartbeat.
     pub seconds_ago: f64,
-    /// What an operator can do about it.
+    /// How an operator can correct it.
     pub help: String,
 }
 
@@ -137,21 +137,21 @@ pub struct RejectedDoc {
 pub struct FrontendDoc {
     /// Its name.
     pub name: String,
-    /// Where it listens.
+    /// Its bind addresses.
     pub binds: Vec<SocketAddr>,
     /// Name of its pool.
     pub pool: String,
     /// Cap on its sessions; 0 means none.
     pub connections_max: u32,
-    /// Sessions open.
+    /// Open sessions.
     pub sessions_active: u32,
-    /// Connections accepted.
+    /// Accepted connections.
     pub sessions_total: u64,
-    /// From clients.
+    /// Bytes from clients.
     pub bytes_in_total: u64,
-    /// To clients.
+    /// Bytes to clients.
     pub bytes_out_total: u64,
-    /// Clients rejected before they had a backend.
+    /// Clients rejected before a backend connection was established.
     pub refused_total: u64,
 }
 
@@ -160,139 +160,139 @@ pub struct FrontendDoc {
 pub struct PoolDoc {
     /// Its name.
     pub name: String,
-    /// How it picks backends.
+    /// Its balancing policy.
     pub balance: PolicyName,
-    /// What it does with clients while no backend is eligible; `null` while one is.
+    /// What happens to clients if no backend is eligible; `null` if a backend is eligible.
     pub none_eligible: Option<NoneEligible>,
-    /// Why no silent backend is taken out, if so.
+    /// Why silent backends stay in rotation; `null` if they do not.
     pub frozen: Option<FreezeDoc>,
-    /// Backends that its heartbeats brought.
+    /// Backends registered by heartbeats.
     pub registered: u64,
-    /// Most of those; 0 where none may register.
+    /// Cap on registered backends; 0 if registration is off.
     pub registered_max: u32,
     /// Whether its backends are probed.
     pub probes: bool,
-    /// Whether it takes heartbeats.
+    /// Whether it accepts heartbeats.
     pub heartbeats: bool,
     /// Clients in its queue.
     pub queued: u64,
-    /// In file order, then registered ones by age.
+    /// Backends in file order, then registered ones by age.
     pub backends: Vec<BackendDoc>,
 }
 
 /// One backend.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BackendDoc {
-    /// Unique in its pool.
+    /// Name, unique in the pool.
     pub name: String,
     /// `IP:PORT` or `unix:PATH`.
     pub address: String,
-    /// Heartbeats brought it; it is not in the file.
+    /// It joined by heartbeats and is not in the configuration file.
     pub registered: bool,
-    /// As configured, or as its heartbeats ask for.
+    /// From the configuration, or from its heartbeats.
     pub weight: u32,
-    /// As balanced by; 0 while it is not eligible.
+    /// The weight that picks use; 0 while it is not eligible.
     #[serde(serialize_with = "whole_if_it_is")]
     pub effective_weight: f64,
     /// It gets sessions only while no other backend is eligible.
     pub backup: bool,
     /// Cap on its sessions; 0 means none.
     pub connections_max: u32,
-    /// What the operator wants.
+    /// The operator's intent.
     pub intent: IntentName,
-    /// What probes and heartbeats say.
+    /// The result of its probes and heartbeats.
     pub observation: ObservationName,
-    /// Out for a time after failures.
+    /// It is ejected now.
     pub ejected: bool,
-    /// It gets one session at a time, after an ejection.
+    /// It gets one trial session at a time, after an ejection.
     pub on_trial: bool,
     /// Times it was ejected.
     pub ejections_total: u64,
-    /// Times the pool's guard prevented that.
+    /// Times a guard prevented an ejection.
     pub ejections_held_total: u64,
-    /// It may receive new sessions, all things considered.
+    /// It may receive new sessions.
     pub eligible: bool,
-    /// Part of its weight that its slow start has reached; 100 when that is over.
+    /// Share of its weight during a slow start; 100 after it.
     pub ramp_percent: u32,
-    /// `null` where none were heard, none are needed and none were rejected.
+    /// `null` if none was received, none is required and none was rejected.
     pub heartbeat: Option<BackendHeartbeatDoc>,
-    /// Sessions that hold it, from pick to close.
+    /// Sessions that use it, counted from pick to close.
     pub sessions_active: u32,
-    /// Sessions that were connected to it.
+    /// Sessions that connected to it.
     pub sessions_total: u64,
     /// Failed connect attempts.
     pub connect_failures_total: u64,
-    /// From clients.
+    /// Bytes from clients.
     pub bytes_in_total: u64,
-    /// To clients.
+    /// Bytes to clients.
     pub bytes_out_total: u64,
     /// Time to connect.
     pub connect_seconds: QuantilesDoc,
     /// Time from the connection to the backend's first byte.
     pub first_byte_seconds: QuantilesDoc,
-    /// The newest change, if any.
+    /// The newest state change; `null` if there was none.
     pub last_transition: Option<TransitionDoc>,
 }
 
-/// A backend's heartbeats; what was never heard is `null`.
+/// A backend's heartbeats. Fields are `null` if none was received.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BackendHeartbeatDoc {
-    /// What their silence means.
+    /// What their arrival means for the backend.
     pub pulse: PulseName,
-    /// What they ask for.
+    /// The state that the sender reports.
     pub sender_state: Option<SenderStateName>,
-    /// Since the newest one.
+    /// Time since the newest one.
     pub silent_seconds: Option<f64>,
-    /// Silence that makes it suspect.
+    /// Time without a heartbeat after which it is suspect.
     pub timeout_seconds: Option<f64>,
-    /// Share of them that is lost, 0 to 1.
+    /// Share of lost heartbeats, 0 to 1.
     pub loss: Option<f64>,
-    /// How busy the backend says it is, 0 to 1000.
+    /// The load that the sender reports, 0 to 1000.
     pub load: Option<u16>,
-    /// Why it is not taken out though confirmed, if so.
+    /// Why it stays in rotation although it is confirmed as down; else `null`.
     pub held: Option<String>,
-    /// The last one in its name that was rejected.
+    /// The last rejected heartbeat in its name.
     pub rejected: Option<RejectedDoc>,
 }
 
-/// Both `null` until something was measured.
+/// Quantiles; both `null` before the first measurement.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct QuantilesDoc {
     /// Median.
     pub p50: Option<f64>,
-    /// 99 of 100 were no longer.
+    /// 99th percentile.
     pub p99: Option<f64>,
 }
 
 /// One change of a backend's state.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TransitionDoc {
-    /// Before.
+    /// State before the change.
     pub from: BackendStateName,
-    /// After.
+    /// State after the change.
     pub to: BackendStateName,
     /// The evidence, in words.
     pub reason: String,
-    /// When.
+    /// Time since the change.
     pub seconds_ago: f64,
-    /// How long the state before had lasted.
+    /// Duration of the state before the change.
     pub lasted_seconds: f64,
 }
 
-/// A backend no longer configured that still holds sessions.
+/// A removed backend that still has sessions.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RemovedBackendDoc {
-    /// The pool it was in.
+    /// Its former pool.
     pub pool: String,
-    /// Its name there.
+    /// Its name in that pool.
     pub name: String,
     /// `IP:PORT` or `unix:PATH`.
     pub address: String,
-    /// Sessions it holds.
+    /// Open sessions.
     pub sessions_active: u32,
 }
 
-/// Whole numbers without a fraction: most weights are.
+/// Writes whole numbers without a fraction, because most weights are whole.
 pub(super) fn whole_if_it_is<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
     match value.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(value) {
         true => serializer.serialize_u32(*value as u32),

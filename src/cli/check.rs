@@ -1,7 +1,7 @@
-//! `tidegate check`: every problem of a file with its place, or one line.
+//! `tidegate check`: validates a configuration file.
 //!
-//! Called by `cli`. It looks at everything that `run` looks at, on this host and
-//! as this user, and changes nothing.
+//! Called by the command line. It makes the same checks as `run`, on this host and as this
+//! user, and changes nothing.
 
 use super::CheckArgs;
 use std::io::{IsTerminal, Write};
@@ -9,11 +9,11 @@ use tidegate_client::command::Exit;
 use tidegate_config::{self as config, Loaded, Severity};
 use tidegate_daemon as daemon;
 
-/// Validates a file: problems and warnings on standard error, a summary of a
-/// good file on standard output.
+/// Validates a file. Prints problems and warnings to standard error, and the summary of a
+/// valid file to standard output.
 pub fn main(args: CheckArgs) -> Exit {
     let colour = std::io::stderr().is_terminal();
-    // The command line takes one of the two.
+    // clap requires exactly one of the two.
     let path = args.file.or(args.config).unwrap_or_default();
     match config::load(&path) {
         Ok(mut loaded) => {
@@ -24,7 +24,7 @@ pub fn main(args: CheckArgs) -> Exit {
             if loaded.warnings.iter().any(|problem| problem.severity == Severity::Error) {
                 return Exit::Refused;
             }
-            // A reader that has gone away needs no summary.
+            // If standard output is closed, the summary is lost.
             let _ = writeln!(std::io::stdout(), "{}: {}", path.display(), summary(&loaded));
             Exit::Fine
         }

@@ -1,7 +1,7 @@
-//! `tidegate drain` and `undrain`: take one backend out, and put it back.
+//! `tidegate drain` and `tidegate undrain`: stop and allow new sessions on a backend.
 //!
-//! Called by the command line; the admin API does the work. Only the waiting is done
-//! here: the command asks for the backend's sessions until there are none.
+//! Called by the command line. It sends the request to the admin API. With `--wait` it
+//! polls until the backend has no sessions.
 
 use super::DrainArgs;
 use clap::Args;
@@ -14,7 +14,7 @@ use tidegate_client::command::{Exit, duration, print, print_json};
 use tidegate_client::http::{ClientArgs, ClientError, ask, backend_path, fail, printable, report};
 use tidegate_net::clock;
 
-/// Shown with `--help`.
+/// Help after the options.
 pub const HELP: &str = "\
 Example:
   tidegate drain web/10.0.0.11:8080
@@ -34,23 +34,23 @@ pub struct DrainOrder {
     pub wait: Option<Option<Duration>>,
 }
 
-/// Between two requests for a backend's sessions. There must be none twice in a row: a
-/// session that was routed by the table before may still arrive.
-const LOOK: Duration = Duration::from_millis(200);
+/// Interval for polling the sessions of a backend. Two polls in a row must find none,
+/// because a session that was routed with the previous table can still arrive.
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 
 /// One backend of one pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BackendRef {
     /// Pool name.
     pub pool: String,
-    /// Backend name; may hold slashes.
+    /// Backend name; can contain slashes.
     pub backend: String,
 }
 
 /// Parses `POOL/BACKEND`.
 ///
 /// # Errors
-/// There is no slash, or nothing before or after the first one.
+/// The slash, the pool or the backend is missing.
 pub fn target(text: &str) -> Result<BackendRef, String> {
     match text.split_once('/') {
         Some((pool, backend)) if !pool.is_empty() && !backend.is_empty() => {
@@ -60,7 +60,7 @@ pub fn target(text: &str) -> Result<BackendRef, String> {
     }
 }
 
-/// No new sessions for it.
+/// Drains a backend.
 pub fn drain(order: &DrainOrder) -> Exit {
     let args = &order.what;
     let done = change(args, "drain", "draining: no new sessions; open sessions continue");
@@ -70,7 +70,7 @@ pub fn drain(order: &DrainOrder) -> Exit {
     }
 }
 
-/// Until it has no sessions, or the time is over.
+/// Waits until the backend has no sessions, at most `limit`.
 fn wait(args: &DrainArgs, limit: Option<Duration>) -> Exit {
     let began = clock::now();
     let BackendRef { pool, backend } = &args.target;
@@ -94,13 +94,13 @@ fn wait(args: &DrainArgs, limit: Option<Duration>) -> Exit {
             let text = format!("{pool}/{backend} has {left} session{s} left");
             return fail(&args.client, &ClientError::Unreachable(text));
         }
-        clock::pause(LOOK);
+        clock::pause(POLL_INTERVAL);
     }
 }
 
-/// Sessions of that backend, also if it has left the configuration.
+/// Returns the sessions of the backend, even if it was removed from the configuration.
 fn sessions(client: &ClientArgs, target: &BackendRef) -> Result<u64, ClientError> {
-    // Cheap however many backends there are.
+    // `explain` costs the same for any number of backends.
     match ask(client, Method::GET, &backend_path(&target.pool, &target.backend, "explain")) {
         Ok(answer) => {
             let open = answer.document::<ExplainDoc>()?.sessions_active;
@@ -108,7 +108,7 @@ fn sessions(client: &ClientArgs, target: &BackendRef) -> Result<u64, ClientError
                 return Ok(open.into());
             }
         }
-        // It may have left the configuration.
+        // The backend can have been removed from the configuration.
         Err(ClientError::Refused(..)) => {}
         Err(error) => return Err(error),
     }
@@ -125,7 +125,7 @@ fn count(status: &StatusDoc, target: &BackendRef) -> u64 {
     open.map(u64::from).sum()
 }
 
-/// New sessions again.
+/// Undrains a backend.
 pub fn undrain(args: &DrainArgs) -> Exit {
     change(args, "undrain", "ready: gets new sessions if it is healthy")
 }
@@ -141,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sessions_are_counted_wherever_the_backend_is_shown() {
+    fn sessions_of_removed_backends_are_counted_too() {
         let mut status = crate::testing::status();
         let mut other = status.pools[0].clone();
         other.name = "db".to_owned();

@@ -1,20 +1,17 @@
 //! `tidegate heartbeat`: a sidecar that sends heartbeats for a local service.
 //!
-//! Called by the command line. It checks the service as a probe would, counts
-//! its connections, and has a [`Sender`] say so; it never says `ready` of a
-//! service whose last check failed.
+//! Called by the command line. It checks the service with a probe, counts its connections
+//! and reports both with a [`Sender`]. It never reports `ready` if the last check failed.
 //!
-//! Which state it sends:
-//!
-//! | | |
+//! | state | sent |
 //! |---|---|
-//! | `starting` | until a check succeeds, and again from a failed check to the next that succeeds: the service is not serving, whatever it did before |
-//! | `ready` | the last check succeeded, or none is wanted |
-//! | `draining` | from the first SIGTERM or SIGINT for the time of `--drain` |
-//! | `stopping` | a few times, then the process ends |
+//! | `starting` | until a check succeeds, and from a failed check until the next success |
+//! | `ready` | after a successful check, or with `--check none` |
+//! | `draining` | from the first SIGTERM or SIGINT, for the time of `--drain` |
+//! | `stopping` | in the last heartbeats before the process exits |
 //!
-//! A check that fails through this machine's own trouble (no descriptors, no
-//! ports) proves nothing and changes nothing.
+//! A check that fails because of a local error (no descriptors, no ports) does not change
+//! the state.
 
 use clap::{Args, ValueEnum};
 use std::future::Future;
@@ -98,24 +95,24 @@ Example:
 
 It reports starting until the first check succeeds and after a failed check, and
 ready while checks succeed. On SIGTERM or SIGINT it reports draining for --drain,
-then stopping, and exits with 0. A second signal exits at once.
+then stopping, and exits with 0. A second signal ends the drain at once.
 
 Exit codes: 0 success; 1 rejected key file; 2 usage error; 3 runtime failure or
 second signal.";
 
-/// Longest a check may take.
+/// Upper limit on the timeout of a check.
 const CHECK_TIMEOUT_MAX: Duration = Duration::from_secs(1);
 
-/// Counting costs the kernel a walk over all connections.
-const COUNT_EVERY: Duration = Duration::from_secs(1);
+/// Interval for counting connections: each count makes the kernel list all connections.
+const COUNT_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Where Linux lists connections (proc(5)), of this network namespace.
+/// Files that list the connections of this network namespace (proc(5)).
 const TABLES: [&str; 2] = ["/proc/self/net/tcp", "/proc/self/net/tcp6"];
 
-/// SIGTERM or SIGINT.
-struct SidecarStopSignals([Signal; 2]);
+/// The signals that stop the command: SIGTERM and SIGINT.
+struct StopSignals([Signal; 2]);
 
-/// Sends heartbeats until told to stop.
+/// Sends heartbeats until a stop signal.
 pub fn main(args: &HeartbeatArgs) -> Exit {
     let identity = match identity(args) {
         Ok(identity) => identity,
@@ -146,13 +143,13 @@ pub fn main(args: &HeartbeatArgs) -> Exit {
 }
 
 async fn run(args: &HeartbeatArgs, settings: SenderSettings) -> io::Result<Exit> {
-    // Before the first heartbeat, which must not be the last unless it says so.
-    let mut stop = SidecarStopSignals::listen()?;
+    // Before the first heartbeat: from then on a signal must lead to `stopping` heartbeats.
+    let mut stop = StopSignals::listen()?;
     warn_of_clock();
     let sender = Sender::start(settings)?;
     sender.set_weight(args.weight);
     tokio::select! {
-        () = stop.read_status() => {}
+        () = stop.recv() => {}
         () = watch(args, &sender) => {}
         () = count(args, &sender) => {}
         () = report_failures(&sender) => {}
@@ -162,8 +159,8 @@ async fn run(args: &HeartbeatArgs, settings: SenderSettings) -> io::Result<Exit>
         tokio::select! {
             () = sleep(args.drain) => {}
             () = count(args, &sender) => {}
-            () = stop.read_status() => {
-                tidegate_client::command::print("second signal: exiting at once");
+            () = stop.recv() => {
+                tidegate_client::command::print("second stop signal received; exiting");
                 return Ok(Exit::Failed);
             }
         }
@@ -173,8 +170,8 @@ async fn run(args: &HeartbeatArgs, settings: SenderSettings) -> io::Result<Exit>
     Ok(Exit::Fine)
 }
 
-/// Balancers answer nothing, so a sender cannot tell that its clock makes them
-/// reject its heartbeats. What can be known here is whether the clock is kept.
+/// Warns if the clock of this host is not synchronised. Balancers send no answers, so the
+/// command cannot see that they reject its heartbeats because of the clock.
 fn warn_of_clock() {
     if ntp::is_synchronised() == Some(false) {
         let most = humantime::format_duration(SKEW_MAX);
@@ -185,14 +182,14 @@ fn warn_of_clock() {
     }
 }
 
-/// Checks the service for ever.
+/// Checks the service until cancelled.
 async fn watch(args: &HeartbeatArgs, sender: &Sender) {
     let Some(spec) = spec(args) else {
         set_and_print(sender, SenderState::Ready, "no check configured");
         return std::future::pending().await;
     };
     let address = BackendAddr::Tcp(local(args));
-    let mut said = None;
+    let mut reported = None;
     let mut tick = interval(args.check_interval);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -205,21 +202,21 @@ async fn watch(args: &HeartbeatArgs, sender: &Sender) {
                 continue;
             }
         };
-        if said != Some(state) {
+        if reported != Some(state) {
             set_and_print(sender, state, &why);
-            said = Some(state);
+            reported = Some(state);
         }
     }
 }
 
-/// Counts the service's connections for ever.
+/// Counts the service's connections until cancelled.
 async fn count(args: &HeartbeatArgs, sender: &Sender) {
     let local = local(args);
-    let mut tick = interval(COUNT_EVERY);
+    let mut tick = interval(COUNT_INTERVAL);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tick.tick().await;
-        // The kernel may take long over it where there are many.
+        // The kernel needs long to list many connections.
         let counted = tokio::task::spawn_blocking(move || established(local)).await;
         match counted {
             Ok(Ok(in_flight)) => sender.set_in_flight(in_flight),
@@ -227,17 +224,17 @@ async fn count(args: &HeartbeatArgs, sender: &Sender) {
                 eprintln!("tidegate: heartbeat: cannot count connections: {error}");
                 return std::future::pending().await;
             }
-            // The runtime is ending.
+            // The runtime is shutting down.
             Err(_) => return std::future::pending().await,
         }
     }
 }
 
-/// Says when heartbeats begin to fail to leave, not each time.
+/// Prints the first of several failures in a row to send heartbeats.
 async fn report_failures(sender: &Sender) {
     let (mut before, mut failing) = (0, false);
     loop {
-        sleep(COUNT_EVERY).await;
+        sleep(COUNT_INTERVAL).await;
         let (failed, error) = sender.failed();
         if failed > before
             && !failing
@@ -288,8 +285,8 @@ fn spec(args: &HeartbeatArgs) -> Option<ProbeSpec> {
     })
 }
 
-/// Established connections the service at `local` has accepted: from sock_diag,
-/// or from /proc where the kernel has no sock_diag or something forbids it.
+/// Returns the number of established connections that the service at `local` has accepted.
+/// Uses `/proc` if sock_diag is missing or forbidden.
 fn established(local: SocketAddr) -> io::Result<u32> {
     sock_diag::established(local).or_else(|_| established_by_proc(local))
 }
@@ -307,8 +304,9 @@ fn established_by_proc(local: SocketAddr) -> io::Result<u32> {
     Ok(sum)
 }
 
-/// proc(5): `sl local_address rem_address st ...`, addresses in hexadecimal as
-/// 32-bit words in this machine's byte order; state 01 is established.
+/// Counts established connections in a table of proc(5): `sl local_address rem_address st
+/// ...`. Addresses are hexadecimal, in 32-bit words of the host's byte order. State 01 is
+/// established.
 fn established_in(table: &str, local: SocketAddr) -> u32 {
     let accepted = table.lines().skip(1).filter(|line| {
         let mut fields = line.split_ascii_whitespace().skip(1);
@@ -331,7 +329,7 @@ fn listed_address(text: &str) -> Option<SocketAddr> {
             for (index, four) in octets.chunks_exact_mut(4).enumerate() {
                 four.copy_from_slice(&word(index)?);
             }
-            // What a socket for both families accepted by IPv4.
+            // IPv4 connections of a dual-stack socket have mapped addresses.
             IpAddr::V6(Ipv6Addr::from(octets)).to_canonical()
         }
         _ => return None,
@@ -342,7 +340,7 @@ fn listed_address(text: &str) -> Option<SocketAddr> {
 fn peer(text: &str) -> Result<SocketAddr, String> {
     match text.parse::<SocketAddr>() {
         Ok(address) if address.port() != 0 && !address.ip().is_unspecified() => {
-            // IPv4 mapped into IPv6 is the IPv4 address everywhere.
+            // A mapped address is replaced by its IPv4 address, as everywhere.
             Ok(SocketAddr::new(address.ip().to_canonical(), address.port()))
         }
         _ => Err("expected IP:PORT, for example 10.0.0.5:7946".to_owned()),
@@ -350,7 +348,7 @@ fn peer(text: &str) -> Result<SocketAddr, String> {
 }
 
 fn check_path(text: &str) -> Result<String, String> {
-    // RFC 9112, section 3.2.1: a request target holds no space or line end.
+    // RFC 9112 section 3.2.1: a request target contains no space and no line end.
     if text.starts_with('/') && text.bytes().all(|byte| byte.is_ascii_graphic()) {
         Ok(text.to_owned())
     } else {
@@ -365,14 +363,14 @@ fn drain_time(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text).map_err(|error| error.to_string())
 }
 
-// === impl SidecarStopSignals ===
+// === impl StopSignals ===
 
-impl SidecarStopSignals {
-    fn listen() -> io::Result<SidecarStopSignals> {
-        Ok(SidecarStopSignals([signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]))
+impl StopSignals {
+    fn listen() -> io::Result<StopSignals> {
+        Ok(StopSignals([signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]))
     }
 
-    fn read_status(&mut self) -> impl Future<Output = ()> {
+    fn recv(&mut self) -> impl Future<Output = ()> {
         let [terminate, interrupt] = &mut self.0;
         async move {
             tokio::select! {
@@ -388,7 +386,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn connections_are_those_the_service_accepted() {
+    fn accepted_connections_are_counted() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         assert_eq!(established(address).unwrap(), 0);
@@ -403,15 +401,15 @@ mod tests {
         }
     }
 
-    /// The kernel's table may show a line twice, or not at all, where it changes
-    /// while it is read.
+    /// Counts until the expected number is seen: the kernel can list a connection twice or
+    /// not at all if its table changes during a read.
     fn settles_at(counts: fn(SocketAddr) -> io::Result<u32>, address: SocketAddr, count: u32) {
         let seen: Vec<_> = (0..100).map(|_| counts(address).unwrap()).collect();
         assert!(seen.contains(&count), "{seen:?}");
     }
 
     #[test]
-    fn connections_of_a_socket_for_both_families_count() {
+    fn connections_of_a_dual_stack_socket_are_counted() {
         let Ok(listener) = std::net::TcpListener::bind("[::]:0") else { return };
         let port = listener.local_addr().unwrap().port();
         let addresses = ["127.0.0.1", "::1"].map(|ip| SocketAddr::new(ip.parse().unwrap(), port));
@@ -422,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_make_no_sense_count_nothing() {
+    fn invalid_table_lines_are_not_counted() {
         let local = "127.0.0.1:80".parse().unwrap();
         let table = "header\n\n 0:\n 1: x y 01\n 2: 0100007F 0:0 01\n 3: ZZ00007F:0050 0:0 01\n";
         assert_eq!(established_in(table, local), 0);

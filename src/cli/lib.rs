@@ -1,8 +1,7 @@
-//! The command line: what can be asked, and which function answers.
+//! The command line: parses the arguments and calls the function of the subcommand.
 //!
-//! `main` calls [`main`] and exits with what it gives. Each subcommand lives in
-//! a file of its own and gives an [`Exit`]; nothing here runs or asks anything
-//! itself.
+//! Called by the binary, which exits with the code that [`main`] returns. Each subcommand
+//! has its own file and returns an [`Exit`].
 
 pub mod check;
 pub mod drain;
@@ -44,7 +43,7 @@ Example:
 Exit codes: 0 success; 1 rejected configuration or request; 2 usage error;
 3 runtime failure (address in use, admin API unreachable).";
 
-/// Every subcommand.
+/// All subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run the balancer in the foreground.
@@ -75,7 +74,7 @@ pub enum Command {
     /// Show frontends, pools and backends of the running balancer.
     #[command(after_help = "Example:\n  tidegate status\n  tidegate status --json | jq .pools")]
     Status(ClientArgs),
-    /// Show why a backend gets the traffic it gets.
+    /// Explain why a backend gets new sessions or not.
     #[command(after_help = "Example:\n  tidegate explain web/10.0.0.11:8080")]
     Explain(DrainArgs),
     /// Stop new sessions on a backend; its open sessions continue.
@@ -119,8 +118,8 @@ pub struct RunArgs {
     /// Serve in this process, without a supervisor.
     #[arg(long)]
     pub single: bool,
-    /// Asked by a supervisor before it executes this program in its own place: whether
-    /// the state on standard input, of that version, can be taken over.
+    /// Check whether this program can take over a supervisor's state of this version, given
+    /// on standard input. A supervisor calls it before it executes this program.
     #[arg(long, value_name = "VERSION", hide = true)]
     pub supervisor_check: Option<u32>,
 }
@@ -131,12 +130,12 @@ pub struct CheckArgs {
     /// Configuration file (TOML).
     #[arg(value_name = "FILE", required_unless_present = "config", conflicts_with = "config")]
     pub file: Option<PathBuf>,
-    /// The same, spelled as for `run`.
+    /// Configuration file (TOML); same as FILE.
     #[arg(long, short, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
 
-/// `tidegate undrain` and `explain`; part of `drain`
+/// `tidegate undrain` and `tidegate explain`; part of `tidegate drain`
 #[derive(Debug, Args)]
 pub struct DrainArgs {
     /// Pool and backend, separated by the first slash.
@@ -147,14 +146,14 @@ pub struct DrainArgs {
     pub client: ClientArgs,
 }
 
-/// Reads the arguments of this process and does what they say.
+/// Parses the arguments of this process and runs the subcommand.
 pub fn main() -> ExitCode {
-    // Before anything else: none of them may end a process that is to obey them.
+    // Signals are blocked first, so that none ends the process before `run` handles them.
     let before = signals::block();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Nowhere left to complain to when even that fails.
+            // If standard error is closed, the message is lost.
             let _ = error.print();
             return if error.use_stderr() { Exit::Usage } else { Exit::Fine }.into();
         }
@@ -197,12 +196,12 @@ mod tests {
     }
 
     #[test]
-    fn the_command_line_is_consistent() {
+    fn command_line_definition_is_consistent() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn every_command_says_what_it_does_with_an_example() {
+    fn every_command_has_an_example() {
         for command in Cli::command().get_subcommands_mut() {
             let help = command.render_long_help().to_string();
             let call = format!("Example:\n  tidegate {} ", command.get_name());
@@ -218,7 +217,7 @@ mod tests {
         let mut texts = vec![all.render_long_help().to_string()];
         texts.extend(all.get_subcommands_mut().map(|one| one.render_long_help().to_string()));
         for text in texts {
-            // A usage line is not wrapped.
+            // clap does not wrap usage lines.
             let lines = text.lines().filter(|line| !line.starts_with("Usage: "));
             let wide: Vec<_> = lines.filter(|line| line.chars().count() > 80).collect();
             assert!(wide.is_empty(), "{wide:#?}");
@@ -226,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn what_supervisors_ask_is_not_for_people() {
+    fn supervisor_check_is_hidden_from_help() {
         let line = ["run", "--config", "f", "--pid-file", "p", "--supervisor-check", "1"];
         let Command::Run(args) = parse(&line).unwrap() else { panic!("another command") };
         assert_eq!(args.supervisor_check, Some(1));
@@ -236,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_slash_separates_a_backend_from_its_pool() {
+    fn first_slash_separates_pool_from_backend() {
         let Command::Drain(args) = parse(&["drain", "web/unix:/run/a.sock"]).unwrap() else {
             panic!("another command");
         };
@@ -249,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn the_contract_command_lines_are_taken() {
+    fn documented_command_lines_are_accepted() {
         for line in [
             "run --config f",
             "start --config f",
@@ -281,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn senseless_command_lines_are_usage_errors() {
+    fn invalid_command_lines_are_usage_errors() {
         for line in [
             "run",
             "nonsense",
@@ -305,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn demo_runs_forty_seconds_unless_told() {
+    fn demo_runs_40_s_by_default() {
         let Command::Demo(args) = parse(&["demo"]).unwrap() else { panic!("another command") };
         assert_eq!((args.backends, args.duration), (3, Duration::from_secs(40)));
     }

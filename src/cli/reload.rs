@@ -1,14 +1,14 @@
-//! `tidegate reload`: have the running balancer read its configuration again.
+//! `tidegate reload`: reloads the configuration of the running balancer.
 //!
-//! Called by the command line; the admin API does the work.
+//! Called by the command line. It sends the request to the admin API.
 
 use hyper::Method;
 use tidegate_api::reload::ReloadDoc;
 use tidegate_client::command::Exit;
 use tidegate_client::http::{ClientArgs, ask, report};
 
-/// Asks and prints the result. A refused file is [`Exit::Refused`], with its problems on
-/// standard error.
+/// Requests the reload and prints the result. For a rejected file it prints the problems to
+/// standard error and returns [`Exit::Refused`].
 pub fn main(args: &ClientArgs) -> Exit {
     report(args, ask(args, Method::POST, "/v1/reload"), shown)
 }
@@ -30,7 +30,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_waits_for_a_restart_is_named() {
+    fn settings_that_need_a_restart_are_printed() {
         let warnings = vec!["workers: 2 -> 4".to_owned()];
         let answer = ReloadDoc { generation: 4, changed: true, warnings };
         assert_eq!(shown(&answer), "reloaded; generation 4 is in effect\nwarning: workers: 2 -> 4");

@@ -1,10 +1,13 @@
-//! `tidegate run`: the balancer in the foreground.
+//! `tidegate run`: runs the balancer in the foreground.
 //!
-//! Called by `cli`. It is the supervisor (also one that has executed this program in its
-//! own place), or a process the supervisor has started, or (`--single`) a balancer without
-//! one; or the trial of a supervisor that is about to execute this program. It takes what
-//! the process was started with (sockets of a process before or of a service manager),
-//! starts what it is, waits for its end and turns that into an exit code.
+//! Called by the command line. It collects what the process was started with (sockets of
+//! an old process or a service manager), starts the role below, waits for its end and
+//! returns the exit code.
+//!
+//! - Supervisor: the default. It can continue a supervisor that executed this program.
+//! - Supervised process: started by a supervisor.
+//! - Process without a supervisor: `--single`.
+//! - Check: `--supervisor-check`, before a supervisor executes this program.
 
 use super::RunArgs;
 use std::ffi::OsString;
@@ -20,23 +23,23 @@ use tidegate_net::fd_channel;
 use tidegate_supervisor::program::Program;
 use tidegate_supervisor::{self as supervisor, Link};
 
-/// Runs the balancer until it is told to stop.
+/// Runs the balancer until it exits.
 pub fn main(args: RunArgs) -> Exit {
     if let Some(version) = args.supervisor_check {
         return check(version);
     }
-    // Before anything opens a descriptor.
+    // Before any other descriptor is opened.
     if let Some(ended) = supervisor::resume() {
-        return supervised_to_the_end(ended.map_err(|error| error.to_string()));
+        return supervisor_exit(ended.map_err(|error| error.to_string()));
     }
     match Link::from_environment() {
         Ok(Some((link, given))) => {
             let supervised = Supervised::new(Arc::clone(&link), given, &args.config);
-            serve(&args, || supervised_surroundings(&args, &link, supervised))
+            serve(&args, || supervised_environment(&args, &link, supervised))
         }
-        // A process without a supervisor starts one of its own kind.
+        // A new process of an upgrade without a supervisor has no supervisor either.
         Ok(None) if args.single || std::env::var_os(fd_channel::MARK).is_some() => {
-            serve(&args, || single_surroundings(&args))
+            serve(&args, || single_environment(&args))
         }
         Ok(None) => supervise(&args),
         Err(error) => {
@@ -54,10 +57,10 @@ fn supervise(args: &RunArgs) -> Exit {
         let program = Program::of_this_process(child_arguments(args)).map_err(failed)?;
         supervisor::run(program, args.pid_file.clone(), kept).map_err(failed)
     };
-    supervised_to_the_end(run().map_err(|failure| failure.to_string()))
+    supervisor_exit(run().map_err(|failure| failure.to_string()))
 }
 
-fn supervised_to_the_end(ended: Result<u8, String>) -> Exit {
+fn supervisor_exit(ended: Result<u8, String>) -> Exit {
     match ended {
         Ok(code) => Exit::of(code),
         Err(failure) => {
@@ -79,11 +82,11 @@ fn check(version: u32) -> Exit {
 
 fn serve(
     args: &RunArgs,
-    surroundings: impl FnOnce() -> Result<ProcessEnvironment, Failure>,
+    environment: impl FnOnce() -> Result<ProcessEnvironment, Failure>,
 ) -> Exit {
-    let running = surroundings().and_then(|surroundings| {
+    let running = environment().and_then(|environment| {
         let options = Options { config: args.config.clone(), signals: true, logging: true };
-        daemon::start_within(options, surroundings)
+        daemon::start_within(options, environment)
     });
     let running = match running {
         Ok(running) => running,
@@ -108,7 +111,7 @@ fn serve(
     }
 }
 
-fn supervised_surroundings(
+fn supervised_environment(
     args: &RunArgs,
     link: &Arc<Link>,
     supervised: Supervised,
@@ -116,7 +119,8 @@ fn supervised_surroundings(
     let old_process = OldProcess::connect()?;
     let notifier = Notifier::to_supervisor(Arc::clone(link));
     let place = old_process.as_ref().and_then(OldProcess::admin_listen);
-    // Before there are threads. The process before was confined by itself alone.
+    // Before there are threads. The supervisor started this process, so it has not inherited
+    // the sandbox of the old process.
     let upgrade = old_process.is_some() || supervised.takes_over();
     let before = Before { inherited: &[], admin: place, upgrade, instead: supervised.instead() };
     let confined = daemon::confine(&args.config, None, before)?;
@@ -129,7 +133,7 @@ fn supervised_surroundings(
     })
 }
 
-fn single_surroundings(args: &RunArgs) -> Result<ProcessEnvironment, Failure> {
+fn single_environment(args: &RunArgs) -> Result<ProcessEnvironment, Failure> {
     let passed = daemon::passed()?;
     let activated = (!passed.is_empty()).then(|| PassedSockets::of(passed)).transpose()?;
     let old_process = OldProcess::connect()?;
@@ -144,7 +148,7 @@ fn single_surroundings(args: &RunArgs) -> Result<ProcessEnvironment, Failure> {
         upgrade: old_process.is_some(),
         instead: None,
     };
-    // Before there are threads, and before anything else is opened.
+    // Before there are threads and before any other descriptor is opened.
     let confined = daemon::confine(&args.config, pid_file.as_deref(), before)?;
     let supervised = Supervised::default();
     Ok(ProcessEnvironment {
@@ -158,17 +162,17 @@ fn single_surroundings(args: &RunArgs) -> Result<ProcessEnvironment, Failure> {
     })
 }
 
-/// What has another process do what this one was asked to.
+/// Returns the arguments for a new process without a supervisor.
 fn single_arguments(args: &RunArgs) -> Vec<OsString> {
-    let mut words = child_arguments(args);
-    words.push("--single".into());
+    let mut arguments = child_arguments(args);
+    arguments.push("--single".into());
     if let Some(pid_file) = &args.pid_file {
-        words.extend(["--pid-file".into(), pid_file.into()]);
+        arguments.extend(["--pid-file".into(), pid_file.into()]);
     }
-    words
+    arguments
 }
 
-/// What has a process serve for the supervisor.
+/// Returns the arguments for a supervised process.
 fn child_arguments(args: &RunArgs) -> Vec<OsString> {
     vec!["run".into(), "--config".into(), (&args.config).into()]
 }
@@ -180,10 +184,10 @@ mod tests {
     use clap::Parser;
 
     #[test]
-    fn the_next_process_is_asked_for_the_same() {
+    fn new_process_gets_the_same_arguments() {
         for line in ["run -c a --single", "run --single --config=a --pid-file b"] {
-            let parse = |words: Vec<OsString>| {
-                let all = std::iter::once("tidegate".into()).chain(words);
+            let parse = |arguments: Vec<OsString>| {
+                let all = std::iter::once("tidegate".into()).chain(arguments);
                 match Cli::try_parse_from(all).unwrap().command {
                     Command::Run(args) => args,
                     _ => panic!("another command"),

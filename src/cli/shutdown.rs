@@ -1,14 +1,14 @@
-//! `tidegate shutdown`: have the running balancer drain and exit.
+//! `tidegate shutdown`: drains the running balancer and stops it.
 //!
-//! Called by the command line; the admin API does the work. It does not wait
-//! for the end.
+//! Called by the command line. It sends the request to the admin API and does not wait for
+//! the exit.
 
 use hyper::Method;
 use tidegate_api::answers::StateDoc;
 use tidegate_client::command::Exit;
 use tidegate_client::http::{ClientArgs, ask, report};
 
-/// Asks and says that draining has begun.
+/// Requests the shutdown and prints that the drain has begun.
 pub fn main(args: &ClientArgs) -> Exit {
     report(args, ask(args, Method::POST, "/v1/shutdown"), |_: &StateDoc| {
         "draining; the balancer exits when its sessions have ended or drain_timeout has passed"

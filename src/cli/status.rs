@@ -1,7 +1,7 @@
-//! `tidegate status`: the running balancer on one screen.
+//! `tidegate status`: shows the running balancer on one screen.
 //!
-//! Called by the command line; the admin API gives the facts. It shows what the
-//! document says and works nothing out but words, columns and units.
+//! Called by the command line with the document of the admin API. It chooses words,
+//! columns and units, and computes no other facts.
 
 use super::table::{TextColumn, TextTable, age, cell_text, or_dash, plural, terminal_width, wrap};
 use hyper::Method;
@@ -14,14 +14,14 @@ use tidegate_api::status::{
 use tidegate_client::command::Exit;
 use tidegate_client::http::{ClientArgs, ask, report};
 
-/// Asks and prints a table, or the JSON.
+/// Fetches the status and prints it as tables or as JSON.
 pub fn main(args: &ClientArgs) -> Exit {
     let answer = ask(args, Method::GET, "/v1/status");
     let width = terminal_width();
     report(args, answer, |status| fit(&render(status, width), width))
 }
 
-/// Cuts every line to `width` characters.
+/// Truncates every line to `width` characters.
 fn fit(text: &str, width: Option<usize>) -> String {
     let Some(width) = width else { return text.to_owned() };
     let cut = |line: &str| match line.chars().count() > width {
@@ -31,7 +31,7 @@ fn fit(text: &str, width: Option<usize>) -> String {
     text.lines().map(cut).collect::<Vec<String>>().join("\n")
 }
 
-/// For a terminal of `width` columns; `None`: each row in one line.
+/// Renders for a terminal of `width` columns. `None`: one line per table row.
 fn render(status: &StatusDoc, width: Option<usize>) -> String {
     let mut text = head(status);
     for warning in &status.warnings {
@@ -75,7 +75,7 @@ fn head(status: &StatusDoc) -> String {
     )
 }
 
-/// Workers that are stalled or have panicked; mostly there is nothing to say.
+/// Describes stalled workers and panics; usually empty.
 fn worker_problems(status: &StatusDoc) -> String {
     let mut text = String::new();
     for stalled in &status.stalled {
@@ -96,9 +96,9 @@ fn worker_problems(status: &StatusDoc) -> String {
     text
 }
 
-/// What holds the process in; what could and does not, with its reason.
+/// Lists the sandbox layers in force, and the others with the reason.
 fn confinement(layers: &[SandboxLayerDoc]) -> String {
-    let held = |layer: &&SandboxLayerDoc| layer.in_force;
+    let in_force = |layer: &&SandboxLayerDoc| layer.in_force;
     let name = |layer: &SandboxLayerDoc| cell_text(&layer.layer);
     let reason =
         |layer: &SandboxLayerDoc| format!("{} ({})", name(layer), cell_text(&layer.detail));
@@ -106,8 +106,8 @@ fn confinement(layers: &[SandboxLayerDoc]) -> String {
         true => String::new(),
         false => format!("{head}: {}\n", layers.join(", ")),
     };
-    line("sandbox", layers.iter().filter(held).map(name).collect())
-        + &line("sandbox not applied", layers.iter().filter(|l| !held(l)).map(reason).collect())
+    line("sandbox", layers.iter().filter(in_force).map(name).collect())
+        + &line("sandbox not applied", layers.iter().filter(|l| !in_force(l)).map(reason).collect())
 }
 
 fn frontends(frontends: &[FrontendDoc], width: Option<usize>) -> String {
@@ -148,7 +148,7 @@ fn pool_table(pool: &PoolDoc, width: Option<usize>) -> String {
         backends.len(),
         pool_remarks(pool)
     );
-    // A backend without a name of its own is named after its address.
+    // Without a configured name, the address is the name.
     let named = backends.iter().any(|backend| backend.name != backend.address);
     let columns = [
         TextColumn::left("BACKEND", 0),
@@ -179,7 +179,7 @@ fn pool_table(pool: &PoolDoc, width: Option<usize>) -> String {
     wrap(&title, width) + "\n" + &table.finish(width)
 }
 
-/// What else there is to say of a pool.
+/// Returns the remarks in the title line of a pool: queue, registrations, guards.
 fn pool_remarks(pool: &PoolDoc) -> String {
     let mut text = String::new();
     if pool.queued > 0 {
@@ -205,10 +205,10 @@ fn pool_remarks(pool: &PoolDoc) -> String {
     text
 }
 
-/// Senders whose rejected heartbeats the text shows.
+/// Cap on senders whose rejected heartbeats are shown.
 const REJECTIONS_SHOWN_MAX: usize = 5;
 
-/// One sender whose heartbeats are rejected.
+/// Describes one sender whose heartbeats are rejected.
 fn rejected(rejection: &RejectedDoc) -> String {
     let skew = rejection.skew_seconds.filter(|skew| skew.abs() >= 1.0);
     let skew = skew.map_or_else(String::new, |skew| format!(", clock {skew:+.0}s"));
@@ -224,7 +224,7 @@ fn rejected(rejection: &RejectedDoc) -> String {
     )
 }
 
-/// Heartbeats as a whole, where they are taken.
+/// Describes the heartbeat receiver and the guards of all pools.
 fn heartbeat_summary(heartbeat: &HeartbeatChannelDoc) -> String {
     let listen: Vec<String> = heartbeat.listen.iter().map(ToString::to_string).collect();
     let mut text = format!(
@@ -253,23 +253,22 @@ fn heartbeat_summary(heartbeat: &HeartbeatChannelDoc) -> String {
     text
 }
 
-/// The one word that matters most: what an operator did, then an ejection, then
-/// what its own heartbeats ask for, then what probes and heartbeats show, if the pool
-/// has any.
+/// Returns the state of a backend in one word. The operator's intent comes first, then an
+/// ejection, the state its sender reports, a trial, and the observation.
 fn state(backend: &BackendDoc, pool: &PoolDoc) -> String {
     let heartbeat = backend.heartbeat.as_ref();
-    let asked = heartbeat.and_then(|heartbeat| heartbeat.sender_state.as_ref());
-    let asked = asked.filter(|state| **state != SenderStateName::Ready);
-    // It serves, and nothing will say whether it works.
-    let never_known =
+    let reported = heartbeat.and_then(|heartbeat| heartbeat.sender_state.as_ref());
+    let reported = reported.filter(|state| **state != SenderStateName::Ready);
+    // It is in rotation, and nothing observes it.
+    let unobserved =
         backend.observation == ObservationName::Unknown && backend.eligible && !pool.probes;
-    let mut state = match asked {
+    let mut state = match reported {
         _ if backend.intent != IntentName::Ready => backend.intent.name(),
         _ if backend.ejected => "ejected",
-        Some(asked) => asked.name(),
+        Some(reported) => reported.name(),
         None if backend.on_trial => "trial",
-        None if never_known && pool.heartbeats => "not heard",
-        None if never_known => "no probes",
+        None if unobserved && pool.heartbeats => "not heard",
+        None if unobserved => "no probes",
         None => backend.observation.name(),
     }
     .to_owned();
@@ -282,7 +281,7 @@ fn state(backend: &BackendDoc, pool: &PoolDoc) -> String {
     state
 }
 
-/// `3`, or `1/3` while it takes part with less.
+/// Returns `3`, or `1/3` while the effective weight is lower.
 fn weight(backend: &BackendDoc) -> String {
     match backend.eligible && backend.effective_weight != f64::from(backend.weight) {
         true => format!("{}/{}", backend.effective_weight, backend.weight),
@@ -326,7 +325,7 @@ mod tests {
     use tidegate_api::status::QuantilesDoc;
 
     #[test]
-    fn everything_stands_on_one_screen() {
+    fn status_fits_on_one_screen() {
         expect![[r#"
             tidegate 0.1.0: serving, generation 3, up 2h 3m
             2 workers, 12 of 100000 sessions, engine epoll (configured)
@@ -346,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_cut_to_the_terminal() {
+    fn lines_are_truncated_to_the_terminal_width() {
         let text = fit(&render(&example(), Some(20)), Some(20));
         assert!(text.lines().all(|line| line.chars().count() <= 20), "{text}");
         assert!(text.starts_with("tidegate 0.1.0:\n"), "{text}");
@@ -354,7 +353,7 @@ mod tests {
     }
 
     #[test]
-    fn state_and_reason_are_whole_in_eighty_columns() {
+    fn state_and_reason_are_complete_in_80_columns() {
         let mut status = example();
         let pool = &mut status.pools[0];
         let backend = |name: &str, state: &str, reason: &str| BackendDoc {
@@ -416,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_keep_two_figures_that_matter() {
+    fn sizes_have_one_decimal_and_a_binary_unit() {
         let sizes = [0, 1023, 1024, 1_048_575, u64::MAX].map(size);
         assert_eq!(sizes, ["0 B", "1023 B", "1.0 KiB", "1.0 MiB", "16.0 EiB"]);
     }

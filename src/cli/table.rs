@@ -1,36 +1,36 @@
-//! Text for a terminal: tables that leave out what matters least, lines that are
-//! wrapped, and values in words.
+//! Terminal output: tables that drop the least important columns to fit, wrapped lines,
+//! and values as text.
 //!
-//! Used by `status` and `explain`. It knows columns and widths, not what is in them.
+//! Used by `status` and `explain`. It does not know the meaning of the columns.
 
 use std::fmt::Display;
 use std::io::IsTerminal;
 
-/// A column: its name, where its cells stand, and how early it is left out.
+/// A column: its name, the alignment of its cells, and its rank.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct TextColumn {
     name: &'static str,
     right: bool,
-    /// 0: never; the highest goes first.
+    /// The column with the highest rank is dropped first; rank 0 is never dropped.
     rank: u8,
 }
 
-/// Columns as wide as their widest cell.
+/// A table. Each column is as wide as its widest cell.
 #[derive(Debug)]
 pub(super) struct TextTable {
     columns: Vec<TextColumn>,
     rows: Vec<Vec<String>>,
-    /// What else a row says: the last cell where there is room, else lines below it.
+    /// A note per row: the last cell if it fits, else lines below the row.
     notes: Vec<String>,
     heading: &'static str,
 }
 
 const GAP: usize = 2;
 
-/// Of lines that go on in the next.
+/// Indentation of continuation lines and of notes below a row.
 const INDENT: &str = "    ";
 
-/// A label at the start of a line is shorter.
+/// Upper limit on the length of a label at the start of a line.
 const LABEL_MAX: usize = 14;
 
 // === impl TextColumn ===
@@ -52,7 +52,7 @@ impl TextTable {
         TextTable { columns: columns.into(), rows: Vec::new(), notes: Vec::new(), heading: "" }
     }
 
-    /// The same with a note to each row, and what stands above the notes.
+    /// Returns a table with a note per row, and the heading of the notes.
     pub(super) fn noted(columns: impl Into<Vec<TextColumn>>, heading: &'static str) -> TextTable {
         TextTable { heading, ..TextTable::new(columns) }
     }
@@ -62,19 +62,19 @@ impl TextTable {
         self.notes.push(note);
     }
 
-    /// The text, in `width` columns if that is possible; `None`: as wide as it is.
+    /// Returns the text, in `width` columns if possible. `None`: without a limit.
     pub(super) fn finish(mut self, width: Option<usize>) -> String {
         let limit = width.unwrap_or(usize::MAX);
         let notes = self.notes.iter().map(|note| note.chars().count()).max().unwrap_or(0);
-        let beside = self.width() + GAP + notes.max(self.heading.len()) <= limit;
-        while !beside && self.width() > limit && self.drop_one() {}
+        let in_row = self.width() + GAP + notes.max(self.heading.len()) <= limit;
+        while !in_row && self.width() > limit && self.drop_one() {}
         let widths = self.widths();
         let names: Vec<String> = self.columns.iter().map(|column| column.name.to_owned()).collect();
         let mut text = String::new();
-        self.line(&mut text, &widths, &names, if beside { self.heading } else { "" });
+        self.line(&mut text, &widths, &names, if in_row { self.heading } else { "" });
         for (cells, note) in self.rows.iter().zip(&self.notes) {
-            self.line(&mut text, &widths, cells, if beside { note } else { "" });
-            if !beside && !note.is_empty() {
+            self.line(&mut text, &widths, cells, if in_row { note } else { "" });
+            if !in_row && !note.is_empty() {
                 let below = format!("{INDENT}{note}");
                 text.push_str(&wrap(&below, width));
                 text.push('\n');
@@ -108,7 +108,7 @@ impl TextTable {
         widths.iter().sum::<usize>() + GAP * widths.len().saturating_sub(1)
     }
 
-    /// Leaves out the column that matters least, if there is one to leave out.
+    /// Drops the least important column. Returns false if no column can be dropped.
     fn drop_one(&mut self) -> bool {
         let ranked = self.columns.iter().enumerate().filter(|(_, column)| column.rank > 0);
         let Some((at, _)) = ranked.max_by_key(|(_, column)| column.rank) else { return false };
@@ -118,31 +118,31 @@ impl TextTable {
     }
 }
 
-/// Columns of the terminal; `None` if output goes elsewhere and is kept whole.
+/// Returns the columns of the terminal; `None` if standard output is not a terminal.
 pub(super) fn terminal_width() -> Option<usize> {
     let out = std::io::stdout();
     let size = out.is_terminal().then(|| rustix::termios::tcgetwinsize(&out).ok())??;
     (size.ws_col > 0).then_some(size.ws_col.into())
 }
 
-/// Any text in one line.
+/// Returns the text as one line, or `-` if it is empty.
 pub(super) fn cell_text(text: &str) -> String {
     if text.is_empty() { "-".to_owned() } else { text.replace('\n', " ") }
 }
 
-/// A value that may be absent.
+/// Returns the value as text, or `-`.
 pub(super) fn or_dash(value: Option<impl Display>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
 
-/// `1 worker`, `2 workers`.
+/// Returns `1 worker` or `2 workers`.
 pub(super) fn plural(count: impl Into<u64>, what: &str) -> String {
     let count = count.into();
     let s = if count == 1 { "" } else { "s" };
     format!("{count} {what}{s}")
 }
 
-/// The two largest units.
+/// Formats an age in its two largest units: `1m 15s`.
 pub(super) fn age(seconds: f64) -> String {
     if seconds < 1.0 {
         return format!("{:.0}ms", (seconds * 1e3).floor());
@@ -157,8 +157,8 @@ pub(super) fn age(seconds: f64) -> String {
     }
 }
 
-/// Breaks lines that are longer than `width` between words. What follows stands below
-/// the first word after the indentation, or after a label such as `State       up`.
+/// Breaks lines longer than `width` between words. Continuation lines are aligned with the
+/// first word, or with the text after a label such as `State       up`.
 pub(super) fn wrap(text: &str, width: Option<usize>) -> String {
     let Some(width) = width else { return text.to_owned() };
     let lines: Vec<String> = text.lines().map(|line| wrap_line(line, width)).collect();
@@ -177,7 +177,7 @@ fn wrap_line(line: &str, width: usize) -> String {
     text + &rest
 }
 
-/// Column of what a line that is broken goes on with.
+/// Returns the indentation of continuation lines.
 fn hanging(line: &str) -> usize {
     let own = line.chars().take_while(|c| *c == ' ').count();
     let label = line.find("  ").filter(|at| (1..LABEL_MAX).contains(at));
@@ -188,8 +188,8 @@ fn hanging(line: &str) -> usize {
     }
 }
 
-/// The last space that leaves at most `width` characters before it, else the first
-/// one; none before the first word.
+/// Returns the last space after at most `width` characters, else the first space. Spaces
+/// before the first word are ignored.
 fn break_at(line: &str, width: usize) -> Option<usize> {
     let first = line.len() - line.trim_start().len();
     let spaces = || line.char_indices().enumerate().filter(|(_, (at, c))| *c == ' ' && *at > first);
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn notes_stand_beside_where_there_is_room_and_below_otherwise() {
+    fn notes_are_in_the_row_if_they_fit_else_below() {
         let wide = expect![[r#"
             NAME          P50  ACTIVE  WHY
             a          213 us       7  3 probes failed in a row
@@ -242,18 +242,18 @@ mod tests {
     }
 
     #[test]
-    fn a_table_that_has_nothing_left_to_leave_out_stays_too_wide() {
+    fn table_without_droppable_columns_exceeds_the_width() {
         assert!(example().finish(Some(3)).starts_with("NAME\n"));
     }
 
     #[test]
-    fn ages_keep_two_figures_that_matter() {
+    fn ages_have_two_units() {
         let ages = [0.0, 0.325, 0.9999, 1.9, 59.0, 61.0, 3600.0, 90_000.0].map(age);
         assert_eq!(ages, ["0ms", "325ms", "999ms", "1s", "59s", "1m 1s", "1h 0m", "1d 1h"]);
     }
 
     #[test]
-    fn lines_are_broken_between_words_and_no_word_is_lost() {
+    fn lines_are_broken_between_words() {
         assert_eq!(wrap("one two three", Some(9)), "one two\n    three");
         assert_eq!(wrap("  one two", Some(6)), "  one\n  two");
         assert_eq!(wrap("State  up for 3s", Some(13)), "State  up for\n       3s");

@@ -1,4 +1,4 @@
-//! Documents of the admin API for the tests of commands that show them.
+//! Example documents of the admin API, for tests of `status`, `explain` and `drain`.
 
 use tidegate_api::explain::ExplainDoc;
 use tidegate_api::status::StatusDoc;
@@ -42,7 +42,7 @@ const STATUS: &str = r#"{
     "leaving": [{"pool": "web", "name": "c", "address": "10.0.0.9:80", "sessions_active": 2}]
 }"#;
 
-/// A pool of two backends, one of which is drained.
+/// Returns the status of a pool with two backends, one of them drained.
 pub(crate) fn status() -> StatusDoc {
     serde_json::from_str(STATUS).expect("a status")
 }
@@ -80,7 +80,7 @@ const EXPLANATION: &str = r#"{
          "seconds_ago": 75.2, "lasted_seconds": 7000.0}]
 }"#;
 
-/// A backend that is down, by its heartbeats.
+/// Returns the explanation of a backend that is down because of missing heartbeats.
 pub(crate) fn explanation() -> ExplainDoc {
     serde_json::from_str(EXPLANATION).expect("an explanation")
 }

@@ -1,7 +1,7 @@
-//! `tidegate upgrade`: have the running balancer hand everything to a new process.
+//! `tidegate upgrade`: replaces the running balancer with a new process.
 //!
-//! Called by the command line; the admin API does the work. It waits until the
-//! new process serves, or says why it does not.
+//! Called by the command line. It sends the request to the admin API and waits until the
+//! new process serves or the upgrade has failed.
 
 use clap::Args;
 use hyper::Method;
@@ -12,6 +12,7 @@ use tidegate_api::answers::UpgradeDoc;
 use tidegate_client::command::Exit;
 use tidegate_client::http::{ClientArgs, ask_within, report, segment};
 
+/// Help after the options.
 pub(super) const HELP: &str = "\
 Example:
   tidegate upgrade
@@ -25,7 +26,7 @@ const CONFIG: &str = "\
 Configuration for the new process (Unix socket only); also used to find the admin \
 address";
 
-/// The API gives an upgrade less.
+/// Timeout for the answer; longer than the timeout of the admin API.
 const ANSWER_MAX: Duration = Duration::from_secs(70);
 
 /// `tidegate upgrade`
@@ -40,26 +41,26 @@ pub struct UpgradeArgs {
     pub client: ClientArgs,
 }
 
-/// Asks, and says who serves now.
+/// Requests an upgrade and prints the new process.
 pub fn main(args: &UpgradeArgs) -> Exit {
     report(&args.client, ask_within(&args.client, Method::POST, &path(args), ANSWER_MAX), shown)
 }
 
 fn path(args: &UpgradeArgs) -> String {
     let mut path = "/v1/upgrade".to_owned();
-    let wishes = [("binary", &args.binary), ("config", &args.client.config)];
-    let wishes = wishes.into_iter().filter_map(|(key, file)| Some((key, file.as_deref()?)));
-    for (index, (key, file)) in wishes.enumerate() {
+    let parameters = [("binary", &args.binary), ("config", &args.client.config)];
+    let parameters = parameters.into_iter().filter_map(|(key, file)| Some((key, file.as_deref()?)));
+    for (index, (key, file)) in parameters.enumerate() {
         path.push(if index == 0 { '?' } else { '&' });
         path.push_str(&format!("{key}={}", encoded(file)));
     }
     path
 }
 
-/// The balancer may have been started elsewhere: paths are made whole here.
+/// Encodes an absolute path, because the balancer can have another working directory.
 fn encoded(file: &Path) -> String {
-    let whole = std::path::absolute(file).unwrap_or_else(|_| file.to_owned());
-    segment(whole.as_os_str().as_bytes())
+    let absolute = std::path::absolute(file).unwrap_or_else(|_| file.to_owned());
+    segment(absolute.as_os_str().as_bytes())
 }
 
 fn shown(UpgradeDoc { pid, version, generation }: &UpgradeDoc) -> String {
@@ -74,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_are_whole_and_encoded() {
+    fn paths_are_absolute_and_encoded() {
         let args = |binary: Option<&str>, config: Option<&str>| UpgradeArgs {
             binary: binary.map(PathBuf::from),
             client: ClientArgs {

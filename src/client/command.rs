@@ -1,30 +1,30 @@
-//! What every command shares: its exit code, durations among its arguments, printing.
+//! Helpers of all commands: exit codes, duration arguments, printing.
 //!
-//! Called by the commands of `cli` and `lab`. It asks and runs nothing.
+//! Called by the commands of `cli` and `lab`. It sends no requests.
 
 use serde::Serialize;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// How a command ended, as scripts see it.
+/// The exit code of a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Exit {
-    /// All went well.
+    /// Success.
     Fine = 0,
-    /// A configuration or a request was refused.
+    /// A configuration or a request was rejected.
     Refused = 1,
-    /// The command line makes no sense.
+    /// Usage error.
     Usage = 2,
-    /// Trouble while running: an address taken, the admin API unreachable.
+    /// Runtime failure, such as an address in use or an unreachable admin API.
     Failed = 3,
 }
 
-/// Parses a duration above zero, as humantime writes it: `20s`, `1m30s`.
+/// Parses a duration greater than zero in humantime syntax: `20s`, `1m30s`.
 ///
 /// # Errors
-/// What is wrong with it.
+/// The text is not a duration, or it is zero.
 pub fn duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(Duration::ZERO) => Err("the duration must be greater than zero".to_owned()),
@@ -33,14 +33,14 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Prints to standard output; a reader that has gone is no failure.
+/// Prints to standard output. Errors are ignored, for example if the reader has exited.
 pub fn print(text: &str) {
     let mut out = io::stdout().lock();
     let _ = writeln!(out, "{text}");
     let _ = out.flush();
 }
 
-/// Prints a document in one line.
+/// Prints a document as JSON in one line.
 pub fn print_json(document: &impl Serialize) {
     print(&serde_json::to_string(document).expect("plain data always serialises"));
 }
@@ -48,7 +48,7 @@ pub fn print_json(document: &impl Serialize) {
 // === impl Exit ===
 
 impl Exit {
-    /// Of a process of this program that has ended with `code`.
+    /// Converts the exit code of another process of this program.
     pub fn of(code: u8) -> Exit {
         match code {
             0 => Exit::Fine,

@@ -1,7 +1,7 @@
-//! One request to the admin API, one answer.
+//! Sends one request to the admin API and reads the answer, bounded in time and size.
 //!
-//! Used by the commands of `cli` and `lab`. Bounded in time and size. It knows the API's
-//! HTTP and its errors, not the meaning of its documents.
+//! Used by the commands of `cli` and `lab`. It knows the error format of the API, but not
+//! the meaning of other documents.
 
 use super::reach::{ClientStream, Reached, connect};
 use crate::command::Exit;
@@ -42,7 +42,7 @@ pub struct ClientArgs {
     pub token_file: Option<PathBuf>,
 }
 
-/// Where the admin API listens.
+/// An admin address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
     /// A Unix socket.
@@ -51,12 +51,12 @@ pub enum Address {
     Tcp(SocketAddr),
 }
 
-/// What was answered to one request.
+/// The answer to one request.
 #[derive(Debug)]
 pub struct Answer {
-    /// Such as `GET /v1/status`.
+    /// The request, such as `GET /v1/status`.
     request: String,
-    /// Where it came from.
+    /// The address of the balancer.
     address: Address,
     /// The HTTP status.
     pub status: StatusCode,
@@ -64,27 +64,27 @@ pub struct Answer {
     pub text: String,
 }
 
-/// A request refused, or no answer at all; displays as one sentence.
+/// Why a request failed; displays as one sentence.
 #[derive(Debug)]
 pub enum ClientError {
-    /// What to ask with is unfit: a token file, an admin address.
+    /// The request cannot be made, because of an invalid token file or admin address.
     Request(String),
-    /// The balancer refused the request: why, and the same as its JSON.
+    /// The balancer rejected the request: the error document, parsed and as JSON.
     Refused(ErrorDoc, String),
-    /// No balancer answered, or not as the admin API of this version does.
+    /// No balancer answered, or the answer is not one of this version's admin API.
     Unreachable(String),
 }
 
-/// The API itself gives its control loop 5 s and answers in any case.
+/// Timeout for an answer. The API answers after 5 s even if its control loop does not.
 const ANSWER_MAX: Duration = Duration::from_secs(15);
 
-/// Status of ten thousand backends is 6 MB.
+/// Limit on the length of an answer. The status of 10,000 backends has about 6 MB.
 const ANSWER_BYTES_MAX: usize = 256 * 1024 * 1024;
 
-/// Everything but the unreserved characters of RFC 3986.
+/// All characters except the unreserved ones of RFC 3986.
 const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
-/// Sends one request and waits for an answer that is a success.
+/// Sends one request and waits for a successful answer.
 ///
 /// # Errors
 /// See [`ClientError`].
@@ -92,7 +92,7 @@ pub fn ask(args: &ClientArgs, method: Method, path: &str) -> Result<Answer, Clie
     ask_within(args, method, path, ANSWER_MAX)
 }
 
-/// The same for what takes its time.
+/// Like [`ask`], with another timeout.
 ///
 /// # Errors
 /// See [`ClientError`].
@@ -105,10 +105,10 @@ pub fn ask_within(
     exchange(args, method, path, limit)?.success()
 }
 
-/// Sends one request and waits for its answer, of whatever status, for at most `limit`.
+/// Sends one request and waits at most `limit` for its answer, with any status.
 ///
 /// # Errors
-/// There is none, or the request cannot be made.
+/// No answer arrived, or the request cannot be made.
 pub fn exchange(
     args: &ClientArgs,
     method: Method,
@@ -143,7 +143,7 @@ pub fn exchange(
     })
 }
 
-/// The bearer token in a file, without the line's end.
+/// Reads the bearer token from a file, without surrounding white space.
 fn read_token(path: &Path) -> Result<String, ClientError> {
     let text = std::fs::read_to_string(path).map_err(|error| {
         ClientError::Request(format!("cannot read the token file {}: {error}", path.display()))
@@ -182,7 +182,7 @@ async fn answer(
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
         .await
         .map_err(|error| error.to_string())?;
-    // Its errors come back through the request's.
+    // An error of the connection is also returned by the request.
     let driver = tokio::spawn(connection);
     let response = sender.send_request(request).await.map_err(|error| error.to_string())?;
     let status = response.status();
@@ -201,13 +201,13 @@ pub fn segment(name: impl AsRef<[u8]>) -> String {
     percent_encode(name.as_ref(), RESERVED).to_string()
 }
 
-/// The path for an action on one backend, such as `drain`.
+/// Returns the path for an action on one backend, such as `drain`.
 pub fn backend_path(pool: &str, backend: &str, action: &str) -> String {
     format!("/v1/pools/{}/backends/{}/{action}", segment(pool), segment(backend))
 }
 
-/// Prints what a command has to say: the API's answer with `--json`, else what
-/// `shown` makes of its document. Errors go to standard error and decide the exit code.
+/// Prints the result of a command: the JSON of the answer with `--json`, else the text that
+/// `shown` makes of its document. Prints errors to standard error. Returns the exit code.
 pub fn report<T: DeserializeOwned>(
     args: &ClientArgs,
     answer: Result<Answer, ClientError>,
@@ -220,7 +220,7 @@ pub fn report<T: DeserializeOwned>(
     text.map_or_else(|error| fail(args, &error), |text| print(&text))
 }
 
-/// Prints why a request failed.
+/// Prints why a request failed and returns the exit code.
 pub fn fail(args: &ClientArgs, error: &ClientError) -> Exit {
     let exit = match error {
         ClientError::Unreachable(_) => Exit::Failed,
@@ -231,11 +231,11 @@ pub fn fail(args: &ClientArgs, error: &ClientError) -> Exit {
     {
         print(json);
     }
-    print_error(&complaint(error), exit)
+    print_error(&error_text(error), exit)
 }
 
-/// One sentence, after the problems of a refused file as `check` prints them.
-fn complaint(error: &ClientError) -> String {
+/// Returns the problems of a rejected file in the format of `check`, then one sentence.
+fn error_text(error: &ClientError) -> String {
     let ClientError::Refused(ErrorDoc { error: refused, problems: Some(problems), .. }, _) = error
     else {
         return format!("tidegate: {error}");
@@ -253,13 +253,13 @@ fn complaint(error: &ClientError) -> String {
 }
 
 fn print_error(text: &str, exit: Exit) -> Exit {
-    // With standard error closed the text has no reader.
+    // If standard error is closed, the text is lost.
     let _ = writeln!(io::stderr(), "{}", printable(text));
     exit
 }
 
-/// Writes a text and a newline to standard output. A reader that has closed the other
-/// end (`| head`) is no failure.
+/// Prints a text and a newline to standard output. A closed pipe, such as `| head`, is not
+/// a failure.
 fn print(text: &str) -> Exit {
     let mut out = io::stdout().lock();
     match writeln!(out, "{}", text.trim_end_matches('\n')).and_then(|()| out.flush()) {
@@ -270,7 +270,7 @@ fn print(text: &str) -> Exit {
     }
 }
 
-/// Names come from files and may hold anything; a terminal must not obey them.
+/// Replaces control characters: names come from files and must not control a terminal.
 pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\n' { '\u{FFFD}' } else { c }).collect()
 }
@@ -278,22 +278,22 @@ pub fn printable(text: &str) -> String {
 // === impl Answer ===
 
 impl Answer {
-    /// The same if it is a success.
+    /// Returns the answer if its status is a success, else an error.
     fn success(self) -> Result<Answer, ClientError> {
         let (address, status) = (&self.address, self.status);
         if status.is_success() {
             return Ok(self);
         }
-        match self.refusal() {
-            Some(mut refusal) if status.is_client_error() => {
+        match self.error_document() {
+            Some(mut rejection) if status.is_client_error() => {
                 if status == StatusCode::UNAUTHORIZED {
-                    refusal.detail +=
+                    rejection.detail +=
                         "; give the token of [admin] token_file with --token-file FILE";
                 }
-                Err(ClientError::Refused(refusal, self.text))
+                Err(ClientError::Refused(rejection, self.text))
             }
-            Some(refusal) => {
-                let why = ClientError::Refused(refusal, String::new());
+            Some(rejection) => {
+                let why = ClientError::Refused(rejection, String::new());
                 let text = format!("the balancer at {address} cannot answer: {why}");
                 Err(ClientError::Unreachable(text))
             }
@@ -303,15 +303,15 @@ impl Answer {
         }
     }
 
-    /// The document of an error; `None` if it is not one of the admin API.
-    pub fn refusal(&self) -> Option<ErrorDoc> {
+    /// Returns the error document; `None` if the body is not one.
+    pub fn error_document(&self) -> Option<ErrorDoc> {
         serde_json::from_str(&self.text).ok()
     }
 
-    /// The document in it.
+    /// Parses the body.
     ///
     /// # Errors
-    /// It is another one than `T`.
+    /// The body is not a `T`.
     pub fn document<T: DeserializeOwned>(&self) -> Result<T, ClientError> {
         serde_json::from_str(&self.text).map_err(|error| {
             ClientError::Unreachable(format!(
@@ -341,7 +341,7 @@ impl fmt::Display for ClientError {
 // === impl Address ===
 
 impl Address {
-    /// For the `Host` header.
+    /// Returns the value of the `Host` header.
     fn host(&self) -> String {
         match self {
             Address::Unix(_) => "localhost".to_owned(),
@@ -383,7 +383,7 @@ mod tests {
     use tidegate_api::reload::ReloadDoc;
 
     #[test]
-    fn a_segment_keeps_no_slash_colon_or_bracket() {
+    fn segment_encodes_slash_colon_and_bracket() {
         assert_eq!(segment("unix:/run/a b.sock"), "unix%3A%2Frun%2Fa%20b.sock");
         assert_eq!(segment("[::1]:80"), "%5B%3A%3A1%5D%3A80");
         assert_eq!(segment("ä-._~9"), "%C3%A4-._~9");
@@ -396,13 +396,13 @@ mod tests {
 
     fn refused(body: &str) -> String {
         match answer(StatusCode::UNPROCESSABLE_ENTITY, body).success() {
-            Err(error @ ClientError::Refused(..)) => complaint(&error),
+            Err(error @ ClientError::Refused(..)) => error_text(&error),
             other => panic!("not refused: {other:?}"),
         }
     }
 
     #[test]
-    fn problems_are_told_as_check_tells_them() {
+    fn problems_are_printed_as_by_check() {
         let problem = r#""file": "t.toml", "line": 3, "column": 7, "message": "no such pool""#;
         let with = |problem: &str| {
             refused(&format!(
@@ -418,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_does_not_fit_names_what_was_expected() {
+    fn error_of_an_unreadable_answer_names_the_expected_field() {
         let read = |text: &str| {
             let document = answer(StatusCode::OK, text).document::<ReloadDoc>();
             document.map_err(|error| error.to_string())
@@ -437,28 +437,28 @@ mod tests {
     }
 
     #[test]
-    fn refusals_and_failures_are_told_apart_by_status() {
-        let judged = |status, body: &str| answer(status, body).success();
-        let said = r#"{"error":"e","detail":"d"}"#;
-        assert!(judged(StatusCode::OK, "anything").is_ok());
+    fn status_code_decides_between_rejected_and_unreachable() {
+        let result = |status, body: &str| answer(status, body).success();
+        let body = r#"{"error":"e","detail":"d"}"#;
+        assert!(result(StatusCode::OK, "anything").is_ok());
         assert!(matches!(
-            judged(StatusCode::NOT_FOUND, said),
-            Err(ClientError::Refused(_, json)) if json == said
+            result(StatusCode::NOT_FOUND, body),
+            Err(ClientError::Refused(_, json)) if json == body
         ));
         assert!(matches!(
-            judged(StatusCode::SERVICE_UNAVAILABLE, said),
+            result(StatusCode::SERVICE_UNAVAILABLE, body),
             Err(ClientError::Unreachable(_))
         ));
-        let unauthorized = judged(StatusCode::UNAUTHORIZED, said).unwrap_err();
+        let unauthorized = result(StatusCode::UNAUTHORIZED, body).unwrap_err();
         assert!(matches!(unauthorized, ClientError::Refused(..)));
         let text = unauthorized.to_string();
         assert!(text.contains("--token-file FILE"), "{text}");
-        let foreign = judged(StatusCode::NOT_FOUND, "<html>");
+        let foreign = result(StatusCode::NOT_FOUND, "<html>");
         assert!(matches!(foreign, Err(ClientError::Unreachable(_))));
     }
 
     #[test]
-    fn terminals_get_no_control_characters() {
+    fn control_characters_are_replaced() {
         assert_eq!(printable("a\x1b[31m\r\nb"), "a\u{FFFD}[31m\u{FFFD}\nb");
     }
 }

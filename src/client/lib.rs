@@ -1,6 +1,6 @@
-//! Requests to a running balancer: finding it, one request, its answer.
+//! The client of the admin API: finds the running balancer and sends requests.
 //!
-//! Called by the command line and the lab. It starts and changes no balancer.
+//! Called by `cli` and `lab`. It never starts a balancer.
 
 pub mod command;
 pub mod http;

@@ -1,10 +1,10 @@
-//! Finding the running balancer: which admin addresses to try, and connecting to one.
+//! Finds the running balancer: lists the admin addresses to try and connects to one.
 //!
-//! Called by `client`. It speaks no HTTP.
+//! Called by `http`. It sends no request.
 //!
-//! The first of these that is given decides: `--admin`, the variable
-//! `TIDEGATE_ADMIN`, `[admin] listen` of the file that `--config` names. Otherwise
-//! the places are tried in which a balancer listens by itself.
+//! The first setting that is present decides: `--admin`, the variable `TIDEGATE_ADMIN`,
+//! `[admin] listen` in the file of `--config`. Otherwise the default paths of the admin
+//! socket are tried.
 
 use crate::http::{Address, ClientArgs, ClientError};
 use std::io;
@@ -16,33 +16,33 @@ use tidegate_core::model::{AdminListen, Config};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
-/// The variable that names an admin address.
+/// The environment variable with an admin address.
 pub const VARIABLE: &str = "TIDEGATE_ADMIN";
 
-/// A live balancer accepts at once.
+/// Timeout for a connect. A running balancer accepts much faster.
 const CONNECT_MAX: Duration = Duration::from_secs(5);
 
-/// How a balancer can be reached.
+/// How to reach a balancer.
 #[derive(Debug)]
 pub struct Reached {
-    /// Best first; never empty.
+    /// Addresses to try, in this order; never empty.
     pub places: Vec<Address>,
-    /// What the configuration names.
+    /// The token file of the configuration.
     pub token_file: Option<PathBuf>,
 }
 
 /// A connection to the admin API.
 pub enum ClientStream {
-    /// Of the admin socket.
+    /// Over a Unix socket.
     Unix(UnixStream),
-    /// Of an address.
+    /// Over TCP.
     Tcp(TcpStream),
 }
 
 // === impl Reached ===
 
 impl Reached {
-    /// By what the command line and the environment say.
+    /// Evaluates the command line and the environment.
     pub fn balancer(args: &ClientArgs) -> Result<Reached, ClientError> {
         let variable = std::env::var(VARIABLE).ok().filter(|text| !text.is_empty());
         Reached::by(args.admin.as_ref(), variable.as_deref(), args.config.as_deref())
@@ -84,25 +84,25 @@ fn outline(file: &Path) -> Result<Config, ClientError> {
     Ok(config)
 }
 
-/// Connects to the first place where a balancer answers.
+/// Connects to the first address that accepts.
 pub async fn connect(places: &[Address]) -> Result<(Address, ClientStream), ClientError> {
-    let mut refusals = Vec::new();
+    let mut errors = Vec::new();
     for place in places {
-        let chosen = places.len() == 1;
-        match timeout(CONNECT_MAX, dial(place, chosen)).await {
+        let named = places.len() == 1;
+        match timeout(CONNECT_MAX, dial(place, named)).await {
             Ok(Ok(stream)) => return Ok((place.clone(), stream)),
-            Ok(Err(error)) => refusals.push((place, error.to_string())),
-            Err(_) => refusals.push((place, format!("not connected within {CONNECT_MAX:?}"))),
+            Ok(Err(error)) => errors.push((place, error.to_string())),
+            Err(_) => errors.push((place, format!("not connected within {CONNECT_MAX:?}"))),
         }
     }
-    Err(ClientError::Unreachable(unreachable(&refusals)))
+    Err(ClientError::Unreachable(unreachable(&errors)))
 }
 
-/// A socket at a place that was not named is only used if it is to be trusted.
-async fn dial(place: &Address, chosen: bool) -> io::Result<ClientStream> {
+/// Connects to one address. A default path is used only if it is trusted.
+async fn dial(place: &Address, named: bool) -> io::Result<ClientStream> {
     match place {
         Address::Unix(path) => {
-            if !chosen {
+            if !named {
                 place::trusted(path)?;
             }
             Ok(ClientStream::Unix(UnixStream::connect(path).await?))
@@ -111,12 +111,12 @@ async fn dial(place: &Address, chosen: bool) -> io::Result<ClientStream> {
     }
 }
 
-fn unreachable(refusals: &[(&Address, String)]) -> String {
-    if let [(place, why)] = refusals {
+fn unreachable(errors: &[(&Address, String)]) -> String {
+    if let [(place, why)] = errors {
         return format!("cannot reach the balancer at {place}: {why}");
     }
     let mut text = "cannot reach a balancer on this host".to_owned();
-    for (place, why) in refusals {
+    for (place, why) in errors {
         text.push_str(&format!("\n  {place}: {why}"));
     }
     text.push_str(&format!(
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn the_command_line_precedes_the_variable_and_that_the_file() {
+    fn command_line_precedes_variable_and_variable_precedes_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("t.toml");
         let rest = "[frontend.a]\nbind = \"127.0.0.1:1\"\npool = \"a\"\n\
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_variable_or_file_is_named() {
+    fn invalid_variable_or_file_is_named_in_the_error() {
         let wrong = Reached::by(None, Some("nowhere"), None).unwrap_err();
         assert!(matches!(wrong, ClientError::Request(text) if text.contains("TIDEGATE_ADMIN")));
         let wrong = Reached::by(None, None, Some(Path::new("/no/such.toml"))).unwrap_err();
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn every_place_that_was_tried_is_named_with_its_reason() {
+    fn error_names_every_tried_address_with_its_reason() {
         let (a, b) = ("unix:/a".parse().unwrap(), "unix:/b".parse().unwrap());
         let text = unreachable(&[(&a, "no such file".to_owned()), (&b, "refused".to_owned())]);
         for part in ["unix:/a: no such file", "unix:/b: refused", "--admin", "--config"] {
