@@ -31,7 +31,7 @@ pub(super) enum Role {
     Main,
     /// The main process with this ID has requested it, as its replacement.
     Successor(Pid),
-    /// Its successor has provided the service for less than a second.
+    /// The new process has provided the service for less than a second.
     SteppingDown,
     /// It drains.
     Leaving,
@@ -63,7 +63,7 @@ pub(super) struct Child {
     pub(super) link: Option<Packets>,
 }
 
-/// Standard input and standard error of a successor.
+/// Standard input and standard error of a new process.
 #[derive(Debug)]
 pub(super) struct ChildPipes {
     pub(super) channel: OwnedFd,

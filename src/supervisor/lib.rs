@@ -18,8 +18,8 @@
 //!
 //! - *Main*: gets the signals. The supervisor passes its notices on to the service
 //!   manager.
-//! - *Successor*: started by an upgrade on request of the main process. It becomes main
-//!   when the old process reports that it serves.
+//! - *Successor*: the new process of an upgrade, requested by the main process. It becomes
+//!   main when the old process reports that it serves.
 //! - *Stepping down*: the old process, for a second. If the new process ends within that
 //!   time, the old process resumes the service.
 //! - *Leaving*: the old process after that second. It drains.

@@ -26,7 +26,7 @@ const ANSWER_MAX: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Link {
     packets: Packets,
-    /// Where orders about a successor go, while this process waits for them.
+    /// Where orders about a new process go, while this process waits for them.
     asking: Mutex<Option<mpsc::Sender<SupervisorOrder>>>,
 }
 
@@ -53,11 +53,11 @@ pub struct SupervisorState {
 pub enum SupervisorEvent {
     /// The supervisor has exited.
     SupervisorExited,
-    /// The successor has ended within a second, so this process must resume the service.
+    /// The new process has ended within a second, so this process must resume the service.
     Resume(ExitStatus),
 }
 
-/// A successor that the supervisor has started.
+/// A new process that the supervisor has started.
 #[derive(Debug)]
 pub struct Successor {
     /// Process ID.
@@ -99,7 +99,7 @@ impl Link {
         self.tell(&ChildReport::Release(name.to_owned()), &[]);
     }
 
-    /// Sends a notice about the service. A main process is always the successor that this
+    /// Sends a notice about the service. A main process is always the new process that this
     /// process requested.
     pub fn notify(&self, notice: ServiceNotice) {
         let report = match notice {
@@ -126,7 +126,7 @@ impl Link {
         self.tell(&ChildReport::Resumed, &[]);
     }
 
-    /// Requests a successor with `channel` as its standard input and `stderr` as its
+    /// Requests a new process with `channel` as its standard input and `stderr` as its
     /// standard error.
     ///
     /// Changes of the program or configuration need `asked_over`, the admin connection
@@ -223,7 +223,7 @@ fn given(packets: &Packets) -> io::Result<SupervisorState> {
 // === impl Successor ===
 
 impl Successor {
-    /// Waits at most `limit` for the end of the successor. Returns its exit status.
+    /// Waits at most `limit` for the end of the new process. Returns its exit status.
     pub fn wait(&mut self, limit: Duration) -> Option<ExitStatus> {
         if self.ended.is_none()
             && let Ok(SupervisorOrder::Ended(status)) = self.orders.recv_timeout(limit)
@@ -233,7 +233,7 @@ impl Successor {
         self.ended
     }
 
-    /// Kills the successor and waits for its end.
+    /// Kills the new process and waits for its end.
     pub fn kill(&mut self) {
         self.link.tell(&ChildReport::End, &[]);
         self.wait(ANSWER_MAX);

@@ -26,12 +26,12 @@ pub(super) enum ChildReport {
     Stopping,
     /// The child and its workers are responsive.
     Alive,
-    /// Start a successor. Attached are its channel and its standard error, and for a
+    /// Start a new process. Attached are its channel and its standard error, and for a
     /// change of a path the admin connection of the request.
     Start(SuccessorChanges),
-    /// Kill the successor.
+    /// Kill the new process.
     End,
-    /// The successor serves and provides the service.
+    /// The new process serves and provides the service.
     Serves,
     /// The child has closed its sockets and cannot resume the service.
     SocketsClosed,
@@ -39,7 +39,7 @@ pub(super) enum ChildReport {
     Resumed,
 }
 
-/// The differences of a successor from its predecessor. Empty for a usual upgrade.
+/// The differences of a new process from the old process. Empty for a usual upgrade.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SuccessorChanges {
     /// Its program.
@@ -57,13 +57,13 @@ pub(super) enum SupervisorOrder {
     /// stores. The fields: number of this start in a row, and how the previous process
     /// ended.
     Begin(u8, String),
-    /// The process ID of the successor.
+    /// The process ID of the new process.
     Started(u32),
-    /// No successor is started, for this reason.
+    /// No new process is started, for this reason.
     Refused(String),
-    /// The successor has ended with this wait status.
+    /// The new process has ended with this wait status.
     Ended(i32),
-    /// The successor has ended with this wait status within a second; resume the service.
+    /// The new process has ended with this wait status within a second; resume the service.
     Resume(i32),
 }
 
@@ -127,7 +127,7 @@ impl SuccessorChanges {
         SuccessorChanges { binary: path(parts.next()), config: path(parts.next()) }
     }
 
-    /// Returns whether the successor has the same program and configuration.
+    /// Returns whether the new process has the same program and configuration.
     pub(super) fn is_empty(&self) -> bool {
         *self == SuccessorChanges::default()
     }

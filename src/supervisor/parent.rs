@@ -371,7 +371,7 @@ impl Parent {
         }
     }
 
-    /// Makes the successor of a child the main process.
+    /// Makes the new process that a child requested the main process.
     fn change_over(&mut self, at: usize) {
         let pid = self.children[at].pid;
         let Some(successor) = self.of(|role| role == Role::Successor(pid)) else { return };
@@ -444,7 +444,7 @@ impl Parent {
         }
         if let Some(next) = self.of(|role| role == Role::Successor(child.pid)) {
             if next.ready {
-                // The old process ended before it reported that the successor serves.
+                // The old process ended before it reported that the new process serves.
                 next.role = Role::Main;
                 self.program = next.program.clone();
                 self.kept.clear();
