@@ -1,17 +1,17 @@
-//! `tidegate bench` and `tidegate backend`: what they count against each other,
-//! directly and through a balancer.
+//! `tidegate bench` and `tidegate backend`: the counts of one compared with the counts of the
+//! other, directly and through Tidegate.
 //!
-//! Both run as the processes users run. Counts are compared with counts; times
-//! only where a stall was made on purpose, with room for slow machines.
+//! Both run as separate processes. Times are compared only with deliberate stalls, with a margin
+//! for slow machines.
 
-// Tests wait and read the clock; the program under test may not.
+// The program must not sleep or read the clock directly. Tests can.
 #![allow(clippy::disallowed_methods)]
-// A failed unwrap in a test is a failed test.
+// A failed unwrap fails the test.
 #![allow(clippy::unwrap_used)]
-// Helpers are public to the suite, which nobody else links.
+// Helpers are public to the suite. No other crate links it.
 #![allow(unreachable_pub)]
 
-// The integration suite uses the rest.
+// Other test binaries use the rest.
 #[allow(dead_code)]
 #[allow(unused_imports, unused_macros)]
 #[path = "common/mod.rs"]
@@ -28,7 +28,7 @@ use std::net::SocketAddr;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::Ordering;
 
-/// A `tidegate backend` that is up.
+/// A running `tidegate backend`.
 struct Backend {
     child: Child,
     out: BufReader<std::process::ChildStdout>,
@@ -53,7 +53,7 @@ impl Backend {
         Backend { child, out, address }
     }
 
-    /// Ends it with SIGTERM; gives its counts.
+    /// Stops it with SIGTERM and returns its counts.
     fn stop(mut self) -> Value {
         proc::signal(self.child.id(), Signal::TERM);
         let mut rest = String::new();
@@ -76,7 +76,7 @@ fn bench(to: SocketAddr, line: &str) -> Output {
     Command::new(PROGRAM).args(arguments).output().unwrap()
 }
 
-/// The report of a run that measured something.
+/// Returns the report of a run that measured something.
 #[track_caller]
 fn report(to: SocketAddr, line: &str) -> Value {
     let output = bench(to, line);
@@ -89,7 +89,7 @@ fn count(value: &Value, key: &str) -> u64 {
     value[key].as_u64().unwrap_or_else(|| panic!("no count {key} in {value}"))
 }
 
-/// Answers in and after the measured time, which is all a backend can see.
+/// Answers during and after the measured time. A backend cannot distinguish them.
 fn answered(report: &Value) -> u64 {
     count(report, "requests") + count(report, "late")
 }
@@ -103,7 +103,7 @@ fn balancer(engine: Engine, backend: &Backend) -> TestProxy {
     TestProxy::start(Conf::simple(engine, Pool::new("web").backend("a", backend.address)))
 }
 
-// === every mode against its server ===
+// === each mode with its server ===
 
 #[test]
 fn ping_pong_counts_what_the_backend_counts() {
@@ -120,7 +120,7 @@ fn ping_pong_counts_what_the_backend_counts() {
 }
 
 #[test]
-fn short_connections_are_as_many_as_their_requests() {
+fn short_makes_one_connection_per_request() {
     let _share = exclusive::shared();
     for close in ["fin", "reset"] {
         let backend = Backend::start("respond");
@@ -135,19 +135,19 @@ fn short_connections_are_as_many_as_their_requests() {
 }
 
 #[test]
-fn an_upload_counts_no_more_than_the_sink_received() {
+fn upload_counts_at_most_what_the_sink_received() {
     let _share = exclusive::shared();
     let backend = Backend::start("sink");
     let run = report(backend.address, "upload -c 2 --size 1000 --for 300ms");
     let served = backend.stop();
     no_errors(&run);
     let (sent, received) = (count(&run, "bytes_out"), count(&served, "bytes_in"));
-    // What had not arrived when the run ended came after it.
+    // The backend also receives bytes in transit at the end of the run.
     assert!(sent > 100_000 && sent <= received, "sent {sent}, received {received}");
 }
 
 #[test]
-fn a_download_counts_no_more_than_the_source_sent() {
+fn download_counts_at_most_what_the_source_sent() {
     let _share = exclusive::shared();
     for size in ["512B", "128KiB"] {
         let backend = Backend::start(&format!("source --size {size}"));
@@ -160,7 +160,7 @@ fn a_download_counts_no_more_than_the_source_sent() {
 }
 
 #[test]
-fn an_open_loop_keeps_its_rate() {
+fn open_loop_keeps_its_rate() {
     let _share = exclusive::shared();
     let backend = Backend::start("respond");
     let run = report(backend.address, "open-loop --rate 2000 -c 8 --for 1s");
@@ -172,7 +172,7 @@ fn an_open_loop_keeps_its_rate() {
 }
 
 #[test]
-fn idle_connections_stand_until_the_end_and_ask_once_if_told() {
+fn idle_connections_stay_open_and_optionally_send_once() {
     let _share = exclusive::shared();
     let backend = Backend::start("respond");
     let quiet = report(backend.address, "idle -c 300 --for 100ms");
@@ -185,21 +185,21 @@ fn idle_connections_stand_until_the_end_and_ask_once_if_told() {
 }
 
 #[test]
-fn churn_replaces_what_it_closes() {
+fn churn_replaces_closed_connections() {
     let _share = exclusive::shared();
     let backend = Backend::start("echo");
     let run = report(backend.address, "churn -c 20 --lifetime 20ms --size 10 --for 500ms");
     let served = backend.stop();
     no_errors(&run);
-    // Twenty connections that live 20 ms each: 25 lives in half a second.
+    // 20 connections with a lifetime of 20 ms each: 25 generations in 500 ms.
     let opened = count(&run, "opened");
     assert!((100..=1000).contains(&opened), "{run}");
     assert_eq!(opened, count(&served, "accepted"));
 }
 
-// === through a balancer ===
+// === through Tidegate ===
 
-fn every_mode_passes_the_balancer(engine: Engine) {
+fn every_mode_works_through_tidegate(engine: Engine) {
     let respond = Backend::start("respond");
     let proxy = balancer(engine, &respond);
     let to = proxy.addr("web");
@@ -221,7 +221,7 @@ fn every_mode_passes_the_balancer(engine: Engine) {
     assert_eq!(requests, count(&respond.stop(), "requests"));
 }
 
-fn streams_pass_the_balancer(engine: Engine) {
+fn streams_work_through_tidegate(engine: Engine) {
     let source = Backend::start("source --size 64KiB");
     let sink = Backend::start("sink");
     let down = report(balancer(engine, &source).addr("web"), "download -c 2 --for 300ms");
@@ -232,24 +232,24 @@ fn streams_pass_the_balancer(engine: Engine) {
     assert!(count(&sink.stop(), "bytes_in") > 100_000);
 }
 
-on_every_engine!(every_mode_passes_the_balancer, streams_pass_the_balancer);
+on_every_engine!(every_mode_works_through_tidegate, streams_work_through_tidegate);
 
 // === misbehaving servers ===
 
 #[test]
-fn a_stalled_backend_shows_in_the_tail_of_an_open_loop() {
+fn stalled_backend_shows_in_the_tail_latency_of_open_loop() {
     let _share = exclusive::alone();
     let backend = Backend::start("hiccup --pause 200ms --every 700ms");
     let run = report(backend.address, "open-loop --rate 500 -c 8 --for 2s");
-    // All messages due during a pause waited, a hundred each, and not only the
-    // eight it caught: a fifth of all, evenly between nothing and its length.
+    // All messages due during a pause wait, about 100 per pause, not only the eight in progress.
+    // They are a fifth of all messages, with waits between 0 and the length of the pause.
     assert!(run["latency_seconds"]["p99.9"].as_f64().unwrap() >= 0.150, "{run}");
     assert!(run["latency_seconds"]["p90"].as_f64().unwrap() >= 0.050, "{run}");
     no_errors(&run);
 }
 
 #[test]
-fn requests_that_never_get_an_answer_are_counted_as_such() {
+fn requests_without_an_answer_are_counted_as_unanswered() {
     let _share = exclusive::shared();
     let backend = Backend::start("stall");
     let output = bench(backend.address, "ping-pong -c 3 --for 100ms");
@@ -259,26 +259,26 @@ fn requests_that_never_get_an_answer_are_counted_as_such() {
     let rate = "open-loop --rate 100 -c 3 --for 200ms";
     let run: Value = serde_json::from_slice(&bench(backend.address, rate).stdout).unwrap();
     assert!((18..=22).contains(&count(&run["errors"], "unanswered")), "{run}");
-    // They count as long as they had waited when the run gave up.
+    // Each counts with the time it had waited when the run ended.
     assert!(run["latency_seconds"]["p50"].as_f64().unwrap() > 0.5, "{run}");
 }
 
 #[test]
-fn a_resetting_backend_is_reported_by_that_name() {
+fn resets_by_the_backend_are_counted_as_reset() {
     let _share = exclusive::shared();
     let backend = Backend::start("reset --after 1000");
     let run = report(backend.address, "ping-pong -c 2 --size 100 --for 200ms");
     let served = backend.stop();
     let resets = count(&run["errors"], "reset");
-    assert_eq!(count(&run, "errors_total"), resets, "only that: {run}");
+    assert_eq!(count(&run, "errors_total"), resets, "another error: {run}");
     assert!(resets >= 2 && resets <= count(&served, "reset"), "{run} {served}");
-    // Nine of ten requests of each connection were echoed.
+    // Nine of the ten requests per connection were echoed.
     let whole = resets * 9;
     assert!((whole..=whole + 18).contains(&answered(&run)), "{run}");
 }
 
 #[test]
-fn a_backend_that_resets_at_once_never_answers() {
+fn backend_that_resets_at_once_gives_no_answers() {
     let _share = exclusive::shared();
     let backend = Backend::start("reset");
     let output = bench(backend.address, "short -c 2 --for 100ms");
@@ -288,7 +288,7 @@ fn a_backend_that_resets_at_once_never_answers() {
 }
 
 #[test]
-fn a_half_closing_backend_answers_once_and_reads_on() {
+fn half_closing_backend_answers_once_and_continues_to_read() {
     let _share = exclusive::shared();
     let backend = Backend::start("half-close --size 64");
     let run = report(backend.address, "ping-pong -c 2 --for 200ms");
@@ -298,7 +298,7 @@ fn a_half_closing_backend_answers_once_and_reads_on() {
 }
 
 #[test]
-fn a_slow_reader_holds_an_upload_back() {
+fn slow_reader_limits_an_upload() {
     let _share = exclusive::shared();
     let backend = Backend::start("slow-read --rate 10KiB");
     let run = report(backend.address, "upload -c 1 --size 1KiB --for 500ms");
@@ -310,7 +310,7 @@ fn a_slow_reader_holds_an_upload_back() {
 // === exit codes and arguments ===
 
 #[test]
-fn address_without_listener_is_a_failure_that_names_it() {
+fn address_without_a_listener_is_reported() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let output = bench(free, "ping-pong --for 5s");
     let complaint = String::from_utf8(output.stderr).unwrap();
@@ -320,7 +320,7 @@ fn address_without_listener_is_a_failure_that_names_it() {
 }
 
 #[test]
-fn an_address_in_use_is_a_failure_of_the_backend() {
+fn address_in_use_makes_the_backend_exit_with_3() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let output =
@@ -331,7 +331,7 @@ fn an_address_in_use_is_a_failure_of_the_backend() {
 }
 
 #[test]
-fn options_that_mean_nothing_in_a_mode_are_usage_errors() {
+fn options_of_another_mode_are_usage_errors() {
     for line in [
         "bench --to 127.0.0.1:1 open-loop",
         "bench --to 127.0.0.1:1 open-loop --rate 0",
@@ -355,7 +355,7 @@ fn options_that_mean_nothing_in_a_mode_are_usage_errors() {
 }
 
 #[test]
-fn an_interrupt_ends_a_run_early_with_its_report() {
+fn interrupt_ends_a_run_with_its_report() {
     let _share = exclusive::shared();
     let backend = ScriptedBackend::start(echo());
     let child = Command::new(PROGRAM)
@@ -364,7 +364,7 @@ fn an_interrupt_ends_a_run_early_with_its_report() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    // The third request follows an answer: one of the two connections has had one.
+    // The third request follows an answer on one of the two connections.
     let echoed = || backend.counts().bytes_written.load(Ordering::Relaxed);
     common::eventually(common::secs(20), "three requests", || echoed() >= 3 * 64);
     proc::signal(child.id(), Signal::INT);
@@ -375,12 +375,12 @@ fn an_interrupt_ends_a_run_early_with_its_report() {
 }
 
 #[test]
-fn several_sources_connect_from_as_many_addresses() {
+fn sources_sets_the_number_of_client_addresses() {
     let _share = exclusive::shared();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let to = listener.local_addr().unwrap();
     let run = std::thread::spawn(move || report(to, "idle -c 6 --sources 3 --for 300ms"));
-    // Held, or the generator would connect again.
+    // The connections are kept open, because the generator would reconnect.
     let held: Vec<_> = (0..6).map(|_| listener.accept().unwrap()).collect();
     let mut sources: Vec<_> = held.iter().map(|(_, from)| from.ip().to_string()).collect();
     sources.sort();
@@ -390,7 +390,7 @@ fn several_sources_connect_from_as_many_addresses() {
 }
 
 #[test]
-fn without_json_the_report_is_for_people() {
+fn report_without_json_is_text() {
     let _share = exclusive::shared();
     let backend = Backend::start("echo");
     let output = Command::new(PROGRAM)
@@ -408,20 +408,22 @@ fn without_json_the_report_is_for_people() {
 // === windows ===
 
 #[test]
-fn windows_are_printed_as_they_end_and_add_up_to_the_whole() {
+fn windows_are_printed_when_they_end_and_add_up_to_the_total() {
     let _share = exclusive::shared();
     let backend = Backend::start("respond");
     let line = "open-loop --rate 1000 -c 6 --threads 2 --every 100ms --for 650ms";
     let output = bench(backend.address, line);
     let text = String::from_utf8(output.stdout).unwrap();
-    let mut lines: Vec<Value> =
-        text.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect();
+    let mut lines: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).expect("one JSON object per line"))
+        .collect();
     let whole = lines.pop().unwrap();
     no_errors(&whole);
     assert!(whole["window"].is_null() && lines.len() >= 2, "{text}");
     let numbers: Vec<u64> = lines.iter().map(|line| count(line, "window")).collect();
     assert!(numbers.is_sorted_by(|one, next| one < next), "{numbers:?}");
-    // What came after the last of them is in the whole alone.
+    // Requests after the last window are only in the total.
     let sum: u64 = lines.iter().map(|line| count(line, "requests")).sum();
     assert!(sum > 0 && sum <= count(&whole, "requests"), "{text}");
     assert_eq!(answered(&whole), count(&backend.stop(), "requests"));
@@ -430,7 +432,7 @@ fn windows_are_printed_as_they_end_and_add_up_to_the_whole() {
 }
 
 #[test]
-fn a_server_that_does_not_answer_as_bench_needs_is_named_with_what_would() {
+fn unsuitable_server_is_reported_with_suitable_servers() {
     let _share = exclusive::shared();
     let http = ScriptedBackend::start(common::backend::http("a", 200));
     for (mode, server) in [("ping-pong", http.address()), ("short", http.address())] {

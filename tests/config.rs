@@ -1,8 +1,8 @@
-//! The configuration as operators meet it: good files load, bad files are
-//! answered with exactly the text kept beside them, any text is survived.
-//! `UPDATE_EXPECT=1` rewrites the kept texts; read what it wrote.
+//! Configuration files: valid files load, and invalid files give exactly the expected text next
+//! to them. No input crashes the parser. `UPDATE_EXPECT=1` rewrites the expected texts. Review
+//! them afterwards.
 
-// Outside of test functions too, a failed step of a test is a failed test.
+// A failed unwrap fails the test, outside of test functions too.
 #![allow(clippy::unwrap_used)]
 
 use std::fs;
@@ -35,7 +35,7 @@ fn bare_name(path: &Path) -> String {
     path.file_name().unwrap().to_string_lossy().into_owned()
 }
 
-/// Loads a file and names it by its bare name in every message.
+/// Loads a file. Messages contain its bare name instead of its path.
 fn load_case(path: &Path) -> Result<Loaded, Problems> {
     let name = bare_name(path);
     config::load(path).map_err(|mut problems| {
@@ -49,7 +49,7 @@ fn load_case(path: &Path) -> Result<Loaded, Problems> {
     })
 }
 
-/// Compares with the kept text, line by line where they differ.
+/// Compares the result with the expected text and returns the differing lines.
 fn compare(path: &Path, actual: &str) -> Result<(), String> {
     let kept = path.with_extension("expected");
     if std::env::var_os("UPDATE_EXPECT").is_some() {
@@ -87,27 +87,27 @@ fn check_cases(directory: &str, least: usize, outcome: impl Fn(&Path) -> String)
 }
 
 #[test]
-fn bad_files_are_answered_with_the_kept_text() {
+fn invalid_files_give_the_expected_text() {
     check_cases("tests/config_cases/invalid", 50, |path| match load_case(path) {
-        Ok(_) => panic!("{} was taken", bare_name(path)),
+        Ok(_) => panic!("{} was accepted", bare_name(path)),
         Err(problems) => problems.render(false),
     });
 }
 
 #[test]
-fn good_files_are_taken_with_the_kept_warnings() {
+fn valid_files_load_with_the_expected_warnings() {
     check_cases("tests/config_cases/valid", 8, |path| match config::load(path) {
         Ok(loaded) => {
             let full = path.display().to_string();
             let warnings = loaded.warnings.iter().map(|warning| warning.to_string() + "\n");
             warnings.collect::<String>().replace(&full, &bare_name(path))
         }
-        Err(problems) => panic!("{} was refused:\n{problems}", bare_name(path)),
+        Err(problems) => panic!("{} was rejected:\n{problems}", bare_name(path)),
     });
 }
 
 #[test]
-fn shipped_files_load_without_warning() {
+fn shipped_files_load_without_warnings() {
     let files = toml_files("config");
     assert!(files.len() >= 4);
     for path in files {
@@ -146,7 +146,7 @@ fn full_file_states_the_built_in_defaults() {
 }
 
 #[test]
-fn every_key_stands_in_the_full_file() {
+fn full_file_contains_every_key() {
     let text = fs::read_to_string(root().join("config/full.toml")).unwrap();
     let keys = "workers pin engine spin leave_delay drain_timeout upgrade_timeout connections_max buffers_max user group sandbox state listen token_file level \
         format access bind pool first_byte_timeout idle_timeout half_closed_timeout stalled_timeout keepalive \
@@ -157,16 +157,16 @@ fn every_key_stands_in_the_full_file() {
         backup slow_start register require ttl forget_after backends_max weight_max id \
         file pools addresses freebind contains";
     for key in keys.split(' ') {
-        let stands = |line: &str| {
+        let names_key = |line: &str| {
             let mut names = line.trim_start_matches(['#', ' ']).split(['=', '{', ',']);
             names.any(|name| name.trim() == key)
         };
-        assert!(text.lines().any(stands), "{key} is missing");
+        assert!(text.lines().any(names_key), "{key} is missing");
     }
 }
 
 #[test]
-fn no_ejection_can_be_written_in_one_word() {
+fn ejection_can_be_switched_off_by_one_word() {
     let text = MINIMAL.replace("[pool.web.probe]", "[pool.web]\nejection = \"off\"");
     assert_eq!(config::parse(&text, "t").unwrap().pools[0].ejection, None);
     assert!(minimal().pools[0].ejection.is_some());
@@ -190,7 +190,7 @@ register = true
 "#;
 
 #[test]
-fn a_pool_that_senders_may_join_needs_no_backend_of_its_own() {
+fn pool_with_registration_needs_no_configured_backend() {
     let config = config::parse(HEARTBEATS, "t").unwrap();
     let pool = &config.pools[0];
     let spec = pool.heartbeat.as_ref().unwrap();
@@ -205,7 +205,7 @@ fn a_pool_that_senders_may_join_needs_no_backend_of_its_own() {
     assert!(problems.to_string().contains("pool \"web\" has no backend"), "{problems}");
 }
 
-/// A configuration beside a key file of those bytes and that mode.
+/// Writes a configuration and a key file with this content and mode.
 fn with_key(secret: &[u8], mode: u32) -> (tempfile::TempDir, PathBuf) {
     let directory = tempfile::tempdir().unwrap();
     let key = directory.path().join("hb.key");
@@ -217,7 +217,7 @@ fn with_key(secret: &[u8], mode: u32) -> (tempfile::TempDir, PathBuf) {
 }
 
 #[test]
-fn another_secret_under_the_same_name_is_another_configuration() {
+fn changed_key_file_changes_the_configuration() {
     let (directory, path) = with_key(&[7; 32], 0o600);
     let first = config::load(&path).unwrap();
     let again = config::load(&path).unwrap();
@@ -230,7 +230,7 @@ fn another_secret_under_the_same_name_is_another_configuration() {
 }
 
 #[test]
-fn unfit_key_files_are_problems_at_their_place() {
+fn unusable_key_files_are_problems_with_their_place() {
     for (secret, mode, why) in [
         (&[7; 32][..], 0o640, "is accessible to others than its owner (mode 0640)"),
         (&[7; 31][..], 0o600, "holds 31 bytes; 32 to 1024 are needed"),
@@ -245,7 +245,7 @@ fn unfit_key_files_are_problems_at_their_place() {
 }
 
 #[test]
-fn ranges_in_another_order_are_the_same_configuration() {
+fn order_of_ranges_does_not_change_the_configuration() {
     let read = |allow: &str| {
         let text = MINIMAL.replace(
             "[pool.web.probe]",
@@ -260,7 +260,7 @@ fn ranges_in_another_order_are_the_same_configuration() {
 }
 
 #[test]
-fn defaults_of_a_probe_follow_its_given_times() {
+fn probe_defaults_follow_the_configured_times() {
     let times = |keys: &str| {
         let text = MINIMAL.replace("[pool.web.probe]", &format!("[pool.web.probe]\n{keys}"));
         let config = config::parse(&text, "t").unwrap();
@@ -290,7 +290,7 @@ fn sections_keep_the_order_of_the_file() {
 }
 
 #[test]
-fn byte_order_mark_is_skipped_and_counts_as_no_column() {
+fn byte_order_mark_is_skipped_and_is_no_column() {
     assert_eq!(config::parse(&format!("\u{feff}{MINIMAL}"), "t").unwrap(), minimal());
     let problems = config::parse("\u{feff}x = 1\n", "t").unwrap_err();
     let unknown = problems.list.iter().find(|p| p.message.contains("unknown")).unwrap();
@@ -298,7 +298,7 @@ fn byte_order_mark_is_skipped_and_counts_as_no_column() {
 }
 
 #[test]
-fn digest_follows_the_bytes() {
+fn digest_depends_on_the_bytes() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("t.toml");
     let digest = |text: &str| {
@@ -340,7 +340,7 @@ fn coloured_output_differs_only_in_escapes() {
     assert_eq!(trimmed(&plain), trimmed(&problems.render(false)));
 }
 
-// === files that are none ===
+// === paths that are no regular file ===
 
 fn refusal(path: &Path) -> String {
     let problems = config::load(path).unwrap_err();
@@ -349,20 +349,20 @@ fn refusal(path: &Path) -> String {
 }
 
 #[test]
-fn missing_file_is_refused() {
+fn missing_file_is_rejected() {
     let directory = tempfile::tempdir().unwrap();
     let message = refusal(&directory.path().join("none.toml"));
     assert_eq!(message, "cannot open the file: no such file or directory");
 }
 
 #[test]
-fn directory_is_refused() {
+fn directory_is_rejected() {
     let directory = tempfile::tempdir().unwrap();
     assert_eq!(refusal(directory.path()), "this is a directory, not a file");
 }
 
 #[test]
-fn fifo_is_refused_without_waiting_for_a_writer() {
+fn fifo_is_rejected_without_waiting_for_a_writer() {
     let directory = tempfile::tempdir().unwrap();
     let fifo = directory.path().join("fifo");
     let made = std::process::Command::new("mkfifo").arg(&fifo).status().unwrap();
@@ -374,7 +374,7 @@ fn fifo_is_refused_without_waiting_for_a_writer() {
 }
 
 #[test]
-fn loop_of_links_is_refused() {
+fn loop_of_links_is_rejected() {
     let directory = tempfile::tempdir().unwrap();
     let link = directory.path().join("t.toml");
     std::os::unix::fs::symlink("t.toml", &link).unwrap();
@@ -382,7 +382,7 @@ fn loop_of_links_is_refused() {
 }
 
 #[test]
-fn file_over_the_bound_is_refused() {
+fn file_larger_than_16_mib_is_rejected() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("t.toml");
     let file = fs::File::create(&path).unwrap();
@@ -391,7 +391,7 @@ fn file_over_the_bound_is_refused() {
 }
 
 #[test]
-fn invalid_utf8_is_refused_at_its_place() {
+fn invalid_utf8_is_rejected_with_its_place() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("t.toml");
     fs::write(&path, b"# caf\xc3\xa9\n# \xc3\xa9 caf\xe9 x\n").unwrap();
@@ -401,7 +401,7 @@ fn invalid_utf8_is_refused_at_its_place() {
     assert_eq!(problem.message, "the byte 0xe9 is not UTF-8 text");
 }
 
-// === size and hostility ===
+// === large and invalid input ===
 
 fn large(backends: usize) -> String {
     let mut text = Vec::new();
@@ -418,7 +418,7 @@ fn large(backends: usize) -> String {
 }
 
 #[test]
-fn as_many_backends_as_allowed_are_taken_and_one_more_is_not() {
+fn number_of_backends_is_limited() {
     let config = config::parse(&large(config::BACKENDS_MAX), "t").unwrap();
     assert_eq!(config.pools[0].backends.len(), config::BACKENDS_MAX);
     let problems = config::parse(&large(config::BACKENDS_MAX + 1), "t").unwrap_err();
@@ -426,7 +426,7 @@ fn as_many_backends_as_allowed_are_taken_and_one_more_is_not() {
 }
 
 #[test]
-fn thousands_of_problems_are_counted_not_kept() {
+fn number_of_reported_problems_is_limited() {
     let text = large(5_000).replace("weight = 10", "weight = 0\nwieght = 1");
     let problems = config::parse(&text, "t").unwrap_err();
     assert_eq!(problems.list.len(), config::PROBLEMS_MAX);
@@ -434,7 +434,7 @@ fn thousands_of_problems_are_counted_not_kept() {
 }
 
 #[test]
-fn endless_dotted_keys_are_refused_not_followed() {
+fn very_long_dotted_keys_are_rejected() {
     for key in ["a.", "'=' . ", "a . \"b\" ."] {
         let problems = config::parse(&(key.repeat(500_000) + "z = 1"), "t").unwrap_err();
         assert_eq!(problems.list[0].message, "this dotted key has too many parts");
@@ -442,14 +442,14 @@ fn endless_dotted_keys_are_refused_not_followed() {
 }
 
 #[test]
-fn endless_brackets_are_refused_not_followed() {
+fn deeply_nested_brackets_are_rejected() {
     for open in ["x = [", "x = {a=", "[", "[["] {
         let text = open.to_owned() + &open.trim_start_matches("x = ").repeat(200_000);
         assert!(config::parse(&text, "t").is_err());
     }
 }
 
-/// Every place lies in the file: on a line it has, at most one past its end.
+/// Checks that every place is in the file: on an existing line, at most one column past its end.
 fn assert_places(text: &str, problems: &Problems) {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let lines: Vec<&str> = text.split('\n').collect();
@@ -554,17 +554,17 @@ fn mutation() -> impl Strategy<Value = Mutation> {
 
 proptest! {
     #[test]
-    fn any_text_is_survived(text in "(?s).{0,200}") {
+    fn any_text_gives_a_result(text in "(?s).{0,200}") {
         check_any(&text);
     }
 
     #[test]
-    fn any_toml_like_text_is_survived(text in "([a-c.=\"'\\[\\]{},# \n0-9-]|pool|frontend|backend|bind){0,60}") {
+    fn any_toml_like_text_gives_a_result(text in "([a-c.=\"'\\[\\]{},# \n0-9-]|pool|frontend|backend|bind){0,60}") {
         check_any(&text);
     }
 
     #[test]
-    fn mutated_good_files_are_survived(
+    fn mutated_valid_files_give_a_result(
         which in any::<prop::sample::Index>(),
         mutations in prop::collection::vec(mutation(), 1..6),
     ) {

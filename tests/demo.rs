@@ -1,7 +1,7 @@
-//! `tidegate demo` as users run it: the real binary, its output, its exit code
-//! and what it leaves behind.
+//! `tidegate demo` as users run it: the program, its output, its exit code and the files that it
+//! leaves.
 
-// Outside of test functions too, a failed step of a test is a failed test.
+// A failed unwrap fails the test, outside of test functions too.
 #![allow(clippy::unwrap_used)]
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -15,10 +15,10 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tidegate_net::clock;
 
-/// A line that does not come within this is not coming.
+/// The timeout for each expected line.
 const LINE_MAX: Duration = Duration::from_secs(30);
 
-/// A demo in a temporary directory of its own.
+/// A running demo with its own temporary directory.
 struct Demo {
     child: Child,
     lines: Receiver<String>,
@@ -34,7 +34,7 @@ fn command(directory: &TempDir, arguments: &str) -> Command {
     command
 }
 
-/// Runs a demo to its end; gives the output and the directory it ran in.
+/// Runs a demo until it exits. Returns its output and its temporary directory.
 fn run(arguments: &str) -> (Output, TempDir) {
     let directory = TempDir::new().unwrap();
     let output = command(&directory, arguments).output().unwrap();
@@ -50,7 +50,7 @@ fn is_empty(directory: &TempDir) -> bool {
     fs::read_dir(directory.path()).unwrap().next().is_none()
 }
 
-/// The word after `label` in the introduction.
+/// Returns the word after `label` in the introduction.
 fn word_after<'a>(text: &'a str, label: &str) -> &'a str {
     let rest = text.lines().find_map(|line| line.trim_start().strip_prefix(label)).unwrap();
     rest.split_whitespace().next().unwrap()
@@ -86,7 +86,7 @@ impl Demo {
         kill_process(pid, Signal::INT).unwrap();
     }
 
-    /// Waits for the end; gives the exit code and standard error.
+    /// Waits until the demo exits. Returns the exit code and standard error.
     fn end(&mut self) -> (Option<i32>, String) {
         let status = self.child.wait().unwrap();
         let mut errors = String::new();
@@ -98,14 +98,14 @@ impl Demo {
 
 impl Drop for Demo {
     fn drop(&mut self) {
-        // It has ended in any test that passed.
+        // The demo has already exited in a test that passes.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
 #[test]
-fn three_backends_are_shown_with_split_failover_and_recovery() {
+fn three_backends_show_split_failover_and_recovery() {
     let began = clock::now();
     let (output, directory) = run("--backends 3 --for 5s");
     let (text, took) = (text(&output), clock::now() - began);
@@ -136,7 +136,7 @@ fn three_backends_are_shown_with_split_failover_and_recovery() {
 }
 
 #[test]
-fn nothing_listens_any_more_once_it_is_over() {
+fn addresses_refuse_after_the_demo() {
     let (output, _directory) = run("--backends 2 --for 5s");
     let text = text(&output);
     let frontend: SocketAddr = word_after(&text, "frontend").parse().unwrap();
@@ -148,7 +148,7 @@ fn nothing_listens_any_more_once_it_is_over() {
 }
 
 #[test]
-fn without_a_terminal_there_are_no_control_characters() {
+fn output_without_a_terminal_has_no_control_characters() {
     let (output, _directory) = run("--backends 1 --for 5s");
     let odd = |byte: &&u8| byte.is_ascii_control() && **byte != b'\n';
     assert_eq!(output.stdout.iter().chain(&output.stderr).find(odd), None, "{}", text(&output));
@@ -156,7 +156,7 @@ fn without_a_terminal_there_are_no_control_characters() {
 }
 
 #[test]
-fn one_backend_says_that_there_is_no_failover_to_show_and_ends_well() {
+fn one_backend_runs_without_a_failover() {
     let (output, directory) = run("--backends 1 --for 5s");
     let text = text(&output);
     assert_eq!(output.status.code(), Some(0), "{text}");
@@ -166,19 +166,19 @@ fn one_backend_says_that_there_is_no_failover_to_show_and_ends_well() {
 }
 
 #[test]
-fn sixty_four_backends_end_well_and_in_time() {
+fn sixty_four_backends_finish_in_time() {
     let began = clock::now();
     let (output, directory) = run("--backends 64 --for 5s");
     let (text, took) = (text(&output), clock::now() - began);
     assert_eq!(output.status.code(), Some(0), "{text}");
     assert!(text.contains("+52 more"), "{text}");
-    // With so many probes a drain once never came to look whether it was over.
+    // With this many probes the drain once never ended.
     assert!(took < Duration::from_secs(20), "took {took:?}\n{text}");
     assert!(is_empty(&directory), "files are left");
 }
 
 #[test]
-fn too_short_a_time_is_lengthened_and_said_so() {
+fn short_duration_is_extended_with_a_notice() {
     let (output, _directory) = run("--backends 1 --for 10ms");
     let text = text(&output);
     assert_eq!(output.status.code(), Some(0), "{text}");
@@ -189,7 +189,7 @@ fn too_short_a_time_is_lengthened_and_said_so() {
 }
 
 #[test]
-fn interrupted_early_it_cleans_up_and_owns_to_having_shown_too_little() {
+fn early_interrupt_cleans_up_and_exits_with_3() {
     let mut demo = Demo::start("--backends 3 --for 60s");
     demo.wait_for("All backends are up");
     demo.interrupt();
@@ -201,7 +201,7 @@ fn interrupted_early_it_cleans_up_and_owns_to_having_shown_too_little() {
 }
 
 #[test]
-fn the_printed_lines_work_and_an_edited_configuration_is_taken_over() {
+fn printed_commands_work_and_an_edited_configuration_is_applied() {
     let mut demo = Demo::start("--backends 1 --for 60s");
     demo.wait_for("tail -f ");
     let config = PathBuf::from(word_after(&demo.seen.join("\n"), "configuration"));

@@ -1,16 +1,15 @@
-//! `tidegate streams`: what it says of a way that keeps every byte, and of ways
-//! that do not.
+//! `tidegate streams`: its report on a path that keeps every byte and on paths that do not.
 //!
-//! It runs as the process users run. Nothing here is a balancer's own test.
+//! It runs as a separate process. These tests do not test the proxy.
 
-// Tests wait and read the clock; the program under test may not.
+// The program must not sleep or read the clock directly. Tests can.
 #![allow(clippy::disallowed_methods)]
-// A failed unwrap in a test is a failed test.
+// A failed unwrap fails the test.
 #![allow(clippy::unwrap_used)]
-// Helpers are public to the suite, which nobody else links.
+// Helpers are public to the suite. No other crate links it.
 #![allow(unreachable_pub)]
 
-// The integration suite uses the rest.
+// Other test binaries use the rest.
 #[allow(dead_code)]
 #[allow(unused_imports, unused_macros)]
 #[path = "common/mod.rs"]
@@ -31,26 +30,26 @@ fn address() -> SocketAddr {
 }
 
 fn streams(to: SocketAddr, listen: &[SocketAddr], line: &str) -> Output {
-    let listen = listen.iter().flat_map(|one| ["--listen".to_owned(), one.to_string()]);
+    let listen = listen.iter().flat_map(|bind| ["--listen".to_owned(), bind.to_string()]);
     let mut command = Command::new(PROGRAM);
     command.args(["streams", "--json", "--to", &to.to_string()]).args(listen);
     command.args(line.split(' ')).output().unwrap()
 }
 
-/// The last line's counts.
+/// Returns the counts in the last line.
 fn whole(output: &Output) -> Value {
     let text = String::from_utf8_lossy(&output.stdout);
-    serde_json::from_str(text.lines().last().unwrap_or_default()).expect("a line of JSON")
+    serde_json::from_str(text.lines().last().unwrap_or_default()).expect("a JSON object")
 }
 
 fn count(value: &Value, key: &str) -> u64 {
     value[key].as_u64().unwrap_or_else(|| panic!("no count {key} in {value}"))
 }
 
-fn streams_through_the_balancer_are_whole(engine: Engine) {
+fn streams_through_tidegate_are_complete(engine: Engine) {
     let backends = [address(), address()];
     let pool = Pool::new("web").backend("a", backends[0]).backend("b", backends[1]);
-    // Some streams end in a reset by their backend, on purpose.
+    // Some streams end with a deliberate reset by their backend.
     let proxy = TestProxy::start(Conf::simple(engine, pool.key("ejection = \"off\"")));
     let line = "--rate 200 --for 1s --seed 7 --every 200ms";
     let output = streams(proxy.addr("web"), &backends, line);
@@ -62,9 +61,9 @@ fn streams_through_the_balancer_are_whole(engine: Engine) {
     assert!(output.stdout.iter().filter(|byte| **byte == b'\n').count() >= 3, "{output:?}");
 }
 
-on_every_engine!(streams_through_the_balancer_are_whole);
+on_every_engine!(streams_through_tidegate_are_complete);
 
-/// Passes everything on, but for one bit in the tenth kilobyte to the client.
+/// Relays everything, but flips one bit after 10,000 bytes to the client.
 fn spoil(client: TcpStream, to: SocketAddr) {
     let backend = TcpStream::connect(to).unwrap();
     let (mut up_from, mut up_to) = (client.try_clone().unwrap(), backend.try_clone().unwrap());
@@ -88,7 +87,7 @@ fn spoil(client: TcpStream, to: SocketAddr) {
 }
 
 #[test]
-fn one_changed_bit_is_a_failure_that_names_the_stream() {
+fn one_changed_bit_is_reported_with_the_seed_of_the_stream() {
     let _share = exclusive::shared();
     let (backend, middle) = (address(), TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap());
     let to = middle.local_addr().unwrap();
@@ -105,7 +104,7 @@ fn one_changed_bit_is_a_failure_that_names_the_stream() {
 }
 
 #[test]
-fn a_way_that_leads_nowhere_is_a_failure() {
+fn unreachable_target_exits_with_3() {
     let _share = exclusive::shared();
     let output = streams(address(), &[address()], "--rate 50 --for 200ms");
     assert_eq!(output.status.code(), Some(3), "{output:?}");
@@ -113,7 +112,7 @@ fn a_way_that_leads_nowhere_is_a_failure() {
 }
 
 #[test]
-fn an_interrupt_ends_it_with_its_counts() {
+fn interrupt_ends_the_run_with_its_counts() {
     let _share = exclusive::shared();
     let own = address().to_string();
     let mut child = Command::new(PROGRAM)
@@ -122,7 +121,7 @@ fn an_interrupt_ends_it_with_its_counts() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    // Its first line says that it is at work.
+    // The first line shows that the process runs.
     let mut first = [0; 1];
     child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
     proc::signal(child.id(), Signal::INT);

@@ -1,11 +1,11 @@
-//! The command line's client against the API: what it prints and how it exits.
+//! The admin client of the command line: its output and its exit codes.
 
 use crate::harness::{Api, Control, EXPLANATION, STATUS, TOKEN, eventually};
 use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
 
 #[test]
-fn the_client_shows_and_changes_over_the_unix_socket() {
+fn client_reads_and_changes_over_the_unix_socket() {
     let api = Api::unix(Control::Answers);
     let said = |arguments: &[&str]| {
         let output = api.cli(arguments);
@@ -24,8 +24,8 @@ fn the_client_shows_and_changes_over_the_unix_socket() {
 }
 
 #[test]
-fn the_client_exits_1_when_refused_and_says_why_on_standard_error() {
-    let api = Api::unix(Control::RefusesTheFile);
+fn client_exits_1_on_a_rejection_with_the_reason_on_stderr() {
+    let api = Api::unix(Control::RejectsTheFile);
     let unknown = api.cli(&["drain", "web/x"]);
     assert_eq!(unknown.status.code(), Some(1));
     let text = String::from_utf8(unknown.stderr).unwrap();
@@ -50,11 +50,11 @@ fn client_exits_2_on_usage_and_3_without_an_answer() {
 }
 
 #[test]
-fn the_client_exits_3_on_a_document_that_does_not_fit_and_says_what_it_expected() {
+fn client_exits_3_on_an_unexpected_document() {
     let api = Api::unix(Control::Answers);
-    let misfit = api.cli(&["explain", "web/a"]);
-    assert_eq!((misfit.status.code(), misfit.stdout.len()), (Some(3), 0), "{misfit:?}");
-    let text = String::from_utf8(misfit.stderr).unwrap();
+    let response = api.cli(&["explain", "web/a"]);
+    assert_eq!((response.status.code(), response.stdout.len()), (Some(3), 0), "{response:?}");
+    let text = String::from_utf8(response.stderr).unwrap();
     let start = "tidegate: cannot read the response to GET /v1/pools/web/backends/a/explain: ";
     assert!(text.starts_with(&format!("{start}missing field `address`")), "{text}");
     assert_eq!(text.lines().count(), 1, "{text}");
@@ -63,7 +63,7 @@ fn the_client_exits_3_on_a_document_that_does_not_fit_and_says_what_it_expected(
 }
 
 #[test]
-fn the_client_brings_its_token_over_tcp() {
+fn client_sends_its_token_over_tcp() {
     let api = Api::tcp("127.0.0.1:0", Some(TOKEN));
     let file = api.dir.path().join("token");
     std::fs::write(&file, format!("{TOKEN}\n")).unwrap();
@@ -76,7 +76,7 @@ fn the_client_brings_its_token_over_tcp() {
 }
 
 #[test]
-fn a_closed_standard_output_is_no_failure() {
+fn closed_standard_output_is_no_failure() {
     let api = Api::unix(Control::Answers);
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
@@ -86,7 +86,7 @@ fn a_closed_standard_output_is_no_failure() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    eventually("the client ends", || child.try_wait().unwrap().is_some());
+    eventually("the client exits", || child.try_wait().unwrap().is_some());
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..]));
 }

@@ -1,5 +1,5 @@
-//! An admin API on a thread of its own, with a control loop played by a task,
-//! and a client that sends exactly the bytes it is told to.
+//! An admin API on a separate thread with a simulated control loop, and a client that sends
+//! exactly the given bytes.
 
 use std::future::pending;
 use std::io::{Read, Write};
@@ -25,11 +25,11 @@ use tokio::sync::{mpsc, oneshot};
 
 pub(crate) const TOKEN: &str = "a-token-of-fair-length";
 
-/// How the played control loop behaves.
+/// How the simulated control loop behaves.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Control {
     Answers,
-    RefusesTheFile,
+    RejectsTheFile,
     Drains,
     Hangs,
     HasEnded,
@@ -38,7 +38,7 @@ pub(crate) enum Control {
 pub(crate) struct Api {
     pub(crate) address: AdminListen,
     pub(crate) readiness: ReadyState,
-    pub(crate) crowding: admin::DroppedConnections,
+    pub(crate) dropped: admin::DroppedConnections,
     pub(crate) tokens: Arc<TokenStore>,
     pub(crate) shut_down: Arc<AtomicBool>,
     stop: Option<oneshot::Sender<()>>,
@@ -66,7 +66,7 @@ impl Api {
     ) -> Api {
         let listener =
             admin::bind(&Admin { listen, token_file: None, backend_metrics_max: 0 }).unwrap();
-        let (address, crowding) = (listener.address(), listener.dropped());
+        let (address, dropped) = (listener.address(), listener.dropped());
         let tokens = token.map(|token| Token::new(token.as_bytes()).unwrap());
         let tokens = Arc::new(TokenStore::new(tokens));
         let (readiness, shut_down) = (ReadyState::new(), Arc::new(AtomicBool::new(false)));
@@ -77,7 +77,7 @@ impl Api {
                 tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let (tokens, readiness, shut_down) = served;
             let (requests, inbox) = mpsc::channel(admin::REQUESTS_MAX);
-            runtime.spawn(play(control, inbox, shut_down));
+            runtime.spawn(run_control_loop(control, inbox, shut_down));
             let stop = async { drop(stopped.await) };
             let counters = Arc::new(WorkerCounters::new(1, 1));
             let serve = admin::serve(listener, tokens, requests, readiness, counters, stop);
@@ -85,7 +85,7 @@ impl Api {
         });
         Api {
             address,
-            crowding,
+            dropped,
             readiness,
             tokens,
             shut_down,
@@ -121,7 +121,7 @@ impl Api {
         }
     }
 
-    /// One request with these header lines, `Host` included where wanted.
+    /// Sends one request with these header lines. `Host` is included only if given.
     pub(crate) fn raw(&self, method: &str, path: &str, headers: &[&str], body: &[u8]) -> Answer {
         let mut stream = self.connect();
         let mut head = format!("{method} {path} HTTP/1.1\r\nConnection: close\r\n");
@@ -129,7 +129,7 @@ impl Api {
             head.push_str(&format!("{header}\r\n"));
         }
         head.push_str("\r\n");
-        // The answer may come before all of a large head or body is taken.
+        // The server can answer before it has read a large head or body.
         let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body));
         Answer::read(&mut stream)
     }
@@ -175,7 +175,7 @@ pub(crate) struct Answer {
 impl Answer {
     pub(crate) fn read(stream: &mut dyn Stream) -> Answer {
         let mut raw = Vec::new();
-        // A reset after the answer (unread body) does not unsay it.
+        // A reset after the answer, because of an unread body, is no error.
         let _ = stream.read_to_end(&mut raw);
         let text = String::from_utf8(raw).unwrap();
         let (head, body) = text.split_once("\r\n\r\n").unwrap_or_else(|| panic!("{text:?}"));
@@ -188,15 +188,15 @@ impl Answer {
         serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
 
-    /// Status and the `error` of a well-formed error answer.
-    pub(crate) fn refusal(&self) -> (u16, String) {
+    /// Returns the status and the `error` of a well-formed error answer.
+    pub(crate) fn error(&self) -> (u16, String) {
         let value = self.json();
         assert!(value["detail"].is_string(), "{self:?}");
         (self.status, value["error"].as_str().unwrap().to_owned())
     }
 }
 
-async fn play(
+async fn run_control_loop(
     control: Control,
     mut inbox: mpsc::Receiver<AdminRequest>,
     shut_down: Arc<AtomicBool>,
@@ -214,7 +214,7 @@ async fn play(
             AdminRequest::Status(reply) => drop(reply.send(STATUS.to_owned())),
             AdminRequest::Metrics(reply) => drop(reply.send("tidegate_x 1\n".to_owned())),
             AdminRequest::Reload(reply) => drop(reply.send(match control {
-                Control::RefusesTheFile => Err(refused_file()),
+                Control::RejectsTheFile => Err(rejected_file()),
                 Control::Drains => Err(ReloadError::NotNow("this process is draining")),
                 _ => Ok(ReloadDoc {
                     generation: 4,
@@ -264,10 +264,10 @@ pub(crate) const STATUS: &str = concat!(
     r#""pools":[],"leaving":[]}"#
 );
 
-/// Less than a client of this version expects.
+/// A document with fewer fields than a client of this version expects.
 pub(crate) const EXPLANATION: &str = r#"{"pool":"web","backend":"a","eligible":true}"#;
 
-fn refused_file() -> ReloadError {
+fn rejected_file() -> ReloadError {
     let problem = |line, message: &str| ProblemDoc {
         file: "t.toml".into(),
         line,

@@ -1,8 +1,7 @@
-//! The admin API as its clients meet it: real sockets, a control loop played by
-//! a task.
+//! The admin API over real sockets with a simulated control loop.
 //!
-//! Each test starts its own API on a Unix socket in a directory of its own or
-//! on port 0 of loopback.
+//! Each test starts its own API on a Unix socket in its own directory, or on port 0 of
+//! loopback.
 #![allow(clippy::unwrap_used)]
 
 mod client;
@@ -35,9 +34,9 @@ fn every_endpoint_answers() {
 }
 
 #[test]
-fn ready_follows_the_life_of_the_process() {
+fn ready_follows_the_state_of_the_process() {
     let api = Api::unix(Control::HasEnded);
-    assert_eq!(api.ask("GET", "/ready").refusal(), (503, "not ready".to_owned()));
+    assert_eq!(api.ask("GET", "/ready").error(), (503, "not ready".to_owned()));
     api.readiness.set_ready();
     assert_eq!(api.ask("GET", "/ready").status, 200);
     api.readiness.set_draining();
@@ -47,7 +46,7 @@ fn ready_follows_the_life_of_the_process() {
 }
 
 #[test]
-fn backends_of_any_name_are_drained_and_undrained() {
+fn backends_with_any_name_can_be_drained_and_undrained() {
     let api = Api::unix(Control::Answers);
     let paths = [
         ("a", "a"),
@@ -71,12 +70,12 @@ fn backends_of_any_name_are_drained_and_undrained() {
 #[test]
 fn unknown_paths_and_names_are_404() {
     let api = Api::unix(Control::Answers);
-    let refused = |path| api.ask("POST", path).refusal();
+    let refused = |path| api.ask("POST", path).error();
     assert_eq!(refused("/v1/pools/x/backends/a/drain"), (404, "unknown pool".to_owned()));
     assert_eq!(refused("/v1/pools/web/backends/x/drain"), (404, "unknown backend".to_owned()));
     let asked = |name| api.ask("GET", &format!("/v1/pools/{name}/explain"));
-    assert_eq!(asked("x/backends/a").refusal(), (404, "unknown pool".to_owned()));
-    assert_eq!(asked("web/backends/x").refusal(), (404, "unknown backend".to_owned()));
+    assert_eq!(asked("x/backends/a").error(), (404, "unknown pool".to_owned()));
+    assert_eq!(asked("web/backends/x").error(), (404, "unknown backend".to_owned()));
     assert_eq!(asked("web/backends/a").json()["eligible"], true);
     for path in [
         "/",
@@ -91,17 +90,17 @@ fn unknown_paths_and_names_are_404() {
 }
 
 #[test]
-fn wrong_methods_are_405_and_name_the_right_one() {
+fn wrong_methods_are_405_with_the_allowed_method() {
     let api = Api::unix(Control::Answers);
     for path in ["/metrics", "/live", "/ready", "/v1/status"] {
         let answer = api.ask("POST", path);
-        assert_eq!(answer.refusal(), (405, "method not allowed".to_owned()), "{path}");
+        assert_eq!(answer.error(), (405, "method not allowed".to_owned()), "{path}");
         assert!(answer.head.contains("allow: get,head"), "{answer:?}");
     }
     for path in ["/v1/reload", "/v1/upgrade", "/v1/shutdown", "/v1/pools/web/backends/a/drain"] {
         for method in ["GET", "PUT", "DELETE"] {
             let answer = api.ask(method, path);
-            assert_eq!(answer.refusal().0, 405, "{method} {path}");
+            assert_eq!(answer.error().0, 405, "{method} {path}");
             assert!(answer.head.contains("allow: post"), "{answer:?}");
         }
     }
@@ -109,7 +108,7 @@ fn wrong_methods_are_405_and_name_the_right_one() {
 }
 
 #[test]
-fn an_upgrade_is_told_done_refused_or_failed() {
+fn upgrade_reports_done_rejected_or_failed() {
     let api = Api::unix(Control::Answers);
     let done = api.ask("POST", "/v1/upgrade").json();
     let expected = serde_json::json!({"pid": 77, "version": "9", "generation": 5});
@@ -117,29 +116,29 @@ fn an_upgrade_is_told_done_refused_or_failed() {
     let both = api.ask("POST", "/v1/upgrade?binary=/x&config=/y");
     assert_eq!(both.status, 200, "{both:?}");
     let refused = api.ask("POST", "/v1/upgrade?binary=/x");
-    assert_eq!(refused.refusal(), (409, "upgrade rejected".to_owned()));
+    assert_eq!(refused.error(), (409, "upgrade rejected".to_owned()));
     let failed = api.ask("POST", "/v1/upgrade?binary=%2Fbroken%20one");
-    assert_eq!(failed.refusal().0, 422);
+    assert_eq!(failed.error().0, 422);
     assert_eq!(failed.json()["detail"], "it said: no");
-    assert_eq!(api.ask("POST", "/v1/upgrade?program=/x").refusal().0, 400);
+    assert_eq!(api.ask("POST", "/v1/upgrade?program=/x").error().0, 400);
 }
 
 #[test]
-fn over_tcp_an_upgrade_names_no_program_of_the_callers() {
+fn upgrade_over_tcp_cannot_name_a_program() {
     let api = Api::tcp("127.0.0.1:0", Some(TOKEN));
     let headers = ["Host: 127.0.0.1", "Content-Length: 0", &bearer(TOKEN)];
     assert_eq!(api.raw("POST", "/v1/upgrade", &headers, b"").status, 200);
     for query in ["binary=/x", "config=/y"] {
         let refused = api.raw("POST", &format!("/v1/upgrade?{query}"), &headers, b"");
-        assert_eq!(refused.refusal(), (403, "not allowed over TCP".to_owned()));
+        assert_eq!(refused.error(), (403, "not allowed over TCP".to_owned()));
     }
 }
 
 #[test]
-fn a_refused_file_is_422_with_every_problem() {
-    let api = Api::unix(Control::RefusesTheFile);
+fn rejected_file_is_422_with_every_problem() {
+    let api = Api::unix(Control::RejectsTheFile);
     let answer = api.ask("POST", "/v1/reload");
-    assert_eq!(answer.refusal().0, 422);
+    assert_eq!(answer.error().0, 422);
     let expected = serde_json::json!([
         {"file": "t.toml", "line": 3, "column": 7, "message": "no such pool",
          "rendered": "t.toml:3:7: error: no such pool"},
@@ -149,22 +148,22 @@ fn a_refused_file_is_422_with_every_problem() {
     assert_eq!(answer.json()["problems"], expected);
 }
 
-// --- a control loop in trouble ---
+// --- failures of the control loop ---
 
 #[test]
-fn a_reload_while_draining_is_a_conflict_and_names_no_file() {
+fn reload_while_draining_is_a_conflict() {
     let answer = Api::unix(Control::Drains).ask("POST", "/v1/reload");
-    assert_eq!(answer.refusal(), (409, "reload rejected".to_owned()));
+    assert_eq!(answer.error(), (409, "reload rejected".to_owned()));
     assert_eq!(answer.json()["detail"], "this process is draining");
     assert!(answer.json().get("problems").is_none());
 }
 
 #[test]
-fn a_control_loop_that_does_not_answer_gives_503_in_time() {
+fn control_loop_without_an_answer_gives_503_in_time() {
     let api = Api::unix(Control::Hangs);
     let start = clock::now();
     assert_eq!(
-        api.ask("GET", "/v1/status").refusal(),
+        api.ask("GET", "/v1/status").error(),
         (503, "no answer from the control loop".to_owned())
     );
     let took = clock::now() - start;
@@ -173,18 +172,18 @@ fn a_control_loop_that_does_not_answer_gives_503_in_time() {
 }
 
 #[test]
-fn a_control_loop_that_has_ended_gives_503_at_once() {
+fn ended_control_loop_gives_503_at_once() {
     let api = Api::unix(Control::HasEnded);
     assert_eq!(
-        api.ask("POST", "/v1/reload").refusal(),
+        api.ask("POST", "/v1/reload").error(),
         (503, "no answer from the control loop".to_owned())
     );
 }
 
-// --- who may ask ---
+// --- access ---
 
 #[test]
-fn over_loopback_reading_is_free_and_changing_needs_the_token() {
+fn changes_over_loopback_need_the_token_and_reads_do_not() {
     let api = Api::tcp("127.0.0.1:0", Some(TOKEN));
     let post = |headers: &[&str]| {
         let headers = [&["Host: 127.0.0.1", "Content-Length: 0"], headers].concat();
@@ -192,7 +191,7 @@ fn over_loopback_reading_is_free_and_changing_needs_the_token() {
     };
     assert_eq!(api.ask("GET", "/v1/status").status, 200);
     let missing = post(&[]);
-    assert_eq!(missing.refusal(), (401, "unauthorized".to_owned()));
+    assert_eq!(missing.error(), (401, "unauthorized".to_owned()));
     assert!(missing.head.contains("www-authenticate: bearer"));
     assert_eq!(post(&[&bearer("wrong")]).status, 401);
     assert_eq!(post(&[&bearer(&format!("{TOKEN}x"))]).status, 401);
@@ -204,17 +203,17 @@ fn over_loopback_reading_is_free_and_changing_needs_the_token() {
 }
 
 #[test]
-fn over_tcp_without_a_token_nothing_can_be_changed() {
+fn changes_over_tcp_are_rejected_without_a_configured_token() {
     let api = Api::tcp("127.0.0.1:0", None);
     assert_eq!(api.ask("GET", "/metrics").status, 200);
     let headers = ["Host: localhost", &bearer(TOKEN), "Content-Length: 0"];
     let refused = api.raw("POST", "/v1/shutdown", &headers, b"");
-    assert_eq!(refused.refusal(), (403, "no token configured".to_owned()));
+    assert_eq!(refused.error(), (403, "no token configured".to_owned()));
     assert!(!api.shut_down.load(Ordering::Relaxed));
 }
 
 #[test]
-fn off_loopback_reading_needs_the_token_too() {
+fn reads_from_other_hosts_need_the_token() {
     let api = Api::tcp("0.0.0.0:0", Some(TOKEN));
     for path in ["/live", "/ready", "/metrics", "/v1/status", "/nothing"] {
         assert_eq!(api.ask("GET", path).status, 401, "{path}");
@@ -224,7 +223,7 @@ fn off_loopback_reading_needs_the_token_too() {
 }
 
 #[test]
-fn a_token_changed_on_reload_counts_from_the_next_request() {
+fn reloaded_token_applies_to_the_next_request() {
     let api = Api::tcp("127.0.0.1:0", Some(TOKEN));
     let post = |token: &str| {
         let headers = ["Host: localhost", &bearer(token), "Content-Length: 0"];
@@ -238,7 +237,7 @@ fn a_token_changed_on_reload_counts_from_the_next_request() {
 }
 
 #[test]
-fn names_rebound_to_our_address_are_refused() {
+fn foreign_host_names_are_rejected() {
     let api = Api::tcp("127.0.0.1:0", Some(TOKEN));
     let get = |headers: &[&str]| api.raw("GET", "/v1/status", headers, b"").status;
     assert_eq!(get(&["Host: evil.example"]), 403);
@@ -252,19 +251,19 @@ fn names_rebound_to_our_address_are_refused() {
 }
 
 #[test]
-fn web_pages_can_neither_change_nor_read_anything() {
+fn requests_from_web_pages_are_rejected() {
     let tcp = Api::tcp("127.0.0.1:0", Some(TOKEN));
     let headers =
         ["Host: localhost", "Origin: http://localhost", &bearer(TOKEN), "Content-Length: 0"];
     let refused = tcp.raw("POST", "/v1/shutdown", &headers, b"");
-    assert_eq!(refused.refusal(), (403, "origin not allowed".to_owned()));
+    assert_eq!(refused.error(), (403, "origin not allowed".to_owned()));
     let read = tcp.raw("GET", "/v1/status", &["Host: localhost", "Origin: null"], b"");
-    assert_eq!(read.refusal(), (403, "origin not allowed".to_owned()));
+    assert_eq!(read.error(), (403, "origin not allowed".to_owned()));
     assert!(!tcp.shut_down.load(Ordering::Relaxed));
 }
 
 #[test]
-fn over_the_unix_socket_any_host_will_do() {
+fn unix_socket_accepts_any_host_header() {
     let api = Api::unix(Control::Answers);
     assert_eq!(api.raw("GET", "/v1/status", &["Host: whatever"], b"").status, 200);
     let post = api.raw("POST", "/v1/reload", &["Host: x", "Content-Length: 0"], b"");
@@ -274,7 +273,7 @@ fn over_the_unix_socket_any_host_will_do() {
 // --- bounds ---
 
 #[test]
-fn bodies_are_ignored_up_to_a_bound() {
+fn bodies_are_ignored_up_to_64_kib() {
     let api = Api::unix(Control::Answers);
     let post = |length: usize| {
         let announced = format!("Content-Length: {length}");
@@ -284,11 +283,11 @@ fn bodies_are_ignored_up_to_a_bound() {
     let chunk = format!("10000\r\n{}\r\n1\r\nx\r\n0\r\n\r\n", "x".repeat(65_536));
     let headers = ["Host: x", "Transfer-Encoding: chunked"];
     let chunked = api.raw("POST", "/v1/reload", &headers, chunk.as_bytes());
-    assert_eq!(chunked.refusal(), (413, "body too large".to_owned()));
+    assert_eq!(chunked.error(), (413, "body too large".to_owned()));
 }
 
 #[test]
-fn slow_heads_and_slow_bodies_lose_their_connection() {
+fn slow_heads_and_slow_bodies_are_closed() {
     let api = Api::unix(Control::Answers);
     let start = clock::now();
     let mut silent = api.connect();
@@ -298,10 +297,10 @@ fn slow_heads_and_slow_bodies_lose_their_connection() {
     body.write_all(b"POST /v1/reload HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nab").unwrap();
     let mut idle = api.connect();
     idle.write_all(b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
-    assert_eq!(Answer::read(&mut body).refusal().0, 408);
+    assert_eq!(Answer::read(&mut body).error().0, 408);
     for stream in [&mut silent, &mut half, &mut idle] {
         let mut rest = Vec::new();
-        stream.read_to_end(&mut rest).expect("closed, not left open");
+        stream.read_to_end(&mut rest).expect("the connection is closed");
     }
     let took = clock::now() - start;
     assert!(took > Duration::from_secs(4) && took < Duration::from_secs(12), "{took:?}");
@@ -315,7 +314,7 @@ fn forty_connections_at_once_are_all_answered() {
         stream.write_all(b"GET /live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
         stream
     };
-    // Eight of them wait until a seat comes free.
+    // Eight of them wait for a free connection slot.
     let mut asking: Vec<_> = (0..40).map(ask).collect();
     for stream in &mut asking {
         assert_eq!(Answer::read(stream).status, 200);
@@ -323,21 +322,21 @@ fn forty_connections_at_once_are_all_answered() {
 }
 
 #[test]
-fn silent_admin_clients_make_room_for_requests() {
+fn oldest_silent_admin_client_is_closed_for_a_request() {
     let api = Api::unix(Control::Answers);
     let mut silent: Vec<_> = (0..32).map(|_| api.connect()).collect();
     let asked = clock::now();
     assert_eq!(api.ask("GET", "/live").status, 200);
-    // Long before any of them would have been given up for its silence.
+    // Much earlier than the timeout for silent clients.
     assert!(clock::now() - asked < Duration::from_secs(4));
     let mut closed = Vec::new();
-    silent[0].read_to_end(&mut closed).expect("the oldest has made room");
+    silent[0].read_to_end(&mut closed).expect("the oldest connection is closed");
     assert!(closed.is_empty());
-    assert_eq!(api.crowding.count(), 1);
+    assert_eq!(api.dropped.count(), 1);
 }
 
 #[test]
-fn more_headers_than_anybody_sends_are_refused() {
+fn too_many_headers_are_rejected() {
     let api = Api::unix(Control::Answers);
     let with = |count: usize| {
         let all: Vec<String> = (0..count).map(|number| format!("X-{number}: x")).collect();
@@ -349,14 +348,14 @@ fn more_headers_than_anybody_sends_are_refused() {
 }
 
 #[test]
-fn a_huge_head_is_refused() {
+fn large_head_is_rejected() {
     let api = Api::unix(Control::Answers);
     let header = format!("X: {}", "x".repeat(1_000_000));
     assert_eq!(api.raw("GET", "/live", &["Host: x", &header], b"").status, 431);
 }
 
 #[test]
-fn several_requests_may_share_a_connection() {
+fn several_requests_can_share_a_connection() {
     let api = Api::unix(Control::Answers);
     let mut stream = api.connect();
     let request = b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n";
@@ -377,7 +376,7 @@ fn several_requests_may_share_a_connection() {
 // --- the socket ---
 
 #[test]
-fn the_socket_is_private_and_removed_when_the_api_stops() {
+fn socket_is_private_and_removed_when_the_api_stops() {
     use std::os::unix::fs::PermissionsExt;
     let mut api = Api::unix(Control::Answers);
     let path: PathBuf = api.path().to_owned();
@@ -391,7 +390,7 @@ fn the_socket_is_private_and_removed_when_the_api_stops() {
 }
 
 #[test]
-fn an_answer_under_way_is_finished_when_the_api_stops() {
+fn answer_in_progress_is_finished_when_the_api_stops() {
     let mut api = Api::unix(Control::Answers);
     let mut stream = api.connect();
     stream.write_all(b"GET /v1/status HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
@@ -399,7 +398,7 @@ fn an_answer_under_way_is_finished_when_the_api_stops() {
     stream.read_exact(&mut first).unwrap();
     let start = clock::now();
     api.stop();
-    assert!(clock::now() - start < Duration::from_secs(3), "an idle connection holds nothing up");
+    assert!(clock::now() - start < Duration::from_secs(3), "an idle connection delays the stop");
     let mut rest = String::new();
     stream.read_to_string(&mut rest).unwrap();
     assert!(rest.ends_with(STATUS));

@@ -38,7 +38,7 @@ pub fn tcp_sockets(pid: u32) -> Vec<String> {
 }
 
 /// What each thread of the process waits for, and how long it has waited for a CPU.
-pub fn where_threads_are(pid: u32) -> Vec<String> {
+pub fn thread_states(pid: u32) -> Vec<String> {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
     let read = |task: &std::path::Path, name: &str| {
         std::fs::read_to_string(task.join(name)).unwrap_or_default().trim().to_owned()

@@ -343,7 +343,7 @@ impl TestProxy {
     pub fn wait_exit(&mut self, timeout: Duration) -> Option<i32> {
         let status = within(timeout, || self.serving.try_wait(&mut self.child));
         let Some(status) = status else {
-            let threads = [self.service(), self.pid()].map(proc::where_threads_are).concat();
+            let threads = [self.service(), self.pid()].map(proc::thread_states).concat();
             panic!("the process still runs after {timeout:?}\n{}{threads:#?}", self.log());
         };
         self.exited = Some(status);

@@ -1,17 +1,21 @@
-//! What rules mean and which have no effect: ranges, binds, keys that need others.
+//! The meaning of rules, and rules without effect: ranges, binds, and keys that need other keys.
 
 use super::*;
 use tidegate_core::limits::access_list::Access;
 
 #[test]
-fn keys_for_senders_that_may_not_register_are_warned_of() {
+fn registration_keys_without_registration_give_warnings() {
     let (directory, path) = with_key(&[7; 32], 0o600);
     let text = fs::read_to_string(&path).unwrap();
     let keys = "register = false\nbackends_max = 5\nforget_after = \"5s\"\n";
     let backend = "[[pool.web.backend]]\naddress = \"10.0.0.1:80\"\n";
     fs::write(&path, text.replace("register = true\n", keys) + backend).unwrap();
-    let said: Vec<_> =
-        config::load(&path).unwrap().warnings.iter().map(|one| one.message.clone()).collect();
+    let said: Vec<_> = config::load(&path)
+        .unwrap()
+        .warnings
+        .iter()
+        .map(|warning| warning.message.clone())
+        .collect();
     let expected = ["backends_max", "forget_after"]
         .map(|key| format!("{key} has no effect without register = true"));
     assert_eq!(said, expected);
@@ -46,12 +50,12 @@ fn ipv4_ranges_written_as_ipv6_are_ipv4_ranges() {
 }
 
 #[test]
-fn a_star_is_both_families_and_interfaces_may_be_named() {
+fn star_bind_is_both_families_and_zones_can_be_interface_names() {
     let path = root().join("tests/config_cases/valid/binds_and_expects.toml");
     let config = config::load(&path).unwrap().config;
     let web = &config.frontends[0];
     let binds: Vec<String> = web.binds.iter().map(|bind| bind.key.to_string()).collect();
-    // The index of the loopback interface is 1 on every Linux.
+    // The index of the loopback interface is 1 on Linux.
     let expected =
         ["0.0.0.0:80", "[::]:80", "192.0.2.1:443", "0.0.0.0:81", "[::]:81", "[fe80::1%1]:82"];
     assert_eq!(binds, expected);
@@ -72,7 +76,7 @@ fn a_star_is_both_families_and_interfaces_may_be_named() {
 }
 
 #[test]
-fn what_an_identity_may_be_called_is_what_a_configuration_may_call_it() {
+fn sender_identity_and_configuration_accept_the_same_names() {
     let mut texts: Vec<String> = (0..=255_u8).map(|b| char::from(b).to_string()).collect();
     texts.extend(["", "..", "a.", "a/b", "10.0.0.1:80", "ä"].map(str::to_owned));
     texts.extend(

@@ -1,6 +1,6 @@
-//! Forged datagrams in numbers, among which the real ones must arrive.
+//! A flood of forged datagrams, among which valid heartbeats must arrive.
 
-use crate::place::{receiver, secret, settings};
+use crate::setup::{receiver, secret, settings};
 use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 use tidegate_daemon::heartbeat::verify::RejectReason;
@@ -8,12 +8,12 @@ use tidegate_heartbeat::SenderState;
 use tidegate_heartbeat::sender::Sender;
 use tidegate_heartbeat::wire::{HeartbeatFields, SenderIdentity, encode};
 
-/// Forged datagrams a second; an unoptimised build cannot make as many.
+/// Forged datagrams per second. A debug build cannot make as many.
 const RATE: u64 = if cfg!(debug_assertions) { 20_000 } else { 100_000 };
 
 const LASTS: Duration = Duration::from_secs(3);
 
-/// As dear as possible to refuse: the longest, and only the tag is wrong.
+/// The most expensive datagram to reject: the longest, with only the tag wrong.
 fn forged() -> Vec<u8> {
     let identity =
         SenderIdentity::new("web", &"x".repeat(64), "[fd00::1]:80".parse().unwrap()).unwrap();
@@ -34,7 +34,7 @@ fn forged() -> Vec<u8> {
     bytes
 }
 
-/// CPU time of this process's thread of that name (proc(5), schedstat).
+/// CPU time of the thread `name` of this process (proc(5), schedstat).
 fn cpu_time(name: &str) -> Duration {
     for task in std::fs::read_dir("/proc/self/task").unwrap() {
         let task = task.unwrap().path();
@@ -46,7 +46,7 @@ fn cpu_time(name: &str) -> Duration {
     panic!("no thread {name}");
 }
 
-/// Sends at [`RATE`] in bursts of a millisecond; how many.
+/// Sends at [`RATE`] in bursts of 1 ms. Returns the number of datagrams sent.
 fn flood(to: std::net::SocketAddr) -> u64 {
     let (socket, forged) = (UdpSocket::bind("127.0.0.1:0").unwrap(), forged());
     let (began, mut sent) = (Instant::now(), 0);
@@ -56,17 +56,17 @@ fn flood(to: std::net::SocketAddr) -> u64 {
             let _ = socket.send_to(&forged, to);
             sent += 1;
         }
-        // Its rate, in batches of a millisecond.
+        // The rate is kept in batches of 1 ms.
         std::thread::sleep(Duration::from_millis(1));
     }
     sent
 }
 
 #[test]
-fn a_flood_in_a_senders_name_is_refused_cheaply_and_costs_it_no_heartbeat() {
+fn forged_flood_is_rejected_cheaply_and_no_heartbeat_is_lost() {
     let (receiver, to) = receiver();
     let _sender = Sender::start(settings(to)).unwrap();
-    crate::place::heard(&receiver, "a first, so that the source is known", |_| true);
+    crate::setup::next_heartbeat(&receiver, "a first, so that the source is known", |_| true);
     let (before, began) = (cpu_time("heartbeats"), Instant::now());
     let sent = flood(to);
     let (took, used) = (began.elapsed(), cpu_time("heartbeats") - before);
@@ -79,13 +79,13 @@ fn a_flood_in_a_senders_name_is_refused_cheaply_and_costs_it_no_heartbeat() {
     let share = used.as_secs_f64() / took.as_secs_f64();
     let each = used / u32::try_from(sent).unwrap();
     println!(
-        "{sent} forged in {took:?} ({RATE} a second): {share:.3} of a core, {each:?} each; \
-         {} refused by signature, {} lost by the kernel, {missing} of {last} heartbeats missing",
+        "{sent} forged in {took:?} ({RATE} per second): {share:.3} of a core, {each:?} each; \
+         {} rejected by signature, {} dropped by the kernel, {missing} of {last} heartbeats missing",
         counts.rejected(RejectReason::Signature),
         counts.kernel_drops()
     );
     assert!(last > 20, "a heartbeat every 20 ms for three seconds: {last}");
-    assert!(missing <= counts.dropped(), "each one missing is told as our loss");
+    assert!(missing <= counts.dropped(), "a missing heartbeat is not counted as dropped");
     assert!(counts.rejected(RejectReason::Signature) > 0);
     if !cfg!(debug_assertions) {
         assert!(share < 0.5, "{share}");

@@ -1,11 +1,11 @@
-//! `tidegate heartbeat` and the examples of senders, `examples/heartbeat/sender.py` and
+//! `tidegate heartbeat` and the example senders `examples/heartbeat/sender.py` and
 //! `src/heartbeat/examples/service.rs`.
 
 #[allow(dead_code)]
 #[path = "../../src/heartbeat/examples/service.rs"]
 mod service;
 
-use crate::place::{heard, key_file, receiver, settings};
+use crate::setup::{key_file, next_heartbeat, receiver, settings};
 use rustix::process::{Pid, Signal, kill_process};
 use socket2::{Domain, Socket, Type};
 use std::io::{Read, Write};
@@ -19,7 +19,7 @@ use tidegate_heartbeat::SenderState;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_tidegate");
 
-/// A process that does not outlive its test.
+/// A process that is killed with its test.
 struct Sidecar(Child);
 
 fn sidecar(to: SocketAddr, service: SocketAddr, key: &Path, more: &[&str]) -> Sidecar {
@@ -57,42 +57,43 @@ impl Drop for Sidecar {
 }
 
 #[test]
-fn a_service_is_ready_only_while_its_check_succeeds() {
+fn service_is_ready_only_while_its_check_succeeds() {
     let ((_dir, key), (receiver, to)) = (key_file(), receiver());
-    // Its port is taken from the start, so that nobody else gets it, and the
-    // check's own connect does not either.
+    // The port is bound from the start, so that neither another process nor the check's own
+    // connect can use it.
     let place = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     place.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
     let service = place.local_addr().unwrap().as_socket().unwrap();
     let _sidecar = sidecar(to, service, &key, &["--name", "a", "--weight", "5"]);
-    let first = heard(&receiver, "a first", |_| true).heartbeat;
+    let first = next_heartbeat(&receiver, "a first", |_| true).heartbeat;
     assert_eq!((first.state, &*first.name), (SenderState::Starting, "a"));
     let is = |state| {
-        move |one: &tidegate_daemon::heartbeat::receive::ReceivedHeartbeat| {
-            one.heartbeat.state == state
+        move |received: &tidegate_daemon::heartbeat::receive::ReceivedHeartbeat| {
+            received.heartbeat.state == state
         }
     };
 
     place.listen(16).unwrap();
-    let ready = heard(&receiver, "ready", is(SenderState::Ready)).heartbeat;
+    let ready = next_heartbeat(&receiver, "ready", is(SenderState::Ready)).heartbeat;
     assert_eq!((ready.weight, ready.address), (5, service));
     drop(place);
-    heard(&receiver, "not ready any more", is(SenderState::Starting));
+    next_heartbeat(&receiver, "starting again", is(SenderState::Starting));
 }
 
 #[test]
-fn connections_of_the_service_are_told() {
+fn sidecar_reports_connections_of_the_service() {
     let ((_dir, key), (receiver, to)) = (key_file(), receiver());
     let service = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = service.local_addr().unwrap();
     let _clients: Vec<_> = (0..4).map(|_| TcpStream::connect(address).unwrap()).collect();
     let _sidecar = sidecar(to, address, &key, &["--check", "none"]);
-    let told = heard(&receiver, "four", |one| one.heartbeat.in_flight == 4).heartbeat;
-    assert_eq!(&*told.name, address.to_string());
+    let reported =
+        next_heartbeat(&receiver, "four", |received| received.heartbeat.in_flight == 4).heartbeat;
+    assert_eq!(&*reported.name, address.to_string());
 }
 
 #[test]
-fn an_http_check_wants_a_good_status() {
+fn http_check_needs_a_success_status() {
     let ((_dir, key), (receiver, to)) = (key_file(), receiver());
     let service = TcpListener::bind("127.0.0.1:0").unwrap();
     let (address, asked) = (service.local_addr().unwrap(), Arc::new(AtomicUsize::new(0)));
@@ -109,8 +110,8 @@ fn an_http_check_wants_a_good_status() {
     });
     let http = ["--check", "http", "--check-path", "/health"];
     let _sidecar = sidecar(to, address, &key, &http);
-    heard(&receiver, "ready", |one| one.heartbeat.state == SenderState::Ready);
-    assert!(asked.load(Ordering::Relaxed) > 3, "three were told to come later");
+    next_heartbeat(&receiver, "ready", |received| received.heartbeat.state == SenderState::Ready);
+    assert!(asked.load(Ordering::Relaxed) > 3, "more than three checks");
 }
 
 #[test]
@@ -118,36 +119,42 @@ fn sigterm_drains_then_stops_and_exits_with_0() {
     let ((_dir, key), (receiver, to)) = (key_file(), receiver());
     let service = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut sidecar = sidecar(to, service.local_addr().unwrap(), &key, &["--drain", "300ms"]);
-    heard(&receiver, "ready", |one| one.heartbeat.state == SenderState::Ready);
-    let told = Instant::now();
+    next_heartbeat(&receiver, "ready", |received| received.heartbeat.state == SenderState::Ready);
+    let signalled = Instant::now();
     sidecar.signal(Signal::TERM);
-    heard(&receiver, "draining", |one| one.heartbeat.state == SenderState::Draining);
-    let stopping = heard(&receiver, "stopping", |one| one.heartbeat.state == SenderState::Stopping);
-    // Not since it said so: a busy machine may say it late.
-    let drained = stopping.at - told;
+    next_heartbeat(&receiver, "draining", |received| {
+        received.heartbeat.state == SenderState::Draining
+    });
+    let stopping = next_heartbeat(&receiver, "stopping", |received| {
+        received.heartbeat.state == SenderState::Stopping
+    });
+    // Measured from the signal, because a busy machine can send `draining` late.
+    let drained = stopping.at - signalled;
     assert!(drained >= Duration::from_millis(290), "{drained:?}");
     let (code, said) = sidecar.end();
-    // Of this host's clock it may have something to say.
+    // A warning about an unsynchronised clock of this host is allowed.
     let said: Vec<&str> = said.lines().filter(|line| !line.contains("not synchronised")).collect();
     assert_eq!((code, said), (Some(0), Vec::new()));
 }
 
 #[test]
-fn a_second_signal_exits_at_once_with_3() {
+fn second_signal_exits_at_once_with_3() {
     let ((_dir, key), (receiver, to)) = (key_file(), receiver());
     let service = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut sidecar = sidecar(to, service.local_addr().unwrap(), &key, &["--drain", "1h"]);
-    heard(&receiver, "ready", |one| one.heartbeat.state == SenderState::Ready);
+    next_heartbeat(&receiver, "ready", |received| received.heartbeat.state == SenderState::Ready);
     sidecar.signal(Signal::INT);
-    heard(&receiver, "draining", |one| one.heartbeat.state == SenderState::Draining);
-    let told = Instant::now();
+    next_heartbeat(&receiver, "draining", |received| {
+        received.heartbeat.state == SenderState::Draining
+    });
+    let signalled = Instant::now();
     sidecar.signal(Signal::TERM);
     assert_eq!(sidecar.end().0, Some(3));
-    assert!(told.elapsed() < Duration::from_secs(5));
+    assert!(signalled.elapsed() < Duration::from_secs(5));
 }
 
 #[test]
-fn a_key_file_others_may_read_is_refused_with_1() {
+fn key_file_readable_by_others_is_rejected_with_1() {
     use std::os::unix::fs::PermissionsExt;
     let ((_dir, key), (_receiver, to)) = (key_file(), receiver());
     std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
@@ -157,7 +164,7 @@ fn a_key_file_others_may_read_is_refused_with_1() {
 }
 
 #[test]
-fn names_no_configuration_knows_are_usage_errors() {
+fn invalid_names_are_usage_errors() {
     let ((_dir, key), (_receiver, to)) = (key_file(), receiver());
     for wrong in [&["--name", "a/b"][..], &["--check-path", "/x"]] {
         let (code, said) = sidecar(to, "127.0.0.1:80".parse().unwrap(), &key, wrong).end();
@@ -166,7 +173,7 @@ fn names_no_configuration_knows_are_usage_errors() {
 }
 
 #[test]
-fn a_few_lines_of_python_send_heartbeats_as_well() {
+fn python_example_sends_heartbeats() {
     let ((_dir, key), (receiver, to)) = (key_file(), receiver());
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/heartbeat/sender.py");
     let sent = Command::new("python3")
@@ -180,37 +187,42 @@ fn a_few_lines_of_python_send_heartbeats_as_well() {
         return;
     };
     assert!(status.success());
-    let third = heard(&receiver, "three", |one| one.heartbeat.sequence == 3).heartbeat;
+    let third =
+        next_heartbeat(&receiver, "three", |received| received.heartbeat.sequence == 3).heartbeat;
     assert_eq!((&*third.name, third.state), ("snake", SenderState::Ready));
     assert_eq!((third.address, third.weight), ("127.0.0.1:8080".parse().unwrap(), 1));
     assert_eq!(receiver.counts().accepted(), 3);
 }
 
 #[test]
-fn the_example_in_rust_reports_its_connections_and_drains_at_the_end_of_its_input() {
+fn rust_example_reports_connections_and_drains_at_end_of_input() {
     let (receiver, to) = receiver();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let (input, keep) = std::os::unix::net::UnixStream::pair().unwrap();
     let example = std::thread::spawn(move || service::run(listener, settings(to), input));
-    heard(&receiver, "ready", |one| one.heartbeat.state == SenderState::Ready);
+    next_heartbeat(&receiver, "ready", |received| received.heartbeat.state == SenderState::Ready);
 
     let mut client = TcpStream::connect(address).unwrap();
     client.write_all(b"ping").unwrap();
     let mut answer = [0; 4];
     client.read_exact(&mut answer).unwrap();
     assert_eq!(&answer, b"ping");
-    heard(&receiver, "one connection", |one| one.heartbeat.in_flight == 1);
+    next_heartbeat(&receiver, "one connection", |received| received.heartbeat.in_flight == 1);
 
     drop(keep);
-    heard(&receiver, "draining", |one| one.heartbeat.state == SenderState::Draining);
+    next_heartbeat(&receiver, "draining", |received| {
+        received.heartbeat.state == SenderState::Draining
+    });
     drop(client);
-    heard(&receiver, "stopping", |one| one.heartbeat.state == SenderState::Stopping);
+    next_heartbeat(&receiver, "stopping", |received| {
+        received.heartbeat.state == SenderState::Stopping
+    });
     example.join().unwrap().unwrap();
 }
 
 #[test]
-fn the_example_in_python_stops_at_sigterm() {
+fn python_example_stops_at_sigterm() {
     let ((_dir, key), (receiver, to)) = (key_file(), receiver());
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/heartbeat/sender.py");
     let sender = Command::new("python3")
@@ -223,8 +235,10 @@ fn the_example_in_python_stops_at_sigterm() {
         return;
     };
     let mut sender = Sidecar(sender);
-    heard(&receiver, "ready", |one| one.heartbeat.state == SenderState::Ready);
+    next_heartbeat(&receiver, "ready", |received| received.heartbeat.state == SenderState::Ready);
     sender.signal(Signal::TERM);
-    heard(&receiver, "stopping", |one| one.heartbeat.state == SenderState::Stopping);
+    next_heartbeat(&receiver, "stopping", |received| {
+        received.heartbeat.state == SenderState::Stopping
+    });
     assert_eq!(sender.0.wait().unwrap().code(), Some(0));
 }

@@ -10,7 +10,7 @@ use std::net::Shutdown;
 use std::sync::atomic::Ordering;
 
 on_every_engine!(
-    counters_equal_the_truth,
+    counters_match_clients_and_backends,
     access_log_lines_have_every_documented_field,
     sessions_active_counts_open_sessions,
     every_sample_has_a_declared_type_and_closed_labels,
@@ -33,7 +33,7 @@ fn echo_proxy(engine: Engine) -> (ScriptedBackend, TestProxy) {
     (backend, TestProxy::start(conf))
 }
 
-fn counters_equal_the_truth(engine: Engine) {
+fn counters_match_clients_and_backends(engine: Engine) {
     let (backend, proxy) = echo_proxy(engine);
     let sizes: Vec<usize> = (0..30).map(|n| n * 1000 + 1).collect();
     let bytes: usize = sizes.iter().sum();

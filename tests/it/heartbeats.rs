@@ -367,7 +367,7 @@ struct ManySenders {
 }
 
 impl ManySenders {
-    fn say(&self, number: u16, sequence: u64, state: SenderState) {
+    fn send(&self, number: u16, sequence: u64, state: SenderState) {
         let [high, low] = number.to_be_bytes();
         let address = SocketAddr::from((Ipv4Addr::new(127, 2, high, low), self.port));
         let identity = SenderIdentity::new("web", &format!("s{number}"), address).unwrap();
@@ -406,7 +406,7 @@ mod alone {
             port: everywhere.port(),
         };
         for number in 0..100 {
-            senders.say(number, 1, SenderState::Ready);
+            senders.send(number, 1, SenderState::Ready);
         }
         eventually(secs(5), "100 backends are registered", || {
             proxy.status()["pools"][0]["registered"] == 100
@@ -422,8 +422,8 @@ mod alone {
             while start.elapsed() < Duration::from_millis(u64::from(number - 100)) {
                 std::thread::sleep(ms(1));
             }
-            senders.say(number, 1, SenderState::Ready);
-            senders.say(number - 100, 2, SenderState::Stopping);
+            senders.send(number, 1, SenderState::Ready);
+            senders.send(number - 100, 2, SenderState::Stopping);
             number += 1;
         }
         let (tables, took) = (published() - before, start.elapsed());

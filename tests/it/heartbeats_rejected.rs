@@ -47,7 +47,7 @@ impl ManualSender {
         }
     }
 
-    fn say(&mut self, state: SenderState) {
+    fn send(&mut self, state: SenderState) {
         self.sequence += 1;
         let identity = SenderIdentity::new("web", self.name, self.address).unwrap();
         let now = std::time::SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis();
@@ -101,11 +101,11 @@ fn sender_with_a_slow_clock_is_reported_with_its_skew() {
     let mut slow = ManualSender::new(&keys, "a", one.socket_address());
     slow.skew = -300_400;
     eventually(secs(10), "a warning", || {
-        slow.say(SenderState::Ready);
+        slow.send(SenderState::Ready);
         warnings(&proxy, "backend=\"a\"") + warnings(&proxy, "backend=a") > 0
     });
     for _ in 0..20 {
-        slow.say(SenderState::Ready);
+        slow.send(SenderState::Ready);
     }
     let rejected = |proxy: &TestProxy| proxy.backend("web", "a")["heartbeat"]["rejected"].clone();
     eventually(secs(10), "all heartbeats are counted", || {
@@ -127,7 +127,7 @@ fn sender_with_a_slow_clock_is_reported_with_its_skew() {
     // The clock is correct again, and the series of rejections ends.
     slow.skew = 0;
     eventually(secs(10), "the heartbeat is accepted", || {
-        slow.say(SenderState::Ready);
+        slow.send(SenderState::Ready);
         proxy.backend("web", "a")["eligible"] == true
     });
     assert_eq!(rejected(&proxy)["in_a_row"], 0);
@@ -145,7 +145,7 @@ fn sender_with_a_wrong_secret_is_reported_as_unsigned() {
     let mut wrong = ManualSender::new(&keys, "a", one.socket_address());
     wrong.secret = Secret::new(&[2; 32]).unwrap();
     eventually(secs(10), "a warning", || {
-        wrong.say(SenderState::Ready);
+        wrong.send(SenderState::Ready);
         warnings(&proxy, "signature") == 1
     });
     let last = proxy.backend("web", "a")["heartbeat"]["rejected"].clone();
@@ -164,7 +164,7 @@ fn sender_without_a_matching_backend_is_reported() {
     let proxy = keys.start(pool);
     let mut stranger = ManualSender::new(&keys, "b", ([127, 0, 0, 9], 80).into());
     eventually(secs(10), "a warning", || {
-        stranger.say(SenderState::Ready);
+        stranger.send(SenderState::Ready);
         warnings(&proxy, "unknown-backend") == 1
     });
     let listed = proxy.status()["heartbeat"]["rejections"].clone();

@@ -67,7 +67,7 @@ impl UserProcess {
     }
 
     #[track_caller]
-    fn wait_until_it_answers(&mut self) {
+    fn wait_for_an_answer(&mut self) {
         eventually(secs(20), "a command reaches the process", || {
             let ended = self.child.try_wait().unwrap();
             assert_eq!(ended, None, "the process did not start:\n{}", self.log());
@@ -111,7 +111,7 @@ fn as_user(uid: Option<u32>, runtime: Option<&Path>) -> Command {
 fn commands_find_the_process_in_the_runtime_directory(engine: Engine) {
     let a = ScriptedBackend::start(backend::name("a"));
     let mut own = UserProcess::start(engine, 65534, true, a.address().parse().unwrap());
-    own.wait_until_it_answers();
+    own.wait_for_an_answer();
     let socket = own.runtime.clone().unwrap().join("tidegate/admin.sock");
     let line = format!("address=unix:{}", socket.display());
     let said = own.log().lines().filter(|entry| entry.contains(&line)).count();
@@ -142,7 +142,7 @@ fn user_without_a_runtime_directory_uses_a_directory_in_tmp(engine: Engine) {
     let uid = 1_900_000_000 + u32::from(free_port()) * 2 + u32::from(engine == Engine::Epoll);
     let a = ScriptedBackend::start(backend::name("a"));
     let mut own = UserProcess::start(engine, uid, false, a.address().parse().unwrap());
-    own.wait_until_it_answers();
+    own.wait_for_an_answer();
     let directory = PathBuf::from(format!("/tmp/tidegate-{uid}"));
     let mode = std::fs::metadata(&directory).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o700);

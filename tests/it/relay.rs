@@ -49,7 +49,7 @@ fn relay_to(engine: Engine, backend: &ScriptedBackend) -> TestProxy {
 }
 
 /// Writes `len` bytes without repetition. Returns the length and the SHA-256.
-fn pour(len: u64, seed: u64, mut to: impl FnMut(&[u8]) -> io::Result<()>) -> String {
+fn send_noise(len: u64, seed: u64, mut to: impl FnMut(&[u8]) -> io::Result<()>) -> String {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut block: Vec<u8> = (0..1 << 20).map(|_| random.u8(..)).collect();
     let mut hash = Sha256::new();
@@ -65,7 +65,7 @@ fn pour(len: u64, seed: u64, mut to: impl FnMut(&[u8]) -> io::Result<()>) -> Str
 }
 
 /// Reads until FIN. Returns the length and the SHA-256.
-fn drink(mut from: impl FnMut(&mut [u8]) -> io::Result<usize>) -> String {
+fn digest_received(mut from: impl FnMut(&mut [u8]) -> io::Result<usize>) -> String {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 256 * 1024];
     let mut len = 0;
@@ -84,17 +84,17 @@ fn bulk_each_way_arrives_unchanged(engine: Engine) {
     let (digests, at_the_backend) = mpsc::channel();
     let backend = ScriptedBackend::start(script(move |conn| {
         // First up to the client's FIN, then down.
-        digests.send(drink(|buffer| conn.read(buffer))).unwrap();
-        digests.send(pour(len, 2, |bytes| conn.write_all(bytes))).unwrap();
+        digests.send(digest_received(|buffer| conn.read(buffer))).unwrap();
+        digests.send(send_noise(len, 2, |bytes| conn.write_all(bytes))).unwrap();
     }));
     let proxy = relay_to(engine, &backend);
     let mut client = connect(proxy.addr("web"));
     let start = Instant::now();
-    let sent = pour(len, 1, |bytes| client.write_all(bytes));
+    let sent = send_noise(len, 1, |bytes| client.write_all(bytes));
     client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(at_the_backend.recv_timeout(patience(secs(60))).unwrap(), sent);
     let up = start.elapsed();
-    let received = drink(|buffer| client.read(buffer));
+    let received = digest_received(|buffer| client.read(buffer));
     assert_eq!(received, at_the_backend.recv_timeout(patience(secs(60))).unwrap());
     let (mib, down) = (len >> 20, start.elapsed() - up);
     measured(&format!("{mib} MiB up in {up:.2?}, {mib} MiB down in {down:.2?}"));
@@ -104,14 +104,14 @@ fn half_close_after_64_mib_gets_the_whole_answer(engine: Engine) {
     const LEN: u64 = 64 << 20;
     let (digests, at_the_backend) = mpsc::channel();
     let backend = ScriptedBackend::start(script(move |conn| {
-        digests.send(drink(|buffer| conn.read(buffer))).unwrap();
-        digests.send(pour(LEN, 4, |bytes| conn.write_all(bytes))).unwrap();
+        digests.send(digest_received(|buffer| conn.read(buffer))).unwrap();
+        digests.send(send_noise(LEN, 4, |bytes| conn.write_all(bytes))).unwrap();
     }));
     let proxy = relay_to(engine, &backend);
     let mut client = connect(proxy.addr("web"));
-    let sent = pour(LEN, 3, |bytes| client.write_all(bytes));
+    let sent = send_noise(LEN, 3, |bytes| client.write_all(bytes));
     client.shutdown(Shutdown::Write).unwrap();
-    let received = drink(|buffer| client.read(buffer));
+    let received = digest_received(|buffer| client.read(buffer));
     assert_eq!(at_the_backend.recv().unwrap(), sent);
     assert_eq!(received, at_the_backend.recv().unwrap());
 }
@@ -166,7 +166,7 @@ fn fin_comes_only_after_the_last_byte_to_a_slow_reader(engine: Engine) {
     let backend = ScriptedBackend::start(backend::slow_read(64 * 1024, ms(1)));
     let proxy = relay_to(engine, &backend);
     let mut client = connect(proxy.addr("web"));
-    pour(LEN, 5, |bytes| client.write_all(bytes));
+    send_noise(LEN, 5, |bytes| client.write_all(bytes));
     client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(client::read_to_end(&client), End::Fin(0));
     let counts = backend.counts();
@@ -177,7 +177,7 @@ fn fin_comes_only_after_the_last_byte_to_a_slow_reader(engine: Engine) {
 fn fin_from_the_backend_waits_for_a_slow_client(engine: Engine) {
     const LEN: u64 = 8 << 20;
     let backend = ScriptedBackend::start(script(|conn| {
-        pour(LEN, 6, |bytes| conn.write_all(bytes));
+        send_noise(LEN, 6, |bytes| conn.write_all(bytes));
         conn.fin();
         conn.drain();
     }));
@@ -277,7 +277,7 @@ fn unix_socket_backend_serves(engine: Engine) {
     let backend = ScriptedBackend::start_unix(&dir.path().join("b.sock"), backend::echo());
     let proxy = relay_to(engine, &backend);
     let mut client = connect(proxy.addr("web"));
-    let sent = pour(3 << 20, 8, |bytes| {
+    let sent = send_noise(3 << 20, 8, |bytes| {
         let echoed = client::exchange(&client, bytes)?;
         assert!(echoed == bytes, "the echo differs");
         Ok(())
@@ -372,7 +372,7 @@ fn backend_half_close_leaves_the_other_direction_open(engine: Engine) {
     client.write_all(b"abc").unwrap();
     assert_eq!(client::read_to_end(&client), End::Fin(0));
     let sent = 1 << 20;
-    pour(sent, 9, |bytes| client.write_all(bytes));
+    send_noise(sent, 9, |bytes| client.write_all(bytes));
     client.shutdown(Shutdown::Write).unwrap();
     let read = &backend.counts().bytes_read;
     eventually(secs(5), "the rest arrives", || read.load(Ordering::Relaxed) == sent + 3);

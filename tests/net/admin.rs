@@ -1,9 +1,9 @@
-//! Who can reach and use the admin API: nobody from another host, unless told,
-//! and then nobody without the token.
+//! Access to the admin API from other hosts: none by default, and only with the token if it
+//! listens on a reachable address.
 //!
-//! Listening on a Unix socket or on loopback, it must not answer on any address
-//! that the client's or a backend's host can name. Listening on one, it must
-//! refuse what curl on such a host can think of, and go on for who may ask.
+//! On a Unix socket or loopback the API must not answer on any address that other hosts can
+//! reach. On a reachable address it must reject invalid requests of curl and continue to
+//! serve authorised requests.
 
 use crate::common::ports::free_port;
 use crate::common::proxy::PROGRAM;
@@ -30,7 +30,7 @@ fn unix_admin_socket_opens_no_port(engine: Engine) {
     assert_eq!(listening(&hosts.balancer), [proxy.addr("web")]);
 }
 
-/// Every IPv4 and IPv6 address that somebody listens on, each once.
+/// Every IPv4 and IPv6 address with a listener on `host`, sorted and without duplicates.
 fn listening(host: &Namespace) -> Vec<SocketAddr> {
     let tables = ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"];
     let read = || tables.map(|path| std::fs::read_to_string(path).unwrap_or_default());
@@ -47,7 +47,7 @@ fn listening(host: &Namespace) -> Vec<SocketAddr> {
     found
 }
 
-/// `0100007F:1F90` is 127.0.0.1:8080: words in the machine's byte order.
+/// Parses `0100007F:1F90` as 127.0.0.1:8080. The address is a word in the host's byte order.
 fn address(text: &str) -> SocketAddr {
     let (ip, port) = text.split_once(':').unwrap();
     let port = u16::from_str_radix(port, 16).unwrap();
@@ -56,13 +56,13 @@ fn address(text: &str) -> SocketAddr {
             let word = u32::from_str_radix(ip, 16).unwrap();
             SocketAddr::from((Ipv4Addr::from(word.to_ne_bytes()), port))
         }
-        // The test only needs to tell it from the frontend's.
+        // No IPv6 listener is expected on this host.
         _ => panic!("a listener on IPv6: {text}"),
     }
 }
 
 #[test]
-fn loopback_admin_answers_its_own_host_alone() {
+fn loopback_admin_is_unreachable_from_other_hosts() {
     let _share = crate::common::exclusive::shared();
     if !networks_run() {
         return;
@@ -77,8 +77,11 @@ fn loopback_admin_answers_its_own_host_alone() {
     command.args(["run", "--config"]).arg(&config).stdout(Stdio::null()).stderr(Stdio::null());
     let _balancer = hosts.balancer.run(|| Running::start(&mut command));
     let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    eventually(secs(10), "it answers on its own host", || {
-        hosts.balancer.run(|| http::over_tcp(loopback, "/live")).is_ok_and(|it| it.status == 200)
+    eventually(secs(10), "the API answers on its own host", || {
+        hosts
+            .balancer
+            .run(|| http::over_tcp(loopback, "/live"))
+            .is_ok_and(|answer| answer.status == 200)
     });
     let host = &hosts.backends[0];
     for (from, own) in [(&hosts.client, FRONTEND), (&host.namespace, host.link.a())] {
@@ -90,7 +93,7 @@ fn loopback_admin_answers_its_own_host_alone() {
     }
 }
 
-/// A balancer whose admin API other hosts reach.
+/// A Tidegate process with an admin API that other hosts can reach.
 struct Open {
     hosts: Hosts,
     balancer: Running,
@@ -118,13 +121,13 @@ impl Open {
         command.args(["run", "--config"]).arg(&config).stdout(Stdio::null()).stderr(Stdio::null());
         let balancer = hosts.balancer.run(|| Running::start(&mut command));
         let open = Open { hosts, balancer, admin, frontend, _dir: dir };
-        eventually(secs(20), "who has the token is answered", || {
+        eventually(secs(20), "a request with the token succeeds", || {
             open.curl("/ready", &["-H", RIGHT]) == "200"
         });
         open
     }
 
-    /// The status curl gets on the client's host; 000 for none.
+    /// Returns the status that curl gets on the client's host, or 000 for none.
     fn curl(&self, path: &str, arguments: &[&str]) -> String {
         let mut command = Command::new("curl");
         command.args(["-s", "-o", "/dev/null", "-w", "%{http_code}", "--max-time", "30"]);
@@ -138,7 +141,7 @@ const RIGHT: &str = "Authorization: Bearer 0123456789-the-right-token";
 const WRONG: &str = "Authorization: Bearer 0123456789-the-wrong-token";
 
 #[test]
-fn another_host_is_refused_whatever_curl_sends() {
+fn invalid_requests_from_another_host_are_rejected() {
     let _share = crate::common::exclusive::shared();
     if !networks_run() || !have(&["curl"]) {
         return;
@@ -172,7 +175,7 @@ fn another_host_is_refused_whatever_curl_sends() {
         ("a path upwards", "/../../etc/passwd", &["--path-as-is", "-H", RIGHT], "404"),
         ("a name upwards", "/v1/pools/..%2f..%2fetc/backends/passwd/explain", &["-H", RIGHT], "404"),
         ("another method", shutdown, &["-XDELETE", "-H", RIGHT], "405"),
-        ("who may", "/v1/status", &["-H", RIGHT], "200"),
+        ("a valid request", "/v1/status", &["-H", RIGHT], "200"),
     ];
     for (what, path, arguments, wanted) in table {
         assert_eq!(open.curl(path, arguments), *wanted, "{what}");
@@ -180,7 +183,7 @@ fn another_host_is_refused_whatever_curl_sends() {
 }
 
 #[test]
-fn a_slow_head_from_another_host_is_cut_off() {
+fn slow_head_from_another_host_is_closed() {
     let _share = crate::common::exclusive::shared();
     if !networks_run() || !have(&["curl"]) {
         return;
@@ -190,7 +193,7 @@ fn a_slow_head_from_another_host_is_cut_off() {
     slow.set_read_timeout(Some(patience(secs(20)))).unwrap();
     slow.write_all(format!("GET /v1/status HTTP/1.1\r\n{RIGHT}\r\nHost:").as_bytes()).unwrap();
     let mut answer = String::new();
-    slow.read_to_string(&mut answer).expect("closed, not left open");
+    slow.read_to_string(&mut answer).expect("the connection is closed");
     assert!(!answer.contains("200 OK"), "{answer}");
     assert_eq!(open.curl("/v1/status", &["-H", RIGHT]), "200");
 }
@@ -198,8 +201,7 @@ fn a_slow_head_from_another_host_is_cut_off() {
 mod alone {
     use super::*;
 
-    /// 1,000 connections that ask nothing: who may ask is answered all the same,
-    /// and traffic does not notice.
+    /// With 1,000 silent admin connections, requests are answered and sessions are served.
     #[test]
     fn thousand_admin_connections_block_no_request() {
         let _share = crate::common::exclusive::alone();
@@ -223,19 +225,19 @@ mod alone {
             let asked = Instant::now();
             assert_eq!(open.curl("/v1/status", &["-H", RIGHT]), "200");
             slowest = slowest.max(asked.elapsed());
-            client::exchange(&session, b"meanwhile").unwrap();
+            client::exchange(&session, b"during it").unwrap();
             let another = open.hosts.client.run(|| client::connect(open.frontend));
-            client::exchange(&another, b"and others").unwrap();
+            client::exchange(&another, b"a new one").unwrap();
         }
         let held = proc::fd_count(open.balancer.pid()).saturating_sub(before);
         measured(&format!(
-            "{} of {COUNT} admin connections were taken; who asked was answered within {slowest:?}; \
+            "{} of {COUNT} admin connections established; slowest request {slowest:?}; \
              {held} descriptors more",
             crowd.len()
         ));
-        // 32 seats, one in hand, and those whose answer is on its way.
-        assert!(held < 100, "{held} descriptors for them");
-        // The queue ahead of who asks: 128 connections, 32 every 100 ms.
+        // 32 connection slots, one accepted connection, and connections with a pending answer.
+        assert!(held < 100, "{held} more descriptors");
+        // At most 128 connections are queued before a request, and 32 are handled per 100 ms.
         assert!(slowest < patience(secs(10)), "{slowest:?}");
     }
 }

@@ -1,5 +1,5 @@
-//! Binds on hosts of their own: addresses that no interface has yet, hosts without
-//! IPv6, a backend on the port of a wildcard.
+//! Binds on separate hosts: addresses that no interface has yet, hosts without IPv6, and a
+//! backend on the port of a wildcard.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client;
@@ -11,14 +11,14 @@ use std::net::SocketAddr;
 use std::process::Command;
 
 on_every_engine!(
-    an_absent_address_is_bound_where_the_file_says_so,
-    a_star_is_ipv4_alone_on_a_host_without_ipv6,
+    absent_address_is_bound_with_freebind,
+    star_bind_is_ipv4_only_on_a_host_without_ipv6,
 );
 
-/// A host with one balancer, whose file can be rewritten.
+/// A host with one Tidegate process, whose configuration file can be rewritten.
 struct Host {
     proxy: TestProxy,
-    // Here to live as long.
+    // Keeps the backend running.
     _backend: ScriptedBackend,
     namespace: Namespace,
 }
@@ -40,7 +40,7 @@ impl Host {
         self.namespace.run(|| client::ask(address))
     }
 
-    /// The answer to a reload of the file with that bind instead.
+    /// Reloads the file with a different bind and returns the answer.
     fn rebind(&self, bind: &str) -> crate::common::http::Answer {
         let text = self.proxy.render(&self.proxy.conf());
         let old = "\"127.0.0.1:8080\"";
@@ -49,7 +49,7 @@ impl Host {
         self.proxy.admin_request("POST", "/v1/reload")
     }
 
-    /// What `check` says of the file.
+    /// Returns the exit code and the output of `check`.
     fn check(&self) -> String {
         let path = self.proxy.config_path();
         let output = self.namespace.run(|| Command::new(PROGRAM).arg("check").arg(path).output());
@@ -58,7 +58,7 @@ impl Host {
     }
 }
 
-fn an_absent_address_is_bound_where_the_file_says_so(engine: Engine) {
+fn absent_address_is_bound_with_freebind(engine: Engine) {
     if !networks_run() {
         return;
     }
@@ -83,11 +83,11 @@ fn an_absent_address_is_bound_where_the_file_says_so(engine: Engine) {
     let said = host.check();
     assert!(said.starts_with("Some(0)"), "{said}");
     host.namespace.ip("address add 192.0.2.9/32 dev lo");
-    assert_eq!(host.ask("192.0.2.9:8080").unwrap(), "a", "the address has come");
+    assert_eq!(host.ask("192.0.2.9:8080").unwrap(), "a", "the address exists");
     host.proxy.rebaseline();
 }
 
-fn a_star_is_ipv4_alone_on_a_host_without_ipv6(engine: Engine) {
+fn star_bind_is_ipv4_only_on_a_host_without_ipv6(engine: Engine) {
     if !networks_run() {
         return;
     }
@@ -99,9 +99,9 @@ fn a_star_is_ipv4_alone_on_a_host_without_ipv6(engine: Engine) {
     host.proxy.rebaseline();
 }
 
-/// Nothing here is an engine's.
+/// The engine does not matter here.
 #[test]
-fn a_wildcard_and_a_backend_on_its_port_are_both_named() {
+fn wildcard_and_backend_on_its_port_are_both_reported() {
     let _share = crate::common::exclusive::shared();
     if !networks_run() {
         return;

@@ -1,7 +1,7 @@
-//! The emulator's decisions, without a kernel: shares, seeds, order, queues.
+//! The decisions of the link emulator without a kernel: shares, seeds, order and queues.
 //!
-//! Time is an argument here, so every bound is exact or binomial with fixed
-//! seeds: these tests give the same result on any machine. Nothing is sent.
+//! Time is an argument, so every bound is exact, or binomial with a fixed seed. The results
+//! are the same on every machine. No packet is sent.
 
 use crate::common::ms;
 use crate::link::channel::{Channel, Fate, Impairment, Loss};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 const PACKET: usize = 1000;
 
-/// Offers `count` packets, one each `gap`; gives sending times and fates.
+/// Offers `count` packets at intervals of `gap`. Returns the send times and the fates.
 fn offer(seed: u64, count: usize, gap: Duration, how: Impairment) -> Vec<(Instant, Fate)> {
     let mut channel = Channel::new(seed);
     let start = Instant::now();
@@ -17,7 +17,7 @@ fn offer(seed: u64, count: usize, gap: Duration, how: Impairment) -> Vec<(Instan
     times.map(|now| (now, channel.offer(PACKET, now, &how))).collect()
 }
 
-/// The arrival times, in order of sending.
+/// Returns the arrival times in the order of sending.
 fn arrivals(fates: &[(Instant, Fate)]) -> Vec<Instant> {
     let arrival = |(_, fate): &(Instant, Fate)| match fate {
         Fate::Arrives { at, .. } => Some(*at),
@@ -30,7 +30,7 @@ fn lost(fates: &[(Instant, Fate)]) -> Vec<bool> {
     fates.iter().map(|(_, fate)| *fate == Fate::Lost).collect()
 }
 
-/// Whether `hits` of `count` fits a chance of `share`: five standard deviations.
+/// Checks that `hits` of `count` fit a probability of `share` within five standard deviations.
 #[track_caller]
 pub fn assert_share(what: &str, hits: u64, count: u64, share: f64) {
     let expected = count as f64 * share;
@@ -44,14 +44,14 @@ fn count(fates: &[(Instant, Fate)], is: impl Fn(&Fate) -> bool) -> u64 {
 }
 
 #[test]
-fn perfect_line_passes_everything_at_once() {
+fn perfect_link_delivers_immediately() {
     for (sent, fate) in offer(1, 1000, ms(1), Impairment::default()) {
         assert_eq!(fate, Fate::Arrives { at: sent, copies: 1, held_back: false, flip: None });
     }
 }
 
 #[test]
-fn shares_are_as_asked() {
+fn shares_match_the_settings() {
     let how = Impairment {
         loss: Loss::Independent(0.05),
         duplicate: 0.02,
@@ -71,7 +71,7 @@ fn shares_are_as_asked() {
 }
 
 #[test]
-fn losses_depend_on_the_seed_and_on_nothing_else() {
+fn losses_depend_only_on_the_seed() {
     let plain = Impairment { loss: Loss::Independent(0.1), ..Impairment::default() };
     let busy = Impairment {
         delay: ms(50),
@@ -88,21 +88,21 @@ fn losses_depend_on_the_seed_and_on_nothing_else() {
 }
 
 #[test]
-fn bursts_have_the_share_and_the_length_asked_for() {
+fn bursts_have_the_configured_share_and_length() {
     let loss = Loss::Bursts { enter: 0.01, leave: 0.2, lost: 1.0 };
     let fates = offer(5, 200_000, ms(1), Impairment { loss, ..Impairment::default() });
     let lost = lost(&fates);
     let total = lost.iter().filter(|lost| **lost).count() as f64;
     let bursts = lost.windows(2).filter(|pair| pair == &[false, true]).count() as f64;
-    // Neighbours depend on each other, so these are no binomial bounds; a
-    // burst's length has a standard deviation of its mean, over 1,900 bursts.
+    // Packets depend on their neighbours, so these bounds are not binomial. The standard
+    // deviation of a burst's length equals its mean, and there are 1,900 bursts.
     let share = total / lost.len() as f64;
     assert!((share - 0.01 / 0.21).abs() < 0.005, "a share of {share} is lost");
     assert!((total / bursts - 5.0).abs() < 0.6, "bursts of {} packets", total / bursts);
 }
 
 #[test]
-fn jitter_stays_in_its_bounds_and_keeps_the_order() {
+fn jitter_stays_within_bounds_and_keeps_the_order() {
     let how = Impairment { delay: ms(20), jitter: ms(15), ..Impairment::default() };
     let fates = offer(6, 1000, Duration::from_micros(100), how);
     let arrivals = arrivals(&fates);
@@ -122,7 +122,7 @@ fn jitter_stays_in_its_bounds_and_keeps_the_order() {
 }
 
 #[test]
-fn packets_held_back_are_overtaken() {
+fn held_back_packets_are_overtaken() {
     let how = Impairment { reorder: 0.2, reorder_by: ms(3), ..Impairment::default() };
     let fates = offer(7, 1000, ms(1), how);
     let overtaken = arrivals(&fates).windows(2).filter(|pair| pair[0] > pair[1]).count();
@@ -130,7 +130,7 @@ fn packets_held_back_are_overtaken() {
 }
 
 #[test]
-fn limited_rate_sends_one_after_the_other() {
+fn limited_rate_sends_packets_in_sequence() {
     // 1,000 bytes at 8 Mbit/s take 1 ms.
     let how = Impairment { rate: Some(8_000_000), queue: 1 << 20, ..Impairment::default() };
     let fates = offer(8, 100, Duration::ZERO, how);
@@ -141,7 +141,7 @@ fn limited_rate_sends_one_after_the_other() {
 }
 
 #[test]
-fn limited_rate_drops_what_its_queue_cannot_hold() {
+fn limited_rate_drops_packets_beyond_its_queue() {
     let how = Impairment { rate: Some(8_000_000), queue: 10 * PACKET, ..Impairment::default() };
     let fates = offer(9, 100, Duration::ZERO, how);
     assert_eq!(arrivals(&fates).len(), 10);
@@ -151,14 +151,14 @@ fn limited_rate_drops_what_its_queue_cannot_hold() {
 }
 
 #[test]
-fn partition_lets_nothing_through() {
+fn partition_drops_every_packet() {
     let how = Impairment { partition: true, ..Impairment::default() };
     let fates = offer(10, 1000, ms(1), how);
     assert_eq!(count(&fates, |fate| *fate == Fate::Partitioned), 1000);
 }
 
 #[test]
-fn flipped_bits_lie_in_the_packet() {
+fn flipped_bits_are_within_the_packet() {
     let how = Impairment { corrupt: 1.0, ..Impairment::default() };
     let flips: Vec<usize> = offer(11, 10_000, ms(1), how)
         .iter()

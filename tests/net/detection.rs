@@ -1,14 +1,14 @@
-//! How soon each fault of a backend is seen, by each way of watching.
+//! How soon each fault of a backend is detected, by each detection method.
 //!
-//! One test a fault and way; the histograms go to the notes. What the trials
-//! do and measure is in [`crate::trials`].
+//! One test per fault and method. The histograms go to the notes. [`crate::trials`] runs and
+//! measures the trials.
 
 use crate::common::exclusive;
 use crate::testbed::Fault;
 use crate::trials;
 use crate::watch::{FastProbes, Heartbeats};
 
-/// One test for each fault and share of packets lost, alone on the machine.
+/// Makes one test per fault and packet loss, each alone on the machine.
 macro_rules! trials {
     ($way:ident, $watch:expr, $($name:ident: $fault:expr, $loss:expr);+ $(;)?) => {
         mod $way {
@@ -28,19 +28,19 @@ macro_rules! trials {
 trials!(
     probes,
     FastProbes,
-    killed_backend_is_seen: Fault::Killed, 0.0;
-    frozen_backend_is_seen: Fault::Frozen, 0.0;
-    cut_backend_is_seen: Fault::Cut, 0.0;
-    backend_cut_one_way_is_seen: Fault::CutOneWay, 0.0;
-    starved_backend_is_reported: Fault::Starved, 0.0;
+    killed_backend_is_detected: Fault::Killed, 0.0;
+    stopped_backend_is_detected: Fault::Stopped, 0.0;
+    partitioned_backend_is_detected: Fault::Partitioned, 0.0;
+    one_way_partitioned_backend_is_detected: Fault::PartitionedOneWay, 0.0;
+    cpu_limited_backend_is_reported: Fault::CpuLimited, 0.0;
 );
 
 trials!(
     heartbeats,
     Heartbeats::new(),
-    killed_backend_is_seen: Fault::Killed, 0.0;
-    frozen_host_is_seen: Fault::AllFrozen, 0.0;
-    cut_backend_is_seen: Fault::Cut, 0.0;
-    cut_backend_is_seen_among_losses: Fault::Cut, 0.05;
-    starved_backend_is_reported: Fault::Starved, 0.0;
+    killed_backend_is_detected: Fault::Killed, 0.0;
+    stopped_host_is_detected: Fault::HostStopped, 0.0;
+    partitioned_backend_is_detected: Fault::Partitioned, 0.0;
+    partitioned_backend_is_detected_with_packet_loss: Fault::Partitioned, 0.05;
+    cpu_limited_backend_is_reported: Fault::CpuLimited, 0.0;
 );

@@ -1,9 +1,8 @@
-//! The emulator held to account with real packets: what it claims to do to a
-//! link is what two hosts see.
+//! Tests of the link emulator with real packets: its settings and counters must match what two
+//! hosts measure.
 //!
-//! Each test makes two hosts and a link, sends numbered datagrams or one TCP
-//! stream, and compares what came with what was asked for and what was counted.
-//! No balancer runs here.
+//! Each test creates two hosts and a link, sends numbered datagrams or one TCP stream, and
+//! compares the arrivals with the settings and the counters. Tidegate does not run here.
 
 use crate::channel::assert_share;
 use crate::common::{eventually, exclusive, measured, ms, patience, secs, servers};
@@ -32,7 +31,7 @@ impl Pair {
         Pair { link: Link::join(&a, &b, 1, seed), a, b }
     }
 
-    /// Sends `count` datagrams from a to b, one each `gap`.
+    /// Sends `count` datagrams from a to b at intervals of `gap`.
     fn send_to_b(&self, count: u32, gap: Duration) -> Vec<Datagram> {
         send(&self.a, &self.b, self.link.b(), self.link.a_to_b(), count, gap)
     }
@@ -48,8 +47,8 @@ struct Datagram {
     took: Duration,
 }
 
-/// Sends numbered datagrams and gives those that came, in order of arrival,
-/// once nothing is on the way any more.
+/// Sends numbered datagrams. Returns the datagrams that arrived, in order of arrival, after no
+/// packet is in transit.
 fn send(
     from: &Namespace,
     to: &Namespace,
@@ -70,8 +69,8 @@ fn send(
         for number in 0..count {
             sent.push(Instant::now());
             sender.send(&number.to_le_bytes()).unwrap();
-            // A device holds 500 packets, the socket some 250: neither the pump
-            // nor the receiver must fall behind.
+            // A device holds 500 packets and the socket about 250, so neither the pump nor the
+            // receiver must lag.
             if number % 100 == 99 {
                 eventually(secs(5), "pump and receiver keep up", || {
                     let counts = direction.counts();
@@ -83,7 +82,7 @@ fn send(
                 std::thread::sleep(gap);
             }
         }
-        eventually(secs(5), "everything has arrived or is lost", || {
+        eventually(secs(5), "every packet has arrived or is lost", || {
             let counts = direction.counts();
             counts.offered - before.offered == u64::from(count) && counts.on_the_way() == 0
         });
@@ -94,7 +93,7 @@ fn send(
     came.into_iter().map(took).map(|(number, took)| Datagram { number, took }).collect()
 }
 
-/// Receives until `over` is set and nothing is left.
+/// Receives until `over` is set and the socket is empty.
 fn receive(socket: &UdpSocket, over: &AtomicBool, count: &AtomicU64) -> Vec<(u32, Instant)> {
     let mut came = Vec::new();
     loop {
@@ -114,8 +113,7 @@ fn numbers(came: &[Datagram]) -> Vec<u32> {
     came.iter().map(|datagram| datagram.number).collect()
 }
 
-/// Sends `bytes` of noise from a to b over TCP; gives how long it took, after
-/// the two sums have been compared.
+/// Sends `bytes` of noise from a to b over TCP and compares the checksums. Returns the duration.
 #[track_caller]
 fn transfer(pair: &Pair, bytes: usize) -> Duration {
     let mut noise = vec![0; bytes];
@@ -143,7 +141,7 @@ fn transfer(pair: &Pair, bytes: usize) -> Duration {
 }
 
 #[test]
-fn delay_is_what_was_asked_for() {
+fn delay_matches_the_setting() {
     let _share = exclusive::shared();
     if !networks_run() {
         return;
@@ -157,10 +155,10 @@ fn delay_is_what_was_asked_for() {
         came.sort_by_key(|datagram| datagram.took);
     }
     let (least, median) = (there[0].took, there[25].took);
-    measured(&format!("30 ms asked: least {least:?}, median {median:?}; 0: {:?}", back[25].took));
-    // The least, for the rest waits for a busy machine's turn as well.
+    measured(&format!("set to 30 ms: least {least:?}, median {median:?}; 0: {:?}", back[25].took));
+    // Only the minimum is tight, because other packets also wait for a busy machine.
     assert!(least >= ms(30) && least < patience(ms(35)), "{least:?}");
-    assert!(back[0].took < patience(ms(5)), "the way back has none: {:?}", back[0].took);
+    assert!(back[0].took < patience(ms(5)), "no delay in the other direction: {:?}", back[0].took);
 }
 
 #[test]
@@ -215,7 +213,7 @@ fn reordered_packets_arrive_late_and_once() {
 }
 
 #[test]
-fn flipped_bits_are_caught_and_the_stream_stays_intact() {
+fn flipped_bits_are_detected_and_the_stream_stays_intact() {
     let _share = exclusive::shared();
     if !networks_run() {
         return;
@@ -231,7 +229,7 @@ fn flipped_bits_are_caught_and_the_stream_stays_intact() {
     assert!(caught > 0);
 }
 
-/// One number of `/proc/net/snmp`: a line of names, then a line of values.
+/// Returns one value of `/proc/net/snmp`, which has a line of names and a line of values.
 fn snmp_value(snmp: &str, group: &str, name: &str) -> u64 {
     let lines: Vec<&str> = snmp.lines().filter(|line| line.starts_with(group)).collect();
     let place = lines[0].split(' ').position(|word| word == name).unwrap();
@@ -239,7 +237,7 @@ fn snmp_value(snmp: &str, group: &str, name: &str) -> u64 {
 }
 
 #[test]
-fn stream_survives_everything_at_once() {
+fn stream_survives_all_impairments_together() {
     let _share = exclusive::shared();
     if !networks_run() {
         return;
@@ -261,7 +259,7 @@ fn stream_survives_everything_at_once() {
 }
 
 #[test]
-fn each_direction_is_cut_and_mended_by_itself() {
+fn directions_are_partitioned_independently() {
     let _share = exclusive::shared();
     if !networks_run() {
         return;
@@ -280,7 +278,7 @@ fn each_direction_is_cut_and_mended_by_itself() {
 }
 
 #[test]
-fn rate_is_kept_and_its_queue_bounded() {
+fn rate_limit_holds_and_its_queue_is_bounded() {
     let _share = exclusive::shared();
     if !networks_run() {
         return;
@@ -289,21 +287,21 @@ fn rate_is_kept_and_its_queue_bounded() {
     pair.link.a_to_b().change(|how| (how.rate, how.queue) = (Some(20_000_000), 64 * 1024));
     let took = transfer(&pair, 1 << 20);
     let mbit = (8 << 20) as f64 / took.as_secs_f64() / 1e6;
-    measured(&format!("20 Mbit/s asked: {mbit:.1} Mbit/s of payload"));
-    // Headers take 3.4 %. The last bytes are read once they have come.
+    measured(&format!("set to 20 Mbit/s: {mbit:.1} Mbit/s of payload"));
+    // Headers take 3.4 %. The receiver reads the last bytes as soon as they arrive.
     assert!(mbit <= 20.0, "{mbit}");
     assert!(mbit >= 10.0 / patience(secs(1)).as_secs_f64(), "{mbit}");
     pair.link.a_to_b().change(|how| (how.rate, how.queue) = (Some(100_000), 1000));
     let before = pair.link.a_to_b().counts().overflowed;
     let came = pair.send_to_b(100, Duration::ZERO);
-    // 32 bytes with their headers; the queue may still hold an answer of before.
+    // 32 bytes with headers. The queue can still hold an acknowledgement of the transfer.
     assert!((20..50).contains(&came.len()), "{} of 100 came", came.len());
     let dropped = pair.link.a_to_b().counts().overflowed - before;
     assert_eq!(dropped, 100 - came.len() as u64);
 }
 
 #[test]
-fn two_links_know_nothing_of_each_other() {
+fn links_are_independent() {
     let _share = exclusive::shared();
     if !networks_run() {
         return;
@@ -323,8 +321,8 @@ mod alone {
     use super::*;
 
     #[test]
-    fn what_a_killed_run_left_is_swept() {
-        // Any other test that begins would sweep it first.
+    fn namespaces_of_a_killed_run_are_removed() {
+        // Exclusive, because any other starting test would remove the namespace first.
         let _share = exclusive::alone();
         if !networks_run() {
             return;
@@ -343,11 +341,11 @@ mod alone {
         netns::sweep();
         assert_eq!(netns::owned_by(gone.id()), Vec::<String>::new());
         let status = left.wait().unwrap();
-        assert!(!status.success(), "it was killed: {status}");
+        assert!(!status.success(), "the program was killed: {status}");
     }
 
     #[test]
-    fn nothing_is_left_behind() {
+    fn dropped_hosts_leave_no_resources() {
         let _share = exclusive::alone();
         if !networks_run() {
             return;
@@ -365,18 +363,18 @@ mod alone {
             std::panic::resume_unwind(Box::new("on purpose"));
         });
         assert!(panicked.is_err());
-        // A thread that was joined may be listed for another moment.
+        // A joined thread can be listed for a moment.
         eventually(secs(5), "namespaces, threads and descriptors are gone", || held() == before);
     }
 
     #[test]
-    fn perfect_link_carries_half_a_gigabit() {
+    fn perfect_link_carries_half_a_gigabit_per_second() {
         let _share = exclusive::alone();
         if !networks_run() {
             return;
         }
         let pair = Pair::new(14);
-        // The best of a few: what the link can, not what others leave it.
+        // The best of five attempts, because other programs can use the CPU.
         let wanted = 500.0 / patience(secs(1)).as_secs_f64();
         let mut mbit = 0f64;
         for _ in 0..5 {

@@ -1,9 +1,7 @@
-//! SYN floods: connections that are never finished, from addresses that do not
-//! exist, beside clients that want to be served.
+//! SYN floods from addresses that do not exist, together with real clients.
 //!
-//! The packets are forged here and enter the balancer's host through a TUN device
-//! of their own; its answers come out there and are thrown away. No packet leaves
-//! the machine.
+//! The test forges packets and sends them to Tidegate's host through a separate TUN device.
+//! It discards the answers. No packet leaves the machine.
 
 use crate::common::backend;
 use crate::common::{Engine, client, eventually, measured, on_every_engine_alone, secs};
@@ -14,24 +12,24 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tun_rs::{DeviceBuilder, SyncDevice};
 
-on_every_engine_alone!(syn_flood_leaves_others_served_and_reaches_no_backend);
+on_every_engine_alone!(syn_flood_affects_no_other_clients_and_no_backend);
 
-fn syn_flood_leaves_others_served_and_reaches_no_backend(engine: Engine) {
+fn syn_flood_affects_no_other_clients_and_no_backend(engine: Engine) {
     if !networks_run() {
         return;
     }
     let hosts = Hosts::new(1, 90);
     let service = hosts.backends[0].serve(backend::echo());
     let proxy = hosts.start(hosts.conf(engine, hosts.pool()));
-    let flood = door(&hosts.balancer);
+    let flood = device(&hosts.balancer);
     let (before, fds) = (counters(&hosts.balancer), proxy.fd_count());
     let over = AtomicBool::new(false);
     let (mut slowest, mut forged) = (Duration::ZERO, 0);
     const CLIENTS: u64 = 100;
     let begun = Instant::now();
     std::thread::scope(|scope| {
-        let flooding = scope.spawn(|| pour(&flood, proxy.addr("web"), &over));
-        eventually(secs(10), "the flood is on", || {
+        let flooding = scope.spawn(|| send_flood(&flood, proxy.addr("web"), &over));
+        eventually(secs(10), "the flood has started", || {
             counters(&hosts.balancer).cookies > before.cookies
         });
         for number in 0..CLIENTS {
@@ -42,7 +40,10 @@ fn syn_flood_leaves_others_served_and_reaches_no_backend(engine: Engine) {
             slowest = slowest.max(start.elapsed());
         }
         let most = proxy.fd_count();
-        assert!(most <= fds + 50, "{most} descriptors, {fds} before: half-open ones cost none");
+        assert!(
+            most <= fds + 50,
+            "{most} descriptors, {fds} before: half-open connections use none"
+        );
         over.store(true, Ordering::Relaxed);
         forged = flooding.join().expect("no panic in there");
     });
@@ -54,12 +55,12 @@ fn syn_flood_leaves_others_served_and_reaches_no_backend(engine: Engine) {
         after.cookies - before.cookies,
         after.overflows - before.overflows,
     ));
-    assert!(forged > 1000, "{forged} are no flood");
+    assert!(forged > 1000, "only {forged} forged SYNs");
     assert_eq!(proxy.metric("tidegate_sessions_total", &[]), CLIENTS as f64);
     assert_eq!(service.accepted(), CLIENTS);
 }
 
-/// What the kernel of that host counts.
+/// Counters of the host's kernel.
 #[derive(Clone, Copy)]
 struct Counters {
     cookies: u64,
@@ -77,9 +78,9 @@ fn counters(host: &Namespace) -> Counters {
     Counters { cookies: of("SyncookiesSent"), overflows: of("ListenOverflows") }
 }
 
-/// A way into that host from a network that is not there (RFC 2544, section
-/// C.2.2: 198.18.0.0/15).
-fn door(host: &Namespace) -> SyncDevice {
+/// A TUN device from a network that does not exist (RFC 2544, section C.2.2: 198.18.0.0/15)
+/// into the host.
+fn device(host: &Namespace) -> SyncDevice {
     let device = host.run(|| {
         let device = DeviceBuilder::new().name("flood0").mtu(1500).enable(false).build_sync();
         device.expect("a TUN device")
@@ -89,17 +90,18 @@ fn door(host: &Namespace) -> SyncDevice {
     device
 }
 
-/// SYNs from everywhere as fast as they are taken, until told; gives their number.
-fn pour(door: &SyncDevice, to: SocketAddr, over: &AtomicBool) -> u64 {
+/// Sends SYNs from random addresses as fast as possible until `over` is set. Returns their
+/// number.
+fn send_flood(device: &SyncDevice, to: SocketAddr, over: &AtomicBool) -> u64 {
     let (mut random, mut forged) = (fastrand::Rng::with_seed(7), 0);
     let mut answer = [0; 2048];
     while !over.load(Ordering::Relaxed) {
         for _ in 0..64 {
             let source = Ipv4Addr::from_bits(0xC612_0000 | random.u32(..) & 0x1_FFFF);
             let packet = syn(source, random.u16(1024..), to.port(), random.u32(..));
-            forged += u64::from(door.send(&packet).is_ok());
+            forged += u64::from(device.send(&packet).is_ok());
         }
-        while door.recv(&mut answer).is_ok() {}
+        while device.recv(&mut answer).is_ok() {}
     }
     forged
 }

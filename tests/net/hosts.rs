@@ -1,9 +1,9 @@
-//! A small site: a client, the balancer and its backends, each a host.
+//! A small site: a client, Tidegate and its backends, each on a separate host.
 //!
-//! The client is joined to the balancer by an ideal cable, every backend by a
-//! [`Link`] of its own, so that one can be cut while the others serve. Tests
-//! start programs on these hosts by pid and reach the balancer's admin socket
-//! by its path, which no namespace hides. Nothing here judges.
+//! An ideal cable joins the client to Tidegate. A separate [`Link`] joins each backend, so that
+//! a test can partition one backend while the others serve. Tests start programs on these
+//! hosts and use the admin socket by its path, which network namespaces do not hide. This
+//! module checks nothing.
 
 use crate::common::backend::{Script, ScriptedBackend};
 use crate::common::conf::{Conf, Pool};
@@ -16,13 +16,13 @@ use rustix::process::Signal;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::process::{Command, Stdio};
 
-/// Where frontends bind.
+/// The address of all frontends.
 pub const FRONTEND: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 
-/// Where every backend listens, each on its own host.
+/// The port of every backend, each on a separate host.
 const BACKEND_PORT: u16 = 9000;
 
-/// What backends are called, in order.
+/// Names of the backends, in order.
 const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
 
 pub struct Hosts {
@@ -31,14 +31,14 @@ pub struct Hosts {
     pub balancer: Namespace,
 }
 
-/// A backend's host and its link: *a* is the balancer's end.
+/// A backend's host and its link. End *a* is Tidegate's.
 pub struct Host {
     pub name: &'static str,
     pub link: Link,
     pub namespace: Namespace,
 }
 
-/// A backend in a process of its own that echoes what it gets.
+/// An echoing backend in a separate process.
 pub struct Service {
     running: Running,
 }
@@ -46,13 +46,13 @@ pub struct Service {
 // === impl Hosts ===
 
 impl Hosts {
-    /// A site with that many backends (5 at most) behind perfect links.
+    /// A site with `backends` backends (at most 5) on perfect links.
     #[track_caller]
     pub fn new(backends: usize, seed: u64) -> Hosts {
         let (client, balancer) = (Namespace::new("client"), Namespace::new("lb"));
         client.join_by_veth("10.77.0.2/24", &balancer, &format!("{FRONTEND}/24"), "client0");
-        // Short sessions by the thousand: without this the client's ports are
-        // in TIME_WAIT before a long run is over.
+        // Without this setting the client's ports would all be in TIME_WAIT before the end of a
+        // long run.
         client.sysctl("ipv4/tcp_tw_reuse", "1");
         let backends = (1..).zip(&NAMES[..backends]).map(|(number, name)| {
             let namespace = Namespace::new(name);
@@ -62,26 +62,26 @@ impl Hosts {
         Hosts { backends: backends.collect(), client, balancer }
     }
 
-    /// The pool `web` with every backend of the site.
+    /// The pool `web` with all backends of the site.
     pub fn pool(&self) -> Pool {
         let pool = Pool::new("web");
         self.backends.iter().fold(pool, |pool, host| pool.backend(host.name, host.address()))
     }
 
-    /// A frontend `web` that the client reaches, in front of that pool.
+    /// A configuration with a frontend `web` that the client can reach and with this pool.
     pub fn conf(&self, engine: Engine, pool: Pool) -> Conf {
         Conf::new(engine).frontend_on(&FRONTEND.to_string(), "web", "web", "").pool(pool)
     }
 
-    /// Starts the balancer on its host.
+    /// Starts Tidegate on its host.
     #[track_caller]
     pub fn start(&self, conf: Conf) -> TestProxy {
         self.balancer.run(|| TestProxy::start(conf))
     }
 
-    /// Starts it and waits until every backend is known to be up.
+    /// Starts Tidegate and waits until every backend is up.
     #[track_caller]
-    pub fn start_and_see_all_up(&self, conf: Conf) -> TestProxy {
+    pub fn start_and_wait_all_up(&self, conf: Conf) -> TestProxy {
         let proxy = self.start(conf);
         for host in &self.backends {
             proxy.wait_backend("web", host.name, "observation", "up");
@@ -93,17 +93,17 @@ impl Hosts {
 // === impl Host ===
 
 impl Host {
-    /// Where its backend listens.
+    /// The address of its backend.
     pub fn address(&self) -> SocketAddr {
         SocketAddr::from((self.link.b(), BACKEND_PORT))
     }
 
-    /// A scripted backend on this host, in this process.
+    /// Starts a scripted backend on this host, in the test process.
     pub fn serve(&self, script: Script) -> ScriptedBackend {
         self.namespace.run(|| ScriptedBackend::start_on(self.address(), script))
     }
 
-    /// An echo server on this host, to be killed and stopped.
+    /// Starts an echo server on this host in a separate process, to be killed or stopped.
     #[track_caller]
     pub fn start_echo(&self) -> Service {
         let mut command = Command::new(PROGRAM);
@@ -130,13 +130,14 @@ impl Service {
         self.running.kill();
     }
 
-    /// SIGSTOP: the kernel goes on taking connections, nobody answers.
-    pub fn freeze(&self) {
+    /// Sends SIGSTOP. The kernel continues to accept connections, but the service does not
+    /// answer.
+    pub fn pause(&self) {
         proc::signal(self.pid(), Signal::STOP);
     }
 
-    /// SIGCONT
-    pub fn thaw(&self) {
+    /// Sends SIGCONT.
+    pub fn resume(&self) {
         proc::signal(self.pid(), Signal::CONT);
     }
 }

@@ -1,30 +1,29 @@
-//! The network suite: client, balancer and backends as separate hosts, joined
-//! by links that lose, delay, reorder and cut.
+//! The network tests: client, Tidegate and backends on separate hosts, joined by links that can
+//! lose, delay, reorder and partition.
 //!
-//! Hosts are network namespaces of this kernel; no packet leaves the machine.
-//! Run it with `scripts/test`, as root: without the rights it needs every test
-//! is skipped loudly, and fails where `CI` is set unless `TIDEGATE_NO_NETNS`
-//! says that the machine cannot. It never touches the machine's own network. Which
-//! fault is tested where stands in `README.md` beside this file.
+//! Hosts are network namespaces of this kernel, and no packet leaves the machine. Run the
+//! tests with `scripts/test` as root. Without root every test reports that it is skipped, and
+//! in CI (`CI` is set) it fails unless `TIDEGATE_NO_NETNS` is set. The machine's own network
+//! configuration is never changed. `README.md` in this directory lists the fault cases.
 
-// Tests wait and read the clock; the program under test may not.
+// The program must not sleep or read the clock directly. Tests can.
 #![allow(clippy::disallowed_methods)]
-// A failed unwrap in a test is a failed test.
+// A failed unwrap fails the test.
 #![allow(clippy::unwrap_used)]
-// Helpers are public to the suite, which nobody else links.
+// Helpers are public to the suite. No other crate links it.
 #![allow(unreachable_pub)]
 
 #[allow(dead_code, unused_imports, unused_macros)]
 #[path = "../common/mod.rs"]
 mod common;
 
+mod cpu_limit;
 #[allow(dead_code)]
 mod hosts;
 #[allow(dead_code)]
 mod link;
 #[allow(dead_code)]
 mod netns;
-mod starve;
 #[allow(dead_code)]
 mod testbed;
 mod traffic;

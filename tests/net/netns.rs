@@ -1,9 +1,8 @@
-//! Network namespaces as hosts: made, entered, joined by veth, and taken away.
+//! Network namespaces as hosts: created, entered, joined by veth, and removed.
 //!
-//! A namespace is named `tg-PID-N-ROLE` after the process that owns it and goes
-//! when its handle drops, in a panic too; what a killed run left behind is
-//! swept by the next one. It never changes anything in the machine's own
-//! namespace.
+//! A namespace is named `tg-PID-N-ROLE` after its owning process and is removed when its handle
+//! drops, also after a panic. The next run removes the namespaces of a killed run. Nothing in
+//! the machine's own namespace changes.
 
 use crate::common::{self, servers};
 use rustix::process::Signal;
@@ -15,18 +14,18 @@ use std::process::{Command, Output, Stdio};
 use std::sync::Once;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Where iproute2 keeps named namespaces (ip-netns(8)).
+/// The directory of named namespaces of iproute2 (ip-netns(8)).
 const DIRECTORY: &str = "/run/netns";
 
-/// A host of its own: interfaces, addresses, routes, ports.
+/// A host with its own interfaces, addresses, routes and ports.
 pub struct Namespace {
     name: String,
     handle: File,
 }
 
-/// Whether this machine lets us make namespaces and TUN devices.
+/// Returns true if this machine allows namespaces and TUN devices.
 ///
-/// Where it does not, the test is skipped loudly, and fails in CI unless
+/// If it does not, the test reports that it is skipped. In CI it then fails unless
 /// `TIDEGATE_NO_NETNS` is set.
 pub fn networks_run() -> bool {
     let Err(why) = try_everything() else { return true };
@@ -50,7 +49,7 @@ fn try_everything() -> Result<(), String> {
 // === impl Namespace ===
 
 impl Namespace {
-    /// A new one with nothing but a loopback interface that is up.
+    /// Creates a namespace with only a loopback interface, which is up.
     #[track_caller]
     pub fn new(role: &str) -> Namespace {
         Namespace::try_new(role).unwrap_or_else(|why| panic!("no namespace: {why}"))
@@ -70,20 +69,20 @@ impl Namespace {
         Ok(namespace)
     }
 
-    /// For `ip netns exec NAME`, to look around by hand.
+    /// The name for `ip netns exec NAME`, for manual inspection.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Runs `act` on a thread inside: the sockets it opens, the threads it
-    /// starts and the programs it runs belong to this host, for good.
+    /// Runs `act` on a thread in this namespace. Its sockets, threads and programs belong to this
+    /// host permanently.
     pub fn run<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
-        // Under the test's name, for its notes.
+        // The thread gets the name of the test for the notes.
         let name = std::thread::current().name().unwrap_or("?").to_string();
         let thread = std::thread::Builder::new().name(name);
         let inside = || {
             move_into_link_name_space(self.handle.as_fd(), Some(LinkNameSpaceType::Network))
-                .expect("who made a namespace may enter it");
+                .expect("the owner of a namespace can enter it");
             act()
         };
         let ended = std::thread::scope(|scope| {
@@ -92,14 +91,14 @@ impl Namespace {
         ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
-    /// Runs commands of ip(8) inside, one a line.
+    /// Runs commands of ip(8) in this namespace, one per line.
     #[track_caller]
     pub fn ip(&self, lines: &str) {
         let done = ip(&["-n", &self.name, "-batch", "-"], lines);
         done.unwrap_or_else(|why| panic!("in {}: {why}", self.name));
     }
 
-    /// Sets a kernel value below `/proc/sys/net` of this host.
+    /// Sets a kernel value below `/proc/sys/net` on this host.
     #[track_caller]
     pub fn sysctl(&self, name: &str, value: &str) {
         let path = format!("/proc/sys/net/{name}");
@@ -107,8 +106,8 @@ impl Namespace {
         written.unwrap_or_else(|error| panic!("{path}: {error}"));
     }
 
-    /// Joins two hosts by an ideal cable: `device` at both ends, addresses with
-    /// their prefix lengths.
+    /// Joins two hosts by an ideal cable with the interface `device` on both hosts. Addresses
+    /// include their prefix lengths.
     #[track_caller]
     pub fn join_by_veth(&self, address: &str, peer: &Namespace, peer_address: &str, device: &str) {
         let (here, there) = (&self.name, &peer.name);
@@ -125,17 +124,17 @@ impl Namespace {
 
 impl Drop for Namespace {
     fn drop(&mut self) {
-        // While unwinding there is nobody to tell; the next run sweeps.
+        // An error cannot be reported during unwinding. The next run removes the namespace.
         let _ = ip(&["netns", "delete", &self.name], "");
     }
 }
 
-/// What the names of a process's namespaces start with.
+/// The prefix of the namespace names of a process.
 fn prefix(pid: u32) -> String {
     format!("tg-{pid}-")
 }
 
-/// Names of the namespaces of that process, for the tests of the tests.
+/// Names of the namespaces of a process, for tests of this harness.
 pub fn owned_by(pid: u32) -> Vec<String> {
     let prefix = prefix(pid);
     existing().into_iter().filter(|name| name.starts_with(&prefix)).collect()
@@ -146,8 +145,7 @@ fn existing() -> Vec<String> {
     entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
 
-/// Takes away what runs that were killed have left, with the programs that
-/// still run in there.
+/// Removes the namespaces of killed runs and kills the programs in them.
 pub fn sweep() {
     for name in existing() {
         let owner = name.strip_prefix("tg-").and_then(|rest| rest.split('-').next());
@@ -155,7 +153,7 @@ pub fn sweep() {
         if !common::proc::is_dead(owner) {
             continue;
         }
-        // Each may fail: another run may be sweeping too.
+        // Each step can fail, because another run can do the same.
         let inside = ip(&["netns", "pids", &name], "").unwrap_or_default();
         for pid in inside.lines().filter_map(|pid| pid.trim().parse().ok()) {
             common::proc::signal(pid, Signal::KILL);
@@ -164,7 +162,7 @@ pub fn sweep() {
     }
 }
 
-/// Runs ip(8); gives what it printed.
+/// Runs ip(8) and returns its output.
 fn ip(arguments: &[&str], input: &str) -> Result<String, String> {
     let program = servers::find("ip").ok_or("ip not found")?;
     let mut child = Command::new(program)

@@ -1,8 +1,7 @@
-//! Local ports run out: twenty of them for each pair of addresses, on a host of
-//! its own.
+//! Exhausted local ports: 20 per pair of addresses, on a separate host.
 //!
-//! Sessions that are open go on, the next source address takes over, and where
-//! there is none the clients learn it at once and no backend is blamed.
+//! Open sessions continue, and the next source address is used. Without a free port clients
+//! are reset at once, and no backend failure is counted.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client;
@@ -15,20 +14,20 @@ use std::net::TcpStream;
 use std::time::Instant;
 
 on_every_engine!(
-    ports_used_up_at_one_address_are_had_at_the_next,
-    no_port_left_is_a_local_error_and_ends_at_once,
+    exhausted_ports_fall_back_to_the_next_source_address,
+    exhausted_ports_are_a_local_error_and_reset_clients_at_once,
 );
 
-/// Ports there are.
+/// Number of local ports.
 const PORTS: usize = 20;
 
 const SOURCES: [&str; 2] = ["127.0.0.5", "127.0.0.6"];
 
-/// A host with few ports, a backend and a balancer on it that reaches the one
-/// from `sources`.
+/// A host with few ports, a backend, and a Tidegate process that connects to the backend from
+/// `sources`.
 struct Site {
     proxy: TestProxy,
-    // Here to live as long.
+    // Keeps the backend running.
     _backend: ScriptedBackend,
     hosts: Hosts,
 }
@@ -45,7 +44,7 @@ impl Site {
         Site { proxy, _backend: backend, hosts }
     }
 
-    /// A session that works.
+    /// Opens a session and checks that it echoes.
     fn session(&self) -> Option<TcpStream> {
         self.hosts.client.run(|| {
             let stream = client::try_connect(self.proxy.addr("web")).ok()?;
@@ -64,20 +63,20 @@ impl Site {
         self.proxy.metric("tidegate_source_ports_used", &[("source", source)]) as usize
     }
 
-    fn assert_backend_is_not_blamed(&self) {
+    fn assert_no_backend_failure(&self) {
         let state = self.proxy.backend("web", "a");
         assert_eq!(state["connect_failures_total"], 0, "{state:#}");
         assert_eq!(state["eligible"], true, "{state:#}");
     }
 }
 
-fn ports_used_up_at_one_address_are_had_at_the_next(engine: Engine) {
+fn exhausted_ports_fall_back_to_the_next_source_address(engine: Engine) {
     if !networks_run() {
         return;
     }
     let site = Site::new(engine, &SOURCES[..1]);
     let first = site.sessions(PORTS);
-    assert!(site.session().is_none(), "there is no port for it");
+    assert!(site.session().is_none(), "no port is free");
     let text = std::fs::read_to_string(site.proxy.config_path()).unwrap();
     let both = text.replace("[\"127.0.0.5\"]", &format!("{SOURCES:?}"));
     site.proxy.rewrite_in_place(&both);
@@ -85,42 +84,42 @@ fn ports_used_up_at_one_address_are_had_at_the_next(engine: Engine) {
     let more = site.sessions(PORTS / 2);
     assert_eq!((site.used(SOURCES[0]), site.used(SOURCES[1])), (PORTS, PORTS / 2));
     assert_eq!(client::exchange(&first[7], b"still here").unwrap(), b"still here");
-    site.assert_backend_is_not_blamed();
+    site.assert_no_backend_failure();
     first.into_iter().for_each(client::reset);
     eventually(secs(3), "the first address serves again", || {
-        // One in two starts there; it ends with its client.
+        // Every second session uses that address. The session ends with its client.
         site.session().is_some_and(|_held| site.used(SOURCES[0]) > 0)
     });
     drop(more);
 }
 
-fn no_port_left_is_a_local_error_and_ends_at_once(engine: Engine) {
+fn exhausted_ports_are_a_local_error_and_reset_clients_at_once(engine: Engine) {
     if !networks_run() {
         return;
     }
     let site = Site::new(engine, &SOURCES);
     let sessions = site.sessions(2 * PORTS);
     assert_eq!((site.used(SOURCES[0]), site.used(SOURCES[1])), (PORTS, PORTS));
-    assert!(site.session().is_none(), "there is no port for it");
+    assert!(site.session().is_none(), "no port is free");
     let line = site.proxy.wait_access_log(1).pop().unwrap();
     assert_eq!((&line["cause"], &line["errno"]), (&"local-resource".into(), &99.into()));
     let labels = [("reason", "ports"), ("at", "connect")];
     assert!(site.proxy.metric("tidegate_local_errors_total", &labels) >= 1.0);
-    site.assert_backend_is_not_blamed();
+    site.assert_no_backend_failure();
     assert_eq!(client::exchange(&sessions[7], b"still here").unwrap(), b"still here");
-    eventually(secs(10), "the shortage is told of", || {
+    eventually(secs(10), "the exhaustion is reported", || {
         let warned = site.proxy.status()["warnings"].to_string();
         warned.contains("are nearly exhausted: 20 of 20")
             && site.proxy.log().contains("nearly exhausted")
     });
-    // Resets leave no port behind.
+    // A reset leaves no port in TIME_WAIT.
     let over = Instant::now();
     sessions.into_iter().take(PORTS).for_each(client::reset);
     eventually(secs(3), "clients are served again", || site.session().is_some());
-    measured(&format!("served {:?} after there were ports", over.elapsed()));
+    measured(&format!("served {:?} after ports were free", over.elapsed()));
 }
 
-/// One that no interface has: refused at a reload, with its place.
+/// A source address that no interface has is rejected at a reload, with its place.
 #[test]
 fn source_address_of_another_host_is_rejected() {
     let _share = exclusive::shared();

@@ -1,8 +1,7 @@
-//! Streams whose every byte is known, through the balancer and a bad network.
+//! Streams with known bytes through Tidegate and a bad network.
 //!
-//! What TCP mends the balancer must not break: over lossy, reordering and
-//! duplicating links both ends hold exactly what the other sent. Streams that
-//! end in a reset stay out: a lost RST is never sent again.
+//! Over links with loss, reordering and duplication both ends receive exactly what the other
+//! end sent. Streams that end in a reset are excluded, because a lost RST is never resent.
 
 use crate::common::ledger::{Ledger, StreamSizes};
 use crate::common::proxy::TestProxy;
@@ -13,7 +12,7 @@ use crate::netns::networks_run;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
-on_every_engine!(streams_are_whole_over_bad_links);
+on_every_engine!(streams_are_complete_over_bad_links);
 
 const BAD: Impairment = Impairment {
     delay: ms(1),
@@ -29,17 +28,17 @@ const BAD: Impairment = Impairment {
     partition: false,
 };
 
-/// They mostly wait, for what was lost to be sent again: so many keep the links busy.
+/// Most streams wait for retransmissions, so the links need hundreds of streams.
 const AT_ONCE: usize = 256;
 
-/// How many streams, how many at once, and the first one's seed may be said by the
-/// environment.
+/// Reads a number from the environment: the number of streams, of concurrent streams, or the
+/// first seed.
 fn number(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     Some(text.parse().unwrap_or_else(|error| panic!("{name}={text}: {error}")))
 }
 
-/// The access log has counted what both ends hold.
+/// Checks that the access log has the byte counts of both ends.
 fn assert_log_agrees(proxy: &TestProxy, ledger: &Ledger) {
     let lines = proxy.wait_access_log(ledger.streams() as usize);
     let sum = |field: &str| lines.iter().map(|line| line[field].as_u64().unwrap()).sum::<u64>();
@@ -48,12 +47,12 @@ fn assert_log_agrees(proxy: &TestProxy, ledger: &Ledger) {
     assert_eq!(sum("bytes_undelivered"), 0);
 }
 
-fn streams_are_whole_over_bad_links(engine: Engine) {
+fn streams_are_complete_over_bad_links(engine: Engine) {
     if !networks_run() {
         return;
     }
     let hosts = Hosts::new(2, 20);
-    // Large ones take a second each over such links, and are what it waits for.
+    // Large streams take 1 s each over such links and determine the duration.
     let ledger = Ledger::without_aborts(StreamSizes { most: 64 * 1024, large_one_in: 1000 });
     let _backends: Vec<_> = hosts.backends.iter().map(|host| host.serve(ledger.script())).collect();
     let proxy = hosts.start(hosts.conf(engine, hosts.pool()));
@@ -66,7 +65,7 @@ fn streams_are_whole_over_bad_links(engine: Engine) {
     let took = start.elapsed();
     ledger.settle();
     if !ledger.faults().is_empty() {
-        // Of a million, those that may tell why.
+        // Of a million lines, only those that can explain a fault.
         eprintln!("{}", proxy.access_lines_without("\"cause\":\"finished\""));
     }
     ledger.assert_clean();
@@ -79,7 +78,7 @@ fn streams_are_whole_over_bad_links(engine: Engine) {
             assert!(done.iter().all(|count| *count > 0), "{counts:?}");
             lost += counts.lost;
         }
-        // Mended, so that the sessions' last FINs do not hold up the end.
+        // A perfect link again, so that the last FINs do not delay the end.
         host.link.set(Impairment::default());
     }
     measured(&format!("{streams} streams in {took:?}, {lost} packets lost"));

@@ -1,7 +1,7 @@
 //! A steady stream of short echo sessions from the client's host.
 //!
-//! Runs while a fault is made, so that a test can count what clients saw of it
-//! and when. It never retries: every error a client would see is kept.
+//! It runs during a fault, so that a test can count the effects on clients and their times. It
+//! never retries, and it records every error.
 
 use crate::common::{client, ms};
 use crate::netns::Namespace;
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// One session: connect, 64 bytes there and back, close.
+/// One session: connect, 64 bytes in each direction, close.
 #[derive(Debug)]
 pub struct Session {
     pub began: Instant,
@@ -21,18 +21,18 @@ pub struct Session {
     pub result: io::Result<()>,
 }
 
-/// How much of it.
+/// The load.
 #[derive(Debug, Clone, Copy)]
 pub struct Pace {
-    /// Sessions at a time.
+    /// Number of concurrent clients.
     pub at_once: usize,
     /// Pause of each client between two sessions.
     pub pause: Duration,
-    /// A client waits so long for each step, then gives up: an error.
+    /// The timeout of each step of a client.
     pub patience: Duration,
 }
 
-/// The stream, until it is stopped or dropped.
+/// The stream. It runs until it is stopped or dropped.
 pub struct Traffic {
     stop: Arc<AtomicBool>,
     done: Arc<AtomicU64>,
@@ -52,12 +52,12 @@ impl Traffic {
         Traffic { stop, done, threads }
     }
 
-    /// Sessions that ended so far.
+    /// Number of sessions that have ended.
     pub fn done(&self) -> u64 {
         self.done.load(Ordering::Relaxed)
     }
 
-    /// Every session, in no particular order.
+    /// Stops the stream and returns every session, in no particular order.
     pub fn stop(mut self) -> Vec<Session> {
         self.stop.store(true, Ordering::Relaxed);
         let threads = std::mem::take(&mut self.threads);
@@ -78,7 +78,7 @@ fn sessions(to: SocketAddr, pace: Pace, stop: &AtomicBool, done: &AtomicU64) -> 
         let result = session(to, pace.patience);
         sessions.push(Session { began, took: began.elapsed(), result });
         done.fetch_add(1, Ordering::Relaxed);
-        // A refused connect costs nothing: do not make a million.
+        // A refused connect returns immediately, so the loop must not spin.
         std::thread::sleep(pace.pause.max(ms(1)));
     }
     sessions
@@ -93,7 +93,7 @@ fn session(to: SocketAddr, patience: Duration) -> io::Result<()> {
         Ok(answer) if answer == request => Ok(()),
         Ok(_) => Err(io::Error::other("another answer")),
         Err(error) => {
-            // Who gives up resets: nothing of it lingers in the balancer.
+            // Resets the connection after a timeout, so that the session also ends in Tidegate.
             let socket = Socket::from(stream);
             socket.set_linger(Some(Duration::ZERO))?;
             Err(error)
@@ -101,16 +101,16 @@ fn session(to: SocketAddr, patience: Duration) -> io::Result<()> {
     }
 }
 
-/// The errors, each with how long after `since` its session began, in seconds.
+/// Returns the errors, each with the start of its session in seconds after `since`.
 pub fn errors(sessions: &[Session], since: Instant) -> Vec<String> {
     let signed = |at: Instant| match at.checked_duration_since(since) {
         Some(after) => after.as_secs_f64(),
         None => -(since - at).as_secs_f64(),
     };
-    let failed = |one: &Session| match &one.result {
+    let failed = |session: &Session| match &session.result {
         Ok(()) => None,
         Err(error) => {
-            Some(format!("began at {:.3}, took {:?}: {error}", signed(one.began), one.took))
+            Some(format!("began at {:.3}, took {:?}: {error}", signed(session.began), session.took))
         }
     };
     sessions.iter().filter_map(failed).collect()

@@ -1,9 +1,8 @@
-//! Trials of failure detection: make a fault under load, see how soon the
-//! balancer knows, heal it, and again with another backend.
+//! Trials of failure detection: cause a fault under load, measure the time to detection, end the
+//! fault, and repeat with another backend.
 //!
-//! Generic over how backends are watched, so that ways can be compared by their
-//! histograms. What is done to whom is in [`crate::testbed`]; here it is measured
-//! and judged.
+//! Generic over the detection method, so that methods can be compared by their histograms.
+//! [`crate::testbed`] causes the faults. This module measures and checks.
 
 use crate::common::proxy::TestProxy;
 use crate::common::{eventually, long, measured, ms, patience, secs};
@@ -14,45 +13,44 @@ use crate::watch::Watch;
 use hdrhistogram::Histogram;
 use std::time::Duration;
 
-/// Of each fault, once for each backend, and with `TIDEGATE_LONG`.
+/// Trials per fault: one per backend, and with `TIDEGATE_LONG`.
 const TRIALS: usize = 4;
 const TRIALS_LONG: usize = 100;
 
-/// Enough that every backend always has sessions, little enough that the
-/// machine is not what is measured.
+/// Enough load that every backend always has sessions, and little enough that the machine does
+/// not distort the results.
 const PACE: Pace = Pace { at_once: 8, pause: ms(20), patience: secs(8) };
 
-/// For a fault that hurts by what there is to do: several times what 1 % of a
-/// CPU can.
+/// The load for the CPU limit: several times what 1 % of a CPU can handle.
 const HEAVY_PACE: Pace = Pace { at_once: 16, pause: ms(5), patience: secs(8) };
 
-/// Where packets are lost besides, what was sent into the fault may be lost again
-/// and again once it is over, each time twice as late (RFC 6298).
+/// The timeout with packet loss. Bytes sent during the fault can be lost repeatedly afterwards,
+/// and each retransmission takes twice as long (RFC 6298).
 const LOSSY_PATIENCE: Duration = secs(30);
 
-/// A session that took longer has felt the fault.
+/// A session that takes longer was affected by the fault.
 const LATE: Duration = Duration::from_millis(150);
 
-/// A printed histogram has no more bars.
+/// Maximum number of bars in a printed histogram.
 const BARS_MAX: u64 = 10;
 
-/// How long a healed backend keeps its full weight before it is hurt again.
+/// How long a recovered backend must have its full weight before its next fault.
 fn settled(watch: &dyn Watch, fault: Fault) -> Duration {
     match fault {
-        // Connects whose SYN was lost hang until it is sent again.
-        Fault::Cut | Fault::CutOneWay => ms(1100).max(watch.warms_up()),
-        _ => watch.warms_up(),
+        // Connects with a lost SYN wait until it is resent.
+        Fault::Partitioned | Fault::PartitionedOneWay => ms(1100).max(watch.warm_up()),
+        _ => watch.warm_up(),
     }
 }
 
-/// Runs the trials of one fault and says what came of them. All the while every
-/// link loses that share of packets, each way.
+/// Runs the trials of one fault and reports the results. Every link loses the share `loss` of
+/// packets in each direction.
 pub fn run(watch: &dyn Watch, fault: Fault, loss: f64) {
     if !networks_run() {
         return;
     }
     let mut testbed = Testbed::start(watch, loss);
-    let mut pace = if fault == Fault::Starved { HEAVY_PACE } else { PACE };
+    let mut pace = if fault == Fault::CpuLimited { HEAVY_PACE } else { PACE };
     if loss > 0.0 {
         pace.patience = LOSSY_PATIENCE;
     }
@@ -62,26 +60,27 @@ pub fn run(watch: &dyn Watch, fault: Fault, loss: f64) {
     let mut seen = Vec::new();
     for _ in 0..if long() { TRIALS_LONG } else { TRIALS } {
         seen.push(testbed.trial(fault, settled(watch, fault)));
-        // The next fault falls anywhere between two looks of the watcher.
+        // The next fault occurs at a random phase of the detector.
         std::thread::sleep(ms(phase.u64(..200)));
     }
     let sessions = traffic.stop();
     let what = format!("{fault:?} by {} at {}% loss", watch.name(), loss * 100.0);
     report(&what, &seen, &sessions, &testbed.proxy);
-    judge(watch, fault, &seen, &sessions);
+    check(watch, fault, &seen, &sessions);
 }
 
 fn report(what: &str, seen: &[Seen], sessions: &[Session], proxy: &TestProxy) {
-    let late = sessions.iter().filter(|one| one.result.is_ok() && one.took > LATE).count();
-    let failed = sessions.iter().filter(|one| one.result.is_err()).count();
-    // Down again after it was healed: by what was still under way.
+    let late =
+        sessions.iter().filter(|session| session.result.is_ok() && session.took > LATE).count();
+    let failed = sessions.iter().filter(|session| session.result.is_err()).count();
+    // Down again after the fault, because of probes still in progress.
     let downs = proxy.log().lines().filter(|line| line.contains("to=\"down\"")).count();
-    let relapses = downs.saturating_sub(seen.iter().filter(|one| one.out.is_some()).count());
+    let relapses = downs.saturating_sub(seen.iter().filter(|trial| trial.out.is_some()).count());
     measured(&format!(
         "{what}: lowered {}; out {}; {relapses} relapses; \
          of {} sessions {failed} failed, {late} took over {LATE:?}",
-        times(seen.iter().map(|one| one.lowered)),
-        times(seen.iter().map(|one| one.out)),
+        times(seen.iter().map(|trial| trial.lowered)),
+        times(seen.iter().map(|trial| trial.out)),
         sessions.len(),
     ));
 }
@@ -93,7 +92,7 @@ fn times(times: impl Iterator<Item = Option<Duration>>) -> String {
     for time in times {
         trials += 1;
         if let Some(time) = time {
-            histogram.record(time.as_micros() as u64).expect("it resizes itself");
+            histogram.record(time.as_micros() as u64).expect("the histogram grows");
         }
     }
     let ms = |micros: u64| micros as f64 / 1e3;
@@ -107,7 +106,7 @@ fn times(times: impl Iterator<Item = Option<Duration>>) -> String {
     )
 }
 
-/// How many fell in which span, in milliseconds; empty spans are left out.
+/// Lists the count of each span in milliseconds, without empty spans.
 fn bars(histogram: &Histogram<u64>) -> String {
     let range = (histogram.max() - histogram.min()) / 1000;
     let nice = [1, 2, 5, 10, 20, 50, 100, 200, 500];
@@ -120,23 +119,24 @@ fn bars(histogram: &Histogram<u64>) -> String {
 }
 
 #[track_caller]
-fn judge(watch: &dyn Watch, fault: Fault, seen: &[Seen], sessions: &[Session]) {
-    let blamed: Vec<&Seen> = seen.iter().filter(|one| !one.blamed.is_empty()).collect();
-    assert!(blamed.is_empty(), "healthy backends were blamed: {blamed:#?}");
+fn check(watch: &dyn Watch, fault: Fault, seen: &[Seen], sessions: &[Session]) {
+    let wrongly_removed: Vec<&Seen> =
+        seen.iter().filter(|trial| !trial.wrongly_removed.is_empty()).collect();
+    assert!(wrongly_removed.is_empty(), "healthy backends were removed: {wrongly_removed:#?}");
     if let Some(bound) = watch.promises(fault) {
-        let in_time = |one: &Seen| one.lowered.is_some_and(|time| time <= patience(bound));
+        let in_time = |trial: &Seen| trial.lowered.is_some_and(|time| time <= patience(bound));
         assert!(seen.iter().all(in_time), "not all within {bound:?}: {seen:#?}");
     }
-    // From the moment it is out to the moment it is back, nobody meets it.
-    for one in seen {
-        let Some(out) = one.out else { continue };
-        let (from, to) = (one.fault + out, one.healed);
+    // From its removal until its return no session uses the failed backend.
+    for trial in seen {
+        let Some(out) = trial.out else { continue };
+        let (from, to) = (trial.fault + out, trial.ended);
         let during = |session: &&Session| session.began > from && session.began + session.took < to;
         let failed = sessions.iter().filter(during).find(|session| session.result.is_err());
-        assert!(failed.is_none(), "failed while it was out of service: {failed:?}");
+        assert!(failed.is_none(), "failed while the backend was out of rotation: {failed:?}");
     }
     if fault != Fault::Killed {
-        // Nothing dies of these: clients wait, and are served in the end.
+        // These faults kill no service. Clients wait and are served.
         let failed = errors(sessions, seen[0].fault);
         assert!(failed.is_empty(), "{failed:#?}");
     }

@@ -1,8 +1,7 @@
-//! The ways a balancer can watch its backends, as the trials compare them.
+//! The detection methods that the trials compare.
 //!
-//! A way adds to the configuration and may run a program beside each service;
-//! it also says how soon it promises to see which fault. Nothing here makes
-//! faults or measures.
+//! A method adds to the configuration and can run a program next to each service. It also states
+//! how soon it detects which fault. It causes no faults and measures nothing.
 
 use crate::common::conf::{Conf, Pool};
 use crate::common::ms;
@@ -14,38 +13,39 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 pub trait Watch {
-    /// For the notes.
+    /// The name for the notes.
     fn name(&self) -> &'static str;
 
-    /// Adds to the pool what it needs where links lose that share of packets, each way.
+    /// Adds to the pool what the method needs on links that lose the share `loss` of packets.
     fn pool(&self, pool: Pool, loss: f64) -> Pool;
 
-    /// Adds to the rest of the configuration what it needs.
+    /// Adds to the rest of the configuration what the method needs.
     fn conf(&self, conf: Conf) -> Conf {
         conf
     }
 
-    /// Starts what must run beside the service of that name on that host.
-    fn start_beside(&self, _host: &Host, _name: &str) -> Option<Running> {
+    /// Starts the program that the method needs next to the service on the host, if any.
+    fn start_sidecar(&self, _host: &Host, _name: &str) -> Option<Running> {
         None
     }
 
-    /// How long it watches a backend before it knows it.
-    fn warms_up(&self) -> Duration {
+    /// How long the method must observe a backend before the first fault.
+    fn warm_up(&self) -> Duration {
         ms(100)
     }
 
-    /// Whether each failure keeps a backend out longer than the one before.
-    fn bears_grudges(&self) -> bool {
+    /// Returns true if each failure keeps a backend out longer than the previous failure.
+    fn lengthens_ejections(&self) -> bool {
         false
     }
 
-    /// How soon the backend must be out of service, or at less weight, after
-    /// that fault; `None` where this way promises nothing.
+    /// The time in which the backend must get less weight or leave rotation after the fault.
+    /// `None`
+    /// if the method promises nothing.
     fn promises(&self, fault: Fault) -> Option<Duration>;
 }
 
-/// Probes five times a second that ask the program, not only its kernel.
+/// Probes with an interval of 200 ms that the program must answer.
 pub struct FastProbes;
 
 impl Watch for FastProbes {
@@ -60,17 +60,17 @@ impl Watch for FastProbes {
         )
     }
 
-    /// An interval with its jitter until the first probe that fails, its
-    /// timeout, and the same once more at the fast interval: 220 + 110 + 110
-    /// ms; the rest is the machine's. A starved program still answers a probe
-    /// now and then.
+    /// One interval with its jitter until the first failed probe, its timeout, and another
+    /// probe at
+    /// the fast interval: 220 + 110 + 110 ms. The rest is reserve for the machine. A program
+    /// with 1 %
+    /// of a CPU still answers some probes.
     fn promises(&self, fault: Fault) -> Option<Duration> {
-        (fault != Fault::Starved).then_some(ms(700))
+        (fault != Fault::CpuLimited).then_some(ms(700))
     }
 }
 
-/// Heartbeats ten times a second from a sidecar on each host, and probes that
-/// ask the program now and then.
+/// Heartbeats with an interval of 100 ms from a sidecar on each host, and probes every 2 s.
 pub struct Heartbeats {
     key: tempfile::NamedTempFile,
 }
@@ -79,7 +79,7 @@ const HEARTBEAT_PORT: u16 = 7946;
 
 impl Heartbeats {
     pub fn new() -> Heartbeats {
-        // Made with mode 0600, as keys must have.
+        // Created with mode 0600, as key files must be.
         let key = tempfile::NamedTempFile::new_in("/tmp").expect("a key file");
         std::fs::write(key.path(), [7; 32]).expect("write the key");
         Heartbeats { key }
@@ -92,9 +92,11 @@ impl Watch for Heartbeats {
     }
 
     fn pool(&self, pool: Pool, loss: f64) -> Pool {
-        // One probe in ten loses its SYN or the answer where the link loses 5 % each way,
-        // and four in a row would come once in a hundred runs. The kernel sends a SYN
-        // again after 1 s (RFC 6298): with time for that, once in a million.
+        // With 5 % loss in each direction one probe in ten loses its SYN or the answer, and
+        // four in a
+        // row would occur once in a hundred runs. The kernel resends a SYN after 1 s (RFC
+        // 6298). With
+        // time for that, four in a row occur once in a million runs.
         let timeout = if loss > 0.0 { "1500ms" } else { "500ms" };
         let probe = format!(
             "kind = \"send-expect\"\nsend = \"hello\"\nexpect = \"hello\"\ninterval = \"2s\"\n\
@@ -112,7 +114,7 @@ impl Watch for Heartbeats {
         conf
     }
 
-    fn start_beside(&self, host: &Host, name: &str) -> Option<Running> {
+    fn start_sidecar(&self, host: &Host, name: &str) -> Option<Running> {
         let to = format!("{}:{HEARTBEAT_PORT}", host.link.a());
         let mut command = Command::new(PROGRAM);
         command.args(["heartbeat", "--to", &to, "--pool", "web", "--name", name]);
@@ -122,22 +124,22 @@ impl Watch for Heartbeats {
         Some(host.namespace.run(|| Running::start(&mut command)))
     }
 
-    /// A dozen heartbeats, to know their rhythm.
-    fn warms_up(&self) -> Duration {
+    /// Twelve heartbeats, from which the detector learns the interval.
+    fn warm_up(&self) -> Duration {
         ms(1200)
     }
 
-    fn bears_grudges(&self) -> bool {
+    fn lengthens_ejections(&self) -> bool {
         true
     }
 
-    /// Less weight after half a second of silence, at the losses assumed of a
-    /// newcomer or with one heartbeat in twenty lost; the rest is the machine's.
-    /// Nothing is promised where heartbeats go on: it is the probes that see
-    /// it, in their own time.
+    /// Less weight after 0.5 s of silence, with the loss assumed for a new backend or with 5 %
+    /// of the
+    /// heartbeats lost. The rest is reserve for the machine. Nothing is promised if heartbeats
+    /// continue: then only the probes detect the fault.
     fn promises(&self, fault: Fault) -> Option<Duration> {
         match fault {
-            Fault::Cut | Fault::AllFrozen | Fault::Killed => Some(ms(750)),
+            Fault::Partitioned | Fault::HostStopped | Fault::Killed => Some(ms(750)),
             _ => None,
         }
     }

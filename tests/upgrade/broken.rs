@@ -1,4 +1,4 @@
-//! Upgrades that cannot be: the process before goes on, untouched, and says why.
+//! Failed upgrades: the old process continues without interruption and reports the reason.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, connect};
@@ -11,27 +11,27 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 on_every_engine!(
-    a_program_that_exits_changes_nothing,
-    a_program_that_hangs_is_killed_at_the_deadline,
-    a_program_that_talks_nonsense_is_killed,
-    a_program_that_dies_at_the_last_step_changes_nothing,
-    a_configuration_that_is_refused_is_told_with_its_problems,
-    a_missing_program_is_told,
-    a_draining_process_is_not_upgraded,
-    two_upgrades_at_once_are_one_too_many,
-    stopping_ends_an_upgrade_under_way,
-    another_program_is_for_root_and_the_supervisors_user_alone,
+    program_that_exits_changes_nothing,
+    program_that_hangs_is_killed_at_the_timeout,
+    program_with_an_invalid_handover_is_killed,
+    program_that_exits_in_the_last_step_changes_nothing,
+    rejected_configuration_is_reported_with_its_problems,
+    missing_program_is_reported,
+    draining_process_is_not_upgraded,
+    second_concurrent_upgrade_is_rejected,
+    shutdown_ends_an_upgrade_in_progress,
+    only_root_and_the_supervisor_user_can_name_a_program,
 );
 
-struct Bench {
+struct Setup {
     _backend: ScriptedBackend,
     proxy: TestProxy,
     session: TcpStream,
     programs: tempfile::TempDir,
 }
 
-impl Bench {
-    fn new(engine: Engine) -> Bench {
+impl Setup {
+    fn new(engine: Engine) -> Setup {
         let backend = ScriptedBackend::start(backend::echo());
         let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()))
             .process("upgrade_timeout = \"2s\"\ndrain_timeout = \"20s\"");
@@ -39,14 +39,14 @@ impl Bench {
         let session = connect(proxy.addr("web"));
         client::exchange(&session, b"hello").unwrap();
         let programs = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        Bench { _backend: backend, proxy, session, programs }
+        Setup { _backend: backend, proxy, session, programs }
     }
 
-    /// A program made of those lines, beside the one that runs: the balancer may
-    /// start nothing from where its configuration lies.
+    /// Writes a program with these lines next to the running program, because the sandbox allows
+    /// Tidegate to execute files only there.
     fn program(&self, lines: &str) -> PathBuf {
         let path = self.programs.path().join("program");
-        // Written by another process: one that is being written cannot be run.
+        // Another process writes it, because a file that is open for writing cannot be executed.
         let script = format!("cat > '{0}'; chmod 755 '{0}'", path.display());
         let mut shell = std::process::Command::new("sh")
             .args(["-c", &script])
@@ -61,21 +61,21 @@ impl Bench {
         path
     }
 
-    /// Asks for an upgrade to that program, which must fail for that reason.
+    /// Requests an upgrade to this program and checks that it fails with `reason`.
     #[track_caller]
     fn fails(&self, lines: &str, reason: &str) {
         let path = self.program(lines);
         let answer = self.proxy.try_upgrade(&format!("?binary={}", path.display()));
         assert_eq!(answer.status, 422, "{}", answer.body);
         let said = answer.json()["detail"].as_str().unwrap().to_owned();
-        assert!(said.contains(reason), "{said:?} does not say {reason:?}");
-        self.goes_on("failed", 1.0);
+        assert!(said.contains(reason), "{said:?} does not contain {reason:?}");
+        self.assert_unaffected("failed", 1.0);
     }
 
     #[track_caller]
-    fn goes_on(&self, result: &str, count: f64) {
+    fn assert_unaffected(&self, result: &str, count: f64) {
         client::exchange(&self.session, b"still here").unwrap();
-        client::exchange(&connect(self.proxy.addr("web")), b"and for others").unwrap();
+        client::exchange(&connect(self.proxy.addr("web")), b"another session").unwrap();
         assert_eq!(self.proxy.admin_request("GET", "/ready").status, 200);
         assert_eq!(self.proxy.status()["state"], "serving");
         let metric = self.proxy.metric("tidegate_upgrades_total", &[("result", result)]);
@@ -84,47 +84,47 @@ impl Bench {
         eventually(secs(5), "no other process is left", || self.proxy.others().is_empty());
     }
 
-    /// An upgrade to the real thing works after all that.
-    fn and_can_be_upgraded(mut self) {
+    /// Checks that an upgrade to the real program still works.
+    fn assert_can_be_upgraded(mut self) {
         self.proxy.upgrade();
         client::exchange(&self.session, b"in the old process").unwrap();
-        client::exchange(&connect(self.proxy.addr("web")), b"in the new one").unwrap();
+        client::exchange(&connect(self.proxy.addr("web")), b"in the new process").unwrap();
         drop(self.session);
         self.proxy.rebaseline();
     }
 }
 
-fn a_program_that_exits_changes_nothing(engine: Engine) {
-    let bench = Bench::new(engine);
-    bench.fails(
+fn program_that_exits_changes_nothing(engine: Engine) {
+    let setup = Setup::new(engine);
+    setup.fails(
         "#!/bin/sh\necho 'no such luck' >&2\nexit 7\n",
         "exit status: 7; its last log lines:\nno such",
     );
-    bench.and_can_be_upgraded();
+    setup.assert_can_be_upgraded();
 }
 
-fn a_program_that_hangs_is_killed_at_the_deadline(engine: Engine) {
-    let bench = Bench::new(engine);
+fn program_that_hangs_is_killed_at_the_timeout(engine: Engine) {
+    let setup = Setup::new(engine);
     let start = Instant::now();
-    bench.fails(
+    setup.fails(
         "#!/bin/sh\necho 'a minute, please' >&2\nexec sleep 60\n",
         "not ready within upgrade_timeout",
     );
     let took = start.elapsed();
     assert!(took > ms(1900) && took < patience(secs(5)), "{took:?}");
-    bench.and_can_be_upgraded();
+    setup.assert_can_be_upgraded();
 }
 
-fn a_program_that_talks_nonsense_is_killed(engine: Engine) {
-    let bench = Bench::new(engine);
+fn program_with_an_invalid_handover_is_killed(engine: Engine) {
+    let setup = Setup::new(engine);
     let talk = "#!/bin/sh\necho 'What is this, an upgrade protocol?' >&0\nexec sleep 60\n";
-    bench.fails(talk, "not a handover frame");
-    bench.and_can_be_upgraded();
+    setup.fails(talk, "not a handover frame");
+    setup.assert_can_be_upgraded();
 }
 
-/// It takes the sockets, says it is ready, and then dies instead of serving.
-fn a_program_that_dies_at_the_last_step_changes_nothing(engine: Engine) {
-    let bench = Bench::new(engine);
+/// This program takes the sockets, reports that it is ready, and exits instead of serving.
+fn program_that_exits_in_the_last_step_changes_nothing(engine: Engine) {
+    let setup = Setup::new(engine);
     // The frames of `net::handover`: magic, version, kind, descriptors, length.
     let python = r#"#!/usr/bin/env python3
 import json, os, socket, struct
@@ -146,90 +146,92 @@ send(3, {"not_taken": [], "admin_taken": True, "generation": 1})
 assert receive()[0] == 4
 raise SystemExit("changed my mind")
 "#;
-    bench.fails(python, "changed my mind");
-    bench.and_can_be_upgraded();
+    setup.fails(python, "changed my mind");
+    setup.assert_can_be_upgraded();
 }
 
-fn a_configuration_that_is_refused_is_told_with_its_problems(engine: Engine) {
-    let bench = Bench::new(engine);
-    let path = bench.proxy.dir().join("bad.toml");
+fn rejected_configuration_is_reported_with_its_problems(engine: Engine) {
+    let setup = Setup::new(engine);
+    let path = setup.proxy.dir().join("bad.toml");
     std::fs::write(&path, "[frontend.web]\nbind = [\"127.0.0.1:1\"]\npool = \"nowhere\"\n")
         .unwrap();
     let path = path.display().to_string();
-    let output = bench.proxy.cli(&["upgrade", "--config", &path]);
+    let output = setup.proxy.cli(&["upgrade", "--config", &path]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("bad.toml:3:8: error:"), "{said}");
-    bench.goes_on("failed", 1.0);
-    bench.and_can_be_upgraded();
+    setup.assert_unaffected("failed", 1.0);
+    setup.assert_can_be_upgraded();
 }
 
-fn a_missing_program_is_told(engine: Engine) {
-    let bench = Bench::new(engine);
-    let config = bench.proxy.config_path().display().to_string();
+fn missing_program_is_reported(engine: Engine) {
+    let setup = Setup::new(engine);
+    let config = setup.proxy.config_path().display().to_string();
     for binary in ["/no/such/program", &config, "/"] {
-        let output = bench.proxy.cli(&["upgrade", "--binary", binary]);
+        let output = setup.proxy.cli(&["upgrade", "--binary", binary]);
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         assert!(String::from_utf8(output.stderr).unwrap().contains(binary));
     }
-    bench.goes_on("refused", 3.0);
-    bench.and_can_be_upgraded();
+    setup.assert_unaffected("refused", 3.0);
+    setup.assert_can_be_upgraded();
 }
 
-fn a_draining_process_is_not_upgraded(engine: Engine) {
-    let mut bench = Bench::new(engine);
-    bench.proxy.sigterm();
-    eventually(secs(2), "it drains", || bench.proxy.admin_request("GET", "/ready").status == 503);
-    let answer = bench.proxy.try_upgrade("");
+fn draining_process_is_not_upgraded(engine: Engine) {
+    let mut setup = Setup::new(engine);
+    setup.proxy.sigterm();
+    eventually(secs(2), "the process drains", || {
+        setup.proxy.admin_request("GET", "/ready").status == 503
+    });
+    let answer = setup.proxy.try_upgrade("");
     assert_eq!(answer.status, 409, "{}", answer.body);
     assert!(answer.body.contains("draining"), "{}", answer.body);
-    drop(bench.session);
-    assert_eq!(bench.proxy.wait_exit(secs(3)), Some(0));
+    drop(setup.session);
+    assert_eq!(setup.proxy.wait_exit(secs(3)), Some(0));
 }
 
-fn two_upgrades_at_once_are_one_too_many(engine: Engine) {
-    let bench = Bench::new(engine);
-    let slow = bench.program("#!/bin/sh\nexec sleep 60\n");
+fn second_concurrent_upgrade_is_rejected(engine: Engine) {
+    let setup = Setup::new(engine);
+    let slow = setup.program("#!/bin/sh\nexec sleep 60\n");
     std::thread::scope(|scope| {
-        let first = scope.spawn(|| bench.proxy.try_upgrade(&format!("?binary={}", slow.display())));
-        eventually(secs(2), "the first is under way", || !bench.proxy.others().is_empty());
-        let second = bench.proxy.try_upgrade("");
+        let first = scope.spawn(|| setup.proxy.try_upgrade(&format!("?binary={}", slow.display())));
+        eventually(secs(2), "the first upgrade runs", || !setup.proxy.others().is_empty());
+        let second = setup.proxy.try_upgrade("");
         assert_eq!(second.status, 409, "{}", second.body);
         assert!(second.body.contains("already in progress"), "{}", second.body);
-        let reload = bench.proxy.admin_request("POST", "/v1/reload");
+        let reload = setup.proxy.admin_request("POST", "/v1/reload");
         assert_eq!(reload.status, 422, "{}", reload.body);
         assert_eq!(first.join().unwrap().status, 422);
     });
-    bench.goes_on("refused", 1.0);
-    bench.and_can_be_upgraded();
+    setup.assert_unaffected("refused", 1.0);
+    setup.assert_can_be_upgraded();
 }
 
-fn stopping_ends_an_upgrade_under_way(engine: Engine) {
-    let mut bench = Bench::new(engine);
-    let slow = bench.program("#!/bin/sh\nexec sleep 60\n");
+fn shutdown_ends_an_upgrade_in_progress(engine: Engine) {
+    let mut setup = Setup::new(engine);
+    let slow = setup.program("#!/bin/sh\nexec sleep 60\n");
     std::thread::scope(|scope| {
-        let asked = scope.spawn(|| bench.proxy.try_upgrade(&format!("?binary={}", slow.display())));
-        eventually(secs(2), "it is under way", || !bench.proxy.others().is_empty());
-        let child = bench.proxy.others()[0];
-        bench.proxy.sigterm();
-        bench.proxy.wait_gone(child, secs(2));
+        let asked = scope.spawn(|| setup.proxy.try_upgrade(&format!("?binary={}", slow.display())));
+        eventually(secs(2), "the upgrade runs", || !setup.proxy.others().is_empty());
+        let child = setup.proxy.others()[0];
+        setup.proxy.sigterm();
+        setup.proxy.wait_gone(child, secs(2));
         let answer = asked.join().unwrap();
         assert_eq!(answer.status, 422, "{}", answer.body);
         assert!(answer.body.contains("a shutdown was requested"), "{}", answer.body);
     });
-    drop(bench.session);
-    assert_eq!(bench.proxy.wait_exit(secs(3)), Some(0));
+    drop(setup.session);
+    assert_eq!(setup.proxy.wait_exit(secs(3)), Some(0));
 }
 
-/// The admin socket may be open to others; to name a program they are not let.
-fn another_program_is_for_root_and_the_supervisors_user_alone(engine: Engine) {
+/// Other users can be allowed to use the admin socket, but not to name a program.
+fn only_root_and_the_supervisor_user_can_name_a_program(engine: Engine) {
     use std::process::{Command, Stdio};
     if !rustix::process::geteuid().is_root() || !have(&["setpriv", "curl"]) {
         return crate::common::skip("only root can become another user");
     }
-    let bench = Bench::new(engine);
-    let socket = bench.proxy.dir().join("admin.sock");
-    for (path, mode) in [(bench.proxy.dir(), 0o755), (&*socket, 0o666)] {
+    let setup = Setup::new(engine);
+    let socket = setup.proxy.dir().join("admin.sock");
+    for (path, mode) in [(setup.proxy.dir(), 0o755), (&*socket, 0o666)] {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
     }
     let ask = |query: &str| {
@@ -250,8 +252,8 @@ fn another_program_is_for_root_and_the_supervisors_user_alone(engine: Engine) {
             "{said}"
         );
     }
-    bench.goes_on("refused", 2.0);
-    // The usual program is started for whoever may use the socket.
+    setup.assert_unaffected("refused", 2.0);
+    // Any user of the socket can upgrade to the usual program.
     assert!(ask("").contains(" 200 "));
-    drop(bench.session);
+    drop(setup.session);
 }

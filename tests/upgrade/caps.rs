@@ -1,7 +1,7 @@
-//! Caps over the processes of an upgrade: both count in the same memory, so no moment
-//! shows more sessions than a cap allows, and nothing of it is lost with a process.
+//! Caps across the processes of an upgrade. The processes count in shared memory, so caps hold
+//! at every moment, and a killed process leaves no slot occupied.
 //!
-//! The backend counts, not the balancer.
+//! The backend counts its sessions itself.
 
 use crate::common::backend::{ScriptedBackend, script};
 use crate::common::client::connect;
@@ -17,20 +17,20 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 on_every_engine!(
-    what_a_killed_process_held_is_free_soon,
-    a_new_process_that_is_killed_leaves_its_slots_to_the_old_one,
+    slots_of_a_killed_process_are_freed,
+    slots_of_a_killed_new_process_are_free_for_the_old_process,
 );
 on_every_engine_alone!(
-    a_backends_cap_holds_through_twenty_upgrades,
-    a_frontends_cap_holds_through_twenty_upgrades,
-    the_processes_cap_holds_through_twenty_upgrades,
-    a_cap_holds_while_old_processes_are_killed,
-    a_slot_the_old_process_gives_back_is_taken_within_10_ms,
+    backend_cap_holds_through_twenty_upgrades,
+    frontend_cap_holds_through_twenty_upgrades,
+    process_cap_holds_through_twenty_upgrades,
+    cap_holds_while_old_processes_are_killed,
+    slot_freed_by_the_old_process_is_used_within_10_ms,
 );
 
 const CAP: u64 = 10;
 
-/// What has a cap.
+/// The object that has a cap.
 #[derive(Debug, Clone, Copy)]
 enum Capped {
     Backend,
@@ -38,8 +38,8 @@ enum Capped {
     Process,
 }
 
-/// Greets, and ends its connection the moment the client's end is seen, before the
-/// balancer can count the slot free.
+/// Starts a backend that greets and closes as soon as it sees the client's FIN, before
+/// Tidegate can count the slot as free.
 fn greeting_backend() -> ScriptedBackend {
     ScriptedBackend::start(script(|conn| {
         let _ = conn.write_all(b"x");
@@ -59,7 +59,7 @@ fn conf(engine: Engine, backend: &ScriptedBackend, capped: Capped, pool_keys: &s
     conf.process(of_process).process("drain_timeout = \"60s\"")
 }
 
-/// Clients that come and go, many more than the cap lets in.
+/// Clients that open and close sessions, many more than the cap allows at once.
 struct Storm {
     stop: AtomicBool,
     served: AtomicU64,
@@ -69,16 +69,15 @@ struct Storm {
 impl Storm {
     const CLIENTS: u64 = 64;
 
-    /// Runs until `during` is over; gives how many sessions were served, and how many
-    /// failed.
+    /// Runs clients during `during`. Returns how many sessions were served and how many failed.
     fn around(address: SocketAddr, during: impl FnOnce(&Storm)) -> (u64, u64) {
         let storm = Storm { stop: AtomicBool::new(false), served: 0.into(), failed: 0.into() };
         std::thread::scope(|scope| {
             for client in 0..Storm::CLIENTS {
                 let storm = &storm;
-                scope.spawn(move || storm.come_and_go(address, client));
+                scope.spawn(move || storm.open_and_close(address, client));
             }
-            // A failed assertion ends the clients, too.
+            // The clients also stop after a failed assertion.
             let stop = StopAtEnd(&storm);
             during(&storm);
             drop(stop);
@@ -86,7 +85,7 @@ impl Storm {
         (storm.served.into_inner(), storm.failed.into_inner())
     }
 
-    fn come_and_go(&self, address: SocketAddr, client: u64) {
+    fn open_and_close(&self, address: SocketAddr, client: u64) {
         let mut rng = fastrand::Rng::with_seed(client);
         while !self.stop.load(Ordering::Relaxed) {
             let stream = connect(address);
@@ -114,7 +113,7 @@ fn greeted(address: SocketAddr) -> TcpStream {
     stream
 }
 
-/// Whether nobody serves that client for a while.
+/// Returns true if the client is not served within 300 ms.
 fn waits(stream: &TcpStream) -> bool {
     stream.set_read_timeout(Some(ms(300))).unwrap();
     let came = (&*stream).read_exact(&mut [0]);
@@ -122,18 +121,18 @@ fn waits(stream: &TcpStream) -> bool {
     came.is_err()
 }
 
-/// Every slot can be taken, and not one more.
+/// Checks that every slot can be used and no more.
 #[track_caller]
-fn whole_cap_is_there(proxy: &TestProxy, backend: &ScriptedBackend) {
-    eventually(secs(10), "all sessions are over", || backend.active() == 0);
+fn assert_full_cap_available(proxy: &TestProxy, backend: &ScriptedBackend) {
+    eventually(secs(10), "all sessions have ended", || backend.active() == 0);
     let held: Vec<TcpStream> = (0..CAP).map(|_| greeted(proxy.addr("web"))).collect();
     let one_more = connect(proxy.addr("web"));
-    assert!(waits(&one_more), "let in beyond the cap");
+    assert!(waits(&one_more), "served beyond the cap");
     assert_eq!(backend.active(), CAP);
     drop(held);
-    (&one_more).read_exact(&mut [0]).expect("its turn");
+    (&one_more).read_exact(&mut [0]).expect("a greeting for the waiting client");
     drop(one_more);
-    eventually(secs(10), "all sessions are over", || backend.active() == 0);
+    eventually(secs(10), "all sessions have ended", || backend.active() == 0);
 }
 
 fn holds_through_twenty_upgrades(engine: Engine, capped: Capped) {
@@ -152,24 +151,24 @@ fn holds_through_twenty_upgrades(engine: Engine, capped: Capped) {
     for old in olds {
         proxy.wait_gone(old, secs(20));
     }
-    whole_cap_is_there(&proxy, &backend);
+    assert_full_cap_available(&proxy, &backend);
     assert_eq!(backend.active_peak(), CAP);
     proxy.rebaseline();
 }
 
-fn a_backends_cap_holds_through_twenty_upgrades(engine: Engine) {
+fn backend_cap_holds_through_twenty_upgrades(engine: Engine) {
     holds_through_twenty_upgrades(engine, Capped::Backend);
 }
 
-fn a_frontends_cap_holds_through_twenty_upgrades(engine: Engine) {
+fn frontend_cap_holds_through_twenty_upgrades(engine: Engine) {
     holds_through_twenty_upgrades(engine, Capped::Frontend);
 }
 
-fn the_processes_cap_holds_through_twenty_upgrades(engine: Engine) {
+fn process_cap_holds_through_twenty_upgrades(engine: Engine) {
     holds_through_twenty_upgrades(engine, Capped::Process);
 }
 
-fn a_cap_holds_while_old_processes_are_killed(engine: Engine) {
+fn cap_holds_while_old_processes_are_killed(engine: Engine) {
     let backend = greeting_backend();
     let mut proxy = TestProxy::start(conf(engine, &backend, Capped::Backend, ""));
     let (served, _) = Storm::around(proxy.addr("web"), |_| {
@@ -183,42 +182,40 @@ fn a_cap_holds_while_old_processes_are_killed(engine: Engine) {
         }
     });
     assert!(served > 50, "{served} sessions");
-    whole_cap_is_there(&proxy, &backend);
+    assert_full_cap_available(&proxy, &backend);
     assert_eq!(backend.active_peak(), CAP);
     proxy.rebaseline();
 }
 
-fn what_a_killed_process_held_is_free_soon(engine: Engine) {
+fn slots_of_a_killed_process_are_freed(engine: Engine) {
     for capped in [Capped::Backend, Capped::Frontend, Capped::Process] {
         let backend = greeting_backend();
         let mut proxy = TestProxy::start_single(conf(engine, &backend, capped, ""));
-        // Two processes drain, each with a part of the cap.
+        // Two old processes drain, each with a part of the cap.
         let mut held: Vec<TcpStream> = (0..6).map(|_| greeted(proxy.addr("web"))).collect();
         let first = proxy.upgrade();
         held.extend((6..CAP).map(|_| greeted(proxy.addr("web"))));
         let second = proxy.upgrade();
         let waiting: Vec<TcpStream> = (0..CAP).map(|_| connect(proxy.addr("web"))).collect();
-        assert!(waits(&waiting[0]), "{capped:?}: let in beyond the cap");
+        assert!(waits(&waiting[0]), "{capped:?}: served beyond the cap");
         assert_eq!(backend.active(), CAP, "{capped:?}");
         for (killed, freed) in [(first, 6), (second, CAP)] {
             proc::signal(killed, Signal::KILL);
             proxy.wait_gone(killed, secs(5));
             let accepted = || backend.accepted() - CAP;
-            eventually(secs(5), "as many are let in as the killed process held", || {
-                accepted() == freed
-            });
+            eventually(secs(5), "the slots of the killed process are used", || accepted() == freed);
             assert!(backend.active_peak() <= CAP, "{capped:?}: {}", backend.active_peak());
         }
         for stream in &waiting {
             (&*stream).read_exact(&mut [0]).expect("a greeting");
         }
         drop((held, waiting));
-        whole_cap_is_there(&proxy, &backend);
+        assert_full_cap_available(&proxy, &backend);
     }
 }
 
-/// The successor serves, holds slots, and ends within its first second.
-fn a_new_process_that_is_killed_leaves_its_slots_to_the_old_one(engine: Engine) {
+/// The new process serves, holds slots, and exits within its first second.
+fn slots_of_a_killed_new_process_are_free_for_the_old_process(engine: Engine) {
     let backend = greeting_backend();
     let mut proxy = TestProxy::start_single(conf(engine, &backend, Capped::Backend, ""));
     let held: Vec<TcpStream> = (0..5).map(|_| greeted(proxy.addr("web"))).collect();
@@ -228,15 +225,15 @@ fn a_new_process_that_is_killed_leaves_its_slots_to_the_old_one(engine: Engine) 
     proc::signal(new, Signal::KILL);
     proxy.serve_by(old);
     let log = "new process exited; this process accepts connections again";
-    eventually(secs(5), "the old one serves", || proxy.log().contains(log));
+    eventually(secs(5), "the old process serves", || proxy.log().contains(log));
     let next: Vec<TcpStream> = (5..CAP).map(|_| greeted(proxy.addr("web"))).collect();
-    assert!(waits(&connect(proxy.addr("web"))), "let in beyond the cap");
+    assert!(waits(&connect(proxy.addr("web"))), "served beyond the cap");
     drop((held, of_the_new, next));
-    whole_cap_is_there(&proxy, &backend);
+    assert_full_cap_available(&proxy, &backend);
     assert_eq!(backend.active_peak(), CAP);
 }
 
-fn a_slot_the_old_process_gives_back_is_taken_within_10_ms(engine: Engine) {
+fn slot_freed_by_the_old_process_is_used_within_10_ms(engine: Engine) {
     for (capped, pool_keys) in [
         (Capped::Backend, ""),
         (Capped::Backend, "queue_max = 5\nqueue_timeout = \"60s\""),
@@ -250,10 +247,10 @@ fn a_slot_the_old_process_gives_back_is_taken_within_10_ms(engine: Engine) {
         let (mut took, mut taken) = (Vec::new(), Vec::new());
         while let Some(given_back) = old.pop() {
             let waiting = connect(proxy.addr("web"));
-            assert!(waits(&waiting), "{capped:?}: let in beyond the cap");
+            assert!(waits(&waiting), "{capped:?}: served beyond the cap");
             let began = Instant::now();
             drop(given_back);
-            (&waiting).read_exact(&mut [0]).expect("its turn");
+            (&waiting).read_exact(&mut [0]).expect("a greeting for the waiting client");
             took.push(began.elapsed());
             taken.push(waiting);
         }

@@ -1,4 +1,4 @@
-//! What clients see of an upgrade: nothing.
+//! Upgrades without an effect on clients.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, End, connect};
@@ -16,16 +16,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 on_every_engine!(
-    open_sessions_live_on_in_the_old_process_and_new_ones_go_to_the_new,
-    the_old_process_is_gone_by_its_deadline,
+    open_sessions_stay_in_the_old_process_and_new_sessions_use_the_new,
+    old_process_exits_at_drain_timeout,
     queued_clients_are_accepted_by_the_new_process,
-    a_signal_upgrades_as_well,
-    without_a_supervisor_a_signal_upgrades_as_well,
-    upgrades_follow_each_other_while_sessions_last,
-    the_number_of_workers_may_change,
-    a_bind_that_left_the_file_is_retired_and_a_new_one_is_bound,
-    the_admin_api_answers_without_a_gap,
-    an_old_process_that_is_told_to_stop_goes_on_draining,
+    sigusr2_upgrades,
+    sigusr2_upgrades_without_a_supervisor,
+    several_upgrades_keep_all_open_sessions,
+    number_of_workers_can_change,
+    removed_bind_is_closed_and_new_bind_is_opened,
+    admin_api_answers_without_a_gap,
+    old_process_continues_to_drain_after_sigterm,
 );
 on_every_engine_alone!(upgrades_and_reloads_under_load_lose_nothing);
 
@@ -42,7 +42,7 @@ fn open_session(proxy: &TestProxy) -> TcpStream {
     stream
 }
 
-fn open_sessions_live_on_in_the_old_process_and_new_ones_go_to_the_new(engine: Engine) {
+fn open_sessions_stay_in_the_old_process_and_new_sessions_use_the_new(engine: Engine) {
     let (_backend, mut proxy) = echo_proxy(engine, "60s");
     let old_session = open_session(&proxy);
     let old = proxy.upgrade();
@@ -50,30 +50,30 @@ fn open_sessions_live_on_in_the_old_process_and_new_ones_go_to_the_new(engine: E
     for (session, text) in [(&old_session, b"still here"), (&new_session, b"newly here")] {
         assert_eq!(client::exchange(session, text).unwrap(), text);
     }
-    eventually(secs(5), "both are shown", || proxy.status()["connections_active"] == 2);
+    eventually(secs(5), "both sessions are shown", || proxy.status()["connections_active"] == 2);
     assert!(!proc::is_dead(old));
     drop(old_session);
     proxy.wait_gone(old, secs(5));
-    assert_eq!(client::exchange(&new_session, b"on and on").unwrap(), b"on and on");
+    assert_eq!(client::exchange(&new_session, b"more data").unwrap(), b"more data");
     drop(new_session);
     proxy.rebaseline();
 }
 
-fn the_old_process_is_gone_by_its_deadline(engine: Engine) {
+fn old_process_exits_at_drain_timeout(engine: Engine) {
     let (_backend, mut proxy) = echo_proxy(engine, "1s");
     let session = open_session(&proxy);
     let start = Instant::now();
     let old = proxy.upgrade();
     assert_eq!(client::read_to_end(&session), End::Reset(0));
     let after = start.elapsed();
-    assert!(after > ms(800) && after < patience(secs(3)), "cut after {after:?}");
+    assert!(after > ms(800) && after < patience(secs(3)), "reset after {after:?}");
     proxy.wait_gone(old, secs(2));
     client::exchange(&open_session(&proxy), b"fine").unwrap();
     proxy.rebaseline();
 }
 
-/// Nobody accepts while the process is at its cap: clients wait in the kernel's
-/// queue, and there the successor finds them.
+/// While the process is at its cap, clients wait in the listen queue. The new process accepts
+/// them from there.
 fn queued_clients_are_accepted_by_the_new_process(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()))
@@ -82,14 +82,14 @@ fn queued_clients_are_accepted_by_the_new_process(engine: Engine) {
     let held = [open_session(&proxy), open_session(&proxy)];
     let queued: Vec<TcpStream> = (0..40).map(|_| connect(proxy.addr("web"))).collect();
     let old = proxy.upgrade();
-    // The cap is one over both processes, and the old one's sessions fill it.
+    // The cap applies to both processes together, and the sessions of the old process fill it.
     let first = &queued[0];
     first.set_read_timeout(Some(ms(500))).unwrap();
-    client::exchange(first, b"ping").expect_err("let in beyond the cap");
+    client::exchange(first, b"ping").expect_err("served beyond the cap");
     first.set_read_timeout(Some(secs(20))).unwrap();
     drop(held);
     let mut answer = [0; 4];
-    // Whoever waits longest is not the first on its worker: all at once.
+    // All clients in parallel, because the oldest client is not necessarily served first.
     std::thread::scope(|scope| {
         let mut queued = queued.into_iter();
         let first = queued.next().unwrap();
@@ -107,7 +107,7 @@ fn queued_clients_are_accepted_by_the_new_process(engine: Engine) {
     proxy.rebaseline();
 }
 
-fn a_signal_upgrades_as_well(engine: Engine) {
+fn sigusr2_upgrades(engine: Engine) {
     let (_backend, mut proxy) = echo_proxy(engine, "60s");
     let session = open_session(&proxy);
     let (service, old) = (proxy.service(), proxy.pid());
@@ -118,7 +118,7 @@ fn a_signal_upgrades_as_well(engine: Engine) {
     eventually(secs(10), "another process serves", || done() == 1.0);
     let new = proxy.others()[0];
     assert_ne!(new, old);
-    assert_eq!(pid_file().trim(), service.to_string(), "to be signalled as before");
+    assert_eq!(pid_file().trim(), service.to_string(), "the process to signal");
     proxy.serve_by(new);
     client::exchange(&session, b"still here").unwrap();
     drop(session);
@@ -127,8 +127,8 @@ fn a_signal_upgrades_as_well(engine: Engine) {
     proxy.rebaseline();
 }
 
-/// Without a supervisor the number of the service changes.
-fn without_a_supervisor_a_signal_upgrades_as_well(engine: Engine) {
+/// Without a supervisor the pid of the service changes.
+fn sigusr2_upgrades_without_a_supervisor(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()));
     let mut proxy = TestProxy::start_single(conf.process("drain_timeout = \"60s\""));
@@ -144,9 +144,11 @@ fn without_a_supervisor_a_signal_upgrades_as_well(engine: Engine) {
         });
         let new = read().trim().parse().unwrap();
         proxy.serve_by(new);
-        eventually(secs(5), "it is ready", || proxy.admin_request("GET", "/ready").status == 200);
+        eventually(secs(5), "the new process is ready", || {
+            proxy.admin_request("GET", "/ready").status == 200
+        });
         client::exchange(&session, b"still here").unwrap();
-        assert_eq!(read().trim(), new.to_string(), "the old one leaves the file alone");
+        assert_eq!(read().trim(), new.to_string(), "the old process does not change the file");
     }
     drop(session);
     for old in proxy.pids_before() {
@@ -155,7 +157,7 @@ fn without_a_supervisor_a_signal_upgrades_as_well(engine: Engine) {
     proxy.rebaseline();
 }
 
-fn upgrades_follow_each_other_while_sessions_last(engine: Engine) {
+fn several_upgrades_keep_all_open_sessions(engine: Engine) {
     let (_backend, mut proxy) = echo_proxy(engine, "60s");
     let mut sessions = vec![open_session(&proxy)];
     let mut processes = Vec::new();
@@ -175,7 +177,7 @@ fn upgrades_follow_each_other_while_sessions_last(engine: Engine) {
     proxy.rebaseline();
 }
 
-fn the_number_of_workers_may_change(engine: Engine) {
+fn number_of_workers_can_change(engine: Engine) {
     let (_backend, mut proxy) = echo_proxy(engine, "10s");
     for workers in [4, 1, 3] {
         let mut conf = proxy.conf();
@@ -191,7 +193,7 @@ fn the_number_of_workers_may_change(engine: Engine) {
     proxy.rebaseline();
 }
 
-fn a_bind_that_left_the_file_is_retired_and_a_new_one_is_bound(engine: Engine) {
+fn removed_bind_is_closed_and_new_bind_is_opened(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()))
         .frontend("gone", "web", "")
@@ -203,7 +205,7 @@ fn a_bind_that_left_the_file_is_retired_and_a_new_one_is_bound(engine: Engine) {
     let mut conf = proxy.conf();
     conf.frontends.pop();
     let conf = conf.frontend("new", "web", "");
-    // The file is watched: the new process gets one of its own.
+    // A separate file, because the old process watches its own file.
     let path = proxy.dir().join("other.toml");
     std::fs::write(&path, proxy.render(&conf)).unwrap();
     let answer = proxy.try_upgrade(&format!("?config={}", path.display()));
@@ -217,12 +219,12 @@ fn a_bind_that_left_the_file_is_retired_and_a_new_one_is_bound(engine: Engine) {
         TcpStream::connect_timeout(&gone, ms(50))
             .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
     });
-    client::exchange(&open_session(&proxy), b"the one that stayed takes clients").unwrap();
+    client::exchange(&open_session(&proxy), b"the kept address").unwrap();
     drop(session);
     proxy.rebaseline();
 }
 
-fn the_admin_api_answers_without_a_gap(engine: Engine) {
+fn admin_api_answers_without_a_gap(engine: Engine) {
     let (_backend, mut proxy) = echo_proxy(engine, "10s");
     let socket = proxy.dir().join("admin.sock");
     let stop = AtomicBool::new(false);
@@ -246,13 +248,13 @@ fn the_admin_api_answers_without_a_gap(engine: Engine) {
     proxy.rebaseline();
 }
 
-/// Whoever stops the service signals every process of it.
-fn an_old_process_that_is_told_to_stop_goes_on_draining(engine: Engine) {
+/// A service manager that stops the service signals all its processes.
+fn old_process_continues_to_drain_after_sigterm(engine: Engine) {
     let (_backend, mut proxy) = echo_proxy(engine, "60s");
     let session = open_session(&proxy);
     let old = proxy.upgrade();
     proc::signal(old, Signal::TERM);
-    // Longer than what counts as a repetition.
+    // Longer than the time in which signals count as one.
     std::thread::sleep(ms(300));
     client::exchange(&session, b"still served").unwrap();
     proc::signal(old, Signal::TERM);
@@ -260,14 +262,14 @@ fn an_old_process_that_is_told_to_stop_goes_on_draining(engine: Engine) {
     proxy.rebaseline();
 }
 
-/// The load while builds alternate, as a share of what this machine can.
+/// The load during the upgrades, as a share of the capacity of this machine.
 const LOAD: f64 = 0.7;
 
-/// How long sessions may go on in a process that was upgraded.
+/// How long sessions can continue in an old process.
 const DRAIN: Duration = secs(30);
 
-/// Backends of two kinds and a frontend that come and go, weights that change,
-/// processes that follow each other; every byte of every stream is checked.
+/// Upgrades and reloads change backends, weights, frontends and processes. Every byte of every
+/// stream is checked.
 fn upgrades_and_reloads_under_load_lose_nothing(engine: Engine) {
     let (upgrades, reloads) = if long() { (100, 1000) } else { (5, 50) };
     let ledger = Ledger::without_aborts(StreamSizes { most: 64 * 1024, large_one_in: 0 });
@@ -303,16 +305,16 @@ fn upgrades_and_reloads_under_load_lose_nothing(engine: Engine) {
                 let build = &builds[processes.len() % 2];
                 processes.push((proxy.upgrade_to(build), Instant::now()));
             }
-            // No session lasts as long as its process may.
+            // Every old process ends at its deadline.
             let is_due = |since: &Instant| since.elapsed() > DRAIN + patience(secs(2));
             for (old, _) in processes.iter().filter(|(_, since)| is_due(since)) {
-                assert!(proc::is_dead(*old), "{old} outlived its deadline");
+                assert!(proc::is_dead(*old), "{old} still runs after its deadline");
             }
             std::thread::sleep(ms(50));
         }
     });
     attempts.extend(steady.stop());
-    let failed: Vec<_> = attempts.iter().filter(|one| one.result.is_err()).collect();
+    let failed: Vec<_> = attempts.iter().filter(|attempt| attempt.result.is_err()).collect();
     assert!(failed.is_empty(), "{} of {}: {:?}", failed.len(), attempts.len(), failed[0]);
     ledger.settle();
     ledger.assert_clean();
@@ -324,14 +326,14 @@ fn upgrades_and_reloads_under_load_lose_nothing(engine: Engine) {
     assert_eq!(done, upgrades as f64);
     let reloaded = proxy.metric("tidegate_reloads_total", &[("result", "changed")]);
     assert_eq!(reloaded, reloads as f64);
-    // Every session of every process is in the last one's counts.
+    // The counters of the last process contain every session of every process.
     let sessions = proxy.metric("tidegate_sessions_total", &[]);
     assert_eq!(sessions, (attempts.len() as u64 + ledger.streams()) as f64);
     let ended = proxy.metric("tidegate_session_end_total", &[]);
     assert_eq!(ended, sessions);
     measured(&format!(
         "{upgrades} upgrades and {reloads} reloads under {} sessions and {} streams \
-         ({:.0} and {:.0} a second, {LOAD} of what it can), 0 failed",
+         ({:.0} and {:.0} per second, {LOAD} of the capacity), 0 failed",
         attempts.len(),
         ledger.streams(),
         load[0],
@@ -340,8 +342,8 @@ fn upgrades_and_reloads_under_load_lose_nothing(engine: Engine) {
     proxy.rebaseline();
 }
 
-/// A second of as many sessions and streams as there can be; gives the sessions, and
-/// how many of each there were a second.
+/// Runs sessions and streams without a rate limit for 1 s. Returns the sessions and the rates
+/// per second of both.
 fn at_full_speed(ledger: &Ledger, web: SocketAddr, led: SocketAddr) -> (Vec<Attempt>, [f64; 2]) {
     let (steady, stop, start) = (Steady::start(web, 4), AtomicBool::new(false), Instant::now());
     std::thread::scope(|scope| {

@@ -1,5 +1,5 @@
-//! What clients and operators notice of a process that crashes under the supervisor: the
-//! sessions it had end, and nothing else.
+//! Crashes of a process under the supervisor: its sessions end, and other clients are not
+//! affected.
 
 use crate::common::backend::{self, Refusing, ScriptedBackend};
 use crate::common::client::{self, connect, try_connect};
@@ -16,14 +16,14 @@ use std::time::{Duration, Instant};
 
 on_every_engine!(
     clients_in_the_listen_queue_are_served_by_the_next_process,
-    an_address_that_was_given_up_before_the_crash_refuses,
-    intents_and_verdicts_survive_a_crash,
-    sessions_of_a_draining_process_do_not_notice,
-    a_new_process_that_dies_at_once_gives_the_service_back,
-    without_a_supervisor_a_new_process_that_dies_at_once_gives_the_service_back,
-    a_process_without_its_supervisor_drains,
-    processes_that_never_serve_are_started_five_times,
-    as_process_1_it_reaps_replaces_and_is_upgraded,
+    address_removed_before_the_crash_refuses,
+    intents_and_observations_survive_a_crash,
+    sessions_of_a_draining_process_continue,
+    old_process_serves_again_if_the_new_process_exits_early,
+    old_process_serves_again_without_a_supervisor,
+    process_drains_after_its_supervisor_exits,
+    process_that_never_serves_is_started_five_times,
+    supervisor_as_process_1_reaps_restarts_and_upgrades,
 );
 on_every_engine_alone!(
     crashes_under_load_refuse_no_client,
@@ -45,7 +45,7 @@ fn echoes(address: SocketAddr) {
     assert_eq!(client::exchange(&connect(address), b"hello").expect("an echo"), b"hello");
 }
 
-/// Kills the process that serves, and waits until another does.
+/// Kills the serving process and waits until another process serves.
 #[track_caller]
 fn crash(proxy: &mut TestProxy) -> u32 {
     let before = proxy.pid();
@@ -71,16 +71,16 @@ fn clients_in_the_listen_queue_are_served_by_the_next_process(engine: Engine) {
     let (_backend, mut proxy) = start(engine);
     let open = connect(proxy.addr("web"));
     client::exchange(&open, b"hello").unwrap();
-    // It accepts nobody any more, and then it is gone.
+    // The stopped process accepts no client. Then it is killed.
     let before = proxy.pid();
     proc::signal(before, Signal::STOP);
-    eventually(secs(5), "all of it has stopped", || proc::is_stopped(before));
+    eventually(secs(5), "every thread has stopped", || proc::is_stopped(before));
     let queued: Vec<TcpStream> = (0..40).map(|_| connect(proxy.addr("web"))).collect();
     proc::signal(before, Signal::KILL);
     for stream in &queued {
         assert_eq!(client::exchange(stream, b"ping").expect("served"), b"ping");
     }
-    assert!(client::exchange(&open, b"gone").is_err(), "a session goes with its process");
+    assert!(client::exchange(&open, b"gone").is_err(), "a session of the killed process");
     replaced(&mut proxy, before);
     let log = proxy.log();
     let replaces = |line: &str| line.contains("this process replaces it");
@@ -90,16 +90,16 @@ fn clients_in_the_listen_queue_are_served_by_the_next_process(engine: Engine) {
     proxy.rebaseline();
 }
 
-fn an_address_that_was_given_up_before_the_crash_refuses(engine: Engine) {
+fn address_removed_before_the_crash_refuses(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let mut proxy = TestProxy::start(conf(engine, &backend).frontend("gone", "web", ""));
     let gone = proxy.addr("gone");
     let mut less = proxy.conf();
     less.frontends.pop();
     proxy.reload(less);
-    // Whether it is closed yet or not.
+    // The listener can be open or closed at the crash.
     crash(&mut proxy);
-    eventually(secs(5), "it refuses", || {
+    eventually(secs(5), "the removed address refuses", || {
         TcpStream::connect_timeout(&gone, ms(50))
             .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
     });
@@ -107,7 +107,7 @@ fn an_address_that_was_given_up_before_the_crash_refuses(engine: Engine) {
     proxy.rebaseline();
 }
 
-fn intents_and_verdicts_survive_a_crash(engine: Engine) {
+fn intents_and_observations_survive_a_crash(engine: Engine) {
     let echo = ["a", "b", "c"].map(|_| ScriptedBackend::start(backend::echo()));
     let dead = Refusing::new();
     let pool = Pool::new("web")
@@ -121,13 +121,13 @@ fn intents_and_verdicts_survive_a_crash(engine: Engine) {
         proxy.wait_backend("web", name, "observation", verdict);
     }
     proxy.cli_ok(&["drain", "web/back"]);
-    // Longer than what is known takes to be left with the supervisor.
+    // Longer than the interval at which the supervisor receives the state.
     std::thread::sleep(ms(1500));
     let crashes = if long() { 20 } else { 2 };
     for _ in 0..crashes {
         proxy.cli_ok(&["drain", "web/drained"]);
         proxy.cli_ok(&["undrain", "web/back"]);
-        // The last wish is kept at once.
+        // The last change of intent is stored immediately.
         crash(&mut proxy);
         assert_eq!(proxy.backend("web", "drained")["intent"], "draining");
         assert_eq!(proxy.backend("web", "back")["intent"], "ready");
@@ -139,35 +139,35 @@ fn intents_and_verdicts_survive_a_crash(engine: Engine) {
     proxy.rebaseline();
 }
 
-fn sessions_of_a_draining_process_do_not_notice(engine: Engine) {
+fn sessions_of_a_draining_process_continue(engine: Engine) {
     let (_backend, mut proxy) = start(engine);
     let old_session = connect(proxy.addr("web"));
     client::exchange(&old_session, b"hello").unwrap();
     let old = proxy.upgrade();
-    // The old one is past the time in which it would go on.
+    // After this time the old process no longer takes the service back.
     std::thread::sleep(ms(1300));
     let new = proxy.pid();
     proc::signal(new, Signal::KILL);
     echoes(proxy.addr("web"));
-    client::exchange(&old_session, b"not mine").unwrap();
-    eventually(secs(10), "another serves", || proxy.others().iter().any(|pid| *pid != old));
+    client::exchange(&old_session, b"old data").unwrap();
+    eventually(secs(10), "another process serves", || proxy.others().iter().any(|pid| *pid != old));
     drop(old_session);
     proxy.wait_gone(old, secs(5));
     replaced(&mut proxy, new);
     proxy.rebaseline();
 }
 
-fn a_new_process_that_dies_at_once_gives_the_service_back(engine: Engine) {
+fn old_process_serves_again_if_the_new_process_exits_early(engine: Engine) {
     let (_backend, proxy) = start(engine);
-    gives_back(proxy);
+    old_process_serves_again(proxy);
 }
 
-fn without_a_supervisor_a_new_process_that_dies_at_once_gives_the_service_back(engine: Engine) {
+fn old_process_serves_again_without_a_supervisor(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
-    gives_back(TestProxy::start_single(conf(engine, &backend)));
+    old_process_serves_again(TestProxy::start_single(conf(engine, &backend)));
 }
 
-fn gives_back(mut proxy: TestProxy) {
+fn old_process_serves_again(mut proxy: TestProxy) {
     let session = connect(proxy.addr("web"));
     client::exchange(&session, b"hello").unwrap();
     let first = proxy.pid();
@@ -179,7 +179,7 @@ fn gives_back(mut proxy: TestProxy) {
         echoes(proxy.addr("web"));
         client::exchange(&session, b"still here").unwrap();
         let socket = proxy.dir().join("admin.sock");
-        eventually(secs(5), "the first one answers", || {
+        eventually(secs(5), "the first process answers", || {
             crate::common::http::over_unix(&socket, "GET", "/ready")
                 .is_ok_and(|answer| answer.status == 200)
         });
@@ -188,7 +188,7 @@ fn gives_back(mut proxy: TestProxy) {
     }
     assert_eq!(proxy.metric("tidegate_upgrades_total", &[("result", "failed")]), 2.0);
     assert!(proxy.log().contains("new process exited; this process accepts connections again"));
-    // And the next one that lives takes over.
+    // The next new process takes over.
     let old = proxy.upgrade();
     assert_eq!(old, first);
     echoes(proxy.addr("web"));
@@ -197,7 +197,7 @@ fn gives_back(mut proxy: TestProxy) {
     proxy.rebaseline();
 }
 
-fn a_process_without_its_supervisor_drains(engine: Engine) {
+fn process_drains_after_its_supervisor_exits(engine: Engine) {
     let (_backend, mut proxy) = start(engine);
     crate::common::upgrade::adopt_orphans();
     let session = connect(proxy.addr("web"));
@@ -205,18 +205,18 @@ fn a_process_without_its_supervisor_drains(engine: Engine) {
     let (service, serving) = (proxy.service(), proxy.pid());
     proc::signal(service, Signal::KILL);
     assert_eq!(proxy.wait_exit(secs(5)), None, "ended by a signal");
-    eventually(secs(5), "nobody new is taken", || try_connect(proxy.addr("web")).is_err());
+    eventually(secs(5), "new connections are refused", || try_connect(proxy.addr("web")).is_err());
     client::exchange(&session, b"still here").unwrap();
     assert!(proxy.log().contains("supervisor exited; draining and exiting"));
     drop(session);
     proxy.wait_gone(serving, secs(5));
 }
 
-fn processes_that_never_serve_are_started_five_times(engine: Engine) {
+fn process_that_never_serves_is_started_five_times(engine: Engine) {
     if !have(&["sh"]) {
         return;
     }
-    // Started by a link, which then leads to another program.
+    // The program is started through a link, which later leads to another program.
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let link = dir.path().join("tidegate");
     std::os::unix::fs::symlink(PROGRAM, &link).unwrap();
@@ -236,12 +236,12 @@ fn processes_that_never_serve_are_started_five_times(engine: Engine) {
     assert_eq!(count.lines().count(), 5);
 }
 
-fn as_process_1_it_reaps_replaces_and_is_upgraded(engine: Engine) {
+fn supervisor_as_process_1_reaps_restarts_and_upgrades(engine: Engine) {
     if !have(&["unshare", "nsenter"]) {
         return;
     }
     if !rustix::process::geteuid().is_root() {
-        return crate::common::skip("only root makes a namespace of processes");
+        return crate::common::skip("only root can create a pid namespace");
     }
     let backend = ScriptedBackend::start(backend::echo());
     let wrapper = ["unshare", "--pid", "--fork", "--mount-proc"];
@@ -250,7 +250,7 @@ fn as_process_1_it_reaps_replaces_and_is_upgraded(engine: Engine) {
     client::exchange(&session, b"hello").unwrap();
     let init = proxy.service().to_string();
     for _ in 0..3 {
-        // Each leaves an orphan that ends a moment later.
+        // Each command leaves an orphan that exits soon after.
         let orphan = ["-t", &init, "-p", "sh", "-c", "sleep 0.05 & exit 0"];
         let status = std::process::Command::new("nsenter").args(orphan).status().unwrap();
         assert!(status.success());
@@ -279,7 +279,7 @@ fn as_process_1_it_reaps_replaces_and_is_upgraded(engine: Engine) {
         let all = proc::children(proxy.service());
         all.into_iter().filter(|pid| proc::is_dead(*pid)).count()
     };
-    eventually(secs(5), "nothing is left to be reaped", || zombies() == 0);
+    eventually(secs(5), "every child is reaped", || zombies() == 0);
     assert_eq!(proc::children(proxy.service()), [proxy.pid()]);
     proxy.rebaseline();
 }
@@ -294,14 +294,14 @@ fn crashes_under_load_as_process_1_refuse_no_client(engine: Engine) {
         return;
     }
     if !rustix::process::geteuid().is_root() {
-        return crate::common::skip("only root makes a namespace of processes");
+        return crate::common::skip("only root can create a pid namespace");
     }
     let backend = ScriptedBackend::start(backend::echo());
     let wrapper = ["unshare", "--pid", "--fork", "--mount-proc"];
     crash_under_load(TestProxy::start_under(conf(engine, &backend), &wrapper));
 }
 
-/// Kills of the process that serves, one after another, while clients come all the time.
+/// Kills the serving process repeatedly while clients connect.
 fn crash_under_load(mut proxy: TestProxy) {
     let address = proxy.addr("web");
     let stop = AtomicBool::new(false);
@@ -313,8 +313,8 @@ fn crash_under_load(mut proxy: TestProxy) {
                 scope.spawn(|| {
                     let mut served = 0_u64;
                     while !stop.load(Ordering::Relaxed) {
-                        // A session may go with its process; nobody is refused.
-                        let stream = try_connect(address).expect("taken");
+                        // A session can end with its process, but no connect is refused.
+                        let stream = try_connect(address).expect("a connection");
                         served += u64::from(client::exchange(&stream, b"hello").is_ok());
                     }
                     served
@@ -326,22 +326,24 @@ fn crash_under_load(mut proxy: TestProxy) {
             let before = proxy.pid();
             proc::signal(before, Signal::KILL);
             let killed = Instant::now();
-            while !try_connect(address).is_ok_and(|one| client::exchange(&one, b"next").is_ok()) {}
+            while !try_connect(address)
+                .is_ok_and(|stream| client::exchange(&stream, b"next").is_ok())
+            {}
             gaps.push(killed.elapsed());
             replaced(&mut proxy, before);
         }
         stop.store(true, Ordering::Relaxed);
-        clients.into_iter().map(|one| one.join().expect("nobody refused")).sum::<u64>()
+        clients.into_iter().map(|thread| thread.join().expect("no client refused")).sum::<u64>()
     });
     gaps.sort();
     let (median, longest) = (gaps[gaps.len() / 2], gaps[gaps.len() - 1]);
     measured(&format!(
-        "{crashes} crashes under {served} sessions, nobody refused; the next client was served \
+        "{crashes} crashes under {served} sessions, no client refused; the next client was served \
          after {median:?}, {longest:?} at most"
     ));
-    // A build without debug assertions takes a fraction of that.
+    // A release build takes a fraction of this time.
     let limit = if cfg!(debug_assertions) { secs(2) } else { ms(100) };
     assert!(median < limit, "{median:?}");
-    assert!(proxy.others().is_empty(), "nothing is left behind");
+    assert!(proxy.others().is_empty(), "another process is left");
     proxy.rebaseline();
 }

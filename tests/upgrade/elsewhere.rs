@@ -1,5 +1,5 @@
-//! The old process's sessions after an upgrade: the new one shows them, counts
-//! them towards caps and can end them.
+//! Sessions of the old process after an upgrade: the new process shows them, counts them
+//! towards caps and can end them.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, End, connect};
@@ -10,12 +10,12 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 on_every_engine!(
-    status_and_metrics_show_the_old_ones_sessions_once_over_any_number_of_upgrades,
-    a_backends_cap_counts_the_old_ones_sessions,
-    removing_a_backend_ends_the_old_ones_sessions_at_its_grace,
-    a_backend_only_the_old_process_knows_is_shown_as_leaving,
-    drain_waits_for_the_old_ones_sessions_as_well,
-    a_new_process_that_stops_waits_for_the_old_ones_sessions_until_its_deadline,
+    status_and_metrics_count_sessions_of_old_processes_once,
+    backend_cap_counts_sessions_of_the_old_process,
+    removed_backend_ends_sessions_of_the_old_process,
+    backend_known_only_to_the_old_process_is_shown_as_leaving,
+    drain_wait_includes_sessions_of_the_old_process,
+    shutdown_waits_for_sessions_of_the_old_process,
 );
 
 fn proxy_of(engine: Engine, pool: Pool, drain_timeout: &str) -> TestProxy {
@@ -29,7 +29,7 @@ fn open_session(proxy: &TestProxy) -> TcpStream {
     stream
 }
 
-/// Everything that says how many sessions there are.
+/// Every value that shows the number of sessions.
 fn shown(proxy: &TestProxy) -> [u64; 5] {
     let status = proxy.status();
     [
@@ -46,7 +46,7 @@ fn wait_shown(proxy: &TestProxy, count: u64) {
     eventually(secs(5), &format!("{count} sessions are shown"), || shown(proxy) == [count; 5]);
 }
 
-fn status_and_metrics_show_the_old_ones_sessions_once_over_any_number_of_upgrades(engine: Engine) {
+fn status_and_metrics_count_sessions_of_old_processes_once(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let pool = Pool::new("web").backend("a", backend.address());
     let mut proxy = proxy_of(engine, pool, "60s");
@@ -56,7 +56,7 @@ fn status_and_metrics_show_the_old_ones_sessions_once_over_any_number_of_upgrade
         olds.push(proxy.upgrade());
         wait_shown(&proxy, round);
     }
-    // Nothing is counted twice, and nothing falls while nothing ends.
+    // No session is counted twice, and no count decreases while all sessions are open.
     for _ in 0..10 {
         assert_eq!(shown(&proxy), [3; 5]);
         std::thread::sleep(ms(30));
@@ -71,11 +71,11 @@ fn status_and_metrics_show_the_old_ones_sessions_once_over_any_number_of_upgrade
         proxy.wait_gone(old, secs(10));
     }
     let ended = || proxy.metric("tidegate_session_end_total", &[]);
-    eventually(secs(5), "all are counted", || ended() == 3.0);
+    eventually(secs(5), "all sessions are counted", || ended() == 3.0);
     proxy.rebaseline();
 }
 
-fn a_backends_cap_counts_the_old_ones_sessions(engine: Engine) {
+fn backend_cap_counts_sessions_of_the_old_process(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let mut pool = Pool::new("web").backend("a", backend.address());
     pool.backends[0].keys = "connections_max = 2".into();
@@ -88,11 +88,11 @@ fn a_backends_cap_counts_the_old_ones_sessions(engine: Engine) {
     std::io::Write::write_all(&mut &waits, b"hello").unwrap();
     let mut answer = [0; 5];
     let read = std::io::Read::read(&mut &waits, &mut answer);
-    assert!(read.is_err(), "it got in beyond the cap: {read:?}");
+    assert!(read.is_err(), "served beyond the cap: {read:?}");
     assert_eq!(backend.active(), 2);
     held.pop();
     waits.set_read_timeout(Some(secs(10))).unwrap();
-    std::io::Read::read_exact(&mut &waits, &mut answer).expect("it is let in now");
+    std::io::Read::read_exact(&mut &waits, &mut answer).expect("served after a free slot");
     assert_eq!(&answer, b"hello");
     drop(held);
     proxy.wait_gone(old, secs(10));
@@ -100,7 +100,7 @@ fn a_backends_cap_counts_the_old_ones_sessions(engine: Engine) {
     proxy.rebaseline();
 }
 
-fn removing_a_backend_ends_the_old_ones_sessions_at_its_grace(engine: Engine) {
+fn removed_backend_ends_sessions_of_the_old_process(engine: Engine) {
     let backends = ["a", "b"].map(|_| ScriptedBackend::start(backend::echo()));
     let pool = |names: &[&str]| {
         let all = [("a", &backends[0]), ("b", &backends[1])];
@@ -113,24 +113,24 @@ fn removing_a_backend_ends_the_old_ones_sessions_at_its_grace(engine: Engine) {
     let mut proxy = proxy_of(engine, pool(&["a", "b"]), "60s");
     let held: Vec<TcpStream> = (0..4).map(|_| open_session(&proxy)).collect();
     let old = proxy.upgrade();
-    eventually(secs(5), "they are shown", || proxy.status()["connections_active"] == 4);
+    eventually(secs(5), "all sessions are shown", || proxy.status()["connections_active"] == 4);
     let mut conf = proxy.conf();
     *conf.pool_mut("web") = pool(&["b"]);
     let began = Instant::now();
     proxy.reload(conf);
     let status = proxy.status();
     assert_eq!(status["leaving"][0]["sessions_active"], 2, "{:#}", status["leaving"]);
-    eventually(secs(10), "those on a are reset", || backends[0].active() == 0);
+    eventually(secs(10), "the sessions on a are reset", || backends[0].active() == 0);
     assert!(began.elapsed() > ms(800), "after {:?}", began.elapsed());
-    assert_eq!(backends[1].active(), 2, "those on b go on");
-    eventually(secs(10), "none is leaving", || proxy.status()["leaving"][0].is_null());
+    assert_eq!(backends[1].active(), 2, "the sessions on b continue");
+    eventually(secs(10), "no backend is leaving", || proxy.status()["leaving"][0].is_null());
     assert!(!proc::is_dead(old));
     drop(held);
     proxy.wait_gone(old, secs(10));
     proxy.rebaseline();
 }
 
-fn a_backend_only_the_old_process_knows_is_shown_as_leaving(engine: Engine) {
+fn backend_known_only_to_the_old_process_is_shown_as_leaving(engine: Engine) {
     let backends = ["a", "b"].map(|_| ScriptedBackend::start(backend::echo()));
     let pool = Pool::new("web").backend("a", backends[0].address());
     let mut proxy = proxy_of(engine, pool, "60s");
@@ -144,15 +144,19 @@ fn a_backend_only_the_old_process_knows_is_shown_as_leaving(engine: Engine) {
     };
     assert_eq!(leaving(&proxy), ("a".into(), 1.into()));
     let old = proxy.upgrade();
-    eventually(secs(5), "it is shown", || leaving(&proxy) == ("a".into(), 1.into()));
+    eventually(secs(5), "the removed backend is shown", || {
+        leaving(&proxy) == ("a".into(), 1.into())
+    });
     assert_eq!(proxy.metric("tidegate_leaving_sessions", &[]), 1.0);
     drop(session);
-    eventually(secs(5), "it is gone", || proxy.status()["leaving"][0].is_null());
+    eventually(secs(5), "the removed backend is no longer shown", || {
+        proxy.status()["leaving"][0].is_null()
+    });
     proxy.wait_gone(old, secs(10));
     proxy.rebaseline();
 }
 
-fn drain_waits_for_the_old_ones_sessions_as_well(engine: Engine) {
+fn drain_wait_includes_sessions_of_the_old_process(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let pool = Pool::new("web").backend("a", backend.address());
     let mut proxy = proxy_of(engine, pool, "60s");
@@ -167,13 +171,13 @@ fn drain_waits_for_the_old_ones_sessions_as_well(engine: Engine) {
     proxy.rebaseline();
 }
 
-/// A service manager ends the old process together with the new one.
-fn a_new_process_that_stops_waits_for_the_old_ones_sessions_until_its_deadline(engine: Engine) {
+/// A service manager stops the old process together with the new process.
+fn shutdown_waits_for_sessions_of_the_old_process(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let conf = Conf::simple(engine, Pool::new("web").backend("a", backend.address()));
     let mut proxy = TestProxy::start(conf.process("drain_timeout = \"60s\""));
     let [finishes, stays] = [open_session(&proxy), open_session(&proxy)];
-    // The new process has less patience.
+    // The new process has a shorter drain_timeout.
     let text = proxy.render(&proxy.conf()).replace("60s", "2s");
     let other = proxy.dir().join("other.toml");
     std::fs::write(&other, text).unwrap();
@@ -182,7 +186,7 @@ fn a_new_process_that_stops_waits_for_the_old_ones_sessions_until_its_deadline(e
     let began = Instant::now();
     proxy.sigterm();
     std::thread::sleep(ms(300));
-    client::exchange(&finishes, b"still served").expect("it goes on");
+    client::exchange(&finishes, b"still served").expect("the session continues");
     drop(finishes);
     assert_eq!(client::read_to_end(&stays), End::Reset(0));
     assert!(began.elapsed() > Duration::from_millis(1500), "{:?}", began.elapsed());

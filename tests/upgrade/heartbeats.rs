@@ -1,5 +1,4 @@
-//! Backends that are known by their heartbeats alone are known to the new process
-//! before it serves.
+//! Backends that are known only by heartbeats. The new process knows them before it serves.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, connect};
@@ -19,34 +18,33 @@ use tidegate_heartbeat::keys::Secret;
 use tidegate_heartbeat::sender::{Sender, SenderSettings};
 use tidegate_heartbeat::wire::{HeartbeatFields, SenderIdentity, encode};
 
-/// Heartbeats concern the control thread alone: one engine will do.
+/// Only the control thread is involved, so the test runs on one engine.
 #[test]
 fn registered_backends_serve_without_a_gap() {
     serve_without_a_gap(ms(50), "5s");
 }
 
-/// The new process cannot wait for the next heartbeat of each.
+/// The new process cannot wait for a heartbeat of each sender with this interval.
 #[test]
-fn registered_backends_that_are_rarely_heard_serve_without_a_gap() {
+fn registered_backends_with_a_long_interval_serve_without_a_gap() {
     serve_without_a_gap(secs(5), "30s");
 }
 
-/// Senders are not heard again before a connection is tried, and the sockets outlive the
-/// process that reads them.
+/// The test waits for no heartbeat before it connects. The sockets stay open across the crash.
 #[test]
-fn after_a_crash_registered_backends_serve_at_once_and_no_datagram_is_lost() {
+fn crash_keeps_registered_backends_and_queued_heartbeats() {
     let _share = exclusive::shared();
     let mut site = Site::start(secs(5), "30s");
-    // Longer than what is known takes to be left with the supervisor.
+    // Longer than the interval at which the supervisor receives the state.
     std::thread::sleep(ms(1500));
     let before = site.proxy.pid();
     proc::signal(before, Signal::STOP);
-    eventually(secs(5), "all of it has stopped", || proc::is_stopped(before));
-    // Each change is sent at once.
+    eventually(secs(5), "every thread has stopped", || proc::is_stopped(before));
+    // Each change of state is sent immediately.
     let leaving = site.senders.remove(0);
     leaving.set_state(SenderState::Draining);
     std::thread::sleep(ms(100));
-    // It says that it stops, and nothing after that.
+    // The sender sends `stopping` and nothing after that.
     drop(leaving);
     proc::signal(before, Signal::KILL);
     let answer = client::exchange(&connect(site.proxy.addr("web")), b"GET / HTTP/1.0\r\n\r\n");
@@ -58,17 +56,17 @@ fn after_a_crash_registered_backends_serve_at_once_and_no_datagram_is_lost() {
                 .is_ok_and(|answer| answer.status == 200)
     });
     site.proxy.find_serving();
-    eventually(secs(10), "what was sent meanwhile is taken", || site.known() == 1);
-    // Also an address that a reload has named.
+    eventually(secs(10), "heartbeats sent during the crash are accepted", || site.known() == 1);
+    // The same for an address added by a reload.
     let mut moved = site.proxy.conf();
     let to: SocketAddr = (Ipv4Addr::LOCALHOST, free_port()).into();
     moved.heartbeat = moved.heartbeat.replace(&site.to.to_string(), &to.to_string());
     site.proxy.reload(moved);
     let before = site.proxy.pid();
     proc::signal(before, Signal::KILL);
-    assert!(UdpSocket::bind(to).is_err(), "the address is never free");
-    // The supervisor closes its copy when it is told to.
-    eventually(secs(5), "the one that was given up is", || UdpSocket::bind(site.to).is_ok());
+    assert!(UdpSocket::bind(to).is_err(), "the address is free for a moment");
+    // The supervisor closes its copy of the removed socket.
+    eventually(secs(5), "the removed address is free", || UdpSocket::bind(site.to).is_ok());
     eventually(secs(10), "another process serves", || {
         proc::is_dead(before)
             && crate::common::http::over_unix(&socket, "GET", "/ready")
@@ -78,7 +76,7 @@ fn after_a_crash_registered_backends_serve_at_once_and_no_datagram_is_lost() {
     site.proxy.rebaseline();
 }
 
-/// A balancer of two backends that have joined by their heartbeats.
+/// A Tidegate process with two backends registered by heartbeats.
 struct Site {
     proxy: TestProxy,
     to: SocketAddr,
@@ -87,7 +85,7 @@ struct Site {
     _dir: tempfile::TempDir,
 }
 
-/// A configuration whose one pool takes who comes with heartbeats, to that address.
+/// A configuration with one pool in which senders can register. Returns the heartbeat address.
 fn conf(dir: &Path, interval: Duration, ttl: &str) -> (Conf, SocketAddr) {
     let key = dir.join("key");
     std::fs::write(&key, [7; 32]).unwrap();
@@ -124,7 +122,7 @@ impl Site {
         let servers = servers.map(|(_, server)| server);
         let senders = senders.into();
         let site = Site { proxy, to, senders, _servers: servers, _dir: dir };
-        eventually(secs(10), "both have joined", || site.known() == 2);
+        eventually(secs(10), "both backends are registered", || site.known() == 2);
         site
     }
 
@@ -142,18 +140,18 @@ fn serve_without_a_gap(interval: Duration, ttl: &str) {
         let began = std::time::Instant::now();
         let old = site.proxy.upgrade();
         let took = began.elapsed();
-        assert_eq!(site.known(), 2, "known before it serves, after {took:?}");
+        assert_eq!(site.known(), 2, "known before the new process serves, after {took:?}");
         site.proxy.wait_gone(old, secs(5));
     }
     let attempts = steady.stop();
-    let failed: Vec<_> = attempts.iter().filter(|one| one.result.is_err()).collect();
+    let failed: Vec<_> = attempts.iter().filter(|attempt| attempt.result.is_err()).collect();
     assert!(failed.is_empty(), "{} of {}: {:?}", failed.len(), attempts.len(), failed[0]);
     assert!(attempts.len() > 50);
     site.proxy.rebaseline();
 }
 
-/// Sends what that many senders would.
-struct Crowd {
+/// Sends the heartbeats of `count` senders from one socket.
+struct ManySenders {
     socket: UdpSocket,
     to: SocketAddr,
     secret: Secret,
@@ -162,8 +160,8 @@ struct Crowd {
     interval: Duration,
 }
 
-impl Crowd {
-    fn say(&self, number: u16, sequence: u64) {
+impl ManySenders {
+    fn send(&self, number: u16, sequence: u64) {
         let [high, low] = number.to_be_bytes();
         let address = SocketAddr::from((Ipv4Addr::new(127, 2, high, low), self.port));
         let identity = SenderIdentity::new("web", &format!("s{number}"), address).unwrap();
@@ -180,12 +178,13 @@ impl Crowd {
             in_flight: 0,
             load: 0,
         };
-        // The receiver's queue may be full: it is told again.
+        // A full receive queue can drop the datagram. The next interval sends another.
         let _ = self.socket.send_to(&encode(&draft, &self.secret), self.to);
     }
 
-    /// Each in its turn, spread over the interval, until it is over.
-    fn beat(&self, over: &AtomicBool) {
+    /// Sends one heartbeat per sender and interval, spread over the interval, until `over` is
+    /// set.
+    fn run(&self, over: &AtomicBool) {
         for sequence in 1.. {
             let began = Instant::now();
             for number in 0..self.count {
@@ -194,7 +193,7 @@ impl Crowd {
                 if over.load(Ordering::Relaxed) {
                     return;
                 }
-                self.say(number, sequence);
+                self.send(number, sequence);
             }
         }
     }
@@ -204,7 +203,7 @@ mod alone {
     use super::*;
 
     #[test]
-    fn thousands_that_are_rarely_heard_serve_without_a_gap() {
+    fn thousands_of_senders_serve_without_a_gap() {
         let _share = exclusive::alone();
         let (count, interval) = if long() { (10_000, secs(5)) } else { (1_000, secs(1)) };
         let dir = tempfile::tempdir().unwrap();
@@ -215,39 +214,46 @@ mod alone {
         let _server = ScriptedBackend::start_on(everywhere, backend::http("s", 200));
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         let secret = Secret::new(&[7; 32]).unwrap();
-        let crowd = Crowd { socket, to, secret, port: everywhere.port(), count, interval };
+        let many = ManySenders { socket, to, secret, port: everywhere.port(), count, interval };
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| crowd.beat(&over));
+            scope.spawn(|| many.run(&over));
             let _ends = Ends(&over);
             let pool = |proxy: &TestProxy| proxy.status()["pools"][0].clone();
             let eligible = |proxy: &TestProxy| {
                 let all = pool(proxy)["backends"].as_array().unwrap().clone();
                 all.iter().filter(|backend| backend["eligible"] == true).count()
             };
-            eventually(secs(120), "all have joined", || eligible(&proxy) == usize::from(count));
+            eventually(secs(120), "all backends are registered", || {
+                eligible(&proxy) == usize::from(count)
+            });
             let steady = Steady::start(proxy.addr("web"), 2);
             for _ in 0..2 {
                 let began = Instant::now();
                 let old = proxy.upgrade();
                 let took = began.elapsed();
                 measured(&format!(
-                    "{count} that are heard every {interval:?}: upgraded in {took:?}"
+                    "{count} senders with an interval of {interval:?}: upgraded in {took:?}"
                 ));
-                assert_eq!(eligible(&proxy), usize::from(count), "known before it serves");
+                assert_eq!(
+                    eligible(&proxy),
+                    usize::from(count),
+                    "known before the new process serves"
+                );
                 proxy.wait_gone(old, secs(10));
             }
-            // Each has been heard again, and none was taken for dead.
+            // Every sender has sent another heartbeat, and no backend is down.
             std::thread::sleep(interval + secs(1));
             assert_eq!(eligible(&proxy), usize::from(count));
             let attempts = steady.stop();
-            let failed: Vec<_> = attempts.iter().filter(|one| one.result.is_err()).collect();
+            let failed: Vec<_> =
+                attempts.iter().filter(|attempt| attempt.result.is_err()).collect();
             assert!(failed.is_empty(), "{} of {}: {:?}", failed.len(), attempts.len(), failed[0]);
         });
         proxy.rebaseline();
     }
 
-    /// Ends the crowd, in a panic too: the scope would wait for it for ever.
+    /// Ends the senders even after a panic. Otherwise the thread scope would wait forever.
     struct Ends<'a>(&'a AtomicBool);
 
     impl Drop for Ends<'_> {

@@ -1,5 +1,5 @@
-//! A process crashes while its configuration on disk is bad, or an upgrade was told
-//! something and is gone: what was in force goes on.
+//! Crashes while the configuration on disk is invalid, or directly after an upgrade: the
+//! running configuration and the intents stay in effect.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, connect};
@@ -12,11 +12,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::time::Instant;
 
 on_every_engine!(
-    a_crash_while_the_file_is_bad_leaves_the_configuration_in_force,
-    a_crash_while_a_named_file_is_bad_leaves_the_configuration_in_force,
-    a_crash_while_the_file_cannot_be_put_in_force_leaves_the_configuration_in_force,
-    intents_that_only_a_process_that_died_at_once_has_heard_are_kept,
-    without_a_supervisor_such_intents_are_kept,
+    crash_with_an_invalid_file_keeps_the_configuration,
+    crash_with_an_invalid_referenced_file_keeps_the_configuration,
+    crash_with_a_file_that_cannot_be_applied_keeps_the_configuration,
+    intents_received_by_a_process_that_exits_early_are_kept,
+    intents_are_kept_without_a_supervisor,
 );
 
 fn conf(engine: Engine, backend: &ScriptedBackend) -> Conf {
@@ -31,8 +31,8 @@ fn refused(proxy: &TestProxy) -> f64 {
     proxy.metric("tidegate_reloads_total", &[("result", "refused")])
 }
 
-/// Kills the process that serves; the next client is served by another one, which says
-/// `why`.
+/// Kills the serving process. Checks that the next client is served by another process, which
+/// logs `why`.
 #[track_caller]
 fn crash(proxy: &mut TestProxy, why: &str) {
     let before = proxy.pid();
@@ -40,10 +40,11 @@ fn crash(proxy: &mut TestProxy, why: &str) {
     proc::signal(before, Signal::KILL);
     echoes(proxy.addr("web"));
     let socket = proxy.dir().join("admin.sock");
-    let ready = || http::over_unix(&socket, "GET", "/ready").is_ok_and(|one| one.status == 200);
+    let ready =
+        || http::over_unix(&socket, "GET", "/ready").is_ok_and(|answer| answer.status == 200);
     eventually(secs(10), "another process serves", || proc::is_dead(before) && ready());
     proxy.find_serving();
-    assert_eq!(proxy.generation(), generation, "it is the same configuration");
+    assert_eq!(proxy.generation(), generation, "the same configuration");
     let file = proxy.config_path().display().to_string();
     let log = proxy.log();
     let said = ["cannot use the configuration file after a crash", &*file, why];
@@ -57,7 +58,8 @@ fn noted(proxy: &TestProxy) -> bool {
     warnings.contains("was not used after a crash")
 }
 
-/// `text` is refused; a crash; the file is mended, and reloads work.
+/// Checks that crashes with the rejected file `text` change nothing. Then repairs the file and
+/// checks that reloads work.
 #[track_caller]
 fn survives(proxy: &mut TestProxy, text: Option<&str>, why: &str) {
     let before = refused(proxy);
@@ -66,10 +68,10 @@ fn survives(proxy: &mut TestProxy, text: Option<&str>, why: &str) {
         None => std::fs::remove_file(proxy.config_path()).unwrap(),
     }
     proxy.sighup();
-    eventually(secs(10), "the reload is refused", || refused(proxy) > before);
+    eventually(secs(10), "the reload is rejected", || refused(proxy) > before);
     for _ in 0..2 {
         crash(proxy, why);
-        eventually(secs(10), "the file is read again, and refused", || refused(proxy) >= 1.0);
+        eventually(secs(10), "the file is read again and rejected", || refused(proxy) >= 1.0);
         assert!(noted(proxy), "{}", proxy.status()["warnings"]);
     }
     let conf = proxy.conf();
@@ -90,7 +92,7 @@ fn survives(proxy: &mut TestProxy, text: Option<&str>, why: &str) {
     proxy.reload(conf);
 }
 
-fn a_crash_while_the_file_is_bad_leaves_the_configuration_in_force(engine: Engine) {
+fn crash_with_an_invalid_file_keeps_the_configuration(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let mut proxy = TestProxy::start(conf(engine, &backend));
     let whole = proxy.render(&proxy.conf());
@@ -100,7 +102,7 @@ fn a_crash_while_the_file_is_bad_leaves_the_configuration_in_force(engine: Engin
     proxy.rebaseline();
 }
 
-fn a_crash_while_a_named_file_is_bad_leaves_the_configuration_in_force(engine: Engine) {
+fn crash_with_an_invalid_referenced_file_keeps_the_configuration(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let dir = tempfile::tempdir().unwrap();
     let [list, token] = ["list", "token"].map(|name| dir.path().join(name));
@@ -127,7 +129,7 @@ fn a_crash_while_a_named_file_is_bad_leaves_the_configuration_in_force(engine: E
             false => write_token("short"),
         }
         proxy.sighup();
-        eventually(secs(10), "the reload is refused", || refused(&proxy) > before);
+        eventually(secs(10), "the reload is rejected", || refused(&proxy) > before);
         let before = proxy.pid();
         proc::signal(before, Signal::KILL);
         echoes(proxy.addr("web"));
@@ -137,7 +139,7 @@ fn a_crash_while_a_named_file_is_bad_leaves_the_configuration_in_force(engine: E
         });
         proxy.find_serving();
         assert!(proxy.log().contains(why), "{}", proxy.log());
-        eventually(secs(10), "status tells", || noted(&proxy));
+        eventually(secs(10), "status shows the warning", || noted(&proxy));
         std::fs::write(&list, "127.0.0.0/8\n").unwrap();
         write_token("0123456789abcdef");
         proxy.sighup();
@@ -146,7 +148,7 @@ fn a_crash_while_a_named_file_is_bad_leaves_the_configuration_in_force(engine: E
     proxy.rebaseline();
 }
 
-fn a_crash_while_the_file_cannot_be_put_in_force_leaves_the_configuration_in_force(engine: Engine) {
+fn crash_with_a_file_that_cannot_be_applied_keeps_the_configuration(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let mut proxy = TestProxy::start(conf(engine, &backend));
     let other = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -157,26 +159,26 @@ fn a_crash_while_the_file_cannot_be_put_in_force_leaves_the_configuration_in_for
     proxy.rebaseline();
 }
 
-fn intents_that_only_a_process_that_died_at_once_has_heard_are_kept(engine: Engine) {
+fn intents_received_by_a_process_that_exits_early_are_kept(engine: Engine) {
     intents_are_kept(engine, 40, TestProxy::start);
 }
 
-fn without_a_supervisor_such_intents_are_kept(engine: Engine) {
+fn intents_are_kept_without_a_supervisor(engine: Engine) {
     intents_are_kept(engine, 10, TestProxy::start_single);
 }
 
-/// Tries until the process before is stopped within its second, which a busy machine may
-/// miss; the rest takes as long as it takes.
+/// Repeats the test until the old process is stopped within its first second after the
+/// upgrade, which a busy machine can miss.
 fn intents_are_kept(engine: Engine, count: u8, start: fn(Conf) -> TestProxy) {
     for _ in 0..20 {
         if try_to_keep_intents(engine, count, start) {
             return;
         }
     }
-    panic!("the process before is never stopped in time");
+    panic!("the old process was never stopped in time");
 }
 
-/// False where the process before had let go before it was stopped.
+/// Returns false if the old process had already released the service when it was stopped.
 fn try_to_keep_intents(engine: Engine, count: u8, start: fn(Conf) -> TestProxy) -> bool {
     let echo = ScriptedBackend::start(backend::echo());
     let names: Vec<String> = (0..count).map(|number| format!("n{number}")).collect();
@@ -192,9 +194,9 @@ fn try_to_keep_intents(engine: Engine, count: u8, start: fn(Conf) -> TestProxy) 
     let answer = proxy.try_upgrade("");
     assert_eq!(answer.status, 200, "{}", answer.body);
     let new = answer.json()["pid"].as_u64().unwrap() as u32;
-    // The process before hears of them late, and of the new one's end at the same time.
+    // The old process learns the intents late, together with the exit of the new process.
     proc::signal(first, Signal::STOP);
-    eventually(secs(5), "all of it has stopped", || proc::is_stopped(first));
+    eventually(secs(5), "every thread has stopped", || proc::is_stopped(first));
     let in_time = began.elapsed() < secs(1);
     let order = |name: &str, what: &str| {
         let path = format!("/v1/pools/web/backends/{name}/{what}");
@@ -202,29 +204,30 @@ fn try_to_keep_intents(engine: Engine, count: u8, start: fn(Conf) -> TestProxy) 
     };
     order(&names[0], "undrain");
     names[1..].iter().for_each(|name| order(name, "drain"));
-    // What was answered is known to the process before, or to the supervisor.
+    // Every answered request is known to the old process or to the supervisor.
     proc::signal(new, Signal::KILL);
     let supervised = proxy.service() != first;
     let ended = || match supervised {
         true => !proc::children(proxy.service()).contains(&new),
         false => proc::is_dead(new),
     };
-    eventually(secs(5), "it has ended", ended);
+    eventually(secs(5), "the new process has ended", ended);
     if !supervised {
-        // Its second is over before it looks.
+        // The first second has passed before the old process continues.
         std::thread::sleep(secs(1).saturating_sub(began.elapsed()));
     }
     proc::signal(first, Signal::CONT);
     let socket = proxy.dir().join("admin.sock");
-    let ready = || http::over_unix(&socket, "GET", "/ready").is_ok_and(|one| one.status == 200);
-    // The first one, or a third where the first one's second was over.
-    eventually(secs(10), "one process is left, and serves", || {
+    let ready =
+        || http::over_unix(&socket, "GET", "/ready").is_ok_and(|answer| answer.status == 200);
+    // The first process serves, or a third process if the first second had passed.
+    eventually(secs(10), "a single process serves", || {
         let children = proc::children(proxy.service());
         let alone = !supervised || (children.len() == 1 && children[0] != new);
         (ready() && alone) || (!supervised && proc::is_dead(first))
     });
     if !supervised && proc::is_dead(first) {
-        assert!(!in_time, "it goes on, however late it learns that it has to");
+        assert!(!in_time, "the old process must take the service back");
         proxy.wait_exit(secs(5));
         return false;
     }

@@ -1,17 +1,17 @@
-//! Upgrades in place: another process takes the sockets, and nobody outside
-//! notices; and if it cannot, nothing has happened.
+//! Upgrades: another process takes over the sockets without an effect on clients. A failed
+//! upgrade changes nothing.
 //!
-//! A real balancer process, its successors, real and scripted peers, on every
-//! engine where it matters. It never looks inside the program.
+//! Real Tidegate processes between real and scripted peers, on both engines if the engine
+//! matters. The tests never look inside the program.
 
-// Tests wait and read the clock; the program under test may not.
+// The program must not sleep or read the clock directly. Tests can.
 #![allow(clippy::disallowed_methods)]
-// A failed unwrap in a test is a failed test.
+// A failed unwrap fails the test.
 #![allow(clippy::unwrap_used)]
-// Helpers are public to the suite, which nobody else links.
+// Helpers are public to the suite. No other crate links it.
 #![allow(unreachable_pub)]
 
-// A helper may wait for its first user; a test that no macro lists may not.
+// A helper can be unused. A test that no macro lists is an error.
 #[allow(dead_code, unused_imports, unused_macros)]
 #[path = "../common/mod.rs"]
 mod common;

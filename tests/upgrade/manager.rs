@@ -1,4 +1,4 @@
-//! Under a service manager: sockets it passes, and what it is told.
+//! Service managers: passed sockets and notifications.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, connect};
@@ -11,29 +11,29 @@ use std::path::Path;
 use std::time::Duration;
 
 on_every_engine!(
-    the_manager_is_told_of_every_step,
-    a_manager_that_cannot_be_told_is_named_once_in_the_log,
-    a_passed_socket_is_used_and_outlives_the_process,
+    service_manager_is_notified_of_every_step,
+    failed_notification_is_logged_once,
+    passed_socket_is_used_and_outlives_the_process,
     passed_socket_without_bind_is_an_error,
 );
 
-/// Where systemd is installed, by its own judgement.
+/// Runs `systemd-analyze verify` if it is installed.
 #[test]
-fn the_unit_that_comes_along_is_one_for_systemd_252() {
+fn unit_file_is_valid_for_systemd() {
     let unit = include_str!("../../config/tidegate.service");
     assert!(unit.contains("\nType=notify\n") && unit.contains("\nNotifyAccess=main\n"));
     assert!(unit.contains("\nExecStart=/usr/bin/tidegate run "));
     let Some(analyze) = crate::common::servers::find("systemd-analyze") else { return };
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("tidegate.service");
-    // A program that is there.
+    // A program that exists.
     std::fs::write(&path, unit.replace("/usr/bin/tidegate ", "/bin/true ")).unwrap();
     let output = std::process::Command::new(analyze).arg("verify").arg(&path).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && !said.contains("tidegate.service"), "{said}");
 }
 
-/// The manager's end of the notifications.
+/// The receiving end of the notifications.
 struct Manager(UnixDatagram);
 
 impl Manager {
@@ -43,7 +43,7 @@ impl Manager {
         Manager(socket)
     }
 
-    /// The next message but the watchdog's.
+    /// Returns the next message other than the watchdog's.
     fn next(&self) -> String {
         loop {
             let message = self.any();
@@ -60,7 +60,7 @@ impl Manager {
     }
 }
 
-fn the_manager_is_told_of_every_step(engine: Engine) {
+fn service_manager_is_notified_of_every_step(engine: Engine) {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("notify");
     let manager = Manager::at(&path);
@@ -82,7 +82,7 @@ fn the_manager_is_told_of_every_step(engine: Engine) {
     assert!(micros.parse::<u64>().unwrap() > 1_000_000);
     assert_eq!(manager.next(), format!("READY=1\nMAINPID={first}"));
 
-    // An upgrade is none of its business: the main process stays, and is alive.
+    // The manager gets no message about an upgrade: the main process stays and is alive.
     proxy.upgrade();
     assert_eq!(proxy.service(), first);
     for _ in 0..3 {
@@ -94,8 +94,8 @@ fn the_manager_is_told_of_every_step(engine: Engine) {
     assert_eq!(proxy.wait_exit(secs(3)), Some(0));
 }
 
-/// A supervisor that says so has a log of its own; its lines are as all others.
-fn a_manager_that_cannot_be_told_is_named_once_in_the_log(engine: Engine) {
+/// The supervisor writes its own log lines, in the same format as all others.
+fn failed_notification_is_logged_once(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let long = format!("/{}", "n".repeat(200));
     for (path, error) in [("/nowhere/notify", "No such file"), (&long, "SUN_LEN")] {
@@ -107,7 +107,7 @@ fn a_manager_that_cannot_be_told_is_named_once_in_the_log(engine: Engine) {
                 true => TestProxy::start_single_under(conf, &wrapper),
                 false => TestProxy::start_under(conf, &wrapper),
             };
-            // In which it is to be told several times.
+            // Long enough for several watchdog notifications.
             std::thread::sleep(Duration::from_millis(300));
             proxy.check_for_leaks();
             let log = proxy.log();
@@ -125,10 +125,10 @@ fn a_manager_that_cannot_be_told_is_named_once_in_the_log(engine: Engine) {
     }
 }
 
-/// Passes fd 3 (and 4) on as systemd does: LISTEN_PID is the process's own.
+/// Passes fd 3 (and 4) on as systemd does. LISTEN_PID is the pid of the process.
 const ACTIVATE: &str = "exec 3<&0; exec 0</dev/null; export LISTEN_PID=$$; exec \"$@\"";
 
-/// Runs the balancer with that listener passed; gives its exit code and output.
+/// Starts Tidegate with this listener passed.
 fn run_with(listener: &TcpListener, config: &Path) -> std::process::Child {
     std::process::Command::new("sh")
         .args(["-c", ACTIVATE, "sh", PROGRAM, "run", "--config"])
@@ -142,7 +142,7 @@ fn run_with(listener: &TcpListener, config: &Path) -> std::process::Child {
         .unwrap()
 }
 
-fn a_passed_socket_is_used_and_outlives_the_process(engine: Engine) {
+fn passed_socket_is_used_and_outlives_the_process(engine: Engine) {
     if !have(&["sh"]) {
         return;
     }
@@ -156,7 +156,7 @@ fn a_passed_socket_is_used_and_outlives_the_process(engine: Engine) {
     let admin = format!("unix:{}", dir.path().join("admin.sock").display());
     std::fs::write(&config, conf.render(&admin, "off")).unwrap();
     for _ in 0..2 {
-        // Connected before anybody serves: that is what activation is for.
+        // Connected before any process serves, which socket activation allows.
         let early = connect(address);
         let mut child = run_with(&listener, &config);
         client::exchange(&early, b"worth the wait").unwrap();
@@ -169,7 +169,7 @@ fn a_passed_socket_is_used_and_outlives_the_process(engine: Engine) {
         let status = child.wait().unwrap();
         assert!(status.success(), "{status}");
     }
-    // With nobody serving, clients still wait in the manager's socket.
+    // Without a process, clients wait in the manager's socket.
     let waiting = connect(address);
     waiting.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
     assert!(matches!(client::read_to_end(&waiting), client::End::Silence(0)));

@@ -1,4 +1,4 @@
-//! The program's own proof, run as users run it.
+//! `tidegate selftest`, run as users run it.
 
 mod alone {
     use crate::common::proxy::PROGRAM;
@@ -6,7 +6,7 @@ mod alone {
     use std::process::Command;
 
     #[test]
-    fn selftest_loses_nothing_and_says_so() {
+    fn selftest_reports_no_losses() {
         let _share = exclusive::alone();
         let output = Command::new(PROGRAM)
             .args(["selftest", "--for", "4s", "--reloads", "20", "--upgrades", "3", "--kills", "3"])

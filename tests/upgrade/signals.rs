@@ -1,5 +1,5 @@
-//! Signals, from the first moment of a process on: each is obeyed, none ends a process
-//! that is to obey it.
+//! Signals from the start of a process on. Every signal is handled, and none kills a process
+//! that must handle it.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, connect, try_connect};
@@ -15,14 +15,14 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 on_every_engine!(
-    signals_from_the_first_moment_are_obeyed,
-    a_signal_as_soon_as_the_service_is_ready_is_obeyed,
-    stopping_while_it_starts_loses_no_client,
-    signals_to_the_group_during_upgrades_end_no_process,
-    without_a_supervisor_signals_to_the_group_during_upgrades_end_no_process,
-    a_stop_signal_that_is_repeated_at_once_counts_once,
-    a_second_stop_signal_ends_all_of_it,
-    an_upgrade_asked_of_a_process_that_has_just_taken_over_is_answered,
+    signals_from_the_first_moment_are_handled,
+    signal_is_handled_as_soon_as_the_service_is_ready,
+    shutdown_while_the_process_starts_loses_no_client,
+    group_signals_during_upgrades_kill_no_process,
+    group_signals_during_upgrades_kill_no_process_without_a_supervisor,
+    stop_signal_repeated_within_5_ms_counts_once,
+    second_stop_signal_ends_every_process,
+    upgrade_request_to_a_new_process_is_answered,
 );
 
 fn conf(engine: Engine, backend: &ScriptedBackend) -> Conf {
@@ -30,13 +30,13 @@ fn conf(engine: Engine, backend: &ScriptedBackend) -> Conf {
     conf.process("drain_timeout = \"20s\"")
 }
 
-/// Starts, of each kind a few or many.
+/// Number of starts per test.
 fn starts() -> usize {
     if long() { 250 } else { 6 }
 }
 
-/// A process in a directory of its own, in a group of its own, started over and over.
-struct Bench {
+/// Starts processes in their own directory and process group, one after another.
+struct Setup {
     _backend: ScriptedBackend,
     conf: Conf,
     dir: tempfile::TempDir,
@@ -51,14 +51,14 @@ impl Drop for Started {
     }
 }
 
-impl Bench {
-    fn new(engine: Engine) -> Bench {
+impl Setup {
+    fn new(engine: Engine) -> Setup {
         let backend = ScriptedBackend::start(backend::echo());
         let conf = conf(engine, &backend);
         let dir = tempfile::Builder::new().prefix("tg-").tempdir_in("/tmp").unwrap();
         let admin = format!("unix:{}", dir.path().join("admin.sock").display());
         std::fs::write(dir.path().join("t.toml"), conf.render(&admin, "off")).unwrap();
-        Bench { _backend: backend, conf, dir }
+        Setup { _backend: backend, conf, dir }
     }
 
     fn path(&self, name: &str) -> std::path::PathBuf {
@@ -84,7 +84,7 @@ impl Bench {
 
     fn metric(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
         let answer = self.ask("GET", "/metrics");
-        answer.map_or(0.0, |it| crate::common::proxy::sum_samples(&it.body, name, labels))
+        answer.map_or(0.0, |found| crate::common::proxy::sum_samples(&found.body, name, labels))
     }
 
     fn is_ready(&self) -> bool {
@@ -92,7 +92,7 @@ impl Bench {
     }
 }
 
-/// Waits until the program itself runs: it holds SIGHUP back first thing.
+/// Waits until the program runs. Its first action blocks SIGHUP.
 fn begun(child: &Child) {
     eventually(secs(10), "the program has begun", || {
         let status = std::fs::read_to_string(format!("/proc/{}/status", child.id()));
@@ -103,11 +103,11 @@ fn begun(child: &Child) {
     });
 }
 
-fn signals_from_the_first_moment_are_obeyed(engine: Engine) {
-    let bench = Bench::new(engine);
+fn signals_from_the_first_moment_are_handled(engine: Engine) {
+    let setup = Setup::new(engine);
     for round in 0..starts() {
         for more in [&[][..], &["--single"]] {
-            let mut started = bench.start(more, None);
+            let mut started = setup.start(more, None);
             begun(&started.0);
             std::thread::sleep(ms(fastrand::u64(0..60)));
             let pid = started.0.id();
@@ -116,65 +116,66 @@ fn signals_from_the_first_moment_are_obeyed(engine: Engine) {
             if upgrade {
                 proc::signal(pid, Signal::USR2);
             }
-            eventually(secs(20), "it serves", || {
-                assert!(!proc::is_dead(pid), "{}", bench.log());
-                bench.is_ready()
+            eventually(secs(20), "the process serves", || {
+                assert!(!proc::is_dead(pid), "{}", setup.log());
+                setup.is_ready()
             });
-            let reloads = || bench.metric("tidegate_reloads_total", &[]);
-            let upgrades = || bench.metric("tidegate_upgrades_total", &[("result", "done")]);
-            eventually(secs(10), "the signal is obeyed", || {
+            let reloads = || setup.metric("tidegate_reloads_total", &[]);
+            let upgrades = || setup.metric("tidegate_upgrades_total", &[("result", "done")]);
+            eventually(secs(10), "the signal is handled", || {
                 if upgrade { upgrades() == 1.0 } else { reloads() >= 1.0 }
             });
-            client::exchange(&connect(bench.conf.address("web")), b"hello").unwrap();
+            client::exchange(&connect(setup.conf.address("web")), b"hello").unwrap();
             proc::signal(pid, Signal::TERM);
-            assert_eq!(started.0.wait().unwrap().code(), Some(0), "{}", bench.log());
+            assert_eq!(started.0.wait().unwrap().code(), Some(0), "{}", setup.log());
         }
     }
 }
 
-fn a_signal_as_soon_as_the_service_is_ready_is_obeyed(engine: Engine) {
-    let bench = Bench::new(engine);
-    let path = bench.path("notify");
+fn signal_is_handled_as_soon_as_the_service_is_ready(engine: Engine) {
+    let setup = Setup::new(engine);
+    let path = setup.path("notify");
     let manager = UnixDatagram::bind(&path).unwrap();
     manager.set_read_timeout(Some(patience(secs(20)))).unwrap();
     for round in 0..starts() {
         let more: &[&str] = if round % 2 == 0 { &[] } else { &["--single"] };
-        let mut started = bench.start(more, Some(&path));
+        let mut started = setup.start(more, Some(&path));
         let mut said = [0; 100];
-        let n = eventually_some(secs(20), "it is ready", || manager.recv(&mut said).ok());
+        let n = eventually_some(secs(20), "the process is ready", || manager.recv(&mut said).ok());
         proc::signal(started.0.id(), Signal::HUP);
         assert!(said[..n].starts_with(b"READY=1"));
-        let reloads = || bench.metric("tidegate_reloads_total", &[]);
-        eventually(secs(10), "it has reloaded", || {
-            assert!(!proc::is_dead(started.0.id()), "{}", bench.log());
+        let reloads = || setup.metric("tidegate_reloads_total", &[]);
+        eventually(secs(10), "the process has reloaded", || {
+            assert!(!proc::is_dead(started.0.id()), "{}", setup.log());
             reloads() >= 1.0
         });
         proc::signal(started.0.id(), Signal::TERM);
-        assert_eq!(started.0.wait().unwrap().code(), Some(0), "{}", bench.log());
-        // What else it has said.
+        assert_eq!(started.0.wait().unwrap().code(), Some(0), "{}", setup.log());
+        // Drops the other notifications.
         manager.set_nonblocking(true).unwrap();
         while manager.recv(&mut said).is_ok() {}
         manager.set_nonblocking(false).unwrap();
     }
 }
 
-fn stopping_while_it_starts_loses_no_client(engine: Engine) {
-    let bench = Bench::new(engine);
-    let address = bench.conf.address("web");
+fn shutdown_while_the_process_starts_loses_no_client(engine: Engine) {
+    let setup = Setup::new(engine);
+    let address = setup.conf.address("web");
     let mut served = 0;
     for round in 0..starts() {
         let more: &[&str] = if round % 2 == 0 { &[] } else { &["--single"] };
-        let mut started = bench.start(more, None);
+        let mut started = setup.start(more, None);
         begun(&started.0);
         let pid = started.0.id();
         std::thread::scope(|scope| {
             let clients = scope.spawn(move || {
                 let mut served = 0;
                 while !proc::is_dead(pid) {
-                    // Nobody listens yet, or no more; but who is in gets an answer.
+                    // The connect fails before and after the process listens. A connected
+                    // client is served.
                     if let Ok(stream) = try_connect(address) {
                         let answer = client::exchange(&stream, b"hello");
-                        assert_eq!(answer.expect("who was taken is served"), b"hello");
+                        assert_eq!(answer.expect("a connected client is served"), b"hello");
                         served += 1;
                     }
                 }
@@ -183,29 +184,29 @@ fn stopping_while_it_starts_loses_no_client(engine: Engine) {
             std::thread::sleep(ms(fastrand::u64(0..100)));
             proc::signal(pid, Signal::TERM);
             let ended = started.0.wait().unwrap();
-            assert_eq!(ended.code(), Some(0), "{}", bench.log());
+            assert_eq!(ended.code(), Some(0), "{}", setup.log());
             served += clients.join().expect("no client lost");
         });
     }
     crate::common::measured(&format!("{served} clients while it started and stopped"));
 }
 
-fn signals_to_the_group_during_upgrades_end_no_process(engine: Engine) {
+fn group_signals_during_upgrades_kill_no_process(engine: Engine) {
     group_signals(engine, false);
 }
 
-fn without_a_supervisor_signals_to_the_group_during_upgrades_end_no_process(engine: Engine) {
+fn group_signals_during_upgrades_kill_no_process_without_a_supervisor(engine: Engine) {
     group_signals(engine, true);
 }
 
-/// SIGHUP to every process of the group, all the time.
+/// Sends SIGHUP to the process group all the time during upgrades.
 fn group_signals(engine: Engine, single: bool) {
     if !have(&["setsid"]) {
         return;
     }
     let backend = ScriptedBackend::start(backend::echo());
     let conf = conf(engine, &backend);
-    // It becomes the first of a group of its own, under the same number.
+    // setsid makes the process the leader of a new group with the same pid.
     let wrapper = ["setsid"];
     let mut proxy = match single {
         true => TestProxy::start_single_under(conf, &wrapper),
@@ -238,11 +239,13 @@ fn group_signals(engine: Engine, single: bool) {
     for old in proxy.pids_before() {
         proxy.wait_gone(old, secs(10));
     }
-    eventually(secs(5), "it answers", || proxy.admin_request("GET", "/ready").status == 200);
+    eventually(secs(5), "the process answers", || {
+        proxy.admin_request("GET", "/ready").status == 200
+    });
     proxy.rebaseline();
 }
 
-fn a_stop_signal_that_is_repeated_at_once_counts_once(engine: Engine) {
+fn stop_signal_repeated_within_5_ms_counts_once(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     for single in [false, true] {
         let mut proxy = match single {
@@ -251,7 +254,7 @@ fn a_stop_signal_that_is_repeated_at_once_counts_once(engine: Engine) {
         };
         let session = connect(proxy.addr("web"));
         client::exchange(&session, b"hello").unwrap();
-        // As timeout(1) sends it: to the process, and to its group.
+        // timeout(1) sends the signal to the process and to its group.
         proxy.sigterm();
         std::thread::sleep(ms(5));
         proxy.sigterm();
@@ -262,7 +265,7 @@ fn a_stop_signal_that_is_repeated_at_once_counts_once(engine: Engine) {
     }
 }
 
-fn a_second_stop_signal_ends_all_of_it(engine: Engine) {
+fn second_stop_signal_ends_every_process(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let mut proxy = TestProxy::start(conf(engine, &backend));
     let old_session = connect(proxy.addr("web"));
@@ -271,7 +274,7 @@ fn a_second_stop_signal_ends_all_of_it(engine: Engine) {
     let session = connect(proxy.addr("web"));
     client::exchange(&session, b"hello").unwrap();
     proxy.sigterm();
-    eventually_some(secs(5), "it drains", || {
+    eventually_some(secs(5), "the process drains", || {
         (proxy.admin_request("GET", "/ready").status == 503).then_some(())
     });
     std::thread::sleep(ms(300));
@@ -280,15 +283,17 @@ fn a_second_stop_signal_ends_all_of_it(engine: Engine) {
     assert!(proc::is_dead(old));
 }
 
-/// Whether it is the program by now: until then the supervisor waits for it.
+/// Returns true if the process runs the program. Before that the supervisor waits for it.
 fn is_program(pid: u32) -> bool {
     let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-    environment.split(|byte| *byte == 0).any(|one| one.starts_with(b"TIDEGATE_SUPERVISOR="))
+    environment
+        .split(|byte| *byte == 0)
+        .any(|variable| variable.starts_with(b"TIDEGATE_SUPERVISOR="))
 }
 
-/// The supervisor finds two messages: of the process before, that its successor serves,
-/// and of that successor, that it wants one itself. It looks at the successor's first.
-fn an_upgrade_asked_of_a_process_that_has_just_taken_over_is_answered(engine: Engine) {
+/// The supervisor reads two messages: from the old process, that the new process serves, and
+/// from the new process, that it requests an upgrade. The supervisor reads the latter first.
+fn upgrade_request_to_a_new_process_is_answered(engine: Engine) {
     let backend = ScriptedBackend::start(backend::echo());
     let mut proxy = TestProxy::start(conf(engine, &backend));
     let session = connect(proxy.addr("web"));
@@ -302,9 +307,9 @@ fn an_upgrade_asked_of_a_process_that_has_just_taken_over_is_answered(engine: En
             all.into_iter().find(|pid| ![first, second].contains(pid) && is_program(*pid))
         });
         proc::signal(third, Signal::STOP);
-        // The last one comes to stand in the place of the first one, before the second.
+        // The third process gets the slot of the first process, before the slot of the second.
         drop(session);
-        eventually(secs(10), "the first one is reaped", || {
+        eventually(secs(10), "the first process is reaped", || {
             !proc::children(supervisor).contains(&first)
         });
         proc::signal(supervisor, Signal::STOP);
@@ -313,7 +318,7 @@ fn an_upgrade_asked_of_a_process_that_has_just_taken_over_is_answered(engine: En
         let answer = upgrading.join().unwrap();
         assert_eq!(answer.status, 200, "{}", answer.body);
         let next = scope.spawn(|| proxy.try_upgrade(""));
-        // It has been asked by then, or a little later, which is as good.
+        // The request arrives by then, or a little later, which is also valid.
         std::thread::sleep(ms(300));
         proc::signal(supervisor, Signal::CONT);
         let answer = next.join().unwrap();

@@ -1,4 +1,4 @@
-//! What the new process knows: everything the one before did.
+//! State that the new process receives from the old process.
 
 use crate::common::backend::{self, Refusing, ScriptedBackend};
 use crate::common::client::{self, connect};
@@ -8,17 +8,17 @@ use crate::common::{Engine, eventually, long, ms, on_every_engine, on_every_engi
 use std::collections::BTreeMap;
 
 on_every_engine!(
-    drains_ejections_and_verdicts_survive,
-    no_counter_goes_backwards,
+    drains_ejections_and_observations_survive,
+    counters_never_decrease,
     sessions_of_the_old_process_are_counted_when_they_end,
-    a_round_robin_goes_on_in_its_turn,
-    the_slow_one_is_known_at_once,
-    a_change_of_the_file_during_an_upgrade_is_taken_up,
-    a_backends_history_goes_on,
+    round_robin_continues_in_order,
+    peak_ewma_latencies_are_handed_over,
+    change_of_the_file_during_an_upgrade_is_applied,
+    backend_history_is_handed_over,
 );
-on_every_engine_alone!(thousands_of_backends_are_handed_over_in_time);
+on_every_engine_alone!(handover_of_thousands_of_backends_is_fast);
 
-fn drains_ejections_and_verdicts_survive(engine: Engine) {
+fn drains_ejections_and_observations_survive(engine: Engine) {
     let echo = ["a", "b"].map(|_| ScriptedBackend::start(backend::echo()));
     let dead = [Refusing::new(), Refusing::new()];
     let probe = "kind = \"tcp\"\ninterval = \"30s\"\ntimeout = \"1s\"";
@@ -40,7 +40,7 @@ fn drains_ejections_and_verdicts_survive(engine: Engine) {
         client::exchange(&connect(proxy.addr("plain")), b"x").unwrap();
     }
     proxy.upgrade();
-    // Read at once: no probe of its own has told the new process anything.
+    // Read at once, before the first probe of the new process.
     let status = |pool, name| proxy.backend(pool, name);
     assert_eq!(status("probed", "up")["observation"], "up");
     assert_eq!(status("probed", "dead")["observation"], "down");
@@ -54,7 +54,7 @@ fn drains_ejections_and_verdicts_survive(engine: Engine) {
     proxy.rebaseline();
 }
 
-/// Every sample of a counter or histogram, by its series.
+/// Returns every sample of a counter or histogram by its series.
 fn totals(text: &str) -> BTreeMap<String, f64> {
     let mut kinds = BTreeMap::new();
     for line in text.lines() {
@@ -77,7 +77,7 @@ fn totals(text: &str) -> BTreeMap<String, f64> {
         .collect()
 }
 
-fn no_counter_goes_backwards(engine: Engine) {
+fn counters_never_decrease(engine: Engine) {
     let server = ScriptedBackend::start(backend::echo());
     let dead = Refusing::new();
     let pool = Pool::new("web")
@@ -91,20 +91,20 @@ fn no_counter_goes_backwards(engine: Engine) {
         for _ in 0..20 {
             client::exchange(&connect(proxy.addr("web")), b"some bytes").unwrap();
         }
-        // It comes back here, so that the next process makes no table for it.
+        // The ejection must end here. Otherwise the new process publishes a table for it.
         eventually(secs(10), "the ejection ends", || {
             proxy.backend("web", "dead")["ejected"] == false
         });
         let now = totals(&proxy.admin_request("GET", "/metrics").body);
-        assert_none_fell(&before, &now);
+        assert_none_decreased(&before, &now);
         proxy.upgrade();
         let then = totals(&proxy.admin_request("GET", "/metrics").body);
-        assert_none_fell(&now, &then);
+        assert_none_decreased(&now, &then);
         before = then;
     }
     assert_eq!(proxy.metric("tidegate_sessions_total", &[]), 60.0);
-    // A worker that was late with the last ones tells them in its farewell.
-    eventually(secs(10), "every connect is told", || {
+    // A worker that was late with its last sessions reports them in its final message.
+    eventually(secs(10), "every connect is counted", || {
         proxy.metric("tidegate_connect_seconds_count", &[("backend", "a")]) == 60.0
     });
     assert!(proxy.metric("tidegate_connect_failures_total", &[]) >= 3.0);
@@ -113,10 +113,10 @@ fn no_counter_goes_backwards(engine: Engine) {
 }
 
 #[track_caller]
-fn assert_none_fell(before: &BTreeMap<String, f64>, now: &BTreeMap<String, f64>) {
+fn assert_none_decreased(before: &BTreeMap<String, f64>, now: &BTreeMap<String, f64>) {
     for (series, was) in before {
-        let is = now.get(series).unwrap_or_else(|| panic!("{series} is gone, it was {was}"));
-        assert!(is >= was, "{series} fell from {was} to {is}");
+        let is = now.get(series).unwrap_or_else(|| panic!("{series} is missing, before: {was}"));
+        assert!(is >= was, "{series} decreased from {was} to {is}");
     }
 }
 
@@ -133,7 +133,7 @@ fn sessions_of_the_old_process_are_counted_when_they_end(engine: Engine) {
     assert_eq!(ended(&proxy), 0.0);
     drop(session);
     proxy.wait_gone(old, secs(5));
-    eventually(secs(5), "the old process has told", || ended(&proxy) == 1.0);
+    eventually(secs(5), "the session is counted", || ended(&proxy) == 1.0);
     assert_eq!(proxy.metric("tidegate_sessions_total", &[]), 1.0);
     assert_eq!(proxy.metric("tidegate_bytes_total", &[("direction", "in")]), 10.0);
     assert_eq!(proxy.metric("tidegate_backend_bytes_total", &[("direction", "out")]), 10.0);
@@ -142,7 +142,7 @@ fn sessions_of_the_old_process_are_counted_when_they_end(engine: Engine) {
     proxy.rebaseline();
 }
 
-fn a_round_robin_goes_on_in_its_turn(engine: Engine) {
+fn round_robin_continues_in_order(engine: Engine) {
     let servers = ["a", "b", "c"].map(|name| ScriptedBackend::start(backend::name(name)));
     let pool = ["a", "b", "c"]
         .iter()
@@ -158,8 +158,8 @@ fn a_round_robin_goes_on_in_its_turn(engine: Engine) {
     proxy.rebaseline();
 }
 
-/// A process that knows nothing would give it half of the first sessions.
-fn the_slow_one_is_known_at_once(engine: Engine) {
+/// A process without the handed-over latency would send half of the first sessions to `slow`.
+fn peak_ewma_latencies_are_handed_over(engine: Engine) {
     let quick = ScriptedBackend::start(backend::echo());
     let slow = ScriptedBackend::start(backend::script(|conn| {
         let mut buffer = [0; 16];
@@ -180,12 +180,12 @@ fn the_slow_one_is_known_at_once(engine: Engine) {
     proxy.upgrade();
     let before = slow.accepted();
     (0..8).for_each(|_| ask(&proxy));
-    assert_eq!(slow.accepted(), before, "the slow one was asked again");
+    assert_eq!(slow.accepted(), before, "a session on the slow backend");
     proxy.rebaseline();
 }
 
-/// The old process puts the change off, and then it is not its any more.
-fn a_change_of_the_file_during_an_upgrade_is_taken_up(engine: Engine) {
+/// The old process postpones the reload until after the upgrade, and the new process performs it.
+fn change_of_the_file_during_an_upgrade_is_applied(engine: Engine) {
     let servers = ["a", "b"].map(|name| ScriptedBackend::start(backend::name(name)));
     let pool = Pool::new("web").backend("a", servers[0].address());
     let mut proxy = TestProxy::start(Conf::simple(engine, pool));
@@ -204,14 +204,14 @@ fn a_change_of_the_file_during_an_upgrade_is_taken_up(engine: Engine) {
         proxy.upgrade();
         writer.join().unwrap();
         proxy.adopt(conf);
-        eventually(secs(5), "the new file is in force", || {
+        eventually(secs(5), "the new file is applied", || {
             client::ask(proxy.addr("web")).unwrap() == name
         });
     }
     proxy.rebaseline();
 }
 
-fn a_backends_history_goes_on(engine: Engine) {
+fn backend_history_is_handed_over(engine: Engine) {
     let server = ScriptedBackend::start(backend::echo());
     let pool = Pool::new("web").backend("a", server.address());
     let mut proxy = TestProxy::start(Conf::simple(engine, pool));
@@ -220,7 +220,7 @@ fn a_backends_history_goes_on(engine: Engine) {
     let states = |proxy: &TestProxy| -> Vec<String> {
         let explained = proxy.explained("web", "a");
         let history = explained["history"].as_array().unwrap().iter();
-        history.map(|one| one["to"].as_str().unwrap().to_owned()).collect()
+        history.map(|entry| entry["to"].as_str().unwrap().to_owned()).collect()
     };
     let before = states(&proxy);
     assert_eq!(before[..2], ["ready", "draining"]);
@@ -232,9 +232,9 @@ fn a_backends_history_goes_on(engine: Engine) {
     proxy.rebaseline();
 }
 
-/// Look-ups by name once took twelve seconds of it.
-fn thousands_of_backends_are_handed_over_in_time(engine: Engine) {
-    // With debug assertions it takes longer to render their status than the API waits.
+/// Lookups by name once took 12 s of the handover.
+fn handover_of_thousands_of_backends_is_fast(engine: Engine) {
+    // A debug build needs longer for the status of more backends than the API timeout.
     let count = if long() && !cfg!(debug_assertions) { 50_000 } else { 5_000 };
     let server = ScriptedBackend::start(backend::echo());
     let mut pool = Pool::new("web").backend("a", server.address());
@@ -249,7 +249,7 @@ fn thousands_of_backends_are_handed_over_in_time(engine: Engine) {
     proxy.upgrade();
     let took = began.elapsed();
     crate::common::measured(&format!("{count} backends are handed over in {took:?}"));
-    // A build without debug assertions takes a fraction of that.
+    // A release build takes a fraction of this time.
     let a_thousand = if cfg!(debug_assertions) { ms(800) } else { ms(40) };
     let limit = a_thousand * (count / 1_000);
     assert!(took < crate::common::patience(limit), "took {took:?}");

@@ -1,39 +1,39 @@
-//! What a bad line does to packets, one direction of it: pure, seeded.
+//! What one direction of an impaired link does to packets: pure and seeded.
 //!
-//! The pump offers each packet with the time and the settings in force and does
-//! as told. Every kind of impairment draws from a stream of its own, the same
-//! number of draws for every packet, so that the n-th packet's loss depends on
-//! the seed and on n alone. It never sends, waits or reads a clock.
+//! The pump offers each packet with the time and the current settings, and applies the
+//! decision. Each kind of impairment has its own random stream with the same number of draws
+//! per packet, so the loss of packet n depends only on the seed and n. This module never sends,
+//! waits or reads a clock.
 
 use fastrand::Rng;
 use std::time::{Duration, Instant};
 
-/// How a direction treats packets; the default is a perfect line.
+/// How a direction treats packets. The default is a perfect link.
 ///
-/// Chances are shares of all packets, 0 to 1.
+/// Probabilities are from 0 to 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Impairment {
-    /// Time on the way.
+    /// Delay of each packet.
     pub delay: Duration,
-    /// Each packet's delay is up to so much shorter or longer, evenly spread.
-    /// Jitter alone never reorders: a packet waits for the one before it.
+    /// Each packet's delay is shorter or longer by up to this much, uniformly distributed. Jitter
+    /// alone never reorders, because a packet waits for the previous packet.
     pub jitter: Duration,
     pub loss: Loss,
-    /// Packets that arrive twice.
+    /// Share of packets that arrive twice.
     pub duplicate: f64,
-    /// Packets held back by `reorder_by`, so that later ones overtake them.
+    /// Share of packets that are held back by `reorder_by`, so that later packets overtake them.
     pub reorder: f64,
     pub reorder_by: Duration,
-    /// Packets with one bit flipped, anywhere.
+    /// Share of packets with one flipped bit at a random position.
     pub corrupt: f64,
-    /// Bits a second; `None` for as fast as may be.
+    /// Bits per second. `None` means no limit.
     pub rate: Option<u64>,
-    /// Bytes that may wait for their turn at that rate; more are dropped.
+    /// Bytes that can wait because of the rate. Further packets are dropped.
     pub queue: usize,
-    /// Larger packets vanish, and nobody is told: a path that swallows what it
-    /// cannot carry (RFC 2923 section 2.1).
+    /// Larger packets are dropped without a notification: a path MTU black hole (RFC 2923
+    /// section 2.1).
     pub largest: Option<usize>,
-    /// Nothing gets through. What was on the way already does.
+    /// Drops every packet. Packets already in transit arrive.
     pub partition: bool,
 }
 
@@ -41,12 +41,12 @@ pub struct Impairment {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Loss {
     None,
-    /// Each with this chance, whatever became of the others.
+    /// Each packet is lost with this probability, independent of all others.
     Independent(f64),
-    /// Two states after Gilbert (1960) and Elliott (1963): each packet enters a
-    /// burst with chance `enter` and leaves it with chance `leave`, and within
-    /// a burst is lost with chance `lost`. Bursts last 1/`leave` packets on
-    /// average; `enter`/(`enter`+`leave`)·`lost` of all packets are lost.
+    /// The two-state model of Gilbert (1960) and Elliott (1963). Each packet enters a burst with
+    /// probability `enter` and leaves it with probability `leave`. Within a burst it is lost with
+    /// probability `lost`. Bursts last 1/`leave` packets on average, and
+    /// `enter`/(`enter`+`leave`)·`lost` of all packets are lost.
     Bursts {
         enter: f64,
         leave: f64,
@@ -54,14 +54,14 @@ pub enum Loss {
     },
 }
 
-/// What becomes of one packet.
+/// The fate of one packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fate {
     Partitioned,
     Lost,
     /// The queue of a limited rate was full.
     Overflowed,
-    /// It arrives then, `copies` times (1 or 2), with bit `flip` flipped.
+    /// It arrives at `at`, `copies` times (1 or 2), with bit `flip` flipped.
     Arrives {
         at: Instant,
         copies: u8,
@@ -70,7 +70,7 @@ pub enum Fate {
     },
 }
 
-/// One direction's memory.
+/// The state of one direction.
 #[derive(Debug)]
 pub struct Channel {
     losses: Rng,
@@ -79,9 +79,9 @@ pub struct Channel {
     reorders: Rng,
     corruptions: Rng,
     in_burst: bool,
-    /// When the line has sent what is queued for it.
+    /// When the link has sent everything in its queue.
     idle_at: Option<Instant>,
-    /// When the latest packet in order arrives.
+    /// When the latest packet that is in order arrives.
     latest: Option<Instant>,
 }
 
@@ -123,7 +123,7 @@ impl Channel {
         }
     }
 
-    /// Decides about the next packet, of `bytes` bytes.
+    /// Decides the fate of the next packet, which has `bytes` bytes.
     pub fn offer(&mut self, bytes: usize, now: Instant, how: &Impairment) -> Fate {
         let lost = self.is_lost(how.loss);
         let delay = jittered(how.delay, how.jitter, self.delays.f64());
@@ -159,7 +159,7 @@ impl Channel {
         }
     }
 
-    /// When the last bit is on the line; `None` where the queue is full.
+    /// Returns when the last bit is sent, or `None` if the queue is full.
     fn sent_by(&mut self, bytes: usize, now: Instant, how: &Impairment) -> Option<Instant> {
         let Some(rate) = how.rate else { return Some(now) };
         let begins = self.idle_at.map_or(now, |idle| idle.max(now));

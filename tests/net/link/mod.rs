@@ -1,9 +1,8 @@
-//! A link between two hosts that can be made as bad as wanted while it runs.
+//! A link between two hosts whose quality can change while it is in use.
 //!
-//! Two TUN devices in two namespaces and one thread that carries packets from
-//! one to the other: what netem(8) does, for kernels without it. Tests set the
-//! two directions apart and read what was done to how many packets. Dropping a
-//! link ends its thread and removes its devices.
+//! It consists of two TUN devices in two namespaces and one thread that carries packets, like
+//! netem(8) but for kernels without it. Tests set each direction separately and read the
+//! packet counts. Dropping a link ends its thread and removes its devices.
 
 pub mod channel;
 mod pump;
@@ -19,10 +18,10 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use tun_rs::{DeviceBuilder, SyncDevice};
 
-/// What Ethernet carries.
+/// The MTU of Ethernet.
 const MTU: u16 = 1500;
 
-/// The link, up as long as this lives.
+/// A link. It is up until this is dropped.
 pub struct Link {
     number: u8,
     a_to_b: Arc<Direction>,
@@ -31,35 +30,35 @@ pub struct Link {
     pump: Option<JoinHandle<()>>,
 }
 
-/// One direction: what is done to packets, and what was.
+/// The settings and the packet counts of one direction.
 #[derive(Debug, Default)]
 pub struct Direction {
     settings: Mutex<Impairment>,
     counts: Counts,
 }
 
-/// Packets, by what became of them. `offered + duplicated` is the sum of
-/// `delivered, refused, lost, partitioned, overflowed` and those on the way.
+/// Packets by their fate. `offered + duplicated` is the sum of `delivered, refused, lost,
+/// partitioned, overflowed` and the packets in transit.
 #[derive(Debug, Default)]
 pub struct Counts {
     /// Sent by the host.
     pub offered: AtomicU64,
     /// Handed to the other host, duplicates included.
     pub delivered: AtomicU64,
-    /// Handed over and thrown away at once: no IP packet any more.
+    /// Delivered but rejected by the kernel, because it is no valid IP packet.
     pub refused: AtomicU64,
     pub lost: AtomicU64,
     pub partitioned: AtomicU64,
-    /// Dropped for want of room in a queue.
+    /// Dropped because a queue was full.
     pub overflowed: AtomicU64,
     pub duplicated: AtomicU64,
-    /// Held back, so that others overtook.
+    /// Held back, so that later packets overtook it.
     pub reordered: AtomicU64,
-    /// With a bit flipped.
+    /// With a flipped bit.
     pub corrupted: AtomicU64,
 }
 
-/// [`Counts`] at one moment.
+/// A snapshot of [`Counts`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Counted {
     pub offered: u64,
@@ -76,8 +75,8 @@ pub struct Counted {
 // === impl Link ===
 
 impl Link {
-    /// Joins two hosts; perfect until told otherwise. `number` (1 to 254) sets
-    /// device and addresses apart where a host has several links.
+    /// Joins two hosts with a perfect link. `number` (1 to 254) distinguishes the devices and
+    /// addresses of several links on a host.
     #[track_caller]
     pub fn join(a: &Namespace, b: &Namespace, number: u8, seed: u64) -> Link {
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd"));
@@ -114,13 +113,13 @@ impl Link {
         &self.b_to_a
     }
 
-    /// Sets both directions alike.
+    /// Sets both directions.
     pub fn set(&self, how: Impairment) {
         self.a_to_b.set(how);
         self.b_to_a.set(how);
     }
 
-    /// Cuts both directions, or mends them.
+    /// Starts or ends a partition of both directions.
     pub fn partition(&self, cut: bool) {
         self.a_to_b.partition(cut);
         self.b_to_a.partition(cut);
@@ -129,7 +128,7 @@ impl Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        // The counter of an eventfd is nowhere near full: this cannot block.
+        // The counter of an eventfd is far from full, so this cannot block.
         let _ = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());
         let ended = self.pump.take().map(JoinHandle::join);
         if let Some(Err(panic)) = ended
@@ -144,16 +143,16 @@ fn device_name(number: u8) -> String {
     format!("link{number}")
 }
 
-/// One end. The device belongs to the host it was opened in and goes with its
-/// descriptor.
+/// Creates one end. The device belongs to the host in which it is opened, and exists until its
+/// descriptor is closed.
 fn device(host: &Namespace, number: u8, own: Ipv4Addr, peer: Ipv4Addr) -> Arc<SyncDevice> {
     let name = device_name(number);
     let device = host.run(|| {
         let device = DeviceBuilder::new().name(&name).mtu(MTU).enable(false).build_sync();
         let device = device.unwrap_or_else(|error| panic!("TUN device {name}: {error}"));
         device.set_nonblocking(true).expect("a TUN device can be non-blocking");
-        // The kernel's own chatter (router solicitations) would take part in
-        // the seeded draws. No such file where there is no IPv6.
+        // Packets of the kernel itself (router solicitations) would use draws of the seeded
+        // random streams. The file does not exist without IPv6.
         let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1");
         device
     });
@@ -164,12 +163,12 @@ fn device(host: &Namespace, number: u8, own: Ipv4Addr, peer: Ipv4Addr) -> Arc<Sy
 // === impl Direction ===
 
 impl Direction {
-    /// What is done to packets now.
+    /// Returns the current settings.
     pub fn settings(&self) -> Impairment {
         *self.settings.lock().expect("no panic in here")
     }
 
-    /// For packets sent from now on; those on the way keep their times.
+    /// Applies to packets sent from now on. Packets in transit keep their arrival times.
     pub fn set(&self, how: Impairment) {
         self.change(|settings| *settings = how);
     }
@@ -179,7 +178,7 @@ impl Direction {
         change(&mut self.settings.lock().expect("no panic in here"));
     }
 
-    /// Cuts this direction, or mends it.
+    /// Starts or ends a partition of this direction.
     pub fn partition(&self, cut: bool) {
         self.change(|settings| settings.partition = cut);
     }
@@ -203,10 +202,10 @@ impl Direction {
 // === impl Counted ===
 
 impl Counted {
-    /// Packets still on the way.
+    /// Packets in transit.
     pub fn on_the_way(&self) -> u64 {
         let gone = self.delivered + self.refused + self.lost + self.partitioned + self.overflowed;
-        // Counted one by one: a moment may show an arrival before its sending.
+        // The counters are read one by one, so an arrival can be visible before its send.
         (self.offered + self.duplicated).saturating_sub(gone)
     }
 }

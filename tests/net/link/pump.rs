@@ -1,8 +1,8 @@
 //! The thread that carries packets between the two ends of a link.
 //!
-//! Started and stopped by [`super::Link`]. It reads both TUN devices, asks the
-//! direction's channel what becomes of each packet, and writes what arrives at
-//! its time. It judges nothing itself, and ends when told or when a device goes.
+//! Started and stopped by [`super::Link`]. It reads both TUN devices, gets the fate of each
+//! packet from the direction's channel, and writes packets at their arrival times. It decides
+//! nothing itself. It ends when it is stopped or when a device disappears.
 
 use super::channel::{Channel, Fate};
 use super::{Counts, Direction};
@@ -16,14 +16,14 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tun_rs::SyncDevice;
 
-/// Packets on the way in one direction; more are dropped like those that find
-/// a queue full. At 1,500 bytes that is 48 MB: a second of delay at 400 Mbit/s.
+/// Packets in transit in one direction. Further packets are dropped as overflow. At 1,500
+/// bytes this is 48 MB: 1 s of delay at 400 Mbit/s.
 const ON_THE_WAY_MAX: usize = 32_768;
 
-/// Packets taken from one device before the other has its turn.
+/// Packets read from one device before the other device is read.
 const BATCH: usize = 64;
 
-/// Larger than any packet a device of our MTU can hold.
+/// Larger than any packet on a device with this MTU.
 const PACKET_BYTES_MAX: usize = 16 * 1024;
 
 /// One direction.
@@ -36,7 +36,7 @@ pub struct Lane {
     number: u64,
 }
 
-/// Ordered by arrival, then by the order of sending.
+/// Ordered by arrival time, then by the order of sending.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct OnTheWay {
     at: Instant,
@@ -68,7 +68,7 @@ pub fn run(mut lanes: [Lane; 2], stop: &OwnedFd) {
             return;
         }
         for (lane, events) in lanes.iter_mut().zip([a, b]) {
-            // POLLERR: the interface is down for now; it may come up again.
+            // POLLERR: the interface is down and can come up again.
             if events.contains(PollFlags::IN) {
                 lane.take_in(&mut buffer);
             } else if !events.is_empty() {
@@ -105,16 +105,16 @@ impl Lane {
         self.on_the_way.peek().map(|Reverse(next)| next.at)
     }
 
-    /// Reads what waits at the device, a batch at most.
+    /// Reads waiting packets from the device, at most one batch.
     fn take_in(&mut self, buffer: &mut [u8]) {
         for _ in 0..BATCH {
-            // An error is an empty device (EAGAIN) or one that is down.
+            // The device is empty (EAGAIN) or down.
             let Ok(bytes) = self.from.recv(buffer) else { return };
-            self.judge(&mut buffer[..bytes]);
+            self.apply_fate(&mut buffer[..bytes]);
         }
     }
 
-    fn judge(&mut self, packet: &mut [u8]) {
+    fn apply_fate(&mut self, packet: &mut [u8]) {
         let now = Instant::now();
         let how = self.direction.settings();
         let direction = self.direction.clone();
@@ -150,7 +150,7 @@ impl Lane {
         }
     }
 
-    /// Sends what has arrived by now.
+    /// Sends the packets whose arrival time has passed.
     fn deliver(&mut self, now: Instant) {
         while self.next_due().is_some_and(|at| at <= now) {
             let Some(Reverse(next)) = self.on_the_way.pop() else { return };
@@ -159,8 +159,8 @@ impl Lane {
     }
 
     fn send(&self, packet: &[u8]) {
-        // The kernel refuses what is no IP packet any more, as a network card
-        // does with a broken frame.
+        // The kernel rejects a packet that is no valid IP packet, as a network card rejects a
+        // broken frame.
         match self.to.send(packet) {
             Ok(_) => add(&self.direction.counts.delivered, 1),
             Err(_) => add(&self.direction.counts.refused, 1),

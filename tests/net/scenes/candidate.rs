@@ -1,10 +1,10 @@
-//! Who is put to the test: the balancer on each engine, HAProxy and nginx.
+//! The programs under test: Tidegate on each engine, HAProxy and nginx.
 //!
-//! All run on the balancer's host with the same timers, each in front of a
-//! backend of its own. Peers run in TCP mode, keep half-closed sessions, and
-//! are started from files in a directory of theirs. Nothing here judges.
+//! All run on the same host with the same timers, each with a separate backend. HAProxy and
+//! nginx run in TCP mode, keep half-closed sessions, and start from files in a temporary
+//! directory. This module checks nothing.
 
-use super::duet::{self, Duet};
+use super::both_ends::{self, BothEnds};
 use super::site::Site;
 use super::{Limits, Scene};
 use crate::common::conf::{Conf, Pool};
@@ -18,28 +18,28 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-/// Where Debian has it (libnginx-mod-stream).
+/// The path of the module on Debian (libnginx-mod-stream).
 const NGINX_STREAM: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 
-/// One balancer, and the session that is held through it.
+/// One program under test, and the session through it.
 pub struct Candidate {
     pub name: &'static str,
     pub frontend: SocketAddr,
     pub backend: SocketAddr,
-    pub duet: Duet,
+    pub ends: BothEnds,
     program: Program,
 }
 
 pub enum Program {
-    Ours(Box<TestProxy>),
+    Tidegate(Box<TestProxy>),
     Peer { running: Running, _dir: tempfile::TempDir },
 }
 
-/// Everybody the scene is played with.
+/// Starts all programs with which the scene runs.
 pub fn all(site: &Site, scene: &Scene) -> Vec<Candidate> {
-    let mut all = vec![ours(Engine::Epoll, site, scene)];
+    let mut all = vec![tidegate(Engine::Epoll, site, scene)];
     if io_uring_runs() {
-        all.push(ours(Engine::IoUring, site, scene));
+        all.push(tidegate(Engine::IoUring, site, scene));
     }
     if std::env::var("TIDEGATE_PEERS").is_ok_and(|value| value == "1") {
         let peers: [(&str, Config); 2] = [("haproxy", haproxy), ("nginx", nginx)];
@@ -47,7 +47,7 @@ pub fn all(site: &Site, scene: &Scene) -> Vec<Candidate> {
             if is_here(name) {
                 all.push(peer(name, config, site, scene));
             } else {
-                // The comparison is what is missing, not the test.
+                // The comparison is skipped, not the test.
                 report("SKIPPED", &format!("no comparison: {name} not found"));
             }
         }
@@ -55,7 +55,7 @@ pub fn all(site: &Site, scene: &Scene) -> Vec<Candidate> {
     all
 }
 
-/// nginx without its stream module is of no use.
+/// Returns true if the program is installed. nginx also needs its stream module.
 fn is_here(name: &str) -> bool {
     servers::find(name).is_some() && (name != "nginx" || Path::new(NGINX_STREAM).exists())
 }
@@ -64,7 +64,7 @@ fn places(site: &Site) -> (SocketAddr, SocketAddr) {
     (SocketAddr::from((site.frontend(), free_port())), (site.backend(), free_port()).into())
 }
 
-fn ours(engine: Engine, site: &Site, scene: &Scene) -> Candidate {
+fn tidegate(engine: Engine, site: &Site, scene: &Scene) -> Candidate {
     let (_, backend) = places(site);
     let Limits { connect, idle, half_closed, user_timeout, keepalive } = scene.limits;
     let mut keys = format!(
@@ -82,24 +82,25 @@ fn ours(engine: Engine, site: &Site, scene: &Scene) -> Candidate {
         .backend("a", backend);
     let conf =
         Conf::new(engine).frontend_on(&site.frontend().to_string(), "web", "web", &keys).pool(pool);
-    let duet =
-        |frontend| Duet::new(frontend, duet::listen(&site.backend, backend, scene.receive_buffer));
+    let ends = |frontend| {
+        BothEnds::new(frontend, both_ends::listen(&site.backend, backend, scene.receive_buffer))
+    };
     let proxy = site.balancer.run(|| TestProxy::start(conf));
     let frontend = proxy.addr("web");
-    let program = Program::Ours(Box::new(proxy));
-    Candidate { name: engine.name(), frontend, backend, duet: duet(frontend), program }
+    let program = Program::Tidegate(Box::new(proxy));
+    Candidate { name: engine.name(), frontend, backend, ends: ends(frontend), program }
 }
 
 type Config = fn(&Path, SocketAddr, SocketAddr, &Limits) -> String;
 
 fn peer(name: &'static str, config: Config, site: &Site, scene: &Scene) -> Candidate {
     let (frontend, backend) = places(site);
-    let listener = duet::listen(&site.backend, backend, scene.receive_buffer);
+    let listener = both_ends::listen(&site.backend, backend, scene.receive_buffer);
     let dir = tempfile::Builder::new().prefix("tg-peer-").tempdir_in("/tmp").expect("a directory");
     let file = dir.path().join("conf");
     std::fs::write(&file, config(dir.path(), frontend, backend, &scene.limits)).expect("write");
     let log = std::fs::File::create(dir.path().join("log")).expect("a log");
-    let mut command = Command::new(servers::find(name).expect("it was looked for before"));
+    let mut command = Command::new(servers::find(name).expect("the program is installed"));
     match name {
         "haproxy" => command.args(["-db", "-f"]).arg(&file),
         _ => command.args(["-e", "stderr", "-p"]).arg(dir.path()).arg("-c").arg(&file),
@@ -110,7 +111,7 @@ fn peer(name: &'static str, config: Config, site: &Site, scene: &Scene) -> Candi
         site.balancer.run(|| super::leaks::listens(frontend.port()))
     });
     let program = Program::Peer { running, _dir: dir };
-    Candidate { name, frontend, backend, duet: Duet::new(frontend, listener), program }
+    Candidate { name, frontend, backend, ends: BothEnds::new(frontend, listener), program }
 }
 
 fn haproxy(_: &Path, frontend: SocketAddr, backend: SocketAddr, limits: &Limits) -> String {
@@ -159,19 +160,19 @@ fn millis(time: Duration) -> String {
 // === impl Candidate ===
 
 impl Candidate {
-    /// The balancer under test, if it is ours.
-    pub fn ours(&self) -> Option<&TestProxy> {
+    /// The Tidegate process, or `None` for another program.
+    pub fn tidegate(&self) -> Option<&TestProxy> {
         match &self.program {
-            Program::Ours(proxy) => Some(proxy),
+            Program::Tidegate(proxy) => Some(proxy),
             Program::Peer { .. } => None,
         }
     }
 
-    /// Waits until ours knows that the backend has taken the connection, which
-    /// the backend knows first.
+    /// Waits until Tidegate knows that the backend has accepted the connection, which the backend
+    /// knows first.
     pub fn wait_established(&self) {
-        if let Some(proxy) = self.ours()
-            && self.duet.stuck.is_none()
+        if let Some(proxy) = self.tidegate()
+            && self.ends.stuck.is_none()
         {
             eventually(secs(10), "the session is established", || {
                 proxy.metric("tidegate_backend_sessions_total", &[]) >= 1.0
@@ -179,10 +180,10 @@ impl Candidate {
         }
     }
 
-    /// Stops or continues all of it.
+    /// Sends a signal to the process and its children.
     pub fn signal(&self, signal: Signal) {
         let pid = match &self.program {
-            Program::Ours(proxy) => proxy.pid(),
+            Program::Tidegate(proxy) => proxy.pid(),
             Program::Peer { running, .. } => running.pid(),
         };
         for pid in proc::children(pid).into_iter().chain([pid]) {

@@ -1,11 +1,9 @@
-//! The sixteen orders in which a session can close, each a scene.
+//! The 16 orders in which a session can close, one scene each.
 //!
-//! Who ends first, client or backend; how, by FIN or RST; before it has sent
-//! anything or after [`STREAM`] bytes; while the other side is idle or sending as
-//! much itself. What a side sent before its FIN arrives, always; a reset arrives
-//! as a reset, and so does what the balancer had acknowledged before it. The
-//! table of outcomes in `tests/net/README.md` is what `scripts/fault-table`
-//! prints.
+//! They differ in the side that ends first, in FIN or RST, in bytes sent before ([`STREAM`] or
+//! none), and in whether the other side is idle or sends as many bytes. Bytes before a FIN
+//! always arrive. A reset arrives as a reset, after all bytes that Tidegate had acknowledged.
+//! `scripts/fault-table` prints the table of outcomes in `tests/net/README.md`.
 
 use super::Act::{Acknowledged, Fin, Reset, SeesTheEnd, Send};
 use super::Step::{Backend, Client, Connect};

@@ -1,9 +1,8 @@
-//! Readers slower than the queues before them.
+//! Readers that are slower than the queues before them.
 //!
-//! What the balancer has acknowledged sits in its kernel's queue towards a reader for
-//! seconds: no reset and no timer may throw it away as long as the reader takes some,
-//! and a stream cut short must not look like a whole one. Each scene is a test; what
-//! plays them is elsewhere.
+//! Bytes that Tidegate has acknowledged can wait in its kernel's queue for seconds. No reset
+//! and no timer may discard them while the reader reads some, and a truncated stream must not
+//! look complete. Each scene is a test, run by `play`.
 
 use super::Act::{Acknowledged, Fin, Reads, Receives, Reset, SeesTheEnd, Send, SendUrgent};
 use super::Step::{Backend, Client, Connect, Mark, Pause};
@@ -12,17 +11,17 @@ use super::{
 };
 use crate::common::{ms, secs};
 
-/// Some 130 kB a second.
+/// About 130 kB per second.
 const SLOWLY: Act = Reads(Reading::Slow(4_000, ms(30)));
 
-/// Takes its reader three seconds, most of it out of our queue.
+/// A slow reader needs 3 s for it, and most of it waits in Tidegate's queue.
 const ANSWER: u64 = 400_000;
 
-/// Timers that each are over long before such a reader is done.
+/// Timers that all expire long before a slow reader has finished.
 const SHORT: Limits = Limits { connect: secs(1), idle: secs(1), half_closed: secs(1), ..LIMITS };
 
 scenes! {
-    backend_resets_behind_an_answer_that_is_read_slowly: Scene {
+    backend_resets_after_an_answer_that_is_read_slowly: Scene {
         steps: &[
             &[Connect, Client(SLOWLY), Client(Send(1000)), Backend(Send(ANSWER))],
             &[Backend(Acknowledged), Backend(Reset), Client(SeesTheEnd)],
@@ -32,7 +31,7 @@ scenes! {
         cause: "backend-reset",
         ..SCENE
     };
-    client_resets_behind_an_upload_that_is_read_slowly: Scene {
+    client_resets_after_an_upload_that_is_read_slowly: Scene {
         steps: &[
             &[Connect, Backend(SLOWLY), Client(Send(ANSWER))],
             &[Client(Acknowledged), Client(Reset), Backend(SeesTheEnd)],
@@ -42,7 +41,7 @@ scenes! {
         cause: "client-reset",
         ..SCENE
     };
-    /// With little patience, too, as long as some of it moves.
+    /// Short timers do not end the session while bytes move.
     backend_resets_and_the_client_takes_longer_than_any_timer: Scene {
         limits: SHORT,
         steps: &[
@@ -54,7 +53,7 @@ scenes! {
         cause: "backend-reset",
         ..SCENE
     };
-    /// A reader that has stopped is waited for no longer than the half-closed time.
+    /// After a reset, Tidegate waits for a reader that has stopped at most `half_closed_timeout`.
     backend_resets_and_the_client_has_stopped_reading: Scene {
         limits: SHORT,
         steps: &[
@@ -67,7 +66,7 @@ scenes! {
         cause: "backend-reset",
         ..SCENE
     };
-    download_behind_the_clients_fin_is_read_slowly: Scene {
+    download_after_the_clients_fin_is_read_slowly: Scene {
         limits: SHORT,
         steps: &[
             &[Connect, Client(SLOWLY), Client(Send(1000)), Client(Fin), Backend(SeesTheEnd)],
@@ -75,7 +74,7 @@ scenes! {
         ],
         ..SCENE
     };
-    /// The answer comes when the backend has read it all.
+    /// The backend answers after it has read everything.
     upload_with_its_fin_is_read_slowly: Scene {
         limits: SHORT,
         steps: &[
@@ -100,8 +99,8 @@ scenes! {
         ],
         ..SCENE
     };
-    /// It ends in time, and with a reset: what the client has is a part.
-    client_that_has_stopped_reading_is_reset_by_the_idle_timer: Scene {
+    /// The session ends in time and with a reset, because the client has only a part.
+    client_that_stopped_reading_is_reset_after_idle_timeout: Scene {
         limits: SHORT,
         steps: &[
             &[Connect, Client(Reads(Reading::Never)), Client(Send(1000))],
@@ -114,7 +113,7 @@ scenes! {
         cause: "idle-timeout",
         ..SCENE
     };
-    backend_that_has_stopped_reading_is_reset_by_the_half_closed_timer: Scene {
+    backend_that_stopped_reading_is_reset_after_half_closed_timeout: Scene {
         limits: SHORT,
         steps: &[
             &[Connect, Backend(Reads(Reading::Never)), Client(Send(ANSWER)), Client(Fin), Mark],
@@ -126,8 +125,8 @@ scenes! {
         cause: "half-closed-timeout",
         ..SCENE
     };
-    /// All was delivered: whoever has it learns that there is no more to come.
-    half_closed_session_without_a_word_left_ends_in_order: Scene {
+    /// Everything was delivered, so the client gets a FIN.
+    half_closed_session_without_pending_bytes_ends_with_fin: Scene {
         limits: SHORT,
         steps: &[
             &[Connect, Client(Send(1000)), Client(Fin), Backend(SeesTheEnd), Backend(Send(2000))],
@@ -138,8 +137,8 @@ scenes! {
         cause: "half-closed-timeout",
         ..SCENE
     };
-    /// An urgent mark between bulk and an end, both ways.
-    bulk_an_urgent_byte_and_a_fin: Scene {
+    /// An urgent byte between bulk data and a FIN, in both directions.
+    bulk_data_urgent_byte_and_fin_arrive: Scene {
         steps: &[
             &[Connect, Client(Send(300_000)), Client(SendUrgent), Client(Send(100_000))],
             &[Client(Fin), Backend(SeesTheEnd)],
@@ -148,8 +147,8 @@ scenes! {
         ],
         ..SCENE
     };
-    /// The same with what comes behind the mark held back until the bulk is read.
-    bulk_an_urgent_byte_and_a_fin_for_a_slow_reader: Scene {
+    /// The bytes after the urgent byte wait until the slow reader has read the bulk data.
+    bulk_data_urgent_byte_and_fin_arrive_at_a_slow_reader: Scene {
         steps: &[
             &[Connect, Backend(Reads(Reading::Slow(64_000, ms(20)))), Client(Send(1_500_000))],
             &[Client(SendUrgent), Client(Send(1000)), Client(Fin), Backend(SeesTheEnd)],
@@ -158,8 +157,8 @@ scenes! {
         ],
         ..SCENE
     };
-    /// Each becomes an ordinary byte, though the next comes at once.
-    urgent_bytes_come_in_a_row: Scene {
+    /// Each urgent byte becomes an ordinary byte, even if the next follows immediately.
+    urgent_bytes_follow_each_other: Scene {
         steps: &[
             &[Connect, Backend(Send(1000)), Client(Receives(1000))],
             &[Backend(SendUrgent); 20], &[Backend(Send(3)), Client(Receives(1023))],

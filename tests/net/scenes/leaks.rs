@@ -1,8 +1,8 @@
-//! What is left of a scene when it is over: nothing.
+//! Checks that a finished scene leaves no resources.
 //!
-//! Sessions and slots by the balancer's own word; sockets, descriptors and
-//! memory by the kernel's. Called by `play` after the session has ended and the
-//! cables are mended. It never ends anything itself.
+//! Sessions and slots according to Tidegate; sockets, descriptors and memory according to the
+//! kernel. Called by `play` after the session has ended and the links are repaired. It ends
+//! nothing itself.
 
 use super::candidate::Candidate;
 use super::site::Site;
@@ -15,35 +15,33 @@ const ESTABLISHED: &str = "01";
 const TIME_WAIT: &str = "06";
 const LISTEN: &str = "0A";
 
-/// What the first sessions of a process may cost for good: code that is paged
-/// in, buffers and pipes that are kept.
+/// Memory that the first sessions of a process can keep: code pages, buffers and pipes.
 const GROWTH_KIB_MAX: u64 = 8 * 1024;
 
-/// What the kernel may take to say the last words over a mended cable.
-const LAST_WORDS_MAX: Duration = secs(20);
+/// The time in which the kernel must close all sockets over a repaired link.
+const CLOSE_MAX: Duration = secs(20);
 
-/// A line of the kernel's socket table.
+/// One line of the kernel's socket table.
 struct Entry {
     local: u16,
     remote: u16,
     state: String,
 }
 
-/// Whether somebody on this thread's host listens on that port.
+/// Returns true if the current thread's host has a listener on the port.
 pub fn listens(port: u16) -> bool {
     table().iter().any(|entry| entry.state == LISTEN && entry.local == port)
 }
 
-/// Whether a connection to that port of this thread's host stands.
-pub fn stands(port: u16) -> bool {
+/// Returns true if a connection to the port of the current thread's host is established.
+pub fn is_established(port: u16) -> bool {
     table().iter().any(|entry| entry.state == ESTABLISHED && entry.local == port)
 }
 
-/// Sockets that candidate still has on the balancer's host, but for listening
-/// ones and those the kernel keeps for a while for TCP's sake; waits a while for
-/// there to be none.
+/// Returns the candidate's remaining sockets on Tidegate's host, except listeners and sockets in
+/// TIME_WAIT. Waits until none is left, for at most [`CLOSE_MAX`].
 pub fn sockets_left(candidate: &Candidate, site: &Site) -> Vec<String> {
-    let deadline = Instant::now() + patience(LAST_WORDS_MAX);
+    let deadline = Instant::now() + patience(CLOSE_MAX);
     loop {
         let left = site.balancer.run(|| sockets(candidate.frontend, candidate.backend));
         if left.is_empty() || Instant::now() > deadline {
@@ -76,12 +74,11 @@ fn table() -> Vec<Entry> {
     lines.map(entry).collect()
 }
 
-/// Ours holds nothing more than before: no session, no slot, no socket, no
-/// memory to speak of. Descriptors and an exit in order are looked at when its
-/// handle drops.
+/// Checks that Tidegate holds nothing new: no session, slot or socket, and little
+/// memory. Dropping the proxy handle checks descriptors and the exit code.
 #[track_caller]
 pub fn assert_none(candidate: &Candidate, site: &Site, rss_before: u64) {
-    let Some(proxy) = candidate.ours() else { return };
+    let Some(proxy) = candidate.tidegate() else { return };
     eventually(secs(10), &format!("{}: no session is left", candidate.name), || {
         proxy.metric("tidegate_sessions_active", &[]) == 0.0
             && proxy.metric("tidegate_backend_in_flight", &[]) == 0.0

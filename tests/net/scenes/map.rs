@@ -1,7 +1,7 @@
-//! Holds `tests/net/README.md` to the truth: every test it names exists, every
-//! case has a row, and its close orders are those the scenes assert.
+//! Compares `tests/net/README.md` with the tests: every named test exists, every case has a row,
+//! and the close orders match the scenes.
 //!
-//! Reads the sources of this tree and runs nothing.
+//! It reads source files and runs no program.
 
 use super::close_orders::ALL;
 use std::fs;
@@ -15,7 +15,7 @@ fn readme() -> String {
     fs::read_to_string(root().join("tests/net/README.md")).expect("the suite's README")
 }
 
-/// Rows of the tables of cases: number, and the cell that names tests.
+/// Returns the rows of the tables of cases: the number and the cell with the tests.
 fn cases(readme: &str) -> Vec<(u32, String)> {
     let row = |line: &str| {
         let cells: Vec<&str> = line.split('|').map(str::trim).collect();
@@ -25,12 +25,12 @@ fn cases(readme: &str) -> Vec<(u32, String)> {
     readme.lines().filter_map(row).collect()
 }
 
-/// The names in backquotes.
+/// Returns the names in backquotes.
 fn names(cell: &str) -> Vec<&str> {
     cell.split('`').skip(1).step_by(2).collect()
 }
 
-/// Whether that test is there.
+/// Returns true if the test exists.
 fn exists(name: &str) -> bool {
     if name.starts_with("config_cases/") {
         return root().join("tests").join(name).with_extension("toml").is_file();
@@ -52,7 +52,7 @@ fn exists(name: &str) -> bool {
 }
 
 #[test]
-fn every_case_has_a_row_and_every_test_it_names_exists() {
+fn every_case_names_existing_tests() {
     let cases = cases(&readme());
     let numbers: Vec<u32> = cases.iter().map(|(number, _)| *number).collect();
     assert_eq!(numbers, Vec::from_iter(1..=72));
@@ -63,18 +63,18 @@ fn every_case_has_a_row_and_every_test_it_names_exists() {
         missing.extend(names(tests).into_iter().filter(|name| !exists(name)));
     }
     assert!(missing.is_empty(), "no such tests: {missing:#?}");
-    assert!(!exists("net::faults::a_test_nobody_wrote"));
+    assert!(!exists("net::faults::a_missing_test"));
 }
 
 #[test]
-fn table_of_close_orders_says_what_is_asserted() {
+fn table_of_close_orders_matches_the_scenes() {
     let readme = readme();
     assert_eq!(ALL.len(), 16);
     for (name, scene) in ALL {
-        let ours = format!("client: {}; backend: {}", scene.client, scene.backend);
+        let expected = format!("client: {}; backend: {}", scene.client, scene.backend);
         let row = readme.lines().find(|line| line.contains(&name.replace('_', " ")));
         let row = row.unwrap_or_else(|| panic!("no row for {name}"));
-        let cell = row.split('|').nth(2).expect("our column").trim();
-        assert_eq!(cell, ours, "{name}");
+        let cell = row.split('|').nth(2).expect("the column of Tidegate").trim();
+        assert_eq!(cell, expected, "{name}");
     }
 }

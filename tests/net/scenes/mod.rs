@@ -1,16 +1,14 @@
-//! Fault scenes: what a network and its hosts can do to one session, as data.
+//! Fault scenes: faults of a network and its hosts during one session, described as data.
 //!
-//! A [`Scene`] says what links, client and backend do in turn and what must
-//! come of it; [`play`] runs it against every candidate at once, ours and,
-//! where `TIDEGATE_PEERS=1` asks for them, HAProxy and nginx. Ours has to come
-//! out as written; of the peers it is only said where they differ. A scene
-//! decides nothing itself. Which of the classic fault cases is covered where
-//! stands in `tests/net/README.md`.
+//! A [`Scene`] lists what links, client and backend do in turn and the expected result. [`play`]
+//! runs it with all candidates at the same time: Tidegate, and HAProxy and nginx if
+//! `TIDEGATE_PEERS=1` is set. Tidegate must match the scene. Differences of the other programs
+//! are only reported. `tests/net/README.md` lists the classic fault cases and their scenes.
 
+mod both_ends;
 mod candidate;
 mod close_orders;
 mod delivery;
-mod duet;
 mod leaks;
 mod map;
 mod network;
@@ -20,138 +18,138 @@ mod site;
 
 use crate::common::{ms, secs};
 use crate::link::channel::Impairment;
+use both_ends::{End, Reading};
 use candidate::Candidate;
-use duet::{End, Reading};
 use site::Site;
 use std::fmt;
 use std::time::Duration;
 
-/// One scene.
+/// One scripted session with its expected result.
 #[derive(Clone, Copy)]
 pub struct Scene {
     pub limits: Limits,
-    /// The backend's receive buffer, in bytes; `None` for the kernel's choice.
+    /// The backend's receive buffer in bytes. `None` for the kernel's default.
     pub receive_buffer: Option<usize>,
-    /// One after another; in groups, so that scenes can share some.
+    /// Steps in order, in groups that scenes can share.
     pub steps: &'static [&'static [Step]],
-    /// What each end holds when all is over.
+    /// What each end has received after the last step.
     pub client: Seen,
     pub backend: Seen,
-    /// How long after [`Step::Mark`] the first end may come, and must have.
+    /// Bounds for the time from [`Step::Mark`] to the first end.
     pub when: (Duration, Duration),
-    /// The cause our access log gives; empty where there is no session of ours.
+    /// The cause in Tidegate's access log. Empty if the scene has no single session.
     pub cause: &'static str,
 }
 
-/// The timers of the balancer; `None` leaves a candidate's default.
+/// The timers of the candidate. `None` means the candidate's default.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     pub connect: Duration,
     pub idle: Duration,
     pub half_closed: Duration,
     pub user_timeout: Option<Duration>,
-    /// Whole seconds.
+    /// In whole seconds.
     pub keepalive: Option<Duration>,
 }
 
-/// Which cable.
+/// A link of the site.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Leg {
     Client,
     Backend,
 }
 
-/// Which way on it.
+/// A direction on the link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
-    /// From the client's side to the backend's.
+    /// From the client's side to the backend's side.
     In,
-    /// To the client's side.
+    /// From the backend's side to the client's side.
     Out,
     Both,
 }
 
-/// One thing that happens, to everybody or at each candidate. A step that
-/// waits does so for [`STEP_MAX`] and is noted as stuck after that.
+/// One step, for the site or for each candidate. A step waits at most [`STEP_MAX`] and is then
+/// recorded as stuck.
 #[derive(Clone, Copy)]
 pub enum Step {
-    /// Changes a cable, for all.
+    /// Changes a link, for all candidates.
     Link(Leg, Way, fn(&mut Impairment)),
-    /// Does something to the hosts, for all.
+    /// Changes the hosts, for all candidates.
     Hosts(fn(&Site)),
-    /// Time passes, and both ends go on with what they were told.
+    /// Waits while both ends continue to send and read.
     Pause(Duration),
-    /// From now on the time counts.
+    /// Starts the time measurement.
     Mark,
-    /// The client connects and the backend has the connection.
+    /// The client connects and the backend accepts.
     Connect,
-    /// The client connects; the backend may never hear of it.
+    /// The client connects. The backend does not necessarily get the connection.
     Dial,
-    /// The backend has the connection.
+    /// The backend accepts the connection.
     Accept,
-    /// One end does something.
+    /// One end acts.
     Client(Act),
     Backend(Act),
-    /// Anything else, at each candidate.
+    /// Any other action, for each candidate.
     Each(fn(&mut Candidate, &Site)),
 }
 
-/// What one end does.
+/// An action of one end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Act {
-    /// So many bytes more are to be sent, as fast as they go.
+    /// Sends this many more bytes as fast as possible.
     Send(u64),
-    /// The same in writes of one byte.
+    /// Sends this many more bytes with one byte per write.
     SendByteByByte(u64),
-    /// One byte of urgent data (RFC 9293 section 3.8.5), after all before it.
+    /// Sends one byte of urgent data (RFC 9293 section 3.8.5) after all earlier bytes.
     SendUrgent,
-    /// Waits until all that was sent is acknowledged.
+    /// Waits until all sent bytes are acknowledged.
     Acknowledged,
-    /// FIN once everything is sent.
+    /// Sends FIN after all bytes are sent.
     Fin,
-    /// RST, at once.
+    /// Sends RST immediately.
     Reset,
-    /// Reads in that manner from now on; ends read eagerly unless told.
+    /// Changes the way of reading. The default is eager.
     Reads(Reading),
-    /// Waits until so many bytes have come in all.
+    /// Waits until this many bytes have arrived in total.
     Receives(u64),
-    /// Waits until the other end's FIN or RST has come.
+    /// Waits for the other end's FIN or RST.
     SeesTheEnd,
 }
 
-/// What one end got.
+/// What one end received.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seen {
     pub bytes: Bytes,
     pub end: Ended,
 }
 
-/// Of what the other end had sent.
+/// The part of the other end's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bytes {
     All,
     None,
-    /// Whatever came is the beginning of what was sent.
+    /// A prefix of the bytes sent.
     Some,
 }
 
-/// How it ended, at one end.
+/// How the session ended at one end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
     Fin,
     Reset,
-    /// Nothing said it is over.
+    /// Neither FIN nor RST arrived.
     Open,
-    /// It has reset the connection itself.
+    /// This end has reset the connection.
     Gone,
-    /// There was no connection.
+    /// No connection was established.
     Never,
 }
 
-/// How long a step may wait.
+/// The timeout of a step.
 const STEP_MAX: Duration = secs(12);
 
-/// Timers out of the way.
+/// Timers that do not expire in a scene.
 pub const LIMITS: Limits = Limits {
     connect: secs(5),
     idle: secs(20),
@@ -160,7 +158,7 @@ pub const LIMITS: Limits = Limits {
     keepalive: None,
 };
 
-/// What most scenes have in common: everything arrives and ends in order.
+/// The defaults of most scenes: everything arrives, and both ends close with FIN.
 pub const SCENE: Scene = Scene {
     limits: LIMITS,
     receive_buffer: None,
@@ -171,10 +169,10 @@ pub const SCENE: Scene = Scene {
     cause: "finished",
 };
 
-/// More than any cable holds, less than buffers do.
+/// More than a link holds and less than the buffers hold.
 pub const STREAM: u64 = 160_000;
 
-/// A session that stands and has moved a little each way.
+/// An established session that has moved some bytes in each direction.
 pub const MIDSTREAM: &[Step] = &[
     Step::Connect,
     Step::Client(Act::Send(1000)),
@@ -183,7 +181,7 @@ pub const MIDSTREAM: &[Step] = &[
     Step::Client(Act::Receives(2000)),
 ];
 
-/// The client is done, then the backend.
+/// The client closes, then the backend.
 pub const IN_ORDER: &[Step] = &[
     Step::Client(Act::Fin),
     Step::Backend(Act::SeesTheEnd),
@@ -191,31 +189,31 @@ pub const IN_ORDER: &[Step] = &[
     Step::Client(Act::SeesTheEnd),
 ];
 
-/// Seen as a FIN after so much.
+/// A FIN after these bytes.
 pub const fn fin(bytes: Bytes) -> Seen {
     Seen { bytes, end: Ended::Fin }
 }
 
-/// Seen as a reset after so much.
+/// A reset after these bytes.
 pub const fn reset(bytes: Bytes) -> Seen {
     Seen { bytes, end: Ended::Reset }
 }
 
-/// No word of an end, after so much.
+/// No end after these bytes.
 pub const fn open(bytes: Bytes) -> Seen {
     Seen { bytes, end: Ended::Open }
 }
 
-/// Has reset, and saw whatever it saw before.
+/// This end has reset the connection after any number of bytes.
 pub const GONE: Seen = Seen { bytes: Bytes::Some, end: Ended::Gone };
 
-/// Never connected.
+/// No connection.
 pub const NEVER: Seen = Seen { bytes: Bytes::None, end: Ended::Never };
 
-/// Makes a test of each scene, of its name, and a list of all.
+/// Makes a test of each scene, with the scene's name, and a list of all scenes.
 macro_rules! scenes {
     ($($(#[$doc:meta])* $name:ident: $scene:expr;)+) => {
-        /// Every scene of this file, by its name.
+        /// Every scene of this file with its name.
         pub static ALL: &[(&str, crate::scenes::Scene)] = &[$((stringify!($name), $scene)),+];
 
         $(
@@ -233,7 +231,7 @@ use scenes;
 // === impl Seen ===
 
 impl Seen {
-    /// What `end` got, when `sent` bytes were sent to it.
+    /// What `end` received if the other end sent `sent` bytes.
     fn of(end: &End, sent: u64) -> Seen {
         let bytes = match end.received() {
             received if received == sent && sent > 0 => Bytes::All,
@@ -243,7 +241,7 @@ impl Seen {
         Seen { bytes, end: end.ended() }
     }
 
-    /// Whether it is what was expected: nothing of nothing is all of it.
+    /// Returns true if this matches `expected`. `Bytes::All` matches if nothing was sent.
     fn is_as(self, expected: Seen, sent: u64) -> bool {
         let bytes = match expected.bytes {
             Bytes::All => self.bytes == Bytes::All || sent == 0,

@@ -1,8 +1,7 @@
-//! What the network does: cases 1 to 21.
+//! Faults of the network: cases 1 to 21.
 //!
-//! Lost handshakes, silence, loss, reordering, narrow paths, unreachable hosts,
-//! closed windows, resets in every state. Each scene is a test; what plays them
-//! is elsewhere.
+//! Lost handshakes, silence, loss, reordering, small MTUs, unreachable hosts, closed windows and
+//! resets in every state. Each scene is a test, run by `play`.
 
 use super::Act::{Acknowledged, Fin, Reads, Receives, Reset, SeesTheEnd, Send};
 use super::Step::{Accept, Backend, Client, Connect, Dial, Each, Hosts, Link, Mark, Pause};
@@ -14,21 +13,21 @@ use crate::common::{ms, secs};
 use crate::link::channel::{Impairment, Loss};
 use std::time::Duration;
 
-/// Silence for so long is the end.
+/// Ends a silent connection after 1.5 s.
 const SILENCE: Limits = Limits { user_timeout: Some(ms(1500)), ..LIMITS };
 
-/// The kernel looks when it would send again: up to twice as late.
+/// The kernel checks the timeout only at a retransmission, up to twice as late.
 const SILENCE_ENDS: (Duration, Duration) = (ms(700), secs(8));
 
-fn cut(how: &mut Impairment) {
+fn partition(how: &mut Impairment) {
     how.partition = true;
 }
 
-fn mend(how: &mut Impairment) {
+fn repair(how: &mut Impairment) {
     *how = Impairment::default();
 }
 
-/// Both ends send as much as they can over two cables like that, and close.
+/// Both ends send [`STREAM`] bytes over two links with these settings, and close.
 const fn both_ways(link: fn(&mut Impairment)) -> [Step; 9] {
     [
         Link(Leg::Backend, Way::Both, link),
@@ -43,10 +42,10 @@ const fn both_ways(link: fn(&mut Impairment)) -> [Step; 9] {
     ]
 }
 
-/// The backend answers once it has the connection.
+/// The backend answers after it has accepted the connection.
 const LATE_ACCEPT: &[Step] = &[Accept, Backend(Send(1000)), Client(Receives(1000))];
 
-/// Both ends have a stream under way and a FIN behind it.
+/// Both ends send a stream followed by a FIN.
 const STREAMING: &[Step] =
     &[Client(Send(STREAM)), Backend(Send(STREAM)), Client(Fin), Backend(Fin)];
 
@@ -56,15 +55,15 @@ scenes! {
     /// Case 1.
     syn_to_the_backend_is_lost: Scene {
         steps: &[
-            &[Link(Leg::Backend, Way::In, cut), Dial, Client(Send(1000)), Pause(ms(300))],
-            &[Link(Leg::Backend, Way::In, mend)], LATE_ACCEPT, IN_ORDER,
+            &[Link(Leg::Backend, Way::In, partition), Dial, Client(Send(1000)), Pause(ms(300))],
+            &[Link(Leg::Backend, Way::In, repair)], LATE_ACCEPT, IN_ORDER,
         ],
         ..SCENE
     };
     /// Case 1.
     syn_is_never_answered: Scene {
         limits: Limits { connect: secs(1), ..LIMITS },
-        steps: &[&[Link(Leg::Backend, Way::In, cut), Mark, Dial, Client(Send(1000))]],
+        steps: &[&[Link(Leg::Backend, Way::In, partition), Mark, Dial, Client(Send(1000))]],
         client: reset(Bytes::None),
         backend: NEVER,
         when: (ms(900), secs(4)),
@@ -74,56 +73,56 @@ scenes! {
     /// Case 2.
     syn_ack_of_the_backend_is_lost: Scene {
         steps: &[
-            &[Link(Leg::Backend, Way::Out, cut), Dial, Client(Send(1000)), Pause(ms(300))],
-            &[Link(Leg::Backend, Way::Out, mend)], LATE_ACCEPT, IN_ORDER,
+            &[Link(Leg::Backend, Way::Out, partition), Dial, Client(Send(1000)), Pause(ms(300))],
+            &[Link(Leg::Backend, Way::Out, repair)], LATE_ACCEPT, IN_ORDER,
         ],
         ..SCENE
     };
-    /// Case 3: the balancer's connection stands, the backend's does not yet.
+    /// Case 3: Tidegate's connection is established, the backend's is not yet.
     last_ack_of_the_handshake_is_lost_and_data_follows: Scene {
         steps: &[
             &[Link(Leg::Backend, Way::Out, |how| how.delay = ms(100)), Dial, Pause(ms(40))],
-            &[Link(Leg::Backend, Way::In, cut), Client(Send(1000)), Pause(ms(300))],
-            &[Link(Leg::Backend, Way::Both, mend)], LATE_ACCEPT, IN_ORDER,
+            &[Link(Leg::Backend, Way::In, partition), Client(Send(1000)), Pause(ms(300))],
+            &[Link(Leg::Backend, Way::Both, repair)], LATE_ACCEPT, IN_ORDER,
         ],
         ..SCENE
     };
     /// Case 4.
-    backend_falls_silent_midstream: Scene {
+    backend_becomes_silent_midstream: Scene {
         limits: SILENCE,
-        steps: &[MIDSTREAM, &[Link(Leg::Backend, Way::Both, cut), Mark, Client(Send(1000))]],
+        steps: &[MIDSTREAM, &[Link(Leg::Backend, Way::Both, partition), Mark, Client(Send(1000))]],
         client: reset(Bytes::All),
         backend: open(Bytes::Some),
         when: SILENCE_ENDS,
         cause: "backend-lost",
         ..SCENE
     };
-    /// Case 4, on the other side.
-    client_falls_silent_midstream: Scene {
+    /// Case 4, for the client.
+    client_becomes_silent_midstream: Scene {
         limits: SILENCE,
-        steps: &[MIDSTREAM, &[Link(Leg::Client, Way::Both, cut), Mark, Backend(Send(1000))]],
+        steps: &[MIDSTREAM, &[Link(Leg::Client, Way::Both, partition), Mark, Backend(Send(1000))]],
         client: open(Bytes::Some),
         backend: reset(Bytes::All),
         when: SILENCE_ENDS,
         cause: "client-lost",
         ..SCENE
     };
-    /// Case 5: what is sent arrives, and nobody learns of it.
+    /// Case 5: bytes arrive but are not acknowledged.
     acknowledgements_of_the_backend_are_cut: Scene {
         limits: SILENCE,
-        steps: &[MIDSTREAM, &[Link(Leg::Backend, Way::Out, cut), Mark, Client(Send(1000))]],
+        steps: &[MIDSTREAM, &[Link(Leg::Backend, Way::Out, partition), Mark, Client(Send(1000))]],
         client: reset(Bytes::All),
         backend: open(Bytes::All),
         when: SILENCE_ENDS,
         cause: "backend-lost",
         ..SCENE
     };
-    /// Case 5: one way at a time is cut for a while, both are used.
+    /// Case 5: each direction in turn is partitioned for a while, and both are in use.
     one_way_partition_heals: Scene {
         steps: &[
-            MIDSTREAM, &[Link(Leg::Backend, Way::In, cut)], STREAMING,
-            &[Pause(ms(700)), Link(Leg::Backend, Way::In, mend)],
-            &[Link(Leg::Client, Way::Out, cut), Pause(ms(500)), Link(Leg::Client, Way::Out, mend)],
+            MIDSTREAM, &[Link(Leg::Backend, Way::In, partition)], STREAMING,
+            &[Pause(ms(700)), Link(Leg::Backend, Way::In, repair)],
+            &[Link(Leg::Client, Way::Out, partition), Pause(ms(500)), Link(Leg::Client, Way::Out, repair)],
             BOTH_END,
         ],
         ..SCENE
@@ -134,15 +133,15 @@ scenes! {
         ..SCENE
     };
     /// Case 7.
-    everything_is_lost_for_two_seconds: Scene {
+    all_packets_are_lost_for_two_seconds: Scene {
         steps: &[
             &[Link(Leg::Backend, Way::Both, |how| how.rate = Some(4_000_000)), Connect], STREAMING,
-            &[Pause(ms(100)), Link(Leg::Backend, Way::Both, cut), Pause(secs(2))],
-            &[Link(Leg::Backend, Way::Both, mend)], BOTH_END,
+            &[Pause(ms(100)), Link(Leg::Backend, Way::Both, partition), Pause(secs(2))],
+            &[Link(Leg::Backend, Way::Both, repair)], BOTH_END,
         ],
         ..SCENE
     };
-    /// Case 7: losses that come together.
+    /// Case 7: with bursts of losses.
     losses_come_in_bursts: Scene {
         steps: &[&both_ways(|how| {
             how.loss = Loss::Bursts { enter: 0.02, leave: 0.3, lost: 0.9 };
@@ -155,7 +154,7 @@ scenes! {
         ..SCENE
     };
     /// Case 9.
-    tenth_of_the_packets_come_twice: Scene {
+    tenth_of_the_packets_are_duplicated: Scene {
         steps: &[&both_ways(|how| how.duplicate = 0.1)],
         ..SCENE
     };
@@ -169,7 +168,7 @@ scenes! {
         steps: &[&both_ways(|how| (how.delay, how.jitter) = (ms(100), ms(100)))],
         ..SCENE
     };
-    /// Case 12: a fast sender before a narrow path.
+    /// Case 12: a fast sender and a slow link.
     bottleneck_of_one_megabit: Scene {
         steps: &[
             &[Link(Leg::Backend, Way::In, |how| (how.rate, how.queue) = (Some(1_000_000), 16_384))],
@@ -190,9 +189,9 @@ scenes! {
         ],
         ..SCENE
     };
-    /// Case 13: large packets vanish in silence; hosts that probe for the path's
-    /// MTU (RFC 4821) get through.
-    path_swallows_large_packets: Scene {
+    /// Case 13: large packets are dropped without notification. Hosts that probe the path MTU
+    /// (RFC 4821) succeed.
+    path_drops_large_packets: Scene {
         steps: &[
             &[Hosts(|site| {
                 for host in [&site.balancer, &site.backend] {
@@ -204,8 +203,8 @@ scenes! {
         ],
         ..SCENE
     };
-    /// Case 13: those that do not give up in time, and say so.
-    path_swallows_large_packets_for_good: Scene {
+    /// Case 13: hosts that do not probe the path MTU end the session in time.
+    path_drops_large_packets_until_timeout: Scene {
         limits: SILENCE,
         steps: &[
             MIDSTREAM,
@@ -218,7 +217,7 @@ scenes! {
         cause: "backend-lost",
         ..SCENE
     };
-    /// Case 14: another host answers for the backend's, which is back later.
+    /// Case 14: another host answers for the backend's host, which returns later.
     host_is_unreachable_for_a_second: Scene {
         steps: &[
             MIDSTREAM,
@@ -246,7 +245,7 @@ scenes! {
         ..SCENE
     };
     /// Case 15.
-    link_is_down_for_longer_than_silence_may_last: Scene {
+    link_is_down_longer_than_user_timeout: Scene {
         limits: SILENCE,
         steps: &[
             MIDSTREAM, &[Mark, Hosts(|site| site.balancer.ip("link set link1 down"))],
@@ -271,7 +270,7 @@ scenes! {
         when: SILENCE_ENDS,
         cause: "backend-lost",
     };
-    /// Case 17: a window of a segment at most, and a reader in no hurry.
+    /// Case 17: a window of at most one segment, and a slow reader.
     window_is_tiny: Scene {
         receive_buffer: Some(1),
         steps: &[
@@ -289,16 +288,16 @@ scenes! {
         ],
         ..SCENE
     };
-    /// Case 19, in SYN_SENT; case 22.
+    /// Case 19 in SYN_SENT, and case 22.
     connection_is_refused: Scene {
-        steps: &[&[Each(|one, _| one.duet.listener = None), Mark, Dial, Client(Send(1000))]],
+        steps: &[&[Each(|candidate, _| candidate.ends.listener = None), Mark, Dial, Client(Send(1000))]],
         client: reset(Bytes::None),
         backend: NEVER,
         when: (ms(0), secs(4)),
         cause: "connect-refused",
         ..SCENE
     };
-    /// Case 19, in ESTABLISHED.
+    /// Case 19 in ESTABLISHED.
     backend_resets_midstream: Scene {
         steps: &[MIDSTREAM, &[Mark, Backend(Reset)]],
         client: reset(Bytes::All),
@@ -307,7 +306,7 @@ scenes! {
         cause: "backend-reset",
         ..SCENE
     };
-    /// Case 19, in FIN_WAIT: the client is done, and gets no answer.
+    /// Case 19 in FIN_WAIT: the client has closed its sending side and gets no complete answer.
     backend_resets_after_the_clients_fin: Scene {
         steps: &[
             MIDSTREAM, &[Client(Fin), Backend(SeesTheEnd), Backend(Send(STREAM))],
@@ -319,7 +318,7 @@ scenes! {
         cause: "backend-reset",
         ..SCENE
     };
-    /// Case 19, in FIN_WAIT.
+    /// Case 19 in FIN_WAIT.
     client_resets_after_the_backends_fin: Scene {
         steps: &[
             MIDSTREAM, &[Backend(Fin), Client(SeesTheEnd), Client(Send(STREAM))],
@@ -331,9 +330,9 @@ scenes! {
         ..SCENE
     };
     /// Case 20.
-    keepalive_finds_a_dead_backend: Scene {
+    keepalive_detects_a_silent_backend: Scene {
         limits: Limits { keepalive: Some(secs(1)), ..SILENCE },
-        steps: &[MIDSTREAM, &[Link(Leg::Backend, Way::Both, cut), Mark]],
+        steps: &[MIDSTREAM, &[Link(Leg::Backend, Way::Both, partition), Mark]],
         client: reset(Bytes::All),
         backend: open(Bytes::All),
         when: (ms(900), secs(11)),
@@ -341,9 +340,9 @@ scenes! {
         ..SCENE
     };
     /// Case 20.
-    keepalive_finds_a_dead_client: Scene {
+    keepalive_detects_a_silent_client: Scene {
         limits: Limits { keepalive: Some(secs(1)), ..SILENCE },
-        steps: &[MIDSTREAM, &[Link(Leg::Client, Way::Both, cut), Mark]],
+        steps: &[MIDSTREAM, &[Link(Leg::Client, Way::Both, partition), Mark]],
         client: open(Bytes::All),
         backend: reset(Bytes::All),
         when: (ms(900), secs(11)),

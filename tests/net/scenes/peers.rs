@@ -1,13 +1,12 @@
-//! What the peers do: cases 22 to 39.
+//! Faults of clients and backends: cases 22 to 39.
 //!
-//! Clients and backends that refuse, reset, stall, dribble, speak first or never,
-//! close in odd orders, or use what TCP has and nobody expects. Each scene is a
-//! test; what plays them is elsewhere.
+//! Clients and backends that refuse, reset, stall, read slowly, send first or never, close in
+//! unusual orders, or use rare features of TCP. Each scene is a test, run by `play`.
 
 use super::Act::{Fin, Reads, Receives, Reset, SeesTheEnd, Send, SendByteByByte, SendUrgent};
 use super::Step::{Accept, Backend, Client, Connect, Each, Hosts, Link, Mark, Pause};
+use super::both_ends;
 use super::candidate::Candidate;
-use super::duet;
 use super::leaks;
 use super::site::Site;
 use super::{
@@ -34,8 +33,8 @@ scenes! {
         cause: "backend-reset",
         ..SCENE
     };
-    /// Case 24: what nobody reads stays where it is, and time ends it; with a reset,
-    /// for bytes are lost.
+    /// Case 24: unread bytes stay in the buffers, and the idle timeout ends the session with a
+    /// reset, because bytes are lost.
     backend_accepts_and_never_reads: Scene {
         limits: IDLE,
         steps: &[&[Connect, Backend(Reads(Reading::Never)), Mark, Client(Send(64 << 20))]],
@@ -56,7 +55,7 @@ scenes! {
         ..SCENE
     };
     /// Case 26.
-    backend_reads_a_little_at_a_time: Scene {
+    backend_reads_slowly: Scene {
         receive_buffer: Some(8192),
         steps: &[
             &[Connect, Backend(Reads(Reading::Slow(2000, ms(100)))), Client(Send(50_000))],
@@ -72,14 +71,13 @@ scenes! {
         ],
         ..SCENE
     };
-    /// Case 30: every client gets an answer or a reset, at once; afterwards all
-    /// is well.
-    backend_restarts_all_the_time: Scene {
+    /// Case 30: every client gets an answer or a reset without delay. A later session succeeds.
+    backend_restarts_repeatedly: Scene {
         steps: &[
-            &[Each(sessions_while_it_restarts), Connect],
+            &[Each(sessions_during_restarts), Connect],
             &[Client(Send(1000)), Backend(Send(1000))], IN_ORDER,
         ],
-        // The account of many sessions.
+        // The access log has many sessions.
         cause: "",
         ..SCENE
     };
@@ -100,7 +98,7 @@ scenes! {
         ..SCENE
     };
     /// Case 33.
-    client_says_nothing: Scene {
+    client_sends_nothing: Scene {
         limits: IDLE,
         steps: &[&[Mark, Connect]],
         client: fin(Bytes::None),
@@ -109,33 +107,33 @@ scenes! {
         cause: "idle-timeout",
         ..SCENE
     };
-    /// Case 33, behind its FIN.
-    client_that_is_done_waits_for_ever: Scene {
+    /// Case 33 after the client's FIN.
+    half_closed_client_waits_until_timeout: Scene {
         limits: Limits { half_closed: ms(700), ..LIMITS },
         steps: &[MIDSTREAM, &[Client(Fin), Backend(SeesTheEnd), Mark, Client(SeesTheEnd)]],
         when: (ms(500), secs(6)),
         cause: "half-closed-timeout",
         ..SCENE
     };
-    /// Case 34: the balancer finds dead connections in its queue.
+    /// Case 34: Tidegate accepts connections that are already reset.
     clients_reset_in_the_accept_queue: Scene {
         steps: &[
-            &[Each(|one, _| one.signal(Signal::STOP)), Each(forty_connect_and_reset)],
-            &[Each(|one, _| one.signal(Signal::CONT)), Each(forty_are_over), Connect],
+            &[Each(|candidate, _| candidate.signal(Signal::STOP)), Each(forty_connect_and_reset)],
+            &[Each(|candidate, _| candidate.signal(Signal::CONT)), Each(wait_until_forty_have_ended), Connect],
             &[Client(Send(1000)), Backend(Send(1000))], IN_ORDER,
         ],
         cause: "",
         ..SCENE
     };
     /// Case 37.
-    bytes_come_one_by_one: Scene {
+    bytes_arrive_one_by_one: Scene {
         steps: &[
             &[Connect, Client(SendByteByByte(5000)), Backend(SendByteByByte(5000))],
             &[Backend(Receives(5000)), Client(Receives(5000))], IN_ORDER,
         ],
         ..SCENE
     };
-    /// Case 38: it stays in its place as an ordinary byte (RFC 6093 section 5).
+    /// Case 38: the urgent byte stays in its place as an ordinary byte (RFC 6093 section 5).
     urgent_byte_stays_in_the_stream: Scene {
         steps: &[
             &[Connect, Client(Send(1000)), Client(SendUrgent), Pause(ms(20)), Client(Send(1000))],
@@ -144,7 +142,7 @@ scenes! {
         ],
         ..SCENE
     };
-    /// Case 39: it falls back to an ordinary handshake, and loses nothing.
+    /// Case 39: Tidegate falls back to an ordinary handshake, and no byte is lost.
     client_uses_tcp_fast_open: Scene {
         steps: &[
             &[Hosts(|site| {
@@ -156,8 +154,7 @@ scenes! {
         ],
         ..SCENE
     };
-    /// Case 30: the backend's host has forgotten the session, and says so when
-    /// it is spoken to.
+    /// Case 30: the backend's host has lost the session and answers the next packet with a reset.
     backend_restarts_while_the_link_is_down: Scene {
         steps: &[
             MIDSTREAM, &[Link(Leg::Backend, Way::Both, |how| how.partition = true)],
@@ -173,71 +170,71 @@ scenes! {
     };
 }
 
-/// Half a dozen restarts, with a session while it is there, one that it takes
-/// and never looks at, and one while it is not.
-fn sessions_while_it_restarts(one: &mut Candidate, site: &Site) {
+/// Six restarts, each with three sessions: one on the listening backend, one in the backend's
+/// listen queue at the restart, and one while the backend does not listen.
+fn sessions_during_restarts(candidate: &mut Candidate, site: &Site) {
     for _ in 0..6 {
-        let asked = ask(one, site);
-        drop(taken(one));
-        assert_over_at_once(one, asked);
-        let asked = ask(one, site);
+        let asked = ask(candidate, site);
+        drop(accept_session(candidate));
+        assert_ends_soon(candidate, asked);
+        let asked = ask(candidate, site);
         eventually(secs(10), "a session waits in the backend's queue", || {
-            site.backend.run(|| leaks::stands(one.backend.port()))
+            site.backend.run(|| leaks::is_established(candidate.backend.port()))
         });
-        one.duet.listener = None;
-        assert_over_at_once(one, asked);
-        let asked = ask(one, site);
-        assert_over_at_once(one, asked);
-        one.duet.listener = Some(duet::listen(&site.backend, one.backend, None));
+        candidate.ends.listener = None;
+        assert_ends_soon(candidate, asked);
+        let asked = ask(candidate, site);
+        assert_ends_soon(candidate, asked);
+        candidate.ends.listener = Some(both_ends::listen(&site.backend, candidate.backend, None));
     }
 }
 
-/// A client that has asked for something, unless it is turned away already.
-fn ask(one: &Candidate, site: &Site) -> Option<TcpStream> {
-    let mut client = site.client.run(|| client::try_connect(one.frontend)).ok()?;
-    client.write_all(b"anybody there?").ok()?;
+/// Connects and sends a request. Returns `None` if the client is already reset.
+fn ask(candidate: &Candidate, site: &Site) -> Option<TcpStream> {
+    let mut client = site.client.run(|| client::try_connect(candidate.frontend)).ok()?;
+    client.write_all(b"some request").ok()?;
     Some(client)
 }
 
-/// The backend's end of the next session.
-fn taken(one: &Candidate) -> TcpStream {
-    let listener = one.duet.listener.as_ref().expect("it listens");
+/// Accepts the next session at the backend.
+fn accept_session(candidate: &Candidate) -> TcpStream {
+    let listener = candidate.ends.listener.as_ref().expect("the backend listens");
     eventually_some(secs(10), "the backend has the session", || Some(listener.accept().ok()?.0))
 }
 
-/// A word about the end comes soon, whichever.
-fn assert_over_at_once(one: &Candidate, asked: Option<TcpStream>) {
+/// Checks that the session ends within 3 s, with FIN or RST.
+fn assert_ends_soon(candidate: &Candidate, asked: Option<TcpStream>) {
     let Some(client) = asked else { return };
     let start = Instant::now();
     let end = client::read_to_end(&client);
     let took = start.elapsed();
-    if one.ours().is_some() {
-        assert!(!matches!(end, client::End::Silence(_)), "{}: {end:?}", one.name);
-        assert!(took < patience(secs(3)), "{}: {end:?} after {took:?}", one.name);
+    if candidate.tidegate().is_some() {
+        assert!(!matches!(end, client::End::Silence(_)), "{}: {end:?}", candidate.name);
+        assert!(took < patience(secs(3)), "{}: {end:?} after {took:?}", candidate.name);
     }
 }
 
 const FORTY: u32 = 40;
 
-fn forty_connect_and_reset(one: &mut Candidate, site: &Site) {
+fn forty_connect_and_reset(candidate: &mut Candidate, site: &Site) {
     for number in 0..FORTY {
-        let mut stream = site.client.run(|| client::connect(one.frontend));
+        let mut stream = site.client.run(|| client::connect(candidate.frontend));
         if number % 2 == 0 {
-            stream.write_all(b"gone before it is read").expect("room for a line");
+            stream.write_all(b"reset before it is read").expect("space for a line");
         }
         client::reset(stream);
     }
 }
 
-/// Waits until they are, and forgets what the backend saw of them.
-fn forty_are_over(one: &mut Candidate, _: &Site) {
-    if let Some(proxy) = one.ours() {
-        eventually(secs(10), "the forty are over", || {
+/// Waits until all 40 sessions have ended, and accepts and drops their backend connections.
+fn wait_until_forty_have_ended(candidate: &mut Candidate, _: &Site) {
+    if let Some(proxy) = candidate.tidegate() {
+        eventually(secs(10), "the 40 sessions have ended", || {
             proxy.metric("tidegate_session_end_total", &[]) == f64::from(FORTY)
                 && proxy.metric("tidegate_sessions_active", &[]) == 0.0
         });
     }
-    let listener = one.duet.listener.as_ref().expect("it listens");
+    let listener = candidate.ends.listener.as_ref().expect("the backend listens");
     let mut last = Instant::now();
     while last.elapsed() < ms(300) {
         match listener.accept() {
@@ -247,23 +244,23 @@ fn forty_are_over(one: &mut Candidate, _: &Site) {
     }
 }
 
-/// Connects twice with data in the SYN (RFC 7413): the first time brings the
-/// cookie, the second uses it and is the scene's session.
-fn connect_fast(one: &mut Candidate, site: &Site) {
-    /// `linux/socket.h`
+/// Connects twice with data in the SYN (RFC 7413). The first connection gets the cookie, and the
+/// second uses it and is the scene's session.
+fn connect_fast(candidate: &mut Candidate, site: &Site) {
+    /// From `linux/socket.h`.
     const MSG_FASTOPEN: i32 = 0x2000_0000;
     let connect = |first: &[u8]| {
         site.client.run(|| {
             let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
-            let sent = socket.send_to_with_flags(first, &one.frontend.into(), MSG_FASTOPEN);
+            let sent = socket.send_to_with_flags(first, &candidate.frontend.into(), MSG_FASTOPEN);
             assert_eq!(sent.expect("connects and sends"), first.len());
             TcpStream::from(socket)
         })
     };
     let cookie = connect(b"");
-    drop(taken(one));
+    drop(accept_session(candidate));
     drop(cookie);
-    let first = one.duet.client.next_bytes(500);
+    let first = candidate.ends.client.next_bytes(500);
     let stream = connect(&first);
-    one.duet.client.take_midway(stream, first.len());
+    candidate.ends.client.take_midway(stream, first.len());
 }

@@ -1,9 +1,8 @@
-//! Plays a scene and judges what came of it.
+//! Runs a scene and compares the result with it.
 //!
-//! Step by step, every candidate at once; then each one's ends are held against
-//! the scene. Ours is asserted, with its account of the session and what it left
-//! behind; peers that differ are reported, and all outcomes are where the
-//! comparison was asked for. It knows no scene.
+//! Runs all candidates at the same time, step by step, and then compares both ends with the
+//! scene. For Tidegate it asserts the ends, the access log and the leak check. For other programs
+//! it reports differences. With `TIDEGATE_PEERS` set it reports all outcomes.
 
 use super::candidate::{self, Candidate};
 use super::leaks;
@@ -14,10 +13,10 @@ use crate::common::{exclusive, ms, patience, report};
 use crate::netns::networks_run;
 use std::time::Duration;
 
-/// What the runner waits after the last word for words too many.
+/// Time after the last step in which no further bytes or ends must arrive.
 const AFTERMATH: Duration = ms(50);
 
-/// What came of it at one candidate.
+/// The result of one candidate.
 struct Outcome {
     client: Seen,
     backend: Seen,
@@ -33,24 +32,26 @@ pub fn play(name: &str, scene: &Scene) {
     }
     let site = Site::new(name.bytes().map(u64::from).sum());
     let mut candidates = candidate::all(&site, scene);
-    let rss: Vec<u64> =
-        candidates.iter().map(|one| one.ours().map_or(0, |p| p.rss_kib())).collect();
+    let rss: Vec<u64> = candidates
+        .iter()
+        .map(|candidate| candidate.tidegate().map_or(0, |p| p.rss_kib()))
+        .collect();
     for step in scene.steps.iter().copied().flatten() {
         perform(step, &site, &mut candidates);
     }
-    each(&mut candidates, |one| settle(one, scene));
+    each(&mut candidates, |candidate| settle(candidate, scene));
     let outcomes: Vec<Outcome> = candidates.iter().map(Outcome::of).collect();
-    for one in &mut candidates {
-        one.duet.client.close();
-        one.duet.backend.close();
-        one.duet.listener = None;
+    for candidate in &mut candidates {
+        candidate.ends.client.close();
+        candidate.ends.backend.close();
+        candidate.ends.listener = None;
     }
-    site.mend();
-    for (one, outcome) in candidates.iter().zip(&outcomes) {
-        judge(name, scene, one, outcome, &site);
+    site.repair();
+    for (candidate, outcome) in candidates.iter().zip(&outcomes) {
+        check(name, scene, candidate, outcome, &site);
     }
-    for (one, before) in candidates.iter().zip(rss) {
-        leaks::assert_none(one, &site, before);
+    for (candidate, before) in candidates.iter().zip(rss) {
+        leaks::assert_none(candidate, &site, before);
     }
 }
 
@@ -58,75 +59,83 @@ fn perform(step: &Step, site: &Site, candidates: &mut [Candidate]) {
     match *step {
         Step::Link(leg, way, change) => site.change(leg, way, change),
         Step::Hosts(act) => act(site),
-        Step::Pause(time) => each(candidates, |one| one.duet.pass(time)),
+        Step::Pause(time) => each(candidates, |candidate| candidate.ends.pass(time)),
         Step::Mark => {
             let now = std::time::Instant::now();
-            candidates.iter_mut().for_each(|one| one.duet.marked = now);
+            candidates.iter_mut().for_each(|candidate| candidate.ends.marked = now);
         }
-        Step::Connect => each(candidates, |one| {
-            one.duet.dial(&site.client);
-            one.duet.accept();
-            one.wait_established();
+        Step::Connect => each(candidates, |candidate| {
+            candidate.ends.dial(&site.client);
+            candidate.ends.accept();
+            candidate.wait_established();
         }),
-        Step::Dial => each(candidates, |one| one.duet.dial(&site.client)),
-        Step::Accept => each(candidates, |one| one.duet.accept()),
-        Step::Client(act) => each(candidates, |one| one.duet.act(|duet| &mut duet.client, act)),
-        Step::Backend(act) => each(candidates, |one| one.duet.act(|duet| &mut duet.backend, act)),
-        Step::Each(act) => each(candidates, |one| act(one, site)),
+        Step::Dial => each(candidates, |candidate| candidate.ends.dial(&site.client)),
+        Step::Accept => each(candidates, |candidate| candidate.ends.accept()),
+        Step::Client(act) => {
+            each(candidates, |candidate| candidate.ends.act(|ends| &mut ends.client, act))
+        }
+        Step::Backend(act) => {
+            each(candidates, |candidate| candidate.ends.act(|ends| &mut ends.backend, act))
+        }
+        Step::Each(act) => each(candidates, |candidate| act(candidate, site)),
     }
 }
 
-/// At every candidate at once.
+/// Runs `act` for every candidate at the same time.
 fn each(candidates: &mut [Candidate], act: impl Fn(&mut Candidate) + Sync) {
     let name = std::thread::current().name().unwrap_or("?").to_string();
     std::thread::scope(|scope| {
-        for one in candidates {
+        for candidate in candidates {
             let thread = std::thread::Builder::new().name(name.clone());
-            thread.spawn_scoped(scope, || act(one)).expect("one more thread");
+            thread.spawn_scoped(scope, || act(candidate)).expect("another thread");
         }
     });
 }
 
-/// Waits for the ends that are to come, and a little for any that are not.
-fn settle(one: &mut Candidate, scene: &Scene) {
+/// Waits for the expected ends, and a little longer for unexpected ends.
+fn settle(candidate: &mut Candidate, scene: &Scene) {
     let comes = |seen: Seen| matches!(seen.end, Ended::Fin | Ended::Reset);
     let (client, backend) = (comes(scene.client), comes(scene.backend));
-    one.duet.wait("the end", STEP_MAX, |duet| {
+    candidate.ends.wait("the end", STEP_MAX, |ends| {
         let there = |end: &super::End| matches!(end.ended(), Ended::Fin | Ended::Reset);
-        (!client || there(&duet.client)) && (!backend || there(&duet.backend))
+        (!client || there(&ends.client)) && (!backend || there(&ends.backend))
     });
-    one.duet.pass(AFTERMATH);
+    candidate.ends.pass(AFTERMATH);
 }
 
-fn judge(name: &str, scene: &Scene, one: &Candidate, outcome: &Outcome, site: &Site) {
-    let problems = outcome.problems(scene, one);
-    if let Some(proxy) = one.ours() {
+fn check(name: &str, scene: &Scene, candidate: &Candidate, outcome: &Outcome, site: &Site) {
+    let problems = outcome.problems(scene, candidate);
+    if let Some(proxy) = candidate.tidegate() {
         let log = proxy.access_log();
-        assert!(problems.is_empty(), "{name} on {}: {problems:#?}, by its log: {log:#?}", one.name);
+        assert!(
+            problems.is_empty(),
+            "{name} on {}: {problems:#?}, by its log: {log:#?}",
+            candidate.name
+        );
         if !scene.cause.is_empty() {
-            // Some scenes have a session before the one that is judged.
+            // Some scenes have other sessions before the compared session.
             let sessions = proxy.metric("tidegate_sessions_total", &[]) as usize;
             let lines = proxy.wait_access_log(sessions.max(1));
             assert_metrics(proxy, &lines);
-            // Each worker writes its own in order.
+            // Lines are in order only per worker.
             let time = |line: &serde_json::Value| line["time"].as_str().unwrap_or("").to_owned();
-            let line = lines.into_iter().max_by_key(time).expect("there is one");
-            assert_eq!(line["cause"], scene.cause, "{name} on {}: {line:#}", one.name);
-            assert_counts(scene, one, &line);
+            let line = lines.into_iter().max_by_key(time).expect("a line in the access log");
+            assert_eq!(line["cause"], scene.cause, "{name} on {}: {line:#}", candidate.name);
+            assert_counts(scene, candidate, &line);
         }
     }
     if std::env::var_os("TIDEGATE_PEERS").is_none() {
         return;
     }
-    report("OUTCOME", &format!("| {name} | {} | {outcome} |", one.name));
-    if one.ours().is_none() {
+    report("OUTCOME", &format!("| {name} | {} | {outcome} |", candidate.name));
+    if candidate.tidegate().is_none() {
         let mut problems = problems;
-        let left = leaks::sockets_left(one, site);
+        let left = leaks::sockets_left(candidate, site);
         if !left.is_empty() {
             problems.push(format!("{} sockets left: {}", left.len(), left.join(", ")));
         }
         if !problems.is_empty() {
-            report("DIFFERS", &format!("{} {name}: {}", one.name, problems.join("; ")));
+            report("DIFFERS", &format!("{} {name}: {}", candidate.name, problems.join("; ")));
         }
     }
 }
@@ -134,10 +143,10 @@ fn judge(name: &str, scene: &Scene, one: &Candidate, outcome: &Outcome, site: &S
 /// Bytes of a segment on Ethernet.
 const SEGMENT: u64 = 1460;
 
-/// The account says what the ends know.
+/// Checks that the access log line matches the counts of both ends.
 #[track_caller]
-fn assert_counts(scene: &Scene, one: &Candidate, line: &serde_json::Value) {
-    let (client, backend) = (&one.duet.client, &one.duet.backend);
+fn assert_counts(scene: &Scene, candidate: &Candidate, line: &serde_json::Value) {
+    let (client, backend) = (&candidate.ends.client, &candidate.ends.backend);
     let count = |field: &str| line[field].as_u64().expect("a count");
     let ends = [
         (scene.backend, client, backend, "bytes_in"),
@@ -147,34 +156,36 @@ fn assert_counts(scene: &Scene, one: &Candidate, line: &serde_json::Value) {
     for (seen, from, to, field) in ends {
         let counted = count(field);
         if seen.bytes == super::Bytes::All {
-            assert_eq!(counted, from.asked_to_send(), "{field} on {}: {line:#}", one.name);
+            assert_eq!(counted, from.asked_to_send(), "{field} on {}: {line:#}", candidate.name);
         }
-        assert!(counted >= to.received(), "{field} on {}: {line:#}", one.name);
-        assert!(counted <= from.asked_to_send(), "{field} on {}: {line:#}", one.name);
-        // Who has read up to an end has all that its kernel had.
+        assert!(counted >= to.received(), "{field} on {}: {line:#}", candidate.name);
+        assert!(counted <= from.asked_to_send(), "{field} on {}: {line:#}", candidate.name);
+        // An end that has read a FIN has received all bytes that its kernel had.
         match to.ended() {
-            Ended::Fin => assert_eq!(counted, to.received(), "{field} on {}: {line:#}", one.name),
+            Ended::Fin => {
+                assert_eq!(counted, to.received(), "{field} on {}: {line:#}", candidate.name)
+            }
             Ended::Reset => lost += counted - to.received(),
             _ => {}
         }
         missing += from.asked_to_send() - to.received();
     }
     let undelivered = count("bytes_undelivered");
-    assert!(undelivered >= lost, "{lost} B lost on {}: {line:#}", one.name);
-    // A bad cable may have lost the acknowledgement alone.
+    assert!(undelivered >= lost, "{lost} B lost on {}: {line:#}", candidate.name);
+    // An impaired link can lose only the acknowledgement.
     let spoilt = scene.steps.iter().copied().flatten().any(|step| matches!(step, Step::Link(..)));
-    // So may a peer that resets: it owes one for less than two segments (RFC 9293 3.8.6.3),
-    // and the one that its reset carries is not taken in Linux.
+    // A peer that resets can owe an acknowledgement for less than two segments (RFC 9293
+    // 3.8.6.3), and Linux ignores the acknowledgement in the reset.
     let reset = line["cause"].as_str().is_some_and(|cause| cause.ends_with("-reset"));
     let owed = if reset { 2 * SEGMENT } else { 0 };
     let known = missing + owed;
-    assert!(spoilt || undelivered <= known, "{missing} B missing on {}: {line:#}", one.name);
+    assert!(spoilt || undelivered <= known, "{missing} B missing on {}: {line:#}", candidate.name);
     if line["cause"] == "finished" {
-        assert_eq!(undelivered, 0, "on {}: {line:#}", one.name);
+        assert_eq!(undelivered, 0, "on {}: {line:#}", candidate.name);
     }
 }
 
-/// The metrics say what the log says, all its lines together.
+/// Checks that the metrics match the sum of all log lines.
 #[track_caller]
 fn assert_metrics(proxy: &TestProxy, lines: &[serde_json::Value]) {
     for (field, direction) in [("bytes_in", "in"), ("bytes_out", "out")] {
@@ -187,8 +198,8 @@ fn assert_metrics(proxy: &TestProxy, lines: &[serde_json::Value]) {
 // === impl Outcome ===
 
 impl Outcome {
-    fn of(one: &Candidate) -> Outcome {
-        let (client, backend) = (&one.duet.client, &one.duet.backend);
+    fn of(candidate: &Candidate) -> Outcome {
+        let (client, backend) = (&candidate.ends.client, &candidate.ends.backend);
         let wrong =
             [("client", client), ("backend", backend)].into_iter().find_map(|(name, end)| {
                 end.wrong_at().map(|at| format!("the {name}'s byte {at} is wrong"))
@@ -196,17 +207,17 @@ impl Outcome {
         Outcome {
             client: Seen::of(client, backend.asked_to_send()),
             backend: Seen::of(backend, client.asked_to_send()),
-            took: one.duet.first_end(),
+            took: candidate.ends.first_end(),
             wrong,
-            stuck: one.duet.stuck.clone(),
+            stuck: candidate.ends.stuck.clone(),
         }
     }
 
-    /// Where it is not as the scene says.
-    fn problems(&self, scene: &Scene, one: &Candidate) -> Vec<String> {
+    /// Returns the differences from the scene.
+    fn problems(&self, scene: &Scene, candidate: &Candidate) -> Vec<String> {
         let mut problems: Vec<String> =
             [&self.wrong, &self.stuck].into_iter().flatten().cloned().collect();
-        let (client, backend) = (&one.duet.client, &one.duet.backend);
+        let (client, backend) = (&candidate.ends.client, &candidate.ends.backend);
         let ends = [
             ("client", self.client, scene.client, client, backend),
             ("backend", self.backend, scene.backend, backend, client),

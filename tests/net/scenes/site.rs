@@ -1,8 +1,8 @@
-//! The hosts of a scene: client, balancer and backend in a row, with a cable
-//! that can be spoilt on either side.
+//! The hosts of a scene: client, Tidegate and backend in a row, with an impairable link on each
+//! side.
 //!
-//! Made and mended by `play`; every candidate of a scene runs on the balancer's
-//! host at once and suffers the same.
+//! Created and repaired by `play`. All candidates of a scene run on Tidegate's host at the same
+//! time and have the same faults.
 
 use super::{Leg, Way};
 use crate::link::channel::Impairment;
@@ -12,9 +12,9 @@ use std::net::Ipv4Addr;
 
 pub struct Site {
     // Dropped in this order: the links before their hosts.
-    /// *a* is the client's end.
+    /// End *a* is the client's.
     pub client_link: Link,
-    /// *a* is the balancer's end, device `link1` on both hosts.
+    /// End *a* is Tidegate's. The device is `link1` on both hosts.
     pub backend_link: Link,
     pub client: Namespace,
     pub balancer: Namespace,
@@ -32,12 +32,12 @@ impl Site {
         Site { client_link, backend_link, client, balancer, backend }
     }
 
-    /// Where balancers listen.
+    /// The address of all frontends.
     pub fn frontend(&self) -> Ipv4Addr {
         self.client_link.b()
     }
 
-    /// Where backends listen.
+    /// The address of all backends.
     pub fn backend(&self) -> Ipv4Addr {
         self.backend_link.b()
     }
@@ -55,8 +55,8 @@ impl Site {
         }
     }
 
-    /// Perfect cables again, so that what is left to be said can be said.
-    pub fn mend(&self) {
+    /// Makes both links perfect again, so that all connections can close.
+    pub fn repair(&self) {
         self.client_link.set(Impairment::default());
         self.backend_link.set(Impairment::default());
     }

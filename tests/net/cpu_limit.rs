@@ -1,9 +1,8 @@
-//! Programs held to one percent of a CPU, as a busy or throttled host holds
-//! them.
+//! Limits programs to 1 % of a CPU, as a busy or throttled host does.
 //!
-//! By a cgroup where this machine lets us make one (version 2 or 1), else by
-//! stopping them 990 ms of each second. Dropping the handle gives the CPU back. It
-//! never touches a cgroup it has not made, but to put programs back where they
+//! Uses a cgroup (version 2 or 1) if this machine allows it. Otherwise it stops the programs for
+//! 990 ms of each second. Dropping the handle removes the limit. Other cgroups are used only to
+//! put the programs back.
 //! came from.
 
 use crate::common::{ms, proc};
@@ -15,14 +14,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 
-/// Where version 2 is mounted, alone or beside version 1.
+/// The mount point of version 2, alone or together with version 1.
 const V2: &str = "/sys/fs/cgroup";
 
-/// Where version 1's cpu controller is mounted.
+/// The mount points of version 1's cpu controller.
 const V1: [&str; 2] = ["/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct"];
 
-/// Programs that starve as long as this lives.
-pub struct Starved {
+/// Programs with limited CPU. Dropping it removes the limit.
+pub struct CpuLimited {
     pids: Vec<u32>,
     means: Means,
 }
@@ -30,7 +29,7 @@ pub struct Starved {
 enum Means {
     Cgroup {
         dir: PathBuf,
-        /// Where each program came from.
+        /// The original cgroup of each program.
         origins: Vec<PathBuf>,
     },
     Signals {
@@ -39,15 +38,15 @@ enum Means {
     },
 }
 
-impl Starved {
-    /// Holds them together to 1 % of one CPU.
-    pub fn new(pids: &[u32]) -> Starved {
+impl CpuLimited {
+    /// Limits the programs together to 1 % of one CPU.
+    pub fn new(pids: &[u32]) -> CpuLimited {
         let pids = pids.to_vec();
         let means = in_cgroup(&pids).unwrap_or_else(|_| by_signals(pids.clone()));
-        Starved { pids, means }
+        CpuLimited { pids, means }
     }
 
-    /// For the notes.
+    /// The method, for the notes.
     pub fn how(&self) -> &'static str {
         match &self.means {
             Means::Cgroup { dir, .. } if dir.join("cpu.max").exists() => "cgroup v2",
@@ -57,12 +56,12 @@ impl Starved {
     }
 }
 
-impl Drop for Starved {
+impl Drop for CpuLimited {
     fn drop(&mut self) {
         match &mut self.means {
             Means::Cgroup { dir, origins } => {
                 for (pid, origin) in self.pids.iter().zip(origins) {
-                    // A program that has died needs no way back.
+                    // A program that has ended cannot be moved back.
                     let _ = fs::write(origin.join("cgroup.procs"), pid.to_string());
                 }
                 let _ = fs::remove_dir(dir);
@@ -91,26 +90,26 @@ fn in_cgroup(pids: &[u32]) -> io::Result<Means> {
     });
     let means = Means::Cgroup { dir, origins };
     if let Err(error) = moved {
-        drop(Starved { pids: pids.to_vec(), means });
+        drop(CpuLimited { pids: pids.to_vec(), means });
         return Err(error);
     }
     Ok(means)
 }
 
-/// Ten milliseconds of each second, the longest period there is: who has used
-/// them stands still for the rest.
+/// Sets 10 ms per second, the longest period. A program that has used them stops for the rest of
+/// the period.
 fn limit(dir: &Path) -> io::Result<()> {
     if dir.join("cpu.cfs_quota_us").exists() {
         fs::write(dir.join("cpu.cfs_period_us"), "1000000")?;
         fs::write(dir.join("cpu.cfs_quota_us"), "10000")
     } else {
-        // Missing where the cpu controller is not given to the root's children.
+        // The file is missing if the cpu controller is not enabled for the root's children.
         fs::OpenOptions::new().write(true).open(dir.join("cpu.max"))?;
         fs::write(dir.join("cpu.max"), "10000 1000000")
     }
 }
 
-/// The cgroup a program is in, below that root.
+/// Returns the current cgroup of a program below `root`.
 fn origin(root: &Path, pid: u32) -> PathBuf {
     let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
     let v1 = root.join("cpu.cfs_quota_us").exists();
@@ -118,14 +117,17 @@ fn origin(root: &Path, pid: u32) -> PathBuf {
     let path = text.lines().find_map(|line| {
         let mut fields = line.splitn(3, ':').skip(1);
         let (controllers, path) = (fields.next()?, fields.next()?);
-        let fits =
-            if v1 { controllers.split(',').any(|it| it == "cpu") } else { controllers.is_empty() };
+        let fits = if v1 {
+            controllers.split(',').any(|name| name == "cpu")
+        } else {
+            controllers.is_empty()
+        };
         fits.then(|| path.trim_start_matches('/').to_string())
     });
     root.join(path.unwrap_or_default())
 }
 
-/// Removes the cgroups of killed runs; those that still hold a program stay.
+/// Removes the cgroups of killed runs. A cgroup that still has a program stays.
 fn sweep(root: &Path) {
     for entry in fs::read_dir(root).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();

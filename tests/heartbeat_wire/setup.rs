@@ -1,4 +1,4 @@
-//! A receiver with one key, and how tests wait for what it hears.
+//! A receiver with one key, and helpers to wait for its heartbeats.
 
 use crate::wait::eventually_some;
 use std::net::SocketAddr;
@@ -12,7 +12,7 @@ use tidegate_heartbeat::wire::SenderIdentity;
 
 pub const SECRET: [u8; 32] = [b'k'; 32];
 
-/// How long tests wait for what must come.
+/// The timeout of every wait.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 pub fn secret() -> Secret {
@@ -33,14 +33,14 @@ pub fn gate() -> Verifier {
     Verifier::new(KeyRing::new([key()]).unwrap(), VerifierLimits::default(), 1)
 }
 
-/// A receiver on loopback and where it listens.
+/// Starts a receiver on loopback. Returns it with its address.
 pub fn receiver() -> (Receiver, SocketAddr) {
     let receiver = Receiver::start(&["127.0.0.1:0".parse().unwrap()], gate()).unwrap();
     let address = receiver.addresses()[0];
     (receiver, address)
 }
 
-/// Backend `a`, which says so every 20 ms.
+/// Settings of a sender for backend `a` with an interval of 20 ms.
 pub fn settings(to: SocketAddr) -> SenderSettings {
     SenderSettings {
         to: vec![to],
@@ -51,7 +51,7 @@ pub fn settings(to: SocketAddr) -> SenderSettings {
     }
 }
 
-/// A key file in a directory that goes with it.
+/// A key file in a directory that is removed with the returned handle.
 pub fn key_file() -> (tempfile::TempDir, PathBuf) {
     use std::os::unix::fs::PermissionsExt;
     let dir = tempfile::tempdir().unwrap();
@@ -61,8 +61,8 @@ pub fn key_file() -> (tempfile::TempDir, PathBuf) {
     (dir, path)
 }
 
-/// The next heartbeat that is as `wanted`; others before it are dropped.
-pub fn heard(
+/// Returns the next heartbeat for which `wanted` is true. Earlier heartbeats are dropped.
+pub fn next_heartbeat(
     receiver: &Receiver,
     what: &str,
     wanted: impl Fn(&ReceivedHeartbeat) -> bool,

@@ -1,8 +1,8 @@
-//! The two ends of one session, both in the test's hand.
+//! The two ends of one session, both controlled by the test.
 //!
-//! Non-blocking sockets that a step tells what to send and how to read; every
-//! byte has its place in an endless stream of noise and is checked as it comes.
-//! A [`Duet`] moves bytes only while a step waits on it. It judges nothing.
+//! The sockets are non-blocking, and steps set what to send and how to read. Every byte has its
+//! place in an endless stream of noise and is checked on arrival. A [`BothEnds`] moves bytes only
+//! while a step waits. This module compares nothing with a scene.
 
 use super::{Act, Ended, STEP_MAX};
 use crate::common::patience;
@@ -13,8 +13,8 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
-/// Two streams of noise; their length is a prime, so that no power of two lost
-/// or doubled goes unseen.
+/// Two streams of noise. Their length is a prime, so that a lost or duplicated block whose size
+/// is a power of two is detected.
 static NOISE: LazyLock<[Vec<u8>; 2]> = LazyLock::new(|| {
     [1, 2].map(|seed| {
         let mut noise = vec![0; 65_521];
@@ -28,19 +28,19 @@ static NOISE: LazyLock<[Vec<u8>; 2]> = LazyLock::new(|| {
 pub enum Reading {
     Eager,
     Never,
-    /// So many bytes, then a pause.
+    /// This many bytes, then a pause.
     Slow(usize, Duration),
 }
 
-/// Both ends at one candidate.
-pub struct Duet {
+/// Both ends of one candidate's session.
+pub struct BothEnds {
     pub client: End,
     pub backend: End,
-    /// Where the backend listens; `None` once it does not.
+    /// The backend's listener. `None` if the backend does not listen.
     pub listener: Option<TcpListener>,
     frontend: SocketAddr,
     pub marked: Instant,
-    /// The first step that waited in vain.
+    /// The first step that timed out.
     pub stuck: Option<String>,
 }
 
@@ -48,31 +48,31 @@ pub struct Duet {
 pub struct End {
     stream: Option<TcpStream>,
     connected: bool,
-    /// Which of the streams of noise it sends.
+    /// Index of the noise stream that this end sends.
     sends: usize,
     sent: u64,
     to_send: u64,
-    /// Bytes a write may take.
+    /// Largest number of bytes per write.
     write_most: usize,
     fin_asked: bool,
     fin_sent: bool,
     received: u64,
-    /// Where the first wrong byte came.
+    /// Position of the first wrong byte.
     wrong_at: Option<u64>,
     reading: Reading,
     reads_at: Instant,
-    /// It has reset.
+    /// This end has reset the connection.
     gone: bool,
-    /// A write was told of the other end's reset.
-    reset_told: bool,
+    /// A write has returned the reset of the other end.
+    reset_reported: bool,
     end: Option<(Ended, Instant)>,
 }
 
-// === impl Duet ===
+// === impl BothEnds ===
 
-impl Duet {
-    pub fn new(frontend: SocketAddr, listener: TcpListener) -> Duet {
-        Duet {
+impl BothEnds {
+    pub fn new(frontend: SocketAddr, listener: TcpListener) -> BothEnds {
+        BothEnds {
             client: End::new(0),
             backend: End::new(1),
             listener: Some(listener),
@@ -82,12 +82,12 @@ impl Duet {
         }
     }
 
-    /// The client connects.
+    /// Connects the client.
     pub fn dial(&mut self, from: &Namespace) {
         let connected = from.run(|| TcpStream::connect_timeout(&self.frontend, patience(STEP_MAX)));
         match connected {
             Ok(stream) => self.client.take(stream),
-            // It stood, and was reset before we looked.
+            // The connection was reset right after it was established.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
                 self.client.connected = true;
                 self.client.end = Some((Ended::Reset, Instant::now()));
@@ -96,19 +96,19 @@ impl Duet {
         }
     }
 
-    /// Waits until the backend has the connection.
+    /// Waits until the backend has accepted the connection.
     pub fn accept(&mut self) {
-        self.wait("accept", STEP_MAX, |duet| {
-            let Some(listener) = &duet.listener else { return true };
+        self.wait("accept", STEP_MAX, |ends| {
+            let Some(listener) = &ends.listener else { return true };
             if let Ok((stream, _)) = listener.accept() {
-                duet.backend.take(stream);
+                ends.backend.take(stream);
             }
-            duet.backend.connected
+            ends.backend.connected
         });
     }
 
-    /// Has one end do something.
-    pub fn act(&mut self, end: fn(&mut Duet) -> &mut End, act: Act) {
+    /// Performs an action at one end.
+    pub fn act(&mut self, end: fn(&mut BothEnds) -> &mut End, act: Act) {
         let one = end(self);
         match act {
             Act::Send(bytes) => (one.to_send, one.write_most) = (one.to_send + bytes, usize::MAX),
@@ -117,38 +117,38 @@ impl Duet {
             Act::Reset => one.reset(),
             Act::Reads(how) => one.reading = how,
             Act::SendUrgent => {
-                self.wait("send all", STEP_MAX, |duet| end(duet).to_send == 0);
+                self.wait("send all", STEP_MAX, |ends| end(ends).to_send == 0);
                 end(self).send_urgent();
             }
             Act::Acknowledged => {
-                self.wait("acknowledged", STEP_MAX, |duet| end(duet).all_acknowledged());
+                self.wait("acknowledged", STEP_MAX, |ends| end(ends).all_acknowledged());
             }
-            Act::Receives(bytes) => self.wait(&format!("{bytes} bytes"), STEP_MAX, |duet| {
-                end(duet).received >= bytes || end(duet).end.is_some()
+            Act::Receives(bytes) => self.wait(&format!("{bytes} bytes"), STEP_MAX, |ends| {
+                end(ends).received >= bytes || end(ends).end.is_some()
             }),
-            Act::SeesTheEnd => self.wait("an end", STEP_MAX, |duet| end(duet).end.is_some()),
+            Act::SeesTheEnd => self.wait("an end", STEP_MAX, |ends| end(ends).end.is_some()),
         }
-        // What can be done at once is done when the step is over.
+        // Actions that can complete immediately are complete when the step ends.
         self.turn();
     }
 
-    /// Goes on for that long.
+    /// Moves bytes for the given time.
     pub fn pass(&mut self, time: Duration) {
         let until = Instant::now() + time;
         self.run_until(until, |_| false);
     }
 
-    /// Goes on until `done`; notes it where that is in vain.
-    pub fn wait(&mut self, what: &str, most: Duration, done: impl FnMut(&mut Duet) -> bool) {
+    /// Moves bytes until `done` is true. Records a timeout as stuck.
+    pub fn wait(&mut self, what: &str, most: Duration, done: impl FnMut(&mut BothEnds) -> bool) {
         if self.stuck.is_some() {
             return;
         }
         if !self.run_until(Instant::now() + patience(most), done) {
-            self.note_stuck(format!("waited in vain: {what}"));
+            self.note_stuck(format!("timed out: {what}"));
         }
     }
 
-    fn run_until(&mut self, until: Instant, mut done: impl FnMut(&mut Duet) -> bool) -> bool {
+    fn run_until(&mut self, until: Instant, mut done: impl FnMut(&mut BothEnds) -> bool) -> bool {
         loop {
             let moved = self.turn();
             if done(self) {
@@ -171,7 +171,7 @@ impl Duet {
         self.stuck.get_or_insert(what);
     }
 
-    /// How long after the mark the first end came.
+    /// Returns the time from the mark to the first end.
     pub fn first_end(&self) -> Option<Duration> {
         let ends = [&self.client, &self.backend].into_iter().filter_map(|end| end.end);
         ends.filter_map(|(_, at)| at.checked_duration_since(self.marked)).min()
@@ -196,7 +196,7 @@ impl End {
             reading: Reading::Eager,
             reads_at: Instant::now(),
             gone: false,
-            reset_told: false,
+            reset_reported: false,
             end: None,
         }
     }
@@ -207,19 +207,19 @@ impl End {
         (self.stream, self.connected) = (Some(stream), true);
     }
 
-    /// The next bytes it is to send; for sends in other ways than by a step.
+    /// Returns the next bytes to send, for callers that send them without a step.
     pub fn next_bytes(&self, count: usize) -> Vec<u8> {
         let noise = NOISE[self.sends].iter().cycle();
         noise.skip(self.sent as usize).take(count).copied().collect()
     }
 
-    /// Goes on with a connection on which so many bytes are sent already.
+    /// Takes over a connection on which `sent` bytes have already been sent.
     pub fn take_midway(&mut self, stream: TcpStream, sent: usize) {
         self.sent += sent as u64;
         self.take(stream);
     }
 
-    /// Whatever it was told to send.
+    /// Number of bytes that steps have requested to send.
     pub fn asked_to_send(&self) -> u64 {
         self.sent + self.to_send
     }
@@ -228,7 +228,7 @@ impl End {
         self.received
     }
 
-    /// Where the first wrong byte came, if one did.
+    /// Position of the first wrong byte, if any.
     pub fn wrong_at(&self) -> Option<u64> {
         self.wrong_at
     }
@@ -242,7 +242,7 @@ impl End {
         }
     }
 
-    /// Lets go of the socket as a process that ends does.
+    /// Closes the socket as the exit of a process does.
     pub fn close(&mut self) {
         self.stream = None;
     }
@@ -250,7 +250,7 @@ impl End {
     fn reset(&mut self) {
         if let Some(stream) = self.stream.take() {
             let linger = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
-            linger.expect("a socket can be told to reset");
+            linger.expect("a socket supports SO_LINGER");
             self.gone = true;
         }
     }
@@ -288,8 +288,9 @@ impl End {
                     moved = true;
                 }
                 Err(error) => {
-                    // The error is told once: reading finds an end in order.
-                    self.reset_told |= error.kind() == io::ErrorKind::ConnectionReset;
+                    // The kernel returns the error once. A later read then returns 0 as after a
+                    // FIN.
+                    self.reset_reported |= error.kind() == io::ErrorKind::ConnectionReset;
                     return moved;
                 }
             }
@@ -313,7 +314,7 @@ impl End {
             return false;
         };
         match stream.read(&mut buffer[..most]) {
-            Ok(0) if self.reset_told => self.end = Some((Ended::Reset, now)),
+            Ok(0) if self.reset_reported => self.end = Some((Ended::Reset, now)),
             Ok(0) => self.end = Some((Ended::Fin, now)),
             Ok(read) => {
                 self.check(&buffer[..read]);
@@ -342,12 +343,12 @@ fn is_would_block(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
-/// A listener of the backend's host.
+/// Opens a listener on a host.
 pub fn listen(on: &Namespace, address: SocketAddr, buffer: Option<usize>) -> TcpListener {
     let open = || -> io::Result<TcpListener> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
         socket.set_reuse_address(true)?;
-        // Before listen(2), or the window scale is settled without it (tcp(7)).
+        // Before listen(2), because it fixes the window scale (tcp(7)).
         if let Some(buffer) = buffer {
             socket.set_recv_buffer_size(buffer)?;
         }
