@@ -1,9 +1,9 @@
-//! A simulation of the controller: random configurations, reloads, probe
-//! results, connect failures, drains and ticks in virtual time, against an
-//! independent model, with invariants after every step.
+//! Simulation of the controller in virtual time: random configurations, reloads, probe
+//! results, connect failures, drains and ticks. After every step the state is compared with
+//! an independent model, and invariants are checked.
 //!
-//! Each run is a seed, printed when it fails: `SIM_SEED=n` replays it,
-//! `SIM_SEEDS=n` sets how many are tried.
+//! Each run has a seed, printed on failure. `SIM_SEED=n` replays a run; `SIM_SEEDS=n` sets
+//! the number of runs.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, too.
 
@@ -53,12 +53,12 @@ struct Sim {
     config: Arc<Config>,
     generation: u64,
     serial: u64,
-    /// What workers were last given.
+    /// The table that workers have.
     published: Arc<Table>,
     asked: Vec<(BackendId, ProbeToken)>,
     hanging: HashSet<BackendId>,
     seen: Seen,
-    /// Whose each id is: none is used twice.
+    /// Backend of each id; no id is used twice.
     ids: HashMap<BackendId, Arc<BackendState>>,
     trace: DefaultHasher,
 }
@@ -108,7 +108,7 @@ impl Sim {
         }
     }
 
-    /// Workers count: most backends answer, some have taken to hang.
+    /// Counts first bytes as workers do: most backends answer, some hang.
     fn first_bytes(&mut self) {
         for pool in self.model.pools.iter().filter(|pool| pool.watched()) {
             for b in &pool.backends {
@@ -125,18 +125,18 @@ impl Sim {
         }
     }
 
-    /// The next session comes to a backend that is on trial.
+    /// Starts a session on a backend that is on trial.
     fn try_one(&mut self) {
         let everybody = self.model.pools.iter_mut().flat_map(|pool| &mut pool.backends);
         let Some(b) = everybody.filter(|b| b.trial.is_some()).last() else { return };
         let (slot, trial) = (&b.state.in_flight, b.trial.as_mut().unwrap());
         if trial.told.is_some() {
-            assert!(!slot.try_enter(0), "a second session got in");
+            assert!(!slot.try_enter(0), "a second session was admitted");
             return;
         }
-        assert!(slot.try_enter(0), "nobody may try {:?}", b.id);
-        assert!(!slot.try_enter(0), "two sessions got in");
-        let id = slot.claim_trial().expect("it is on trial");
+        assert!(slot.try_enter(0), "no trial session was admitted on {:?}", b.id);
+        assert!(!slot.try_enter(0), "two sessions were admitted");
+        let id = slot.claim_trial().expect("the backend is on trial");
         let (phase, told) = match self.rng.u8(..3) {
             0 => (TrialPhase::Passed, Some(true)),
             1 => (TrialPhase::Failed, Some(false)),
@@ -149,7 +149,7 @@ impl Sim {
         slot.leave();
     }
 
-    /// Mostly to when a tick is due, sometimes short of it, sometimes late.
+    /// Advances mostly to the next due time, sometimes less or more.
     fn advance(&mut self) {
         let due = self.controller.next_due();
         self.now = match (due, self.rng.u8(..10)) {
@@ -161,7 +161,7 @@ impl Sim {
     }
 
     fn configure(&mut self) {
-        // What was due before is told apart from what the reload does.
+        // Due timers first, so that their effects are separate from those of the reload.
         self.tick();
         let effects =
             self.controller.apply(ControlEvent::Configure(Arc::clone(&self.config)), self.now);
@@ -197,7 +197,7 @@ impl Sim {
         }
         let (id, token) = self.asked.swap_remove(self.rng.usize(..self.asked.len()));
         let (outcome, success) = match self.rng.u8(..20) {
-            0 => return, // Lost by the shell.
+            0 => return, // Lost by the daemon.
             1 => (ProbeOutcome::Local { reason: "no port".into() }, None),
             2..=9 => (ProbeOutcome::Failure { reason: "broken".into() }, Some(false)),
             _ => (ProbeOutcome::Success { took: Duration::ZERO }, Some(true)),
@@ -216,7 +216,7 @@ impl Sim {
         everybody[self.rng.usize(..everybody.len())]
     }
 
-    /// A row of refused connects, one event each, in one batch.
+    /// Reports a row of refused connects as one batch of events.
     fn connect_failures(&mut self) {
         let id = self.some_backend();
         let count = self.rng.u32(1..8);
@@ -239,7 +239,7 @@ impl Sim {
         self.settle(effects, false);
     }
 
-    /// Only the shared count learns of it.
+    /// Resets the shared count; the controller gets no event.
     fn connect_success(&mut self) {
         let id = self.some_backend();
         if let Some((pool, index)) = self.model.find(id) {
@@ -264,10 +264,10 @@ impl Sim {
         pool.backends[index].intent = intent;
         self.settle(effects, false);
         let again = self.controller.set_intent(&pool_name, &name, intent, self.now);
-        assert!(again.unwrap().is_empty(), "setting an intent twice did something");
+        assert!(again.unwrap().is_empty(), "setting an intent twice had an effect");
     }
 
-    /// Sessions come and go, on removed backends too.
+    /// Opens and closes sessions, on removed backends too.
     fn sessions(&mut self) {
         let id = self.some_backend();
         let all = self.model.pools.iter().flat_map(|pool| &pool.backends);
@@ -276,12 +276,12 @@ impl Sim {
         if slot.get() > 0 && self.rng.bool() {
             slot.leave();
         } else if b.trial.is_none() {
-            // Who failed a trial is closed to everybody.
+            // A backend with a failed trial admits no session.
             assert!(slot.try_enter(0) || b.ejected_until.is_some());
         }
     }
 
-    /// Takes the effects over and checks everything.
+    /// Applies the effects and checks all invariants.
     fn settle(&mut self, effects: Vec<ControlEffect>, configured: bool) {
         self.model.pass(self.now);
         self.model.settle(self.now);
@@ -300,7 +300,7 @@ impl Sim {
                 }
                 ControlEffect::ResetSessions(id) => {
                     let b = self.model.leaving.iter().find(|b| b.id == *id);
-                    let b = b.expect("only removed backends are cut");
+                    let b = b.expect("only sessions of removed backends are reset");
                     assert!(b.cut_at.expect("close-after") <= self.now);
                 }
                 ControlEffect::Log(transition) => assert_eq!(transition.at, self.now),
@@ -308,7 +308,7 @@ impl Sim {
                 ControlEffect::Build { .. } => panic!("the pools are small"),
             }
         }
-        assert!(published <= 1, "{published} tables at once");
+        assert!(published <= 1, "{published} tables in one step");
         self.check_tables(&before, published == 1, configured);
         self.check_status();
         self.check_schedule();
@@ -318,7 +318,7 @@ impl Sim {
         let table = Arc::clone(&self.published);
         assert!(Arc::ptr_eq(&table, &self.controller.current_table()));
         assert_eq!(table.generation, self.generation);
-        assert!(table.serial >= self.serial, "tables count up");
+        assert!(table.serial >= self.serial, "serials increase");
         assert_eq!(published, table.serial != self.serial);
         self.serial = table.serial;
         assert_eq!(table.pools.len(), self.model.pools.len());
@@ -339,16 +339,16 @@ impl Sim {
                 };
                 table.pools.iter().map(pool).collect()
             };
-            // A backup or a try-all candidate may have moved behind the scenes.
+            // A backup or a try-all candidate can have changed without effect on the picks.
             let hidden = self.model.pools.iter().any(|pool| {
                 pool.backends.iter().any(|b| b.spec.backup)
                     || pool.spec.when_none_eligible == WhenNoneEligible::TryAll
             });
-            assert!(hidden || standing(before) != standing(&table), "a table for nothing");
+            assert!(hidden || standing(before) != standing(&table), "a table without a change");
         }
     }
 
-    /// Suspicion is taken over from the controller; what follows is checked.
+    /// Copies the suspects from the controller into the model.
     fn take_suspects(&mut self, status: &ControlStatus) {
         for (pool, model) in status.pools.iter().zip(&mut self.model.pools) {
             let (watched, probed) = (model.watched(), model.probed());
@@ -358,7 +358,7 @@ impl Sim {
                 let suspect = b.observation == Observation::Suspect;
                 assert!(watched || !suspect, "{}/{}", pool.name, b.state.name);
                 news |= suspect && !model.suspect;
-                // One that is down or unknown does not show it.
+                // A down or unknown backend does not show its suspicion.
                 if suspect || model.shown(probed) == Observation::Suspect {
                     model.suspect = suspect;
                 }
@@ -390,7 +390,10 @@ impl Sim {
                 };
                 assert_eq!(b.effective_weight, f64::from(b.weight * percent) / 100.0, "{name}");
             }
-            assert!(expected.ejected() <= expected.ejected_max(), "the guard was overrun");
+            assert!(
+                expected.ejected() <= expected.ejected_max(),
+                "more ejections than the guard allows"
+            );
         }
         let mut leaving: Vec<BackendId> = status.leaving.iter().map(|s| s.id).collect();
         let held = self.model.leaving.iter().filter(|b| b.state.in_flight.get() > 0);
@@ -402,12 +405,12 @@ impl Sim {
 
     fn check_schedule(&self) {
         let due = self.controller.next_due();
-        assert!(due.is_none_or(|due| due > self.now), "something due was left undone");
+        assert!(due.is_none_or(|due| due > self.now), "a due timer was not handled");
         for pool in self.model.pools.iter().filter(|pool| pool.probed()) {
-            assert!(due.is_some(), "nothing due though {} is probed", pool.spec.name);
+            assert!(due.is_some(), "no timer although {} has probes", pool.spec.name);
             let spec = pool.spec.probe.as_ref().unwrap();
             for b in pool.backends.iter().filter(|b| b.probe.is_none()) {
-                // Steps are late by 3 s at most.
+                // Steps are at most 3 s late.
                 let latest = b.last_probe.map(|at| {
                     at + spec.interval.mul_f64(1.11) + spec.timeout + Duration::from_secs(9)
                 });
@@ -429,7 +432,9 @@ impl Sim {
             ControlEffect::Log(t) => {
                 (&t.pool, &t.backend, t.from, t.to, &t.reason, t.lasted).hash(&mut self.trace);
             }
-            ControlEffect::Notice(notice) => notice.message.hash(&mut self.trace),
+            ControlEffect::Notice(notice) => {
+                (notice.message, &notice.fields.reason).hash(&mut self.trace)
+            }
             ControlEffect::ResetSessions(id) => id.hash(&mut self.trace),
             ControlEffect::SlotsFreed => "opened".hash(&mut self.trace),
             ControlEffect::Build { .. } => panic!("the pools are small"),
@@ -461,7 +466,7 @@ fn number(name: &str) -> Option<u64> {
 }
 
 #[test]
-fn the_controller_does_what_the_model_says_whatever_happens() {
+fn controller_matches_the_model() {
     let start = tidegate_net::clock::now();
     let seeds = match number("SIM_SEED") {
         Some(seed) => seed..seed + 1,
@@ -478,15 +483,15 @@ fn the_controller_does_what_the_model_says_whatever_happens() {
         all.trials_failed += seen.trials_failed;
     }
     let least = all.suspects.min(all.trials_passed).min(all.trials_failed).min(all.stood_in);
-    assert!(!many || least > 50, "hardly ever seen: {all:?}");
+    assert!(!many || least > 50, "too rare: {all:?}");
 }
 
 #[test]
-fn the_same_seed_gives_the_same_trace() {
+fn same_seed_gives_the_same_trace() {
     let start = tidegate_net::clock::now();
     for seed in 0..20 {
         let _guard = SeedGuard(seed);
         assert_eq!(Sim::run(seed, start).0, Sim::run(seed, start + Duration::from_secs(1)).0);
     }
-    assert_ne!(Sim::run(1, start).0, Sim::run(2, start).0, "the trace sees something");
+    assert_ne!(Sim::run(1, start).0, Sim::run(2, start).0, "different seeds differ");
 }

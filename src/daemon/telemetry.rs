@@ -11,7 +11,7 @@ use super::transition_log::TransitionLog;
 use super::upgrade::RareCounters;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
-use tidegate_core::control::Notice;
+use tidegate_core::control::{Notice, NoticeFields};
 use tidegate_core::health::Transition;
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::LogLevel;
@@ -91,14 +91,42 @@ impl Telemetry {
         self.transitions.log_suppressed(clock::now());
     }
 
-    /// Logs what an operator should know of.
+    /// Logs a notice as a warning. Fields without a value are not in the line.
     pub(super) fn log_notice(&self, notice: &Notice) {
-        if notice.pool.is_empty() {
-            tracing::warn!("{}", notice.message);
-        } else {
-            let backend = notice.backend.as_deref();
-            tracing::warn!(pool = %notice.pool, backend, "{}", notice.message);
-        }
+        let Notice { pool, backend, message, fields } = notice;
+        let NoticeFields {
+            reason,
+            evidence,
+            address,
+            source,
+            used,
+            limit,
+            startup_grace,
+            registered,
+            late,
+            dropped,
+            rejected,
+            suppressed,
+            help,
+        } = fields;
+        tracing::warn!(
+            pool = Some(&**pool).filter(|pool| !pool.is_empty()).map(display),
+            backend = backend.as_deref().map(display),
+            reason = reason.as_deref(),
+            evidence = evidence.as_deref(),
+            address = address.as_deref().map(display),
+            source = source.as_deref().map(display),
+            used,
+            limit,
+            startup_grace = startup_grace.as_deref().map(display),
+            registered,
+            late = late.as_deref().map(display),
+            dropped,
+            rejected,
+            suppressed,
+            help = Some(*help).filter(|help| !help.is_empty()),
+            "{message}"
+        );
     }
 
     /// Sets the counters of old processes. A later call replaces them.

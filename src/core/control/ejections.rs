@@ -6,6 +6,7 @@
 //! Guard: at most `max_ejected` percent of a pool's backends, rounded down, are ejected or
 //! on trial at a time. An ejection never removes the last eligible backend of a pool.
 
+use super::NoticeFields;
 use super::backends::BackendEntry;
 use super::pools::{PoolEntry, PoolId};
 use super::schedule::TimerKind;
@@ -105,7 +106,14 @@ impl ControlState {
         if let Some(objection) = objection {
             if entry.health.outlier.hold_back() {
                 let state = Arc::clone(&entry.state);
-                self.warn_of(&state, format!("not ejected: {objection}; {evidence}"));
+                let fields = NoticeFields {
+                    reason: Some(objection),
+                    evidence: Some(evidence),
+                    help: "repair the backend; to let the pool eject more, add backends or raise \
+                           max_ejected",
+                    ..NoticeFields::default()
+                };
+                self.warn_of(&state, "ejection prevented; backend stays in rotation", fields);
             }
             return;
         }

@@ -135,15 +135,48 @@ pub struct ProbeLane {
     pub urgent: bool,
 }
 
-/// A warning that is no change of standing.
+/// A warning that is not a transition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Notice {
-    /// Pool name; empty where it is about no single pool.
+    /// Pool name; empty if the notice concerns all pools.
     pub pool: Arc<str>,
-    /// Backend name, where it is about one.
+    /// Backend name, if the notice concerns one backend.
     pub backend: Option<Arc<str>>,
-    /// In words.
-    pub message: String,
+    /// What happened and what Tidegate does; constant text.
+    pub message: &'static str,
+    /// The variables of the log line.
+    pub fields: NoticeFields,
+}
+
+/// Fields of a notice's log line, with the names that the log shows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NoticeFields {
+    /// Why it happened.
+    pub reason: Option<String>,
+    /// The evidence against a backend.
+    pub evidence: Option<String>,
+    /// Address in a heartbeat, or of a backend.
+    pub address: Option<String>,
+    /// Source address of connections.
+    pub source: Option<String>,
+    /// Local ports in use.
+    pub used: Option<u64>,
+    /// The limit that `used` approaches.
+    pub limit: Option<u64>,
+    /// The pool's `startup_grace`.
+    pub startup_grace: Option<String>,
+    /// Registered backends of the pool.
+    pub registered: Option<u64>,
+    /// How late the control thread was.
+    pub late: Option<String>,
+    /// Heartbeats dropped on this host.
+    pub dropped: Option<u64>,
+    /// Heartbeats of this sender that were rejected.
+    pub rejected: Option<u64>,
+    /// Notices of the same kind that were not logged.
+    pub suppressed: Option<u64>,
+    /// What the operator can do.
+    pub help: &'static str,
 }
 
 /// Why an operator's request was rejected.

@@ -29,6 +29,7 @@ mod silence_counts;
 
 pub use saved::SavedHeartbeats;
 
+use super::NoticeFields;
 use super::backends::BackendEntry;
 use super::members::{MemberSource, Origins};
 use super::pools::PoolId;
@@ -352,12 +353,14 @@ impl ControlState {
         let quiet = |at: Instant| now.saturating_duration_since(at) < FULL_NOTICE_INTERVAL;
         if !entry.full_noticed.is_some_and(quiet) {
             entry.full_noticed = Some(now);
-            let message = format!(
-                "pool is full: {} registered backends (backends_max); rejecting new senders",
-                entry.registered()
-            );
+            let fields = NoticeFields {
+                registered: Some(entry.registered() as u64),
+                limit: Some(spec.backends_max.into()),
+                help: HeartbeatIgnored::PoolFull.help(),
+                ..NoticeFields::default()
+            };
             let pool = Arc::clone(&entry.spec.name);
-            self.warn(pool, message);
+            self.warn(pool, "pool is full; rejecting heartbeats of new senders", fields);
         }
         Err(HeartbeatIgnored::PoolFull)
     }

@@ -50,7 +50,9 @@ mod status;
 pub(crate) mod tests;
 mod trials;
 
-pub use events::{ControlEffect, ControlEvent, Notice, OperatorError, ProbeLane, ProbeToken};
+pub use events::{
+    ControlEffect, ControlEvent, Notice, NoticeFields, OperatorError, ProbeLane, ProbeToken,
+};
 pub use heartbeats::SavedHeartbeats;
 pub use heartbeats::ignored::HeartbeatIgnored;
 pub use history::{SavedTransition, TRANSITIONS_MAX};

@@ -3,10 +3,10 @@
 //! Called by the controller for its events. It updates the probe detectors, records
 //! changes of the observation, and schedules the next probe. It ejects no backend.
 
-use super::ProbeToken;
 use super::pools::{PoolId, StartupGrace};
 use super::schedule::TimerKind;
 use super::state::ControlState;
+use super::{NoticeFields, ProbeToken};
 use crate::health::probe_detector::ProbeTransition;
 use crate::health::{ConnectFailure, Observation, ProbeOutcome};
 use crate::table::state::BackendId;
@@ -89,11 +89,11 @@ impl ControlState {
             return;
         }
         pool.startup = StartupGrace::FailingOpen;
-        let grace = humantime::format_duration(pool.spec.startup_grace);
-        let message = format!(
-            "no probe result within startup_grace ({grace}); failing open: \
-             each backend stays in rotation until its own first result"
-        );
+        let fields = NoticeFields {
+            startup_grace: Some(humantime::format_duration(pool.spec.startup_grace).to_string()),
+            help: "check the probe settings of the pool and the network",
+            ..NoticeFields::default()
+        };
         let name = Arc::clone(&pool.spec.name);
         let members = pool.members().to_vec();
         for id in members {
@@ -101,7 +101,9 @@ impl ControlState {
                 entry.health.fails_open = true;
             }
         }
-        self.warn(name, message);
+        let message = "no probe result within startup_grace; failing open: each backend is in \
+                       rotation until its own first result";
+        self.warn(name, message, fields);
     }
 
     /// Applies the result of a probe. `failure` is `None` for a success.
@@ -151,7 +153,12 @@ impl ControlState {
             return;
         };
         if self.probes.local_error_is_due(now) {
-            self.warn_of(&state, format!("probe not run: local error: {reason}"));
+            let fields = NoticeFields {
+                reason: Some(reason.to_owned()),
+                help: "raise the limit that the reason names on this host",
+                ..NoticeFields::default()
+            };
+            self.warn_of(&state, "probe not run because of a local error", fields);
         }
     }
 }

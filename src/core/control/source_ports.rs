@@ -4,7 +4,7 @@
 //! API shows them. This code does no I/O. The numbers are estimates: they include
 //! connections of this process only, and closed connections only if Tidegate closed first.
 
-use super::Notice;
+use super::{Notice, NoticeFields};
 use crate::model::{BackendAddr, SourceAddr};
 use crate::table::source_addrs::CountedSource;
 use crate::table::state::{BackendId, BackendState};
@@ -25,6 +25,9 @@ const CLEAR_PERCENT: u64 = 70;
 
 /// Most warnings per check. One line counts the others.
 const NOTICES_MAX: usize = 5;
+
+/// What the operator can do.
+const HELP: &str = "add addresses to the source of the pool, or widen net.ipv4.ip_local_port_range";
 
 /// Limits of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -183,7 +186,15 @@ fn notice(backend: &BackendState, source: &CountedSource, used: u64, limits: Por
     Notice {
         pool: Arc::clone(&backend.pool),
         backend: Some(Arc::clone(&backend.name)),
-        message: warning_text(backend, source, used, limits),
+        message: "local ports nearly exhausted",
+        fields: NoticeFields {
+            address: Some(backend.address_text.to_string()),
+            source: source.source().map(|source| source.to_string()),
+            used: Some(used),
+            limit: Some(limits.ports.into()),
+            help: HELP,
+            ..NoticeFields::default()
+        },
     }
 }
 
@@ -191,8 +202,10 @@ fn shortened(mut notices: Vec<Notice>) -> Vec<Notice> {
     let more = notices.len().saturating_sub(NOTICES_MAX);
     if more > 0 {
         notices.truncate(NOTICES_MAX);
-        let message = format!("local ports to {more} more backends are nearly exhausted");
-        notices.push(Notice { pool: "".into(), backend: None, message });
+        let message = "local ports of further backends nearly exhausted";
+        let fields =
+            NoticeFields { suppressed: Some(more as u64), help: HELP, ..NoticeFields::default() };
+        notices.push(Notice { pool: "".into(), backend: None, message, fields });
     }
     notices
 }
@@ -234,11 +247,11 @@ mod tests {
         (backend, source)
     }
 
-    fn look(watch: &mut PortWatch, backend: &Arc<BackendState>) -> Vec<String> {
+    fn look(watch: &mut PortWatch, backend: &Arc<BackendState>) -> Vec<NoticeFields> {
         let mut look = PortLook::default();
         watch.sample(&mut look, std::iter::once(backend), LIMITS);
         let notices = watch.complete(look);
-        notices.into_iter().map(|notice| notice.message).collect()
+        notices.into_iter().map(|notice| notice.fields).collect()
     }
 
     #[test]
@@ -246,11 +259,12 @@ mod tests {
         let (backend, source) = sourced(79);
         let counts = source.counts().unwrap().of(0);
         let mut watch = PortWatch::default();
-        assert_eq!(look(&mut watch, &backend), Vec::<String>::new());
+        assert_eq!(look(&mut watch, &backend), []);
         counts.begun.add(1);
-        let said = look(&mut watch, &backend);
-        assert!(said[0].starts_with("local ports to 10.0.0.9:80 from 10.0.0.1 are"), "{said:?}");
-        assert!(said[0].contains("80 of 100 in use"), "{said:?}");
+        let fields = look(&mut watch, &backend).remove(0);
+        assert_eq!(fields.address.as_deref(), Some("10.0.0.9:80"));
+        assert_eq!(fields.source.as_deref(), Some("10.0.0.1"));
+        assert_eq!((fields.used, fields.limit), (Some(80), Some(100)));
         counts.ended.add(5);
         assert!(look(&mut watch, &backend).is_empty());
         counts.begun.add(10);
@@ -291,9 +305,10 @@ mod tests {
 
     #[test]
     fn warnings_beyond_the_bound_are_counted_in_one_line() {
-        let one = || Notice { pool: "p".into(), backend: None, message: String::new() };
-        let cut = shortened((0..9).map(|_| one()).collect());
+        let fields = NoticeFields::default();
+        let one = Notice { pool: "p".into(), backend: None, message: "full", fields };
+        let cut = shortened(vec![one; 9]);
         assert_eq!(cut.len(), NOTICES_MAX + 1);
-        assert!(cut[NOTICES_MAX].message.contains("4 more backends"));
+        assert_eq!(cut[NOTICES_MAX].fields.suppressed, Some(4));
     }
 }

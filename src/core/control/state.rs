@@ -13,7 +13,7 @@ use super::pools::{PoolEntry, PoolId, PoolSet};
 use super::probing::ProbeLog;
 use super::removal::RemovedBackends;
 use super::schedule::Schedule;
-use super::{ControlEffect, Notice, PublishReason};
+use super::{ControlEffect, Notice, NoticeFields, PublishReason};
 use crate::balance::in_flight::{Counted, Counts, Unshared};
 use crate::health::Transition;
 use crate::model;
@@ -129,15 +129,20 @@ impl ControlState {
         self.pending.unsettled.insert(entry.pool);
     }
 
-    /// Warns about one backend, configured or not.
-    pub(super) fn warn_of(&mut self, backend: &BackendState, message: String) {
+    /// Logs a notice about one backend, configured or not.
+    pub(super) fn warn_of(
+        &mut self,
+        backend: &BackendState,
+        message: &'static str,
+        fields: NoticeFields,
+    ) {
         let (pool, backend) = (Arc::clone(&backend.pool), Some(Arc::clone(&backend.name)));
-        self.pending.effects.push(ControlEffect::Notice(Notice { pool, backend, message }));
+        self.pending.effects.push(ControlEffect::Notice(Notice { pool, backend, message, fields }));
     }
 
-    /// Warns about one pool, or about none where its name is empty.
-    pub(super) fn warn(&mut self, pool: Arc<str>, message: String) {
-        let notice = Notice { pool, backend: None, message };
+    /// Logs a notice about one pool; an empty name: about all pools.
+    pub(super) fn warn(&mut self, pool: Arc<str>, message: &'static str, fields: NoticeFields) {
+        let notice = Notice { pool, backend: None, message, fields };
         self.pending.effects.push(ControlEffect::Notice(notice));
     }
 }

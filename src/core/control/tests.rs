@@ -227,7 +227,9 @@ fn logs(effects: &[ControlEffect]) -> Vec<String> {
             Some(format!("{}: {} -> {}: {}", t.backend, t.from, t.to, t.reason))
         }
         ControlEffect::Notice(n) => {
-            Some(format!("{}: {}", n.backend.as_deref().unwrap_or("-"), n.message))
+            let fields = [&n.fields.reason, &n.fields.evidence].into_iter().flatten();
+            let text = fields.fold(n.message.to_owned(), |text, field| text + ": " + field);
+            Some(format!("{}: {text}", n.backend.as_deref().unwrap_or("-")))
         }
         _ => None,
     };

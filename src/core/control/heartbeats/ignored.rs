@@ -5,7 +5,7 @@
 
 use super::HeartbeatWatch;
 use crate::control::state::ControlState;
-use crate::control::{ControlEffect, Notice};
+use crate::control::{ControlEffect, Notice, NoticeFields};
 use crate::suspicion::rejections::Rejected;
 use std::sync::Arc;
 use std::time::Instant;
@@ -101,19 +101,20 @@ impl HeartbeatWatch {
             // `check_capacity` logs its own notice.
             warns: why != HeartbeatIgnored::PoolFull,
         };
-        if self.rejections.add(&rejected, now).is_none() {
-            return;
-        }
-        let message = format!(
-            "heartbeats rejected ({}, address {}): {}",
-            why.name(),
-            heartbeat.address,
-            why.help()
-        );
+        let Some(warning) = self.rejections.add(&rejected, now) else { return };
+        let fields = NoticeFields {
+            reason: Some(why.name().to_owned()),
+            address: Some(heartbeat.address.to_string()),
+            rejected: Some(warning.rejection.count),
+            suppressed: Some(warning.suppressed),
+            help: why.help(),
+            ..NoticeFields::default()
+        };
         state.pending.effects.push(ControlEffect::Notice(Notice {
             pool: Arc::clone(&heartbeat.pool),
             backend: Some(Arc::clone(&heartbeat.name)),
-            message,
+            message: "heartbeats rejected; they count as missing",
+            fields,
         }));
     }
 }

@@ -6,6 +6,7 @@
 //! its guards allow or prevent a removal. This module ignores the content of heartbeats.
 
 use super::HeartbeatWatch;
+use crate::control::NoticeFields;
 use crate::control::pools::{PoolEntry, PoolId};
 use crate::control::schedule::TimerKind;
 use crate::control::state::ControlState;
@@ -31,6 +32,9 @@ const HELD_EXPIRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Shortest time between two notices about ignored silence.
 const STALL_NOTICE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// What the operator can do about silent backends that stay in rotation.
+const HELP_PATH: &str = "check the backends, and the network between them and this host";
 
 /// The guards over all pools and their counts.
 #[derive(Debug, Default)]
@@ -121,8 +125,13 @@ impl HeartbeatWatch {
         count: u64,
         now: Instant,
     ) {
-        let why = format!("heartbeats dropped by the kernel on this host: {count}");
-        self.notice_ignored_silence(state, &why, now);
+        let fields = NoticeFields {
+            reason: Some("the kernel of this host dropped heartbeats".to_owned()),
+            dropped: Some(count),
+            help: "reduce the load of this host; the sockets of the heartbeats overflowed",
+            ..NoticeFields::default()
+        };
+        self.notice_ignored_silence(state, fields, now);
         self.guards.channel.ignore_silence(self.guards.slowest, now);
         for id in self.senders() {
             let Some(entry) = state.backends.get(id) else { continue };
@@ -145,10 +154,15 @@ impl HeartbeatWatch {
         &mut self,
         state: &mut ControlState,
         lost: Duration,
-        why: &str,
         now: Instant,
     ) {
-        self.notice_ignored_silence(state, why, now);
+        let fields = NoticeFields {
+            reason: Some("the control thread was late".to_owned()),
+            late: Some(format!("{}ms", lost.as_millis())),
+            help: "reduce the load of this host, or give Tidegate more CPU",
+            ..NoticeFields::default()
+        };
+        self.notice_ignored_silence(state, fields, now);
         self.guards.channel.ignore_silence(lost, now);
         self.senders().into_iter().for_each(|id| self.exclude_silence(state, id, lost, now));
     }
@@ -168,12 +182,17 @@ impl HeartbeatWatch {
         state.rearm(id);
     }
 
-    fn notice_ignored_silence(&mut self, state: &mut ControlState, why: &str, now: Instant) {
+    fn notice_ignored_silence(
+        &mut self,
+        state: &mut ControlState,
+        fields: NoticeFields,
+        now: Instant,
+    ) {
         self.guards.excuses_total += 1;
         let quiet = |at: Instant| now.saturating_duration_since(at) < STALL_NOTICE_INTERVAL;
         if !self.guards.stall_noticed.is_some_and(quiet) {
             self.guards.stall_noticed = Some(now);
-            state.warn("".into(), format!("heartbeat silence ignored: {why}"));
+            state.warn("".into(), "heartbeat silence ignored; no backend becomes suspect", fields);
         }
     }
 
@@ -196,8 +215,7 @@ impl HeartbeatWatch {
         let Some(due) = state.schedule.due(TimerKind::GuardTick) else { return };
         if is_late(due, now, state.tick_interval()) {
             let late = now.saturating_duration_since(due);
-            let why = format!("the control thread was {} ms late", late.as_millis());
-            self.ignore_silence(state, late, &why, now);
+            self.ignore_silence(state, late, now);
             state.schedule.set(TimerKind::GuardTick, now + state.tick_interval());
         }
     }
@@ -240,15 +258,20 @@ impl HeartbeatWatch {
         }
         let Some(change) = change else { return };
         let name = pool.and_then(|id| state.pool(id)).map(|pool| Arc::clone(&pool.spec.name));
-        let (message, ended) = match change {
+        let (message, reason, ended) = match change {
             FreezeChange::Started(why) => {
-                (format!("{why}; silent backends stay in rotation for now"), false)
+                ("removals frozen; silent backends stay in rotation", why, false)
             }
             FreezeChange::Ended(why) => {
-                (format!("{why}; silent backends are removed from rotation again"), true)
+                ("removals no longer frozen; silent backends leave rotation again", why, true)
             }
         };
-        state.warn(name.unwrap_or_else(|| "".into()), message);
+        let fields = NoticeFields {
+            reason: Some(reason),
+            help: if ended { "" } else { HELP_PATH },
+            ..NoticeFields::default()
+        };
+        state.warn(name.unwrap_or_else(|| "".into()), message, fields);
         if ended {
             self.reconsider(state, pool, now);
         }
@@ -284,8 +307,12 @@ impl HeartbeatWatch {
                 Err(objection) => {
                     if heartbeats.detector.hold_in_rotation(objection.clone()) {
                         let backend = Arc::clone(&entry.state);
-                        let message = format!("silent backend stays in rotation: {objection}");
-                        state.warn_of(&backend, message);
+                        let fields = NoticeFields {
+                            reason: Some(objection),
+                            help: HELP_PATH,
+                            ..NoticeFields::default()
+                        };
+                        state.warn_of(&backend, "silent backend stays in rotation", fields);
                     }
                 }
             }

@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn a_burst_of_refused_connects_is_one_transition_one_log_one_table() {
+fn burst_of_refused_connects_is_one_transition_one_log_line_and_one_table() {
     let mut bench = Bench::up(pool(&["a", "b"]));
     let effects = bench.refuse("a", 1, 500);
     assert_eq!(publishes(&effects), 1);
@@ -15,7 +15,7 @@ fn a_burst_of_refused_connects_is_one_transition_one_log_one_table() {
 }
 
 #[test]
-fn without_probes_a_burst_ejects_once() {
+fn burst_of_refused_connects_ejects_once_without_probes() {
     let mut bench = Bench::new(unprobed(&["a", "b"]));
     let effects = bench.refuse("a", 1, 500);
     assert_eq!(publishes(&effects), 1);
@@ -29,7 +29,7 @@ fn without_probes_a_burst_ejects_once() {
 }
 
 #[test]
-fn where_ejection_is_quicker_than_fall_the_burst_is_still_one_transition() {
+fn burst_is_one_transition_if_ejection_needs_fewer_failures_than_fall() {
     let spec = ProbeSpec { fall: 10, ..probe_spec() };
     let mut bench = Bench::up(PoolConfig { probe: Some(Arc::new(spec)), ..pool(&["a", "b"]) });
     let effects = bench.refuse("a", 1, 500);
@@ -39,14 +39,14 @@ fn where_ejection_is_quicker_than_fall_the_burst_is_still_one_transition() {
 }
 
 #[test]
-fn a_failed_connect_brings_the_next_probe_forward() {
+fn failed_connect_brings_the_next_probe_forward() {
     let mut bench = Bench::up(pool(&["a"]));
     bench.refuse("a", 1, 1);
     assert!(bench.controller.next_due().unwrap() <= bench.now + FAST);
 }
 
 #[test]
-fn an_ejection_ends_on_time_and_the_next_takes_a_whole_row_and_lasts_longer() {
+fn ejection_ends_on_time_and_the_next_needs_a_full_row_and_lasts_longer() {
     let mut bench = Bench::new(unprobed(&["a", "b"]));
     bench.refuse("a", 1, 5);
     let effects = bench.pass(Duration::from_secs(10));
@@ -57,7 +57,7 @@ fn an_ejection_ends_on_time_and_the_next_takes_a_whole_row_and_lasts_longer() {
     assert_eq!(bench.serving(), ["a", "b"]);
     let effects = bench.run_trial("a", TrialPhase::Passed);
     assert_eq!(logs(&effects), ["a: trial -> unknown: back in rotation: trial session succeeded"]);
-    assert_eq!(publishes(&effects), 0, "the table was right already");
+    assert_eq!(publishes(&effects), 0, "the table has not changed");
     assert!(effects.iter().any(|effect| matches!(effect, ControlEffect::SlotsFreed)));
     assert!(bench.refuse("a", 801, 804).is_empty());
     let effects = bench.refuse("a", 805, 805);
@@ -65,19 +65,19 @@ fn an_ejection_ends_on_time_and_the_next_takes_a_whole_row_and_lasts_longer() {
 }
 
 #[test]
-fn stragglers_during_an_ejection_do_not_make_a_long_row_after_it() {
+fn failures_during_an_ejection_do_not_count_after_it() {
     let spec = ProbeSpec { fall: 10, interval: Duration::from_secs(60), ..probe_spec() };
     let mut bench = Bench::up(PoolConfig { probe: Some(Arc::new(spec)), ..pool(&["a", "b"]) });
     bench.refuse("a", 1, 500);
     bench.pass(Duration::from_secs(10));
     assert!(!bench.status("a").ejected);
-    assert!(logs(&bench.refuse("a", 500, 501)).is_empty(), "the trial is another's");
+    assert!(logs(&bench.refuse("a", 500, 501)).is_empty(), "only the trial session counts");
     bench.run_trial("a", TrialPhase::Passed);
-    assert!(logs(&bench.refuse("a", 501, 501)).is_empty(), "one failure is no row of 501");
+    assert!(logs(&bench.refuse("a", 501, 501)).is_empty(), "one failure after the trial");
 }
 
 #[test]
-fn during_a_trial_one_session_gets_in_and_its_failure_ejects_for_longer() {
+fn trial_admits_one_session_and_its_failure_ejects_for_longer() {
     let mut bench = Bench::new(unprobed(&["a", "b"]));
     bench.refuse("a", 1, 5);
     bench.pass(Duration::from_secs(10));
@@ -92,14 +92,14 @@ fn during_a_trial_one_session_gets_in_and_its_failure_ejects_for_longer() {
         ["a: trial -> ejected: trial session failed; ejected for 20s (ejection 2 in a row)"]
     );
     assert_eq!(bench.serving(), ["b"]);
-    assert!(!state.in_flight.try_enter(0), "by an old table");
+    assert!(!state.in_flight.try_enter(0), "with an older table");
     bench.pass(Duration::from_secs(20));
     bench.run_trial("a", TrialPhase::Passed);
     assert!((0..3).all(|_| state.in_flight.try_enter(0)));
 }
 
 #[test]
-fn trial_whose_client_went_away_is_the_next_ones() {
+fn next_session_is_the_trial_session_if_the_first_client_leaves() {
     let mut bench = Bench::new(unprobed(&["a", "b"]));
     bench.refuse("a", 1, 5);
     bench.pass(Duration::from_secs(10));
@@ -119,7 +119,7 @@ fn last_eligible_backend_needs_no_trial() {
 }
 
 #[test]
-fn backups_stand_beside_primaries_that_are_all_on_trial() {
+fn backups_are_in_rotation_while_all_primaries_are_on_trial() {
     let mut spec = unprobed(&["a", "b"]);
     spec.backends[1].backup = true;
     let mut bench = Bench::new(spec);
@@ -133,7 +133,7 @@ fn backups_stand_beside_primaries_that_are_all_on_trial() {
 }
 
 #[test]
-fn early_resets_eject_and_leave_the_probes_verdict_alone() {
+fn early_resets_eject_and_do_not_change_the_probe_result() {
     let mut bench = Bench::up(pool(&["a", "b"]));
     let backend = bench.id("a");
     let (failure, begun) = (ConnectFailure::EarlyReset, bench.now);
@@ -150,7 +150,7 @@ fn early_resets_eject_and_leave_the_probes_verdict_alone() {
 }
 
 #[test]
-fn the_last_eligible_backend_is_not_ejected_and_that_is_said_once() {
+fn last_eligible_backend_is_not_ejected_and_one_notice_is_logged() {
     let always = EjectionSpec {
         failures: 5,
         time: Duration::from_secs(10),
@@ -163,7 +163,7 @@ fn the_last_eligible_backend_is_not_ejected_and_that_is_said_once() {
     let effects = bench.refuse("b", 1, 100);
     assert_eq!(
         logs(&effects),
-        ["b: not ejected: last eligible backend of the pool; \
+        ["b: ejection prevented; backend stays in rotation: last eligible backend of the pool: \
           5 connects failed in a row, last: connection refused"]
     );
     assert_eq!(bench.status("b").ejections_held_total, 1);
@@ -183,7 +183,7 @@ fn max_ejected_is_rounded_down_and_never_exceeded() {
     assert_eq!(bench.serving(), ["a", "b", "c"], "a is still on trial");
     bench.run_trial("a", TrialPhase::Passed);
     bench.refuse("b", 52, 52);
-    assert_eq!(bench.serving(), ["a", "c"], "held back no longer");
+    assert_eq!(bench.serving(), ["a", "c"], "max_ejected allows it now");
 }
 
 #[test]
@@ -197,12 +197,12 @@ fn last_backend_returns_from_ejection() {
 }
 
 #[test]
-fn a_reload_that_shrinks_the_pool_ends_the_surplus_of_ejections() {
+fn reload_that_shrinks_the_pool_ends_surplus_ejections() {
     let mut bench = Bench::new(unprobed(&["a", "b", "c", "d"]));
     bench.refuse("a", 1, 5);
     bench.refuse("b", 1, 5);
     bench.configure(unprobed(&["a", "b", "c"]));
-    assert!(!bench.status("a").ejected, "the one that would end first");
+    assert!(!bench.status("a").ejected, "the ejection that was due first");
     assert!(bench.status("b").ejected);
     bench.configure(PoolConfig { ejection: None, ..unprobed(&["a", "b", "c"]) });
     assert!(!bench.status("b").ejected);

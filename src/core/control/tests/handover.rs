@@ -1,4 +1,4 @@
-//! What the next process knows when it takes over.
+//! State of the new process after an upgrade.
 
 use super::*;
 use crate::control::handover::Saved;
@@ -6,9 +6,8 @@ use crate::control::sessions_elsewhere::{HeldBackend, HeldFrontend};
 use crate::control::tests::slow_backends::watched;
 use proptest::prelude::*;
 
-/// A controller of another process that goes on with what `old` knew, after the
-/// way through text.
-fn successor(old: &Bench, pool: PoolConfig) -> Bench {
+/// Returns the controller of a new process with the state of `old`, passed as JSON.
+fn new_process(old: &Bench, pool: PoolConfig) -> Bench {
     let text = serde_json::to_string(&old.controller.save(old.now)).unwrap();
     let saved: Saved = serde_json::from_str(&text).unwrap();
     let mut next =
@@ -25,7 +24,7 @@ fn verdict_is_kept_and_no_session_waits_for_a_probe() {
     let mut old = Bench::up(pool(&["a", "b"]));
     old.refuse("a", 1, 3);
     assert_eq!(old.serving(), ["b"]);
-    let next = successor(&old, pool(&["a", "b"]));
+    let next = new_process(&old, pool(&["a", "b"]));
     assert_eq!(next.serving(), ["b"]);
     assert_eq!(next.status("a").observation, Observation::Down);
     assert_eq!(next.controller.generation(), old.controller.generation());
@@ -33,45 +32,45 @@ fn verdict_is_kept_and_no_session_waits_for_a_probe() {
 }
 
 #[test]
-fn a_backend_that_is_new_waits_for_its_first_result() {
+fn new_backend_waits_for_its_first_result_after_an_upgrade() {
     let old = Bench::up(pool(&["a"]));
-    let mut next = successor(&old, pool(&["a", "n"]));
+    let mut next = new_process(&old, pool(&["a", "n"]));
     assert_eq!(next.serving(), ["a"]);
     next.pass(GRACE * 2);
-    assert_eq!(next.serving(), ["a"], "the pool is known: nobody fails open");
+    assert_eq!(next.serving(), ["a"], "the pool has results, so it does not fail open");
 }
 
 #[test]
-fn an_operators_drain_and_health_go_by_the_address() {
+fn drain_and_health_belong_to_the_address() {
     let mut old = Bench::up(pool(&["a", "b"]));
     old.operator("a", Intent::Draining);
-    let same = successor(&old, pool(&["a", "b"]));
+    let same = new_process(&old, pool(&["a", "b"]));
     assert_eq!(same.status("a").intent, Intent::Draining);
-    let mut moved = successor(&old, pool(&["a@9", "b"]));
+    let mut moved = new_process(&old, pool(&["a@9", "b"]));
     assert_eq!(moved.status("a").intent, Intent::Ready);
     assert_eq!(moved.status("a").observation, Observation::Unknown);
     moved.configure(pool(&["a", "b"]));
-    assert_eq!(moved.status("a").intent, Intent::Draining, "it has come back");
+    assert_eq!(moved.status("a").intent, Intent::Draining, "the old address is back");
 }
 
 #[test]
-fn a_drained_backend_that_is_out_of_the_file_meanwhile_comes_back_drained() {
+fn drained_backend_missing_during_an_upgrade_returns_drained() {
     let mut old = Bench::up(pool(&["a", "b"]));
     old.operator("a", Intent::Draining);
     old.configure(pool(&["b"]));
     old.pass(Duration::from_secs(5));
-    let back = successor(&old, pool(&["a", "b"]));
+    let back = new_process(&old, pool(&["a", "b"]));
     assert_eq!(back.status("a").intent, Intent::Draining);
-    let mut later = successor(&old, pool(&["b"]));
+    let mut later = new_process(&old, pool(&["b"]));
     later.pass(Duration::from_secs(5));
     later.configure(pool(&["a", "b"]));
     assert_eq!(later.status("a").intent, Intent::Draining);
     assert_eq!(later.serving(), ["b"]);
 }
 
-/// As after a crash: intents are written at once, all else now and then.
+/// After a crash, the saved intents are newer than the rest of the state.
 #[test]
-fn intents_that_are_newer_than_all_else_rule() {
+fn newer_intents_take_precedence() {
     let mut old = Bench::up(pool(&["a", "b", "c"]));
     old.operator("a", Intent::Draining);
     let mut known = old.controller.save(old.now).without_counts();
@@ -88,14 +87,14 @@ fn intents_that_are_newer_than_all_else_rule() {
     assert_eq!(next.status("b").observation, Observation::Up);
 }
 
-/// As where the next process ends in its first second.
+/// The new process ends in its first second.
 #[test]
-fn intents_of_the_next_process_are_taken_back_by_the_one_before() {
+fn old_process_adopts_the_intents_of_a_new_process_that_ended() {
     let mut old = Bench::up(pool(&["a", "b", "c", "d"]));
     for name in ["a", "d"] {
         old.operator(name, Intent::Draining);
     }
-    let mut next = successor(&old, pool(&["a", "b", "c"]));
+    let mut next = new_process(&old, pool(&["a", "b", "c"]));
     next.operator("a", Intent::Ready);
     next.operator("b", Intent::Draining);
     let newer = next.controller.save_intents(next.now);
@@ -106,9 +105,9 @@ fn intents_of_the_next_process_are_taken_back_by_the_one_before() {
     assert_eq!(old.serving(), ["a", "c"]);
 }
 
-/// A pool that is missing for once does not put a drained backend back into service.
+/// A pool missing from one configuration does not return a drained backend to rotation.
 #[test]
-fn intents_of_a_pool_that_left_are_kept_across_an_upgrade() {
+fn intents_of_a_removed_pool_survive_an_upgrade() {
     let mut old = Bench::up(pool(&["a", "b"]));
     old.operator("a", Intent::Draining);
     let mut next = Bench::new(PoolConfig { name: "other".into(), ..pool(&["x"]) });
@@ -121,7 +120,7 @@ fn intents_of_a_pool_that_left_are_kept_across_an_upgrade() {
 }
 
 #[test]
-fn history_goes_on_and_is_not_told_twice() {
+fn history_continues_after_an_upgrade_without_duplicates() {
     let mut old = Bench::up(pool(&["a", "b"]));
     old.pass(Duration::from_secs(7));
     old.operator("a", Intent::Draining);
@@ -130,7 +129,7 @@ fn history_goes_on_and_is_not_told_twice() {
         let age = |t: &crate::health::Transition| bench.now - t.at;
         explained.history.iter().map(|t| (format!("{} {}", t.to, t.reason), age(t))).collect()
     };
-    let mut next = successor(&old, pool(&["a", "b"]));
+    let mut next = new_process(&old, pool(&["a", "b"]));
     assert_eq!(reasons(&next), reasons(&old));
     assert_eq!(reasons(&next).len(), 2);
     next.operator("a", Intent::Ready);
@@ -138,11 +137,11 @@ fn history_goes_on_and_is_not_told_twice() {
     next.controller.adopt(&saved, next.now);
     assert_eq!(reasons(&next).len(), 3);
     let explained = next.controller.explain("web", "a", next.now).unwrap();
-    assert_eq!(explained.history[0].to, "ready", "the newest is what happened here");
+    assert_eq!(explained.history[0].to, "ready", "the newest transition is of this process");
 }
 
 #[test]
-fn what_a_program_without_heartbeats_and_history_says_is_understood() {
+fn state_of_a_program_without_heartbeats_and_history_is_restored() {
     let saved: Saved = serde_json::from_str(
         r#"{"generation":1,"serial":9,"frontends":[{"name":"in","sessions":7,"bytes_in":0,
         "bytes_out":0,"refused":{},"untracked":0}],"pools":[{"name":"web","open":false,
@@ -162,9 +161,9 @@ fn what_a_program_without_heartbeats_and_history_says_is_understood() {
 }
 
 #[test]
-fn sessions_elsewhere_count_until_they_end_there() {
+fn sessions_of_the_old_process_count_until_they_end() {
     let old = Bench::new(unprobed(&["a", "b"]));
-    let mut next = successor(&old, unprobed(&["a", "b"]));
+    let mut next = new_process(&old, unprobed(&["a", "b"]));
     let address = next.status("a").state.address_text.to_string();
     let held = |name: &str, address: &str, sessions| HeldBackend {
         pool: "web".to_owned(),
@@ -183,7 +182,7 @@ fn sessions_elsewhere_count_until_they_end_there() {
     let leaving: Vec<_> = status.leaving.iter().map(|state| &*state.name).collect();
     assert_eq!(leaving, ["gone"]);
 
-    // What leaves here is cut there as well.
+    // A removed backend's sessions are reset in the old process too.
     next.configure(PoolConfig {
         on_removal: OnRemoval::CloseAfter(Duration::from_secs(2)),
         ..unprobed(&["b"])
@@ -217,9 +216,9 @@ mod alone {
         config((0..pools).map(pool).collect())
     }
 
-    /// Twenty times as many take twenty times as long, not four hundred times.
+    /// The time grows linearly with the number of backends.
     #[test]
-    fn ten_thousand_backends_are_handed_over_in_no_time() {
+    fn handover_of_10000_backends_takes_linear_time() {
         for (pools, each) in [(1, 10_000), (2_500, 4)] {
             let now = tidegate_net::clock::now();
             let mut old = Controller::new(1, 1);
@@ -232,7 +231,8 @@ mod alone {
             assert!(next.serves_as(&saved));
             for pool in &saved.pools {
                 for one in &pool.backends {
-                    next.find_saved(&pool.name, &one.name, &one.address).expect("it is there");
+                    next.find_saved(&pool.name, &one.name, &one.address)
+                        .expect("the backend was handed over");
                 }
             }
             let took = tidegate_net::clock::now() - began;
@@ -242,11 +242,11 @@ mod alone {
 }
 
 #[test]
-fn an_ejection_ends_when_it_would_have_ended() {
+fn ejection_ends_on_time_after_an_upgrade() {
     let mut old = Bench::new(unprobed(&["a", "b"]));
     old.refuse("a", 1, 5);
     old.pass(Duration::from_secs(4));
-    let mut next = successor(&old, unprobed(&["a", "b"]));
+    let mut next = new_process(&old, unprobed(&["a", "b"]));
     assert!(next.status("a").ejected);
     assert_eq!(next.status("a").ejections_total, 1);
     next.pass(Duration::from_millis(5900));
@@ -256,22 +256,22 @@ fn an_ejection_ends_when_it_would_have_ended() {
 }
 
 #[test]
-fn a_suspect_stays_one_until_it_answers() {
+fn suspect_stays_suspect_after_an_upgrade_until_it_answers() {
     let spec = watched(&["a", "b", "c"]);
     let mut old = Bench::new(spec.clone());
     old.looks(10, &["a", "b", "c"], &[]);
     old.looks(10, &["a", "b"], &["c"]);
     assert_eq!(old.status("c").observation, Observation::Suspect);
-    let mut next = successor(&old, spec.clone());
+    let mut next = new_process(&old, spec.clone());
     assert_eq!(next.status("c").observation, Observation::Suspect);
     assert_eq!(next.status("c").effective_weight, 1.0);
-    // Before anybody has asked anything there is no news of it.
+    // Without new sessions there is no evidence.
     next.looks(5, &[], &[]);
     assert_eq!(next.status("c").observation, Observation::Suspect);
     next.looks(5, &["a", "b", "c"], &[]);
     assert_ne!(next.status("c").observation, Observation::Suspect);
-    let unwatched = successor(&old, unprobed(&["a", "b", "c"]));
-    assert_eq!(unwatched.status("c").effective_weight, 10.0, "nobody looks at it any more");
+    let unwatched = new_process(&old, unprobed(&["a", "b", "c"]));
+    assert_eq!(unwatched.status("c").effective_weight, 10.0, "the detector is off");
 }
 
 #[test]
@@ -286,35 +286,35 @@ fn slow_start_continues_over_an_upgrade_and_no_other_begins() {
     old.pass(Duration::from_secs(4));
     let share = |bench: &Bench, name: &str| bench.status(name).ramp_percent;
     assert_eq!((share(&old, "a"), share(&old, "late")), (100, 40));
-    let mut next = successor(&old, slow(&["a", "b", "late"]));
+    let mut next = new_process(&old, slow(&["a", "b", "late"]));
     assert_eq!((share(&next, "a"), share(&next, "b"), share(&next, "late")), (100, 100, 40));
     assert_eq!(next.status("late").effective_weight, 4.0);
     next.pass(Duration::from_millis(1100));
     assert_eq!(share(&next, "late"), 50);
     next.pass(Duration::from_secs(6));
     assert_eq!(share(&next, "late"), 100);
-    // The pool has been in service for long: who comes now starts slowly.
+    // The pool has been in service for longer than slow_start, so a new backend starts slowly.
     next.configure(slow(&["a", "b", "late", "new"]));
     assert_eq!(share(&next, "new"), 10);
 }
 
 #[test]
-fn restarted_probes_begin_no_slow_start() {
+fn restarted_probes_start_no_slow_start() {
     let slow = || PoolConfig { slow_start: Some(Duration::from_secs(10)), ..pool(&["a", "b"]) };
     let mut old = Bench::up(slow());
     old.answer_all_for(Duration::from_secs(20), None);
-    let next = successor(&old, slow());
+    let next = new_process(&old, slow());
     assert_eq!(next.serving(), ["a", "b"]);
     assert_eq!(next.status("b").ramp_percent, 100);
 }
 
 #[test]
-fn counts_go_on_and_may_be_brought_up_to_date() {
+fn counts_continue_after_an_upgrade_and_can_be_updated() {
     let old = Bench::new(unprobed(&["a", "b"]));
     let counters = &old.status("a").state.counters;
     counters.of(0).sessions.add(5);
     counters.of(1).bytes_in.add(100);
-    let mut next = successor(&old, unprobed(&["a"]));
+    let mut next = new_process(&old, unprobed(&["a"]));
     let state = next.status("a").state;
     state.counters.of(0).sessions.add(1);
     assert_eq!(state.counters.sum(|c| c.sessions.get()), 6);
@@ -325,21 +325,21 @@ fn counts_go_on_and_may_be_brought_up_to_date() {
 }
 
 #[test]
-fn tables_made_before_go_on_being_counted_by_their_reason() {
+fn table_counts_by_reason_continue_after_an_upgrade() {
     let mut old = Bench::new(unprobed(&["a", "b"]));
     old.refuse("a", 1, 5);
-    // The ejection ends here: the next process makes no table for it.
+    // The ejection ends in the old process; the new process builds no table for it.
     old.pass(Duration::from_secs(60));
     let published = |bench: &Bench| bench.controller.status(bench.now).published;
     let before = published(&old);
-    let next = successor(&old, unprobed(&["a", "b"]));
+    let next = new_process(&old, unprobed(&["a", "b"]));
     for ((reason, was), (_, is)) in before.iter().zip(published(&next)) {
-        assert!(is >= *was, "{reason:?} fell from {was} to {is}");
+        assert!(is >= *was, "{reason:?} decreased from {was} to {is}");
     }
 }
 
 #[test]
-fn a_round_robin_goes_on_where_it_was() {
+fn round_robin_continues_at_its_position_after_an_upgrade() {
     let old = Bench::new(unprobed(&["a", "b", "c"]));
     let pick = |bench: &Bench| {
         let key = crate::balance::PickKey { client: [127, 0, 0, 1].into(), draw: 0, at: 0 };
@@ -347,22 +347,22 @@ fn a_round_robin_goes_on_where_it_was() {
         table.pools[0].pick(key, &[]).unwrap().backend().name.to_string()
     };
     let before: Vec<String> = (0..4).map(|_| pick(&old)).collect();
-    let next = successor(&old, unprobed(&["a", "b", "c"]));
+    let next = new_process(&old, unprobed(&["a", "b", "c"]));
     let after: Vec<String> = (0..2).map(|_| pick(&next)).collect();
     assert_eq!([before, after].concat(), ["a", "b", "c", "a", "b", "c"]);
 }
 
 #[test]
-fn a_pool_that_serves_without_results_goes_on_doing_so() {
+fn pool_that_fails_open_still_does_after_an_upgrade() {
     let mut old = Bench::new(pool(&["a"]));
     old.pass(GRACE * 2);
     assert_eq!(old.serving(), ["a"]);
-    assert_eq!(successor(&old, pool(&["a"])).serving(), ["a"]);
+    assert_eq!(new_process(&old, pool(&["a"])).serving(), ["a"]);
 }
 
 proptest! {
     #[test]
-    fn whatever_is_said_nothing_breaks(text in "\\PC{0,40}", n: u64, turn: (u64, u64)) {
+    fn arbitrary_saved_state_causes_no_panic(text in "\\PC{0,40}", n: u64, turn: (u64, u64)) {
         let mut old = Bench::up(pool(&["a", "b"]));
         let mut saved = old.controller.save(old.now);
         saved.pools[0].turn = Some(crate::balance::RoundRobinPosition { place: turn.0, period: turn.1 });

@@ -1,4 +1,4 @@
-//! Heartbeats: who joins, who leaves, what silence does, what share each gets.
+//! Heartbeats: registration, silence and weights.
 
 use super::*;
 use crate::model;
@@ -23,7 +23,7 @@ fn spec() -> model::HeartbeatSpec {
     }
 }
 
-/// A pool without probes that takes heartbeats and lets senders register.
+/// Returns a pool with heartbeats and registration, without probes.
 fn open_pool(backends: &[&str]) -> PoolConfig {
     PoolConfig { heartbeat: Some(Arc::new(spec())), ..unprobed(backends) }
 }
@@ -52,9 +52,9 @@ impl Bench {
         self.apply(ControlEvent::Heartbeat { heartbeat, at: self.now, stands_for: 1 })
     }
 
-    /// Heartbeats of all `names`, for `span`, every probe answered at once
-    /// unless `dead` holds its backend's name.
-    fn beat(&mut self, names: &[&str], dead: &[&str], span: Duration) -> Vec<ControlEffect> {
+    /// Delivers heartbeats of all `names` for `span`. Every probe succeeds at once, except
+    /// those of backends in `failed`.
+    fn beat(&mut self, names: &[&str], failed: &[&str], span: Duration) -> Vec<ControlEffect> {
         let end = self.now + span;
         let mut effects = Vec::new();
         while self.now < end {
@@ -63,29 +63,29 @@ impl Bench {
                 effects.extend(self.hear(heartbeat(name, sequence)));
             }
             let next = (self.now + INTERVAL).min(end);
-            effects.extend(self.serve_until(next, dead));
+            effects.extend(self.serve_until(next, failed));
         }
         effects
     }
 
-    fn serve_until(&mut self, end: Instant, dead: &[&str]) -> Vec<ControlEffect> {
-        let mut effects = self.answer_but(dead);
+    fn serve_until(&mut self, end: Instant, failed: &[&str]) -> Vec<ControlEffect> {
+        let mut effects = self.answer_but(failed);
         while let Some(due) = self.controller.next_due().filter(|due| *due <= end) {
             self.now = due;
             effects.extend(self.apply(ControlEvent::Tick));
-            effects.extend(self.answer_but(dead));
+            effects.extend(self.answer_but(failed));
         }
         self.now = end;
         effects
     }
 
-    /// Answers what is asked; the dead time out in no time.
-    fn answer_but(&mut self, dead: &[&str]) -> Vec<ControlEffect> {
+    /// Reports results of all requested probes; those of backends in `failed` time out.
+    fn answer_but(&mut self, failed: &[&str]) -> Vec<ControlEffect> {
         let asked = std::mem::take(&mut self.asked);
         let mut effects = Vec::new();
         for (id, token) in asked {
             let name = self.name_of(id);
-            let failed = dead.contains(&name.as_str()).then_some("connect timed out");
+            let failed = failed.contains(&name.as_str()).then_some("connect timed out");
             effects.extend(self.answer(id, token, failed));
         }
         effects
@@ -107,10 +107,10 @@ impl Bench {
 }
 
 #[test]
-fn a_registered_backend_serves_once_a_connect_has_confirmed_it() {
+fn registered_backend_is_eligible_after_a_confirmed_connect() {
     let mut bench = Bench::new(open_pool(&[]));
     let effects = bench.hear(heartbeat("a", 1));
-    assert_eq!(probes(&effects), 1, "it is asked at once");
+    assert_eq!(probes(&effects), 1, "probed at once");
     assert_eq!(bench.names(), ["a"]);
     assert!(bench.serving().is_empty(), "not yet");
     let effects = bench.answer_but(&[]);
@@ -125,21 +125,21 @@ fn a_registered_backend_serves_once_a_connect_has_confirmed_it() {
 }
 
 #[test]
-fn a_registered_backend_that_refuses_connects_never_serves() {
+fn registered_backend_that_refuses_connects_is_never_eligible() {
     let mut bench = Bench::new(open_pool(&["z"]));
     let effects = bench.beat(&["a"], &["a"], Duration::from_secs(5));
-    assert!(probes(&effects) > 3, "it is tried again and again");
+    assert!(probes(&effects) > 3, "the probe is repeated");
     assert_eq!((bench.serving(), bench.status("a").eligible), (vec!["z".into()], false));
 }
 
 #[test]
-fn where_the_pool_has_probes_the_first_result_counts_as_well() {
+fn registered_backend_of_a_probed_pool_also_needs_a_probe_result() {
     let mut bench = Bench::up(PoolConfig { heartbeat: Some(Arc::new(spec())), ..pool(&["z"]) });
     bench.beat(&["a"], &[], Duration::from_secs(1));
     assert_eq!(bench.serving(), ["z", "a"]);
     bench.beat(&["a"], &["a"], Duration::from_secs(10));
     assert_eq!(bench.status("a").heartbeat_health, crate::health::HeartbeatHealth::OnTime);
-    assert_eq!(bench.serving(), ["z"], "its host is well, its service is not");
+    assert_eq!(bench.serving(), ["z"], "the host works, the service does not");
 }
 
 #[test]
@@ -153,7 +153,7 @@ fn empty_pool_waits_for_the_first_result_of_a_new_member() {
 }
 
 #[test]
-fn a_sender_that_stops_is_gone_at_once_and_its_sessions_end_in_peace() {
+fn stopping_sender_is_removed_at_once_and_its_sessions_finish() {
     let mut bench = Bench::new(open_pool(&["z"]));
     bench.beat(&["a"], &[], Duration::from_secs(1));
     let state = bench.status("a").state;
@@ -164,11 +164,11 @@ fn a_sender_that_stops_is_gone_at_once_and_its_sessions_end_in_peace() {
     assert!(said.contains("the sender reported stopping; open sessions: 1 (finish"), "{said}");
     assert_eq!(bench.controller.status(bench.now).leaving.len(), 1);
     bench.hear(Heartbeat { state: SenderState::Stopping, ..heartbeat("a", 100) });
-    assert_eq!(bench.names(), ["z"], "a second goodbye registers nobody");
+    assert_eq!(bench.names(), ["z"], "a repeated stopping registers no backend");
 }
 
 #[test]
-fn a_sender_that_drains_keeps_its_sessions_and_gets_no_new_ones() {
+fn draining_sender_keeps_its_sessions_and_gets_no_new_sessions() {
     let mut bench = Bench::new(open_pool(&["z"]));
     bench.beat(&["a"], &[], Duration::from_secs(1));
     bench.hear(Heartbeat { state: SenderState::Draining, ..heartbeat("a", 50) });
@@ -180,7 +180,7 @@ fn a_sender_that_drains_keeps_its_sessions_and_gets_no_new_ones() {
 }
 
 #[test]
-fn silence_is_confirmed_before_anybody_is_taken_out() {
+fn silence_is_confirmed_before_a_removal() {
     let mut bench = Bench::new(open_pool(&["z"]));
     bench.beat(&["a", "b", "c"], &[], Duration::from_secs(30));
     let effects = bench.beat(&["b", "c"], &["a"], Duration::from_millis(1500));
@@ -191,7 +191,7 @@ fn silence_is_confirmed_before_anybody_is_taken_out() {
 }
 
 #[test]
-fn a_silent_backend_that_answers_serves_at_a_tenth_until_its_ttl() {
+fn silent_but_answering_backend_keeps_a_tenth_of_its_weight_until_ttl() {
     let mut bench = Bench::new(open_pool(&["z"]));
     bench.beat(&["a", "b", "c"], &[], Duration::from_secs(30));
     bench.beat(&["b", "c"], &[], Duration::from_secs(2));
@@ -205,7 +205,7 @@ fn a_silent_backend_that_answers_serves_at_a_tenth_until_its_ttl() {
 }
 
 #[test]
-fn a_backend_of_the_file_outlives_its_heartbeats_unless_they_are_required() {
+fn configured_backend_stays_after_its_heartbeats_expire_unless_required() {
     for require in [false, true] {
         let heartbeat = Some(Arc::new(model::HeartbeatSpec { require, ..spec() }));
         let mut bench = Bench::new(PoolConfig { heartbeat, ..unprobed(&["z"]) });
@@ -215,12 +215,12 @@ fn a_backend_of_the_file_outlives_its_heartbeats_unless_they_are_required() {
         bench.beat(&["a"], &[], TTL + Duration::from_secs(1));
         assert_eq!(bench.status("z").eligible, !require);
         bench.beat(&["a"], &[], FORGET * 2);
-        assert_eq!(bench.names(), ["z", "a"], "the file's own are never forgotten");
+        assert_eq!(bench.names(), ["z", "a"], "configured backends are never dropped");
     }
 }
 
 #[test]
-fn without_any_heartbeats_backends_that_answer_stay() {
+fn backends_that_answer_probes_stay_while_no_heartbeats_arrive() {
     let mut bench = Bench::new(open_pool(&[]));
     bench.beat(&["a", "b", "c"], &[], Duration::from_secs(30));
     bench.serve_until(bench.now + TTL * 3, &[]);
@@ -229,31 +229,31 @@ fn without_any_heartbeats_backends_that_answer_stay() {
 }
 
 #[test]
-fn no_more_of_a_pool_is_taken_out_than_max_ejected() {
+fn silence_removes_at_most_max_ejected() {
     let names = ["a", "b", "c", "d", "e", "f"];
     let mut bench = Bench::new(open_pool(&[]));
     bench.beat(&names, &[], Duration::from_secs(30));
-    for dead in 1..=4 {
-        bench.beat(&names[dead..], &names[..dead], Duration::from_secs(4));
+    for failed in 1..=4 {
+        bench.beat(&names[failed..], &names[..failed], Duration::from_secs(4));
     }
     let down = |name: &&&str| bench.status(name).observation == Observation::Down;
-    assert_eq!(names.iter().filter(down).count(), 3, "50 percent of 6");
+    assert_eq!(names.iter().filter(down).count(), 3, "50 % of 6");
 }
 
 #[test]
-fn late_control_thread_blames_no_backend() {
+fn late_control_thread_makes_no_backend_suspect() {
     let mut bench = Bench::new(open_pool(&[]));
     bench.beat(&["a", "b"], &[], Duration::from_secs(30));
     bench.now += Duration::from_secs(5);
     let effects = bench.apply(ControlEvent::Tick);
     assert_eq!(bench.serving(), ["a", "b"]);
-    let said = logs(&effects).join("\n");
-    assert!(said.contains("heartbeat silence ignored: the control thread was"), "{said}");
+    let log = logs(&effects).join("\n");
+    assert!(log.contains("silence ignored; no backend becomes suspect: the control"), "{log}");
     assert_eq!(bench.status("a").observation, Observation::Up);
 }
 
 #[test]
-fn heartbeat_cannot_take_a_name_or_address_of_the_file() {
+fn heartbeat_with_a_configured_name_or_address_is_rejected() {
     let mut bench = Bench::new(open_pool(&["z"]));
     bench.hear(heartbeat("z@77", 1));
     let port = |name: &str| backend(name).address;
@@ -268,11 +268,11 @@ fn heartbeat_cannot_take_a_name_or_address_of_the_file() {
         (1, 1)
     );
     bench.hear(Heartbeat { address: ([127, 0, 0, 1], 80).into(), ..heartbeat("a", 1) });
-    assert_eq!(bench.ignored(HeartbeatIgnored::OwnAddress), 1, "sessions would come back to us");
+    assert_eq!(bench.ignored(HeartbeatIgnored::OwnAddress), 1, "sessions would loop");
 }
 
 #[test]
-fn of_two_senders_with_one_name_the_younger_is_believed() {
+fn later_of_two_senders_with_one_name_takes_precedence() {
     let mut bench = Bench::new(open_pool(&["z"]));
     bench.beat(&["a"], &[], Duration::from_secs(1));
     let old = bench.id("a");
@@ -284,19 +284,19 @@ fn of_two_senders_with_one_name_the_younger_is_believed() {
 }
 
 #[test]
-fn no_more_register_than_the_pool_allows_and_that_is_said_once() {
+fn registrations_are_capped_and_one_notice_is_logged() {
     let heartbeat_spec = model::HeartbeatSpec { backends_max: 2, ..spec() };
     let heartbeat_spec = Some(Arc::new(heartbeat_spec));
     let mut bench = Bench::new(PoolConfig { heartbeat: heartbeat_spec, ..unprobed(&[]) });
     let effects: Vec<ControlEffect> =
         ["a", "b", "c", "d"].iter().flat_map(|name| bench.hear(heartbeat(name, 1))).collect();
     assert_eq!((bench.names().len(), bench.ignored(HeartbeatIgnored::PoolFull)), (2, 2));
-    let full = logs(&effects).iter().filter(|line| line.contains("backends_max")).count();
+    let full = logs(&effects).iter().filter(|line| line.contains("pool is full")).count();
     assert_eq!(full, 1);
 }
 
 #[test]
-fn a_weight_is_bounded_by_the_configuration_and_a_load_takes_its_share() {
+fn requested_weight_is_capped_and_load_reduces_it() {
     let mut bench = Bench::new(open_pool(&["z"]));
     bench.beat(&["a"], &[], Duration::from_secs(1));
     bench.hear(Heartbeat { weight: 900, ..heartbeat("a", 50) });
@@ -309,7 +309,7 @@ fn a_weight_is_bounded_by_the_configuration_and_a_load_takes_its_share() {
 }
 
 #[test]
-fn small_changes_of_weight_make_no_table() {
+fn small_changes_of_weight_cause_no_table() {
     let mut bench = Bench::new(open_pool(&["z"]));
     let said = |weight, sequence| Heartbeat { weight, ..heartbeat("a", sequence) };
     bench.hear(said(50, 1));
@@ -323,7 +323,7 @@ fn small_changes_of_weight_make_no_table() {
 }
 
 #[test]
-fn a_sender_that_starts_is_asked_when_it_says_that_it_is_ready() {
+fn starting_sender_is_probed_when_it_reports_ready() {
     let mut bench = Bench::new(open_pool(&["z"]));
     let starting = |n| Heartbeat { state: SenderState::Starting, ..heartbeat("a", n) };
     let effects: Vec<ControlEffect> = (1..50).flat_map(|n| bench.hear(starting(n))).collect();
@@ -343,7 +343,7 @@ fn reload_keeps_registered_backends_and_a_file_can_adopt_them() {
     assert_eq!(bench.status("a").origins, Origins::of(MemberSource::File));
     assert_eq!(bench.serving(), ["z", "a", "b"]);
     bench.configure(unprobed(&["z", "a"]));
-    assert_eq!(bench.names(), ["z", "a"], "nobody may register any more");
+    assert_eq!(bench.names(), ["z", "a"], "registration is off");
     assert_eq!(bench.serving(), ["z", "a"]);
 }
 
@@ -358,7 +358,7 @@ fn requiring_heartbeats_removes_no_backend_before_it_could_send_one() {
 }
 
 #[test]
-fn thousand_changes_per_second_make_ten_tables_per_second() {
+fn thousand_changes_per_second_cause_ten_tables_per_second() {
     let mut bench = Bench::new(open_pool(&["z"]));
     let sender = |n: u64, sequence, state| Heartbeat {
         name: format!("s{n}").into(),
@@ -386,13 +386,13 @@ fn thousand_changes_per_second_make_ten_tables_per_second() {
 }
 
 #[test]
-fn a_death_is_published_at_once_whatever_waits() {
+fn failure_is_published_at_once_with_delayed_changes() {
     let mut bench = Bench::new(open_pool(&["z"]));
     bench.beat(&["a", "b", "c"], &[], Duration::from_secs(10));
     bench.hear(heartbeat("d", 1));
     bench.hear(heartbeat("e", 1));
     let effects = bench.refuse("a", 1, 1);
-    assert_eq!(publishes(&effects), 1, "suspect, at a tenth");
+    assert_eq!(publishes(&effects), 1, "suspect, with a tenth of its weight");
     let (id, token) = *bench.asked.last().unwrap();
     let effects = bench.answer(id, token, Some(crate::health::REFUSED));
     assert_eq!((publishes(&effects), bench.status("a").observation), (1, Observation::Down));
@@ -403,7 +403,7 @@ fn late_backend_starts_slowly_and_a_whole_pool_does_not() {
     let slow = Some(Duration::from_secs(10));
     let mut bench = Bench::new(PoolConfig { slow_start: slow, ..open_pool(&["z"]) });
     bench.beat(&["a"], &[], Duration::from_secs(1));
-    assert_eq!(bench.status("a").ramp_percent, 100, "the pool itself has just begun");
+    assert_eq!(bench.status("a").ramp_percent, 100, "the whole pool has just come up");
     bench.beat(&["a"], &[], Duration::from_secs(10));
     bench.beat(&["a", "b"], &[], Duration::from_secs(1));
     let b = bench.status("b");
@@ -415,7 +415,7 @@ fn late_backend_starts_slowly_and_a_whole_pool_does_not() {
 }
 
 #[test]
-fn a_slow_start_holds_the_cap_down_and_bounds_the_share_as_well() {
+fn slow_start_reduces_the_cap_and_bounds_the_share() {
     let slow = Some(Duration::from_secs(10));
     let mut pool = PoolConfig { slow_start: slow, ..unprobed(&["a", "b"]) };
     pool.backends[1].connections_max = 50;
@@ -438,14 +438,14 @@ fn slow_starts(bench: &Bench) -> Vec<bool> {
 }
 
 #[test]
-fn an_explanation_tells_the_whole_story() {
+fn explanation_holds_guards_heartbeats_and_history() {
     let mut bench = Bench::new(open_pool(&["z"]));
     bench.beat(&["a", "b", "c"], &[], Duration::from_secs(30));
     bench.beat(&["b", "c"], &["a"], Duration::from_secs(2));
     let explained = bench.controller.explain("web", "a", bench.now).unwrap();
-    let story: Vec<(&str, &str)> = explained.history.iter().map(|t| (t.from, t.to)).collect();
+    let history: Vec<(&str, &str)> = explained.history.iter().map(|t| (t.from, t.to)).collect();
     assert_eq!(
-        story,
+        history,
         [("suspect", "down"), ("up", "suspect"), ("unknown", "up"), ("new", "unknown")]
     );
     let reading = explained.backend.heartbeats.unwrap().reading;
@@ -459,7 +459,7 @@ fn an_explanation_tells_the_whole_story() {
 }
 
 #[test]
-fn a_confirming_probe_leaves_the_regular_ones_their_turn() {
+fn confirmation_probes_do_not_displace_regular_probes() {
     let mut bench = Bench::up(PoolConfig { heartbeat: Some(Arc::new(spec())), ..pool(&["z"]) });
     bench.beat(&["a", "b", "c"], &[], Duration::from_secs(10));
     bench.beat(&["b", "c"], &[], Duration::from_secs(1));
@@ -468,17 +468,17 @@ fn a_confirming_probe_leaves_the_regular_ones_their_turn() {
     let regular = effects.iter().filter(|effect| {
         matches!(effect, ControlEffect::Probe { backend, spec, .. } if *backend == id && spec.interval > TRY_TIMEOUT_MAX)
     });
-    assert!(regular.count() >= 5, "one each two seconds");
+    assert!(regular.count() >= 5, "one every 2 s");
 }
 
-/// A controller of another process that goes on with what `old` knew.
+/// Returns the controller of a new process with the state of `old`.
 fn upgraded(old: &Bench, pool: PoolConfig) -> Bench {
     let text = serde_json::to_string(&old.controller.save(old.now)).unwrap();
     let saved = serde_json::from_str(&text).unwrap();
     let mut next =
         Bench { controller: Controller::new(2, 2), began: old.began, now: old.now, asked: vec![] };
     next.configure(pool);
-    // As the offer and as the last word.
+    // First with the offer, then with the final state.
     for _ in 0..2 {
         let effects = next.controller.adopt(&saved, next.now);
         next.note(effects);
@@ -486,7 +486,7 @@ fn upgraded(old: &Bench, pool: PoolConfig) -> Bench {
     next
 }
 
-/// Heartbeats of these names at an interval of five seconds.
+/// Delivers heartbeats of these names at an interval of 5 s.
 fn slowly(bench: &mut Bench, names: &[&str], times: std::ops::Range<u64>) {
     let interval = Duration::from_secs(5);
     for sequence in times {
@@ -504,7 +504,7 @@ fn slow_pool() -> PoolConfig {
 }
 
 #[test]
-fn after_an_upgrade_registered_backends_serve_before_anybody_is_heard() {
+fn registered_backends_are_eligible_after_an_upgrade_before_any_heartbeat() {
     let mut old = Bench::new(slow_pool());
     slowly(&mut old, &["a", "b", "c"], 1..20);
     old.hear(Heartbeat { state: SenderState::Draining, ..heartbeat("b", 30) });
@@ -518,7 +518,7 @@ fn after_an_upgrade_registered_backends_serve_before_anybody_is_heard() {
     assert_eq!(reading(&next).beats_total, reading(&old).beats_total);
     assert_eq!(reading(&next).sequence, reading(&old).sequence);
     assert_eq!(next.status("a").last_transition.unwrap().to, "up");
-    // It is heard again, and then it dies.
+    // Its heartbeats continue, and then the backend fails.
     slowly(&mut next, &["a", "b", "c"], 31..36);
     assert_eq!(reading(&next).lost_total, reading(&old).lost_total + 11);
     assert_eq!(next.serving(), ["z", "a", "b"]);
@@ -527,7 +527,7 @@ fn after_an_upgrade_registered_backends_serve_before_anybody_is_heard() {
 }
 
 #[test]
-fn sender_stopping_during_an_upgrade_is_gone_from_the_new_process() {
+fn sender_stopping_during_an_upgrade_is_removed_in_the_new_process() {
     let mut old = Bench::new(slow_pool());
     slowly(&mut old, &["a", "b"], 1..5);
     let mut next = upgraded(&old, slow_pool());
@@ -537,11 +537,11 @@ fn sender_stopping_during_an_upgrade_is_gone_from_the_new_process() {
     }
     let saved = old.controller.save(old.now);
     next.controller.adopt(&saved, next.now);
-    assert_eq!(next.names(), ["z", "b"], "b has been heard since");
+    assert_eq!(next.names(), ["z", "b"], "this process has received heartbeats of b");
 }
 
 #[test]
-fn ten_thousand_slow_senders_are_all_there_after_an_upgrade() {
+fn ten_thousand_slow_senders_survive_an_upgrade() {
     let many = || {
         let slow = model::HeartbeatSpec {
             interval: Duration::from_secs(5),
@@ -592,8 +592,8 @@ mod alone {
     }
 
     #[test]
-    fn a_heartbeat_costs_the_same_however_many_pools_there_are() {
-        // A scan of the pools for each of the 300 would take several times the slack.
+    fn cost_of_a_heartbeat_does_not_depend_on_the_number_of_pools() {
+        // A scan of all pools per heartbeat would take several times the slack.
         let (few, many, slack) = (cost_with(2), cost_with(5_000), Duration::from_millis(20));
         assert!(many < few * 4 + slack, "{few:?} with 2 pools, {many:?} with 5,000");
     }

@@ -1,4 +1,4 @@
-//! Member sources: what a backend's origins are, and when it joins and leaves.
+//! Member sources: origins of backends, joining and leaving.
 
 use super::*;
 use crate::model;
@@ -8,7 +8,7 @@ const SOURCE: MemberSource = MemberSource::Numbered(0);
 const OTHER: MemberSource = MemberSource::Numbered(1);
 
 impl Bench {
-    /// The set of that revision, `name` or `name@port` each.
+    /// Applies a member set; each member is `name` or `name@port`.
     fn members(
         &mut self,
         source: MemberSource,
@@ -71,7 +71,7 @@ fn open_pool(backends: &[&str]) -> PoolConfig {
 }
 
 #[test]
-fn a_set_joins_its_members_and_the_next_one_replaces_them() {
+fn next_member_set_replaces_the_previous_one() {
     let mut bench = Bench::new(unprobed(&["a"]));
     let joined = bench.members(SOURCE, 1, &["b", "c"]);
     assert_eq!(
@@ -92,7 +92,7 @@ fn a_set_joins_its_members_and_the_next_one_replaces_them() {
 }
 
 #[test]
-fn a_backend_leaves_with_the_last_of_its_origins() {
+fn backend_leaves_with_its_last_origin() {
     let mut bench = Bench::new(unprobed(&["a", "b"]));
     bench.members(SOURCE, 1, &["b"]);
     bench.members(OTHER, 1, &["b"]);
@@ -108,7 +108,7 @@ fn a_backend_leaves_with_the_last_of_its_origins() {
 }
 
 #[test]
-fn the_file_wins_names_and_addresses() {
+fn file_takes_precedence_for_names_and_addresses() {
     let mut bench = Bench::new(unprobed(&["a"]));
     bench.members(SOURCE, 1, &["a@4711", "x@1097", "b"]);
     assert_eq!(bench.serving(), ["a", "b"]);
@@ -117,12 +117,12 @@ fn the_file_wins_names_and_addresses() {
     assert_eq!(bench.status("b").state.address_text.as_ref(), "127.0.0.1:4712");
     assert_eq!(bench.origins("b"), all(&[MemberSource::File]));
     bench.configure(unprobed(&["a"]));
-    assert_eq!(bench.origins("b"), all(&[SOURCE]), "its set still holds");
+    assert_eq!(bench.origins("b"), all(&[SOURCE]), "its set still applies");
     assert_eq!(bench.status("b").state.address_text.as_ref(), "127.0.0.1:1098");
 }
 
 #[test]
-fn an_older_revision_and_sets_that_do_not_fit_change_nothing_and_are_counted() {
+fn outdated_and_invalid_member_sets_are_ignored_and_counted() {
     let mut bench = Bench::new(PoolConfig { hash_slots: 3, ..unprobed(&["a"]) });
     bench.members(SOURCE, 5, &["b"]);
     let serving = bench.serving();
@@ -142,11 +142,11 @@ fn an_older_revision_and_sets_that_do_not_fit_change_nothing_and_are_counted() {
         bench.ignored_members(),
         [("unknown-pool", 1), ("unknown-source", 2), ("older-revision", 1), ("too-many", 1)]
     );
-    assert!(bench.members(SOURCE, 5, &["b"]).is_empty(), "the same set once more");
+    assert!(bench.members(SOURCE, 5, &["b"]).is_empty(), "the same set again");
 }
 
 #[test]
-fn a_member_waits_for_probes_and_heartbeats_as_a_backend_of_the_file_does() {
+fn member_of_a_source_waits_for_probes_and_heartbeats() {
     let mut bench = Bench::up(pool(&["a"]));
     bench.members(SOURCE, 1, &["b"]);
     assert_eq!(bench.serving(), ["a"]);
@@ -158,7 +158,7 @@ fn a_member_waits_for_probes_and_heartbeats_as_a_backend_of_the_file_does() {
 }
 
 #[test]
-fn a_backend_that_the_file_drops_leaves_and_registers_with_its_next_heartbeat() {
+fn backend_removed_from_the_file_registers_with_its_next_heartbeat() {
     let mut bench = Bench::new(open_pool(&["a", "b"]));
     bench.hear_from("b", 1, SenderState::Ready);
     assert_eq!(bench.origins("b"), all(&[MemberSource::File]));
@@ -167,18 +167,18 @@ fn a_backend_that_the_file_drops_leaves_and_registers_with_its_next_heartbeat() 
     assert_eq!(bench.controller.status(bench.now).pools[0].backends.len(), 1);
     bench.hear_from("b", 2, SenderState::Ready);
     assert_eq!(bench.origins("b"), all(&[MemberSource::Heartbeats]));
-    assert_eq!(bench.id("b"), id, "it is the same backend");
+    assert_eq!(bench.id("b"), id, "the id is kept");
 }
 
 #[test]
-fn a_registered_backend_that_stops_stays_while_a_source_names_it() {
+fn stopping_registered_backend_stays_while_a_source_lists_it() {
     let mut bench = Bench::new(open_pool(&["a"]));
     bench.hear_from("b", 1, SenderState::Ready);
     bench.members(SOURCE, 1, &["b"]);
     assert_eq!(bench.origins("b"), all(&[MemberSource::Heartbeats, SOURCE]));
     bench.hear_from("b", 2, SenderState::Stopping);
     bench.pass(Duration::from_secs(80));
-    assert_eq!(bench.origins("b"), all(&[SOURCE]), "it is forgotten as a sender");
+    assert_eq!(bench.origins("b"), all(&[SOURCE]), "heartbeats are no longer an origin");
     assert_eq!(bench.serving(), ["a", "b"]);
     bench.members(SOURCE, 2, &[]);
     bench.pass(publish::pacer::PACE);

@@ -1,10 +1,10 @@
-//! Startup, probe schedule and verdicts.
+//! Startup, probe schedule and probe results.
 
 use super::*;
 use crate::control::probing;
 
 #[test]
-fn nothing_configured_is_an_empty_table_and_nothing_due() {
+fn table_is_empty_and_no_timer_is_set_without_a_configuration() {
     let controller = Controller::new(1, 0);
     assert_eq!(controller.next_due(), None);
     assert!(controller.current_table().frontends.is_empty());
@@ -12,7 +12,7 @@ fn nothing_configured_is_an_empty_table_and_nothing_due() {
 }
 
 #[test]
-fn a_pool_without_probe_serves_at_once() {
+fn pool_without_probes_is_eligible_at_once() {
     let bench = Bench::new(unprobed(&["a", "b"]));
     assert_eq!(bench.serving(), ["a", "b"]);
     assert_eq!(bench.status("a").observation, Observation::Unknown);
@@ -20,7 +20,7 @@ fn a_pool_without_probe_serves_at_once() {
 }
 
 #[test]
-fn a_backend_serves_from_its_first_success_on() {
+fn backend_is_eligible_after_its_first_success() {
     let mut bench = Bench::new(pool(&["a", "b"]));
     assert!(bench.serving().is_empty());
     bench.pass(Duration::from_millis(1));
@@ -32,25 +32,25 @@ fn a_backend_serves_from_its_first_success_on() {
     assert_eq!(bench.serving(), ["a"]);
     let effects = bench.answer(asked[1].0, asked[1].1, Some("connection refused"));
     assert_eq!(logs(&effects), ["b: unknown -> down: first probe failed: connection refused"]);
-    assert_eq!(publishes(&effects), 0, "it did not serve before either");
+    assert_eq!(publishes(&effects), 0, "not eligible before either");
 }
 
 #[test]
-fn a_pool_without_any_result_fails_open_when_the_grace_is_over() {
+fn pool_without_any_result_fails_open_after_the_grace() {
     let mut bench = Bench::new(pool(&["a", "b"]));
     bench.pass(GRACE - Duration::from_nanos(1));
     assert!(bench.serving().is_empty());
     let effects = bench.pass(Duration::from_nanos(1));
     assert_eq!(publishes(&effects), 1);
     assert_eq!(bench.serving(), ["a", "b"]);
-    assert!(logs(&effects)[0].starts_with("-: no probe result within startup_grace (3s)"));
+    assert!(logs(&effects)[0].starts_with("-: no probe result within startup_grace; failing open"));
     let (a, token) = bench.asked[0];
     bench.answer(a, token, Some("broken"));
-    assert_eq!(bench.serving(), ["b"], "the others stay until their own first result");
+    assert_eq!(bench.serving(), ["b"], "the other backend has no result yet");
 }
 
 #[test]
-fn one_result_within_the_grace_keeps_the_pool_from_failing_open() {
+fn one_result_within_the_grace_prevents_failing_open() {
     let mut bench = Bench::new(pool(&["a", "b"]));
     bench.pass(Duration::from_millis(1));
     let (a, token) = bench.asked[0];
@@ -60,7 +60,7 @@ fn one_result_within_the_grace_keeps_the_pool_from_failing_open() {
 }
 
 #[test]
-fn a_backend_added_to_a_known_pool_waits_for_its_first_success() {
+fn backend_added_to_a_pool_with_results_waits_for_its_first_success() {
     let mut bench = Bench::up(pool(&["a"]));
     bench.configure(pool(&["a", "b"]));
     assert_eq!(bench.serving(), ["a"]);
@@ -78,13 +78,13 @@ fn adding_a_probe_removes_no_backend_before_a_result() {
 }
 
 #[test]
-fn removing_the_probe_forgets_its_verdicts() {
+fn removing_the_probe_drops_its_results() {
     let mut bench = Bench::new(pool(&["a"]));
     bench.answer_all_for(Duration::from_millis(10), Some("broken"));
     let effects = bench.configure(unprobed(&["a"]));
     assert_eq!(logs(&effects), ["a: down -> unknown: the pool no longer has probes"]);
     assert_eq!(bench.serving(), ["a"]);
-    assert_eq!(bench.controller.next_due(), None, "nothing is probed any more");
+    assert_eq!(bench.controller.next_due(), None, "no probes");
 }
 
 #[test]
@@ -101,7 +101,7 @@ fn first_probes_of_many_backends_are_spread_over_a_second() {
 const FIRST_SPREAD: Duration = probing::FIRST_PROBES_SPREAD_MAX;
 
 #[test]
-fn settled_backends_are_probed_each_interval_give_or_take_a_tenth() {
+fn probe_interval_varies_by_a_tenth() {
     let mut bench = Bench::up(pool(&["a"]));
     let mut waits = Vec::new();
     let mut last = None;
@@ -113,12 +113,12 @@ fn settled_backends_are_probed_each_interval_give_or_take_a_tenth() {
         last = Some(bench.now);
     }
     assert!(waits.iter().all(|w| (INTERVAL.mul_f64(0.9)..=INTERVAL.mul_f64(1.1)).contains(w)));
-    assert!(waits.iter().max().unwrap() > &INTERVAL.mul_f64(1.03), "jitter goes up");
-    assert!(waits.iter().min().unwrap() < &INTERVAL.mul_f64(0.97), "and down");
+    assert!(waits.iter().max().unwrap() > &INTERVAL.mul_f64(1.03), "longer waits");
+    assert!(waits.iter().min().unwrap() < &INTERVAL.mul_f64(0.97), "shorter waits");
 }
 
 #[test]
-fn absurdly_long_durations_overflow_nothing() {
+fn very_long_durations_do_not_overflow() {
     let max = Duration::MAX;
     let spec = ProbeSpec { interval: max, fast_interval: max, timeout: max, ..probe_spec() };
     let ejection = EjectionSpec {
@@ -143,7 +143,7 @@ fn absurdly_long_durations_overflow_nothing() {
 }
 
 #[test]
-fn a_row_being_counted_is_probed_at_the_fast_interval() {
+fn fast_interval_applies_during_a_row() {
     let mut bench = Bench::up(pool(&["a"]));
     bench.now = bench.controller.next_due().unwrap();
     bench.apply(ControlEvent::Tick);
@@ -154,11 +154,11 @@ fn a_row_being_counted_is_probed_at_the_fast_interval() {
     let lines = logs(&effects);
     assert_eq!(lines, ["a: up -> down: 3 probes failed in a row, last: broken"]);
     let wait = bench.controller.next_due().unwrap() - bench.now;
-    assert!(wait > FAST, "down is settled: {wait:?}");
+    assert!(wait > FAST, "no row: {wait:?}");
 }
 
 #[test]
-fn down_comes_up_after_rise_successes_and_says_how_long_it_was_down() {
+fn down_backend_is_up_after_rise_successes_and_logs_its_duration() {
     let mut bench = Bench::new(pool(&["a"]));
     bench.answer_all_for(Duration::from_millis(1), Some("broken"));
     let effects = bench.answer_all_for(INTERVAL * 2, None);
@@ -168,7 +168,7 @@ fn down_comes_up_after_rise_successes_and_says_how_long_it_was_down() {
 }
 
 #[test]
-fn a_backend_never_has_two_probes_in_flight() {
+fn backend_never_has_two_probes_in_flight() {
     let mut bench = Bench::up(pool(&["a"]));
     let lost_after = TIMEOUT + probing::PROBE_LOST_MARGIN;
     bench.now = bench.controller.next_due().unwrap();
@@ -177,13 +177,13 @@ fn a_backend_never_has_two_probes_in_flight() {
 }
 
 #[test]
-fn a_probe_that_never_comes_back_is_given_up_and_its_late_result_ignored() {
+fn lost_probe_is_repeated_and_its_late_result_is_ignored() {
     let mut bench = Bench::up(pool(&["a"]));
     bench.now = bench.controller.next_due().unwrap();
     bench.apply(ControlEvent::Tick);
     let lost = bench.asked.pop().unwrap();
     let effects = bench.pass(TIMEOUT + probing::PROBE_LOST_MARGIN);
-    assert_eq!(probes(&effects), 1, "probed anew");
+    assert_eq!(probes(&effects), 1, "probed again");
     for _ in 0..5 {
         bench.answer(lost.0, lost.1, Some("late"));
     }
@@ -193,7 +193,7 @@ fn a_probe_that_never_comes_back_is_given_up_and_its_late_result_ignored() {
 }
 
 #[test]
-fn local_trouble_proves_nothing_and_is_mentioned_once_a_minute() {
+fn local_error_is_no_evidence_and_is_logged_once_a_minute() {
     let mut bench = Bench::up(pool(&["a"]));
     let mut notices = Vec::new();
     let end = bench.now + Duration::from_secs(61);
@@ -210,7 +210,7 @@ fn local_trouble_proves_nothing_and_is_mentioned_once_a_minute() {
 }
 
 #[test]
-fn a_changed_probe_spec_keeps_the_verdict_and_restarts_row_and_schedule() {
+fn changed_probe_settings_keep_the_result_and_restart_row_and_schedule() {
     let mut bench = Bench::up(pool(&["a"]));
     for _ in 0..2 {
         bench.now = bench.controller.next_due().unwrap();
@@ -220,28 +220,28 @@ fn a_changed_probe_spec_keeps_the_verdict_and_restarts_row_and_schedule() {
     let changed = ProbeSpec { fall: 2, ..probe_spec() };
     let effects = bench.configure(PoolConfig { probe: Some(Arc::new(changed)), ..pool(&["a"]) });
     assert!(bench.status("a").eligible);
-    assert_eq!(probes(&effects), 1, "probed under the new spec at once");
+    assert_eq!(probes(&effects), 1, "probed with the new settings at once");
     assert!(logs(&bench.answer_asked(Some("broken"))).is_empty(), "one of two");
     let effects = bench.answer_all_for(FAST * 2, Some("broken"));
     assert_eq!(logs(&effects), ["a: up -> down: 2 probes failed in a row, last: broken"]);
 }
 
 #[test]
-fn a_result_from_before_a_spec_change_is_ignored_but_waited_for() {
+fn probe_from_before_a_settings_change_is_awaited_but_its_result_is_ignored() {
     let mut bench = Bench::up(pool(&["a"]));
     bench.now = bench.controller.next_due().unwrap();
     bench.apply(ControlEvent::Tick);
     let old = bench.asked.pop().unwrap();
     let changed = ProbeSpec { fall: 1, ..probe_spec() };
     let effects = bench.configure(PoolConfig { probe: Some(Arc::new(changed)), ..pool(&["a"]) });
-    assert_eq!(probes(&effects), 0, "the old probe is still out there");
+    assert_eq!(probes(&effects), 0, "the old probe is still running");
     let effects = bench.answer(old.0, old.1, Some("broken"));
-    assert!(bench.status("a").eligible, "judged under the old spec: ignored");
-    assert_eq!(probes(&effects), 1, "now the new one may run");
+    assert!(bench.status("a").eligible, "the result of the old probe is ignored");
+    assert_eq!(probes(&effects), 1, "the new probe runs");
 }
 
 #[test]
-fn events_that_come_together_make_one_table() {
+fn events_of_one_batch_cause_one_table() {
     let mut bench = Bench::new(pool(&["a", "b", "c"]));
     bench.pass(Duration::from_millis(5));
     let asked = std::mem::take(&mut bench.asked).into_iter();
@@ -253,11 +253,11 @@ fn events_that_come_together_make_one_table() {
     });
     let effects = bench.apply_all(events.collect());
     assert_eq!((publishes(&effects), logs(&effects).len()), (1, 3));
-    assert!(matches!(effects[0], ControlEffect::Publish(_)), "before anything slow");
+    assert!(matches!(effects[0], ControlEffect::Publish(_)), "the table is the first effect");
 }
 
 #[test]
-fn a_connect_begun_before_a_backend_came_back_says_nothing_of_it_since() {
+fn connect_begun_before_a_backend_returned_does_not_count() {
     let mut bench = Bench::up(pool(&["a", "b"]));
     let (backend, lost_in_the_cut) = (bench.id("a"), bench.now);
     let minute = Duration::from_secs(60);

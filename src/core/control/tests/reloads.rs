@@ -1,4 +1,4 @@
-//! Operators and reloads.
+//! Operators' requests and reloads.
 
 use super::*;
 use crate::control::removal;
@@ -17,7 +17,7 @@ fn draining_is_logged_once_and_idempotent() {
 }
 
 #[test]
-fn unknown_names_are_told_apart_and_change_nothing() {
+fn unknown_pool_and_unknown_backend_are_different_errors() {
     let mut bench = Bench::new(unprobed(&["a"]));
     let now = bench.now;
     let mut set = |pool, name| bench.controller.set_intent(pool, name, Intent::Draining, now);
@@ -26,7 +26,7 @@ fn unknown_names_are_told_apart_and_change_nothing() {
 }
 
 #[test]
-fn a_drain_survives_reloads_and_does_not_follow_the_name_to_another_address() {
+fn drain_survives_reloads_and_does_not_move_to_another_address() {
     let mut bench = Bench::new(unprobed(&["a", "b"]));
     bench.operator("a", Intent::Draining);
     bench.configure(unprobed(&["b", "a"]));
@@ -35,11 +35,11 @@ fn a_drain_survives_reloads_and_does_not_follow_the_name_to_another_address() {
     assert_eq!(bench.serving(), ["b", "a"]);
     assert_eq!(bench.status("a").intent, Intent::Ready);
     bench.configure(unprobed(&["b", "a"]));
-    assert_eq!(bench.status("a").intent, Intent::Draining, "this one was drained");
+    assert_eq!(bench.status("a").intent, Intent::Draining, "the drained address");
 }
 
 #[test]
-fn a_drained_backend_that_is_out_of_the_file_for_a_moment_comes_back_drained() {
+fn drained_backend_returns_drained_within_ten_minutes() {
     let mut bench = Bench::new(unprobed(&["a", "b"]));
     bench.operator("a", Intent::Draining);
     for away in [Duration::from_millis(1500), REMOVED_INTENTS_FOR - Duration::from_secs(1)] {
@@ -52,23 +52,23 @@ fn a_drained_backend_that_is_out_of_the_file_for_a_moment_comes_back_drained() {
     bench.configure(unprobed(&["b"]));
     bench.pass(REMOVED_INTENTS_FOR);
     bench.configure(unprobed(&["a", "b"]));
-    assert_eq!(bench.status("a").intent, Intent::Ready, "nobody remembers for ever");
+    assert_eq!(bench.status("a").intent, Intent::Ready, "dropped after ten minutes");
 }
 
 #[test]
-fn a_drained_backend_that_is_down_anyway_makes_no_new_table() {
+fn draining_a_down_backend_causes_no_table() {
     let mut bench = Bench::new(pool(&["a"]));
     bench.answer_all_for(Duration::from_millis(1), Some("broken"));
     assert_eq!(publishes(&bench.operator("a", Intent::Draining)), 0);
     let last_resort =
         PoolConfig { when_none_eligible: WhenNoneEligible::TryAll, ..pool(&["a", "b"]) };
     let mut bench = Bench::new(last_resort);
-    assert_eq!(publishes(&bench.operator("a", Intent::Draining)), 1, "try-all used it");
+    assert_eq!(publishes(&bench.operator("a", Intent::Draining)), 1, "try-all can pick it");
     assert_eq!(bench.serving(), ["b"]);
 }
 
 #[test]
-fn what_is_configured_again_keeps_its_state_whatever_else_changed() {
+fn backend_keeps_its_state_across_a_reload() {
     let mut bench = Bench::up(pool(&["a", "b"]));
     let before = bench.status("a").state;
     let frontend = Arc::clone(&bench.controller.status(bench.now).frontends[0].state);
@@ -85,20 +85,20 @@ fn what_is_configured_again_keeps_its_state_whatever_else_changed() {
 }
 
 #[test]
-fn a_new_address_under_the_old_name_is_a_new_backend() {
+fn new_address_with_the_old_name_is_a_new_backend() {
     let mut bench = Bench::up(pool(&["a"]));
     let old = bench.status("a").state;
     assert!(old.in_flight.try_enter(0));
     bench.configure(pool(&["a@4711"]));
     assert_ne!(bench.id("a"), old.id);
     let table = bench.controller.current_table();
-    assert_eq!(table.pools[0].serving[0].id, old.id, "the new one waits for its first result");
+    assert_eq!(table.pools[0].serving[0].id, old.id, "the new backend waits for its first result");
     assert_eq!(bench.controller.status(bench.now).leaving.len(), 1);
     old.in_flight.leave();
 }
 
 #[test]
-fn a_removed_backend_is_kept_until_its_last_session_ends() {
+fn removed_backend_is_kept_until_its_last_session_ends() {
     let mut bench = Bench::new(unprobed(&["a", "b"]));
     let removed = bench.status("a").state;
     assert!(removed.in_flight.try_enter(0));
@@ -119,7 +119,7 @@ fn a_removed_backend_is_kept_until_its_last_session_ends() {
 }
 
 #[test]
-fn close_after_cuts_the_sessions_when_the_time_is_over() {
+fn close_after_resets_the_sessions_after_the_grace() {
     let rule = OnRemoval::CloseAfter(Duration::from_secs(30));
     let rest = || PoolConfig { on_removal: rule, ..unprobed(&["b"]) };
     let mut bench = Bench::new(unprobed(&["a", "b"]));
@@ -128,13 +128,13 @@ fn close_after_cuts_the_sessions_when_the_time_is_over() {
     bench.configure(rest());
     assert!(resets(&bench.pass(Duration::from_millis(29_999))).is_empty());
     assert_eq!(resets(&bench.pass(Duration::from_millis(1))), [removed.id]);
-    assert_eq!(resets(&bench.pass(Duration::from_secs(1))).len(), 1, "asked again");
+    assert_eq!(resets(&bench.pass(Duration::from_secs(1))).len(), 1, "requested again");
     removed.in_flight.leave();
     assert!(resets(&bench.pass(Duration::from_secs(60))).is_empty());
 }
 
 #[test]
-fn a_backend_that_comes_back_while_leaving_gets_its_state_back() {
+fn removed_backend_with_sessions_returns_with_its_state() {
     let rule = OnRemoval::CloseAfter(Duration::from_secs(30));
     let with = |names: &[&str]| PoolConfig { on_removal: rule, ..pool(names) };
     let mut bench = Bench::up(with(&["a", "b"]));
@@ -148,12 +148,12 @@ fn a_backend_that_comes_back_while_leaving_gets_its_state_back() {
     assert_eq!(bench.status("a").intent, Intent::Draining);
     assert_eq!(bench.status("a").observation, Observation::Up);
     let effects = bench.answer_all_for(Duration::from_secs(60), None);
-    assert!(resets(&effects).is_empty(), "the cut is off");
+    assert!(resets(&effects).is_empty(), "the reset is cancelled");
     removed.in_flight.leave();
 }
 
 #[test]
-fn a_forgotten_backend_starts_over_with_a_new_id() {
+fn removed_backend_without_sessions_returns_with_a_new_id() {
     let mut bench = Bench::up(pool(&["a", "b"]));
     let old = bench.id("a");
     bench.configure(pool(&["b"]));

@@ -1,4 +1,4 @@
-//! Many backends: one step of the controller costs a bounded number of them.
+//! Many backends: one step of the controller handles a bounded number of backends.
 
 use super::*;
 use crate::control::publish::detached_build::AT_ONCE_MAX;
@@ -56,7 +56,7 @@ fn large(pools: usize, each: usize) -> Arc<Config> {
     Arc::new(config)
 }
 
-/// Every tick that is wanted until `now` has gone on by `span`; how many there were.
+/// Performs all ticks within `span` and returns their number.
 fn ticks(
     controller: &mut Controller,
     now: &mut Instant,
@@ -74,7 +74,7 @@ fn ticks(
 }
 
 #[test]
-fn look_at_many_takes_turns_and_finds_the_one_that_hangs() {
+fn check_of_many_backends_takes_turns_and_finds_the_hanging_backend() {
     for (pools, each) in [(1, 3_000), (300, 10)] {
         let mut now = tidegate_net::clock::now();
         let mut controller = Controller::new(2, 1);
@@ -92,7 +92,7 @@ fn look_at_many_takes_turns_and_finds_the_one_that_hangs() {
             hanging.counters.of(0).questions.add(u64::from(round >= 10));
             let look = Duration::from_millis(200);
             let (ticks, effects) = ticks(&mut controller, &mut now, look);
-            assert!(round == 0 || (5..=8).contains(&ticks), "{ticks} turns in a look");
+            assert!(round == 0 || (5..=8).contains(&ticks), "{ticks} turns in a check");
             logged.extend(logs(&effects));
         }
         assert_eq!(logged.len(), 1, "{logged:?}");
@@ -102,7 +102,7 @@ fn look_at_many_takes_turns_and_finds_the_one_that_hangs() {
 }
 
 #[test]
-fn change_in_one_pool_leaves_everything_else_of_the_table_as_it_is() {
+fn change_in_one_pool_shares_the_other_pools_of_the_table() {
     let now = tidegate_net::clock::now();
     let mut controller = Controller::new(2, 1);
     controller.apply(ControlEvent::Configure(large(5, 3)), now);
@@ -121,7 +121,7 @@ fn change_in_one_pool_leaves_everything_else_of_the_table_as_it_is() {
 }
 
 #[test]
-fn what_is_saved_in_slices_is_the_same_and_a_reload_ends_it() {
+fn state_saved_in_slices_is_complete_and_a_reload_ends_it() {
     let mut now = tidegate_net::clock::now();
     let mut controller = Controller::new(2, 1);
     controller.apply(ControlEvent::Configure(large(3, 4)), now);
@@ -143,7 +143,7 @@ fn what_is_saved_in_slices_is_the_same_and_a_reload_ends_it() {
     assert!(!controller.can_go_on(&saving));
 }
 
-/// One pool of five, too large to be made at once, and what its table says.
+/// Returns a controller with one pool of five backends whose table part is detached.
 fn detached() -> (Controller, Instant) {
     let now = tidegate_net::clock::now();
     let mut controller = Controller::new(2, 1);
@@ -162,8 +162,8 @@ fn the_build(effects: Vec<ControlEffect>) -> ControlEvent {
         ControlEffect::Build { token, build } => Some(built(token, *build)),
         _ => None,
     });
-    let first = builds.next().expect("a part to be made");
-    assert!(builds.next().is_none(), "a pool has one part under way");
+    let first = builds.next().expect("one build");
+    assert!(builds.next().is_none(), "a pool has one running build");
     first
 }
 
@@ -190,18 +190,18 @@ fn backend_removed_from_a_large_pool_gets_no_session_before_its_table_is_built()
     let (mut controller, now) = detached();
     let effects = set(&mut controller, "b1", Intent::Draining, now);
     assert_eq!((publishes(&effects), in_table(&controller).len()), (0, 5));
-    assert!(!enters(&controller, "b1"), "it is shut at once");
+    assert!(!enters(&controller, "b1"), "shut at once");
     let effects = controller.apply(the_build(effects), now);
     assert_eq!(publishes(&effects), 1);
     assert_eq!(in_table(&controller), ["b0", "b2", "b3", "b4"]);
-    assert!(enters(&controller, "b1"), "the table alone says it now");
+    assert!(enters(&controller, "b1"), "reopened, because the table lacks the backend");
     let effects = set(&mut controller, "b1", Intent::Ready, now);
     controller.apply(the_build(effects), now);
     assert_eq!(in_table(&controller).len(), 5);
 }
 
 #[test]
-fn what_changes_while_a_part_is_made_makes_one_more() {
+fn changes_during_a_build_cause_another_build() {
     let (mut controller, now) = detached();
     let first = the_build(set(&mut controller, "b1", Intent::Draining, now));
     for name in ["b2", "b3"] {
@@ -210,7 +210,7 @@ fn what_changes_while_a_part_is_made_makes_one_more() {
         assert!(!enters(&controller, name));
     }
     set(&mut controller, "b3", Intent::Ready, now);
-    assert!(enters(&controller, "b3"), "it was in the table all the while");
+    assert!(enters(&controller, "b3"), "eligible all the time");
     let effects = controller.apply(first, now);
     assert_eq!((publishes(&effects), in_table(&controller).len()), (1, 4));
     assert!(enters(&controller, "b1") && !enters(&controller, "b2"));
@@ -220,7 +220,7 @@ fn what_changes_while_a_part_is_made_makes_one_more() {
 }
 
 #[test]
-fn parts_take_the_other_thread_half_of_its_time_at_most() {
+fn builds_use_at_most_half_of_the_other_threads_time() {
     let (mut controller, now) = detached();
     let ControlEvent::Built { token, built, .. } =
         the_build(set(&mut controller, "b1", Intent::Draining, now))
@@ -240,7 +240,7 @@ fn parts_take_the_other_thread_half_of_its_time_at_most() {
 }
 
 #[test]
-fn part_overtaken_by_a_reload_is_not_used_and_no_backend_stays_shut() {
+fn build_from_before_a_reload_is_ignored_and_no_backend_stays_shut() {
     let (mut controller, now) = detached();
     let overtaken = the_build(set(&mut controller, "b1", Intent::Draining, now));
     controller.apply(ControlEvent::Configure(large(1, 6)), now);
@@ -254,13 +254,13 @@ fn part_overtaken_by_a_reload_is_not_used_and_no_backend_stays_shut() {
 }
 
 #[test]
-fn members_that_come_and_go_are_in_the_next_part_of_a_large_pool() {
+fn next_build_of_a_large_pool_lists_its_current_members() {
     let (mut controller, mut now) = detached();
     let hear = |controller: &mut Controller, n: usize, sequence: u64, state, now| {
         let heartbeat = Heartbeat { state, ..beat_of("pool0", n, sequence) };
         let mut effects =
             controller.apply(ControlEvent::Heartbeat { heartbeat, at: now, stands_for: 1 }, now);
-        // A connect confirms it, and parts of tables are made.
+        // A connect confirms the backend, and the builds run.
         while !effects.is_empty() {
             let events = effects.into_iter().filter_map(|effect| match effect {
                 ControlEffect::Probe { backend, token, .. } => {
@@ -298,7 +298,7 @@ fn members_that_come_and_go_are_in_the_next_part_of_a_large_pool() {
 }
 
 #[test]
-fn pools_up_to_the_bound_have_their_tables_at_once() {
+fn pools_up_to_the_bound_are_built_at_once() {
     let now = tidegate_net::clock::now();
     let mut controller = Controller::new(2, 1);
     controller.apply(ControlEvent::Configure(large(1, AT_ONCE_MAX)), now);
@@ -310,7 +310,7 @@ fn pools_up_to_the_bound_have_their_tables_at_once() {
     the_build(effects);
 }
 
-/// The longest of `steps` and their median, as a row of the table.
+/// Prints the longest step and the median as a row.
 fn row(what: &str, mut steps: Vec<Duration>) {
     steps.sort();
     let (median, longest) = (steps[steps.len() / 2], steps[steps.len() - 1]);
@@ -323,7 +323,7 @@ fn timed<T>(step: impl FnOnce() -> T) -> (Duration, T) {
     (tidegate_net::clock::now() - began, done)
 }
 
-/// A heartbeat of the `k`-th backend of the pool called `pool`.
+/// Returns a heartbeat of backend number `n` of the pool.
 fn beat_of(pool: &str, n: usize, sequence: u64) -> Heartbeat {
     let [_, b, c, d] = u32::try_from(n).unwrap().to_be_bytes();
     Heartbeat {
@@ -341,7 +341,7 @@ fn beat_of(pool: &str, n: usize, sequence: u64) -> Heartbeat {
     }
 }
 
-/// Has parts of tables made, and notes how long making and taking them took.
+/// Runs the builds, and records the time of building and of applying them.
 fn build_detached(
     controller: &mut Controller,
     effects: Vec<ControlEffect>,
@@ -357,7 +357,7 @@ fn build_detached(
     }
 }
 
-/// For a look at the figures; nothing depends on them.
+/// Prints the costs; asserts nothing.
 #[test]
 fn costs() {
     if std::env::var_os("TIDEGATE_LONG").is_none() {
@@ -372,7 +372,7 @@ fn costs() {
     }
 }
 
-/// What comes of the effect where nothing answers.
+/// Returns the event that follows from an effect if no backend answers.
 fn unanswered(effect: ControlEffect) -> Option<ControlEvent> {
     match effect {
         ControlEffect::Probe { backend, token, .. } => {
@@ -440,7 +440,7 @@ fn costs_of(pools: usize, each: usize, senders: usize) {
         (0..20).map(|_| timed(|| watch.check_guard(state, None, now)).0).collect(),
     );
 
-    // The last sender falls silent, and nothing answers at its address.
+    // The last sender stops, and its address does not answer.
     let (mut silent, mut tables) = (Vec::new(), 0);
     for sequence in 31..=45 {
         now += Duration::from_millis(100);
@@ -520,7 +520,7 @@ fn costs_of(pools: usize, each: usize, senders: usize) {
     row("save at once (upgrade)", vec![timed(|| controller.save(now)).0]);
     let late = Duration::from_millis(60);
     let excuse = |controller: &mut Controller| {
-        controller.heartbeats.ignore_silence(&mut controller.state, late, "late", now);
+        controller.heartbeats.ignore_silence(&mut controller.state, late, now);
     };
     row("excuse everybody", (0..4).map(|_| timed(|| excuse(&mut controller)).0).collect());
     let mut ports = PortWatch::default();

@@ -1,8 +1,8 @@
-//! Reloads and starts that leave nobody judged.
+//! Starts and reloads after which no backend has a result.
 
 use super::*;
 
-/// Pools, with the frontend led to the first of them.
+/// Applies pools; the frontend is routed to the first.
 fn configure(bench: &mut Bench, pools: Vec<PoolConfig>) -> Vec<ControlEffect> {
     bench.apply(ControlEvent::Configure(config(pools)))
 }
@@ -12,7 +12,7 @@ fn undecided(bench: &Bench) -> bool {
 }
 
 #[test]
-fn a_renamed_backend_keeps_the_verdict_on_its_address() {
+fn renamed_backend_keeps_the_result_of_its_address() {
     let mut bench = Bench::new(pool(&["a", "b"]));
     bench.pass(Duration::from_millis(1));
     let [a, b] = bench.asked[..] else { panic!("{:?}", bench.asked) };
@@ -24,11 +24,11 @@ fn a_renamed_backend_keeps_the_verdict_on_its_address() {
     let mut probe = probe_spec();
     probe.timeout /= 2;
     bench.configure(PoolConfig { probe: Some(Arc::new(probe)), ..pool(&["z@1098"]) });
-    assert_eq!(bench.status("z").observation, Observation::Unknown, "another probe knows nothing");
+    assert_eq!(bench.status("z").observation, Observation::Unknown, "no result of the other probe");
 }
 
 #[test]
-fn a_renamed_backend_stays_ejected_until_its_time_is_over() {
+fn renamed_backend_stays_ejected_until_the_ejection_ends() {
     let mut bench = Bench::new(unprobed(&["a", "b", "c"]));
     bench.refuse("b", 1, 5);
     assert_eq!(bench.serving(), ["a", "c"]);
@@ -43,7 +43,7 @@ fn a_renamed_backend_stays_ejected_until_its_time_is_over() {
 }
 
 #[test]
-fn another_rule_for_ejections_begins_with_all_renamed_backends_in_service() {
+fn changed_ejection_settings_end_the_ejection_of_renamed_backends() {
     let mut bench = Bench::new(unprobed(&["a", "b", "c"]));
     bench.refuse("b", 1, 5);
     let other = unprobed(&["x@1097", "y@1098", "z@1099"]);
@@ -53,7 +53,7 @@ fn another_rule_for_ejections_begins_with_all_renamed_backends_in_service() {
 }
 
 #[test]
-fn two_names_swapped_and_a_renamed_pool_keep_the_verdicts() {
+fn swapped_names_and_a_renamed_pool_keep_the_results() {
     let mut bench = Bench::up(pool(&["a", "b"]));
     bench.configure(pool(&["a@1098", "b@1097"]));
     assert_eq!(bench.serving(), ["a", "b"]);
@@ -62,7 +62,7 @@ fn two_names_swapped_and_a_renamed_pool_keep_the_verdicts() {
 }
 
 #[test]
-fn former_backends_serve_until_a_new_one_is_up() {
+fn former_backends_stay_in_rotation_until_a_new_backend_is_up() {
     let mut bench = Bench::up(pool(&["a", "b"]));
     let removed = bench.status("a").state;
     bench.asked.clear();
@@ -71,10 +71,10 @@ fn former_backends_serve_until_a_new_one_is_up() {
     assert_eq!(bench.controller.status(bench.now).pools[0].none_eligible, Some("former"));
     bench.pass(Duration::from_millis(1_500));
     let (c, token) = bench.asked[0];
-    assert!(bench.controller.is_known(removed.id), "it is not forgotten while it serves");
+    assert!(bench.controller.is_known(removed.id), "kept while it is a stand-in");
     let effects = bench.answer(c, token, Some("broken"));
     assert_eq!(publishes(&effects), 0);
-    assert_eq!(bench.serving(), ["a", "b"], "d has no verdict yet");
+    assert_eq!(bench.serving(), ["a", "b"], "d has no result yet");
     let (d, token) = bench.asked[1];
     bench.answer(d, token, None);
     assert_eq!(bench.serving(), ["d"]);
@@ -83,7 +83,7 @@ fn former_backends_serve_until_a_new_one_is_up() {
 }
 
 #[test]
-fn former_backends_serve_no_more_once_all_new_ones_are_down() {
+fn former_backends_leave_rotation_when_all_new_backends_are_down() {
     let mut bench = Bench::up(pool(&["a"]));
     bench.configure(pool(&["c", "d"]));
     bench.answer_all_for(Duration::from_millis(1), Some("broken"));
@@ -92,12 +92,12 @@ fn former_backends_serve_no_more_once_all_new_ones_are_down() {
 }
 
 #[test]
-fn former_backends_serve_no_longer_than_the_grace_however_often_it_is_reloaded() {
+fn repeated_reloads_do_not_extend_the_grace_of_former_backends() {
     let mut bench = Bench::up(pool(&["a"]));
     bench.configure(pool(&["c", "d"]));
     bench.pass(GRACE / 2);
     bench.configure(pool(&["e"]));
-    assert_eq!(bench.serving(), ["a"], "neither c nor d ever served");
+    assert_eq!(bench.serving(), ["a"], "c and d were never eligible");
     bench.pass(GRACE / 2 - Duration::from_nanos(1));
     assert_eq!(bench.serving(), ["a"]);
     let effects = bench.pass(Duration::from_nanos(1));
@@ -106,14 +106,14 @@ fn former_backends_serve_no_longer_than_the_grace_however_often_it_is_reloaded()
 }
 
 #[test]
-fn a_renamed_pool_with_new_addresses_goes_by_what_its_frontend_had() {
+fn renamed_pool_with_new_addresses_keeps_the_former_backends_of_its_frontend() {
     let mut bench = Bench::up(pool(&["a"]));
     configure(&mut bench, vec![PoolConfig { name: "new".into(), ..pool(&["c"]) }]);
     assert_eq!(bench.serving(), ["a"]);
 }
 
 #[test]
-fn backends_that_were_down_or_drained_do_not_stand_in() {
+fn down_and_drained_backends_are_no_stand_ins() {
     let mut bench = Bench::new(pool(&["a", "b"]));
     bench.answer_all_for(Duration::from_millis(1), None);
     bench.operator("a", Intent::Draining);
@@ -122,7 +122,7 @@ fn backends_that_were_down_or_drained_do_not_stand_in() {
 }
 
 #[test]
-fn a_former_backend_that_fails_stands_in_no_more() {
+fn failed_connect_removes_a_stand_in() {
     let mut bench = Bench::up(pool(&["a", "b"]));
     let [a, b] = ["a", "b"].map(|name| bench.id(name));
     bench.configure(pool(&["c"]));
@@ -135,7 +135,7 @@ fn a_former_backend_that_fails_stands_in_no_more() {
 }
 
 #[test]
-fn a_former_backend_serves_no_longer_than_its_sessions_may_last() {
+fn removal_grace_removes_a_stand_in() {
     let rule = OnRemoval::CloseAfter(Duration::from_secs(1));
     let mut bench = Bench::up(PoolConfig { on_removal: rule, ..pool(&["a"]) });
     bench.configure(PoolConfig { on_removal: rule, ..pool(&["c"]) });
@@ -145,7 +145,7 @@ fn a_former_backend_serves_no_longer_than_its_sessions_may_last() {
 }
 
 #[test]
-fn at_the_start_clients_wait_for_the_first_verdict() {
+fn clients_wait_for_the_first_result_after_a_start() {
     let mut bench = Bench::new(pool(&["a", "b"]));
     assert!(undecided(&bench));
     assert_eq!(bench.controller.undecided_pools(), 1);
@@ -153,13 +153,13 @@ fn at_the_start_clients_wait_for_the_first_verdict() {
     bench.pass(Duration::from_millis(1));
     let asked = std::mem::take(&mut bench.asked);
     bench.answer(asked[0].0, asked[0].1, Some("broken"));
-    assert!(undecided(&bench), "b may be well");
+    assert!(undecided(&bench), "b has no result yet");
     bench.answer(asked[1].0, asked[1].1, Some("broken"));
-    assert_eq!(bench.controller.undecided_pools(), 0, "they are refused from now on");
+    assert_eq!(bench.controller.undecided_pools(), 0, "clients are rejected from now on");
 }
 
 #[test]
-fn the_grace_ends_the_wait_where_one_verdict_is_bad_and_the_rest_stay_out() {
+fn grace_ends_the_wait_if_only_a_failure_is_known() {
     let mut bench = Bench::new(pool(&["a", "b"]));
     bench.pass(Duration::from_millis(1));
     let (a, token) = bench.asked[0];
@@ -171,7 +171,7 @@ fn the_grace_ends_the_wait_where_one_verdict_is_bad_and_the_rest_stay_out() {
 }
 
 #[test]
-fn a_pool_whose_backends_an_operator_took_out_waits_for_no_verdict() {
+fn pool_with_only_drained_backends_waits_for_no_result() {
     let mut bench = Bench::new(pool(&["a"]));
     assert!(undecided(&bench));
     bench.operator("a", Intent::Draining);

@@ -1,4 +1,4 @@
-//! Suspects: who becomes one, who is spared, and how it ends.
+//! Slow and hanging backends: which become suspect, and when they are cleared.
 
 use super::*;
 use crate::table::state::LOG_UNIT;
@@ -15,7 +15,7 @@ pub(super) fn watched(backends: &[&str]) -> PoolConfig {
 }
 
 impl Bench {
-    /// So many sessions answered in a millisecond, as a worker counts them.
+    /// Counts sessions answered in 1 ms, as a worker does.
     pub(super) fn quick(&self, name: &str, sessions: u64) {
         let state = self.status(name).state;
         let counters = state.counters.of(1);
@@ -28,7 +28,7 @@ impl Bench {
         self.status(name).state.counters.of(0).questions.add(1);
     }
 
-    /// The next `looks` looks: the quick ones answer, the hanging ones do not.
+    /// Runs `looks` checks: the quick backends answer, the hanging ones do not.
     pub(super) fn looks(
         &mut self,
         looks: u32,
@@ -46,7 +46,7 @@ impl Bench {
 }
 
 #[test]
-fn backend_that_hangs_gets_a_tenth_within_two_seconds_and_all_again_when_it_answers() {
+fn hanging_backend_keeps_a_tenth_of_its_weight_until_it_answers() {
     let mut bench = Bench::new(watched(&["a", "b", "c"]));
     bench.looks(10, &["a", "b", "c"], &[]);
     let effects = bench.looks(10, &["a", "b"], &["c"]);
@@ -70,7 +70,7 @@ fn backend_that_hangs_gets_a_tenth_within_two_seconds_and_all_again_when_it_answ
 }
 
 #[test]
-fn no_more_are_suspect_than_may_be_ejected_and_one_in_any_case() {
+fn suspects_are_capped_by_max_ejected_and_at_least_one_is_allowed() {
     let mut bench = Bench::new(watched(&["a", "b", "c"]));
     bench.looks(10, &["a", "b", "c"], &[]);
     let effects = bench.looks(50, &["a"], &["b", "c"]);
@@ -88,7 +88,7 @@ fn detector_switched_off_by_a_reload_suspects_no_backend() {
     assert_eq!(bench.status("b").observation, Observation::Suspect);
     let effects = bench.configure(unprobed(&["a", "b"]));
     assert!(logs(&effects)[0].starts_with("b: suspect -> unknown: "), "{:?}", logs(&effects));
-    assert_eq!(bench.controller.next_due(), None, "nobody is watched");
+    assert_eq!(bench.controller.next_due(), None, "no check is scheduled");
 }
 
 #[test]
@@ -99,11 +99,15 @@ fn reload_that_keeps_a_suspect_keeps_the_suspicion() {
     bench.configure(watched(&["a", "b", "c"]));
     assert_eq!(bench.status("b").observation, Observation::Suspect);
     bench.configure(watched(&["b"]));
-    assert_ne!(bench.status("b").observation, Observation::Suspect, "nobody to compare with");
+    assert_ne!(
+        bench.status("b").observation,
+        Observation::Suspect,
+        "no other backend to compare with"
+    );
 }
 
 #[test]
-fn what_probes_find_down_is_down_and_not_suspect() {
+fn backend_down_by_probes_is_not_suspect() {
     let probed = PoolConfig { probe: Some(Arc::new(probe_spec())), ..watched(&["a", "b"]) };
     let mut bench = Bench::up(probed);
     bench.looks(10, &["a", "b"], &[]);
