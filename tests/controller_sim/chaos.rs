@@ -1,10 +1,8 @@
-//! Controller, detectors, table build and admission in one world where anything
-//! comes at any time: reloads in the middle of everything, results of probes
-//! nobody remembers, clocks that jump forth and back, upgrades from one
-//! controller to the next, and sessions that hold on to old tables.
+//! Controller, detectors, table build and admission under arbitrary events in arbitrary
+//! order: reloads at any time, outdated probe results, clocks that jump in both directions,
+//! upgrades from one controller to the next, and sessions that use old tables.
 //!
-//! Nothing says what must happen, only what must always hold. `SIM_SEED=n`
-//! replays a run.
+//! There is no model; only invariants are checked. `SIM_SEED=n` replays a run.
 
 use crate::drawn::{pool_of, random_config};
 use crate::heartbeats::{Sender, beat, heartbeat_config};
@@ -37,10 +35,10 @@ struct Seen {
     upgrades: usize,
 }
 
-/// A client that was let in, and what it holds.
+/// An admitted client and its slots.
 struct Session {
     frontend: Arc<FrontendState>,
-    /// Dropping it gives the backend's slot back.
+    /// Dropping it frees the backend's slot.
     reserved: Option<Reservation>,
 }
 
@@ -52,13 +50,13 @@ struct World {
     table: Arc<Table>,
     generation: u64,
     senders: Vec<Sender>,
-    /// All that were ever asked for: answers may come twice, late or never.
+    /// All requested probes. Results arrive twice, late or never.
     asked: Vec<(BackendId, ProbeToken)>,
     process: InFlight,
     sessions: Vec<Session>,
     trace: DefaultHasher,
     seen: Seen,
-    /// Larger pools have their parts of tables made apart from events.
+    /// Table parts of larger pools are built on another thread.
     apart_above: usize,
 }
 
@@ -120,8 +118,8 @@ impl World {
         }
     }
 
-    /// Mostly a little, sometimes to what is due, sometimes a leap, sometimes
-    /// back.
+    /// Advances mostly a little, sometimes to the next due time, sometimes by a large step,
+    /// sometimes backwards.
     fn pass(&mut self) {
         let millis = |rng: &mut Rng, most| Duration::from_millis(rng.u64(..most));
         self.now = match self.rng.u8(..40) {
@@ -152,8 +150,8 @@ impl World {
         for effect in effects {
             match effect {
                 ControlEffect::Publish(table) => {
-                    assert!(table.serial > self.table.serial, "tables count up");
-                    assert!(table.generation >= self.table.generation, "generations count up");
+                    assert!(table.serial > self.table.serial, "serials increase");
+                    assert!(table.generation >= self.table.generation, "generations increase");
                     (table.serial, table.generation).hash(&mut self.trace);
                     self.table = table;
                 }
@@ -185,11 +183,11 @@ impl World {
         for (pool, status) in self.table.pools.iter().zip(&status.pools) {
             for backend in &pool.serving {
                 if status.none_eligible == Some("former") {
-                    assert!(self.controller.is_known(backend.id), "{} has gone", backend.name);
+                    assert!(self.controller.is_known(backend.id), "{} was dropped", backend.name);
                     continue;
                 }
                 assert_eq!(backend.pool, pool.spec.name);
-                assert!(known.contains(&backend.id), "{} serves, whoever it is", backend.name);
+                assert!(known.contains(&backend.id), "{} is in rotation but unknown", backend.name);
             }
         }
         for frontend in &self.table.frontends {
@@ -197,7 +195,7 @@ impl World {
         }
     }
 
-    /// Who is configured, or registered where the pool lets backends register.
+    /// Returns the configured backends, and the registered ones of pools with registration.
     fn known(&self) -> HashSet<BackendId> {
         let status = self.controller.status(self.now);
         let pools = status.pools.iter().flat_map(|pool| {
@@ -276,7 +274,7 @@ impl World {
             let at = self.now - Duration::from_millis(self.rng.u64(..500));
             let index = self.rng.usize(..self.senders.len());
             let random = self.rng.u8(..);
-            events.push(beat(self.senders[index].go_on(random), at));
+            events.push(beat(self.senders[index].advance_sender(random), at));
         }
         if self.rng.u8(..8) == 0 {
             events.push(ControlEvent::HeartbeatsLost(self.rng.u64(..100)));
@@ -285,7 +283,7 @@ impl World {
         self.apply(events);
     }
 
-    /// As the listener does it.
+    /// Admits a client as a listener does.
     fn arrive(&mut self) {
         let table = Arc::clone(&self.table);
         let Some(route) = self.rng.choice(&table.frontends) else { return };
@@ -300,7 +298,10 @@ impl World {
         let mut reserved = route.pool.pick(key, &[]).ok();
         if let Some(reserved) = &mut reserved {
             let backend = Arc::clone(reserved.backend());
-            assert!(route.pool.serving.iter().any(|b| b.id == backend.id), "picked from nowhere");
+            assert!(
+                route.pool.serving.iter().any(|b| b.id == backend.id),
+                "a backend that is not in the table"
+            );
             if let Some(trial) = reserved.take_trial() {
                 let phases = [TrialPhase::Passed, TrialPhase::Failed, TrialPhase::Open];
                 backend.in_flight.advance_trial(trial, *self.rng.choice(&phases).unwrap());
@@ -324,7 +325,7 @@ impl World {
         self.process.leave();
     }
 
-    /// Another process goes on with the same file; sessions stay with this one.
+    /// Another process takes over with the same file. Sessions stay with this process.
     fn upgrade(&mut self) {
         let saved = self.controller.save(self.now);
         let text = serde_json::to_string(&saved).unwrap();
@@ -339,7 +340,7 @@ impl World {
         next.add_carried_counts(saved.generation - 1, saved.serial);
         self.controller = next;
         self.asked.clear();
-        // A process does not begin before the one it follows.
+        // The new process starts later than the old one.
         self.apply([ControlEvent::Configure(Arc::clone(&self.config))]);
         let effects = self.controller.adopt(&saved, self.now);
         self.take(effects);
@@ -348,7 +349,7 @@ impl World {
         }
     }
 
-    /// Of those in the file: who registers comes back by itself.
+    /// Returns the intents of configured backends; registered backends return by themselves.
     fn intents(&self) -> HashMap<(String, String), Intent> {
         let status = self.controller.status(self.now);
         let pools = status.pools.iter().flat_map(|pool| {
@@ -375,7 +376,7 @@ impl World {
 }
 
 #[test]
-fn what_must_hold_holds_whatever_comes_and_however_clocks_jump() {
+fn invariants_hold_under_arbitrary_events_and_clock_jumps() {
     let start = tidegate_net::clock::now() + Duration::from_secs(10_000_000);
     let seeds = match number("SIM_SEED") {
         Some(seed) => seed..seed + 1,
@@ -392,15 +393,15 @@ fn what_must_hold_holds_whatever_comes_and_however_clocks_jump() {
         all.upgrades += seen.upgrades;
     }
     let least = all.ejected.min(all.registered).min(all.admitted).min(all.upgrades);
-    assert!(!many || least > 10, "hardly ever seen: {all:?}");
+    assert!(!many || least > 10, "too rare: {all:?}");
 }
 
 #[test]
-fn the_same_seed_gives_the_same_world() {
+fn same_seed_gives_the_same_world() {
     let start = tidegate_net::clock::now() + Duration::from_secs(10_000_000);
     for seed in 0..6 {
         let _guard = SeedGuard(seed);
         assert_eq!(World::run(seed, start).0, World::run(seed, start).0);
     }
-    assert_ne!(World::run(1, start).0, World::run(2, start).0, "the trace sees something");
+    assert_ne!(World::run(1, start).0, World::run(2, start).0, "different seeds differ");
 }

@@ -1,6 +1,6 @@
-//! Random configurations, by a seed.
+//! Random configurations from a seed.
 //!
-//! Called by the simulation at its start and at each reload. It keeps nothing.
+//! Called by the simulations at their start and at each reload.
 
 use fastrand::Rng;
 use std::sync::Arc;
@@ -57,8 +57,8 @@ fn random_pool(rng: &mut Rng, index: usize) -> PoolConfig {
         slow_first_byte: (rng.u8(..4) == 0).then(|| millis(rng, 100, 3000)),
     };
     PoolConfig {
-        // The policy is not the controller's business, and Maglev tables take
-        // long to build without optimisation.
+        // The controller does not depend on the policy, and Maglev tables are slow to build
+        // without optimisation.
         balance: match rng.u8(..50) {
             0 => Policy::SourceHash,
             n if n % 2 == 0 => Policy::WeightedRoundRobin,
@@ -80,12 +80,12 @@ fn random_pool(rng: &mut Rng, index: usize) -> PoolConfig {
     }
 }
 
-/// The pool of that name.
+/// Returns the pool with this name.
 pub(crate) fn pool_of<'c>(config: &'c Config, name: &str) -> Option<&'c Arc<PoolConfig>> {
     config.pools.iter().find(|pool| &*pool.name == name)
 }
 
-/// Keeps much of `old`: reloads mostly change little.
+/// Returns a random configuration that keeps much of `old`.
 pub(crate) fn random_config(rng: &mut Rng, old: Option<&Config>) -> Config {
     let mut pools = Vec::new();
     for index in 0..3 {

@@ -1,7 +1,6 @@
-//! Heartbeats under simulation: senders that start, die, come back, drain and
-//! lose datagrams, reloads, late ticks, all in virtual time, against rules that
-//! hold whatever happens; and at the end, once all is well again, everybody
-//! serves.
+//! Simulation of heartbeats in virtual time: senders that start, fail, return, drain and
+//! lose datagrams, reloads and late ticks. Invariants are checked after every step. At the
+//! end all disturbances stop, and every backend must be in rotation again.
 //!
 //! `SIM_SEED=n` replays a run.
 
@@ -40,7 +39,7 @@ struct Sim {
     start: Instant,
     config: Arc<Config>,
     senders: Vec<Sender>,
-    /// With when their answers are due.
+    /// Running probes, with the time of their results.
     asked: Vec<(Instant, BackendId, ProbeToken)>,
     table: Arc<Table>,
     ids: HashMap<BackendId, String>,
@@ -87,8 +86,8 @@ impl Sender {
         }
     }
 
-    /// Its next message, or an older one, or one of another life or place.
-    pub(crate) fn go_on(&mut self, random: u8) -> &Sender {
+    /// Returns the next heartbeat, an older one, or one of another incarnation or address.
+    pub(crate) fn advance_sender(&mut self, random: u8) -> &Sender {
         match random % 32 {
             0 => self.incarnation += 1,
             1 => self.sequence = self.sequence.saturating_sub(3),
@@ -131,7 +130,7 @@ impl Sim {
         sim
     }
 
-    /// What comes first: a heartbeat, an answer, something due, or `end`.
+    /// Advances to the next event: a heartbeat, a probe result, a timer, or `end`.
     fn advance(&mut self, end: Instant) {
         let beats = self.senders.iter().filter(|s| s.alive).map(|s| s.next);
         let answers = self.asked.iter().map(|(at, ..)| *at);
@@ -180,7 +179,7 @@ impl Sim {
             4 => self.senders[index].state = SenderState::Draining,
             5 => self.senders[index].state = SenderState::Ready,
             6 if self.senders[index].port >= 2003 => {
-                // It says goodbye, where that is no backend of the file.
+                // The sender reports stopping, unless the backend is configured.
                 let sender = &mut self.senders[index];
                 (sender.state, sender.sequence) = (SenderState::Stopping, sender.sequence + 1);
                 let event = beat(sender, self.now);
@@ -213,7 +212,7 @@ impl Sim {
     }
 
     fn take(&mut self, effects: Vec<ControlEffect>) {
-        // Most heartbeats change nothing; looking after every one takes long.
+        // Most heartbeats change nothing, and a check after each takes too long.
         if effects.is_empty() && self.rng.u8(..16) > 0 {
             return;
         }
@@ -221,7 +220,7 @@ impl Sim {
             for backend in &pool.backends {
                 let name = backend.state.name.to_string();
                 let owner = self.ids.entry(backend.state.id).or_insert_with(|| name.clone());
-                assert_eq!(*owner, name, "an id was used twice");
+                assert_eq!(*owner, name, "an id was reused");
             }
         }
         let mut taken_out = false;
@@ -259,7 +258,7 @@ impl Sim {
                 assert!(!may || b.eligible || b.observation == Observation::Unknown, "{b:?}");
                 let serves = serving.iter().any(|state| state.id == b.state.id);
                 let found_out = b.observation == Observation::Down || b.intent != Intent::Ready;
-                assert!(!(serves && found_out), "{name} is out and still in the table");
+                assert!(!(serves && found_out), "{name} is not eligible but in the table");
             }
             let registered = pool.backends.iter().filter(|b| b.origins.is_registered());
             assert_eq!(registered.count(), pool.registered);
@@ -273,7 +272,7 @@ impl Sim {
         assert!(self.controller.next_due().is_none_or(|due| due > self.now));
     }
 
-    /// Silence never takes more of a pool out than `max_ejected`.
+    /// Checks that silence removes at most `max_ejected` of a pool.
     fn check_guard(&self, pool: &str, backend: &str) {
         let explained = self.controller.explain(pool, backend, self.now).expect("it is there");
         let guards = explained.guards;
@@ -282,7 +281,7 @@ impl Sim {
         assert!(down <= most, "{down} of {members} are down");
     }
 
-    /// Everybody lives and sends: in the end everybody serves with all its weight.
+    /// Lets all senders work, and checks that every backend returns with its full weight.
     fn recover(&mut self) {
         self.loss = 0;
         for sender in &mut self.senders {
@@ -330,7 +329,7 @@ pub(crate) fn beat(sender: &Sender, at: Instant) -> ControlEvent {
 }
 
 #[test]
-fn the_rules_of_heartbeats_hold_whatever_happens() {
+fn heartbeat_invariants_hold_under_arbitrary_events() {
     let start = tidegate_net::clock::now();
     let seeds = match number("SIM_SEED") {
         Some(seed) => seed..seed + 1,

@@ -1,5 +1,5 @@
-//! What the documentation says of eligibility, written down a second time and
-//! naively: lists, scans, no schedule.
+//! Model of eligibility as documented: a second, naive implementation with lists and scans,
+//! without a schedule.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,17 +12,17 @@ use tidegate_core::model::{
 };
 use tidegate_core::table::state::{BackendId, BackendState};
 
-/// As the controller documents them.
+/// Constants that the controller documents.
 const PROBE_LOST_MARGIN: Duration = Duration::from_secs(5);
 const LEAVING_CHECK: Duration = Duration::from_secs(1);
 const EJECTION_MAX: Duration = Duration::from_secs(300);
 const TRIAL_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
-/// One session is to try it.
+/// A running trial.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Trial {
     pub(crate) look_at: Instant,
-    /// What that session said.
+    /// Phase of the trial session.
     pub(crate) told: Option<bool>,
 }
 
@@ -40,25 +40,25 @@ pub(crate) struct ModelBackend {
     pub(crate) spec: BackendConfig,
     pub(crate) intent: Intent,
     pub(crate) observation: Observation,
-    /// Probes in a row against the observation.
+    /// Probe results in a row that contradict the observation.
     pub(crate) row: u32,
-    /// Failed connects in a row, as the detector and the ejector count them.
+    /// Failed connects in a row, as detector and ejection count them.
     pub(crate) connects: u32,
     pub(crate) connects_for_ejection: u32,
-    /// What the detector was last told.
+    /// The last report to the detector.
     pub(crate) connects_told: u32,
     pub(crate) fails_open: bool,
     pub(crate) ejected_until: Option<Instant>,
     pub(crate) trial: Option<Trial>,
-    /// As the controller says: what first bytes mean is tested elsewhere.
+    /// Copied from the controller; other tests cover the slow detector.
     pub(crate) suspect: bool,
     pub(crate) back_at: Option<Instant>,
     pub(crate) repeats: u64,
     pub(crate) probe: Option<InFlight>,
-    /// The count all workers share.
+    /// The count that all workers share.
     pub(crate) shared_row: u32,
     pub(crate) last_probe: Option<Instant>,
-    /// The sessions of a removed backend are cut from then on.
+    /// From this time on, the sessions of a removed backend are reset.
     pub(crate) cut_at: Option<Instant>,
 }
 
@@ -74,7 +74,7 @@ pub(crate) struct ModelPool {
     pub(crate) spec: Arc<PoolConfig>,
     pub(crate) startup: Startup,
     pub(crate) backends: Vec<ModelBackend>,
-    /// Nobody serves before a first verdict; until then at the latest, and who
+    /// Settling: its latest end, and the stand-ins.
     /// stands in.
     pub(crate) settling: Option<(Instant, Vec<BackendId>)>,
 }
@@ -84,9 +84,9 @@ pub(crate) struct Model {
     pub(crate) pools: Vec<ModelPool>,
     pub(crate) leaving: Vec<ModelBackend>,
     pub(crate) check_at: Option<Instant>,
-    /// By frontend: its pool.
+    /// Pool of each frontend.
     pub(crate) routes: HashMap<String, String>,
-    /// What was wanted of backends that have left, and when they left.
+    /// Intents of removed backends, with the time of removal.
     kept: HashMap<Identity, (Intent, Instant)>,
 }
 
@@ -116,12 +116,12 @@ impl ModelBackend {
         self.ejected_until.is_none() && self.eligible_but_for_ejection(probed)
     }
 
-    /// Takes sessions, and not just one to try it.
+    /// Whether the backend is eligible and not on trial.
     pub(crate) fn takes_many(&self, probed: bool) -> bool {
         self.eligible(probed) && self.trial.is_none()
     }
 
-    /// By what probes say; suspicion comes on top.
+    /// Returns the observation of the probes, combined with the suspicion.
     pub(crate) fn shown(&self, probed: bool) -> Observation {
         let serves = match self.observation {
             Observation::Up => true,
@@ -192,7 +192,7 @@ impl ModelBackend {
                     self.observe_to(Observation::Up);
                 }
             }
-            (Observation::Suspect, _) => unreachable!("probes never suspect"),
+            (Observation::Suspect, _) => unreachable!("probes make no backend suspect"),
         }
     }
 }
@@ -223,7 +223,7 @@ impl ModelPool {
         self.spec.ejection.is_some_and(|e| e.slow_first_byte.is_some()) && self.backends.len() > 1
     }
 
-    /// The controller looks at a trial.
+    /// Checks a trial as the controller does.
     fn check_trial(&mut self, id: BackendId, now: Instant) {
         let allows = self.eligible() > 0 && self.ejected() + self.on_trial() <= self.ejected_max();
         let b = self.backends.iter_mut().find(|b| b.id == id).unwrap();
@@ -236,7 +236,7 @@ impl ModelPool {
         }
     }
 
-    /// Who serves, in file order.
+    /// Returns the backends in rotation, in file order.
     pub(crate) fn serving(&self) -> Vec<BackendId> {
         let tier = |wanted: &dyn Fn(&&ModelBackend) -> bool| -> Vec<BackendId> {
             self.backends.iter().filter(wanted).map(|b| b.id).collect()
@@ -262,7 +262,7 @@ impl ModelPool {
         tier(&|b| b.intent == Intent::Ready)
     }
 
-    /// The guard: what ejection must give back.
+    /// Applies the guard: ends ejections that it does not allow.
     fn settle(&mut self, now: Instant) {
         if self.spec.ejection.is_none() || self.eligible() == 0 {
             self.backends.iter_mut().for_each(|b| b.end_trial(now));
@@ -292,7 +292,7 @@ impl Model {
         })
     }
 
-    /// Whatever time alone changes.
+    /// Applies all changes that depend on time only.
     pub(crate) fn pass(&mut self, now: Instant) {
         for pool in &mut self.pools {
             let grace = pool.spec.startup_grace;
@@ -305,7 +305,7 @@ impl Model {
                 && pool.probed()
                 && at + grace <= now
             {
-                // Who is eligible when a trial is looked at hangs on the order.
+                // The order of trial checks decides which backends are eligible at each.
                 while let Some((_, id)) = looks.next_if(|(due, _)| *due <= at + grace) {
                     pool.check_trial(id, now);
                 }
@@ -323,7 +323,7 @@ impl Model {
             }
         }
         let check_at = self.check_at.filter(|at| *at <= now);
-        self.end_standing_in(check_at.unwrap_or(now));
+        self.end_settling(check_at.unwrap_or(now));
         if check_at.is_some() {
             let stand_ins: Vec<BackendId> =
                 self.pools.iter().filter_map(|p| p.settling.clone()).flat_map(|s| s.1).collect();
@@ -331,7 +331,7 @@ impl Model {
             self.leaving.retain(stays);
             self.check_at = (!self.leaving.is_empty()).then(|| now + LEAVING_CHECK);
         }
-        self.end_standing_in(now);
+        self.end_settling(now);
     }
 
     pub(crate) fn settle(&mut self, now: Instant) {
@@ -351,7 +351,7 @@ impl Model {
         now: Instant,
     ) {
         let (pool, index) = self.find(id).expect("only configured backends are probed");
-        assert!(pool.probed(), "a pool without probe is not probed");
+        assert!(pool.probed(), "the pool has no probe");
         let b = &mut pool.backends[index];
         assert!(b.probe.is_none(), "two probes of {id:?} in flight");
         let lost_at = now + timeout + PROBE_LOST_MARGIN;
@@ -359,7 +359,7 @@ impl Model {
         b.last_probe = Some(now);
     }
 
-    /// `success` is `None` for local trouble.
+    /// `success` is `None` for a local error.
     pub(crate) fn probed(&mut self, id: BackendId, token: ProbeToken, success: Option<bool>) {
         if let Some(b) = self.leaving.iter_mut().find(|b| b.id == id) {
             b.probe.take_if(|probe| probe.token == token);
@@ -411,7 +411,7 @@ impl Model {
         }
     }
 
-    /// `ids` are what the controller gave: checked against identity here.
+    /// `ids` are from the controller; they are checked against the identities.
     pub(crate) fn configure(
         &mut self,
         config: &Config,
@@ -471,7 +471,7 @@ impl Model {
         self.check_at.get_or_insert(now + LEAVING_CHECK);
     }
 
-    /// The old backend of that identity, or a new one.
+    /// Returns the old backend with this identity, or a new one.
     fn claim(
         &mut self,
         old: Option<&mut ModelPool>,

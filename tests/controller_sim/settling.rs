@@ -1,5 +1,4 @@
-//! Pools without a verdict, as the documentation has them: who stands in, and until
-//! when.
+//! Model of settling pools as documented: the stand-ins, and when settling ends.
 
 use super::model::{Model, ModelBackend, ModelPool};
 use std::collections::{BTreeSet, HashMap};
@@ -9,7 +8,7 @@ use tidegate_core::model::Config;
 use tidegate_core::table::state::BackendId;
 
 impl ModelPool {
-    /// Whether its own backends decide alone.
+    /// Whether the pool is not settling.
     pub(crate) fn is_settled(&self) -> bool {
         let probed = self.probed();
         let undecided = |b: &ModelBackend| {
@@ -23,7 +22,7 @@ impl ModelPool {
 }
 
 impl Model {
-    pub(crate) fn end_standing_in(&mut self, now: Instant) {
+    pub(crate) fn end_settling(&mut self, now: Instant) {
         let cut: Vec<BackendId> = self
             .leaving
             .iter()
@@ -36,7 +35,7 @@ impl Model {
         }
     }
 
-    /// Who takes sessions, by pool.
+    /// Returns the backends in rotation, by pool.
     pub(crate) fn former(&self) -> HashMap<String, Vec<BackendId>> {
         let of = |pool: &ModelPool| {
             let serving = pool.backends.iter().filter(|b| b.eligible(pool.probed())).map(|b| b.id);

@@ -1,6 +1,6 @@
-//! What every simulated detector looks like from outside, and ours.
+//! Interface of all simulated detectors, and Tidegate's detector behind it.
 //!
-//! `point` drives judges along a link. A judge owns no link and draws no
+//! Called by `point`, which drives judges along a link. A judge owns no link and draws no
 //! random numbers.
 
 use super::link::{Link, MILLI, Micros};
@@ -10,41 +10,41 @@ use tidegate_core::suspicion::{
     TryResult,
 };
 
-/// Heartbeats' interval in all simulations.
+/// Heartbeat interval in all simulations.
 pub(crate) const INTERVAL: Micros = 100 * MILLI;
 
 /// A detector in virtual time.
 pub(crate) trait Judge: Clone {
-    /// Missing heartbeats that cannot make a calm judge act, so that
-    /// [`Judge::due`] need not be asked.
+    /// Missing heartbeats that never make a calm judge act, so that [`Judge::due`] need not
+    /// be called.
     const CALM: u32;
 
-    /// A heartbeat arrived.
+    /// Records a heartbeat.
     fn beat(&mut self, sequence: u64, now: Micros, link: &mut Link);
 
-    /// When it wants to act.
+    /// Returns when to call [`Judge::act`].
     fn due(&self) -> Micros;
 
-    /// It acts.
+    /// Performs due work.
     fn act(&mut self, now: Micros, link: &mut Link);
 
-    /// In service, nothing under way.
+    /// Whether the backend is up and no probe is running.
     fn calm(&self) -> bool;
 
-    /// Taken out.
+    /// Whether the backend is down.
     fn down(&self) -> bool;
 
-    /// Suspicions and ejections so far.
+    /// Returns suspicions and removals so far.
     fn counts(&self) -> (u64, u64);
 }
 
-/// The product's detector behind a controller whose timer ticks every
-/// millisecond, for a backend that has guards' permission for everything.
+/// Tidegate's detector behind a controller with a timer of 1 ms, and with guards that allow
+/// every removal.
 #[derive(Debug, Clone)]
 pub(crate) struct Ours {
     pub(crate) detector: HeartbeatDetector,
     start: Instant,
-    /// A try's result on its way.
+    /// The pending result of a try.
     flying: Option<(Micros, TryId, TryResult)>,
     suspicions: u64,
     ejections: u64,
@@ -102,7 +102,7 @@ impl Judge for Ours {
 
     fn due(&self) -> Micros {
         let due = self.detector.due().map_or(Micros::MAX, |due| {
-            // Timers fire on the next millisecond.
+            // Timers have a resolution of 1 ms.
             ((due - self.start).as_nanos().div_ceil(1_000_000)) as Micros * MILLI
         });
         due.min(self.flying.as_ref().map_or(Micros::MAX, |(at, ..)| *at))

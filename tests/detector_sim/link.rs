@@ -1,8 +1,7 @@
-//! The path between a backend and us, in virtual microseconds: what it loses
-//! and how long it takes.
+//! The path between a backend and Tidegate in virtual time: loss and delay.
 //!
-//! Used by every simulated detector, each with the same seed and so the same
-//! losses. It knows nothing of what the datagrams mean.
+//! Used by every simulated detector with the same seed, hence with the same losses. It does
+//! not know the content of the datagrams.
 
 use fastrand::Rng;
 
@@ -12,32 +11,32 @@ pub(crate) type Micros = u64;
 pub(crate) const MILLI: Micros = 1_000;
 pub(crate) const SECOND: Micros = 1_000_000;
 
-/// How long one try of a probe may take.
+/// Timeout of one try of a probe.
 pub(crate) const TRY: Micros = 100 * MILLI;
 
-/// Mean length of a burst: as long as a queue that overflows, or a route that
-/// changes, and longer than one heartbeat's interval.
+/// Mean length of a burst: as for an overflowing queue or a route change, and longer than
+/// one heartbeat interval.
 pub(crate) const BURST: f64 = 150_000.0;
 
-/// Least one-way delay; the jitter's mean comes on top.
+/// Shortest one-way delay; the mean of the jitter is added.
 const DELAY_MIN: f64 = 700.0;
 const JITTER_DEVIATION: f64 = 5_000.0;
 
-/// One datagram in a thousand is held up somewhere, on average that long.
+/// Mean additional delay of one datagram in a thousand.
 const HELD_UP_ONE_IN: u64 = 1_000;
 const HELD_UP: f64 = 20_000.0;
 
-/// How losses come.
+/// Pattern of the losses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Pattern {
-    /// Each datagram on its own.
+    /// Each datagram is lost independently.
     Independent,
-    /// Gilbert's model in continuous time: everything is lost during bursts
-    /// whose lengths, like the pauses between, are exponentially distributed.
+    /// Gilbert's model in continuous time: all datagrams are lost during bursts. The lengths
+    /// of bursts and pauses are exponentially distributed.
     Bursts,
 }
 
-/// One direction. Asked about in order of time.
+/// One direction. Calls must be in order of time.
 #[derive(Debug, Clone)]
 pub(crate) struct Direction {
     pattern: Pattern,
@@ -91,18 +90,18 @@ impl Link {
         }
     }
 
-    /// The same path to a backend that is dead.
+    /// Returns the same path to a failed backend.
     pub(crate) fn dead(&self) -> Link {
         Link { dead: true, ..self.clone() }
     }
 
-    /// When a heartbeat sent at `at` arrives; `None`: never.
+    /// Returns when a heartbeat sent at `at` arrives; `None`: it is lost.
     pub(crate) fn heartbeat(&mut self, at: Micros) -> Option<Micros> {
         if self.dead || self.back.loses(at) { None } else { Some(at + self.delay()) }
     }
 
-    /// When the answer to a connect begun at `at` arrives, if neither the SYN
-    /// nor the SYN-ACK is lost.
+    /// Returns when the answer to a connect begun at `at` arrives; `None` if the SYN or the
+    /// SYN-ACK is lost.
     pub(crate) fn connect(&mut self, at: Micros) -> Option<Micros> {
         if self.dead || self.there.loses(at) {
             return None;
@@ -111,8 +110,8 @@ impl Link {
         if self.back.loses(there) { None } else { Some(there + self.delay()) }
     }
 
-    /// As [`Link::connect`], with what the kernels repeat after one second: the
-    /// SYN, and the SYN-ACK of one that arrived. No answer after `timeout`.
+    /// As [`Link::connect`], with the kernels' retransmissions after 1 s: of the SYN, and of
+    /// the SYN-ACK of a SYN that arrived. `None` after `timeout`.
     pub(crate) fn connect_patiently(&mut self, at: Micros, timeout: Micros) -> Option<Micros> {
         let arrived = !self.there.loses(at);
         if arrived && self.returns(at) {
@@ -127,14 +126,14 @@ impl Link {
         answered.then(|| again + 2 * self.delay())
     }
 
-    /// Whether an answer sent when a datagram of `at` has arrived gets back.
+    /// Whether an answer to a datagram sent at `at` arrives.
     fn returns(&mut self, at: Micros) -> bool {
         let there = at + self.delay();
         !self.back.loses(there)
     }
 
     fn delay(&mut self) -> Micros {
-        // The sum of four uniform numbers is close to normal, and bounded.
+        // The sum of four uniform numbers is nearly normal and bounded.
         let bits = self.rng.u64(..);
         let sum: u64 = (0..4).map(|part| (bits >> (16 * part)) & 0xffff).sum();
         let jitter = sum as f64 / 65_536.0 / (1.0_f64 / 3.0).sqrt() * JITTER_DEVIATION;

@@ -1,9 +1,9 @@
-//! How the failure detector fares on lossy links, against its promises and
-//! against other detectors.
+//! The failure detector on lossy links, compared with its documented bounds and with other
+//! detectors.
 //!
 //! The short run is a normal test. `scripts/detector-sim` starts the long one
-//! (`the_long_run`) with a release build and keeps its table, JSON and chart.
-//! Everything is virtual time; a seed replays a run exactly.
+//! (`long_run`) with a release build and keeps its table, JSON and chart.
+//! All runs use virtual time; a seed replays a run exactly.
 
 #![allow(clippy::unwrap_used)] // Helpers of tests are tests, too.
 
@@ -21,7 +21,7 @@ use report::LOSSES;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// As wished by the environment, or a default.
+/// Returns a setting from the environment, or a default.
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().map_or(default, |text| text.replace('_', "").parse().unwrap())
 }
@@ -30,7 +30,7 @@ fn points(who: &[Who], beats: u64, deaths: u64, seed: u64) -> Vec<Point> {
     let mut points = Vec::new();
     for pattern in [Pattern::Independent, Pattern::Bursts] {
         for (index, loss) in LOSSES.into_iter().enumerate() {
-            // The same link for each detector.
+            // The same link for all detectors.
             let seed = seed.wrapping_mul(1_000).wrapping_add(index as u64);
             points.extend(who.iter().map(|who| Point {
                 who: *who,
@@ -45,7 +45,7 @@ fn points(who: &[Who], beats: u64, deaths: u64, seed: u64) -> Vec<Point> {
     points
 }
 
-/// Runs the points on two threads and gives them in order.
+/// Runs the points on two threads and returns them in order.
 fn run(points: &[Point]) -> Vec<(Point, Outcome)> {
     let next = AtomicUsize::new(0);
     let results = Mutex::new(Vec::new());
@@ -68,8 +68,8 @@ fn run(points: &[Point]) -> Vec<(Point, Outcome)> {
     results
 }
 
-/// What is promised for heartbeats every 100 ms: the detection's 99th
-/// percentile, in milliseconds, where losses are independent.
+/// Returns the documented bound at an interval of 100 ms: the 99th percentile of the
+/// detection time in milliseconds, for independent losses.
 fn promised_p99(loss: f64) -> f64 {
     match loss {
         loss if loss <= 0.01 => 600.0,
@@ -84,7 +84,7 @@ fn assert_promises(rows: &[(Point, Outcome)]) {
         let Point { pattern, loss, .. } = *point;
         let at = format!("at {}% loss, {pattern:?}", loss * 100.0);
         let (p99, max) = (outcome.detection(0.99), outcome.detection(1.0));
-        assert!(max <= 1_500.0, "{at}: found out only after {max} ms");
+        assert!(max <= 1_500.0, "{at}: detected after {max} ms");
         if pattern == Pattern::Bursts {
             continue;
         }
@@ -94,14 +94,14 @@ fn assert_promises(rows: &[(Point, Outcome)]) {
             assert_eq!(ejections, 0, "{at}: false ejections in {:.0} h", outcome.hours);
         } else if loss <= 0.20 {
             let daily = outcome.ejections_per_hour() * 24.0;
-            // A short run has no days: then one is one too many, two are proof.
+            // A short run is less than a day, so one removal proves nothing and two do.
             assert!(daily <= 1.0 || ejections <= 1, "{at}: {daily} false ejections per day");
         }
     }
 }
 
 #[test]
-fn the_detector_keeps_its_promises_on_lossy_links() {
+fn detector_meets_its_bounds_on_lossy_links() {
     let (seed, beats) = (setting("SIM_SEED", 1), setting("SIM_BEATS", 1_000_000));
     let rows = run(&points(&[Who::Ours], beats, 1_000, seed));
     println!("seed {seed}, {beats} heartbeats a point{}", report::table(&rows));
@@ -110,7 +110,7 @@ fn the_detector_keeps_its_promises_on_lossy_links() {
 
 #[test]
 #[ignore = "minutes in a release build; scripts/detector-sim runs it"]
-fn the_long_run() {
+fn long_run() {
     let (seed, beats) = (setting("SIM_SEED", 1), setting("SIM_BEATS", 100_000_000));
     let deaths = setting("SIM_DEATHS", 50_000);
     let rows = run(&points(&Who::ALL, beats, deaths, seed));
@@ -124,8 +124,8 @@ fn the_long_run() {
     assert_memory_of_bursts_pays(&rows);
 }
 
-/// On links that lose whole bursts the memory of them at least halves the
-/// false ejections; where losses are independent it costs nothing.
+/// With bursts of losses, the memory of bursts at least halves the false removals. With
+/// independent losses it costs nothing.
 fn assert_memory_of_bursts_pays(rows: &[(Point, Outcome)]) {
     let ejections = |who: Who| {
         rows.iter()
@@ -138,6 +138,6 @@ fn assert_memory_of_bursts_pays(rows: &[(Point, Outcome)]) {
 }
 
 #[test]
-fn the_rivals_are_what_they_are_called() {
+fn rivals_match_their_names() {
     assert!(rivals::constants_hold());
 }

@@ -1,18 +1,18 @@
-//! One point of the comparison: one detector on one kind of link, for as many
-//! heartbeats as wished.
+//! One point of the comparison: one detector on one kind of link, for a given number of
+//! heartbeats.
 //!
-//! A healthy backend is watched all along; at regular intervals a copy of the
-//! detector sees it die at a random moment. Replayable by its seed.
+//! The detector watches a healthy backend. At regular intervals a copy of the detector sees
+//! the backend fail at a random moment. A seed replays a point.
 
 use super::judge::{INTERVAL, Judge, Ours};
 use super::link::{Link, MILLI, Micros, Pattern, SECOND};
 use super::rivals::{Akka, Cassandra, Gaps, Independent, Phi, RiseFall, Silence};
 use fastrand::Rng;
 
-/// Arrivals later than that make even a calm judge look at its due time.
+/// After a later arrival, even a calm judge must check its due time.
 const LATE: Micros = 60 * MILLI;
 
-/// Whom to run.
+/// The detector to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Who {
     Ours,
@@ -24,25 +24,25 @@ pub(crate) enum Who {
     Checks100ms,
 }
 
-/// What to run.
+/// The point to run.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Point {
     pub(crate) who: Who,
     pub(crate) pattern: Pattern,
     pub(crate) loss: f64,
     pub(crate) beats: u64,
-    /// Deaths seen on the way.
+    /// Simulated failures.
     pub(crate) deaths: u64,
     pub(crate) seed: u64,
 }
 
-/// What came of it.
+/// Result of a point.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Outcome {
     pub(crate) hours: f64,
     pub(crate) suspicions: u64,
     pub(crate) ejections: u64,
-    /// Sorted, from death to verdict.
+    /// Detection times, sorted.
     pub(crate) detections: Vec<Micros>,
 }
 
@@ -62,7 +62,7 @@ impl Who {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Who::Ours => "tidegate",
-            Who::Independent => "tidegate, blind to bursts",
+            Who::Independent => "tidegate, no burst memory",
             Who::Phi => "phi 8 + 2 probes",
             Who::Akka => "phi 8, Akka's defaults",
             Who::Cassandra => "phi 8, Cassandra's",
@@ -123,7 +123,7 @@ impl Point {
             let sent = sequence * INTERVAL;
             act_until(sent, &mut judge, &mut due, &mut link);
             if let Some(arrival) = link.heartbeat(sent) {
-                // A path is a queue: nothing overtakes.
+                // A path is a queue: datagrams do not overtake.
                 let arrival = arrival.max(last);
                 last = arrival;
                 if missing > J::CALM || arrival > sent + LATE {
@@ -152,7 +152,7 @@ impl Point {
 // === impl Outcome ===
 
 impl Outcome {
-    /// The `share`-quantile of the times to detection, in milliseconds.
+    /// Returns the `share` quantile of the detection times, in milliseconds.
     pub(crate) fn detection(&self, share: f64) -> f64 {
         let last = self.detections.len().saturating_sub(1);
         let index = (last as f64 * share).round() as usize;
@@ -173,15 +173,15 @@ fn act_until<J: Judge>(until: Micros, judge: &mut J, due: &mut Micros, link: &mu
         let now = *due;
         judge.act(now, link);
         *due = judge.due();
-        assert!(*due > now, "a judge that acted wants to act later, not now");
+        assert!(*due > now, "the due time is later after an action");
     }
 }
 
-/// Nothing is heard any more; when is that found out?
+/// Returns when a judge without further heartbeats finds the backend down.
 fn die<J: Judge>(mut judge: J, mut link: Link) -> Micros {
     loop {
         let due = judge.due();
-        assert!(due < Micros::MAX, "a dead backend is found out");
+        assert!(due < Micros::MAX, "a failed backend is detected");
         judge.act(due, &mut link);
         if judge.down() {
             return due;

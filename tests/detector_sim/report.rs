@@ -1,6 +1,6 @@
-//! What the points say: a table, JSON, and a chart.
+//! Reports of the points: a table, JSON, and a chart.
 //!
-//! Computes and prints; runs nothing.
+//! It runs no simulation.
 
 use super::link::Pattern;
 use super::point::{Outcome, Point, Who};
@@ -81,7 +81,7 @@ const LEFT: f64 = 70.0;
 const TOP: f64 = 60.0;
 const GAP: (f64, f64) = (90.0, 80.0);
 
-/// Time to detection and false ejections against loss, for both patterns.
+/// Detection time and false removals by loss, for both patterns.
 pub(crate) fn svg(rows: &[(Point, Outcome)]) -> String {
     let (width, height) =
         (2.0 * PANEL.0 + GAP.0 + LEFT + 30.0, 2.0 * PANEL.1 + GAP.1 + TOP + 120.0);
@@ -89,7 +89,7 @@ pub(crate) fn svg(rows: &[(Point, Outcome)]) -> String {
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
          font-family=\"sans-serif\" font-size=\"12\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
-         <text x=\"{LEFT}\" y=\"22\" font-size=\"16\">Silent death found, healthy backends taken \
+         <text x=\"{LEFT}\" y=\"22\" font-size=\"16\">Silent failure detected, healthy backends removed \
          out: heartbeats every 100 ms</text>\n"
     );
     for (column, pattern) in [Pattern::Independent, Pattern::Bursts].into_iter().enumerate() {
@@ -118,7 +118,7 @@ pub(crate) fn svg(rows: &[(Point, Outcome)]) -> String {
     out + "</svg>\n"
 }
 
-/// One chart with a logarithmic scale; what is below it sits on its floor.
+/// Draws one chart with a logarithmic scale. Smaller values are drawn at the bottom.
 fn panel(
     out: &mut String,
     (x, y): (f64, f64),

@@ -1,19 +1,19 @@
-//! Other detectors on the same links: phi accrual as it is, with Akka's and
-//! with Cassandra's settings, our formula without its memory of bursts, and
-//! HAProxy's rise/fall.
+//! Other detectors on the same links: phi accrual in plain form and with the settings of
+//! Akka and Cassandra, Tidegate's detector without its memory of bursts, and HAProxy's
+//! rise/fall.
 //!
-//! Each is simplified in its favour: it looks all the time, and is back with
-//! the next heartbeat.
+//! Each is simplified in its favour: it checks continuously, and is up again with the next
+//! heartbeat.
 
 use super::judge::{INTERVAL, Judge};
 use super::link::{Link, Micros, SECOND, TRY};
 use std::time::{Duration, Instant};
 use tidegate_core::suspicion::{Arrivals, BeatInfo};
 
-/// Gaps remembered by the phi detectors.
+/// Gaps in the memory of the phi detectors.
 const WINDOW: usize = 1_000;
 
-/// Phi is 8 at so many deviations above the mean: exact, and in Akka's logistic
+/// Deviations above the mean at which phi is 8: exact, and in Akka's logistic
 /// approximation.
 const EXACT_8: f64 = 5.612_001;
 const LOGISTIC_8: f64 = 5.223_4;
@@ -21,13 +21,13 @@ const LOGISTIC_8: f64 = 5.223_4;
 /// How long a silence may last.
 pub(crate) trait Patience: Clone {
     const CALM: u32;
-    /// Two failing tries of a probe confirm a suspicion; else it is a verdict.
+    /// Whether two failed tries of a probe must confirm a suspicion.
     const PROBES: bool;
     fn beat(&mut self, sequence: u64, gap: Option<Micros>, now: Micros);
     fn timeout(&self) -> Micros;
 }
 
-/// Out after a silence, back with the next heartbeat.
+/// Down after a silence, up with the next heartbeat.
 #[derive(Debug, Clone)]
 pub(crate) struct Silence<P> {
     patience: P,
@@ -40,7 +40,7 @@ pub(crate) struct Silence<P> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Standing {
     In,
-    /// That many tries have failed; the next is due then.
+    /// Number of failed tries, and the time of the next one.
     Trying {
         failed: u32,
         at: Micros,
@@ -48,7 +48,7 @@ enum Standing {
     Out,
 }
 
-/// The newest [`WINDOW`] gaps.
+/// The newest [`WINDOW`] gaps between heartbeats.
 #[derive(Debug, Clone)]
 pub(crate) struct Gaps {
     gaps: Vec<u32>,
@@ -57,7 +57,7 @@ pub(crate) struct Gaps {
     squares: u64,
 }
 
-/// Phi 8, normal tail, deviation at least 20 ms, confirmed by probes as ours.
+/// Phi 8, normal tail, deviation at least 20 ms, confirmed by probes as in Tidegate.
 #[derive(Debug, Clone)]
 pub(crate) struct Phi(pub(crate) Gaps);
 
@@ -69,7 +69,7 @@ pub(crate) struct Akka(pub(crate) Gaps);
 #[derive(Debug, Clone)]
 pub(crate) struct Cassandra(pub(crate) Gaps);
 
-/// Ours as if losses were always independent.
+/// Tidegate's detector as if losses were always independent.
 #[derive(Debug, Clone)]
 pub(crate) struct Independent {
     arrivals: Arrivals,
@@ -187,13 +187,13 @@ impl<P: Patience> Silence<P> {
         Silence { patience, last: None, standing: Standing::In, suspicions: 0, ejections: 0 }
     }
 
-    /// The next try, or the verdict after the last.
+    /// Runs the next try, or applies the result of the last.
     fn try_at(&mut self, now: Micros, failed: u32, link: &mut Link) {
         self.standing = if !P::PROBES || failed == 2 {
             self.ejections += 1;
             Standing::Out
         } else if link.connect(now).is_some_and(|at| at <= now + TRY) {
-            // It answers: look again in a second, as ours does.
+            // The backend answers: probe again after 1 s, as Tidegate does.
             Standing::Trying { failed: 0, at: now + SECOND }
         } else {
             Standing::Trying { failed: failed + 1, at: now + TRY }
@@ -246,8 +246,8 @@ impl<P: Patience> Judge for Silence<P> {
 // === impl RiseFall ===
 
 impl RiseFall {
-    /// Checks a healthy backend until `end`; gives false ejections and times to
-    /// detection of a death at a random moment after each of `samples` checks.
+    /// Checks a healthy backend until `end`. Returns false removals and the detection times
+    /// of a failure at a random moment after each of `samples` checks.
     pub(crate) fn run(
         self,
         link: &mut Link,
@@ -275,7 +275,7 @@ impl RiseFall {
                 }
             }
             if up && check % every == 0 {
-                // The next checks all run into their timeouts.
+                // All further checks time out.
                 let until_next = rng.u64(0..self.interval);
                 let left = u64::from(self.fall.saturating_sub(failures));
                 detections.push(until_next + left * self.interval);
@@ -285,13 +285,13 @@ impl RiseFall {
     }
 }
 
-/// Checked by `main`: the constants are what they say.
+/// Whether the constants match their definitions. Called by `main`.
 pub(crate) fn constants_hold() -> bool {
     use tidegate_core::suspicion::phi;
     let at = Duration::from_secs_f64(1.0 + EXACT_8 * 0.1);
     let exact = phi::normal(at, Duration::from_secs(1), Duration::from_millis(100));
     let y = LOGISTIC_8;
     let logistic = (y * (1.597_6 + 0.070_566 * y * y)).exp().ln_1p() / std::f64::consts::LN_10;
-    // The approximation's tail is 1 / (1 + e^x).
+    // The tail of the approximation is 1 / (1 + e^x).
     (exact - 8.0).abs() < 1e-4 && (logistic - 8.0).abs() < 0.01
 }

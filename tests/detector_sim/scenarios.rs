@@ -1,5 +1,4 @@
-//! What happens to many backends when something goes wrong: with them, with
-//! the path, or with us.
+//! Scenarios with many backends and faults in the backends, in the path, or on this host.
 
 use super::world::{Doing, Scenario, World};
 use tidegate_core::suspicion::DetectorState;
@@ -20,7 +19,7 @@ fn everybody(_: usize) -> bool {
 }
 
 #[test]
-fn two_seconds_without_heartbeats_change_no_observation() {
+fn two_seconds_without_heartbeats_cause_no_transition() {
     let world = World::play(between(10_000, 12_000, everybody, Doing::Mute));
     let changes: Vec<_> = world.log.iter().filter(|entry| entry.at > 1_000).collect();
     assert!(changes.is_empty(), "{changes:#?}");
@@ -41,7 +40,7 @@ fn minute_without_heartbeats_removes_backends_that_fail_probes() {
     let down = world.reached(2, DetectorState::Down, 0).unwrap();
     let reason = &world.log.iter().find(|entry| entry.to == DetectorState::Down).unwrap().reason;
     assert!(reason.contains("2 confirmation probes failed"), "{reason}");
-    assert!((20_200..23_000).contains(&down), "found out at {down} ms");
+    assert!((20_200..23_000).contains(&down), "detected at {down} ms");
     assert_eq!((world.count(DetectorState::Down), world.count(DetectorState::Suspect)), (1, 1));
 }
 
@@ -49,7 +48,7 @@ fn minute_without_heartbeats_removes_backends_that_fail_probes() {
 fn two_seconds_without_a_path_remove_no_backend() {
     let world = World::play(between(10_000, 12_000, everybody, Doing::Dead));
     assert_eq!(world.count(DetectorState::Down), 0, "{:#?}", world.log);
-    assert!(!world.held.is_empty(), "the guards say why");
+    assert!(!world.held.is_empty(), "a guard prevented the removals");
     for backend in 0..8_usize {
         assert_eq!(world.state(backend), DetectorState::Up);
         let back = world.reached(backend, DetectorState::Up, 12_000);
@@ -58,7 +57,7 @@ fn two_seconds_without_a_path_remove_no_backend() {
 }
 
 #[test]
-fn a_pool_whose_path_fails_for_two_seconds_is_not_taken_out() {
+fn path_failure_of_two_seconds_removes_no_backend() {
     let world = World::play(between(10_000, 12_000, |backend| backend < 4, Doing::Dead));
     assert_eq!(world.count(DetectorState::Down), 0, "{:#?}", world.log);
 }
@@ -76,7 +75,7 @@ fn local_stall_of_three_seconds_changes_no_observation() {
 }
 
 #[test]
-fn a_death_during_our_stall_is_found_after_it() {
+fn failure_during_a_local_stall_is_detected_after_it() {
     let scenario = Scenario {
         stalled: Box::new(|at| (10_000..13_000).contains(&at)),
         ..between(11_000, 60_000, |backend| backend == 0, Doing::Dead)
@@ -86,7 +85,7 @@ fn a_death_during_our_stall_is_found_after_it() {
 }
 
 #[test]
-fn half_that_die_at_once_are_out_once_the_others_have_shown_that_the_path_works() {
+fn simultaneous_failures_are_removed_after_other_backends_are_heard() {
     let world =
         World::play(between(10_000, 60_000, |backend| backend.is_multiple_of(2), Doing::Dead));
     for backend in 0..8_usize {
@@ -100,7 +99,7 @@ fn half_that_die_at_once_are_out_once_the_others_have_shown_that_the_path_works(
 
 #[test]
 fn gradual_loss_of_all_heartbeats_removes_no_backend() {
-    // Half of each pool first, the rest before the first are suspect.
+    // Half of each pool first, the other half before the first suspicion.
     let doing = |backend: usize, at: u64| match at {
         10_000..12_000 if backend.is_multiple_of(2) || at >= 10_200 => Doing::Dead,
         _ => Doing::Fine,
@@ -113,7 +112,7 @@ fn gradual_loss_of_all_heartbeats_removes_no_backend() {
 }
 
 #[test]
-fn of_three_of_four_that_die_two_are_out_and_one_is_held_back() {
+fn max_ejected_keeps_the_third_of_three_failed_backends_in_rotation() {
     let world = World::play(between(10_000, 60_000, |backend| backend < 3, Doing::Dead));
     let states: Vec<DetectorState> = (0..3).map(|backend| world.state(backend)).collect();
     assert_eq!(
@@ -127,7 +126,7 @@ fn of_three_of_four_that_die_two_are_out_and_one_is_held_back() {
 }
 
 #[test]
-fn all_that_crash_are_out_at_once_for_that_is_proven() {
+fn refused_backends_are_removed_at_once_without_guards() {
     let world = World::play(between(10_000, 20_000, |backend| backend < 4, Doing::Crashed));
     for backend in 0..4 {
         let down = world.reached(backend, DetectorState::Down, 0).unwrap();
@@ -138,7 +137,7 @@ fn all_that_crash_are_out_at_once_for_that_is_proven() {
 }
 
 #[test]
-fn a_backend_whose_sender_died_stays_suspect_for_as_long_as_it_answers() {
+fn backend_with_a_failed_sender_stays_suspect_while_it_answers() {
     let world = World::play(between(10_000, 25_000, |backend| backend == 5, Doing::Mute));
     let story: Vec<DetectorState> =
         world.log.iter().filter(|e| e.backend == 5 && e.at > 1_000).map(|e| e.to).collect();
@@ -146,7 +145,7 @@ fn a_backend_whose_sender_died_stays_suspect_for_as_long_as_it_answers() {
 }
 
 #[test]
-fn in_a_pool_of_two_a_death_is_found_within_the_bound_on_a_lossy_link() {
+fn failure_in_a_pool_of_two_is_detected_within_the_bound_on_a_lossy_link() {
     for seed in 0..100 {
         let scenario = Scenario {
             pools: vec![2],
@@ -163,8 +162,8 @@ fn in_a_pool_of_two_a_death_is_found_within_the_bound_on_a_lossy_link() {
 }
 
 #[test]
-fn a_backend_that_flaps_is_let_in_ever_more_rarely() {
-    // Dead for three seconds of every eight, for twenty minutes.
+fn flapping_backend_returns_less_and_less_often() {
+    // Down for 3 s of every 8 s, for 20 minutes.
     let scenario = Scenario {
         doing: Box::new(|backend, at| {
             if backend == 0 && at > 10_000 && at % 8_000 < 3_000 {
@@ -188,18 +187,18 @@ fn a_backend_that_flaps_is_let_in_ever_more_rarely() {
     assert!(world.log.iter().all(|entry| entry.backend == 0 || entry.at < 1_000));
     let (first, last) = (downs(0, 60_000), downs(900_000, 1_200_000));
     assert!((3..=5).contains(&first), "{first} in the first minute");
-    // Without damping there were 37 in five minutes.
+    // Without damping there would be 37 returns in five minutes.
     assert!((2..=6).contains(&last), "{last} in the last five minutes");
 }
 
 #[test]
-fn whatever_happens_all_are_up_again_when_it_is_over() {
+fn all_backends_are_up_again_after_any_faults() {
     for seed in 0..40 {
         let doing = move |backend: usize, at: u64| {
             if !(5_000..60_000).contains(&at) {
                 return Doing::Fine;
             }
-            // Each backend changes its mind every three seconds.
+            // Each backend changes its fault every 3 s.
             let mut rng =
                 fastrand::Rng::with_seed(seed * 1_000_003 + backend as u64 * 977 + at / 3_000);
             match rng.u8(0..10) {

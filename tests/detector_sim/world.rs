@@ -1,8 +1,8 @@
-//! Many backends in two pools, their detectors and guards, driven as the
-//! controller drives them, a millisecond at a time.
+//! Many backends in two pools with their detectors and guards, driven as by the controller
+//! in steps of 1 ms.
 //!
-//! Scenarios say what is wrong with whom and when; the world plays it through
-//! and keeps a log. Replayable by its seed.
+//! A scenario lists faults with their backends and times. The world runs it and records the
+//! transitions. A seed replays a run.
 
 use fastrand::Rng;
 use std::time::{Duration, Instant};
@@ -14,37 +14,37 @@ use tidegate_core::suspicion::{
 pub(crate) const INTERVAL: Duration = Duration::from_millis(100);
 const MAX_DOWN: u8 = 50;
 
-/// Datagrams that wait while nobody reads; the rest are lost.
+/// Datagrams in the socket buffer while the loop is stalled; further ones are lost.
 const SOCKET_BUFFER: usize = 4;
 
-/// How a backend is doing.
+/// The fault of a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Doing {
     Fine,
-    /// Its heartbeats do not arrive, its service answers.
+    /// Its heartbeats do not arrive; its service answers.
     Mute,
     /// Nothing arrives in either direction.
     Dead,
-    /// No heartbeats, and its host refuses connects.
+    /// It sends no heartbeats, and its host refuses connects.
     Crashed,
-    /// Heartbeats come, connects are refused.
+    /// Heartbeats arrive; connects are refused.
     ServiceGone,
 }
 
-/// What is wrong, in milliseconds since the start.
+/// The faults, in milliseconds since the start.
 pub(crate) struct Scenario {
-    /// Backends of each pool.
+    /// Number of backends per pool.
     pub(crate) pools: Vec<usize>,
     pub(crate) seed: u64,
     /// Share of heartbeats lost.
     pub(crate) loss: f64,
     pub(crate) doing: Box<dyn Fn(usize, u64) -> Doing>,
-    /// Our own loop does not run.
+    /// Times in which the control loop is stalled.
     pub(crate) stalled: Box<dyn Fn(u64) -> bool>,
     pub(crate) millis: u64,
 }
 
-/// One change of state.
+/// One transition.
 #[derive(Debug, Clone)]
 pub(crate) struct Entry {
     pub(crate) at: u64,
@@ -61,18 +61,18 @@ pub(crate) struct World {
     millis: u64,
     nodes: Vec<Node>,
     channel: ChannelGuard,
-    /// One for each pool, and the last for all.
+    /// One guard per pool; the last one is over all pools.
     paths: Vec<PathGuard>,
     inbox: Vec<(usize, u64)>,
     pub(crate) log: Vec<Entry>,
-    /// Why nothing was taken out, each reason once.
+    /// Reasons of prevented removals, each once.
     pub(crate) held: Vec<String>,
 }
 
 struct Node {
     pool: usize,
     detector: HeartbeatDetector,
-    /// As of the newest step.
+    /// State at the newest step.
     due: Option<Instant>,
     phase: u64,
     sequence: u64,
@@ -124,7 +124,7 @@ impl World {
                 world.run(ran);
                 ran = millis;
             }
-            // Nobody reads: the socket's buffer overflows.
+            // The loop is stalled, and the socket buffer overflows.
             world.inbox.truncate(SOCKET_BUFFER);
         }
         world
@@ -138,12 +138,12 @@ impl World {
         self.nodes[backend].detector.reading(self.now()).held
     }
 
-    /// How often `to` was reached, by whomever.
+    /// Returns how often any backend reached `to`.
     pub(crate) fn count(&self, to: DetectorState) -> usize {
         self.log.iter().filter(|entry| entry.at > 1_000 && entry.to == to).count()
     }
 
-    /// When `backend` first reached `to` after `since`.
+    /// Returns when `backend` first reached `to` after `since`.
     pub(crate) fn reached(&self, backend: usize, to: DetectorState, since: u64) -> Option<u64> {
         let mut entries = self.log.iter();
         entries
@@ -274,7 +274,7 @@ impl World {
         }
     }
 
-    /// Of a pool, or of all.
+    /// Returns the view of a pool, or of all pools.
     fn view(&self, path: usize) -> PathView {
         let all = path == self.scenario.pools.len();
         let members = self.nodes.iter().filter(|node| all || node.pool == path);
@@ -287,7 +287,7 @@ impl World {
         self.channel.state(live, INTERVAL, self.now())
     }
 
-    /// Never are more of a pool out on mere suspicion than may be.
+    /// Checks that at most half of a pool is down without proof.
     fn assert_bounds(&self) {
         for (pool, members) in self.scenario.pools.iter().enumerate() {
             let out = |node: &&Node| {
