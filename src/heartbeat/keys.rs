@@ -1,7 +1,8 @@
 //! Secrets, and the pools and addresses that each is valid for.
 //!
 //! Made when a configuration is accepted. `daemon::heartbeat` uses them to verify
-//! datagrams, `sender` to sign. Pure: `key_file` reads the files. A secret is never shown.
+//! datagrams, `sender` to sign. Pure: `key_file` reads the files. A secret is never shown,
+//! and its memory is overwritten on drop.
 
 use hmac::{Hmac, KeyInit, Mac};
 use ipnet::IpNet;
