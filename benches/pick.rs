@@ -23,7 +23,7 @@ use tidegate_core::model::{BackendAddr, Policy, Words};
 use tidegate_core::table::Table;
 use tidegate_core::table::build::{BackendInput, PoolInput, TableInput, build};
 use tidegate_core::table::publish::TablePublisher;
-use tidegate_core::table::state::{BackendId, BackendState};
+use tidegate_core::table::state::{BackendId, BackendState, PoolId};
 use tidegate_core::testing;
 
 const SIZES: [usize; 4] = [3, 64, 1_000, 10_000];
@@ -214,8 +214,13 @@ fn input(
             in_service: true,
         })
         .collect();
-    let pools =
-        vec![PoolInput { spec: Arc::clone(spec), backends, stand_ins: vec![], undecided: false }];
+    let pools = vec![PoolInput {
+        id: PoolId(1),
+        spec: Arc::clone(spec),
+        backends,
+        stand_ins: vec![],
+        undecided: false,
+    }];
     TableInput { generation: 1, serial: 1, connections_max: 0, frontends: Vec::new(), pools }
 }
 

@@ -212,6 +212,11 @@ impl InFlight {
         self.trial.reopen();
     }
 
+    /// Returns whether the next session would decide a trial.
+    pub fn has_open_trial(&self) -> bool {
+        self.trial.phase() == TrialPhase::Open
+    }
+
     /// Returns the phase of the trial.
     pub fn trial(&self) -> TrialPhase {
         self.trial.phase()

@@ -5,6 +5,7 @@
 //! compares in floating point.
 
 use super::count::{Count, sum};
+use super::recorder::{PickRecorder, loads, runner_up};
 use super::scan::LoadRatio;
 use super::slow_start::Excluded;
 use super::two_choices::TwoChoices;
@@ -64,26 +65,46 @@ impl LeastConnections {
         candidates: &[Candidate],
         draw: u64,
         excluded: Excluded<'_>,
+        recorder: &mut impl PickRecorder,
     ) -> Option<usize> {
-        let mut draws = DrawStream::new(draw);
-        match self {
+        let index = match self {
             LeastConnections::Scan(scanned) => {
-                if excluded.is_empty() {
-                    let index = lightest(scanned, &mut draws)?;
-                    if candidates[index].try_enter() {
-                        return Some(index);
-                    }
-                }
-                let load = |index: usize, _: &Candidate| scanned[index].load();
-                scan::enter(candidates, excluded, || least(candidates, load, excluded, &mut draws))
+                pick_scanned(scanned, candidates, draw, excluded, recorder)
             }
             LeastConnections::ScanCrosswise => {
+                let mut draws = DrawStream::new(draw);
                 let load = |_, candidate: &Candidate| LoadRatio::of(candidate);
-                scan::enter(candidates, excluded, || least(candidates, load, excluded, &mut draws))
+                let choose = || least(candidates, load, excluded, &mut draws);
+                scan::enter(candidates, excluded, recorder, choose)
             }
-            LeastConnections::Large(two) => two.pick(candidates, draw, excluded),
+            LeastConnections::Large(two) => {
+                return two.pick(candidates, draw, excluded, recorder);
+            }
+        }?;
+        recorder.decided(|slots| {
+            loads(candidates, index, runner_up(candidates, index, excluded), slots, |_| None)
+        });
+        Some(index)
+    }
+}
+
+#[inline]
+fn pick_scanned(
+    scanned: &[ScanPolicy],
+    candidates: &[Candidate],
+    draw: u64,
+    excluded: Excluded<'_>,
+    recorder: &mut impl PickRecorder,
+) -> Option<usize> {
+    let mut draws = DrawStream::new(draw);
+    if excluded.is_empty() {
+        let index = lightest(scanned, &mut draws)?;
+        if recorder.enter(&candidates[index]) {
+            return Some(index);
         }
     }
+    let load = |index: usize, _: &Candidate| scanned[index].load();
+    scan::enter(candidates, excluded, recorder, || least(candidates, load, excluded, &mut draws))
 }
 
 /// Computes the factors of all candidates: the least common multiple of the weights
@@ -185,6 +206,7 @@ fn place_of_bit(word: u64, mut rank: u32) -> u32 {
 #[cfg(not(tidegate_loom))]
 mod tests {
     use super::*;
+    use crate::balance::recorder::Unrecorded;
     use proptest::prelude::*;
 
     proptest! {
@@ -231,7 +253,7 @@ mod tests {
             let capped: Vec<Candidate> =
                 pool.iter().map(|(weight, held, max)| candidate(*weight, *held, *max)).collect();
             let usable = capped.iter().any(Candidate::has_room);
-            match LeastConnections::new(&capped, false).pick(&capped, draw, Excluded::tried(&[])) {
+            match LeastConnections::new(&capped, false).pick(&capped, draw, Excluded::tried(&[]), &mut Unrecorded) {
                 Some(index) => {
                     let (_, held, max) = pool[index];
                     prop_assert!(max == 0 || held < max);
@@ -259,7 +281,12 @@ mod tests {
         let primes = [65_521, 65_519, 65_497].map(|weight| candidate(weight, 0, 0));
         assert!(scanned(&primes).is_none());
         assert_eq!(
-            LeastConnections::new(&primes, false).pick(&primes, 1, Excluded::tried(&[])),
+            LeastConnections::new(&primes, false).pick(
+                &primes,
+                1,
+                Excluded::tried(&[]),
+                &mut Unrecorded
+            ),
             Some(0)
         );
     }

@@ -26,6 +26,7 @@ mod peak_ewma;
 mod position;
 mod random;
 mod random_stream;
+mod recorder;
 mod round_robin;
 mod scan;
 mod slow_start;
@@ -33,6 +34,8 @@ mod smooth_sequence;
 mod source_hash;
 pub mod trial;
 mod two_choices;
+
+pub use recorder::PickRecord;
 
 use crate::balance::random_stream::DrawStream;
 use crate::model::{HASH_SLOTS, Policy};
@@ -42,6 +45,7 @@ use latency::Latency;
 use least_connections::LeastConnections;
 use peak_ewma::PeakEwma;
 use random::Random;
+use recorder::{PickRecorder, Rehearsal, Unrecorded};
 use round_robin::RoundRobin;
 use slow_start::{Excluded, SlowStarts};
 use source_hash::SourceHash;
@@ -199,9 +203,52 @@ impl Balancer {
     /// its cap. Returns its index. The caller must lower the count exactly once.
     #[inline]
     pub fn pick(&self, key: PickKey, tried: &[usize]) -> Result<usize, PickError> {
+        self.pick_with(key, tried, &mut Unrecorded)
+    }
+
+    /// Picks like [`Balancer::pick`] and notes in `record` what decided; the notes of an
+    /// earlier pick are forgotten.
+    pub fn pick_recorded(
+        &self,
+        key: PickKey,
+        tried: &[usize],
+        record: &mut PickRecord,
+    ) -> Result<usize, PickError> {
+        record.clear();
+        let picked = self.pick_with(key, tried, record);
+        record.finish(picked.ok());
+        picked
+    }
+
+    /// Returns what [`Balancer::pick`] would return now, and why, without taking a slot or
+    /// advancing a round robin.
+    pub fn rehearse(
+        &self,
+        key: PickKey,
+        tried: &[usize],
+    ) -> (Result<usize, PickError>, PickRecord) {
+        let mut rehearsal = Rehearsal::default();
+        let picked = self.pick_with(key, tried, &mut rehearsal);
+        let mut record = rehearsal.into_record();
+        record.finish(picked.ok());
+        (picked, record)
+    }
+
+    /// Returns the policy.
+    pub fn policy(&self) -> Policy {
+        self.policy
+    }
+
+    #[inline]
+    fn pick_with(
+        &self,
+        key: PickKey,
+        tried: &[usize],
+        recorder: &mut impl PickRecorder,
+    ) -> Result<usize, PickError> {
         let picked = match &self.slow_starts {
-            None => self.pick_excluding(key, Excluded::tried(tried)),
-            Some(slow_starts) => self.pick_in_slow_start(slow_starts, key, tried),
+            None => self.pick_excluding(key, Excluded::tried(tried), recorder),
+            Some(slow_starts) => self.pick_in_slow_start(slow_starts, key, tried, recorder),
         };
         picked.ok_or_else(|| self.no_pick_reason(tried))
     }
@@ -238,19 +285,24 @@ impl Balancer {
     }
 
     #[inline]
-    fn pick_excluding(&self, key: PickKey, excluded: Excluded<'_>) -> Option<usize> {
-        let candidates = &*self.candidates;
+    fn pick_excluding(
+        &self,
+        key: PickKey,
+        excluded: Excluded<'_>,
+        recorder: &mut impl PickRecorder,
+    ) -> Option<usize> {
+        let (candidates, tried) = (&*self.candidates, excluded.tried_list());
         let PickKey { client, draw, at } = key;
         match &self.prepared {
             PolicyState::Empty => None,
-            PolicyState::RoundRobin(policy) => policy.pick(candidates, draw, excluded.tried_list()),
-            PolicyState::LeastConnections(policy) => policy.pick(candidates, draw, excluded),
-            PolicyState::Random(policy) => policy.pick(candidates, draw, excluded.tried_list()),
-            PolicyState::TwoChoices(policy) => policy.pick(candidates, draw, excluded),
-            PolicyState::PeakEwma(policy) => policy.pick(candidates, draw, at, excluded),
-            PolicyState::SourceHash(policy) => {
-                policy.pick(candidates, client, excluded.tried_list())
+            PolicyState::RoundRobin(policy) => policy.pick(candidates, draw, tried, recorder),
+            PolicyState::LeastConnections(policy) => {
+                policy.pick(candidates, draw, excluded, recorder)
             }
+            PolicyState::Random(policy) => policy.pick(candidates, draw, tried, recorder),
+            PolicyState::TwoChoices(policy) => policy.pick(candidates, draw, excluded, recorder),
+            PolicyState::PeakEwma(policy) => policy.pick(candidates, draw, at, excluded, recorder),
+            PolicyState::SourceHash(policy) => policy.pick(candidates, client, tried, recorder),
         }
     }
 
@@ -262,12 +314,15 @@ impl Balancer {
         slow: &SlowStarts,
         key: PickKey,
         tried: &[usize],
+        recorder: &mut impl PickRecorder,
     ) -> Option<usize> {
         let mut draws = DrawStream::new(key.draw);
         let excluded = slow.draw(&mut draws, tried);
         let key = PickKey { draw: draws.next(), ..key };
-        self.pick_excluding(key, excluded)
-            .or_else(|| self.pick_excluding(key, Excluded::tried(tried)))
+        self.pick_excluding(key, excluded, recorder).or_else(|| {
+            recorder.restart();
+            self.pick_excluding(key, Excluded::tried(tried), recorder)
+        })
     }
 
     fn pick_with_room(&self) -> bool {

@@ -9,6 +9,7 @@
 //! If one of the two has no estimate, only the loads are compared. A new or long unused
 //! backend therefore gets sessions immediately, but not all of them.
 
+use super::recorder::PickRecorder;
 use super::slow_start::Excluded;
 use super::two_choices::TwoChoices;
 use super::{Candidate, scan::LoadRatio};
@@ -32,8 +33,10 @@ impl PeakEwma {
         draw: u64,
         at: u64,
         excluded: Excluded<'_>,
+        recorder: &mut impl PickRecorder,
     ) -> Option<usize> {
-        self.0.pick_by(candidates, draw, excluded, |(a, load_a), (b, load_b)| {
+        let price = |candidate: &Candidate| candidate.latency.estimate(at);
+        self.0.pick_by(candidates, draw, excluded, recorder, price, |(a, load_a), (b, load_b)| {
             is_cheaper((a, load_a), (b, load_b), at)
         })
     }

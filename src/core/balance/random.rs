@@ -4,7 +4,8 @@
 //! are the in-flight counts. It ignores load, but skips candidates at their caps.
 
 use super::alias::AliasTable;
-use super::slow_start::Excluded;
+use super::recorder::PickRecorder;
+use super::scan::share;
 use super::{Candidate, scan};
 use crate::balance::random_stream::DrawStream;
 
@@ -31,15 +32,16 @@ impl Random {
         candidates: &[Candidate],
         draw: u64,
         tried: &[usize],
+        recorder: &mut impl PickRecorder,
     ) -> Option<usize> {
         let mut draws = DrawStream::new(draw);
         for _ in 0..DRAWS_MAX {
             let index = self.alias.draw(&mut draws);
-            if !tried.contains(&index) && candidates[index].try_enter() {
+            if recorder.try_use(candidates, index, tried) {
+                recorder.decided(|_| share(candidates, index));
                 return Some(index);
             }
         }
-        let excluded = Excluded::tried(tried);
-        scan::enter(candidates, excluded, || scan::by_weight(candidates, excluded, &mut draws))
+        scan::enter_by_weight(candidates, tried, &mut draws, recorder)
     }
 }

@@ -6,10 +6,12 @@
 //! first (see `smooth_sequence::places`). A reload does not restart the sequence.
 
 use super::position::Position;
-use super::slow_start::Excluded;
+use super::recorder::PickRecorder;
+use super::scan::share;
 use super::{Candidate, RoundRobinPosition, scan};
 use crate::balance::random_stream::DrawStream;
 use crate::balance::smooth_sequence;
+use crate::decision::Figures;
 use std::sync::Arc;
 
 /// Maximum number of places that a pick takes while their candidates are unusable.
@@ -69,14 +71,18 @@ impl RoundRobin {
         candidates: &[Candidate],
         draw: u64,
         tried: &[usize],
+        recorder: &mut impl PickRecorder,
     ) -> Option<usize> {
         for _ in 0..TAKES_MAX {
-            let index = self.at(self.position.take());
-            if !tried.contains(&index) && candidates[index].try_enter() {
+            let place = recorder.take(&self.position);
+            let index = self.at(place);
+            if recorder.try_use(candidates, index, tried) {
+                let period = self.sequence.len() as u64;
+                recorder.decided(|_| Figures::Turn { position: place % period, period });
                 return Some(index);
             }
         }
-        self.pick_by_weight(candidates, draw, tried)
+        self.pick_by_weight(candidates, draw, tried, recorder)
     }
 
     /// Picks a usable candidate by weight after [`TAKES_MAX`] places without one.
@@ -86,16 +92,17 @@ impl RoundRobin {
         candidates: &[Candidate],
         draw: u64,
         tried: &[usize],
+        recorder: &mut impl PickRecorder,
     ) -> Option<usize> {
         let mut draws = DrawStream::new(draw);
         for _ in 0..DRAWS_MAX {
             let index = self.at(draws.below(self.sequence.len() as u64));
-            if !tried.contains(&index) && candidates[index].try_enter() {
+            if recorder.try_use(candidates, index, tried) {
+                recorder.decided(|_| share(candidates, index));
                 return Some(index);
             }
         }
-        let excluded = Excluded::tried(tried);
-        scan::enter(candidates, excluded, || scan::by_weight(candidates, excluded, &mut draws))
+        scan::enter_by_weight(candidates, tried, &mut draws, recorder)
     }
 
     /// Returns the position in the period and the period.

@@ -5,8 +5,10 @@
 //! through `InFlight::try_enter`, so a cap is never exceeded.
 
 use super::Candidate;
+use super::recorder::PickRecorder;
 use super::slow_start::Excluded;
 use crate::balance::random_stream::DrawStream;
+use crate::decision::Figures;
 use std::cmp::Ordering;
 
 /// Maximum number of scans if the chosen candidate reaches its cap before the session
@@ -20,19 +22,41 @@ const SCANS_MAX: u32 = 8;
 pub(super) fn enter(
     candidates: &[Candidate],
     excluded: Excluded<'_>,
+    recorder: &mut impl PickRecorder,
     mut choose: impl FnMut() -> Option<usize>,
 ) -> Option<usize> {
     for _ in 0..SCANS_MAX {
+        recorder.scan(candidates, excluded);
         let index = choose()?;
-        if candidates[index].try_enter() {
+        if recorder.enter(&candidates[index]) {
             return Some(index);
         }
     }
     let enters = |index: &usize| {
         let candidate = &candidates[*index];
-        !excluded.contains(*index, candidate) && candidate.try_enter()
+        !excluded.contains(*index, candidate) && recorder.enter(candidate)
     };
     (0..candidates.len()).find(enters)
+}
+
+/// Enters a usable candidate, drawn by weight among all.
+pub(super) fn enter_by_weight(
+    candidates: &[Candidate],
+    tried: &[usize],
+    draws: &mut DrawStream,
+    recorder: &mut impl PickRecorder,
+) -> Option<usize> {
+    let excluded = Excluded::tried(tried);
+    let choose = || by_weight(candidates, excluded, draws);
+    let index = enter(candidates, excluded, recorder, choose)?;
+    recorder.decided(|_| share(candidates, index));
+    Some(index)
+}
+
+/// Returns the weight of a candidate and the sum of all weights.
+pub(super) fn share(candidates: &[Candidate], index: usize) -> Figures<usize> {
+    let total = candidates.iter().map(|candidate| u64::from(candidate.weight)).sum();
+    Figures::Share { weight: candidates[index].weight, total }
 }
 
 /// Returns the usable candidate with the lowest (in-flight + 1) / weight, chosen at
@@ -65,7 +89,7 @@ pub(super) fn least_loaded(
 }
 
 /// Returns a random usable candidate, with a probability in proportion to its weight.
-pub(super) fn by_weight(
+fn by_weight(
     candidates: &[Candidate],
     excluded: Excluded<'_>,
     draws: &mut DrawStream,

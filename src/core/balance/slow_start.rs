@@ -87,6 +87,11 @@ impl<'a> Excluded<'a> {
         self.tried
     }
 
+    /// Returns whether this candidate was tried.
+    pub(super) fn is_tried(self, index: usize) -> bool {
+        self.tried.contains(&index)
+    }
+
     /// Returns whether no candidate is excluded.
     #[inline]
     pub(super) fn is_empty(self) -> bool {

@@ -20,7 +20,10 @@
 
 use super::Candidate;
 use super::maglev::Preference;
+use super::recorder::PickRecorder;
+use super::slow_start::Excluded;
 use crate::balance::maglev;
+use crate::decision::Figures;
 use std::net::IpAddr;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -73,24 +76,38 @@ impl SourceHash {
         candidates: &[Candidate],
         client: IpAddr,
         tried: &[usize],
+        recorder: &mut impl PickRecorder,
     ) -> Option<usize> {
-        let enters = |index: usize| !tried.contains(&index) && candidates[index].try_enter();
         for alternative in 0..=ALTERNATIVES_MAX {
-            let index = self.at(hash(client, alternative));
-            if enters(index) {
+            let slot = self.slot(hash(client, alternative));
+            let index = self.at(slot);
+            if recorder.try_use(candidates, index, tried) {
+                recorder.decided(|_| self.figures(slot, alternative));
                 return Some(index);
             }
         }
+        let excluded = Excluded::tried(tried);
+        recorder.scan(candidates, excluded);
         let count = self.canonical.len();
         let start = (hash(client, 0) % count as u64) as usize;
-        (0..count)
+        let index = (0..count)
             .map(|step| self.canonical[(start + step) % count] as usize)
-            .find(|&index| enters(index))
+            .find(|&index| recorder.try_use(candidates, index, tried))?;
+        recorder.decided(|_| self.figures(self.slot(hash(client, 0)), ALTERNATIVES_MAX + 1));
+        Some(index)
+    }
+
+    fn figures(&self, slot: usize, alternative: u64) -> Figures<usize> {
+        Figures::Slot { slot: slot as u32, slots: self.size, alternative: alternative as u16 }
     }
 
     #[inline]
-    fn at(&self, hash: u64) -> usize {
-        let slot = (hash % u64::from(self.size)) as usize;
+    fn slot(&self, hash: u64) -> usize {
+        (hash % u64::from(self.size)) as usize
+    }
+
+    #[inline]
+    fn at(&self, slot: usize) -> usize {
         match &self.slots {
             HashSlots::Narrow(slots) => slots[slot].into(),
             HashSlots::Wide(slots) => slots[slot] as usize,

@@ -7,6 +7,7 @@
 
 use super::Candidate;
 use super::alias::AliasTable;
+use super::recorder::{PickRecorder, loads, runner_up};
 use super::scan::LoadRatio;
 use super::slow_start::Excluded;
 use crate::balance::random_stream::DrawStream;
@@ -41,8 +42,10 @@ impl TwoChoices {
         candidates: &[Candidate],
         draw: u64,
         excluded: Excluded<'_>,
+        recorder: &mut impl PickRecorder,
     ) -> Option<usize> {
-        self.pick_by(candidates, draw, excluded, |(_, a), (_, b)| a < b)
+        let no_price = |_: &Candidate| None;
+        self.pick_by(candidates, draw, excluded, recorder, no_price, |(_, a), (_, b)| a < b)
     }
 
     /// Picks as [`TwoChoices::pick`] does, with another comparison: `prefers(a, b)`
@@ -53,18 +56,32 @@ impl TwoChoices {
         candidates: &[Candidate],
         draw: u64,
         excluded: Excluded<'_>,
+        recorder: &mut impl PickRecorder,
+        price: impl Fn(&Candidate) -> Option<f32>,
         prefers: impl Fn((&Candidate, LoadRatio), (&Candidate, LoadRatio)) -> bool,
     ) -> Option<usize> {
         let mut draws = DrawStream::new(draw);
         for _ in 0..PAIRS_MAX {
             let (first, second) = self.pair(candidates.len(), excluded.admitted(), &mut draws);
-            if let Some(index) = less_loaded(candidates, excluded, first, second, &prefers)
-                && candidates[index].try_enter()
+            let lower = less_loaded(candidates, excluded, first, second, recorder, &prefers);
+            if let Some(index) = lower
+                && recorder.enter(&candidates[index])
             {
+                let other = if index == first { second } else { first };
+                recorder.decided(|slots| {
+                    let usable = scan::usable(&candidates[other], other, excluded).is_some();
+                    let compared = (usable && other != index).then_some(other);
+                    loads(candidates, index, compared, slots, &price)
+                });
                 return Some(index);
             }
         }
-        scan::enter(candidates, excluded, || scan::least_loaded(candidates, excluded, &mut draws))
+        let choose = || scan::least_loaded(candidates, excluded, &mut draws);
+        let index = scan::enter(candidates, excluded, recorder, choose)?;
+        recorder.decided(|slots| {
+            loads(candidates, index, runner_up(candidates, index, excluded), slots, &price)
+        });
+        Some(index)
     }
 
     /// Draws two candidates by weight, different ones if the pool has two. `first`
@@ -92,12 +109,19 @@ fn less_loaded(
     excluded: Excluded<'_>,
     first: usize,
     second: usize,
+    recorder: &mut impl PickRecorder,
     prefers: impl Fn((&Candidate, LoadRatio), (&Candidate, LoadRatio)) -> bool,
 ) -> Option<usize> {
     let loads = (
         scan::usable(&candidates[first], first, excluded),
         scan::usable(&candidates[second], second, excluded),
     );
+    if loads.0.is_none() {
+        recorder.passed_over(first, &candidates[first], excluded);
+    }
+    if loads.1.is_none() {
+        recorder.passed_over(second, &candidates[second], excluded);
+    }
     match loads {
         (Some(a), Some(b)) if prefers((&candidates[second], b), (&candidates[first], a)) => {
             Some(second)

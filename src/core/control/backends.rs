@@ -149,8 +149,16 @@ impl BackendSet {
     /// Returns the backend's input for a new table, and records it as published.
     pub(super) fn publish(&mut self, id: BackendId, pool: &PoolEntry) -> Option<BackendInput> {
         let entry = self.entries.get_mut(&id)?;
+        entry.note_left_out();
         entry.published = BackendTableState::of(entry, pool);
         Some(entry.published.input(entry))
+    }
+
+    /// Tells picks why the backend is not eligible.
+    pub(super) fn note_left_out(&self, id: BackendId) {
+        if let Some(entry) = self.get(id) {
+            entry.note_left_out();
+        }
     }
 
     /// Returns the backends touched in this event.

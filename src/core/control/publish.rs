@@ -8,7 +8,8 @@ pub(super) mod pacer;
 use super::backends::BackendEntry;
 use super::pools::{PoolEntry, PoolId};
 use super::state::ControlState;
-use crate::health::{Intent, RequestedState};
+use crate::decision::SkipReason;
+use crate::health::{Intent, Observation, RequestedState};
 use crate::model;
 use crate::model::WhenNoneEligible;
 use crate::table::build::{self, BackendInput, FrontendInput, PoolInput};
@@ -141,6 +142,45 @@ impl BackendEntry {
     /// Whether both the operator's intent and its heartbeats request *ready*.
     fn in_service(&self) -> bool {
         self.health.intent == Intent::Ready && self.health.requested == RequestedState::Ready
+    }
+
+    /// Tells picks why the backend is not eligible, if that has changed.
+    pub(super) fn note_left_out(&self) {
+        let reason = self.left_out().map(|reason| (reason, self.left_out_at(reason)));
+        if self.state.left_out() != reason {
+            self.state.set_left_out(reason);
+        }
+    }
+
+    /// Why the backend is not eligible.
+    fn left_out(&self) -> Option<SkipReason> {
+        let health = &self.health;
+        if health.weight_share() > 0 {
+            return None;
+        }
+        Some(match (health.intent, health.requested, health.observation()) {
+            (Intent::Draining, ..) => SkipReason::DrainedByOperator,
+            (Intent::Maintenance, ..) => SkipReason::Maintenance,
+            (
+                _,
+                RequestedState::Starting | RequestedState::Draining | RequestedState::Stopping,
+                _,
+            ) => SkipReason::DrainedBySender,
+            _ if health.outlier.is_ejected() => SkipReason::Ejected,
+            (.., Observation::Down) => SkipReason::Down,
+            _ => SkipReason::NoVerdict,
+        })
+    }
+
+    /// Since when that reason holds; for an ejection, until when.
+    fn left_out_at(&self, reason: SkipReason) -> Instant {
+        match reason {
+            SkipReason::DrainedByOperator | SkipReason::Maintenance => self.health.intent_since,
+            SkipReason::DrainedBySender => self.requested_since,
+            SkipReason::Ejected => self.health.outlier.until().unwrap_or(self.observed_since),
+            SkipReason::NoVerdict => self.health.since,
+            _ => self.observed_since,
+        }
     }
 
     /// Returns the effective cap; 0: none.
@@ -331,6 +371,7 @@ impl ControlState {
         let members = pool.members().iter();
         let backends = members.filter_map(|id| self.backends.publish(*id, pool)).collect();
         Some(PoolInput {
+            id: pool.id,
             spec: Arc::clone(&pool.spec),
             backends,
             stand_ins: self.stand_ins_of(pool),

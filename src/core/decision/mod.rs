@@ -85,9 +85,9 @@ pub enum Why {
     Sticky,
 }
 
-/// What the policy compared or drew.
+/// What the policy compared or drew; `B` names a backend.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Figures {
+pub enum Figures<B = BackendId> {
     /// Nothing was picked, or nothing was compared.
     None,
     /// Position in the sequence of turns, below `period`.
@@ -103,7 +103,7 @@ pub enum Figures {
         /// Of the chosen backend.
         chosen: Load,
         /// The backend it was compared with.
-        other: Option<(BackendId, Load)>,
+        other: Option<(B, Load)>,
     },
     /// Slot of the hash table.
     Slot {
@@ -149,9 +149,9 @@ pub struct Skipped {
     pub backend: BackendId,
     /// Why.
     pub reason: SkipReason,
-    /// Wall time in seconds since 1970: since when the reason holds, or for
-    /// [`SkipReason::Ejected`] until when; 0 if unknown.
-    pub time: u32,
+    /// At the pick: for how many seconds the reason had held; for
+    /// [`SkipReason::Ejected`], how many were left. 0 for reasons of the pick itself.
+    pub seconds: u32,
 }
 
 /// Why a pick passed over a backend.
@@ -170,8 +170,6 @@ pub enum SkipReason {
     DrainedBySender,
     /// It waits for its first probe result or heartbeat.
     NoVerdict,
-    /// It is a backup and primaries serve.
-    Backup,
     /// It is at its cap.
     AtCap,
     /// Its trial session is not decided yet.
@@ -262,18 +260,37 @@ impl Why {
     }
 }
 
+// === impl Figures ===
+
+impl<B> Figures<B> {
+    /// The same figures with backends named by `name`; a backend without a name is left out.
+    pub fn named<N>(self, name: impl FnOnce(B) -> Option<N>) -> Figures<N> {
+        match self {
+            Figures::None => Figures::None,
+            Figures::Turn { position, period } => Figures::Turn { position, period },
+            Figures::Loads { chosen, other } => {
+                let other = other.and_then(|(backend, load)| Some((name(backend)?, load)));
+                Figures::Loads { chosen, other }
+            }
+            Figures::Slot { slot, slots, alternative } => {
+                Figures::Slot { slot, slots, alternative }
+            }
+            Figures::Share { weight, total } => Figures::Share { weight, total },
+        }
+    }
+}
+
 // === impl SkipReason ===
 
 impl SkipReason {
     /// All, in the order of their numbers.
-    pub const ALL: [SkipReason; 12] = [
+    pub const ALL: [SkipReason; 11] = [
         SkipReason::Down,
         SkipReason::Ejected,
         SkipReason::DrainedByOperator,
         SkipReason::Maintenance,
         SkipReason::DrainedBySender,
         SkipReason::NoVerdict,
-        SkipReason::Backup,
         SkipReason::AtCap,
         SkipReason::TrialOpen,
         SkipReason::SlowStart,
@@ -290,7 +307,6 @@ impl SkipReason {
             SkipReason::Maintenance => "maintenance",
             SkipReason::DrainedBySender => "draining-by-sender",
             SkipReason::NoVerdict => "no-verdict",
-            SkipReason::Backup => "backup",
             SkipReason::AtCap => "at-cap",
             SkipReason::TrialOpen => "trial-open",
             SkipReason::SlowStart => "slow-start",
@@ -329,7 +345,7 @@ impl AttemptFailureKind {
 impl SkippedList {
     /// No backend.
     pub const EMPTY: SkippedList = SkippedList {
-        named: [Skipped { backend: BackendId(0), reason: SkipReason::Down, time: 0 };
+        named: [Skipped { backend: BackendId(0), reason: SkipReason::Down, seconds: 0 };
             SKIPPED_NAMED],
         total: 0,
     };

@@ -54,7 +54,7 @@ pub(super) fn encode(decision: &Decision) -> DecisionWords {
     words[12] = u64::from(decision.skipped.total);
     for (place, skipped) in decision.skipped.named().iter().enumerate() {
         words[12] |= (skipped.reason as u64) << (32 + REASON_BITS * place);
-        words[13 + place] = u64::from(skipped.backend.0) | high(skipped.time);
+        words[13 + place] = u64::from(skipped.backend.0) | high(skipped.seconds);
     }
     words[OUTCOME..].copy_from_slice(&encode_outcome(&decision.outcome));
     words
@@ -155,7 +155,7 @@ fn skipped(words: &DecisionWords) -> Option<SkippedList> {
         list.push(Skipped {
             backend: BackendId(word as u32),
             reason: *SkipReason::ALL.get(reason)?,
-            time: high_half(word),
+            seconds: high_half(word),
         });
     }
     list.count_more(total - list.total());
@@ -226,10 +226,10 @@ mod tests {
 
     fn any_skipped() -> impl Strategy<Value = SkippedList> {
         let one = (any::<(u32, u32)>(), 0..SkipReason::ALL.len()).prop_map(
-            |((backend, time), reason)| Skipped {
+            |((backend, seconds), reason)| Skipped {
                 backend: BackendId(backend),
                 reason: SkipReason::ALL[reason],
-                time,
+                seconds,
             },
         );
         proptest::collection::vec(one, 0..12).prop_map(|all| {

@@ -5,7 +5,8 @@
 //! arguments. Unchanged parts are shared with the previous table, so a backend that
 //! goes down causes work only for its own pool.
 
-use super::state::{BackendState, FrontendState};
+use super::decide::{LeftOut, ServingTier};
+use super::state::{BackendState, FrontendState, PoolId};
 use super::{FrontendRoute, PoolTable, Table};
 use crate::balance::{Balancer, Candidate};
 use crate::model;
@@ -40,6 +41,8 @@ pub struct FrontendInput {
 /// A pool.
 #[derive(Debug)]
 pub struct PoolInput {
+    /// Number of the pool.
+    pub id: PoolId,
     /// The configuration.
     pub spec: Arc<model::PoolConfig>,
     /// In file order.
@@ -191,12 +194,14 @@ fn by_name(pools: &[Arc<PoolTable>]) -> HashMap<&str, &Arc<PoolTable>> {
 
 /// Builds the pool's part of a table. Returns `previous` itself if nothing changes.
 pub fn build_pool(pool: &PoolInput, previous: Option<&Arc<PoolTable>>) -> Arc<PoolTable> {
-    let in_service = active_tier(pool);
+    let (tier, in_service) = active_tier(pool);
     let serving: Vec<_> = in_service.iter().map(|b| Arc::clone(&b.state)).collect();
     let candidates = in_service.iter().map(|b| candidate(b)).collect();
     let balancer = build_balancer(pool, candidates, previous);
     let undecided = pool.undecided && serving.is_empty();
-    let built = PoolTable { serving, balancer, undecided, spec: Arc::clone(&pool.spec) };
+    let left_out = left_out(pool, tier);
+    let (id, spec) = (pool.id, Arc::clone(&pool.spec));
+    let built = PoolTable { id, spec, serving, balancer, undecided, tier, left_out };
     match previous {
         Some(before) if is_same(&built, before) => Arc::clone(before),
         _ => Arc::new(built),
@@ -206,21 +211,41 @@ pub fn build_pool(pool: &PoolInput, previous: Option<&Arc<PoolTable>>) -> Arc<Po
 /// Returns the eligible primaries. If all of them are on trial, the eligible backups
 /// join them. If the list is empty, former backends stand in. If it is still empty and
 /// the policy is `try-all`, returns all backends that no operator drains.
-fn active_tier(pool: &PoolInput) -> Vec<&BackendInput> {
+fn active_tier(pool: &PoolInput) -> (ServingTier, Vec<&BackendInput>) {
     let eligible = |backup: bool| -> Vec<&BackendInput> {
         pool.backends.iter().filter(|b| b.eligible && b.backup == backup).collect()
     };
-    let mut tier = eligible(false);
-    if tier.iter().all(|b| b.on_trial) {
-        tier.extend(eligible(true));
+    let mut members = eligible(false);
+    let primaries = members.len();
+    let mut tier = ServingTier::Primaries;
+    if members.iter().all(|b| b.on_trial) {
+        members.extend(eligible(true));
+        if members.len() > primaries {
+            tier = ServingTier::Backups { from: primaries };
+        }
     }
-    if tier.is_empty() {
-        tier.extend(&pool.stand_ins);
+    if members.is_empty() {
+        members.extend(&pool.stand_ins);
     }
-    if tier.is_empty() && pool.spec.when_none_eligible == WhenNoneEligible::TryAll {
-        tier = pool.backends.iter().filter(|b| b.in_service).collect();
+    if members.is_empty() && pool.spec.when_none_eligible == WhenNoneEligible::TryAll {
+        members = pool.backends.iter().filter(|b| b.in_service).collect();
+        tier = ServingTier::FailOpen;
     }
-    tier
+    (tier, members)
+}
+
+/// Returns the members that are not eligible. Backups count only if backups serve. A pool
+/// that fails open leaves out only drained members.
+fn left_out(pool: &PoolInput, tier: ServingTier) -> LeftOut {
+    let mut list = LeftOut::default();
+    for backend in &pool.backends {
+        let unused_backup = backend.backup && tier == ServingTier::Primaries;
+        let serves = tier == ServingTier::FailOpen && backend.in_service;
+        if !backend.eligible && !unused_backup && !serves {
+            list.push(&backend.state);
+        }
+    }
+    list
 }
 
 fn candidate(backend: &BackendInput) -> Candidate {
@@ -259,6 +284,9 @@ fn is_same(built: &PoolTable, before: &PoolTable) -> bool {
         _ => false,
     };
     same_balancer
+        && built.id == before.id
+        && built.tier == before.tier
+        && built.left_out.is_same(&before.left_out)
         && built.undecided == before.undecided
         && Arc::ptr_eq(&built.spec, &before.spec)
         && built.serving.len() == before.serving.len()

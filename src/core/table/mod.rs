@@ -5,6 +5,8 @@
 //! prepared balancer over them. Nothing here does I/O.
 
 pub mod build;
+pub mod decide;
+pub mod forecast;
 pub mod publish;
 pub mod routes;
 pub mod source_addrs;
@@ -14,7 +16,8 @@ use crate::balance::trial::{TrialId, TrialPhase};
 use crate::balance::{Balancer, PickError, PickKey};
 use crate::model;
 use crate::model::BindKey;
-use state::{BackendState, FrontendId, FrontendState};
+use decide::{LeftOut, ServingTier};
+use state::{BackendState, FrontendId, FrontendState, PoolId};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -66,6 +69,8 @@ pub struct Preread {
 /// A pool as sessions use it.
 #[derive(Debug)]
 pub struct PoolTable {
+    /// Number of the pool.
+    pub id: PoolId,
     /// The configuration: connect timeout, attempts.
     pub spec: Arc<model::PoolConfig>,
     /// The backends of the tier in use: the eligible primaries, or the eligible backups
@@ -78,6 +83,10 @@ pub struct PoolTable {
     pub balancer: Option<Arc<Balancer>>,
     /// Whether no backend serves and a first probe result is due. Clients wait for it.
     pub undecided: bool,
+    /// Which members serve.
+    pub tier: ServingTier,
+    /// Members that do not, with reasons.
+    pub left_out: LeftOut,
 }
 
 /// A picked backend with a raised in-flight count. Dropping it lowers the count.
@@ -137,19 +146,23 @@ impl Table {
 impl PoolTable {
     /// Picks a backend that is not in `tried` (positions in `serving`).
     pub fn pick(&self, key: PickKey, tried: &[usize]) -> Result<Reservation, NoBackend> {
-        let Some(balancer) = &self.balancer else {
-            let due = self.undecided;
-            return Err(if due { NoBackend::Undecided } else { NoBackend::NoneEligible });
-        };
-        match balancer.pick(key, tried) {
-            Ok(index) => {
-                let backend = Arc::clone(&self.serving[index]);
-                let trial = backend.in_flight.claim_trial();
-                Ok(Reservation { index, backend, trial })
-            }
-            Err(PickError::Exhausted) => Err(NoBackend::Exhausted),
-            Err(PickError::AtCapacity) => Err(NoBackend::AtCapacity),
-        }
+        self.reserve(|balancer| balancer.pick(key, tried))
+    }
+
+    #[inline]
+    fn reserve(
+        &self,
+        pick: impl FnOnce(&Balancer) -> Result<usize, PickError>,
+    ) -> Result<Reservation, NoBackend> {
+        let Some(balancer) = &self.balancer else { return Err(self.without_balancer()) };
+        let index = pick(balancer)?;
+        let backend = Arc::clone(&self.serving[index]);
+        let trial = backend.in_flight.claim_trial();
+        Ok(Reservation { index, backend, trial })
+    }
+
+    fn without_balancer(&self) -> NoBackend {
+        if self.undecided { NoBackend::Undecided } else { NoBackend::NoneEligible }
     }
 
     /// Returns false only while every backend in use is at its cap. New connections
@@ -166,6 +179,11 @@ impl Reservation {
     /// Returns the picked backend.
     pub fn backend(&self) -> &Arc<BackendState> {
         &self.backend
+    }
+
+    /// Whether the session decides a trial.
+    pub fn is_on_trial(&self) -> bool {
+        self.trial.is_some()
     }
 
     /// Returns the trial that this session must decide, if its backend is on trial.

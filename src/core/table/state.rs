@@ -8,14 +8,15 @@ pub use crate::model::{BackendId, FrontendId, PoolId};
 
 use crate::balance::in_flight::InFlight;
 use crate::balance::latency::Latency;
+use crate::decision::SkipReason;
 use crate::limits::client_sources::SourceTable;
 use crate::metrics::counters::{Counter, CounterTable, Sharded};
 use crate::model::{BackendAddr, SourceAddr};
 use crate::table::source_addrs::SourceAddrs;
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Identity, counts and statistics of a backend, independent of tables.
 ///
@@ -42,6 +43,8 @@ pub struct BackendState {
     failures_in_a_row: AtomicU32,
     /// Source addresses of connections to it; only the controller replaces them.
     pub source_addrs: ArcSwap<SourceAddrs>,
+    /// See [`BackendState::left_out`].
+    left_out: ArcSwapOption<(SkipReason, Instant)>,
     /// One shard per worker.
     pub counters: Sharded<BackendCounters>,
 }
@@ -131,6 +134,7 @@ impl BackendState {
             latency: Arc::new(Latency::new()),
             failures_in_a_row: AtomicU32::new(0),
             source_addrs: ArcSwap::from_pointee(SourceAddrs::any()),
+            left_out: ArcSwapOption::empty(),
             counters: Sharded::new(workers, BackendCounters::default),
         }
     }
@@ -143,6 +147,17 @@ impl BackendState {
     /// Returns the identity: pool, name and address.
     pub fn identity(&self) -> (Arc<str>, Arc<str>, Arc<str>) {
         (Arc::clone(&self.pool), Arc::clone(&self.name), Arc::clone(&self.address_text))
+    }
+
+    /// Returns why the backend is not eligible, and since when; for an ejection, until when.
+    /// `None` if it is eligible. Decisions show it; picks do not depend on it.
+    pub fn left_out(&self) -> Option<(SkipReason, Instant)> {
+        self.left_out.load().as_deref().copied()
+    }
+
+    /// Replaces what [`BackendState::left_out`] returns. Only the controller calls it.
+    pub fn set_left_out(&self, reason: Option<(SkipReason, Instant)>) {
+        self.left_out.store(reason.map(Arc::new));
     }
 
     /// Sets the source addresses of new connections; see [`SourceAddrs::new`].

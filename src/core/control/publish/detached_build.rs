@@ -332,6 +332,7 @@ impl ControlState {
 impl Roster {
     fn empty(pool: &PoolEntry) -> Roster {
         let input = PoolInput {
+            id: pool.id,
             spec: Arc::clone(&pool.spec),
             backends: Vec::with_capacity(pool.members().len()),
             stand_ins: Vec::new(),

@@ -99,6 +99,7 @@ impl Publisher {
         let reason = state.pending.rebuild.take();
         let mut health = false;
         for id in touched {
+            state.backends.note_left_out(id);
             let Some(pool) = state.moved(id) else {
                 state.came_back(id);
                 continue;

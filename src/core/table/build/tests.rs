@@ -8,7 +8,7 @@ use crate::model;
 use crate::model::{BackendAddr, Bind, ClientAddr, PeerAddr, Policy, RouteConfig};
 use crate::table::NoBackend;
 use crate::table::routes::ConnectionFacts;
-use crate::table::state::{BackendId, FrontendId};
+use crate::table::state::{BackendId, FrontendId, PoolId};
 use crate::testing;
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::RangeInclusive;
@@ -17,6 +17,7 @@ use std::ops::RangeInclusive;
 
 fn pool(name: &str, balance: Policy, backends: u8) -> PoolInput {
     PoolInput {
+        id: PoolId(1),
         spec: Arc::new(model::PoolConfig { balance, ..testing::pool(name) }),
         backends: (0..backends).map(|i| backend(name, i)).collect(),
         stand_ins: vec![],
@@ -46,6 +47,7 @@ fn again(backend: &BackendInput) -> BackendInput {
 
 fn pool_again(pool: &PoolInput) -> PoolInput {
     PoolInput {
+        id: pool.id,
         spec: Arc::clone(&pool.spec),
         backends: pool.backends.iter().map(again).collect(),
         stand_ins: vec![],

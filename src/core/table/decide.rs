@@ -1,0 +1,256 @@
+//! Picks that leave a record: what decided, and which members of the pool were passed over.
+//!
+//! The data plane calls [`PoolTable::pick_recorded`] for each session and turns the record
+//! into a [`Decision`]. `daemon` calls [`PoolTable::rehearse`] to say what would happen now.
+//! Both run the policies of `balance`; nothing here decides a second time.
+
+use super::routes::RouteNumber;
+use super::state::BackendState;
+use super::{NoBackend, PoolTable, Reservation};
+use crate::balance::{PickError, PickKey, PickRecord};
+use crate::decision::{
+    Decision, Figures, Outcome, SKIPPED_NAMED, SkipReason, Skipped, SkippedList, Why,
+};
+use crate::model::{ClientAddr, FrontendId, Policy};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Which members of a pool serve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ServingTier {
+    /// The eligible primaries, or former backends that stand in for them.
+    Primaries,
+    /// Backups, from that position in `serving` on. Before them are primaries on trial.
+    Backups {
+        /// Position of the first backup.
+        from: usize,
+    },
+    /// All members that no operator drains: none is eligible, and the pool is set to
+    /// `try-all`.
+    FailOpen,
+}
+
+/// Members of a pool that are not eligible: the first eight, and how many there are.
+#[derive(Debug, Clone, Default)]
+pub struct LeftOut {
+    named: Vec<Arc<BackendState>>,
+    total: u32,
+}
+
+/// The session that a pick is for.
+#[derive(Debug, Clone, Copy)]
+pub struct PickedFor {
+    /// Number of the session.
+    pub session: u64,
+    /// The client.
+    pub client: ClientAddr,
+    /// Frontend that accepted it.
+    pub frontend: FrontendId,
+    /// Route that it took.
+    pub route: RouteNumber,
+    /// Serial of the table.
+    pub serial: u64,
+    /// Which connect attempt the pick is for, from 1.
+    pub attempt: u8,
+    /// How long it waited in the pool's queue; `None` if it did not.
+    pub waited: Option<Duration>,
+    /// Time of the pick.
+    pub now: Instant,
+    /// The same as wall time, in microseconds since 1970.
+    pub wall_micros: u64,
+}
+
+/// The result of a pick.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Picked {
+    /// Position in `serving`.
+    pub index: usize,
+    /// The session decides a trial.
+    pub on_trial: bool,
+}
+
+// === impl LeftOut ===
+
+impl LeftOut {
+    /// Adds a member; beyond the eighth only the count rises.
+    pub fn push(&mut self, backend: &Arc<BackendState>) {
+        if self.named.len() < SKIPPED_NAMED {
+            self.named.push(Arc::clone(backend));
+        }
+        self.total += 1;
+    }
+
+    /// The members that are named.
+    pub fn named(&self) -> &[Arc<BackendState>] {
+        &self.named
+    }
+
+    /// How many there are.
+    pub fn total(&self) -> u32 {
+        self.total
+    }
+
+    /// Whether both name and count the same members.
+    pub(super) fn is_same(&self, other: &LeftOut) -> bool {
+        self.total == other.total
+            && self.named.iter().zip(&other.named).all(|(a, b)| Arc::ptr_eq(a, b))
+    }
+}
+
+/// A member that is not eligible, with the reason at this moment. A member that has become
+/// eligible since the table was made has none.
+fn skipped(backend: &BackendState, now: Instant) -> Option<Skipped> {
+    let (reason, at) = backend.left_out()?;
+    let time = match reason {
+        SkipReason::Ejected => at.saturating_duration_since(now),
+        _ => now.saturating_duration_since(at),
+    };
+    let seconds = u32::try_from(time.as_secs()).unwrap_or(u32::MAX);
+    Some(Skipped { backend: backend.id, reason, seconds })
+}
+
+// === impl Picked ===
+
+impl Picked {
+    /// The result that a reservation stands for.
+    pub fn of(reservation: &Reservation) -> Picked {
+        Picked { index: reservation.index, on_trial: reservation.is_on_trial() }
+    }
+}
+
+// === impl PoolTable ===
+
+impl PoolTable {
+    /// Picks like [`PoolTable::pick`] and notes in `record` what decided.
+    ///
+    /// # Errors
+    /// No backend could be picked.
+    pub fn pick_recorded(
+        &self,
+        key: PickKey,
+        tried: &[usize],
+        record: &mut PickRecord,
+    ) -> Result<Reservation, NoBackend> {
+        self.reserve(|balancer| balancer.pick_recorded(key, tried, record))
+    }
+
+    /// Returns what [`PoolTable::pick`] would return now, and why. Takes no slot, advances no
+    /// round robin and claims no trial.
+    pub fn rehearse(
+        &self,
+        key: PickKey,
+        tried: &[usize],
+    ) -> (Result<Picked, NoBackend>, PickRecord) {
+        let Some(balancer) = &self.balancer else {
+            return (Err(self.without_balancer()), PickRecord::default());
+        };
+        let (picked, record) = balancer.rehearse(key, tried);
+        let picked = picked.map_err(NoBackend::from).map(|index| {
+            let on_trial = self.serving[index].in_flight.has_open_trial();
+            Picked { index, on_trial }
+        });
+        (picked, record)
+    }
+
+    /// Returns the decision that a pick was, with its record.
+    pub fn decision(
+        &self,
+        session: &PickedFor,
+        picked: Option<Picked>,
+        record: &PickRecord,
+    ) -> Decision {
+        let chosen = picked.and_then(|picked| self.serving.get(picked.index));
+        let id = |index: usize| self.serving.get(index).map(|backend| backend.id);
+        let figures = if picked.is_some() { record.figures().named(id) } else { Figures::None };
+        Decision {
+            session: session.session,
+            at_micros: session.wall_micros,
+            serial: session.serial,
+            client: session.client,
+            frontend: session.frontend,
+            route: session.route.position().unwrap_or(0),
+            pool: Some(self.id),
+            policy: self.spec.balance,
+            why: picked.map_or(Why::None, |picked| self.why(session, picked, record)),
+            chosen: chosen.map(|backend| backend.id),
+            candidates: self.serving.len() as u32,
+            figures,
+            skipped: self.skipped(session.now, record),
+            attempt: session.attempt,
+            waited_micros: session.waited.map_or(0, micros),
+            outcome: Outcome::default(),
+        }
+    }
+
+    fn why(&self, session: &PickedFor, picked: Picked, record: &PickRecord) -> Why {
+        let is_backup = matches!(self.tier, ServingTier::Backups { from } if picked.index >= from);
+        let others = self.serving.len() as u32 - 1;
+        match () {
+            () if picked.on_trial => Why::Trial,
+            () if session.attempt > 1 => Why::Retry,
+            () if session.waited.is_some() => Why::Queue,
+            () if self.tier == ServingTier::FailOpen => Why::FailOpen,
+            () if is_backup => Why::Backup,
+            () if record.passed_over_total() >= others => Why::Only,
+            () => Why::of_policy(self.spec.balance),
+        }
+    }
+
+    /// Candidates that the pick passed over, then members that are not eligible.
+    fn skipped(&self, now: Instant, record: &PickRecord) -> SkippedList {
+        let mut list = SkippedList::EMPTY;
+        for (index, reason) in record.noted() {
+            if let Some(backend) = self.serving.get(*index) {
+                list.push(Skipped { backend: backend.id, reason: *reason, seconds: 0 });
+            }
+        }
+        let unnamed = record.passed_over_total().saturating_sub(list.total());
+        let left_out = self.left_out.named();
+        left_out.iter().filter_map(|one| skipped(one, now)).for_each(|one| list.push(one));
+        list.count_more(unnamed + self.left_out.total() - left_out.len() as u32);
+        list
+    }
+}
+
+// === impl Decision ===
+
+impl Decision {
+    /// The decision about a session that was rejected before a pool was asked.
+    pub fn without_pool(session: &PickedFor) -> Decision {
+        Decision {
+            session: session.session,
+            at_micros: session.wall_micros,
+            serial: session.serial,
+            client: session.client,
+            frontend: session.frontend,
+            route: session.route.position().unwrap_or(0),
+            pool: None,
+            policy: Policy::WeightedRoundRobin,
+            why: Why::None,
+            chosen: None,
+            candidates: 0,
+            figures: Figures::None,
+            skipped: SkippedList::EMPTY,
+            attempt: session.attempt,
+            waited_micros: session.waited.map_or(0, micros),
+            outcome: Outcome::default(),
+        }
+    }
+}
+
+impl From<PickError> for NoBackend {
+    fn from(error: PickError) -> NoBackend {
+        match error {
+            PickError::Exhausted => NoBackend::Exhausted,
+            PickError::AtCapacity => NoBackend::AtCapacity,
+        }
+    }
+}
+
+fn micros(time: Duration) -> u32 {
+    u32::try_from(time.as_micros()).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+#[cfg(not(tidegate_loom))]
+mod tests;
