@@ -3,10 +3,11 @@
 //! Called by tests of this crate and, with the feature `testing`, of other crates. Each
 //! field has the simplest value. A test sets the fields that it is about.
 
+use crate::decision::{Decision, Figures, Outcome, SkippedList, Why};
 use crate::model::{
-    AccessLogTarget, Admin, AdminListen, Bind, Config, EngineChoice, FrontendConfig, HASH_SLOTS,
-    Log, LogFormat, LogLevel, OnRemoval, Policy, PoolConfig, ProcessConfig, Sandbox,
-    WhenNoneEligible,
+    AccessLogTarget, Admin, AdminListen, BackendId, Bind, ClientAddr, Config, EngineChoice,
+    FrontendConfig, FrontendId, HASH_SLOTS, Log, LogFormat, LogLevel, OnRemoval, PeerAddr, Policy,
+    PoolConfig, ProcessConfig, Sandbox, WhenNoneEligible,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -78,5 +79,27 @@ pub fn config(frontends: Vec<FrontendConfig>, pools: Vec<Arc<PoolConfig>>) -> Co
         frontends,
         pools,
         heartbeat: None,
+    }
+}
+
+/// A first pick of that session; every number in it is the session's.
+pub fn decision(session: u64) -> Decision {
+    Decision {
+        session,
+        at_micros: session,
+        serial: session,
+        client: ClientAddr::of_peer(PeerAddr::new(([127, 0, 0, 1], 1).into())),
+        frontend: FrontendId(1),
+        route: 0,
+        pool: None,
+        policy: Policy::Random,
+        why: Why::Draw,
+        chosen: Some(BackendId(session as u32)),
+        candidates: session as u32,
+        figures: Figures::Turn { position: session, period: session },
+        skipped: SkippedList::EMPTY,
+        attempt: 1,
+        waited_micros: session as u32,
+        outcome: Outcome::default(),
     }
 }

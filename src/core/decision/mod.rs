@@ -5,6 +5,7 @@
 //! keeps no table alive. Nothing here picks.
 
 pub mod ring;
+pub mod rings;
 mod words;
 
 use crate::metrics::counters::LocalErrorKind;

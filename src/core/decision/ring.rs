@@ -141,31 +141,9 @@ impl Default for Slot {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::decision::{Figures, SkippedList, Why};
-    use crate::model::{BackendId, ClientAddr, FrontendId, PeerAddr, Policy};
     use crate::outcome::{Cause, Phase};
+    use crate::testing::decision;
     use std::sync::atomic::AtomicBool;
-
-    fn decision(session: u64) -> Decision {
-        Decision {
-            session,
-            at_micros: session,
-            serial: session,
-            client: ClientAddr::of_peer(PeerAddr::new(([127, 0, 0, 1], 1).into())),
-            frontend: FrontendId(1),
-            route: 0,
-            pool: None,
-            policy: Policy::Random,
-            why: Why::Draw,
-            chosen: Some(BackendId(session as u32)),
-            candidates: session as u32,
-            figures: Figures::Turn { position: session, period: session },
-            skipped: SkippedList::EMPTY,
-            attempt: 1,
-            waited_micros: session as u32,
-            outcome: Outcome::default(),
-        }
-    }
 
     #[test]
     fn ring_keeps_the_newest_decisions() {
