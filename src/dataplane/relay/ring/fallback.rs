@@ -56,10 +56,10 @@ impl FallbackBuffers {
 impl RingSession {
     pub(super) fn note_no_buffer(&mut self, side: SessionSide) -> OpResult {
         let stream = &mut self.streams[side as usize];
-        if std::mem::replace(&mut stream.starved, true) {
+        if std::mem::replace(&mut stream.needs_buffer, true) {
             return OpResult::Nothing;
         }
-        OpResult::Starved { side, alone: stream.queued > 0 }
+        OpResult::NoBuffer { side, alone: stream.queued > 0 }
     }
 
     /// Marks the side for a retry at the next tick, because the kernel had no memory for a poll.
@@ -78,7 +78,7 @@ impl RingSession {
             && (stream.pipe.is_some()
                 || stream.unbuffered
                 || stream.queued > 0 && stream.poll.is_none())
-            && !stream.starved
+            && !stream.needs_buffer
             && !stream.short
             && !self.close.ended(from)
             && !self.close.failed(from.other())
@@ -101,7 +101,7 @@ impl RingSession {
 
     /// Whether the side waits for a buffer.
     pub(super) fn is_without_buffer(&self, from: SessionSide) -> bool {
-        !self.halted && self.streams[from as usize].starved
+        !self.halted && self.streams[from as usize].needs_buffer
     }
 
     /// Continues a side that waits for a buffer, by the first of these that is possible:
@@ -119,13 +119,13 @@ impl RingSession {
     ) -> FallbackResult {
         let stream = &mut self.streams[from as usize];
         if ring.buffers_shown() > 0 {
-            stream.starved = false;
+            stream.needs_buffer = false;
             self.arm(key, from, ring);
             return FallbackResult::Done;
         }
         if stream.queued > 0 {
             // The completion of the send retries.
-            stream.starved = false;
+            stream.needs_buffer = false;
             return FallbackResult::Waits;
         }
         let Some(socket) = self.sockets[from as usize].clone() else { return FallbackResult::Done };
@@ -137,7 +137,7 @@ impl RingSession {
         };
         match received {
             Ok(0) => {
-                self.streams[from as usize].starved = false;
+                self.streams[from as usize].needs_buffer = false;
                 self.end_of(from, 0, moved);
             }
             Ok(received) if keeps => {
@@ -170,7 +170,7 @@ impl RingSession {
                 self.end_of(from, errno, moved);
             }
         }
-        self.streams[from as usize].starved = false;
+        self.streams[from as usize].needs_buffer = false;
         self.finish(from);
         FallbackResult::Done
     }
@@ -194,7 +194,7 @@ impl RingSession {
             Err(StreamError::Interrupted) => return FallbackResult::MoreToRead,
             Err(StreamError::Shortage) => return self.note_shortage(from),
             Err(StreamError::Broken(errno)) => {
-                self.streams[from as usize].starved = false;
+                self.streams[from as usize].needs_buffer = false;
                 self.send_failed(from, errno, ring);
                 // Discard the bytes: left unread, they would turn a close with FIN into a
                 // reset. An error of this socket is reported by its next receive.
@@ -206,7 +206,7 @@ impl RingSession {
             self.close.sent_on(from, sent, moved);
             let all = seen.len();
             if let Err(errno) = self.close.receive_seen(from, &mut seen[..sent], moved, receive) {
-                self.streams[from as usize].starved = false;
+                self.streams[from as usize].needs_buffer = false;
                 self.end_of(from, errno, moved);
                 self.finish(from);
                 return FallbackResult::Done;
@@ -216,14 +216,14 @@ impl RingSession {
             }
         }
         let stream = &mut self.streams[from as usize];
-        (stream.starved, stream.unbuffered) = (false, true);
+        (stream.needs_buffer, stream.unbuffered) = (false, true);
         self.wait(key, from, OpUse::Writable, ring);
         FallbackResult::Waits
     }
 
     fn note_shortage(&mut self, from: SessionSide) -> FallbackResult {
         let stream = &mut self.streams[from as usize];
-        (stream.starved, stream.short) = (false, true);
+        (stream.needs_buffer, stream.short) = (false, true);
         FallbackResult::Short
     }
 
@@ -241,8 +241,8 @@ impl RingSession {
             return OpResult::Nothing;
         }
         if stream.pipe.is_none() {
-            stream.starved = true;
-            return OpResult::Starved { side: from, alone: true };
+            stream.needs_buffer = true;
+            return OpResult::NoBuffer { side: from, alone: true };
         }
         let result = self.splice(key, from, false, ring, pipes, moved);
         self.arm(key, from, ring);

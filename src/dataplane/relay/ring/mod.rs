@@ -61,7 +61,7 @@ pub(super) struct RingEngine {
     waker: AsyncFd<RingWaker>,
     pipes: Pipes,
     /// Sides that wait for a buffer.
-    starved: VecDeque<(u32, SessionSide)>,
+    waiting: VecDeque<(u32, SessionSide)>,
     /// Sides whose receive has been stopped since the last tick, because their bytes wait.
     stalled: Vec<(u32, SessionSide)>,
     /// Sides for which the kernel had no memory since the last tick.
@@ -69,7 +69,7 @@ pub(super) struct RingEngine {
     /// Used while the pool has no buffer.
     fallback: FallbackBuffers,
     /// Count of missing buffers at the last tick.
-    last_starved: u64,
+    last_missing: u64,
     /// Ticks since a buffer was missing.
     quiet_ticks: u32,
     /// Set while the ring wakes the task.
@@ -95,11 +95,11 @@ impl RingEngine {
             ring,
             waker,
             pipes: Pipes::new(Arc::clone(&budget)),
-            starved: VecDeque::new(),
+            waiting: VecDeque::new(),
             stalled: Vec::new(),
             short: Vec::new(),
             fallback: FallbackBuffers::new(budget),
-            last_starved: 0,
+            last_missing: 0,
             quiet_ticks: 0,
             armed: false,
             worker,
@@ -164,11 +164,11 @@ impl RingEngine {
             OpResult::Connected(how) => state.connect_decided(key, how),
             OpResult::ClientFailed => state.client_failed(key),
             OpResult::ClientReadable => state.client_readable(key),
-            OpResult::Starved { side, alone } => {
+            OpResult::NoBuffer { side, alone } => {
                 if !alone {
                     state.io.ring.widen();
                 }
-                state.io.starved.push_back((key, side));
+                state.io.waiting.push_back((key, side));
             }
             OpResult::Stalled(side) => state.io.stalled.push((key, side)),
             OpResult::Short(side) => state.io.note_shortage(key, side),
@@ -202,19 +202,19 @@ impl RingEngine {
 
     /// Gives every side that waits for a buffer one attempt to receive.
     fn receive_fallback(state: &mut EngineState<RingEngine>) {
-        for _ in 0..state.io.starved.len() {
-            let Some((key, side)) = state.io.starved.pop_front() else { return };
+        for _ in 0..state.io.waiting.len() {
+            let Some((key, side)) = state.io.waiting.pop_front() else { return };
             let Some(entry) = state.sessions.get_mut(key as usize) else { continue };
-            // The key can be of a later session, whose side is not marked starved.
+            // The key can be of a later session, whose side is not marked.
             if !entry.is_relaying() || !entry.session.is_without_buffer(side) {
                 continue;
             }
-            let RingEngine { ring, fallback, starved, stalled, .. } = &mut state.io;
+            let RingEngine { ring, fallback, waiting, stalled, .. } = &mut state.io;
             let mut moved = TurnBytes::default();
             let (mut failed, mut short) = (false, false);
             match entry.session.receive_fallback(key, side, ring, fallback, &mut moved) {
                 FallbackResult::Done => {}
-                FallbackResult::MoreToRead => starved.push_back((key, side)),
+                FallbackResult::MoreToRead => waiting.push_back((key, side)),
                 FallbackResult::Waits => stalled.push((key, side)),
                 FallbackResult::Short => short = true,
                 FallbackResult::Failed => failed = true,
@@ -284,7 +284,7 @@ impl EngineIo for RingEngine {
 
     #[inline]
     fn has_work(&self) -> bool {
-        self.ring.has_pending() || !self.starved.is_empty()
+        self.ring.has_pending() || !self.waiting.is_empty()
     }
 
     fn round(state: &mut EngineState<RingEngine>) -> io::Result<TurnResult> {
@@ -298,7 +298,7 @@ impl EngineIo for RingEngine {
             busy = true;
             RingEngine::handle(state, event);
         }
-        if !state.io.starved.is_empty() {
+        if !state.io.waiting.is_empty() {
             // Offer the buffers that this batch has freed.
             state.io.ring.show_buffers();
             RingEngine::receive_fallback(state);
@@ -324,8 +324,8 @@ impl EngineIo for RingEngine {
         }
         io.show_counts();
         io.show_held();
-        let starved = io.ring.counts().starved;
-        if std::mem::replace(&mut io.last_starved, starved) != starved {
+        let missing = io.ring.counts().starved;
+        if std::mem::replace(&mut io.last_missing, missing) != missing {
             io.quiet_ticks = 0;
             return TICK;
         }
@@ -338,7 +338,7 @@ impl EngineIo for RingEngine {
     }
 
     fn arm_wakeup(&mut self) -> bool {
-        self.armed = self.starved.is_empty() && self.ring.arm_wakeup();
+        self.armed = self.waiting.is_empty() && self.ring.arm_wakeup();
         if self.armed {
             self.show_counts();
             self.show_held();

@@ -98,7 +98,7 @@ pub(super) struct RingDirection {
     cancel_at: u32,
     pub(super) mode: RingMode,
     /// Waits for a buffer.
-    pub(super) starved: bool,
+    pub(super) needs_buffer: bool,
     /// No buffer is available, and the other side has no room for the bytes.
     pub(super) unbuffered: bool,
     /// The kernel had no memory. No operation is in flight; a tick retries.
@@ -136,7 +136,7 @@ pub(super) enum OpResult {
     /// The client sent bytes or a FIN before the relay.
     ClientReadable,
     /// No buffer for bytes of this side. `alone`: the side holds buffers in its own queue.
-    Starved {
+    NoBuffer {
         side: SessionSide,
         alone: bool,
     },
@@ -205,7 +205,7 @@ impl RingSession {
         for stream in &mut self.streams {
             stream.queue = SendQueue::default();
             stream.pipe = None;
-            stream.starved = false;
+            stream.needs_buffer = false;
             stream.short = false;
         }
         self.cancel_all(ring);
@@ -297,7 +297,7 @@ impl RingSession {
         let stream = &mut self.streams[from as usize];
         if self.halted
             || stream.receive.is_some()
-            || stream.starved
+            || stream.needs_buffer
             || stream.short
             || stream.poll.is_some()
             || self.close.ended(from)

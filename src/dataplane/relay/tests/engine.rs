@@ -166,7 +166,7 @@ fn engine_that_never_sleeps_lets_other_tasks_run() {
     let kinds =
         [(EngineKind::Epoll, false), (EngineKind::Epoll, true), (EngineKind::IoUring, true)];
     for (runtime, has_waker) in kinds {
-        // On its own thread: a starved runtime fires no timeout.
+        // On its own thread: a blocked runtime fires no timeout.
         let (done, ended) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
             runtime.block_on(async {
@@ -179,7 +179,7 @@ fn engine_that_never_sleeps_lets_other_tasks_run() {
             })
         });
         let done = ended.recv_timeout(TIMEOUT);
-        assert!(done.is_ok(), "engine task starves {runtime:?}, waker: {has_waker}");
+        assert!(done.is_ok(), "engine task blocks {runtime:?}, waker: {has_waker}");
     }
 }
 
