@@ -39,7 +39,7 @@ pub struct StatusDoc {
     pub connections_active: u32,
     /// Cap on open sessions.
     pub connections_max: u32,
-    /// Settings that need a restart and resources that are nearly used up, one sentence each.
+    /// Warnings in one sentence each, such as settings that need a restart.
     pub warnings: Vec<String>,
     /// The layers of the sandbox.
     pub confinement: Vec<SandboxLayerDoc>,

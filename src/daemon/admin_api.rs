@@ -134,7 +134,7 @@ impl AdminEndpoint {
     }
 
     /// Returns the number of connections closed in favour of newer connections.
-    pub(super) fn crowded(&self) -> u64 {
+    pub(super) fn dropped(&self) -> u64 {
         self.api.as_ref().map_or(0, |api| api.dropped.count())
     }
 

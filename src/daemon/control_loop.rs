@@ -194,6 +194,6 @@ impl Control {
     /// Returns the counters of rare events, including those of old processes.
     pub(super) fn rare_counters(&self) -> RareCounters {
         let refused = self.workers.context().buffers.refused();
-        self.telemetry.rare_counters(self.admin.crowded(), refused, self.state.failures())
+        self.telemetry.rare_counters(self.admin.dropped(), refused, self.state.failures())
     }
 }

@@ -139,7 +139,7 @@ impl Control {
 
     fn snapshot(&self, control: ControlStatus, now: Instant) -> AdminSnapshot {
         let table = self.controller.current_table();
-        let rarities = self.rare_counters();
+        let rare = self.rare_counters();
         let (engine, engine_reason) = self.workers.engine();
         AdminSnapshot {
             control,
@@ -154,21 +154,21 @@ impl Control {
                 false => ServiceState::Draining,
             },
             reloads: self.reloads.counts(),
-            transitions_unlogged: rarities.unlogged,
+            transitions_unlogged: rare.unlogged,
             upgrades: self.upgrades.counts(),
             table_serial: table.serial,
             connections_active: self.sessions(),
             connections_max: table.connections_max,
             queued: self.workers.context().waiters.all_queued(),
             buffers: Arc::clone(&self.workers.context().buffers),
-            buffers_refused: rarities.buffers_refused,
-            state_unwritten: rarities.state_unwritten,
+            buffers_refused: rare.buffers_refused,
+            state_unwritten: rare.state_unwritten,
             warnings: self.reloads.warnings(),
-            troubles: self.supervised.in_force.note().into_iter().collect(),
-            admin_crowded: rarities.admin_crowded,
+            other_warnings: self.supervised.in_force.note().into_iter().collect(),
+            admin_dropped: rare.admin_dropped,
             confinement: self.lifecycle.confined().report.clone(),
             control_counts: Arc::clone(self.telemetry.local()),
-            log_dropped: rarities.log_dropped,
+            log_dropped: rare.log_dropped,
             ports: self.telemetry.ports.watch(),
             port_limits: self.telemetry.ports.limits(),
             heartbeats: self.evidence.heartbeats.counts(),
@@ -264,7 +264,7 @@ fn render(
     let backends = snapshot.control.pools.iter().flat_map(|pool| &pool.backends);
     let states = backends.map(|backend| &backend.state);
     let warnings = ports::warnings(&snapshot.ports, snapshot.port_limits, states);
-    snapshot.troubles.splice(0..0, warnings);
+    snapshot.other_warnings.splice(0..0, warnings);
     let (mut status, mut metrics) = (None, None);
     for request in requests {
         // Fails if the client has closed its connection.

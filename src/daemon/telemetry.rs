@@ -138,7 +138,7 @@ impl Telemetry {
     /// arguments are counters of this process.
     pub(super) fn rare_counters(
         &self,
-        crowded: u64,
+        admin_dropped: u64,
         buffers_refused: u64,
         unwritten: u64,
     ) -> RareCounters {
@@ -146,7 +146,7 @@ impl Telemetry {
         RareCounters {
             log_dropped: before.log_dropped.saturating_add(self.log.dropped()),
             unlogged: before.unlogged.saturating_add(self.transitions.unlogged()),
-            admin_crowded: before.admin_crowded.saturating_add(crowded),
+            admin_dropped: before.admin_dropped.saturating_add(admin_dropped),
             buffers_refused: before.buffers_refused.saturating_add(buffers_refused),
             state_unwritten: before.state_unwritten.saturating_add(unwritten),
         }

@@ -69,7 +69,7 @@ fn check_host(
     let mut hosts = headers.get_all(HOST).iter();
     let host = match (hosts.next(), hosts.next()) {
         (Some(host), None) => host,
-        // Browsers always send a `Host`, so no web page makes such a request.
+        // Browsers always send `Host`, so the request is not from a web page.
         (None, _) if version == Version::HTTP_10 && target.is_none() => return Ok(()),
         _ => return Err(bad(StatusCode::BAD_REQUEST, "send exactly one Host header")),
     };

@@ -31,7 +31,7 @@ pub(super) fn rejected(rejection: &Rejection, now: Instant) -> RejectedDoc {
     }
 }
 
-/// Returns the rejection to show of two for one backend: signed before unsigned, then the newer.
+/// Of two rejections for one backend, returns the signed one, else the newer one.
 pub(super) fn preferred<'a>(one: &'a Rejection, other: &'a Rejection) -> &'a Rejection {
     std::cmp::max_by_key(one, other, |rejection| (rejection.signed, rejection.at))
 }

@@ -57,10 +57,10 @@ pub struct AdminSnapshot {
     pub state_unwritten: u64,
     /// Accepted settings that take effect after a restart, one sentence each.
     pub warnings: Vec<String>,
-    /// Resources of this host that are nearly used up, one sentence each.
-    pub troubles: Vec<String>,
+    /// Other warnings for status, such as local ports that are nearly used up.
+    pub other_warnings: Vec<String>,
     /// Idle admin connections closed to accept newer ones.
-    pub admin_crowded: u64,
+    pub admin_dropped: u64,
     /// The layers of the sandbox.
     pub confinement: SandboxReport,
     /// Local errors that the control thread counts.
@@ -139,8 +139,8 @@ impl AdminSnapshot {
             buffers_refused: 0,
             state_unwritten: 0,
             warnings: vec!["workers waits".to_owned()],
-            troubles: Vec::new(),
-            admin_crowded: 0,
+            other_warnings: Vec::new(),
+            admin_dropped: 0,
             confinement: SandboxReport::none("off"),
             control_counts: Arc::new(WorkerCounters::new(1, 1)),
             log_dropped: 0,

@@ -50,7 +50,7 @@ fn document(snapshot: &AdminSnapshot, latency: &MergedHistograms) -> StatusDoc {
         state: snapshot.state.clone(),
         connections_active: snapshot.connections_active,
         connections_max: snapshot.connections_max,
-        warnings: snapshot.warnings.iter().chain(&snapshot.troubles).cloned().collect(),
+        warnings: snapshot.warnings.iter().chain(&snapshot.other_warnings).cloned().collect(),
         confinement: confinement(snapshot),
         heartbeat: control.heartbeat.as_ref().map(|status| heartbeats(status, snapshot)),
         frontends: control.frontends.iter().map(frontend).collect(),
@@ -283,7 +283,7 @@ mod tests {
             ..AdminSnapshot::plain(control, now)
         };
         let text = render(&snapshot, &latency);
-        let read: StatusDoc = serde_json::from_str(&text).expect("clients read it");
+        let read: StatusDoc = serde_json::from_str(&text).expect("clients parse the document");
         assert_eq!(read, document(&snapshot, &latency));
         // A line break before each object makes a difference readable.
         expected.assert_eq(&text.replace("{\"", "\n{\"").replace(",\"pools", "\n,\"pools"));

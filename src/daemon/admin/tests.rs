@@ -168,7 +168,7 @@ fn status_of_a_pool_with_heartbeats_has_exactly_the_documented_fields() {
     let snapshot = AdminSnapshot {
         heartbeats,
         queued: HashMap::new(),
-        troubles: vec!["few ports are left".to_owned()],
+        other_warnings: vec!["few ports are left".to_owned()],
         ..AdminSnapshot::plain(control, now)
     };
     let text = status::render(&snapshot, &MergedHistograms::new());

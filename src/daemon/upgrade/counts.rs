@@ -23,7 +23,8 @@ use tidegate_core::outcome::{Cause, Phase};
 pub(super) struct HandoverCounts {
     workers: Vec<SavedWorker>,
     /// Counters of the process.
-    pub(super) rarities: RareCounters,
+    #[serde(rename = "rarities")]
+    pub(super) rare: RareCounters,
     /// First session number of the new process.
     pub(super) session_numbers: u64,
     /// Changed, unchanged, refused.
@@ -42,7 +43,8 @@ pub(crate) struct RareCounters {
     /// Backend state changes not logged because of the rate limit.
     pub(crate) unlogged: u64,
     /// Admin connections closed to accept newer ones.
-    pub(crate) admin_crowded: u64,
+    #[serde(rename = "admin_crowded")]
+    pub(crate) admin_dropped: u64,
     /// Reads postponed because the cap on buffer memory was reached.
     pub(crate) buffers_refused: u64,
     /// Failed writes of operator intents to the state directory.
@@ -64,7 +66,7 @@ struct SavedWorker {
     numbers: SavedNumbers,
 }
 
-/// Declares counters that are one number per worker: the name in the message, and the counter.
+/// Declares the counters with one number per worker: name in the message, and counter.
 macro_rules! saved_numbers {
     ($($name:ident = $counter:ident),+ $(,)?) => {
         #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -118,7 +120,7 @@ impl HandoverCounts {
                 .map(|worker| SavedWorker::save(worker))
                 .chain([SavedWorker::save(control)])
                 .collect(),
-            rarities: RareCounters::default(),
+            rare: RareCounters::default(),
             session_numbers: 0,
             reloads: (reloads.changed, reloads.unchanged, reloads.refused),
             upgrades: (upgrades.done, upgrades.failed, upgrades.refused),
@@ -194,7 +196,8 @@ impl SavedWorker {
         carry_totals(ring_cells(worker), &self.ring_events);
         carry_totals(panic_cells(worker), &self.panics);
         self.numbers.carry(worker);
-        // The old process reports its open sessions itself, so all carried sessions count as ended.
+        // The old process reports its open sessions itself. All carried sessions count as
+        // ended.
         worker.ended.carry(self.numbers.accepted);
     }
 }

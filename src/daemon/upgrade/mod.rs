@@ -412,7 +412,7 @@ impl Control {
         let (workers, own) = (self.workers.counters(), self.telemetry.local());
         let reloads = self.reloads.counts();
         let mut counts = HandoverCounts::save(workers, own, reloads, upgrades, heartbeats);
-        counts.rarities = self.rare_counters();
+        counts.rare = self.rare_counters();
         counts.session_numbers = self.workers.context().numbers.for_next_process();
         let estimates = self.estimates(&state);
         Commit { counts, latency, state, estimates, parts: 0 }
@@ -502,7 +502,7 @@ impl Control {
 
     fn carry(&mut self, known: &Commit) {
         known.counts.carry(self.workers.counters());
-        self.telemetry.restore_counts(known.counts.rarities);
+        self.telemetry.restore_counts(known.counts.rare);
         self.evidence.heartbeats.restore_counts(known.counts.heartbeats());
         for saved in &known.latency {
             let found = self.controller.find_saved(&saved.pool, &saved.backend, &saved.address);

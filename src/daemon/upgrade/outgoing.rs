@@ -200,7 +200,7 @@ fn until_serving(
 ) -> Result<(), UpgradeStepError> {
     let commit = commit.recv().map_err(|_| UpgradeStepError::Cancelled)?;
     message::send_known(channel, commit, deadline)?;
-    tracing::debug!("told the new process to take over");
+    tracing::debug!("state sent; waiting until the new process serves");
     let Serving {} = message::receive(channel, deadline)?;
     Ok(())
 }

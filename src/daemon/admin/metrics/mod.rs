@@ -44,7 +44,7 @@ mod families {
     pub(super) const UPGRADES: Family = counter("tidegate_upgrades_total", "Upgrades in place, by result.");
     pub(super) const RESTART_NEEDED: Family = gauge("tidegate_restart_needed", "Accepted settings that take effect only after a restart.");
     pub(super) const STATE_UNWRITTEN: Family = counter("tidegate_state_write_failures_total", "Failed writes of operator drains to the directory of [process] state.");
-    pub(super) const ADMIN_CROWDED: Family = counter("tidegate_admin_connections_dropped_total", "Idle admin connections closed to make room for new ones.");
+    pub(super) const ADMIN_DROPPED: Family = counter("tidegate_admin_connections_dropped_total", "Idle admin connections closed to make room for new ones.");
     pub(super) const CONFINEMENT: Family = gauge("tidegate_confinement", "1 if the sandbox layer is in effect, else 0.");
     pub(super) const CONNECTIONS_ACTIVE: Family = gauge("tidegate_connections_active", "Open sessions in the process.");
     pub(super) const CONNECTIONS_MAX: Family = gauge("tidegate_connections_max", "Cap on open sessions in the process.");
@@ -186,7 +186,7 @@ fn whole(out: &mut Encoder, snapshot: &AdminSnapshot) {
     upgrades.count(&[("result", "refused")], snapshot.upgrades.refused);
     out.family(&families::RESTART_NEEDED).count(&[], snapshot.warnings.len() as u64);
     out.family(&families::STATE_UNWRITTEN).count(&[], snapshot.state_unwritten);
-    out.family(&families::ADMIN_CROWDED).count(&[], snapshot.admin_crowded);
+    out.family(&families::ADMIN_DROPPED).count(&[], snapshot.admin_dropped);
     let mut confinement = out.family(&families::CONFINEMENT);
     for layer in snapshot.confinement.layers() {
         confinement.count(&[("layer", layer.layer)], layer.in_force.into());
@@ -314,10 +314,10 @@ fn source_ports(out: &mut Encoder, snapshot: &AdminSnapshot, each: &[BackendRow<
     let mut samples = out.family(&families::PORTS_USED);
     for one in each.iter().filter(|one| source_ports::has_ports(&one.status.state)) {
         let state = &one.status.state;
-        for way in state.source_addrs.load().iter() {
-            let source = way.source().map_or_else(|| "any".to_owned(), |ip| ip.to_string());
-            let used = snapshot.ports.used(state, way, snapshot.port_limits);
-            samples.count_of(&one.labels, &[("source", &source)], used);
+        for source in state.source_addrs.load().iter() {
+            let address = source.source().map_or_else(|| "any".to_owned(), |ip| ip.to_string());
+            let used = snapshot.ports.used(state, source, snapshot.port_limits);
+            samples.count_of(&one.labels, &[("source", &address)], used);
         }
     }
     out.family(&families::PORTS_MAX).count(&[], snapshot.port_limits.ports.into());

@@ -133,7 +133,7 @@ impl Parsed {
             _ => assert!(suffix.is_empty(), "{line}"),
         }
         let before = self.samples.insert((name.to_owned(), labels), value);
-        assert!(before.is_none(), "series given twice: {line}");
+        assert!(before.is_none(), "repeated series: {line}");
     }
 
     fn get(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
@@ -149,12 +149,12 @@ fn labels(mut text: &str) -> Labels {
         assert!(name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{name}");
         let (mut value, mut characters) = (String::new(), rest.char_indices());
         let end = loop {
-            match characters.next().expect("an end quote") {
+            match characters.next().expect("a closing quote") {
                 (at, '"') => break at,
-                (_, '\\') => value.push(match characters.next().expect("an escape").1 {
+                (_, '\\') => value.push(match characters.next().expect("an escaped character").1 {
                     'n' => '\n',
                     escaped @ ('\\' | '"') => escaped,
-                    other => panic!("escape {other}"),
+                    other => panic!("unknown escape {other}"),
                 }),
                 (_, other) => value.push(other),
             }
