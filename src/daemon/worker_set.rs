@@ -183,7 +183,7 @@ impl WorkerSet {
     #[cfg(debug_assertions)]
     pub(super) fn order_fault(&self, place: &str, worker: usize, millis: u64) -> bool {
         let command = match place {
-            "control" => panic!("a fault that was ordered: control"),
+            "control" => panic!("injected fault: control"),
             "stall" => Some(WorkerCommand::Stall(Duration::from_millis(millis))),
             place => FaultPoint::from_name(place).map(WorkerCommand::Fault),
         };

@@ -260,7 +260,7 @@ fn process_exits_if_its_control_thread_panics(engine: Engine) {
     let _ = http::over_unix(&socket, "POST", "/debug/fault/control/0/0");
     assert_eq!(proxy.wait_exit(secs(10)), Some(3));
     let log = proxy.log();
-    assert!(log.contains("a fault that was ordered: control"), "{log}");
+    assert!(log.contains("injected fault: control"), "{log}");
     assert!(log.contains("control thread panicked; exiting"), "{log}");
 }
 
