@@ -12,7 +12,7 @@ pub(crate) fn text() -> String {
     let mut cli = Cli::command();
     cli.build();
     let client = ClientArgs::augment_args(Command::new("client"));
-    let mut out = "## Options of the commands that ask a running balancer\n\n".to_owned();
+    let mut out = "## Options of the commands for a running balancer\n\n".to_owned();
     options(&mut out, client.get_arguments().collect());
     for command in cli.get_subcommands_mut().filter(|command| command.get_name() != "help") {
         let _ = writeln!(out, "## tidegate {}\n", command.get_name());
@@ -33,8 +33,11 @@ fn one(out: &mut String, command: &mut Command, client: &Command) {
     let is_own = |arg: &&Arg| !arg.is_hide_set() && arg.get_id() != "help" && !shared(arg);
     options(out, command.get_arguments().filter(is_own).collect());
     if command.get_arguments().any(shared) {
-        let _ =
-            writeln!(out, "It takes the options of the commands that ask a running balancer.\n");
+        let _ = writeln!(
+            out,
+            "It also has the [options of the commands for a running balancer]\
+            (#options-of-the-commands-for-a-running-balancer).\n"
+        );
     }
     for arg in command.get_arguments().filter(is_own) {
         values(out, arg);

@@ -56,7 +56,7 @@ const TYPED: f64 = 40.0;
 fn quickstart_takes_at_most_five_minutes_without_the_build() {
     let text = page("docs/quickstart.md");
     let (start, _) = text.split_once("\nThe two answers come").expect("the first request");
-    // Readers who have two services skip the commands that start two.
+    // Readers with two services skip the commands that start two.
     let (before, rest) = start.split_once("\n## Start two services\n").unwrap();
     let (own, after) = rest.split_once("\n## Write a configuration\n").unwrap();
     let skip = own.split("```").next().unwrap();

@@ -214,6 +214,37 @@ fn bounds_of_every_key_are_enforced() {
 }
 
 #[test]
+fn number_of_routes_is_bounded() {
+    assert_cap("[[frontend.NAME.route]]", "at most 255 routes", 255, |number| {
+        let (high, low) = (number / 256, number % 256);
+        format!("sources = '10.0.{high}.{low}'\npool = 'x'\n")
+    });
+}
+
+#[test]
+fn number_of_heartbeat_keys_is_bounded() {
+    assert_cap("[[heartbeat.key]]", "1 to 64 tables", 64, |number| {
+        format!("id = {}\nfile = '/k'\npools = 'x'\naddresses = '::1'\n", number + 2)
+    });
+}
+
+/// The reader accepts `max` tables with this header, as the table of keys states, and no more.
+#[track_caller]
+fn assert_cap(header: &str, stated: &str, max: usize, lines: impl Fn(usize) -> String) {
+    let known = TABLES.iter().find(|known| known.header == header).unwrap();
+    assert!(known.about.contains(stated), "{header}: {}", known.about);
+    let header = header.replace("NAME", "x");
+    // The base file has one such table. New routes are inserted before its route, because that
+    // route matches more clients.
+    let text = |count: usize| {
+        let more = (1..count).map(|number| format!("{header}\n{}", lines(number)));
+        file("", "").replacen(&header, &(more.collect::<String>() + &header), 1)
+    };
+    accepted(&text(max));
+    assert!(crate::parse(&text(max + 1), "file").is_err(), "{header}");
+}
+
+#[test]
 fn only_required_keys_must_be_given() {
     for (table, key) in keys() {
         let lines = BASE.iter().find(|(header, _)| *header == table.header);
