@@ -342,7 +342,7 @@ fn coloured_output_differs_only_in_escapes() {
 
 // === paths that are no regular file ===
 
-fn refusal(path: &Path) -> String {
+fn load_error(path: &Path) -> String {
     let problems = config::load(path).unwrap_err();
     assert_eq!((problems.list[0].line, problems.list[0].column), (1, 1));
     problems.list[0].message.clone()
@@ -351,14 +351,14 @@ fn refusal(path: &Path) -> String {
 #[test]
 fn missing_file_is_rejected() {
     let directory = tempfile::tempdir().unwrap();
-    let message = refusal(&directory.path().join("none.toml"));
+    let message = load_error(&directory.path().join("none.toml"));
     assert_eq!(message, "cannot open the file: no such file or directory");
 }
 
 #[test]
 fn directory_is_rejected() {
     let directory = tempfile::tempdir().unwrap();
-    assert_eq!(refusal(directory.path()), "this is a directory, not a file");
+    assert_eq!(load_error(directory.path()), "this is a directory, not a file");
 }
 
 #[test]
@@ -368,7 +368,7 @@ fn fifo_is_rejected_without_waiting_for_a_writer() {
     let made = std::process::Command::new("mkfifo").arg(&fifo).status().unwrap();
     assert!(made.success());
     let (send, done) = std::sync::mpsc::channel();
-    std::thread::spawn(move || send.send(refusal(&fifo)));
+    std::thread::spawn(move || send.send(load_error(&fifo)));
     let message = done.recv_timeout(Duration::from_secs(10)).expect("the load blocked");
     assert_eq!(message, "this is not a regular file");
 }
@@ -378,7 +378,7 @@ fn loop_of_links_is_rejected() {
     let directory = tempfile::tempdir().unwrap();
     let link = directory.path().join("t.toml");
     std::os::unix::fs::symlink("t.toml", &link).unwrap();
-    assert_eq!(refusal(&link), "cannot open the file: too many levels of symbolic links");
+    assert_eq!(load_error(&link), "cannot open the file: too many levels of symbolic links");
 }
 
 #[test]
@@ -387,7 +387,7 @@ fn file_larger_than_16_mib_is_rejected() {
     let path = directory.path().join("t.toml");
     let file = fs::File::create(&path).unwrap();
     file.set_len(config::FILE_BYTES_MAX as u64 + 1).unwrap();
-    assert_eq!(refusal(&path), "the file is larger than 16 MiB");
+    assert_eq!(load_error(&path), "the file is larger than 16 MiB");
 }
 
 #[test]

@@ -64,7 +64,7 @@ fn streams_through_tidegate_are_complete(engine: Engine) {
 on_every_engine!(streams_through_tidegate_are_complete);
 
 /// Relays everything, but flips one bit after 10,000 bytes to the client.
-fn spoil(client: TcpStream, to: SocketAddr) {
+fn relay_with_flipped_bit(client: TcpStream, to: SocketAddr) {
     let backend = TcpStream::connect(to).unwrap();
     let (mut up_from, mut up_to) = (client.try_clone().unwrap(), backend.try_clone().unwrap());
     let up = std::thread::spawn(move || {
@@ -93,7 +93,7 @@ fn one_changed_bit_is_reported_with_the_seed_of_the_stream() {
     let to = middle.local_addr().unwrap();
     std::thread::spawn(move || {
         for client in middle.incoming().flatten() {
-            std::thread::spawn(move || spoil(client, backend));
+            std::thread::spawn(move || relay_with_flipped_bit(client, backend));
         }
     });
     let output = streams(to, &[backend], "--rate 100 --for 500ms --seed 7");

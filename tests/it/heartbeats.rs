@@ -274,8 +274,8 @@ fn keys_and_addresses_can_change_while_senders_run() {
     let new = keys.sender("b", &two, 2);
     new.set_state(SenderState::Ready);
     wait(&proxy, "web", "b", "eligible", true);
-    let serial_of = |proxy: &TestProxy| proxy.backend("web", "a")["eligible"].clone();
-    assert_eq!(serial_of(&proxy), true);
+    let eligible = |proxy: &TestProxy| proxy.backend("web", "a")["eligible"].clone();
+    assert_eq!(eligible(&proxy), true);
     let only_new = Conf { heartbeat: keys.section(&[2]), ..proxy.conf() };
     proxy.reload(only_new);
     eventually(secs(5), "the old key is rejected", || {

@@ -286,7 +286,7 @@ fn deleted_config_file_changes_nothing_until_its_return(engine: Engine) {
     assert_eq!(answer.status, 422, "{}", answer.body);
     assert_eq!(client::ask(proxy.addr("web")).unwrap(), "a");
     proxy.rewrite_in_place(&proxy.render(&conf));
-    eventually(secs(5), "the file is noticed when it is back", || {
+    eventually(secs(5), "the new file is noticed", || {
         client::ask(proxy.addr("web")).unwrap() == "b"
     });
 }

@@ -84,7 +84,7 @@ fn blue_green_reload_rejects_no_client(engine: Engine) {
     conf.pools = vec![probed("web", &[("a", &green[0]), ("b", &green[1])])];
     let attempts = reload_under_load(&mut proxy, conf);
     let [blue, green] = ["blue", "green"].map(|name| answered_by(&attempts, name));
-    assert!(blue > 20 && green > 0, "{blue} by the former backends, {green} by the new ones");
+    assert!(blue > 20 && green > 0, "{blue} sessions on removed backends, {green} on new backends");
 }
 
 fn renaming_backends_and_a_pool_rejects_no_client(engine: Engine) {

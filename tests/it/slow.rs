@@ -200,8 +200,8 @@ fn slow_clients_do_not_affect_latency_or_memory(engine: Engine) {
     assert!(with < without * 20 + ms(50), "{without:?} without, {with:?} with");
 }
 
-/// The kernel reports free buffer space in large steps. A slow reader takes longer for a step
-/// than either timeout.
+/// The kernel reports free buffer space in large steps. A slow reader needs more time per step
+/// than either timeout allows.
 fn slow_reader_with_full_kernel_buffers_is_not_idle(engine: Engine) {
     const ANSWER: usize = 1 << 20;
     let backend = ScriptedBackend::start(script(|conn| {

@@ -84,7 +84,7 @@ fn send(
         }
         eventually(secs(5), "every packet has arrived or is lost", || {
             let counts = direction.counts();
-            counts.offered - before.offered == u64::from(count) && counts.on_the_way() == 0
+            counts.offered - before.offered == u64::from(count) && counts.in_transit() == 0
         });
         over.store(true, Ordering::Release);
         receiving.join().unwrap()

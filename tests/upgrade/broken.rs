@@ -63,7 +63,7 @@ impl Setup {
 
     /// Requests an upgrade to this program and checks that it fails with `reason`.
     #[track_caller]
-    fn fails(&self, lines: &str, reason: &str) {
+    fn assert_upgrade_fails(&self, lines: &str, reason: &str) {
         let path = self.program(lines);
         let answer = self.proxy.try_upgrade(&format!("?binary={}", path.display()));
         assert_eq!(answer.status, 422, "{}", answer.body);
@@ -96,7 +96,7 @@ impl Setup {
 
 fn program_that_exits_changes_nothing(engine: Engine) {
     let setup = Setup::new(engine);
-    setup.fails(
+    setup.assert_upgrade_fails(
         "#!/bin/sh\necho 'no such luck' >&2\nexit 7\n",
         "exit status: 7; its last log lines:\nno such",
     );
@@ -106,7 +106,7 @@ fn program_that_exits_changes_nothing(engine: Engine) {
 fn program_that_hangs_is_killed_at_the_timeout(engine: Engine) {
     let setup = Setup::new(engine);
     let start = Instant::now();
-    setup.fails(
+    setup.assert_upgrade_fails(
         "#!/bin/sh\necho 'a minute, please' >&2\nexec sleep 60\n",
         "not ready within upgrade_timeout",
     );
@@ -118,7 +118,7 @@ fn program_that_hangs_is_killed_at_the_timeout(engine: Engine) {
 fn program_with_an_invalid_handover_is_killed(engine: Engine) {
     let setup = Setup::new(engine);
     let talk = "#!/bin/sh\necho 'What is this, an upgrade protocol?' >&0\nexec sleep 60\n";
-    setup.fails(talk, "not a handover frame");
+    setup.assert_upgrade_fails(talk, "not a handover frame");
     setup.assert_can_be_upgraded();
 }
 
@@ -146,7 +146,7 @@ send(3, {"not_taken": [], "admin_taken": True, "generation": 1})
 assert receive()[0] == 4
 raise SystemExit("changed my mind")
 "#;
-    setup.fails(python, "changed my mind");
+    setup.assert_upgrade_fails(python, "changed my mind");
     setup.assert_can_be_upgraded();
 }
 

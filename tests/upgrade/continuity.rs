@@ -280,7 +280,7 @@ fn upgrades_and_reloads_under_load_lose_nothing(engine: Engine) {
     let conf = Conf::new(engine).frontend("web", "web", "").frontend("led", "led", "");
     let mut proxy = TestProxy::start(conf.pool(web).pool(led).process("drain_timeout = \"30s\""));
     let (web, led) = (proxy.addr("web"), proxy.addr("led"));
-    let (mut attempts, capacity) = at_full_speed(&ledger, web, led);
+    let (mut attempts, capacity) = measure_capacity(&ledger, web, led);
     let load = capacity.map(|rate| LOAD * rate);
     let (other, _beside) = proxy.other_build();
     let builds = [other, PROGRAM.into()];
@@ -344,7 +344,7 @@ fn upgrades_and_reloads_under_load_lose_nothing(engine: Engine) {
 
 /// Runs sessions and streams without a rate limit for 1 s. Returns the sessions and the rates
 /// per second of both.
-fn at_full_speed(ledger: &Ledger, web: SocketAddr, led: SocketAddr) -> (Vec<Attempt>, [f64; 2]) {
+fn measure_capacity(ledger: &Ledger, web: SocketAddr, led: SocketAddr) -> (Vec<Attempt>, [f64; 2]) {
     let (steady, stop, start) = (Steady::start(web, 4), AtomicBool::new(false), Instant::now());
     std::thread::scope(|scope| {
         scope.spawn(|| ledger.run_until(&[led], &stop, 4));

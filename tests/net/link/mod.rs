@@ -203,7 +203,7 @@ impl Direction {
 
 impl Counted {
     /// Packets in transit.
-    pub fn on_the_way(&self) -> u64 {
+    pub fn in_transit(&self) -> u64 {
         let gone = self.delivered + self.refused + self.lost + self.partitioned + self.overflowed;
         // The counters are read one by one, so an arrival can be visible before its send.
         (self.offered + self.duplicated).saturating_sub(gone)

@@ -18,7 +18,7 @@ use tun_rs::SyncDevice;
 
 /// Packets in transit in one direction. Further packets are dropped as overflow. At 1,500
 /// bytes this is 48 MB: 1 s of delay at 400 Mbit/s.
-const ON_THE_WAY_MAX: usize = 32_768;
+const IN_TRANSIT_MAX: usize = 32_768;
 
 /// Packets read from one device before the other device is read.
 const BATCH: usize = 64;
@@ -32,13 +32,13 @@ pub struct Lane {
     pub to: Arc<SyncDevice>,
     pub direction: Arc<Direction>,
     pub channel: Channel,
-    on_the_way: BinaryHeap<Reverse<OnTheWay>>,
+    in_transit: BinaryHeap<Reverse<InTransit>>,
     number: u64,
 }
 
 /// Ordered by arrival time, then by the order of sending.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
-struct OnTheWay {
+struct InTransit {
     at: Instant,
     number: u64,
     packet: Vec<u8>,
@@ -96,13 +96,13 @@ impl Lane {
             to: to.clone(),
             direction: direction.clone(),
             channel: Channel::new(seed),
-            on_the_way: BinaryHeap::new(),
+            in_transit: BinaryHeap::new(),
             number: 0,
         }
     }
 
     fn next_due(&self) -> Option<Instant> {
-        self.on_the_way.peek().map(|Reverse(next)| next.at)
+        self.in_transit.peek().map(|Reverse(next)| next.at)
     }
 
     /// Reads waiting packets from the device, at most one batch.
@@ -139,12 +139,12 @@ impl Lane {
     }
 
     fn send_or_hold(&mut self, packet: &[u8], at: Instant, now: Instant, counts: &Counts) {
-        if at <= now && self.on_the_way.is_empty() {
+        if at <= now && self.in_transit.is_empty() {
             self.send(packet);
-        } else if self.on_the_way.len() < ON_THE_WAY_MAX {
+        } else if self.in_transit.len() < IN_TRANSIT_MAX {
             self.number += 1;
             let packet = packet.to_vec();
-            self.on_the_way.push(Reverse(OnTheWay { at, number: self.number, packet }));
+            self.in_transit.push(Reverse(InTransit { at, number: self.number, packet }));
         } else {
             add(&counts.overflowed, 1);
         }
@@ -153,7 +153,7 @@ impl Lane {
     /// Sends the packets whose arrival time has passed.
     fn deliver(&mut self, now: Instant) {
         while self.next_due().is_some_and(|at| at <= now) {
-            let Some(Reverse(next)) = self.on_the_way.pop() else { return };
+            let Some(Reverse(next)) = self.in_transit.pop() else { return };
             self.send(&next.packet);
         }
     }

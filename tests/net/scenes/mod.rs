@@ -242,7 +242,7 @@ impl Seen {
     }
 
     /// Returns true if this matches `expected`. `Bytes::All` matches if nothing was sent.
-    fn is_as(self, expected: Seen, sent: u64) -> bool {
+    fn matches(self, expected: Seen, sent: u64) -> bool {
         let bytes = match expected.bytes {
             Bytes::All => self.bytes == Bytes::All || sent == 0,
             Bytes::None => self.bytes == Bytes::None,

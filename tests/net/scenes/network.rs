@@ -108,7 +108,7 @@ scenes! {
         ..SCENE
     };
     /// Case 5: bytes arrive but are not acknowledged.
-    acknowledgements_of_the_backend_are_cut: Scene {
+    acknowledgements_of_the_backend_are_lost: Scene {
         limits: SILENCE,
         steps: &[MIDSTREAM, &[Link(Leg::Backend, Way::Out, partition), Mark, Client(Send(1000))]],
         client: reset(Bytes::All),

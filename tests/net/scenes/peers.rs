@@ -82,7 +82,7 @@ scenes! {
         ..SCENE
     };
     /// Case 31.
-    backend_speaks_first: Scene {
+    backend_sends_first: Scene {
         steps: &[
             &[Connect, Backend(Send(78)), Client(Receives(78)), Client(Send(300))],
             &[Backend(Receives(300)), Backend(Send(11))], IN_ORDER,

@@ -223,7 +223,7 @@ impl Outcome {
             ("backend", self.backend, scene.backend, backend, client),
         ];
         for (name, seen, wanted, end, other) in ends {
-            if !seen.is_as(wanted, other.asked_to_send()) {
+            if !seen.matches(wanted, other.asked_to_send()) {
                 let (got, of) = (end.received(), other.asked_to_send());
                 problems.push(format!("{name}: {seen} ({got} of {of} B), not: {wanted}"));
             }
