@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 on_every_engine!(
     client_that_never_reads_stalls_only_its_own_session,
-    slow_reader_with_full_kernel_buffers_is_not_idle,
+    session_of_a_slow_reader_is_not_idle,
 );
 on_every_engine_alone!(slow_clients_do_not_affect_latency_or_memory);
 
@@ -202,7 +202,7 @@ fn slow_clients_do_not_affect_latency_or_memory(engine: Engine) {
 
 /// The kernel reports free buffer space in large steps. A slow reader needs more time per step
 /// than either timeout allows.
-fn slow_reader_with_full_kernel_buffers_is_not_idle(engine: Engine) {
+fn session_of_a_slow_reader_is_not_idle(engine: Engine) {
     const ANSWER: usize = 1 << 20;
     let backend = ScriptedBackend::start(script(|conn| {
         let _ = conn.write_all(&vec![7; ANSWER]);
