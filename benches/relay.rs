@@ -15,6 +15,7 @@ use std::thread;
 use std::time::Duration;
 use tidegate_config as config;
 use tidegate_core::control::{ControlEvent, Controller};
+use tidegate_core::decision::rings::Decisions;
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::BindKey;
 use tidegate_core::outcome::{Cause, Phase};
@@ -53,6 +54,7 @@ fn balancer(runtime: EngineKind, bind: SocketAddr, backend: SocketAddr) -> Worke
             sessions: Arc::default(),
             waiters: Arc::new(SlotWaiters::new()),
             numbers: Arc::default(),
+            decisions: Arc::new(Decisions::new(1)),
             reports: Arc::new(ReportQueue::new()),
             ended: Arc::default(),
             buffers: Arc::default(),

@@ -31,6 +31,7 @@ use std::sync::Arc;
 use tidegate_config::{Loaded, Origin, Problems, Spot};
 use tidegate_core::balance::in_flight::{Counted, Counts};
 use tidegate_core::control::{ControlEvent, Controller};
+use tidegate_core::decision::rings::Decisions;
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::Config;
 use tidegate_core::outcome::{Cause, Phase};
@@ -149,7 +150,7 @@ fn prepare(
 
     let counts = shared_counts(environment);
     let controller = controller(&resources, digest, environment, known.as_ref(), &counts);
-    let context = process_context(&config, &counts);
+    let context = process_context(&config, resources.workers, &counts);
     let local = Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
     let heartbeats = std::mem::take(&mut listeners.heartbeats);
     let evidence = Evidence::new(heartbeats, Arc::clone(&context.reports), Arc::clone(&local));
@@ -293,12 +294,13 @@ fn controller(
     controller
 }
 
-fn process_context(config: &Config, counts: &SharedCounts) -> ProcessContext {
+fn process_context(config: &Config, workers: usize, counts: &SharedCounts) -> ProcessContext {
     ProcessContext {
         in_flight: Arc::new(counts.count(Counted::Process)),
         sessions: Arc::default(),
         waiters: Arc::new(SlotWaiters::new()),
         numbers: Arc::default(),
+        decisions: Arc::new(Decisions::new(workers)),
         reports: Arc::new(ReportQueue::new()),
         ended: Arc::default(),
         buffers: Arc::new(MemoryBudget::new(config.process.buffers_max)),

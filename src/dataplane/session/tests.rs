@@ -10,6 +10,7 @@ use socket2::SockRef;
 use std::net::{TcpListener as StdTcpListener, TcpStream as StdTcpStream};
 use std::time::Duration;
 use tidegate_core::control::{ControlEvent, Controller};
+use tidegate_core::decision::rings::Decisions;
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::table::publish::TablePublisher;
 use tidegate_core::table::{Preread, Table};
@@ -82,6 +83,7 @@ impl Bench {
             sessions: Arc::default(),
             waiters: Arc::new(SlotWaiters::new()),
             numbers: Arc::default(),
+            decisions: Arc::new(Decisions::new(1)),
             reports: Arc::new(ReportQueue::new()),
             ended: Arc::default(),
             buffers: Arc::default(),

@@ -20,6 +20,7 @@ use std::time::Duration;
 use tidegate_config as config;
 use tidegate_core::balance::in_flight::InFlight;
 use tidegate_core::control::{ControlEffect, ControlEvent, Controller};
+use tidegate_core::decision::rings::Decisions;
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::BindKey;
 use tidegate_core::outcome::{Cause, Phase};
@@ -152,6 +153,7 @@ impl SimWorld {
             sessions: Arc::default(),
             waiters: Arc::new(SlotWaiters::new()),
             numbers: Arc::default(),
+            decisions: Arc::new(Decisions::new(1)),
             reports: Arc::new(ReportQueue::new()),
             ended: Arc::default(),
             buffers: Arc::clone(&budget),

@@ -18,6 +18,7 @@ use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
 use tidegate_core::balance::PickKey;
 use tidegate_core::balance::in_flight::InFlight;
+use tidegate_core::decision::rings::Decisions;
 use tidegate_core::health::ConnectFailure;
 use tidegate_core::metrics::counters::{LocalErrorKind, LocalErrorPlace, WorkerCounters};
 use tidegate_core::metrics::histograms::Recorder;
@@ -76,6 +77,8 @@ pub struct ProcessContext {
     pub buffers: Arc<MemoryBudget>,
     /// Numbers for new sessions.
     pub numbers: Arc<Numbers>,
+    /// Decisions of all workers. A restarted worker continues in the same rings.
+    pub decisions: Arc<Decisions>,
 }
 
 /// State shared by all tasks of one worker.
