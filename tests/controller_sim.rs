@@ -304,7 +304,9 @@ impl Sim {
                     assert!(b.cut_at.expect("close-after") <= self.now);
                 }
                 ControlEffect::Log(transition) => assert_eq!(transition.at, self.now),
-                ControlEffect::Notice(_) | ControlEffect::SlotsFreed => {}
+                ControlEffect::Notice(_)
+                | ControlEffect::Verdict(_)
+                | ControlEffect::SlotsFreed => {}
                 ControlEffect::Build { .. } => panic!("the pools are small"),
             }
         }
@@ -436,6 +438,9 @@ impl Sim {
                 (notice.message, &notice.fields.reason).hash(&mut self.trace)
             }
             ControlEffect::ResetSessions(id) => id.hash(&mut self.trace),
+            ControlEffect::Verdict(verdict) => {
+                (verdict.detector, &verdict.reason).hash(&mut self.trace)
+            }
             ControlEffect::SlotsFreed => "opened".hash(&mut self.trace),
             ControlEffect::Build { .. } => panic!("the pools are small"),
         }

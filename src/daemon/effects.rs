@@ -4,7 +4,7 @@
 
 use super::control_loop::Control;
 use super::evidence::EvidenceEvent;
-use tidegate_core::control::{ControlEffect, ControlEvent};
+use tidegate_core::control::{ControlEffect, ControlEvent, DetectorVerdict};
 use tidegate_core::outcome::Cause;
 use tidegate_dataplane::worker::WorkerCommand;
 use tidegate_net::clock;
@@ -13,9 +13,6 @@ impl Control {
     /// Feeds new evidence to the controller.
     pub(super) fn take_evidence(&mut self, event: EvidenceEvent) {
         let events = self.evidence.take(event);
-        if tracing::enabled!(tracing::Level::DEBUG) {
-            events.iter().for_each(|event| self.log_evidence(event));
-        }
         self.feed(events);
     }
 
@@ -24,11 +21,14 @@ impl Control {
     pub(super) fn feed(&mut self, events: impl IntoIterator<Item = ControlEvent>) {
         let mut all = self.evidence.heartbeats.take();
         all.extend(events);
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            all.iter().for_each(|event| self.log_evidence(event));
+        }
         let effects = self.controller.apply_all(all, clock::now());
         self.apply_effects(effects);
     }
 
-    /// Logs evidence at level `debug`.
+    /// Logs evidence at level `debug`, except heartbeats (`heartbeats` logs them at `trace`).
     fn log_evidence(&self, event: &ControlEvent) {
         let name = |id| self.controller.name_of(id).unwrap_or_default();
         match event {
@@ -40,7 +40,19 @@ impl Control {
                 let (pool, backend) = name(*backend);
                 tracing::debug!(%pool, %backend, %failure, in_a_row, "session failed at backend");
             }
+            ControlEvent::HeartbeatsLost(count) => {
+                tracing::debug!(dropped = count, "heartbeats dropped on this host");
+            }
             _ => {}
+        }
+    }
+
+    /// Logs the result of one detector at level `debug`.
+    fn log_verdict(&self, verdict: &DetectorVerdict) {
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            let DetectorVerdict { backend, detector, verdict, reason } = verdict;
+            let (pool, backend) = self.controller.name_of(*backend).unwrap_or_default();
+            tracing::debug!(%pool, %backend, detector, verdict, reason, "detector verdict");
         }
     }
 
@@ -72,6 +84,7 @@ impl Control {
                 self.telemetry.log_transition(&transition);
             }
             ControlEffect::Notice(notice) => self.telemetry.log_notice(&notice),
+            ControlEffect::Verdict(verdict) => self.log_verdict(&verdict),
             ControlEffect::ResetSessions(backend) => {
                 let cause = Cause::BackendRemoved;
                 self.workers.send_all(|| WorkerCommand::ResetBackend(backend, cause));

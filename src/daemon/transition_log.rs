@@ -48,12 +48,15 @@ struct SuppressedChanges {
 // === impl TransitionLog ===
 
 impl TransitionLog {
-    /// Logs a change, unless the limit of its pool is reached.
+    /// Logs a change; at level `debug` if the limit of its pool is reached.
     pub(super) fn log(&mut self, transition: &Transition, now: Instant) {
         self.log_suppressed(now);
         let bad = matches!(transition.to, "down" | "ejected" | "suspect");
         if self.admit(&transition.pool, bad, now) {
             write(transition, bad);
+        } else {
+            let Transition { pool, backend, from, to, reason, .. } = transition;
+            tracing::debug!(%pool, %backend, from, to, reason, "backend state changed");
         }
     }
 

@@ -165,6 +165,7 @@ impl World {
                     took: Duration::ZERO,
                 }),
                 ControlEffect::Notice(_)
+                | ControlEffect::Verdict(_)
                 | ControlEffect::SlotsFreed
                 | ControlEffect::ResetSessions(_) => {}
             }

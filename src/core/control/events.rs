@@ -113,6 +113,8 @@ pub enum ControlEffect {
     Log(Transition),
     /// Log a warning that is not a transition.
     Notice(Notice),
+    /// Log a verdict at level `debug`.
+    Verdict(DetectorVerdict),
     /// A backend accepts more sessions than before under the same table: wake the queues.
     SlotsFreed,
     /// Reset every session of this backend, because its removal grace has ended. Repeated
@@ -133,6 +135,20 @@ pub struct ProbeLane {
     /// The observation is about to change, or there is none yet: precedes other probes of
     /// the pool.
     pub urgent: bool,
+}
+
+/// The result of one detector for a backend. It causes a [`Transition`] only if the state of
+/// the backend changes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DetectorVerdict {
+    /// The backend.
+    pub backend: BackendId,
+    /// The detector: `heartbeat`, `guard`, `first-byte` or `trial`.
+    pub detector: &'static str,
+    /// The result, such as a state of the detector.
+    pub verdict: &'static str,
+    /// The evidence.
+    pub reason: String,
 }
 
 /// A warning that is not a transition.

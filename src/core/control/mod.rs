@@ -51,7 +51,8 @@ pub(crate) mod tests;
 mod trials;
 
 pub use events::{
-    ControlEffect, ControlEvent, Notice, NoticeFields, OperatorError, ProbeLane, ProbeToken,
+    ControlEffect, ControlEvent, DetectorVerdict, Notice, NoticeFields, OperatorError, ProbeLane,
+    ProbeToken,
 };
 pub use heartbeats::SavedHeartbeats;
 pub use heartbeats::ignored::HeartbeatIgnored;

@@ -143,8 +143,14 @@ impl SlowBackends {
         }
         for (id, verdict) in found {
             match verdict {
-                SlowVerdict::Suspect(reason) => state.make_suspect(id, reason, now),
-                SlowVerdict::Clear(reason) => state.clear_suspect(id, reason, now),
+                SlowVerdict::Suspect(reason) => {
+                    state.verdict(id, "first-byte", "suspect", &reason);
+                    state.make_suspect(id, reason, now);
+                }
+                SlowVerdict::Clear(reason) => {
+                    state.verdict(id, "first-byte", "clear", &reason);
+                    state.clear_suspect(id, reason, now);
+                }
             }
         }
         if end == stage.members.len() {

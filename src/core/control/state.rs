@@ -13,7 +13,7 @@ use super::pools::{PoolEntry, PoolId, PoolSet};
 use super::probing::ProbeLog;
 use super::removal::RemovedBackends;
 use super::schedule::Schedule;
-use super::{ControlEffect, Notice, NoticeFields, PublishReason};
+use super::{ControlEffect, DetectorVerdict, Notice, NoticeFields, PublishReason};
 use crate::balance::in_flight::{Counted, Counts, Unshared};
 use crate::health::Transition;
 use crate::model;
@@ -127,6 +127,18 @@ impl ControlState {
         entry.history.add(transition.clone());
         self.pending.effects.push(ControlEffect::Log(transition));
         self.pending.unsettled.insert(entry.pool);
+    }
+
+    /// Reports a verdict of a detector.
+    pub(super) fn verdict(
+        &mut self,
+        backend: BackendId,
+        detector: &'static str,
+        verdict: &'static str,
+        reason: &str,
+    ) {
+        let verdict = DetectorVerdict { backend, detector, verdict, reason: reason.to_owned() };
+        self.pending.effects.push(ControlEffect::Verdict(verdict));
     }
 
     /// Logs a notice about one backend, configured or not.

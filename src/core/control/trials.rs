@@ -40,8 +40,14 @@ impl ControlState {
                 self.schedule.set(TimerKind::CheckTrial(id), now + TRIAL_CHECK_INTERVAL);
             }
             None => {}
-            Some(TrialEnd::Passed(reason)) => self.end_trial(id, reason, now),
-            Some(TrialEnd::Failed(reason)) => self.fail_trial(id, reason, now),
+            Some(TrialEnd::Passed(reason)) => {
+                self.verdict(id, "trial", "passed", reason);
+                self.end_trial(id, reason, now);
+            }
+            Some(TrialEnd::Failed(reason)) => {
+                self.verdict(id, "trial", "failed", reason);
+                self.fail_trial(id, reason, now);
+            }
         }
     }
 

@@ -305,8 +305,10 @@ impl HeartbeatWatch {
                     state.rearm(id);
                 }
                 Err(objection) => {
-                    if heartbeats.detector.hold_in_rotation(objection.clone()) {
-                        let backend = Arc::clone(&entry.state);
+                    let is_new = heartbeats.detector.hold_in_rotation(objection.clone());
+                    let backend = Arc::clone(&entry.state);
+                    state.verdict(id, "guard", "removal prevented", &objection);
+                    if is_new {
                         let fields = NoticeFields {
                             reason: Some(objection),
                             help: HELP_PATH,
@@ -371,6 +373,7 @@ impl HeartbeatWatch {
     ) {
         self.count(state, id);
         if let Some(change) = step.change {
+            state.verdict(id, "heartbeat", change.to.name(), &change.reason);
             state.heartbeat_health_changed(id, &change.reason, Some(change.lasted), now);
             if change.to == DetectorState::Suspect
                 && let Some(pool) = state.backends.get(id).map(|entry| entry.pool)
