@@ -223,13 +223,13 @@ impl Sim {
                 assert_eq!(*owner, name, "an id was reused");
             }
         }
-        let mut taken_out = false;
+        let mut removed = false;
         for effect in effects {
             match effect {
                 ControlEffect::Publish(table) => self.table = table,
                 ControlEffect::Log(t) => {
                     let confirmed = t.reason.contains("confirmation probe");
-                    taken_out |= t.from == "suspect" && t.to == "down" && confirmed;
+                    removed |= t.from == "suspect" && t.to == "down" && confirmed;
                 }
                 ControlEffect::Probe { backend, token, spec, .. } => {
                     let dead = !matches!(self.outcome(backend), ProbeOutcome::Success { .. });
@@ -239,10 +239,10 @@ impl Sim {
                 _ => {}
             }
         }
-        self.check(taken_out);
+        self.check(removed);
     }
 
-    fn check(&mut self, taken_out: bool) {
+    fn check(&mut self, removed: bool) {
         let status = self.controller.status(self.now);
         for pool in &status.pools {
             assert!(pool.registered <= 100 && pool.registered <= pool.registered_max as usize);
@@ -262,7 +262,7 @@ impl Sim {
             }
             let registered = pool.backends.iter().filter(|b| b.origins.is_registered());
             assert_eq!(registered.count(), pool.registered);
-            if taken_out && let Some(first) = pool.backends.first() {
+            if removed && let Some(first) = pool.backends.first() {
                 self.check_guard(&pool.name, &first.state.name);
             }
         }

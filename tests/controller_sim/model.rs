@@ -75,7 +75,6 @@ pub(crate) struct ModelPool {
     pub(crate) startup: Startup,
     pub(crate) backends: Vec<ModelBackend>,
     /// Settling: its latest end, and the stand-ins.
-    /// stands in.
     pub(crate) settling: Option<(Instant, Vec<BackendId>)>,
 }
 

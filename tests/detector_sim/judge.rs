@@ -41,7 +41,7 @@ pub(crate) trait Judge: Clone {
 /// Tidegate's detector behind a controller with a timer of 1 ms, and with guards that allow
 /// every removal.
 #[derive(Debug, Clone)]
-pub(crate) struct Ours {
+pub(crate) struct Tidegate {
     pub(crate) detector: HeartbeatDetector,
     start: Instant,
     /// The pending result of a try.
@@ -50,12 +50,12 @@ pub(crate) struct Ours {
     ejections: u64,
 }
 
-// === impl Ours ===
+// === impl Tidegate ===
 
-impl Ours {
-    pub(crate) fn new(start: Instant) -> Ours {
+impl Tidegate {
+    pub(crate) fn new(start: Instant) -> Tidegate {
         let detector = HeartbeatDetector::new(Duration::from_micros(INTERVAL), start);
-        Ours { detector, start, flying: None, suspicions: 0, ejections: 0 }
+        Tidegate { detector, start, flying: None, suspicions: 0, ejections: 0 }
     }
 
     fn instant(&self, at: Micros) -> Instant {
@@ -88,7 +88,7 @@ impl Ours {
     }
 }
 
-impl Judge for Ours {
+impl Judge for Tidegate {
     const CALM: u32 = 1;
 
     fn beat(&mut self, sequence: u64, now: Micros, link: &mut Link) {

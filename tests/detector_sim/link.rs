@@ -91,7 +91,7 @@ impl Link {
     }
 
     /// Returns the same path to a failed backend.
-    pub(crate) fn dead(&self) -> Link {
+    pub(crate) fn failed_backend(&self) -> Link {
         Link { dead: true, ..self.clone() }
     }
 

@@ -16,7 +16,7 @@ mod scenarios;
 mod world;
 
 use link::Pattern;
-use point::{Outcome, Point, Who};
+use point::{DetectorKind, Outcome, Point};
 use report::LOSSES;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -26,14 +26,14 @@ fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().map_or(default, |text| text.replace('_', "").parse().unwrap())
 }
 
-fn points(who: &[Who], beats: u64, deaths: u64, seed: u64) -> Vec<Point> {
+fn points(kind: &[DetectorKind], beats: u64, deaths: u64, seed: u64) -> Vec<Point> {
     let mut points = Vec::new();
     for pattern in [Pattern::Independent, Pattern::Bursts] {
         for (index, loss) in LOSSES.into_iter().enumerate() {
             // The same link for all detectors.
             let seed = seed.wrapping_mul(1_000).wrapping_add(index as u64);
-            points.extend(who.iter().map(|who| Point {
-                who: *who,
+            points.extend(kind.iter().map(|kind| Point {
+                kind: *kind,
                 pattern,
                 loss,
                 beats,
@@ -63,7 +63,7 @@ fn run(points: &[Point]) -> Vec<(Point, Outcome)> {
     results.sort_by_key(|(point, _)| {
         points
             .iter()
-            .position(|p| (p.who, p.pattern, p.loss) == (point.who, point.pattern, point.loss))
+            .position(|p| (p.kind, p.pattern, p.loss) == (point.kind, point.pattern, point.loss))
     });
     results
 }
@@ -80,7 +80,7 @@ fn promised_p99(loss: f64) -> f64 {
 }
 
 fn assert_promises(rows: &[(Point, Outcome)]) {
-    for (point, outcome) in rows.iter().filter(|(point, _)| point.who == Who::Ours) {
+    for (point, outcome) in rows.iter().filter(|(point, _)| point.kind == DetectorKind::Tidegate) {
         let Point { pattern, loss, .. } = *point;
         let at = format!("at {}% loss, {pattern:?}", loss * 100.0);
         let (p99, max) = (outcome.detection(0.99), outcome.detection(1.0));
@@ -103,7 +103,7 @@ fn assert_promises(rows: &[(Point, Outcome)]) {
 #[test]
 fn detector_meets_its_bounds_on_lossy_links() {
     let (seed, beats) = (setting("SIM_SEED", 1), setting("SIM_BEATS", 1_000_000));
-    let rows = run(&points(&[Who::Ours], beats, 1_000, seed));
+    let rows = run(&points(&[DetectorKind::Tidegate], beats, 1_000, seed));
     println!("seed {seed}, {beats} heartbeats a point{}", report::table(&rows));
     assert_promises(&rows);
 }
@@ -113,7 +113,7 @@ fn detector_meets_its_bounds_on_lossy_links() {
 fn long_run() {
     let (seed, beats) = (setting("SIM_SEED", 1), setting("SIM_BEATS", 100_000_000));
     let deaths = setting("SIM_DEATHS", 50_000);
-    let rows = run(&points(&Who::ALL, beats, deaths, seed));
+    let rows = run(&points(&DetectorKind::ALL, beats, deaths, seed));
     println!("seed {seed}, {beats} heartbeats a point{}", report::table(&rows));
     if let Ok(out) = std::env::var("SIM_OUT") {
         let json = serde_json::to_string_pretty(&report::json(&rows, seed)).unwrap();
@@ -127,13 +127,19 @@ fn long_run() {
 /// With bursts of losses, the memory of bursts at least halves the false removals. With
 /// independent losses it costs nothing.
 fn assert_memory_of_bursts_pays(rows: &[(Point, Outcome)]) {
-    let ejections = |who: Who| {
+    let ejections = |kind: DetectorKind| {
         rows.iter()
-            .filter(move |(point, _)| point.who == who && point.pattern == Pattern::Bursts)
+            .filter(move |(point, _)| point.kind == kind && point.pattern == Pattern::Bursts)
             .map(|(point, outcome)| (point.loss, outcome.ejections))
     };
-    for ((loss, ours), (_, blind)) in ejections(Who::Ours).zip(ejections(Who::Independent)) {
-        assert!(ours * 2 <= blind, "{ours} against {blind} at {}% loss", loss * 100.0);
+    for ((loss, with_memory), (_, without_memory)) in
+        ejections(DetectorKind::Tidegate).zip(ejections(DetectorKind::Independent))
+    {
+        assert!(
+            with_memory * 2 <= without_memory,
+            "{with_memory} against {without_memory} at {}% loss",
+            loss * 100.0
+        );
     }
 }
 

@@ -4,7 +4,7 @@
 //! The detector watches a healthy backend. At regular intervals a copy of the detector sees
 //! the backend fail at a random moment. A seed replays a point.
 
-use super::judge::{INTERVAL, Judge, Ours};
+use super::judge::{INTERVAL, Judge, Tidegate};
 use super::link::{Link, MILLI, Micros, Pattern, SECOND};
 use super::rivals::{Akka, Cassandra, Gaps, Independent, Phi, RiseFall, Silence};
 use fastrand::Rng;
@@ -14,8 +14,8 @@ const LATE: Micros = 60 * MILLI;
 
 /// The detector to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Who {
-    Ours,
+pub(crate) enum DetectorKind {
+    Tidegate,
     Independent,
     Phi,
     Akka,
@@ -27,7 +27,7 @@ pub(crate) enum Who {
 /// The point to run.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Point {
-    pub(crate) who: Who,
+    pub(crate) kind: DetectorKind,
     pub(crate) pattern: Pattern,
     pub(crate) loss: f64,
     pub(crate) beats: u64,
@@ -46,40 +46,40 @@ pub(crate) struct Outcome {
     pub(crate) detections: Vec<Micros>,
 }
 
-// === impl Who ===
+// === impl DetectorKind ===
 
-impl Who {
-    pub(crate) const ALL: [Who; 7] = [
-        Who::Ours,
-        Who::Independent,
-        Who::Phi,
-        Who::Akka,
-        Who::Cassandra,
-        Who::Checks2s,
-        Who::Checks100ms,
+impl DetectorKind {
+    pub(crate) const ALL: [DetectorKind; 7] = [
+        DetectorKind::Tidegate,
+        DetectorKind::Independent,
+        DetectorKind::Phi,
+        DetectorKind::Akka,
+        DetectorKind::Cassandra,
+        DetectorKind::Checks2s,
+        DetectorKind::Checks100ms,
     ];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Who::Ours => "tidegate",
-            Who::Independent => "tidegate, no burst memory",
-            Who::Phi => "phi 8 + 2 probes",
-            Who::Akka => "phi 8, Akka's defaults",
-            Who::Cassandra => "phi 8, Cassandra's",
-            Who::Checks2s => "checks 2 s, fall 3",
-            Who::Checks100ms => "checks 100 ms, fall 3",
+            DetectorKind::Tidegate => "tidegate",
+            DetectorKind::Independent => "tidegate, no burst memory",
+            DetectorKind::Phi => "phi 8 + 2 probes",
+            DetectorKind::Akka => "phi 8, Akka's defaults",
+            DetectorKind::Cassandra => "phi 8, Cassandra's",
+            DetectorKind::Checks2s => "checks 2 s, fall 3",
+            DetectorKind::Checks100ms => "checks 100 ms, fall 3",
         }
     }
 
     pub(crate) fn key(self) -> &'static str {
         match self {
-            Who::Ours => "tidegate",
-            Who::Independent => "tidegate-independent",
-            Who::Phi => "phi",
-            Who::Akka => "akka",
-            Who::Cassandra => "cassandra",
-            Who::Checks2s => "checks-2s",
-            Who::Checks100ms => "checks-100ms",
+            DetectorKind::Tidegate => "tidegate",
+            DetectorKind::Independent => "tidegate-independent",
+            DetectorKind::Phi => "phi",
+            DetectorKind::Akka => "akka",
+            DetectorKind::Cassandra => "cassandra",
+            DetectorKind::Checks2s => "checks-2s",
+            DetectorKind::Checks100ms => "checks-100ms",
         }
     }
 }
@@ -89,14 +89,14 @@ impl Who {
 impl Point {
     pub(crate) fn run(self) -> Outcome {
         let start = tidegate_net::clock::now();
-        let mut outcome = match self.who {
-            Who::Ours => self.watch(Ours::new(start)),
-            Who::Independent => self.watch(Silence::new(Independent::new(start))),
-            Who::Phi => self.watch(Silence::new(Phi(Gaps::new()))),
-            Who::Akka => self.watch(Silence::new(Akka(Gaps::new()))),
-            Who::Cassandra => self.watch(Silence::new(Cassandra(Gaps::new()))),
-            Who::Checks2s => self.check(2 * SECOND),
-            Who::Checks100ms => self.check(INTERVAL),
+        let mut outcome = match self.kind {
+            DetectorKind::Tidegate => self.watch(Tidegate::new(start)),
+            DetectorKind::Independent => self.watch(Silence::new(Independent::new(start))),
+            DetectorKind::Phi => self.watch(Silence::new(Phi(Gaps::new()))),
+            DetectorKind::Akka => self.watch(Silence::new(Akka(Gaps::new()))),
+            DetectorKind::Cassandra => self.watch(Silence::new(Cassandra(Gaps::new()))),
+            DetectorKind::Checks2s => self.check(2 * SECOND),
+            DetectorKind::Checks100ms => self.check(INTERVAL),
         };
         outcome.hours = (self.beats * INTERVAL) as f64 / SECOND as f64 / 3_600.0;
         outcome.detections.sort_unstable();
@@ -141,7 +141,9 @@ impl Point {
             }
             if sequence % every == every - 1 && !judge.down() {
                 let death = sent + rng.u64(0..INTERVAL);
-                detections.push(die(judge.clone(), link.dead()).saturating_sub(death));
+                detections.push(
+                    detect_failure(judge.clone(), link.failed_backend()).saturating_sub(death),
+                );
             }
         }
         let (suspicions, ejections) = judge.counts();
@@ -178,7 +180,7 @@ fn act_until<J: Judge>(until: Micros, judge: &mut J, due: &mut Micros, link: &mu
 }
 
 /// Returns when a judge without further heartbeats finds the backend down.
-fn die<J: Judge>(mut judge: J, mut link: Link) -> Micros {
+fn detect_failure<J: Judge>(mut judge: J, mut link: Link) -> Micros {
     loop {
         let due = judge.due();
         assert!(due < Micros::MAX, "a failed backend is detected");

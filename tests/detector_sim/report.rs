@@ -3,7 +3,7 @@
 //! It runs no simulation.
 
 use super::link::Pattern;
-use super::point::{Outcome, Point, Who};
+use super::point::{DetectorKind, Outcome, Point};
 use serde_json::{Value, json};
 use std::fmt::Write;
 
@@ -37,7 +37,7 @@ pub(crate) fn table(rows: &[(Point, Outcome)]) -> String {
                 out,
                 "{:>5}% {:<26} {:>13.5} {:>13.5} {:>9} {:>8.0} {:>8.0} {:>8.0}",
                 point.loss * 100.0,
-                point.who.name(),
+                point.kind.name(),
                 outcome.suspicions_per_hour(),
                 outcome.ejections_per_hour(),
                 outcome.ejections,
@@ -55,7 +55,7 @@ pub(crate) fn json(rows: &[(Point, Outcome)], seed: u64) -> Value {
         .iter()
         .map(|(point, outcome)| {
             json!({
-                "detector": point.who.key(),
+                "detector": point.kind.key(),
                 "losses": pattern_name(point.pattern),
                 "loss": point.loss,
                 "heartbeats": point.beats,
@@ -102,7 +102,7 @@ pub(crate) fn svg(rows: &[(Point, Outcome)]) -> String {
         let y = TOP + PANEL.1 + GAP.1;
         panel(&mut out, (x, y), &title, (1e-4, 1e4), &rows, Outcome::ejections_per_hour);
     }
-    for (index, who) in Who::ALL.into_iter().enumerate() {
+    for (index, kind) in DetectorKind::ALL.into_iter().enumerate() {
         let x = LEFT + (index % 4) as f64 * 200.0;
         let y = height - 45.0 + (index / 4) as f64 * 20.0;
         let colour = COLOURS[index];
@@ -112,7 +112,7 @@ pub(crate) fn svg(rows: &[(Point, Outcome)]) -> String {
              <text x=\"{}\" y=\"{y}\">{}</text>",
             y - 6.0,
             x + 20.0,
-            who.name()
+            kind.name()
         );
     }
     out + "</svg>\n"
@@ -157,10 +157,10 @@ fn panel(
             loss * 100.0
         );
     }
-    for (who, colour) in Who::ALL.into_iter().zip(COLOURS) {
+    for (kind, colour) in DetectorKind::ALL.into_iter().zip(COLOURS) {
         let mut points = String::new();
         for (index, loss) in LOSSES.into_iter().enumerate() {
-            let found = rows.iter().find(|(p, _)| p.who == who && p.loss == loss);
+            let found = rows.iter().find(|(p, _)| p.kind == kind && p.loss == loss);
             if let Some((_, outcome)) = found {
                 let _ = write!(points, "{:.1},{:.1} ", across(index), place(value(outcome)));
             }

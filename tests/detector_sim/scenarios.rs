@@ -3,24 +3,22 @@
 use super::world::{Doing, Scenario, World};
 use tidegate_core::suspicion::DetectorState;
 
-fn between(from: u64, to: u64, who: fn(usize) -> bool, what: Doing) -> Scenario {
+fn between(from: u64, to: u64, affects: fn(usize) -> bool, what: Doing) -> Scenario {
     Scenario {
-        doing: Box::new(
-            move |backend, at| {
-                if (from..to).contains(&at) && who(backend) { what } else { Doing::Fine }
-            },
-        ),
+        doing: Box::new(move |backend, at| {
+            if (from..to).contains(&at) && affects(backend) { what } else { Doing::Fine }
+        }),
         ..Scenario::default()
     }
 }
 
-fn everybody(_: usize) -> bool {
+fn all_backends(_: usize) -> bool {
     true
 }
 
 #[test]
 fn two_seconds_without_heartbeats_cause_no_transition() {
-    let world = World::play(between(10_000, 12_000, everybody, Doing::Mute));
+    let world = World::play(between(10_000, 12_000, all_backends, Doing::Mute));
     let changes: Vec<_> = world.log.iter().filter(|entry| entry.at > 1_000).collect();
     assert!(changes.is_empty(), "{changes:#?}");
 }
@@ -46,7 +44,7 @@ fn minute_without_heartbeats_removes_backends_that_fail_probes() {
 
 #[test]
 fn two_seconds_without_a_path_remove_no_backend() {
-    let world = World::play(between(10_000, 12_000, everybody, Doing::Dead));
+    let world = World::play(between(10_000, 12_000, all_backends, Doing::Dead));
     assert_eq!(world.count(DetectorState::Down), 0, "{:#?}", world.log);
     assert!(!world.held.is_empty(), "a guard prevented the removals");
     for backend in 0..8_usize {
