@@ -93,40 +93,7 @@ impl Telemetry {
 
     /// Logs a notice as a warning. Fields without a value are not in the line.
     pub(super) fn log_notice(&self, notice: &Notice) {
-        let Notice { pool, backend, message, fields } = notice;
-        let NoticeFields {
-            reason,
-            evidence,
-            address,
-            source,
-            used,
-            limit,
-            startup_grace,
-            registered,
-            late,
-            dropped,
-            rejected,
-            suppressed,
-            help,
-        } = fields;
-        tracing::warn!(
-            pool = Some(&**pool).filter(|pool| !pool.is_empty()).map(display),
-            backend = backend.as_deref().map(display),
-            reason = reason.as_deref(),
-            evidence = evidence.as_deref(),
-            address = address.as_deref().map(display),
-            source = source.as_deref().map(display),
-            used,
-            limit,
-            startup_grace = startup_grace.as_deref().map(display),
-            registered,
-            late = late.as_deref().map(display),
-            dropped,
-            rejected,
-            suppressed,
-            help = Some(*help).filter(|help| !help.is_empty()),
-            "{message}"
-        );
+        warn_of(notice);
     }
 
     /// Sets the counters of old processes. A later call replaces them.
@@ -150,5 +117,94 @@ impl Telemetry {
             buffers_refused: before.buffers_refused.saturating_add(buffers_refused),
             state_unwritten: before.state_unwritten.saturating_add(unwritten),
         }
+    }
+}
+
+fn warn_of(notice: &Notice) {
+    let Notice { pool, backend, message, fields } = notice;
+    let NoticeFields {
+        reason,
+        evidence,
+        address,
+        source,
+        used,
+        limit,
+        startup_grace,
+        registered,
+        late,
+        dropped,
+        rejected,
+        suppressed,
+        help,
+    } = fields;
+    tracing::warn!(
+        pool = Some(&**pool).filter(|pool| !pool.is_empty()).map(display),
+        backend = backend.as_deref().map(display),
+        reason = reason.as_deref(),
+        evidence = evidence.as_deref(),
+        address = address.as_deref().map(display),
+        source = source.as_deref().map(display),
+        used,
+        limit,
+        startup_grace = startup_grace.as_deref().map(display),
+        registered,
+        late = late.as_deref().map(display),
+        dropped,
+        rejected,
+        suppressed,
+        help = Some(*help).filter(|help| !help.is_empty()),
+        "{message}"
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io;
+    use std::sync::Mutex;
+    use tidegate_logging::logfmt::Logfmt;
+    use tracing_subscriber::layer::SubscriberExt;
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn notice_is_a_constant_message_with_fields() {
+        let lines = Lines::default();
+        let to = lines.clone();
+        let layer = tracing_subscriber::fmt::layer()
+            .with_writer(move || to.clone())
+            .with_ansi(false)
+            .without_time()
+            .with_target(false)
+            .fmt_fields(Logfmt);
+        let fields = NoticeFields {
+            reason: Some("last eligible backend of the pool".to_owned()),
+            limit: Some(3),
+            help: "add backends",
+            ..NoticeFields::default()
+        };
+        let message = "ejection prevented; backend stays in rotation";
+        let notice = Notice { pool: "web".into(), backend: Some("a".into()), message, fields };
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
+            warn_of(&notice);
+            warn_of(&Notice { pool: "".into(), backend: None, ..notice.clone() });
+        });
+        let log = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        let fields = "reason=\"last eligible backend of the pool\" limit=3 help=\"add backends\"";
+        let [one, all]: [&str; 2] = log.lines().collect::<Vec<_>>().try_into().unwrap();
+        assert_eq!(one.trim_start(), format!("WARN {message} pool=web backend=a {fields}"));
+        assert_eq!(all.trim_start(), format!("WARN {message} {fields}"));
     }
 }

@@ -26,13 +26,13 @@ fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().map_or(default, |text| text.replace('_', "").parse().unwrap())
 }
 
-fn points(kind: &[DetectorKind], beats: u64, deaths: u64, seed: u64) -> Vec<Point> {
+fn points(kinds: &[DetectorKind], beats: u64, deaths: u64, seed: u64) -> Vec<Point> {
     let mut points = Vec::new();
     for pattern in [Pattern::Independent, Pattern::Bursts] {
         for (index, loss) in LOSSES.into_iter().enumerate() {
             // The same link for all detectors.
             let seed = seed.wrapping_mul(1_000).wrapping_add(index as u64);
-            points.extend(kind.iter().map(|kind| Point {
+            points.extend(kinds.iter().map(|kind| Point {
                 kind: *kind,
                 pattern,
                 loss,
