@@ -35,7 +35,7 @@ use tidegate_core::table::{PoolTable, Table};
 const STEPS: usize = 400;
 const SEEDS: u64 = 300;
 
-/// How often what is rare has happened.
+/// Counts of rare events.
 #[derive(Debug, Default, Clone, Copy, Hash)]
 struct Seen {
     suspects: u64,

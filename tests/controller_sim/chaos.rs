@@ -26,7 +26,7 @@ use tidegate_dataplane::accept::permit;
 const SEEDS: u64 = 30;
 const STEPS: usize = 300;
 
-/// How often what is rare has happened.
+/// Counts of rare events.
 #[derive(Debug, Default, Clone, Copy)]
 struct Seen {
     ejected: usize,

@@ -1,7 +1,7 @@
 //! The failure detector on lossy links, compared with its documented bounds and with other
 //! detectors.
 //!
-//! The short run is a normal test. `scripts/detector-sim` starts the long one
+//! The short run is a normal test. `scripts/detector-sim` starts the long run
 //! (`long_run`) with a release build and keeps its table, JSON and chart.
 //! All runs use virtual time; a seed replays a run exactly.
 

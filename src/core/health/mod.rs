@@ -73,7 +73,7 @@ pub const SUSPECT_WEIGHT_PERCENT: u32 = 10;
 /// Reason text of a refused connect, for probes and sessions alike.
 pub const REFUSED: &str = "connection refused";
 
-/// Everything known of one backend.
+/// Health of one backend.
 #[derive(Debug, Clone)]
 pub struct BackendHealth {
     /// The operator's intent.

@@ -192,7 +192,11 @@ impl HeartbeatWatch {
         let quiet = |at: Instant| now.saturating_duration_since(at) < STALL_NOTICE_INTERVAL;
         if !self.guards.stall_noticed.is_some_and(quiet) {
             self.guards.stall_noticed = Some(now);
-            state.warn("".into(), "heartbeat silence ignored; no backend becomes suspect", fields);
+            state.warn(
+                "".into(),
+                "heartbeat silence ignored; the lost time does not count",
+                fields,
+            );
         }
     }
 
