@@ -12,6 +12,7 @@
 //! - Times are in seconds, sizes in bytes. A `_total` counts since the process started.
 
 pub mod answers;
+pub mod decision;
 pub mod explain;
 pub mod names;
 pub mod place;

@@ -201,6 +201,176 @@ names! {
         Recovering = "recovering",
     }
 
+    /// What ended a session first.
+    pub enum CauseName {
+        /// Both sides closed with FIN.
+        Finished = "finished",
+        /// The client reset the connection.
+        ClientReset = "client-reset",
+        /// The backend reset the connection.
+        BackendReset = "backend-reset",
+        /// The client sent FIN without data while it waited in a queue.
+        ClientLeft = "client-left",
+        /// The client stopped responding (keepalive, `TCP_USER_TIMEOUT`, no route).
+        ClientLost = "client-lost",
+        /// The backend stopped responding.
+        BackendLost = "backend-lost",
+        /// The last connect attempt was refused.
+        ConnectRefused = "connect-refused",
+        /// The last connect attempt timed out.
+        ConnectTimeout = "connect-timeout",
+        /// The last connect attempt failed for another reason.
+        ConnectFailed = "connect-failed",
+        /// No backend was eligible.
+        NoBackend = "no-backend",
+        /// No backend slot became free within the queue timeout.
+        QueueTimeout = "queue-timeout",
+        /// Neither side sent data within the first-byte timeout.
+        FirstByteTimeout = "first-byte-timeout",
+        /// No data was transferred within the idle timeout.
+        IdleTimeout = "idle-timeout",
+        /// No data was transferred within the half-closed timeout after the FIN of one
+        /// side.
+        HalfClosedTimeout = "half-closed-timeout",
+        /// The drain timeout expired, or a second signal ended the drain.
+        DrainDeadline = "drain-deadline",
+        /// Its backend was removed from the pool, and the time of `on_removal` expired.
+        BackendRemoved = "backend-removed",
+        /// This host ran out of descriptors, memory or ports, has no route, or forbids the
+        /// connect.
+        LocalResource = "local-resource",
+        /// The frontend's `sources` deny the client address.
+        Denied = "denied",
+        /// The client source reached its connection limit.
+        SourceConnections = "source-connections",
+        /// The client source exceeded its rate limit.
+        SourceRate = "source-rate",
+        /// A route of the frontend rejects the connection.
+        Route = "route",
+        /// A bug: the session's task or its worker panicked.
+        InternalError = "internal-error",
+    }
+
+    /// The phase that a session had reached when it ended.
+    pub enum PhaseName {
+        /// Accepted, no backend picked.
+        Admit = "admit",
+        /// Waiting for the client's first bytes, which routing needs.
+        Preread = "preread",
+        /// Waiting for a backend below its cap.
+        Queue = "queue",
+        /// Connecting to a backend.
+        Connect = "connect",
+        /// Both directions are open.
+        Data = "data",
+        /// One direction has ended.
+        HalfClosed = "half-closed",
+        /// Both directions have ended.
+        Closed = "closed",
+    }
+
+    /// Whether a session is open.
+    pub enum SessionStateName {
+        /// It is open.
+        Open = "open",
+        /// It has ended.
+        Ended = "ended",
+    }
+
+    /// What decided a pick.
+    pub enum WhyName {
+        /// Nothing was picked.
+        None = "none",
+        /// The next backend in turn.
+        Turn = "turn",
+        /// The lowest load.
+        Least = "least",
+        /// A weighted random draw.
+        Draw = "draw",
+        /// The hash of the client's address.
+        Hash = "hash",
+        /// It was the only backend that could be picked.
+        Only = "only",
+        /// A connect attempt to another backend had failed.
+        Retry = "retry",
+        /// The session decides the trial of a backend that was ejected.
+        Trial = "trial",
+        /// The session had waited in the pool's queue.
+        Queue = "queue",
+        /// No backend was eligible, and the pool fails open.
+        FailOpen = "fail-open",
+        /// No primary was eligible; backups serve.
+        Backup = "backup",
+        /// An entry of a session table.
+        Sticky = "sticky",
+    }
+
+    /// Why a pick passed over a backend.
+    pub enum SkipReasonName {
+        /// Probes or heartbeats report it down.
+        Down = "down",
+        /// Ejected after failures.
+        Ejected = "ejected",
+        /// An operator drains it.
+        Draining = "draining",
+        /// An operator has put it into maintenance.
+        Maintenance = "maintenance",
+        /// Its heartbeats report `starting`, `draining` or `stopping`.
+        DrainingBySender = "draining-by-sender",
+        /// It waits for its first probe result or heartbeat.
+        NoVerdict = "no-verdict",
+        /// It is at its cap.
+        AtCap = "at-cap",
+        /// Its trial session is not decided yet.
+        TrialOpen = "trial-open",
+        /// Its slow start gives this pick to others.
+        SlowStart = "slow-start",
+        /// This session has tried it before.
+        Tried = "tried",
+        /// The question asked to leave it out.
+        Excluded = "excluded",
+    }
+
+    /// Why a connect attempt failed.
+    pub enum FailureName {
+        /// The backend refused.
+        Refused = "refused",
+        /// No answer within the connect timeout.
+        Timeout = "timeout",
+        /// ICMP unreachable and the like.
+        Unreachable = "unreachable",
+        /// The backend reset the connection before its first byte.
+        EarlyReset = "early-reset",
+        /// Another error.
+        Unspecified = "other",
+        /// This host is out of file descriptors.
+        Descriptors = "descriptors",
+        /// No local port is free.
+        Ports = "ports",
+        /// This host is out of memory.
+        Memory = "memory",
+        /// This host has no route.
+        Route = "route",
+    }
+
+    /// A condition of a route.
+    pub enum RouteConditionName {
+        /// The port that the client connected to.
+        Ports = "ports",
+        /// The address that the client connected to.
+        Addresses = "addresses",
+        /// The client's address.
+        Sources = "sources",
+    }
+
+    /// What a client waits for in a queue.
+    pub enum WaitName {
+        /// All backends are at their caps.
+        AtCap = "at-cap",
+        /// The pool has no first probe result or heartbeat.
+        NoVerdict = "no-verdict",
+    }
+
     /// The kind of a probe.
     pub enum ProbeKindName {
         /// Connects to the backend.

@@ -62,7 +62,7 @@ impl Controller {
         self.publisher.configured(config.process.connections_max);
         let (state, heartbeats) = (&mut self.state, &mut self.heartbeats);
         let former = state.former();
-        state.frontends.configure(config, &mut state.allocator);
+        state.frontends.configure(config, &mut state.allocator, &mut state.removed_names);
         let mut before = state.take_before();
         let mut starting = Vec::new();
         for spec in &config.pools {
@@ -338,6 +338,7 @@ impl ControlState {
             }
             // The pool was removed with its backends; its last `on_removal` applies.
             on_removal.insert(pool.id, pool.spec.on_removal);
+            self.removed_names.keep_pool(pool.id, &pool.spec.name);
         }
         for mut entry in before.backends.into_values() {
             let rule = on_removal.get(&entry.pool).copied().unwrap_or(OnRemoval::Keep);

@@ -3,6 +3,7 @@
 //! Filled by `configure`, read by `status`, `handover` and `publish`. A frontend that stays
 //! configured keeps its state.
 
+use super::names::RemovedNames;
 use super::state::StateAllocator;
 use crate::model;
 use crate::model::Config;
@@ -31,8 +32,13 @@ pub(super) struct FrontendEntry {
 // === impl FrontendSet ===
 
 impl FrontendSet {
-    /// Applies the frontends of a configuration.
-    pub(super) fn configure(&mut self, config: &Config, allocator: &mut StateAllocator) {
+    /// Applies the frontends of a configuration. `removed` keeps the names of the others.
+    pub(super) fn configure(
+        &mut self,
+        config: &Config,
+        allocator: &mut StateAllocator,
+        removed: &mut RemovedNames,
+    ) {
         let before = std::mem::take(self).list.into_iter();
         let mut known: HashMap<Arc<str>, Arc<FrontendState>> =
             before.map(|entry| (Arc::clone(&entry.spec.name), entry.state)).collect();
@@ -43,6 +49,7 @@ impl FrontendSet {
             self.binds.extend(spec.binds.iter().map(|bind| bind.key.socket_addr()));
             self.list.push(FrontendEntry { state, spec: spec.clone() });
         }
+        known.values().for_each(|state| removed.keep_frontend(state.id, &state.name));
     }
 
     pub(super) fn named(&self, name: &str) -> Option<&FrontendEntry> {

@@ -19,7 +19,7 @@
 //!   `publish` (building the tables).
 //! - **Input.** `configure` applies a configuration. `handover`, `sessions_elsewhere` and
 //!   `intents` apply the state of other processes.
-//! - **Output.** `status` and `explain`.
+//! - **Output.** `status`, `explain`, `names` and `what_if`.
 
 mod backends;
 mod configure;
@@ -32,6 +32,7 @@ mod heartbeats;
 mod history;
 mod intents;
 mod members;
+pub mod names;
 mod operator;
 mod pools;
 mod probe_results;
@@ -49,6 +50,7 @@ mod status;
 #[cfg(test)]
 pub(crate) mod tests;
 mod trials;
+pub mod what_if;
 
 pub use events::{
     ControlEffect, ControlEvent, DetectorVerdict, Notice, NoticeFields, OperatorError, ProbeLane,
@@ -59,9 +61,9 @@ pub use heartbeats::ignored::HeartbeatIgnored;
 pub use history::{SavedTransition, TRANSITIONS_MAX};
 pub use intents::{REMOVED_INTENTS_FOR, REMOVED_INTENTS_MAX, SavedIntent};
 pub use members::{MEMBERS_MAX, MemberSource, MembersIgnored, Origins};
-pub use publish::Weight;
 pub use publish::detached_build::BuildToken;
 pub use publish::pacer::PublishReason;
+pub use publish::{WEIGHT_PARTS, Weight};
 pub use status::{
     BackendHeartbeatStatus, BackendStatus, ControlStatus, FreezeStatus, FrontendStatus, Gathering,
     HeartbeatChannelStatus, PoolStatus,

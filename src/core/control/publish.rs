@@ -65,10 +65,10 @@ pub struct Weight {
     pub load: u32,
 }
 
-/// Tables hold weights in units of 1/`PARTS`, so that a reduced weight of 1 stays exact.
+/// Tables and decisions hold weights in units of 1/`WEIGHT_PARTS`, so that a reduced weight of 1 stays exact.
 /// (Balancers reduce all weights by their greatest common divisor, so the unit costs
 /// nothing while no weight is reduced.)
-const PARTS: u32 = 100;
+pub const WEIGHT_PARTS: u32 = 100;
 
 // === impl BackendTableState ===
 
@@ -92,6 +92,11 @@ impl BackendTableState {
         }
     }
 
+    /// Returns the effective weight, at least 1, if `base` were the configured weight.
+    pub(super) fn weight_if(entry: &BackendEntry, pool: &PoolEntry, base: u16) -> u32 {
+        Weight { base, ..entry.weight(&pool.spec) }.parts().max(1)
+    }
+
     pub(super) fn of(entry: &BackendEntry, pool: &PoolEntry) -> BackendTableState {
         BackendTableState {
             weight: entry.weight(&pool.spec).parts(),
@@ -107,7 +112,7 @@ impl BackendTableState {
 // === impl Weight ===
 
 impl Weight {
-    /// Returns the weight in units of 1/[`PARTS`]; at least 1 if eligible.
+    /// Returns the weight in units of 1/[`WEIGHT_PARTS`]; at least 1 if eligible.
     fn parts(self) -> u32 {
         if self.health == 0 {
             return 0;
@@ -117,13 +122,13 @@ impl Weight {
             * u64::from(self.health)
             * u64::from(self.ramp)
             * u64::from(self.load)
-            * u64::from(PARTS);
+            * u64::from(WEIGHT_PARTS);
         u32::try_from(product / 1_000_000).unwrap_or(u32::MAX).max(1)
     }
 
     /// Returns the weight used for balancing; 0 while not eligible.
     pub fn in_force(self) -> f64 {
-        f64::from(self.parts()) / f64::from(PARTS)
+        f64::from(self.parts()) / f64::from(WEIGHT_PARTS)
     }
 }
 

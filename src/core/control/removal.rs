@@ -197,7 +197,9 @@ impl ControlState {
             }
         }
         for id in over {
-            self.removed.take(id);
+            if let Some(entry) = self.removed.take(id) {
+                self.removed_names.keep_backend(&entry);
+            }
         }
         if self.removed.len() > 0 {
             self.schedule.set(TimerKind::CheckRemoved, now + CHECK_INTERVAL);

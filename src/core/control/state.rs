@@ -9,6 +9,7 @@ use super::backends::BackendSet;
 use super::ejections::EjectionIndex;
 use super::frontends::FrontendSet;
 use super::members::MembersIgnored;
+use super::names::RemovedNames;
 use super::pools::{PoolEntry, PoolId, PoolSet};
 use super::probing::ProbeLog;
 use super::removal::RemovedBackends;
@@ -34,6 +35,7 @@ pub(super) struct ControlState {
     pub(super) ejections: EjectionIndex,
     /// Removed backends.
     pub(super) removed: RemovedBackends,
+    pub(super) removed_names: RemovedNames,
     pub(super) schedule: Schedule,
     pub(super) probes: ProbeLog,
     /// Ignored member sets and members, by [`MembersIgnored`].
@@ -80,6 +82,7 @@ impl ControlState {
             backends: BackendSet::default(),
             ejections: EjectionIndex::default(),
             removed: RemovedBackends::default(),
+            removed_names: RemovedNames::default(),
             schedule: Schedule::default(),
             probes: ProbeLog::new(seed),
             ignored_members: [0; MembersIgnored::ALL.len()],

@@ -334,6 +334,19 @@ impl AttemptFailureKind {
         AttemptFailureKind::Local(LocalErrorKind::Other),
     ];
 
+    /// Word of the access log and the API. A local error of another kind and another error
+    /// of the backend have the same word.
+    pub fn name(self) -> &'static str {
+        match self {
+            AttemptFailureKind::Refused => "refused",
+            AttemptFailureKind::Timeout => "timeout",
+            AttemptFailureKind::Unreachable => "unreachable",
+            AttemptFailureKind::EarlyReset => "early-reset",
+            AttemptFailureKind::Other => "other",
+            AttemptFailureKind::Local(kind) => kind.name(),
+        }
+    }
+
     /// Position in [`AttemptFailureKind::ALL`].
     pub fn number(self) -> u8 {
         let place = AttemptFailureKind::ALL.iter().position(|kind| *kind == self);

@@ -88,6 +88,14 @@ impl AccessList {
     }
 }
 
+/// Returns the longest of these ranges that contains the address. An IPv4-mapped IPv6
+/// address is treated as IPv4.
+pub fn longest_range(ranges: &[IpNet], address: IpAddr) -> Option<IpNet> {
+    let address = address.to_canonical();
+    let containing = ranges.iter().filter(|range| range.contains(&address));
+    containing.max_by_key(|range| range.prefix_len()).copied()
+}
+
 fn number(address: IpAddr) -> u128 {
     match address {
         IpAddr::V4(v4) => u128::from(v4.to_bits()),
@@ -170,6 +178,16 @@ mod tests {
         assert_eq!(of(&list, "11.0.0.0"), Access::Denied);
         assert_eq!(of(&list, "9.255.255.255"), Access::Denied);
         assert_eq!(of(&list, "2001:db8::1"), Access::Denied);
+    }
+
+    #[test]
+    fn longest_range_of_a_list_is_found() {
+        let ranges = nets(&["10.0.0.0/8", "10.1.2.0/24", "2001:db8::/32"]);
+        let found = |address: &str| longest_range(&ranges, address.parse().unwrap());
+        assert_eq!(found("10.1.2.3"), Some(ranges[1]));
+        assert_eq!(found("::ffff:10.2.0.1"), Some(ranges[0]));
+        assert_eq!(found("2001:db8::1"), Some(ranges[2]));
+        assert_eq!(found("192.0.2.1"), None);
     }
 
     #[test]

@@ -28,8 +28,10 @@
 //! workers contend for it only if they check the same set at the same moment.
 
 use crossbeam::utils::CachePadded;
+use ipnet::IpNet;
 use serde::Serialize;
 use serde::ser::{SerializeStruct, Serializer};
+use std::fmt;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -124,6 +126,16 @@ impl SourceLimits {
     pub fn are_any(&self) -> bool {
         self.connections_max != 0 || self.rate.is_some()
     }
+
+    /// Returns the client source of an address.
+    pub fn source_of(&self, address: IpAddr) -> IpNet {
+        let address = address.to_canonical();
+        let length = match address {
+            IpAddr::V4(_) => self.prefix_v4.min(32),
+            IpAddr::V6(_) => self.prefix_v6.min(128),
+        };
+        IpNet::new(address, length).map_or_else(|_| address.into(), |net| net.trunc())
+    }
 }
 
 // === impl Rate ===
@@ -141,11 +153,18 @@ impl Rate {
     }
 }
 
+/// As in the configuration, such as `10/s`.
+impl fmt::Display for Rate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.count, self.unit.0)
+    }
+}
+
 /// Serialises as the configuration keys `rate` and `burst`.
 impl Serialize for Rate {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut keys = serializer.serialize_struct("Rate", 2)?;
-        keys.serialize_field("rate", &format!("{}/{}", self.count, self.unit.0))?;
+        keys.serialize_field("rate", &self.to_string())?;
         if *self != Rate::per(self.count, self.unit, None) {
             keys.serialize_field("burst", &self.burst)?;
         }
@@ -183,16 +202,27 @@ impl SourceTable {
         if entry.key != key {
             *entry = SourceEntry { key, connections: 0, due: now };
         }
-        if limits.connections_max != 0 && entry.connections >= limits.connections_max {
-            return Err(SourceRefused::TooMany);
-        }
-        if let Some(rate) = limits.rate {
-            entry.due = next_due(entry.due, now, rate).ok_or(SourceRefused::TooFast)?;
-        }
+        entry.due = entry.admit(limits, now)?;
         entry.connections += 1;
         // Both are far below the limits of their types.
         let (set, way) = (set as u32, way as u8);
         Ok(SourceAdmission::Counted(SourcePermit { table: Arc::clone(self), set, way }))
+    }
+
+    /// Returns what [`SourceTable::admit`] would return now, and the connections that the
+    /// source of `address` has. Counts nothing.
+    pub fn preview(
+        &self,
+        address: IpAddr,
+        limits: &SourceLimits,
+        now: Instant,
+    ) -> (Result<(), SourceRefused>, u32) {
+        let key = key(address, limits);
+        let now = self.nanoseconds(now);
+        let entries = lock(&self.sets[self.set_of(key)]);
+        let own = entries.iter().find(|entry| entry.key == key);
+        let entry = own.copied().unwrap_or(SourceEntry { key, connections: 0, due: now });
+        (entry.admit(limits, now).map(drop), entry.connections)
     }
 
     /// Returns the number of entries in use. Scans the whole table: for tests and rare
@@ -253,6 +283,18 @@ fn lock(set: &Mutex<[SourceEntry; WAYS]>) -> std::sync::MutexGuard<'_, [SourceEn
 // === impl SourceEntry ===
 
 impl SourceEntry {
+    /// Returns when the connection after this one is due, or why this connection is
+    /// rejected.
+    fn admit(&self, limits: &SourceLimits, now: u64) -> Result<u64, SourceRefused> {
+        if limits.connections_max != 0 && self.connections >= limits.connections_max {
+            return Err(SourceRefused::TooMany);
+        }
+        match limits.rate {
+            Some(rate) => next_due(self.due, now, rate).ok_or(SourceRefused::TooFast),
+            None => Ok(self.due),
+        }
+    }
+
     /// Returns whether the entry is equivalent to a new one.
     fn is_free(&self, now: u64) -> bool {
         self.connections == 0 && self.due <= now
@@ -274,6 +316,33 @@ impl Drop for SourcePermit {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn source_of_an_address_is_its_prefix() {
+        let limits = SourceLimits { prefix_v4: 24, ..MANY };
+        let source = |text| limits.source_of(ip(text)).to_string();
+        assert_eq!(source("10.1.2.3"), "10.1.2.0/24");
+        assert_eq!(source("::ffff:10.1.2.3"), "10.1.2.0/24");
+        assert_eq!(source("2001:db8::1:2:3:4"), "2001:db8::/64");
+    }
+
+    #[test]
+    fn preview_agrees_with_admission_and_counts_nothing() {
+        let (table, now) = table();
+        let address = ip("10.0.0.1");
+        for limits in [MANY, FAST] {
+            let mut permits = Vec::new();
+            for _ in 0..7 {
+                let (previewed, connections) = table.preview(address, &limits, now);
+                assert_eq!(table.preview(address, &limits, now), (previewed, connections));
+                assert_eq!(connections as usize, permits.len());
+                let admitted = table.admit(address, &limits, now);
+                assert_eq!(previewed.err(), admitted.as_ref().err().copied());
+                permits.extend(admitted);
+            }
+            assert!(permits.len() < 7, "a limit applies");
+        }
+    }
 
     const MANY: SourceLimits =
         SourceLimits { prefix_v4: 32, prefix_v6: 64, connections_max: 3, rate: None };

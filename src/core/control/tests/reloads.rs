@@ -174,3 +174,29 @@ fn results_and_failures_of_removed_backends_are_ignored() {
     let failed = ControlEvent::ConnectFailed { backend: id, failure, in_a_row: 9, begun };
     assert!(bench.apply(failed).is_empty());
 }
+
+#[test]
+fn names_of_removed_pools_and_backends_are_kept() {
+    use crate::control::names::NamedIds;
+    let mut bench = Bench::new(unprobed(&["a", "b"]));
+    let table = bench.controller.current_table();
+    let frontend = table.frontends[0].state.id;
+    let ids = NamedIds {
+        frontends: vec![frontend],
+        pools: vec![table.pools[0].id],
+        backends: table.pools[0].serving.iter().map(|backend| backend.id).collect(),
+    };
+    let before = bench.controller.names_of(&ids);
+    assert_eq!((before.frontends.len(), before.pools.len(), before.backends.len()), (1, 1, 2));
+    let b = &before.backends[&ids.backends[1]];
+    assert_eq!((&*b.pool, &*b.name, &*b.address), ("web", "b", "127.0.0.1:1098"));
+    let mut other = config(vec![PoolConfig { name: "other".into(), ..unprobed(&["x"]) }]);
+    Arc::make_mut(&mut other).frontends[0].name = "else".into();
+    bench.apply(ControlEvent::Configure(other));
+    bench.pass(Duration::from_secs(5));
+    assert!(!bench.controller.is_known(ids.backends[0]), "it has no session left");
+    assert_eq!(bench.controller.names_of(&ids), before);
+    // A restored backend keeps its name, too.
+    bench.configure(unprobed(&["a"]));
+    assert_eq!(bench.controller.names_of(&ids), before);
+}
