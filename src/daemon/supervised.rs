@@ -240,7 +240,7 @@ impl Supervised {
             return;
         }
         // A reload invalidates the unfinished snapshot. Start again.
-        let saving = self.saving.take().filter(|(saving, _)| controller.can_go_on(saving));
+        let saving = self.saving.take().filter(|(saving, _)| controller.can_continue(saving));
         let (mut saving, spent) = saving.unwrap_or_else(|| {
             self.changed = false;
             (controller.begin_save(begun), Duration::ZERO)

@@ -263,7 +263,7 @@ impl Controller {
 
     /// Adds up to `most` backends and pools. Returns false once all are added. Skips
     /// backends that were removed since [`Controller::begin_save`]. After a reload, begin
-    /// again: [`Controller::can_go_on`].
+    /// again: [`Controller::can_continue`].
     pub fn save_on(&self, saving: &mut Saving, most: usize) -> bool {
         for _ in 0..most {
             let Some(id) = saving.remaining.pop() else {
@@ -301,7 +301,7 @@ impl Controller {
     }
 
     /// Whether the configuration has not changed since [`Controller::begin_save`].
-    pub fn can_go_on(&self, saving: &Saving) -> bool {
+    pub fn can_continue(&self, saving: &Saving) -> bool {
         saving.generation == self.publisher.generation()
     }
 

@@ -47,7 +47,7 @@
 //! | awaited (required or registered, not yet confirmed) | unknown, waits | unknown, waits | unknown, waits | down |
 //! | beating (received in time) | up | unknown | up | **down**: the host works, the service does not |
 //! | suspect (overdue, not yet confirmed) | suspect | unknown | suspect | down |
-//! | vouched (overdue, but a confirmation probe succeeded) | suspect | unknown | **up**: the sender failed, the service works | down |
+//! | `vouched` (overdue, but a confirmation probe succeeded) | suspect | unknown | **up**: the sender failed, the service works | down |
 //! | silent (overdue, and the confirmation probes failed) | down | down | down | down |
 //! | expired (none for `ttl`; required or registered) | down | down | down | down |
 //!

@@ -112,7 +112,7 @@ fn skipped(backend: &BackendState, now: Instant) -> Option<Skipped> {
 // === impl Picked ===
 
 impl Picked {
-    /// The result that a reservation stands for.
+    /// Returns the result that a reservation holds.
     pub fn of(reservation: &Reservation) -> Picked {
         Picked { index: reservation.index, on_trial: reservation.is_on_trial() }
     }

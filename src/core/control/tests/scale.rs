@@ -138,9 +138,9 @@ fn state_saved_in_slices_is_complete_and_a_reload_ends_it() {
     assert_eq!(in_slices.pools.iter().map(|pool| pool.backends.len()).sum::<usize>(), 12);
 
     let saving = controller.begin_save(now);
-    assert!(controller.can_go_on(&saving));
+    assert!(controller.can_continue(&saving));
     controller.apply(ControlEvent::Configure(large(2, 4)), now);
-    assert!(!controller.can_go_on(&saving));
+    assert!(!controller.can_continue(&saving));
 }
 
 /// Returns a controller with one pool of five backends whose table part is detached.
@@ -522,7 +522,7 @@ fn costs_of(pools: usize, each: usize, senders: usize) {
     let excuse = |controller: &mut Controller| {
         controller.heartbeats.ignore_silence(&mut controller.state, late, now);
     };
-    row("excuse everybody", (0..4).map(|_| timed(|| excuse(&mut controller)).0).collect());
+    row("excuse all", (0..4).map(|_| timed(|| excuse(&mut controller)).0).collect());
     let mut ports = PortWatch::default();
     let limits = PortLimits { ports: 100, reuse: Reuse::Loopback };
     let mut look = PortLook::default();
