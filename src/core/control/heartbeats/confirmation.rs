@@ -66,6 +66,11 @@ impl HeartbeatWatch {
         }
         let Some(entry) = state.backends.observe(id) else { return true };
         let Some(heartbeats) = &mut entry.heartbeats else { return true };
+        let reason = match outcome {
+            ProbeOutcome::Success { .. } => "confirmation probe succeeded",
+            ProbeOutcome::Failure { .. } => "confirmation probe failed",
+            ProbeOutcome::Local { .. } => "confirmation probe had a local error",
+        };
         let answer = match outcome {
             ProbeOutcome::Success { .. } => TryResult::Answered,
             ProbeOutcome::Failure { reason } if reason == REFUSED => TryResult::Refused,
@@ -77,7 +82,7 @@ impl HeartbeatWatch {
         self.apply_step(state, id, step, now);
         if quiet {
             // Without a transition, `answers` can have changed.
-            state.heartbeat_health_changed(id, "confirmation probe succeeded", None, now);
+            state.heartbeat_health_changed(id, reason, None, now);
         }
         state.rearm(id);
         true
