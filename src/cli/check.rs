@@ -11,11 +11,10 @@ use tidegate_daemon as daemon;
 
 /// Validates a file. Prints problems and warnings to standard error, and the summary of a
 /// valid file to standard output.
-pub fn main(args: CheckArgs) -> Exit {
+pub fn main(args: &CheckArgs) -> Exit {
     let colour = std::io::stderr().is_terminal();
-    // clap requires exactly one of the two.
-    let path = args.file.or(args.config).unwrap_or_default();
-    match config::load(&path) {
+    let path = args.config.path();
+    match config::load(path) {
         Ok(mut loaded) => {
             loaded.warnings.extend(daemon::preflight(&loaded));
             for problem in &loaded.warnings {

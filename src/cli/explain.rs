@@ -20,10 +20,12 @@ use tidegate_client::http::{ask, backend_path, report};
 pub fn main(args: &DrainArgs) -> Exit {
     let path = backend_path(&args.target.pool, &args.target.backend, "explain");
     let answer = ask(&args.client, Method::GET, &path);
-    report(&args.client, answer, |facts| wrap(&render(facts), terminal_width()))
+    let width = terminal_width();
+    report(&args.client, answer, |facts| wrap(&render(facts, width), width))
 }
 
-fn render(facts: &ExplainDoc) -> String {
+/// Renders for a terminal of `width` columns. `None`: one line per row of the history.
+fn render(facts: &ExplainDoc, width: Option<usize>) -> String {
     let mut text = format!(
         "{}/{} at {}{}{}\n{}: {}\n\n",
         cell_text(&facts.pool),
@@ -51,9 +53,9 @@ fn render(facts: &ExplainDoc) -> String {
     line("Probes", facts.probe.as_ref().map_or_else(none, probes));
     line("Heartbeats", facts.heartbeat.as_ref().map_or_else(none, heartbeats));
     line("Ejection", ejection(&facts.ejection));
-    line("Guards", guards(&facts.guards));
+    line("Guards", guards(&facts.guards, facts.heartbeat.is_some()));
     text.push_str("\nHistory, newest first:\n");
-    text.push_str(&history(&facts.history));
+    text.push_str(&history(&facts.history, width));
     text
 }
 
@@ -103,7 +105,7 @@ fn failures(failures: &FailuresDoc) -> String {
     if failures.in_a_row > 0 {
         let _ = write!(text, "; {} in a row", failures.in_a_row);
         if let Some(eject_at) = failures.eject_at {
-            let _ = write!(text, ", ejected at {eject_at}");
+            let _ = write!(text, ", ejection at {eject_at}");
         }
     }
     let total = plural(failures.connects_total, "failed connect");
@@ -153,8 +155,8 @@ fn pulse_text(pulse: &PulseName) -> &str {
         PulseName::Awaited => "waiting for heartbeats",
         PulseName::Beating => "on time",
         PulseName::Suspect => "overdue",
-        PulseName::Vouched => "overdue, probes succeed",
-        PulseName::Silent => "overdue, probes fail",
+        PulseName::Vouched => "overdue, confirmation probe succeeded",
+        PulseName::Silent => "overdue, confirmation failed",
         other => other.name(),
     }
 }
@@ -227,7 +229,7 @@ fn rejection(last: &RejectedDoc) -> String {
         let direction = if skew < 0.0 { "behind" } else { "ahead" };
         let _ = write!(text, ", its clock is {} {direction}", short(skew.abs()));
     }
-    let unsigned = if last.signed { "" } else { "; NOT SIGNED: any host can have sent it" };
+    let unsigned = if last.signed { "" } else { "; NOT VERIFIED: any host can have sent it" };
     let _ = write!(text, "{unsigned}\n  {}", cell_text(&last.help));
     text
 }
@@ -246,7 +248,8 @@ fn ejection(ejection: &EjectionDoc) -> String {
     }
 }
 
-fn guards(guards: &GuardsDoc) -> String {
+/// Describes the guards. Only heartbeats have senders to count.
+fn guards(guards: &GuardsDoc, heartbeats: bool) -> String {
     let mut text = String::new();
     if guards.channel_silent {
         text.push_str("NO HEARTBEATS RECEIVED: silence is ignored, only probes decide\n");
@@ -263,6 +266,9 @@ fn guards(guards: &GuardsDoc) -> String {
     if text.is_empty() {
         text.push_str("none active\n");
     }
+    if !heartbeats {
+        return text;
+    }
     let _ = write!(
         text,
         "senders {}, heard {}, suspect {}, down {}; at most {}% can be removed",
@@ -275,20 +281,25 @@ fn guards(guards: &GuardsDoc) -> String {
     text
 }
 
-fn history(transitions: &[TransitionDoc]) -> String {
+/// Lists the changes. If a row is wider than `width`, every reason is below its row.
+fn history(transitions: &[TransitionDoc], width: Option<usize>) -> String {
     if transitions.is_empty() {
         return "  none\n".to_owned();
     }
+    let row = |transition: &TransitionDoc| {
+        let TransitionDoc { from, to, seconds_ago, lasted_seconds, .. } = transition;
+        let (ago, change) = (age(*seconds_ago), format!("{from} -> {to}"));
+        format!("  {ago:>8} ago  {change:<20} after {:<8} ", age(*lasted_seconds))
+    };
+    let length = |t: &TransitionDoc| row(t).chars().count() + cell_text(&t.reason).chars().count();
+    let below = width.is_some_and(|width| transitions.iter().any(|t| length(t) > width));
     let mut text = String::new();
-    for TransitionDoc { from, to, reason, seconds_ago, lasted_seconds } in transitions {
-        let _ = writeln!(
-            text,
-            "  {:>8} ago  {:<20} after {:<8} {}",
-            age(*seconds_ago),
-            format!("{from} -> {to}"),
-            age(*lasted_seconds),
-            cell_text(reason),
-        );
+    for transition in transitions {
+        let (row, reason) = (row(transition), cell_text(&transition.reason));
+        let _ = match below {
+            true => writeln!(text, "{}\n{:16}{reason}", row.trim_end(), ""),
+            false => writeln!(text, "{row}{reason}"),
+        };
     }
     text
 }
@@ -320,9 +331,9 @@ mod tests {
             Weight      0 = 10 x 0% health x 100% slow start x 65% load
             Sessions    3 open, no cap
             Slow start  not in progress
-            Failures    3 failed connects, 1 reset before the first byte in the last 12 s; last 1.25 s ago: connection refused; 2 in a row, ejected at 5; 9 failed connects since the start
+            Failures    3 failed connects, 1 reset before the first byte in the last 12 s; last 1.25 s ago: connection refused; 2 in a row, ejection at 5; 9 failed connects since the start
             Probes      not configured
-            Heartbeats  overdue, probes fail (required); last 1m 15s ago, suspect after 325 ms, expires after 10 s
+            Heartbeats  overdue, confirmation failed (required); last 1m 15s ago, suspect after 325 ms, expires after 10 s
                         sender: ready for 2h 1m, weight 10, load 500/1000 (480 smoothed), 3 connections
                         timing: every 100 ms (measured 100 ms), jitter 1.2 ms, 3 may be missing in a row at 0.1% loss
                         detector: down for 1m 15s, suspected 1x, down 1x, phi 300.0 (normal) 300.0 (exponential)
@@ -335,6 +346,23 @@ mod tests {
                 1m 15s ago  suspect -> down      after 200ms    2 confirmation probes failed
                 1m 15s ago  up -> suspect        after 1h 56m   no heartbeat for 325 ms
         "#]]
-        .assert_eq(&render(&facts));
+        .assert_eq(&render(&facts, None));
+    }
+
+    #[test]
+    fn reasons_that_do_not_fit_are_below_their_rows() {
+        let facts = crate::testing::explanation();
+        let text = history(&facts.history, Some(79));
+        let first =
+            "    1m 15s ago  suspect -> down      after 200ms\n                2 confirmation";
+        assert!(text.starts_with(first), "{text}");
+        assert_eq!(history(&facts.history, Some(80)), history(&facts.history, None));
+    }
+
+    #[test]
+    fn guards_count_senders_only_with_heartbeats() {
+        let facts = crate::testing::explanation();
+        assert!(guards(&facts.guards, true).contains("senders 5"));
+        assert!(!guards(&facts.guards, false).contains("senders"));
     }
 }

@@ -17,8 +17,10 @@ mod table;
 mod testing;
 pub mod upgrade;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Parser, Subcommand};
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tidegate_client::command::Exit;
 use tidegate_client::http::ClientArgs;
@@ -53,11 +55,15 @@ pub enum Command {
     /// SIGHUP reloads the configuration. SIGUSR2 upgrades the binary in place.
     #[command(
         alias = "start",
+        override_usage = "tidegate run [OPTIONS] <FILE>",
         after_help = "Example:\n  tidegate run --config /etc/tidegate/tidegate.toml"
     )]
     Run(RunArgs),
     /// Validate a configuration file.
-    #[command(after_help = "Example:\n  tidegate check --config /etc/tidegate/tidegate.toml")]
+    #[command(
+        override_usage = "tidegate check <FILE>",
+        after_help = "Example:\n  tidegate check /etc/tidegate/tidegate.toml"
+    )]
     Check(CheckArgs),
     /// Demonstrate failover, reload and upgrade with built-in backends.
     #[command(after_help = "Example:\n  tidegate demo --backends 4 --play 5m")]
@@ -109,9 +115,9 @@ pub enum Command {
 /// `tidegate run`
 #[derive(Debug, Args)]
 pub struct RunArgs {
-    /// Configuration file (TOML).
-    #[arg(long, short, value_name = "FILE")]
-    pub config: PathBuf,
+    /// The configuration.
+    #[command(flatten)]
+    pub config: ConfigFile,
     /// Write the ID of the process to signal to this file.
     #[arg(long, value_name = "FILE")]
     pub pid_file: Option<PathBuf>,
@@ -127,12 +133,20 @@ pub struct RunArgs {
 /// `tidegate check`
 #[derive(Debug, Args)]
 pub struct CheckArgs {
+    /// The configuration.
+    #[command(flatten)]
+    pub config: ConfigFile,
+}
+
+/// The file of `run` and `check`, with or without `--config`.
+#[derive(Debug, Args)]
+pub struct ConfigFile {
     /// Configuration file (TOML).
     #[arg(value_name = "FILE", required_unless_present = "config", conflicts_with = "config")]
-    pub file: Option<PathBuf>,
+    file: Option<PathBuf>,
     /// Configuration file (TOML); same as FILE.
     #[arg(long, short, value_name = "FILE")]
-    pub config: Option<PathBuf>,
+    config: Option<PathBuf>,
 }
 
 /// `tidegate undrain` and `tidegate explain`; part of `tidegate drain`
@@ -146,11 +160,20 @@ pub struct DrainArgs {
     pub client: ClientArgs,
 }
 
+// === impl ConfigFile ===
+
+impl ConfigFile {
+    /// Returns the path. clap requires exactly one of the two.
+    pub fn path(&self) -> &Path {
+        self.file.as_deref().or(self.config.as_deref()).unwrap_or(Path::new(""))
+    }
+}
+
 /// Parses the arguments of this process and runs the subcommand.
 pub fn main() -> ExitCode {
     // Signals are blocked first, so that none ends the process before `run` handles them.
     let before = signals::block();
-    let cli = match Cli::try_parse() {
+    let cli = match parse(std::env::args_os().collect()) {
         Ok(cli) => cli,
         Err(error) => {
             // If standard error is closed, the message is lost.
@@ -164,10 +187,24 @@ pub fn main() -> ExitCode {
     dispatch(cli.command).into()
 }
 
+/// Parses a command line. An error about the value of `--wait` gets a tip, because the value
+/// needs an equals sign: `drain --wait POOL/BACKEND` has none.
+fn parse(arguments: Vec<OsString>) -> Result<Cli, clap::Error> {
+    let waits = arguments.iter().any(|argument| argument == "--wait");
+    Cli::try_parse_from(arguments).map_err(|mut error| {
+        let rejected = [ErrorKind::UnknownArgument, ErrorKind::ValueValidation];
+        if waits && rejected.contains(&error.kind()) {
+            let tip = "write the time after an equals sign: '--wait=TIME'".into();
+            error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip]));
+        }
+        error
+    })
+}
+
 fn dispatch(command: Command) -> Exit {
     match command {
         Command::Run(args) => run::main(args),
-        Command::Check(args) => check::main(args),
+        Command::Check(args) => check::main(&args),
         Command::Demo(args) => tidegate_lab::cli::demo::main(args),
         Command::Ready(args) => ready::main(&args),
         Command::Reload(args) => reload::main(&args),
@@ -192,7 +229,8 @@ mod tests {
     use std::time::Duration;
 
     fn parse(arguments: &[&str]) -> Result<Command, clap::Error> {
-        Cli::try_parse_from([&["tidegate"], arguments].concat()).map(|cli| cli.command)
+        let all = [&["tidegate"], arguments].concat();
+        super::parse(all.iter().map(OsString::from).collect()).map(|cli| cli.command)
     }
 
     #[test]
@@ -251,6 +289,7 @@ mod tests {
     fn documented_command_lines_are_accepted() {
         for line in [
             "run --config f",
+            "run f --single",
             "start --config f",
             "stop --admin unix:/x",
             "status --config f",
@@ -283,6 +322,7 @@ mod tests {
     fn invalid_command_lines_are_usage_errors() {
         for line in [
             "run",
+            "run f --config f",
             "nonsense",
             "status --admin example.com:80",
             "status --admin unix:",
@@ -300,6 +340,14 @@ mod tests {
         ] {
             let error = parse(&line.split(' ').collect::<Vec<_>>()).expect_err(line);
             assert!(error.use_stderr() && error.exit_code() == 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn error_about_the_time_of_wait_shows_the_equals_sign() {
+        for line in ["drain a/b --wait 10s", "drain --wait 10s a/b"] {
+            let error = parse(&line.split(' ').collect::<Vec<_>>()).expect_err(line);
+            assert!(error.to_string().contains("'--wait=TIME'"), "{error}");
         }
     }
 

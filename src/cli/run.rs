@@ -34,7 +34,7 @@ pub fn main(args: RunArgs) -> Exit {
     }
     match Link::from_environment() {
         Ok(Some((link, given))) => {
-            let supervised = Supervised::new(Arc::clone(&link), given, &args.config);
+            let supervised = Supervised::new(Arc::clone(&link), given, args.config.path());
             serve(&args, || supervised_environment(&args, &link, supervised))
         }
         // A new process of an upgrade without a supervisor has no supervisor either.
@@ -85,7 +85,8 @@ fn serve(
     environment: impl FnOnce() -> Result<ProcessEnvironment, Failure>,
 ) -> Exit {
     let running = environment().and_then(|environment| {
-        let options = Options { config: args.config.clone(), signals: true, logging: true };
+        let options =
+            Options { config: args.config.path().to_owned(), signals: true, logging: true };
         daemon::start_within(options, environment)
     });
     let running = match running {
@@ -123,7 +124,7 @@ fn supervised_environment(
     // the sandbox of the old process.
     let upgrade = old_process.is_some() || supervised.takes_over();
     let before = Before { inherited: &[], admin: place, upgrade, instead: supervised.instead() };
-    let confined = daemon::confine(&args.config, None, before)?;
+    let confined = daemon::confine(args.config.path(), None, before)?;
     Ok(ProcessEnvironment {
         old_process,
         supervised,
@@ -149,7 +150,7 @@ fn single_environment(args: &RunArgs) -> Result<ProcessEnvironment, Failure> {
         instead: None,
     };
     // Before there are threads and before any other descriptor is opened.
-    let confined = daemon::confine(&args.config, pid_file.as_deref(), before)?;
+    let confined = daemon::confine(args.config.path(), pid_file.as_deref(), before)?;
     let supervised = Supervised::default();
     Ok(ProcessEnvironment {
         old_process,
@@ -174,7 +175,7 @@ fn single_arguments(args: &RunArgs) -> Vec<OsString> {
 
 /// Returns the arguments for a supervised process.
 fn child_arguments(args: &RunArgs) -> Vec<OsString> {
-    vec!["run".into(), "--config".into(), (&args.config).into()]
+    vec!["run".into(), "--config".into(), args.config.path().into()]
 }
 
 #[cfg(test)]
@@ -185,7 +186,7 @@ mod tests {
 
     #[test]
     fn new_process_gets_the_same_arguments() {
-        for line in ["run -c a --single", "run --single --config=a --pid-file b"] {
+        for line in ["run -c a --single", "run --single a --pid-file b"] {
             let parse = |arguments: Vec<OsString>| {
                 let all = std::iter::once("tidegate".into()).chain(arguments);
                 match Cli::try_parse_from(all).unwrap().command {
@@ -196,8 +197,8 @@ mod tests {
             let first = parse(line.split(' ').map(OsString::from).collect());
             let next = parse(single_arguments(&first));
             assert_eq!(
-                (first.config, first.pid_file, first.single),
-                (next.config, next.pid_file, next.single)
+                (first.config.path(), &first.pid_file, first.single),
+                (next.config.path(), &next.pid_file, next.single)
             );
         }
     }

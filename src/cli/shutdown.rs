@@ -11,7 +11,6 @@ use tidegate_client::http::{ClientArgs, ask, report};
 /// Requests the shutdown and prints that the drain has begun.
 pub fn main(args: &ClientArgs) -> Exit {
     report(args, ask(args, Method::POST, "/v1/shutdown"), |_: &StateDoc| {
-        "draining; the balancer exits when its sessions have ended or drain_timeout has passed"
-            .to_owned()
+        "draining; exits when all sessions have ended or drain_timeout has passed".to_owned()
     })
 }

@@ -21,7 +21,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::diagnose::ProblemCollector;
 use super::value::{DurationRange, ValueError, did_you_mean_or, shown};
-use crate::value;
+use crate::{keys, value};
 use tidegate_core::model::Words;
 
 /// One value with its place.
@@ -100,6 +100,19 @@ fn too_many_dots(line: &[u8]) -> Option<usize> {
 
 fn is_bare(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-')
+}
+
+/// Returns the nearest known key, else the tables that the unknown key `name` belongs to,
+/// else all known keys.
+fn suggestion(name: &str, known: &[&str]) -> String {
+    did_you_mean_or(name, known.iter().copied(), || match &*keys::headers_of(name) {
+        [] => format!("known here: {}", known.join(", ")),
+        [tables @ .., last] if !tables.is_empty() => {
+            format!("{name} belongs to {} or {last}", tables.join(", "))
+        }
+        [table, ..] if table.contains(&format!(".{name}]")) => format!("write {table}"),
+        [table, ..] => format!("{name} belongs to {table}"),
+    })
 }
 
 /// Returns the name of a value's type.
@@ -304,8 +317,12 @@ impl<'r, 'a> Section<'r, 'a> {
     ) -> Option<NamedSection<'r, 'a>> {
         let DeValue::Table(table) = node.get_ref() else {
             self.report.error_with(name.span(), || {
-                ValueError::new(format!("[{key}.{}] must be a table", value::cut(name.get_ref())))
-                    .help(format!("write [{key}.NAME], then its keys below"))
+                let header = format!("[{key}.{}]", value::cut(name.get_ref()));
+                let help = match node.get_ref() {
+                    DeValue::Array(_) => format!("write {header}, with single brackets"),
+                    _ => format!("write [{key}.NAME], then its keys below"),
+                };
+                ValueError::new(format!("{header} must be a table")).help(help)
             });
             return None;
         };
@@ -347,6 +364,23 @@ impl<'r, 'a> Section<'r, 'a> {
         sections
     }
 
+    /// Returns whether an unknown key or table has nearly the name `key`: a misspelling,
+    /// which [`Section::finish`] reports. A second error about the missing `key` would only
+    /// distract.
+    pub(super) fn misspells(&self, key: &str) -> bool {
+        let known = self.known.borrow();
+        let mut unknown = self.table.keys().map(|name| name.get_ref().as_ref());
+        unknown
+            .any(|name| !known.contains(&name) && value::nearest(name, [key].into_iter()).is_some())
+    }
+
+    /// Returns whether every entry of `[key.NAME]` is a table, and no misspelled `key` exists.
+    pub(super) fn has_all_named_tables(&self, key: &'static str) -> bool {
+        let tables = self.node(key).and_then(|node| node.get_ref().as_table());
+        let whole = tables.is_none_or(|all| all.values().all(|one| one.get_ref().is_table()));
+        whole && !self.misspells(key)
+    }
+
     /// Reports every key that was not read.
     pub(super) fn finish(self) {
         let known = self.known.into_inner();
@@ -367,9 +401,7 @@ impl<'r, 'a> Section<'r, 'a> {
                 };
                 let complaint =
                     ValueError::new(format!("unknown {what} {} in {}", shown(name), self.label));
-                complaint.help(did_you_mean_or(name, known.iter().copied(), || {
-                    format!("known here: {}", known.join(", "))
-                }))
+                complaint.help(suggestion(name, &known))
             });
         }
     }

@@ -1,6 +1,7 @@
 //! The keys of a configuration file as data: values, default, and when a change applies.
 //!
-//! `docs/configuration.md` is generated from [`TABLES`]. The reader does not use them.
+//! `docs/configuration.md` is generated from [`TABLES`]. The reader uses only the names, to
+//! say where an unknown key belongs.
 //! Tests compare each entry with the reader: the set of keys, every default, and the first
 //! value outside of every range.
 
@@ -85,6 +86,18 @@ pub enum Applies {
     Reload,
     /// A restart or an upgrade.
     Restart,
+}
+
+/// Returns the headers of the tables that have this key, and of the tables of this name.
+pub(super) fn headers_of(name: &str) -> Vec<&'static str> {
+    let table = format!(".{name}]");
+    let has = |table: &&KeyTable| table.keys.iter().any(|key| key.name == name);
+    let is = |header: &str| header.trim_start_matches('[').len() < header.len();
+    TABLES
+        .iter()
+        .filter(|one| is(one.header) && (has(one) || one.header.contains(&table)))
+        .map(|one| one.header)
+        .collect()
 }
 
 fn words<T: Words>() -> Vec<&'static str> {

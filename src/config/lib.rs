@@ -170,27 +170,51 @@ fn not_utf8(bytes: &[u8], file: &str, offset: usize) -> Problems {
     Problems::one(&SourceText::new(file, &text), &(offset..offset + 1), complaint)
 }
 
+/// Returns the error of the TOML parser in plain words, with the text that the file needs.
 fn syntax_error(source: &SourceText<'_>, error: &toml::de::Error) -> Problems {
     let place = error.span().unwrap_or(0..0);
     let said = error.message();
     let at_end = source.text[place.start.min(source.text.len())..].trim().is_empty();
+    let syntax = |what: &str| ValueError::new(format!("TOML syntax: {what}"));
     let complaint = match said {
         "duplicate key" => {
             let name = source.text.get(place.clone()).unwrap_or_default();
             ValueError::new(format!("{} is already defined above", value::shown(name)))
-                .help("each key and each [table] may stand once")
+                .help("write each key and each [table] only once")
         }
-        _ => ValueError::new(format!("TOML syntax: {}", said.replace('\n', " "))),
-    };
-    let unquoted = said.starts_with("string values must be quoted");
-    let complaint = if unquoted && source.text.get(place.clone()).is_none_or(str::is_empty) {
-        ValueError::new("TOML syntax: the value is missing")
-    } else if unquoted {
-        complaint.help("put the value in double quotes")
-    } else if at_end && said != "duplicate key" {
-        complaint.help("is the file complete?")
-    } else {
-        complaint
+        _ if source.text.trim_start().starts_with('{') => {
+            syntax("this is JSON").help("write the configuration in TOML: [TABLE] and KEY = VALUE")
+        }
+        "invalid basic string, expected `\"`" => {
+            let complaint = syntax("the closing \" of a string is missing");
+            if at_end { complaint.help("is the file complete?") } else { complaint }
+        }
+        _ => match unquoted(source.text, place.start) {
+            Some("") => syntax("the value is missing"),
+            Some(value) => syntax("text must be in double quotes")
+                .help(format!("write {}", value::shown(value))),
+            None => {
+                let complaint = syntax(&said.replace('\n', " "));
+                if at_end {
+                    complaint.help("is the file complete?")
+                } else if said.starts_with("key with no value") {
+                    complaint.help("write KEY = VALUE")
+                } else {
+                    complaint
+                }
+            }
+        },
     };
     Problems::one(source, &place, complaint)
+}
+
+/// Returns the value on the line of `at`, if it is a single text without quotes. Empty if
+/// there is no value.
+fn unquoted(text: &str, at: usize) -> Option<&str> {
+    let start = text.get(..at)?.rfind('\n').map_or(0, |newline| newline + 1);
+    let (key, value) = text[start..].lines().next()?.split_once('=')?;
+    let before = at.checked_sub(start + key.len())?;
+    let value = value.split('#').next().unwrap_or_default().trim();
+    let plain = !value.contains(['"', '\'', '[', ']', '{', '}', ',', '=']);
+    (before > 0 && plain && !key.trim().is_empty()).then_some(value)
 }

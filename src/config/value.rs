@@ -241,7 +241,7 @@ pub(super) fn name(text: &str) -> Result<(), ValueError> {
     }
     if let Some(wrong) = text.chars().find(|c| !allowed(*c)) {
         let wrong = shown(&wrong.to_string());
-        return Err(ValueError::new(format!("{wrong} may not stand in a name")).help(help));
+        return Err(ValueError::new(format!("{wrong} is not allowed in a name")).help(help));
     }
     if text.len() > NAME_CHARS_MAX {
         let message = format!("the name has {} characters", text.len());
@@ -285,7 +285,7 @@ pub(super) fn did_you_mean_or<'c>(
 /// Returns the candidate nearest to `text`.
 ///
 /// At most a third of the letters and at most four may differ; two swapped letters count
-/// as one difference. A candidate that contains `text` is also near.
+/// as one difference. A candidate that contains `text` is also near; hyphens do not count.
 pub(super) fn nearest<'c>(
     text: &str,
     candidates: impl Iterator<Item = &'c str>,
@@ -295,6 +295,7 @@ pub(super) fn nearest<'c>(
         return None;
     }
     let like = |word: &str| word.to_ascii_lowercase().replace('_', "-");
+    let joined = |word: &str| word.replace('-', "");
     let plain = like(text);
     let candidates = candidates
         .take(SUGGESTION_CANDIDATES_MAX)
@@ -304,7 +305,7 @@ pub(super) fn nearest<'c>(
             let other = like(candidate);
             let distance = strsim::osa_distance(&plain, &other);
             let slip = distance <= (length / 3).clamp(1, 4) && distance < length;
-            let part = length >= PART_CHARS_MIN && other.contains(&plain);
+            let part = length >= PART_CHARS_MIN && joined(&other).contains(&joined(&plain));
             (slip || part).then_some((distance, candidate))
         })
         .min_by_key(|(distance, _)| *distance)

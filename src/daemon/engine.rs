@@ -22,7 +22,7 @@ pub(super) fn choose_runtime(choice: EngineChoice) -> (EngineKind, String) {
         },
         EngineChoice::Auto => {
             let other = match EngineKind::io_uring_allowed() {
-                Ok(()) => "io_uring is available (set engine = \"io_uring\")".to_owned(),
+                Ok(()) => "io_uring is available".to_owned(),
                 Err(error) => not_available(&error),
             };
             (EngineKind::Epoll, format!("default; {other}"))

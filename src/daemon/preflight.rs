@@ -15,9 +15,9 @@ use std::io::ErrorKind;
 use std::net::UdpSocket;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use tidegate_config::{Loaded, Origin, Problem, Spot};
+use tidegate_config::{Loaded, Origin, Problem, Severity, Spot};
 use tidegate_core::model::{AccessLogTarget, AdminListen, Bind, Config, SourceAddr};
-use tidegate_net::privileges::UserIdentity;
+use tidegate_net::privileges::{self, CapabilitySet, UserIdentity};
 use tidegate_net::{listen, stream};
 
 /// Returns all errors and warnings of a start on this host, in the order of the start.
@@ -31,6 +31,11 @@ pub fn preflight(loaded: &Loaded) -> Vec<Problem> {
             None
         }
     };
+    // A file for root is often checked by an ordinary user.
+    found.extend(cannot_switch(origin, identity.as_ref()).map(|mut problem| {
+        problem.severity = Severity::Warning;
+        problem
+    }));
     // Set if the process opens its files as another user than this process.
     let other = identity.as_ref().filter(|identity| !identity.is_current());
     found.extend(access_log(config, origin, other.is_some()));
@@ -63,6 +68,19 @@ pub(super) fn identity(
         return Err(refused(format!("{user:?} is root, which the process must not become")));
     }
     Ok(Some(identity))
+}
+
+/// Reports a user to switch to if this process has no right to switch.
+pub(super) fn cannot_switch(origin: &Origin, identity: Option<&UserIdentity>) -> Option<Problem> {
+    let identity = identity.filter(|identity| !identity.is_current())?;
+    let able = privileges::held().is_ok_and(|held| held.contains(CapabilitySet::SETUID));
+    if able {
+        return None;
+    }
+    let (name, current) = (&identity.name, privileges::whoami());
+    let message = format!("[process] user: {current} cannot switch to {name}");
+    let help = "start as root, or start as that user, or remove the key";
+    Some(origin.error(&Spot::User, message, Some(help.to_owned())))
 }
 
 /// Checks the admin token with the rights of the current user.
@@ -168,7 +186,7 @@ fn binds(config: &Config, origin: &Origin, found: &mut Vec<Problem>) {
             let mut problem = refused.problem(config, origin);
             // The start may succeed as another user or later.
             if !missing && (privileged || refused.other.is_some()) {
-                problem.severity = tidegate_config::Severity::Warning;
+                problem.severity = Severity::Warning;
             }
             found.push(problem);
         }

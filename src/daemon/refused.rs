@@ -90,14 +90,15 @@ impl BindError {
                 "bind one address of this host instead of the wildcard, or use another port for the frontend or the backend"
             }
             Some(libc::EACCES) if port < 1024 => {
-                "ports below 1024 need the capability CAP_NET_BIND_SERVICE: AmbientCapabilities=CAP_NET_BIND_SERVICE in the systemd unit, or setcap cap_net_bind_service=ep on the program"
+                "use a port above 1023, or start as root with [process] user, or use config/tidegate.service, or set the capability: setcap cap_net_bind_service=ep PROGRAM"
             }
             Some(libc::EADDRNOTAVAIL) => {
                 "to listen on an address that an interface gets later, write { address = \"...\", freebind = true }"
             }
             _ if self.other.is_some() && self.holder.is_none() => {
-                "run `ss -ltnp` as root to see the process"
+                "run `ss -ltnp` as root to see the process; stop it, or use another port"
             }
+            _ if self.other.is_some() => "stop that process, or use another port",
             _ => return None,
         };
         Some(help.to_owned())
@@ -151,7 +152,7 @@ mod tests {
     #[test]
     fn help_names_the_capability_for_a_low_port_and_freebind_for_an_absent_address() {
         let low = refused(libc::EACCES, "0.0.0.0:80").help(false).unwrap();
-        assert!(low.contains("CAP_NET_BIND_SERVICE") && low.contains("AmbientCapabilities"));
+        assert!(low.contains("a port above 1023") && low.contains("cap_net_bind_service"));
         assert_eq!(refused(libc::EACCES, "0.0.0.0:8080").help(false), None);
         let absent = refused(libc::EADDRNOTAVAIL, "192.0.2.1:80");
         assert!(absent.to_string().ends_with("no interface of this host has that address"));
@@ -168,6 +169,6 @@ mod tests {
         assert!(refused.help(false).unwrap().contains("`ss -ltnp`"));
         let refused = refused.with(&[(6, Holder { pid: 1, ..holder.clone() }), (7, holder)]);
         assert!(refused.to_string().ends_with("; process 42 (nginx) listens on 127.0.0.1:80"));
-        assert_eq!(refused.help(false), None);
+        assert!(refused.help(false).unwrap().starts_with("stop that process"));
     }
 }

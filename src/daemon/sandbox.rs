@@ -150,6 +150,9 @@ pub fn confine(
     let in_the_way = if !upgrade { holders_in_the_way(&config) } else { Vec::new() };
     let identity = preflight::identity(&config, &origin)
         .map_err(|problem| Failure::Config(Problems::from(*problem)))?;
+    if let Some(problem) = preflight::cannot_switch(&origin, identity.as_ref()) {
+        return Err(Failure::At(Box::new(problem)));
+    }
     let admin = admin_place(&config, identity.as_ref(), place_before)?;
     prepare_state(&config, &origin, identity.as_ref())?;
     config.admin.listen = admin.listen.clone();
@@ -413,7 +416,8 @@ impl AppliedSandbox {
             Some(SandboxSettings { sandbox: Sandbox::On, .. }) => HINT_STRICT,
             _ => HINT,
         };
-        let denied = why.contains("ermission denied");
+        // Landlock restricts files, so it never prevents listening on an address.
+        let denied = why.contains("ermission denied") && !why.contains("cannot listen on");
         if !denied || !self.report.holds("landlock") || why.contains(hint) {
             return why;
         }

@@ -29,7 +29,11 @@ fn client_exits_1_on_a_rejection_with_the_reason_on_stderr() {
     let unknown = api.cli(&["drain", "web/x"]);
     assert_eq!(unknown.status.code(), Some(1));
     let text = String::from_utf8(unknown.stderr).unwrap();
-    assert_eq!(text, "tidegate: unknown backend: pool \"web\" has no backend \"x\"\n");
+    assert_eq!(
+        text,
+        "tidegate: unknown backend: pool \"web\" has no backend \"x\"; tidegate status lists \
+         its backends\n"
+    );
     assert!(unknown.stdout.is_empty());
     let refused = api.cli(&["reload"]);
     assert_eq!(refused.status.code(), Some(1));

@@ -32,7 +32,7 @@ fn quickstart_commands_get_answers_from_both_services() {
         "web/a has no sessions",
         "reloaded; generation 2 is in effect",
         "upgraded: process",
-        "draining; the balancer exits",
+        "draining; exits when",
     ] {
         assert!(printed.contains(line), "no {line:?} in:\n{printed}");
     }

@@ -237,7 +237,7 @@ fn process_that_cannot_switch_its_user_does_not_start() {
     let (code, said) = tries(place.command().uid(OTHER).gid(OTHER));
     assert_eq!(code, Some(3), "{said}");
     assert!(
-        said.contains("[process] user: 54322:54322 cannot switch to 54321: cannot set the"),
+        said.contains(":4:8: error: [process] user: 54322:54322 cannot switch to 54321"),
         "{said}"
     );
     let text = fs::read_to_string(place.file("tidegate.toml")).unwrap();

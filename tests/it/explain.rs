@@ -42,7 +42,7 @@ fn explain_shows_refused_connects_ejection_and_trial(engine: Engine) {
     assert!(why.contains(&format!("{count} connects failed in the last")), "{why}");
     assert!(why.contains("connection refused"), "{why}");
     let said = proxy.cli_ok(&["explain", "web/b"]);
-    assert!(said.contains(&format!("{count} in a row, ejected at 5")), "{said}");
+    assert!(said.contains(&format!("{count} in a row, ejection at 5")), "{said}");
     assert!(said.contains(&format!("{count} failed connects, 0 resets")), "{said}");
 
     eventually(secs(10), "the backend is ejected", || {

@@ -151,7 +151,7 @@ fn sender_with_a_wrong_secret_is_reported_as_unsigned() {
     let last = proxy.backend("web", "a")["heartbeat"]["rejected"].clone();
     assert_eq!((&last["reason"], &last["signed"]), (&"signature".into(), &false.into()));
     let explained = proxy.cli_ok(&["explain", "web/a"]);
-    assert!(explained.contains("unsigned heartbeats are rejected: signature"), "{explained}");
+    assert!(explained.contains("unverified heartbeats are rejected: signature"), "{explained}");
     assert!(explained.contains("compare the key files"), "{explained}");
 }
 

@@ -16,6 +16,7 @@ use std::process::{Child, Command, Output, Stdio};
 on_every_engine!(
     commands_find_the_process_in_the_runtime_directory,
     user_without_a_runtime_directory_uses_a_directory_in_tmp,
+    mistakes_of_a_user_are_explained,
 );
 
 /// A Tidegate process that this user has started, and commands of the same user.
@@ -167,4 +168,48 @@ fn user_without_a_runtime_directory_uses_a_directory_in_tmp(engine: Engine) {
     eventually(secs(20), "the process exits", || own.child.try_wait().unwrap().is_some());
     assert!(own.log().contains("set [admin] listen"), "{}", own.log());
     std::fs::remove_dir_all(&directory).unwrap();
+}
+
+/// Each message names the object and what to do.
+fn mistakes_of_a_user_are_explained(engine: Engine) {
+    let a = ScriptedBackend::start(backend::name("a"));
+    let mut own = UserProcess::start(engine, 65534, true, a.address().parse().unwrap());
+    own.wait_for_an_answer();
+    let socket = own.runtime.clone().unwrap().join("tidegate/admin.sock");
+    let text = std::fs::read_to_string(&own.config).unwrap();
+    let second = own.dir.path().join("second.toml");
+    let refused = |arguments: &[&str], code: i32, parts: &[&str]| {
+        let output = own.command(arguments);
+        let said = String::from_utf8(output.stderr.clone()).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {output:?}");
+        for part in parts {
+            assert!(said.contains(part), "{arguments:?}: {part:?} is not in: {said}");
+        }
+        said
+    };
+    let file = second.to_str().unwrap();
+    let port = own.address.port().to_string();
+
+    std::fs::write(&second, text.replace(&port, &free_port().to_string())).unwrap();
+    let taken = format!("another process listens on unix:{}", socket.display());
+    refused(&["run", file], 3, &[&taken, "stop it or choose another [admin] listen"]);
+
+    refused(&["explain", "web/b"], 1, &["no backend \"b\"; tidegate status lists its backends"]);
+    refused(&["drain", "b/a"], 1, &["no pool \"b\"; tidegate status lists all pools"]);
+
+    if own.uid.is_some() {
+        let user = "[process]\nuser = \"54321\"\ngroup = \"54321\"\n";
+        std::fs::write(&second, text.replace("[process]\n", user)).unwrap();
+        let switch = ":2:8: error: [process] user: ";
+        refused(&["run", file], 3, &[switch, "cannot switch to 54321", "start as root"]);
+        let checked = own.command(&["check", file]);
+        let warned = String::from_utf8(checked.stderr).unwrap();
+        assert!(checked.status.success() && warned.contains("warning: [process] user"), "{warned}");
+
+        std::fs::write(&own.config, text.replace(&port, "1")).unwrap();
+        let low = ["cannot listen on 127.0.0.1:1: Permission denied", "use a port above 1023"];
+        let said = refused(&["reload"], 1, &low);
+        assert!(!said.contains("sandbox"), "{said}");
+    }
+    own.shut_down(&socket);
 }

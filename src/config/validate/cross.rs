@@ -16,13 +16,16 @@ use crate::diagnose::ProblemCollector;
 use crate::value::{ValueError, did_you_mean_or, shown};
 use tidegate_core::model::{AdminListen, BackendAddr};
 
+/// Makes all checks. `all_pools`: no pool is missing in `pools` because of an error in the
+/// file that is reported elsewhere.
 pub(super) fn check(
     report: &ProblemCollector<'_>,
     admin: &AdminRead,
     frontends: &[FrontendRead],
     pools: &[PoolRead],
+    all_pools: bool,
 ) {
-    routes(report, frontends, pools);
+    routes(report, frontends, pools, all_pools);
     counts(report, frontends, pools);
     let taken = binds(report, frontends);
     admin_address(report, admin, &taken);
@@ -30,7 +33,12 @@ pub(super) fn check(
 }
 
 /// Reports unknown pools that frontends and routes name. Warns of unused pools.
-fn routes(report: &ProblemCollector<'_>, frontends: &[FrontendRead], pools: &[PoolRead]) {
+fn routes(
+    report: &ProblemCollector<'_>,
+    frontends: &[FrontendRead],
+    pools: &[PoolRead],
+    all_pools: bool,
+) {
     let known: HashSet<&str> = pools.iter().map(|pool| &*pool.model.name).collect();
     let (mut used, mut routed) = (HashSet::new(), HashSet::new());
     for frontend in frontends {
@@ -38,7 +46,7 @@ fn routes(report: &ProblemCollector<'_>, frontends: &[FrontendRead], pools: &[Po
         for (name, place) in own.chain(frontend.route_pools.iter().map(|(name, at)| (name, at))) {
             used.insert(&**name);
             routed.extend((!frontend.route_pools.is_empty()).then_some(&**name));
-            if !known.contains(&**name) {
+            if all_pools && !known.contains(&**name) {
                 report.error_with(place.clone(), || unknown_pool(name, pools));
             }
         }
@@ -155,6 +163,7 @@ fn loops(
                     ValueError::new(format!(
                         "backend {address} is frontend {frontend} of this file, bound at {first}"
                     ))
+                    .help("Tidegate would connect to itself; give the address of a service")
                 });
             } else if is_admin(&backend.address, &admin.model.listen) {
                 let complaint = ValueError::new("this backend is the admin API of this process");

@@ -95,7 +95,11 @@ fn binds(section: &Section<'_, '_>) -> Vec<(Bind, Range<usize>)> {
             array
         }
         _ => {
-            let _: Field<()> = section.wrong_type(key, node, "an address or a list of addresses");
+            let _: Field<()> = section.wrong_type(
+                key,
+                node,
+                "an address such as \"0.0.0.0:8080\", or a list of addresses",
+            );
             return Vec::new();
         }
     };
@@ -162,7 +166,13 @@ pub(super) fn addresses(
 ) -> Vec<Spanned<SocketAddr>> {
     let wants = "addresses such as \"0.0.0.0:8080\"";
     let read = |text: &str| address::bind_address(text);
-    one_or_more(section, key, ("an address or a list of addresses", wants), example, read)
+    one_or_more(
+        section,
+        key,
+        ("an address such as \"0.0.0.0:8080\", or a list of addresses", wants),
+        example,
+        read,
+    )
 }
 
 /// Reads a required key: a string that `read` converts, or a list of strings.

@@ -233,7 +233,7 @@ fn ids(report: &ProblemCollector<'_>, read: &HeartbeatRead) {
         let Some(place) = &places.id else { continue };
         if let Some(first) = seen.get(&key.id) {
             let first = report.place_name(first);
-            let message = format!("key id {} repeats the one at {first}", key.id);
+            let message = format!("key id {} is already used at {first}", key.id);
             report.error(place.clone(), ValueError::new(message));
         } else {
             seen.insert(key.id, place);
@@ -268,8 +268,8 @@ fn keys(report: &ProblemCollector<'_>, read: &HeartbeatRead, pools: &[PoolRead])
         let Some(place) = &pool.heartbeat else { continue };
         if !spoken_for.contains(&pool.model.name) && !read.keys.is_empty() {
             let name = shown(&pool.model.name);
-            let complaint = ValueError::new(format!("no key may speak for pool {name}"));
-            let help = "name the pool in the pools of a [[heartbeat.key]]";
+            let complaint = ValueError::new(format!("no [[heartbeat.key]] names pool {name}"));
+            let help = "add the pool to the pools of a [[heartbeat.key]]";
             report.error(place.clone(), complaint.help(help));
         }
     }

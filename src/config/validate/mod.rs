@@ -65,7 +65,8 @@ pub(super) fn config<'a>(
     let pools: Vec<_> = top.named_tables("pool").into_iter().map(pool::read).collect();
     let heartbeat = heartbeat::read(&top, files);
     require_something(&top, document, frontends.len(), pools.len());
-    cross::check(report, &admin, &frontends, &pools);
+    let all_pools = top.has_all_named_tables("pool");
+    cross::check(report, &admin, &frontends, &pools, all_pools);
     heartbeat::check(report, heartbeat.as_ref(), &pools);
     report.warn_of_idle_limits(process.connections_max);
     top.finish();
@@ -94,12 +95,13 @@ fn require_something(
             "it needs at least one [frontend.NAME] and one [pool.NAME]",
         );
     }
-    if frontends == 0
-        && top.key_place("frontend").is_none_or(|_| is_empty_table(document, "frontend"))
-    {
+    let absent = |key: &'static str| {
+        top.key_place(key).is_none_or(|_| is_empty_table(document, key)) && !top.misspells(key)
+    };
+    if frontends == 0 && absent("frontend") {
         say("there is no frontend", "add [frontend.NAME] with bind and pool");
     }
-    if pools == 0 && top.key_place("pool").is_none_or(|_| is_empty_table(document, "pool")) {
+    if pools == 0 && absent("pool") {
         say("there is no pool", "add [pool.NAME] with at least one [[pool.NAME.backend]]");
     }
 }

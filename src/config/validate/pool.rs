@@ -158,7 +158,10 @@ fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &PoolConfig) {
 
 /// Reads the source addresses.
 fn sources(pool: &Section<'_, '_>) -> Arc<[SourceAddr]> {
-    let wants = ("an address or a list of addresses", "addresses such as \"10.0.0.5\"");
+    let wants = (
+        "an address such as \"10.0.0.5\", or a list of addresses",
+        "addresses such as \"10.0.0.5\"",
+    );
     let read = frontend::any_number(pool, "source", wants, address::source_address);
     let mut sources: Vec<SourceAddr> = Vec::with_capacity(read.len());
     for one in &read {
@@ -217,7 +220,8 @@ fn backends(
     let label = format!("pool.{}.backend", value::cut(pool_name));
     let sections = pool.array_of_tables("backend", &label);
     let given = pool.key_place("backend").is_some();
-    if !may_be_empty && (!given || (sections.is_empty() && is_empty_array(pool))) {
+    let misspelled = !given && pool.misspells("backend");
+    if !may_be_empty && !misspelled && (!given || (sections.is_empty() && is_empty_array(pool))) {
         let place = pool.key_place("backend").unwrap_or_else(|| pool.header.clone());
         let complaint = ValueError::new(format!("pool {} has no backend", shown(pool_name)));
         pool.report
@@ -292,7 +296,7 @@ impl SeenBackends {
         if let Some(first) = earlier(&mut self.names, name) {
             section.report.error_with(name.span(), || {
                 let (name, first) = (shown(name.get_ref()), section.report.place_name(first));
-                ValueError::new(format!("backend name {name} repeats the one at {first}"))
+                ValueError::new(format!("backend name {name} is already used at {first}"))
             });
         }
     }
@@ -301,7 +305,7 @@ impl SeenBackends {
         if let Some(first) = earlier(&mut self.addresses, address) {
             section.report.error_with(address.span(), || {
                 let (address, first) = (address.get_ref(), section.report.place_name(first));
-                ValueError::new(format!("backend address {address} repeats the one at {first}"))
+                ValueError::new(format!("backend address {address} is already used at {first}"))
                     .help("give one backend a larger weight instead")
             });
         }

@@ -146,9 +146,11 @@ fn refuse_foreign_keys(section: &Section<'_, '_>, kind: ProbeKindKey) {
         {
             let (owner, kind) = (owner.word(), kind.word());
             let complaint = ValueError::new(format!("a probe of kind \"{kind}\" takes no {key}"));
-            section
-                .report
-                .error(place, complaint.help(format!("{key} belongs to kind = \"{owner}\"")));
+            let help = match section.key_place("kind") {
+                Some(_) => format!("{key} belongs to kind = \"{owner}\""),
+                None => format!("add kind = \"{owner}\"; \"{kind}\" is the default"),
+            };
+            section.report.error(place, complaint.help(help));
         }
     }
 }
@@ -181,9 +183,9 @@ fn times(section: &Section<'_, '_>) -> (Duration, Duration, Duration) {
         section.report.error(place, ValueError::new(format!("{what} ({})", show_duration(limit))));
     };
     if timeout > interval {
-        above(timeout_place, "a probe's timeout may not exceed its interval", interval);
+        above(timeout_place, "a probe's timeout must not exceed its interval", interval);
     } else if fast > interval {
-        above(fast_place, "fast_interval may not exceed interval", interval);
+        above(fast_place, "fast_interval must not exceed interval", interval);
     } else if fast < timeout {
         above(fast_place, "fast_interval may not be below timeout", timeout);
     }
@@ -207,7 +209,7 @@ pub(crate) fn default_times(
 fn at_least(time: Duration, min: Duration) -> Result<Duration, ValueError> {
     if time < min {
         let (time, min) = (show_duration(time), show_duration(min));
-        return Err(ValueError::new(format!("{time} is below the least, {min}")));
+        return Err(ValueError::new(format!("{time} is below the minimum, {min}")));
     }
     Ok(time)
 }
@@ -254,7 +256,7 @@ fn method(text: &str) -> Result<String, ValueError> {
 fn visible(text: &str, max: usize) -> Result<String, ValueError> {
     if let Some(wrong) = text.chars().find(|c| !c.is_ascii_graphic()) {
         let wrong = shown(&wrong.to_string());
-        return Err(ValueError::new(format!("{wrong} may not stand here"))
+        return Err(ValueError::new(format!("{wrong} is not allowed here"))
             .help("only visible ASCII characters; escape others as %XX"));
     }
     if text.len() > max {

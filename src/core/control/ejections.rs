@@ -54,13 +54,13 @@ pub(super) fn ejected_max(percent: u8, backends: usize) -> usize {
 impl EjectionGuard {
     /// Returns why no backend may be ejected now; `None` if one may.
     pub(super) fn objection(&self, percent: u8) -> Option<String> {
-        let (ejected, backends) = (self.ejected.len() + self.on_trial, self.backends);
-        if ejected >= self.ejected_max {
-            return Some(format!(
-                "{ejected} of {backends} backends are ejected; max_ejected = {percent}%"
-            ));
+        if self.eligible <= 1 {
+            return Some("last eligible backend of the pool".to_owned());
         }
-        (self.eligible <= 1).then(|| "last eligible backend of the pool".to_owned())
+        let (ejected, backends) = (self.ejected.len() + self.on_trial, self.backends);
+        (ejected >= self.ejected_max).then(|| {
+            format!("{ejected} of {backends} backends are ejected; max_ejected = {percent}%")
+        })
     }
 
     /// Whether at least one eligible backend is not on trial.

@@ -11,7 +11,7 @@ use crate::health::probe_detector::ProbeState;
 use crate::health::recent::{RECENT, Recent};
 use crate::health::{Observation, Transition};
 use crate::model;
-use crate::model::HeartbeatSpec;
+use crate::model::{EjectionSpec, HeartbeatSpec};
 use crate::suspicion::rejections::Rejection;
 use crate::suspicion::{ChannelState, PathView};
 use std::sync::Arc;
@@ -78,6 +78,8 @@ pub struct EjectionView {
     pub repeats: u32,
     /// Age of the running trial.
     pub trial: Option<Duration>,
+    /// Why its guard prevents an ejection, if enough sessions have failed for it.
+    pub prevented: Option<String>,
 }
 
 /// Failed connects and early resets of a backend.
@@ -127,6 +129,9 @@ impl Controller {
         let since = |at: Instant| now.saturating_duration_since(at);
         let all: Option<HeartbeatChannelStatus> = self.heartbeat_status(now);
         let outlier = &entry.health.outlier;
+        let in_a_row = outlier.row(entry.state.failed_in_a_row());
+        let due = |spec: &EjectionSpec| in_a_row >= spec.failures && !outlier.is_ejected();
+        let due = pool.spec.ejection.filter(due);
         let probe = pool.spec.probe.as_ref().zip(entry.health.detector.as_ref());
         Ok(Explanation {
             now,
@@ -150,11 +155,14 @@ impl Controller {
                 left: outlier.until().map(|until| until.saturating_duration_since(now)),
                 repeats: outlier.repeats(),
                 trial: outlier.trial_duration(now),
+                prevented: due.and_then(|spec| {
+                    self.state.guard_view(pool).objection(spec.max_ejected_percent)
+                }),
             },
             failures: FailuresView {
                 recent: entry.health.recent.view(now),
                 watched: since(entry.health.since).min(RECENT),
-                in_a_row: outlier.row(entry.state.failed_in_a_row()),
+                in_a_row,
                 connects_total: entry.state.counters.sum(|c| c.connect_failures.get()),
             },
             ramp: entry.ramp.map(|ramp| (ramp.over, since(ramp.since))),

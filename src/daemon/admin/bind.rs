@@ -58,7 +58,7 @@ pub struct SocketFileLock {
 #[derive(Debug, thiserror::Error)]
 pub enum AdminBindError {
     /// Another process listens on the address.
-    #[error("another process is listening on {0}")]
+    #[error("another process listens on {0}; stop it or choose another [admin] listen")]
     Live(AdminListen),
     /// The file at the path is not a socket.
     #[error("{} is not a socket; remove it or choose another [admin] listen", .0.display())]
@@ -357,7 +357,10 @@ mod tests {
         let error = bind(&at(&path)).unwrap_err();
         assert_eq!(
             error.to_string(),
-            format!("another process is listening on unix:{}", path.display())
+            format!(
+                "another process listens on unix:{}; stop it or choose another [admin] listen",
+                path.display()
+            )
         );
         // The connection of the first check is never accepted and fills the queue.
         assert!(matches!(bind(&at(&path)), Err(AdminBindError::Live(_))));

@@ -110,7 +110,7 @@ fn rejection_note(last: &Rejection, now: Instant) -> String {
     if last.row == 0 || now.saturating_duration_since(last.at) > REJECTION_AGE_MAX {
         return String::new();
     }
-    let whose = if last.signed { "its heartbeats are" } else { "unsigned heartbeats are" };
+    let whose = if last.signed { "its heartbeats are" } else { "unverified heartbeats are" };
     format!("; {whose} rejected: {} ({})", last.words(), last.help)
 }
 
@@ -145,7 +145,10 @@ fn minor_failures(explained: &Explanation) -> Vec<String> {
     if let Some(spec) = &explained.ejection.spec
         && failures.in_a_row > 0
     {
-        all.push(format!("{} in a row, ejected at {}", failures.in_a_row, spec.failures));
+        all.push(match &explained.ejection.prevented {
+            Some(why) => format!("{} in a row, ejection prevented: {why}", failures.in_a_row),
+            None => format!("{} in a row, ejection at {}", failures.in_a_row, spec.failures),
+        });
     }
     all
 }

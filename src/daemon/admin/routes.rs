@@ -179,9 +179,15 @@ fn names(named: BackendPath, uri: &Uri) -> Result<(String, String), ErrorRespons
 
 fn unknown(error: OperatorError, (pool, backend): (String, String)) -> ErrorResponse {
     let (error, detail) = match error {
-        OperatorError::UnknownPool => ("unknown pool", format!("there is no pool {pool:?}")),
+        OperatorError::UnknownPool => {
+            let detail = format!("there is no pool {pool:?}; tidegate status lists all pools");
+            ("unknown pool", detail)
+        }
         OperatorError::UnknownBackend => {
-            ("unknown backend", format!("pool {pool:?} has no backend {backend:?}"))
+            let detail = format!(
+                "pool {pool:?} has no backend {backend:?}; tidegate status lists its backends"
+            );
+            ("unknown backend", detail)
         }
     };
     ErrorResponse::new(StatusCode::NOT_FOUND, error, detail)

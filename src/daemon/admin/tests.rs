@@ -247,6 +247,7 @@ fn explanation_has_exactly_the_documented_fields() {
             left: Some(millis(300)),
             repeats: 2,
             trial: Some(millis(1_500)),
+            prevented: None,
         },
         ramp: Some((millis(30_000), millis(12_000))),
         failures: FailuresView {

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::model::BindKey;
 use tidegate_net::clock;
-use tidegate_net::fd_channel::HandoverChannel;
+use tidegate_net::fd_channel::{ChannelError, HandoverChannel};
 use tokio::sync::{mpsc, oneshot};
 
 /// Timeout for each message of the old process. The old process kills this process at its
@@ -237,7 +237,11 @@ impl OldProcessLink {
 /// Sends the final counts to the new process.
 pub(super) fn send_final_counts(channel: &HandoverChannel, last: Commit) {
     let deadline: Instant = clock::now() + FINAL_COUNTS_MAX;
-    if let Err(error) = message::send_known(channel, FinalCounts(last), deadline) {
+    let sent = message::send_known(channel, FinalCounts(last), deadline);
+    if let Err(MessageError::Channel(ChannelError::Closed)) = sent {
+        // The totals ended with the new process.
+        tracing::debug!("new process has exited; the final counters are not needed");
+    } else if let Err(error) = sent {
         tracing::warn!(%error, "cannot send the final counters to the new process; its totals miss the last sessions");
     }
 }
