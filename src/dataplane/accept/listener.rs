@@ -8,7 +8,7 @@
 
 use super::permit::{self, SessionPermit};
 use crate::local_errors;
-use crate::session;
+use crate::session::{self, TableNumbers};
 use crate::worker::context::WorkerContext;
 use socket2::Socket;
 use std::cell::Cell;
@@ -187,7 +187,8 @@ impl Listener {
         match listen::accept(self.socket.get_ref()) {
             Ok((socket, peer)) => {
                 let local = self.local_address(route, &socket);
-                session::start(permit, route, generation, socket, PeerAddr::new(peer), local);
+                let numbers = TableNumbers { generation, serial: table.serial };
+                session::start(permit, route, numbers, socket, PeerAddr::new(peer), local);
                 AcceptResult::Accepted
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => AcceptResult::QueueEmpty,

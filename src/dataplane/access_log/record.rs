@@ -49,6 +49,12 @@ pub struct AccessLogRecord {
     pub closed_first: Option<&'static str>,
     /// Connect attempts made.
     pub attempts: u32,
+    /// What decided the pick of `backend`: `turn`, `least`, `draw`, `hash`, `only`, `retry`,
+    /// `trial`, `queue`, `fail-open` or `backup`; `null` if no backend was picked.
+    pub why: Option<&'static str>,
+    /// Backends of the pool that the pick passed over: not eligible, at their caps, or tried
+    /// before.
+    pub skipped: u32,
     /// Attempts that failed, in order: `{backend, failure, errno, seconds}`. `failure` is
     /// `refused`, `timeout`, `unreachable`, `early-reset` (after the connect, before any
     /// byte), `other`, or the local resource that was missing: `ports`, `descriptors`,

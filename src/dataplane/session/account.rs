@@ -9,7 +9,7 @@ use crate::local_errors;
 use crate::relay::Bytes;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tidegate_core::metrics::counters::{LocalErrorPlace, PanicScope};
 use tidegate_core::metrics::histograms::Series;
 use tidegate_core::outcome::{self, Cause, Phase, RefusedReason, SessionEnd, SessionSide};
@@ -53,8 +53,11 @@ impl Session {
             frontend.refused.cell(reason as usize, 0).add(1);
         }
         self.log_closed(ending, bytes);
+        let now = clock::now();
+        self.decision_ended(ending, now);
+        let ctx = self.ctx();
         let log = &ctx.access_log;
-        if log.enabled() && !log.push(self.record(ending, bytes, first_byte)) {
+        if log.enabled() && !log.push(self.record(ending, bytes, first_byte, now)) {
             ctx.counters.access_log_dropped.add(1);
         }
     }
@@ -64,13 +67,14 @@ impl Session {
         ending: SessionEnd,
         bytes: Bytes,
         first_byte: Option<Duration>,
+        now: Instant,
     ) -> AccessLogRecord {
         let backend = self.backend.as_ref();
         AccessLogRecord {
             time: clock::wall(),
             session: self.number,
             worker: self.ctx().id as u32,
-            generation: self.generation,
+            generation: self.table.generation,
             frontend: Some(Arc::clone(&self.route.state.name)),
             client: self.client,
             route: self.taken.position(),
@@ -84,13 +88,15 @@ impl Session {
             errno: (ending.errno != 0).then_some(ending.errno),
             closed_first: ending.closed_first.map(SessionSide::name),
             attempts: u32::from(self.attempts),
+            why: self.last.why(),
+            skipped: self.last.skipped(),
             tries: self.failed.as_ref().map_or_else(Vec::new, |failed| failed.records.clone()),
             bytes_in: bytes.bytes_in,
             bytes_out: bytes.bytes_out,
             bytes_undelivered: bytes.undelivered,
             connect: self.connect_micros.map(|micros| Duration::from_micros(micros.get().into())),
             first_byte,
-            duration: clock::now() - self.started,
+            duration: now - self.started,
         }
     }
 

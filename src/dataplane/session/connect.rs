@@ -6,6 +6,7 @@
 //! - A failure of the backend or its path is reported to the control thread.
 //! - A local error is counted, but never against a backend.
 
+use super::decide::failure_kind;
 use super::route::client_reset;
 use super::{Session, ended};
 use crate::access_log::TryRecord;
@@ -19,6 +20,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::balance::trial::{TrialId, TrialPhase};
+use tidegate_core::decision::AttemptFailureKind;
 use tidegate_core::health::ConnectFailure;
 use tidegate_core::metrics::counters::{LocalErrorKind, LocalErrorPlace};
 use tidegate_core::metrics::histograms::Series;
@@ -93,11 +95,11 @@ impl Session {
                 Err(AttemptFailure::SessionEnded(ending)) => return Err(ending),
                 Err(AttemptFailure::Backend(failure, errno)) => {
                     slot.decide(TrialPhase::Failed);
-                    self.note_failed(&slot, failure.name(), errno);
+                    self.note_failed(&slot, failure_kind(failure), errno);
                     why = slot.count_failure(failure, errno);
                 }
                 Err(AttemptFailure::Local(kind, errno)) => {
-                    self.note_failed(&slot, kind.name(), errno);
+                    self.note_failed(&slot, AttemptFailureKind::Local(kind), errno);
                     let error = io::Error::from_raw_os_error(errno);
                     self.ctx().local_error(kind, LocalErrorPlace::Connect, &error);
                     why = SessionEnd { errno, ..ended(Phase::Connect, Cause::LocalResource) };
@@ -112,7 +114,7 @@ impl Session {
             }
             self.exclude(&slot);
             drop(slot);
-            pick = self.pick_untried();
+            pick = self.pick_retry();
         }
     }
 
@@ -162,20 +164,24 @@ impl Session {
         }
         backend.counters.of(ctx.id).sessions.add(1);
         ctx.recorder.borrow_mut().record(backend.id.0, Series::Connect, took);
-        let micros = u32::try_from(took.as_micros()).unwrap_or(u32::MAX);
+        // A decision reads `u32::MAX` as no time.
+        let micros = u32::try_from(took.as_micros()).unwrap_or(u32::MAX).clamp(1, u32::MAX - 1);
         self.log_connected(slot, took);
-        self.connect_micros = NonZeroU32::new(micros.max(1));
+        self.connect_micros = NonZeroU32::new(micros);
+        self.decision_connected();
     }
 
     /// Records that the backend reset the connection before any byte, and excludes the backend
     /// from the next pick.
     pub(super) fn note_reset(&mut self, slot: &BackendSlot, errno: i32) {
         self.exclude(slot);
-        self.note_failed(slot, ConnectFailure::EarlyReset.name(), errno);
+        self.note_failed(slot, AttemptFailureKind::EarlyReset, errno);
     }
 
-    /// Records a failed attempt for the access log.
-    fn note_failed(&mut self, slot: &BackendSlot, failure: &'static str, errno: i32) {
+    /// Records a failed attempt for the access log and in its decision.
+    fn note_failed(&mut self, slot: &BackendSlot, kind: AttemptFailureKind, errno: i32) {
+        self.decision_failed(slot, kind, errno);
+        let failure = kind.name();
         let (backend, took) = (Arc::clone(&slot.backend.name), clock::now() - slot.since);
         let record = TryRecord { backend, failure, errno, took };
         self.log_failed(&record);

@@ -16,6 +16,7 @@
 mod account;
 mod close;
 mod connect;
+mod decide;
 pub(crate) mod numbers;
 mod preread;
 mod route;
@@ -28,6 +29,7 @@ use crate::fault_points::FaultPoint;
 use crate::relay::{Bytes, RelayHandle, SessionMeter, SessionTimeouts};
 use crate::worker::context::WorkerContext;
 use connect::{BackendSlot, FailedTries};
+use decide::LastDecision;
 use route::BackendChoice;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -51,8 +53,8 @@ pub(crate) struct Session {
     started: Instant,
     number: u64,
     client: ClientAddr,
-    /// Generation of the configuration that routed the session.
-    generation: u64,
+    /// The table that routed the session.
+    table: TableNumbers,
     route: Arc<FrontendRoute>,
     /// Backend of the last connect attempt.
     backend: Option<Arc<BackendState>>,
@@ -67,10 +69,19 @@ pub(crate) struct Session {
     /// The wait in progress before the connect: `Preread` or `Queue`.
     waits: Option<Phase>,
     accounted: bool,
+    last: LastDecision,
     /// Set once connected.
     slot: Option<BackendSlot>,
     permit: SessionPermit,
     relay: RelayHandle,
+}
+
+/// Numbers of a table.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TableNumbers {
+    /// Number of the configuration.
+    pub(crate) generation: u64,
+    pub(crate) serial: u64,
 }
 
 /// Starts the session of an accepted connection, or resets a client that admission rejects.
@@ -79,7 +90,7 @@ pub(crate) struct Session {
 pub(crate) fn start(
     permit: SessionPermit,
     route: &Arc<FrontendRoute>,
-    generation: u64,
+    table: TableNumbers,
     socket: OwnedFd,
     peer: PeerAddr,
     local: SocketAddr,
@@ -87,7 +98,7 @@ pub(crate) fn start(
     let ctx = Rc::clone(&permit.ctx);
     ctx.admitting.set(true);
     let facts = ConnectionFacts { client: ClientAddr::of_peer(peer), local };
-    let mut session = Session::new(permit, route, generation, socket, facts.client);
+    let mut session = Session::new(permit, route, table, socket, facts.client);
     session.log_accepted();
     ctx.faults.pass(FaultPoint::Listener);
     let admitted = session.permit.admit_source(&route.spec, session.client);
@@ -136,7 +147,7 @@ impl Session {
     fn new(
         permit: SessionPermit,
         route: &Arc<FrontendRoute>,
-        generation: u64,
+        table: TableNumbers,
         socket: OwnedFd,
         client: ClientAddr,
     ) -> Session {
@@ -147,7 +158,7 @@ impl Session {
             started: clock::now(),
             number: ctx.next_session(),
             client,
-            generation,
+            table,
             route: Arc::clone(route),
             backend: None,
             failed: None,
@@ -156,6 +167,7 @@ impl Session {
             attempts: 0,
             waits: None,
             accounted: false,
+            last: LastDecision::NONE,
             slot: None,
             relay: RelayHandle::open(&ctx.engine, socket),
             permit,
@@ -199,7 +211,7 @@ impl Session {
             }
             BackendChoice::Retry(ending) => {
                 why = ending;
-                self.pick_untried()
+                self.pick_retry()
             }
         };
         self.connect(pick, why).await

@@ -7,15 +7,17 @@
 //! - The queue is first come, first served over all workers.
 //! - A client that leaves ends the wait: its reset at once, its FIN within [`FIN_CHECK`].
 
-use super::{Session, ended};
+use super::{Session, TableNumbers, ended};
 use crate::accept::wait_queue::QueueTicket;
 use crate::relay::ConnectEnd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
+use tidegate_core::table::decide::Picked;
 use tidegate_core::table::routes::ConnectionFacts;
 use tidegate_core::table::{NoBackend, Reservation};
+use tidegate_net::clock;
 
 /// Time between two checks of a queued client for a FIN.
 const FIN_CHECK: Duration = Duration::from_millis(250);
@@ -44,9 +46,13 @@ impl Session {
         let (waiters, name) = (&ctx.shared.waiters, &pool.spec.name);
         let mut reason = None;
         if waiters.queued(name) == 0 {
-            match pool.pick(ctx.pick_key(self.client), &[]) {
+            let now = clock::now();
+            match ctx.pick(pool, self.client, &[], now) {
                 Err(why @ (NoBackend::AtCapacity | NoBackend::Undecided)) => reason = Some(why),
-                pick => return Ok(BackendChoice::Picked(pick)),
+                pick => {
+                    self.keep_decision(picked(&pick), None, now);
+                    return Ok(BackendChoice::Picked(pick));
+                }
             }
         }
         self.log_queued(reason);
@@ -57,9 +63,19 @@ impl Session {
         Ok(BackendChoice::Queued(waiters.join(name), facts))
     }
 
-    /// Picks a backend that this session has not tried.
-    pub(super) fn pick_untried(&self) -> Result<Reservation, NoBackend> {
-        self.pool().pick(self.ctx().pick_key(self.client), self.tried())
+    /// Picks a backend that this session has not tried, for a retry. `AtCapacity`: the session
+    /// must wait, and the end of the wait leaves the decision.
+    pub(super) fn pick_retry(&mut self) -> Result<Reservation, NoBackend> {
+        let now = clock::now();
+        let pick = self.pick_untried(now);
+        if !matches!(pick, Err(NoBackend::AtCapacity)) {
+            self.keep_decision(picked(&pick), None, now);
+        }
+        pick
+    }
+
+    fn pick_untried(&self, now: Instant) -> Result<Reservation, NoBackend> {
+        self.ctx().pick(self.pool(), self.client, self.tried(), now)
     }
 
     /// Waits until the client is first in its queue and a backend has a free slot. The limit
@@ -70,8 +86,9 @@ impl Session {
         facts: ConnectionFacts,
     ) -> Result<Result<Reservation, NoBackend>, SessionEnd> {
         self.waits = Some(Phase::Queue);
+        let since = clock::now();
         let ctx = Rc::clone(self.ctx());
-        let (mut route, mut generation) = (Arc::clone(&self.route), self.generation);
+        let (mut route, mut numbers) = (Arc::clone(&self.route), self.table);
         let mut taken = self.taken;
         let mut serial = None;
         let pick = ticket.wait_until(|| {
@@ -79,14 +96,15 @@ impl Session {
             if serial != Some(table.serial) {
                 serial = Some(table.serial);
                 if let Some(newer) = table.frontend(&route.state) {
-                    (route, generation) = (Arc::clone(newer), table.generation);
+                    route = Arc::clone(newer);
+                    numbers = TableNumbers { generation: table.generation, serial: table.serial };
                     taken = route.route(&facts);
                 }
             }
             let Some(pool) = route.pool_of(taken) else {
                 return Some(Err(ended(Phase::Queue, Cause::Route)));
             };
-            match pool.pick(ctx.pick_key(facts.client), &[]) {
+            match ctx.pick(pool, facts.client, &[], clock::now()) {
                 Err(NoBackend::AtCapacity | NoBackend::Undecided) => None,
                 pick => Some(Ok(pick)),
             }
@@ -99,18 +117,23 @@ impl Session {
         let pick = tokio::select! {
             biased;
             pick = pick => pick,
-            end = self.interrupted(Phase::Queue) => return Err(end),
-            end = self.client_left() => return Err(end),
-            () = tokio::time::sleep(longest) => {
-                return Err(ended(Phase::Queue, Cause::QueueTimeout));
-            }
+            end = self.interrupted(Phase::Queue) => Err(end),
+            end = self.client_left() => Err(end),
+            () = tokio::time::sleep(longest) => Err(ended(Phase::Queue, Cause::QueueTimeout)),
         };
         let rerouted = !Arc::ptr_eq(&self.route, &route);
-        (self.route, self.generation, self.taken) = (route, generation, taken);
+        (self.route, self.table, self.taken) = (route, numbers, taken);
         if rerouted {
             self.log_routed();
         }
-        self.waits = None;
+        match &pick {
+            Ok(pick) => {
+                let now = clock::now();
+                self.keep_decision(picked(pick), Some(now - since), now);
+                self.waits = None;
+            }
+            Err(_) => self.keep_fruitless_wait(since),
+        }
         pick
     }
 
@@ -118,16 +141,26 @@ impl Session {
     /// pool's queue: the next slot there can be that of a backend this session has tried.
     pub(super) async fn wait_for_slot(&mut self) -> Result<Reservation, SessionEnd> {
         self.waits = Some(Phase::Queue);
+        let since = clock::now();
         let waiters = &self.ctx().shared.waiters;
-        let slot = waiters.wait_until(|| self.pick_untried().ok());
+        let slot = waiters.wait_until(|| self.pick_untried(clock::now()).ok());
         // All futures only wait for readiness or time, so the losers can be dropped.
         let reserved = tokio::select! {
-            reserved = slot => reserved,
-            end = self.interrupted(Phase::Queue) => return Err(end),
+            reserved = slot => Ok(reserved),
+            end = self.interrupted(Phase::Queue) => Err(end),
             () = tokio::time::sleep(self.pool().spec.queue_timeout) => {
-                return Err(ended(Phase::Queue, Cause::QueueTimeout));
+                Err(ended(Phase::Queue, Cause::QueueTimeout))
             }
         };
+        let reserved = match reserved {
+            Ok(reserved) => reserved,
+            Err(end) => {
+                self.keep_fruitless_wait(since);
+                return Err(end);
+            }
+        };
+        let now = clock::now();
+        self.keep_decision(Some(Picked::of(&reserved)), Some(now - since), now);
         self.waits = None;
         Ok(reserved)
     }
@@ -151,6 +184,10 @@ impl Session {
             }
         }
     }
+}
+
+fn picked(pick: &Result<Reservation, NoBackend>) -> Option<Picked> {
+    pick.as_ref().ok().map(Picked::of)
 }
 
 pub(super) fn client_reset(phase: Phase, errno: i32) -> SessionEnd {

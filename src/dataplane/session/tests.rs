@@ -107,7 +107,8 @@ impl Bench {
             socket.set_nodelay(true).unwrap();
         }
         let permit = SessionPermit::take(&self.ctx, &self.table, &self.route).unwrap();
-        start(permit, &self.route, 1, accepted.into(), PeerAddr::new(peer), local);
+        let table = TableNumbers { generation: 1, serial: self.table.serial };
+        start(permit, &self.route, table, accepted.into(), PeerAddr::new(peer), local);
         TcpStream::from_std(client).unwrap()
     }
 

@@ -8,7 +8,11 @@ use crate::access_log::AccessLogRecord;
 use crate::worker::context::WorkerReport;
 use std::collections::HashSet;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tidegate_core::decision::{Decision, Why};
 use tidegate_core::health::ConnectFailure;
+use tidegate_core::model::BackendId;
 use tidegate_net::fake::{self, PeerSignal, SimKernel, SimSocket, SocketRole, is_local_error};
 
 pub(super) fn check_run(world: &SimWorld) {
@@ -22,6 +26,7 @@ pub(super) fn check_run(world: &SimWorld) {
             assert!(seen.insert(client), "session counted twice: {record:?}");
             let result = check_session(world, kernel, client, record);
             assert!(result.is_ok(), "{}: {record:?}\n{:#?}", result.unwrap_err(), kernel.sockets);
+            check_decisions(world, record);
         }
         world.reports.iter().for_each(|report| check_report(kernel, report));
     });
@@ -147,6 +152,42 @@ fn check_last_bytes(
 
 fn ensure(condition: bool, otherwise: &'static str) -> Result<(), &'static str> {
     condition.then_some(()).ok_or(otherwise)
+}
+
+/// Checks that the rings hold for a session what its access-log record says.
+fn check_decisions(world: &SimWorld, record: &AccessLogRecord) {
+    let decisions = world.ctx.shared.decisions.of_session(record.session);
+    let at = format!("{record:#?}\n{decisions:#?}");
+    let Some(last) = decisions.last() else { panic!("no decision: {at}") };
+    assert!(decisions.iter().zip(1..).all(|(one, attempt)| one.attempt == attempt), "{at}");
+    let (cause, phase) = last.outcome.end.expect(&at);
+    assert_eq!((cause.name(), phase.name()), (record.cause, record.phase), "{at}");
+    let others = &decisions[..decisions.len() - 1];
+    assert!(others.iter().all(|one| one.outcome.end.is_none()), "{at}");
+
+    let picked: Vec<&Decision> = decisions.iter().filter(|one| one.chosen.is_some()).collect();
+    assert_eq!(picked.len(), record.attempts as usize, "{at}");
+    let of_backend = *picked.last().unwrap_or(&last);
+    assert_eq!(of_backend.chosen.and_then(|id| name_of(world, id)), record.backend, "{at}");
+    let why = (of_backend.why != Why::None).then(|| of_backend.why.name());
+    assert_eq!((why, why.is_some()), (record.why, record.backend.is_some()), "{at}");
+    assert_eq!(of_backend.skipped.total(), record.skipped, "{at}");
+    let is_retry = matches!(of_backend.why, Why::Retry | Why::Trial);
+    assert!(record.attempts < 2 || is_retry, "{at}");
+
+    let failures = decisions.iter().filter_map(|one| one.outcome.failure);
+    let failures: Vec<_> = failures.map(|(kind, errno)| (kind.name(), errno)).collect();
+    let tries: Vec<_> = record.tries.iter().map(|one| (one.failure, one.errno)).collect();
+    assert_eq!(failures, tries, "{at}");
+    let connect =
+        of_backend.outcome.connect_micros.map(|micros| Duration::from_micros(micros.into()));
+    assert!(connect == record.connect || !tries.is_empty(), "{at}");
+}
+
+fn name_of(world: &SimWorld, id: BackendId) -> Option<Arc<str>> {
+    let pools = world.tables.iter().flat_map(|table| &table.pools);
+    let mut backends = pools.flat_map(|pool| &pool.serving);
+    backends.find(|backend| backend.id == id).map(|backend| Arc::clone(&backend.name))
 }
 
 /// Checks that a reported failure is not a local error.

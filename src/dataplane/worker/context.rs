@@ -16,17 +16,17 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::{Duration, Instant};
-use tidegate_core::balance::PickKey;
 use tidegate_core::balance::in_flight::InFlight;
-use tidegate_core::decision::rings::Decisions;
+use tidegate_core::balance::{PickKey, PickRecord};
+use tidegate_core::decision::rings::{Decisions, WorkerDecisions};
 use tidegate_core::health::ConnectFailure;
 use tidegate_core::metrics::counters::{LocalErrorKind, LocalErrorPlace, WorkerCounters};
 use tidegate_core::metrics::histograms::Recorder;
 use tidegate_core::model::ClientAddr;
 use tidegate_core::outcome::Cause;
-use tidegate_core::table::Table;
 use tidegate_core::table::publish::TableReader;
 use tidegate_core::table::state::BackendId;
+use tidegate_core::table::{NoBackend, PoolTable, Reservation, Table};
 use tidegate_net::budget::MemoryBudget;
 use tidegate_net::clock;
 use tokio::sync::Notify;
@@ -103,6 +103,8 @@ pub(crate) struct WorkerContext {
     /// Notified when a listener's task panics.
     pub(crate) listener_panicked: Notify,
     pub(crate) faults: FaultPlan,
+    /// Notes of the last pick. Reused, so that a pick allocates nothing.
+    pub(crate) pick_record: RefCell<PickRecord>,
     tables: RefCell<TableReader>,
     random: RefCell<fastrand::Rng>,
     /// Start and end of the unused part of this worker's block of session numbers.
@@ -185,6 +187,7 @@ impl WorkerContext {
             admitting: Cell::new(false),
             listener_panicked: Notify::new(),
             faults: FaultPlan::default(),
+            pick_record: RefCell::default(),
             tables: RefCell::new(tables),
             random: RefCell::new(fastrand::Rng::with_seed(seed)),
             numbers: Cell::new(carry_over.numbers),
@@ -246,10 +249,30 @@ impl WorkerContext {
         self.random.borrow_mut().u64(..)
     }
 
-    /// Returns the input of a pick for `client` at the current time.
+    /// Returns the input of a pick for `client` at that time.
     #[inline]
-    pub(crate) fn pick_key(&self, client: ClientAddr) -> PickKey {
-        PickKey { client: client.ip(), draw: self.draw(), at: clock::millis(clock::now()) }
+    pub(crate) fn pick_key(&self, client: ClientAddr, now: Instant) -> PickKey {
+        PickKey { client: client.ip(), draw: self.draw(), at: clock::millis(now) }
+    }
+
+    /// Picks a backend of the pool that is not in `tried`, and notes in `pick_record` what
+    /// decided.
+    #[inline]
+    pub(crate) fn pick(
+        &self,
+        pool: &PoolTable,
+        client: ClientAddr,
+        tried: &[usize],
+        now: Instant,
+    ) -> Result<Reservation, NoBackend> {
+        let key = self.pick_key(client, now);
+        pool.pick_recorded(key, tried, &mut self.pick_record.borrow_mut())
+    }
+
+    /// Returns the rings of this worker's decisions.
+    #[inline]
+    pub(crate) fn decisions(&self) -> &WorkerDecisions {
+        self.shared.decisions.of(self.id)
     }
 
     /// Returns a unique number for a new session.
