@@ -41,6 +41,8 @@ pub struct ExplainDoc {
     pub connections_max_in_force: u32,
     /// Sessions that use it, counted from pick to close.
     pub sessions_active: u32,
+    /// Its share of the last first picks of its pool.
+    pub picks: PicksDoc,
     /// The factors of its weight.
     pub weight: WeightDoc,
     /// `null` if its pool has no probes.
@@ -57,6 +59,16 @@ pub struct ExplainDoc {
     pub guards: GuardsDoc,
     /// Its last state changes, newest first.
     pub history: Vec<TransitionDoc>,
+}
+
+/// Share of a backend of the last first picks of its pool. A first pick is that of a
+/// session's first connect attempt; each worker keeps the last 4,096.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PicksDoc {
+    /// First picks that chose the backend.
+    pub backend: u32,
+    /// First picks of the pool that are kept.
+    pub pool: u32,
 }
 
 /// The factors of the effective weight.

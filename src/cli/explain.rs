@@ -1,27 +1,130 @@
-//! `tidegate explain`: explains in text why one backend is in rotation or not.
+//! `tidegate explain`: explains in text one backend, one session, or what would happen to a
+//! new connection.
 //!
-//! Called by the command line with the document of the admin API. It prints the
-//! document's facts, most important first, and computes nothing.
+//! Called by the command line with a document of the admin API. It prints the document's
+//! facts, most important first, and computes nothing.
 
-use super::DrainArgs;
+mod forecast;
+mod sentences;
+mod session;
+
+use super::drain::{self, BackendRef};
 use super::table::{age, cell_text, or_dash, plural, terminal_width, wrap};
+use clap::Args;
 use hyper::Method;
+use sentences::number;
 use std::fmt::Write;
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU64;
 use tidegate_api::explain::{
-    EjectionDoc, ExplainDoc, FailuresDoc, GuardsDoc, HeartbeatDoc, ProbeDoc, SenderDoc,
+    EjectionDoc, ExplainDoc, FailuresDoc, GuardsDoc, HeartbeatDoc, PicksDoc, ProbeDoc, SenderDoc,
     SlowStartDoc, WeightDoc,
 };
 use tidegate_api::names::PulseName;
 use tidegate_api::status::{RejectedDoc, TransitionDoc};
 use tidegate_client::command::Exit;
-use tidegate_client::http::{ask, backend_path, report};
+use tidegate_client::http::{ClientArgs, ask, backend_path, report, segment};
 
-/// Fetches the explanation and prints it as text or as JSON.
-pub fn main(args: &DrainArgs) -> Exit {
-    let path = backend_path(&args.target.pool, &args.target.backend, "explain");
-    let answer = ask(&args.client, Method::GET, &path);
-    let width = terminal_width();
-    report(&args.client, answer, |facts| wrap(&render(facts, width), width))
+/// Help after the options.
+pub const HELP: &str = "\
+Example:
+  tidegate explain web/10.0.0.11:8080
+  tidegate explain --session 4711
+  tidegate explain --client 10.1.2.3 --frontend web
+  tidegate explain --client 10.1.2.3 --frontend web --without web/b
+  tidegate explain --client 10.1.2.3 --frontend web --with weight:web/a=5";
+
+/// Columns of texts that consist of sentences.
+const TEXT_WIDTH: usize = 80;
+
+/// `tidegate explain`
+#[derive(Debug, Args)]
+pub struct ExplainArgs {
+    /// Explain the state of this backend.
+    #[arg(value_name = "POOL/BACKEND", value_parser = drain::target)]
+    #[arg(required_unless_present_any = ["session", "of"], conflicts_with_all = ["session", "of"])]
+    pub target: Option<BackendRef>,
+    /// Explain the picks of this session: its number in the access log.
+    #[arg(long, value_name = "N", conflicts_with = "of")]
+    pub session: Option<NonZeroU64>,
+    /// Show where a new connection of this client would go: an IP address, or IP:PORT.
+    #[arg(id = "of", long = "client", value_name = "ADDR", requires = "frontend")]
+    #[arg(value_parser = address)]
+    pub of: Option<String>,
+    /// Frontend that the client connects to.
+    #[arg(long, value_name = "NAME", requires = "of")]
+    pub frontend: Option<String>,
+    /// Address that the client connects to, IP or IP:PORT. Default: the first bind of
+    /// the frontend.
+    #[arg(long, value_name = "LOCAL", requires = "of", value_parser = address)]
+    pub address: Option<String>,
+    /// Assume that this backend is not eligible. Can be repeated.
+    #[arg(long, value_name = "POOL/BACKEND", requires = "of", value_parser = drain::target)]
+    pub without: Vec<BackendRef>,
+    /// Assume another configured weight, 1 to 1000. Can be repeated.
+    #[arg(id = "with", long = "with", value_name = "weight:POOL/BACKEND=N", requires = "of")]
+    #[arg(value_parser = assumed_weight)]
+    pub weights: Vec<String>,
+    /// How to reach the balancer.
+    #[command(flatten)]
+    pub client: ClientArgs,
+}
+
+/// Fetches an explanation and prints it as text or as JSON.
+pub fn main(args: &ExplainArgs) -> Exit {
+    let client = &args.client;
+    if let Some(number) = args.session {
+        let answer = ask(client, Method::GET, &format!("/v1/explain?session={number}"));
+        return report(client, answer, |told| wrap(&session::render(told), Some(text_width())));
+    }
+    if let Some(target) = &args.target {
+        let path = backend_path(&target.pool, &target.backend, "explain");
+        let answer = ask(client, Method::GET, &path);
+        let width = terminal_width();
+        return report(client, answer, |facts| wrap(&render(facts, width), width));
+    }
+    let answer = ask(client, Method::GET, &forecast_path(args));
+    report(client, answer, |told| wrap(&forecast::render(told), Some(text_width())))
+}
+
+fn text_width() -> usize {
+    terminal_width().map_or(TEXT_WIDTH, |width| width.min(TEXT_WIDTH))
+}
+
+fn forecast_path(args: &ExplainArgs) -> String {
+    let parameters =
+        [("client", &args.of), ("frontend", &args.frontend), ("address", &args.address)];
+    let mut query: Vec<String> = Vec::new();
+    for (name, value) in parameters {
+        query.extend(value.iter().map(|value| format!("{name}={}", segment(value))));
+    }
+    for BackendRef { pool, backend } in &args.without {
+        query.push(format!("without={}", segment(format!("{pool}/{backend}"))));
+    }
+    query.extend(args.weights.iter().map(|weight| format!("with={}", segment(weight))));
+    format!("/v1/explain?{}", query.join("&"))
+}
+
+/// Checks an IP address with or without a port.
+fn address(text: &str) -> Result<String, String> {
+    let valid = text.parse::<IpAddr>().is_ok() || text.parse::<SocketAddr>().is_ok();
+    match valid {
+        true => Ok(text.to_owned()),
+        false => Err("expected an IP address or IP:PORT, for example 10.1.2.3".to_owned()),
+    }
+}
+
+/// Checks `weight:POOL/BACKEND=N`.
+fn assumed_weight(text: &str) -> Result<String, String> {
+    let parts = text.strip_prefix("weight:").and_then(|rest| rest.rsplit_once('='));
+    let valid = parts.is_some_and(|(backend, weight)| {
+        let weight = weight.parse::<u16>();
+        drain::target(backend).is_ok() && weight.is_ok_and(|weight| (1..=1_000).contains(&weight))
+    });
+    match valid {
+        true => Ok(text.to_owned()),
+        false => Err("expected weight:POOL/BACKEND=N, N from 1 to 1000".to_owned()),
+    }
 }
 
 /// Renders for a terminal of `width` columns. `None`: one line per row of the history.
@@ -46,6 +149,7 @@ fn render(facts: &ExplainDoc, width: Option<usize>) -> String {
     line("State", format!("{} for {}", facts.observation, age(facts.observation_seconds)));
     line("Operator", format!("{} for {}", facts.intent, age(facts.intent_seconds)));
     line("Weight", weight(&facts.weight));
+    line("Picks", picks(&facts.picks));
     line("Sessions", sessions(facts));
     line("Slow start", facts.slow_start.as_ref().map_or("not in progress".into(), slow_start));
     line("Failures", failures(&facts.failures));
@@ -73,6 +177,16 @@ fn weight(weight: &WeightDoc) -> String {
         "{effective} = {configured} x {health_percent}% health x {ramp_percent}% slow start \
          x {load_percent}% load"
     )
+}
+
+fn picks(picks: &PicksDoc) -> String {
+    let PicksDoc { backend, pool } = picks;
+    if *pool == 0 {
+        return "no recent picks of this pool are recorded".to_owned();
+    }
+    let (chosen, all) = (number(u64::from(*backend)), number(u64::from(*pool)));
+    let percent = f64::from(*backend) / f64::from(*pool) * 100.0;
+    format!("{chosen} of the last {all} picks of this pool ({percent:.1}%)")
 }
 
 fn sessions(facts: &ExplainDoc) -> String {
@@ -329,6 +443,7 @@ mod tests {
             State       down for 1m 15s
             Operator    ready for 2h 1m
             Weight      0 = 10 x 0% health x 100% slow start x 65% load
+            Picks       512 of the last 4,096 picks of this pool (12.5%)
             Sessions    3 open, no cap
             Slow start  not in progress
             Failures    3 failed connects, 1 reset before the first byte in the last 12 s; last 1.25 s ago: connection refused; 2 in a row, ejection at 5; 9 failed connects since the start

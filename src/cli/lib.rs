@@ -80,9 +80,9 @@ pub enum Command {
     /// Show frontends, pools and backends of the running balancer.
     #[command(after_help = "Example:\n  tidegate status\n  tidegate status --json | jq .pools")]
     Status(ClientArgs),
-    /// Explain why a backend gets new sessions or not.
-    #[command(after_help = "Example:\n  tidegate explain web/10.0.0.11:8080")]
-    Explain(DrainArgs),
+    /// Explain the state of a backend, the picks of a session, or a future pick.
+    #[command(after_help = explain::HELP)]
+    Explain(explain::ExplainArgs),
     /// Stop new sessions on a backend; its open sessions continue.
     #[command(after_help = drain::HELP)]
     Drain(drain::DrainOrder),
@@ -309,6 +309,10 @@ mod tests {
             "drain --wait=30s a/b",
             "ready --admin unix:/x",
             "explain a/b --admin 127.0.0.1:9900 --json",
+            "explain --session 17 --json",
+            "explain --client 10.0.0.1 --frontend web",
+            "explain --client [::1]:80 --frontend web --address 10.0.0.2:80 --without a/b \
+             --without a/c --with weight:a/unix:/run/d=sock=5 --config f",
             "undrain a/b --admin [::1]:9900 --token-file t",
             "shutdown --admin localhost:9900",
             "heartbeat --to 10.0.0.5:7946 --to [::1]:7946 --pool web --name a \
@@ -333,6 +337,21 @@ mod tests {
             "demo --backends 0",
             "drain",
             "drain a/b --wait=0s",
+            "explain",
+            "explain a",
+            "explain a/b --session 1",
+            "explain a/b --client 10.0.0.1 --frontend web",
+            "explain --session 0",
+            "explain --session 1 --client 10.0.0.1 --frontend web",
+            "explain --session 1 --without a/b",
+            "explain --client 10.0.0.1",
+            "explain --frontend web",
+            "explain a/b --without a/c",
+            "explain --client host --frontend web",
+            "explain --client 10.0.0.1 --frontend web --address x",
+            "explain --client 10.0.0.1 --frontend web --without b",
+            "explain --client 10.0.0.1 --frontend web --with a/b=2",
+            "explain --client 10.0.0.1 --frontend web --with weight:a/b=1001",
             "drain a/b --wait=soon",
             "heartbeat",
             "heartbeat --to 10.0.0.5 --pool p --address 10.0.0.1:80 --key-id 1 --key-file f",

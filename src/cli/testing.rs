@@ -53,6 +53,7 @@ const EXPLANATION: &str = r#"{
     "observation": "down", "observation_seconds": 75.0,
     "intent": "ready", "intent_seconds": 7300.0, "backup": false,
     "connections_max": 0, "connections_max_in_force": 0, "sessions_active": 3,
+    "picks": {"backend": 512, "pool": 4096},
     "weight": {"effective": 0, "configured": 10,
                "health_percent": 0, "ramp_percent": 100, "load_percent": 65},
     "probe": null, "slow_start": null,

@@ -5,8 +5,10 @@
 
 use super::control_loop::Control;
 use super::rendering::Reader;
-use crate::admin::{self, AdminRequest};
+use crate::admin::{self, AdminRequest, DeferredText, ForecastBasis, SessionRecords};
+use std::sync::Arc;
 use tidegate_core::control::OperatorError;
+use tidegate_core::control::what_if::{UnknownAssumption, WhatIf};
 use tidegate_core::health::Intent;
 use tidegate_net::clock;
 use tidegate_supervisor::SuccessorChanges;
@@ -29,6 +31,18 @@ impl Control {
             AdminRequest::Explain { pool, backend, reply } => {
                 let _ = reply.send(self.explain(&pool, &backend));
             }
+            AdminRequest::Decisions(reply) => {
+                let context = self.workers.context();
+                let (decisions, given_out) =
+                    (Arc::clone(&context.decisions), context.numbers.given_out());
+                let _ = reply.send(SessionRecords { decisions, given_out });
+            }
+            AdminRequest::Names { ids, reply } => {
+                let _ = reply.send(self.controller.names_of(&ids));
+            }
+            AdminRequest::Forecast { assumed, reply } => {
+                let _ = reply.send(self.forecast_basis(&assumed));
+            }
             AdminRequest::SetIntent { pool, backend, intent, reply } => {
                 self.set_intent(&pool, &backend, intent, reply);
             }
@@ -43,11 +57,22 @@ impl Control {
         }
     }
 
-    fn explain(&mut self, pool: &str, backend: &str) -> Result<String, OperatorError> {
+    fn explain(&mut self, pool: &str, backend: &str) -> Result<DeferredText, OperatorError> {
         self.feed([]);
         let rejected = self.evidence.heartbeats.rejection(pool, backend);
         let explained = self.controller.explain(pool, backend, clock::now())?;
-        Ok(admin::explain::render(&explained, rejected.as_ref()))
+        let decisions = Arc::clone(&self.workers.context().decisions);
+        Ok(DeferredText::new(move || {
+            let picks = decisions.share_of(explained.pool, explained.backend.state.id);
+            admin::explain::render(&explained, rejected.as_ref(), picks)
+        }))
+    }
+
+    fn forecast_basis(&mut self, assumed: &[WhatIf]) -> Result<ForecastBasis, UnknownAssumption> {
+        self.feed([]);
+        let assumed = self.controller.what_if(assumed)?;
+        let queued = self.workers.context().waiters.all_queued();
+        Ok(ForecastBasis { table: self.controller.current_table(), assumed, queued })
     }
 
     fn set_intent(

@@ -12,13 +12,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crate::questions::Questioned;
 use tidegate_core::control::OperatorError;
 use tidegate_core::health::Intent;
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::{Admin, AdminListen};
 use tidegate_daemon::admin::{
-    self, AdminRequest, ProblemDoc, ReadyState, ReloadDoc, ReloadError, Token, TokenStore,
-    UpgradeDoc, UpgradeError,
+    self, AdminRequest, DeferredText, ProblemDoc, ReadyState, ReloadDoc, ReloadError, Token,
+    TokenStore, UpgradeDoc, UpgradeError,
 };
 use tidegate_net::clock;
 use tokio::sync::{mpsc, oneshot};
@@ -204,6 +205,7 @@ async fn run_control_loop(
     if control == Control::HasEnded {
         return;
     }
+    let questioned = Questioned::new();
     while let Some(request) = inbox.recv().await {
         if control == Control::Hangs {
             pending::<()>().await;
@@ -224,10 +226,17 @@ async fn run_control_loop(
             })),
             AdminRequest::Explain { pool, backend, reply } => {
                 drop(reply.send(match (pool.as_str(), backend.as_str()) {
-                    ("web", "a") => Ok(EXPLANATION.to_owned()),
+                    ("web", "a") => Ok(DeferredText::new(|| EXPLANATION.to_owned())),
                     ("web", _) => Err(OperatorError::UnknownBackend),
                     _ => Err(OperatorError::UnknownPool),
                 }));
+            }
+            AdminRequest::Decisions(reply) => drop(reply.send(questioned.records())),
+            AdminRequest::Names { ids, reply } => {
+                drop(reply.send(questioned.controller.names_of(&ids)));
+            }
+            AdminRequest::Forecast { assumed, reply } => {
+                drop(reply.send(questioned.basis(&assumed)));
             }
             AdminRequest::SetIntent { pool, backend, intent, reply } => {
                 let known = ["a", "10.0.0.1:80", "[::1]:80", "unix:/run/b.sock", "é"];

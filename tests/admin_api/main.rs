@@ -6,6 +6,7 @@
 
 mod client;
 mod harness;
+mod questions;
 
 use harness::{Answer, Api, Control, STATUS, TOKEN, bearer};
 use std::io::{Read, Write};

@@ -107,7 +107,7 @@ impl Balancer {
         let name = status["pools"][0]["backends"][0]["name"].as_str().unwrap().to_owned();
         let (reply, answer) = oneshot::channel();
         self.ask(AdminRequest::Explain { pool: "web".to_owned(), backend: name, reply });
-        serde_json::from_str(&answer.blocking_recv().unwrap().unwrap()).unwrap()
+        serde_json::from_str(&answer.blocking_recv().unwrap().unwrap().write()).unwrap()
     }
 
     fn ask(&self, request: AdminRequest) {

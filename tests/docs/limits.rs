@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 
 /// Row of the table of bounds, folder or file below `src`, name of the constant.
-const BOUNDS: [(&str, &str, &str); 25] = [
+const BOUNDS: [(&str, &str, &str); 28] = [
     ("[process] connections_max", "config", "PROCESS_CONNECTIONS"),
     ("counts shared over an upgrade", "net", "CELLS_MAX"),
     ("processes that share counts", "net/cells.rs", "PROCESSES_MAX"),
@@ -28,6 +28,9 @@ const BOUNDS: [(&str, &str, &str); 25] = [
     ("[admin] backend_metrics_max", "config", "BACKEND_METRICS"),
     ("processes of one supervisor", "supervisor", "CHILDREN_MAX"),
     ("drained backends remembered after they left the file", "core", "REMOVED_INTENTS_MAX"),
+    ("first picks kept per worker", "core/decision", "FIRST_MAX"),
+    ("failures and retries kept per worker", "core/decision", "FAILED_MAX"),
+    ("changes that a forecast assumes", "daemon/admin", "ASSUMED_MAX"),
     ("names of removed frontends, pools and backends", "core", "REMOVED_NAMES_MAX"),
     ("frontends", "config", "FRONTENDS_MAX"),
     ("bind addresses", "config", "BINDS_MAX"),

@@ -11,7 +11,7 @@ use crate::health::probe_detector::ProbeState;
 use crate::health::recent::{RECENT, Recent};
 use crate::health::{Observation, Transition};
 use crate::model;
-use crate::model::{EjectionSpec, HeartbeatSpec};
+use crate::model::{EjectionSpec, HeartbeatSpec, PoolId};
 use crate::suspicion::rejections::Rejection;
 use crate::suspicion::{ChannelState, PathView};
 use std::sync::Arc;
@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 pub struct Explanation {
     /// Time of the explanation.
     pub now: Instant,
+    /// Its pool.
+    pub pool: PoolId,
     /// The backend as in `status`.
     pub backend: BackendStatus,
     /// Age of the operator's intent.
@@ -129,12 +131,17 @@ impl Controller {
         let since = |at: Instant| now.saturating_duration_since(at);
         let all: Option<HeartbeatChannelStatus> = self.heartbeat_status(now);
         let outlier = &entry.health.outlier;
-        let in_a_row = outlier.row(entry.state.failed_in_a_row());
+        let in_a_row = match pool.spec.ejection {
+            Some(_) => outlier.row(entry.state.failed_in_a_row()),
+            // Without ejection, the controller measures no row.
+            None => entry.state.failed_in_a_row(),
+        };
         let due = |spec: &EjectionSpec| in_a_row >= spec.failures && !outlier.is_ejected();
         let due = pool.spec.ejection.filter(due);
         let probe = pool.spec.probe.as_ref().zip(entry.health.detector.as_ref());
         Ok(Explanation {
             now,
+            pool: pool.id,
             backend: backend_status(entry, pool, now),
             intent_for: since(entry.health.intent_since),
             observed_for: since(entry.observed_since),

@@ -7,7 +7,7 @@
 
 use super::Decision;
 use super::ring::DecisionRing;
-use crate::model::BackendId;
+use crate::model::{BackendId, PoolId};
 use std::collections::BTreeMap;
 
 /// First picks that each worker keeps.
@@ -29,6 +29,15 @@ pub struct WorkerDecisions {
     pub first: DecisionRing,
     /// First picks that failed, once their failure is known, and all picks after a failure.
     pub failed: DecisionRing,
+}
+
+/// A backend's share of the last first picks of its pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PickShare {
+    /// First picks that chose the backend.
+    pub backend: u32,
+    /// First picks of the pool that chose any backend.
+    pub pool: u32,
 }
 
 const _: () = assert!((FIRST_MAX + FAILED_MAX) * DecisionRing::SLOT_BYTES < 1 << 20);
@@ -62,6 +71,19 @@ impl Decisions {
             }
         }
         attempts.into_values().collect()
+    }
+
+    /// How many first picks of the pool the rings hold, and how many of them chose the
+    /// backend.
+    pub fn share_of(&self, pool: PoolId, backend: BackendId) -> PickShare {
+        let mut share = PickShare::default();
+        for decision in self.workers.iter().flat_map(|worker| worker.first.all()) {
+            if decision.pool == Some(pool) && decision.chosen.is_some() {
+                share.pool += 1;
+                share.backend += u32::from(decision.chosen == Some(backend));
+            }
+        }
+        share
     }
 
     /// How many of the first picks that the rings hold chose each of these backends.
@@ -112,5 +134,12 @@ mod tests {
             decisions.of(0).first.push(&testing::decision(session));
         }
         assert_eq!(decisions.picks_of(&[2, 3, 4].map(BackendId)), [2, 1, 0]);
+        for (pool, chosen) in [(1, Some(2)), (1, Some(3)), (1, None), (2, Some(2))] {
+            let pool = Some(PoolId(pool));
+            let chosen = chosen.map(BackendId);
+            decisions.of(0).first.push(&Decision { pool, chosen, ..testing::decision(9) });
+        }
+        let share = decisions.share_of(PoolId(1), BackendId(2));
+        assert_eq!(share, PickShare { backend: 1, pool: 2 });
     }
 }

@@ -8,12 +8,13 @@ use super::rejections;
 use super::status::{frozen, last_transition, millis, thousandths};
 use std::time::{Duration, Instant};
 use tidegate_api::explain::{
-    EjectionDoc, ExplainDoc, FailuresDoc, GuardsDoc, HeartbeatDoc, ProbeDoc, SenderDoc,
+    EjectionDoc, ExplainDoc, FailuresDoc, GuardsDoc, HeartbeatDoc, PicksDoc, ProbeDoc, SenderDoc,
     SlowStartDoc, WeightDoc,
 };
 use tidegate_api::names::ProbeKindName;
 use tidegate_core::control::explain::{Explanation, GuardStatus, ProbeView};
 use tidegate_core::control::{BackendHeartbeatStatus, BackendStatus};
+use tidegate_core::decision::rings::PickShare;
 use tidegate_core::health::probe_detector::ProbeState;
 use tidegate_core::health::{Intent, Observation, RequestedState};
 use tidegate_core::model::ProbeKind;
@@ -26,7 +27,11 @@ const REJECTION_AGE_MAX: Duration = Duration::from_secs(60);
 /// Renders the explanation as JSON. `rejected_on_receipt` is the last heartbeat in the
 /// backend's name that the receiver rejected; `explained.rejected` is the last one that
 /// the controller rejected.
-pub fn render(explained: &Explanation, rejected_on_receipt: Option<&Rejection>) -> String {
+pub fn render(
+    explained: &Explanation,
+    rejected_on_receipt: Option<&Rejection>,
+    picks: PickShare,
+) -> String {
     let rejected = match (rejected_on_receipt, &explained.rejected) {
         (Some(one), Some(other)) => Some(rejections::preferred(one, other)),
         (one, other) => one.or(other.as_ref()),
@@ -48,6 +53,7 @@ pub fn render(explained: &Explanation, rejected_on_receipt: Option<&Rejection>) 
         connections_max: backend.connections_max,
         connections_max_in_force: explained.connections_max,
         sessions_active: backend.state.in_flight.get(),
+        picks: PicksDoc { backend: picks.backend, pool: picks.pool },
         weight: weight(explained),
         probe: explained.probe.as_ref().map(probe),
         heartbeat: heartbeat(explained, rejected),

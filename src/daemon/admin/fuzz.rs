@@ -11,10 +11,15 @@ use super::guard::Transport;
 use super::routes::{ApiState, router};
 use super::serve::only_connection;
 use super::{
-    AdminRequest, OperatorError, ProblemDoc, ReadyState, ReloadDoc, ReloadError, Token, TokenStore,
-    UpgradeDoc, UpgradeError,
+    AdminRequest, DeferredText, ForecastBasis, OperatorError, ProblemDoc, ReadyState, ReloadDoc,
+    ReloadError, SessionRecords, Token, TokenStore, UpgradeDoc, UpgradeError,
 };
+use std::collections::HashMap;
 use std::sync::Arc;
+use tidegate_core::control::names::Names;
+use tidegate_core::control::what_if::AssumedPools;
+use tidegate_core::decision::rings::Decisions;
+use tidegate_core::table::Table;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
@@ -51,7 +56,12 @@ pub fn check(data: &[u8]) {
         let Transport::Tcp(listen) = transport else { continue };
         let harmless = matches!(
             request,
-            AdminRequest::Status(_) | AdminRequest::Metrics(_) | AdminRequest::Explain { .. }
+            AdminRequest::Status(_)
+                | AdminRequest::Metrics(_)
+                | AdminRequest::Explain { .. }
+                | AdminRequest::Decisions(_)
+                | AdminRequest::Names { .. }
+                | AdminRequest::Forecast { .. }
         );
         assert!(token_known || harmless && listen.ip().is_loopback(), "{request:?}");
         let foreign = matches!(
@@ -136,8 +146,27 @@ fn answer(request: AdminRequest, rejects: bool) -> AdminRequest {
             AdminRequest::Shutdown(no_receiver())
         }
         AdminRequest::Explain { pool, backend, reply } => {
-            let _ = reply.send(unknown().map(|()| "{}".to_owned()));
+            let text = || DeferredText::new(|| "{}".to_owned());
+            let _ = reply.send(unknown().map(|()| text()));
             AdminRequest::Explain { pool, backend, reply: no_receiver() }
+        }
+        AdminRequest::Decisions(reply) => {
+            let decisions = Arc::new(Decisions::new(1));
+            let _ = reply.send(SessionRecords { decisions, given_out: 1..65 });
+            AdminRequest::Decisions(no_receiver())
+        }
+        AdminRequest::Names { ids, reply } => {
+            let _ = reply.send(Names::default());
+            AdminRequest::Names { ids, reply: no_receiver() }
+        }
+        AdminRequest::Forecast { assumed, reply } => {
+            let basis = ForecastBasis {
+                table: Arc::new(Table::empty()),
+                assumed: AssumedPools::default(),
+                queued: HashMap::new(),
+            };
+            let _ = reply.send(Ok(basis));
+            AdminRequest::Forecast { assumed, reply: no_receiver() }
         }
         AdminRequest::SetIntent { pool, backend, intent, reply } => {
             let _ = reply.send(unknown());

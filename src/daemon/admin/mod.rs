@@ -14,6 +14,7 @@
 //! | `POST /v1/pools/{pool}/backends/{name}/drain`, `.../undrain` | 200 `{pool, backend, intent}`; 404 |
 //! | `POST /v1/upgrade` | 200 `{pid, version, generation}`; 409 if it was rejected; 422 if the new process did not get to serving |
 //! | `GET /v1/pools/{pool}/backends/{name}/explain` | JSON ([`explain`]); 404 |
+//! | `GET /v1/explain?session=N`, `?client=ADDR&frontend=NAME` | JSON ([`tidegate_api::decision`]); 400; 404 |
 //! | `POST /v1/shutdown` | 200 `{state: "draining"}` |
 //!
 //! Names in paths are percent-decoded (`%2F` for the `/` of a Unix backend).
@@ -21,14 +22,17 @@
 
 mod bind;
 mod body;
+mod decisions;
 pub mod explain;
 #[cfg(debug_assertions)]
 mod faults;
+mod forecast;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod guard;
 pub mod metrics;
 pub mod process;
+mod questions;
 mod rejections;
 mod routes;
 mod serve;
@@ -40,18 +44,24 @@ mod token;
 mod upgrade;
 
 pub use bind::{AdminBindError, AdminListener, SocketFileLock, bind, take_over};
+pub use forecast::ForecastBasis;
 pub use serve::{DroppedConnections, serve};
 pub use snapshot::{AdminSnapshot, HeartbeatCounts, ReloadCounts, UpgradeCounts};
 pub use tidegate_api::answers::UpgradeDoc;
 pub use tidegate_api::reload::{ProblemDoc, ReloadDoc};
 pub use token::{Token, TokenError, TokenStore};
 
+use std::fmt;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use tidegate_api::names::ServiceState;
 use tidegate_core::control::OperatorError;
+use tidegate_core::control::names::{NamedIds, Names};
+use tidegate_core::control::what_if::{UnknownAssumption, WhatIf};
+use tidegate_core::decision::rings::Decisions;
 use tidegate_core::health::Intent;
 use tokio::sync::oneshot;
 
@@ -65,14 +75,30 @@ pub enum AdminRequest {
     Metrics(oneshot::Sender<String>),
     /// Reloads the configuration file.
     Reload(oneshot::Sender<Result<ReloadDoc, ReloadError>>),
-    /// Returns the text of [`explain::render`].
+    /// Returns a text that [`explain::render`] writes later.
     Explain {
         /// Pool name.
         pool: String,
         /// Backend name.
         backend: String,
         /// The explanation.
-        reply: oneshot::Sender<Result<String, OperatorError>>,
+        reply: oneshot::Sender<Result<DeferredText, OperatorError>>,
+    },
+    /// Returns the decisions of all workers.
+    Decisions(oneshot::Sender<SessionRecords>),
+    /// Returns the names of frontends, pools and backends.
+    Names {
+        /// Their ids.
+        ids: NamedIds,
+        /// The names.
+        reply: oneshot::Sender<Names>,
+    },
+    /// Returns what a forecast of a new connection needs.
+    Forecast {
+        /// Changes to assume.
+        assumed: Vec<WhatIf>,
+        /// An error if a change names an unknown pool or backend.
+        reply: oneshot::Sender<Result<ForecastBasis, UnknownAssumption>>,
     },
     /// Sets the operator's intent for one backend.
     SetIntent {
@@ -113,6 +139,18 @@ pub enum AdminRequest {
     Shutdown(oneshot::Sender<()>),
 }
 
+/// A text that a blocking thread writes from facts of the control thread.
+pub struct DeferredText(Box<dyn FnOnce() -> String + Send>);
+
+/// The decisions of all workers, and the session numbers of this process.
+#[derive(Debug)]
+pub struct SessionRecords {
+    /// The rings of all workers.
+    pub decisions: Arc<Decisions>,
+    /// The numbers that this process has reserved for sessions.
+    pub given_out: Range<u64>,
+}
+
 /// Why an upgrade did not take place. This process continues to serve.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum UpgradeError {
@@ -151,6 +189,26 @@ struct ReadyFlags {
 const STARTING: u8 = 0;
 const READY: u8 = 1;
 const DRAINING: u8 = 2;
+
+// === impl DeferredText ===
+
+impl DeferredText {
+    /// Returns the text that `write` returns.
+    pub fn new(write: impl FnOnce() -> String + Send + 'static) -> DeferredText {
+        DeferredText(Box::new(write))
+    }
+
+    /// Writes the text.
+    pub fn write(self) -> String {
+        (self.0)()
+    }
+}
+
+impl fmt::Debug for DeferredText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("DeferredText").finish_non_exhaustive()
+    }
+}
 
 // === impl ReadyState ===
 

@@ -5,6 +5,7 @@
 
 use super::body::ChunkedBody;
 use super::guard::{Transport, guard};
+use super::questions;
 use super::upgrade::upgrade;
 use super::{AdminRequest, ProblemDoc, ReadyState, ReloadError, TokenStore};
 use axum::Router;
@@ -61,6 +62,7 @@ pub(super) fn router(api: Arc<ApiState>) -> Router {
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))
         .route("/v1/status", get(status))
+        .route("/v1/explain", get(questions::explain))
         .route("/v1/reload", post(reload))
         .route("/v1/upgrade", post(upgrade))
         .route("/v1/shutdown", post(shutdown))
@@ -149,7 +151,8 @@ async fn explain(
     let (pool, backend) = names(named, &uri)?;
     let asked = (pool.clone(), backend.clone());
     let explained = api.ask(|reply| AdminRequest::Explain { pool, backend, reply }).await?;
-    explained.map(|text| answer(JSON, text)).map_err(|error| unknown(error, asked))
+    let explained = explained.map_err(|error| unknown(error, asked))?;
+    Ok(answer(JSON, questions::blocking(move || explained.write()).await?))
 }
 
 async fn set_intent(
@@ -177,7 +180,7 @@ fn names(named: BackendPath, uri: &Uri) -> Result<(String, String), ErrorRespons
     named.map(|Path(names)| names).map_err(|_| not_found(uri))
 }
 
-fn unknown(error: OperatorError, (pool, backend): (String, String)) -> ErrorResponse {
+pub(super) fn unknown(error: OperatorError, (pool, backend): (String, String)) -> ErrorResponse {
     let (error, detail) = match error {
         OperatorError::UnknownPool => {
             let detail = format!("there is no pool {pool:?}; tidegate status lists all pools");

@@ -18,6 +18,7 @@ use tidegate_core::control::{
     BackendHeartbeatStatus, BackendStatus, ControlStatus, FreezeStatus, HeartbeatChannelStatus,
     HeartbeatIgnored, MemberSource, Origins, PoolStatus, Weight,
 };
+use tidegate_core::decision::rings::PickShare;
 use tidegate_core::health::probe_detector::ProbeState;
 use tidegate_core::health::recent::Recent;
 use tidegate_core::health::{
@@ -25,7 +26,7 @@ use tidegate_core::health::{
 };
 use tidegate_core::metrics::histograms::MergedHistograms;
 use tidegate_core::model::{
-    BackendAddr, EjectionSpec, HeartbeatSpec, Policy, ProbeKind, ProbeSpec, Words,
+    BackendAddr, EjectionSpec, HeartbeatSpec, Policy, PoolId, ProbeKind, ProbeSpec, Words,
 };
 use tidegate_core::suspicion::rejections::{Rejected, Rejection, Rejections};
 use tidegate_core::suspicion::{DetectorReading, DetectorState, PathView};
@@ -206,6 +207,7 @@ fn explanation_has_exactly_the_documented_fields() {
     let backend = backend(now);
     let explained = Explanation {
         now,
+        pool: PoolId(1),
         intent_for: millis(7_300_000),
         observed_for: millis(750),
         requested_for: millis(2_000),
@@ -272,12 +274,14 @@ fn explanation_has_exactly_the_documented_fields() {
         history: vec![transition(now)],
         backend,
     };
-    let text = explain::render(&explained, Some(&rejection(true, now)));
+    let picks = PickShare { backend: 3, pool: 4 };
+    let text = explain::render(&explained, Some(&rejection(true, now)), picks);
     let read: ExplainDoc = serde_json::from_str(&text).expect("clients parse the document");
     assert_eq!(serde_json::to_string(&read).unwrap(), text, "no field is lost");
     expect![[r#"
 
-        {"pool":"web","backend":"a","address":"10.0.0.11:8080","registered":true,"eligible":true,"why":"its sender reports starting; its heartbeats are rejected: stale, its clock is 5m 1s behind (set the clock)","observation":"suspect","observation_seconds":0.75,"intent":"ready","intent_seconds":7300.0,"backup":false,"connections_max":0,"connections_max_in_force":4,"sessions_active":0,"weight":
+        {"pool":"web","backend":"a","address":"10.0.0.11:8080","registered":true,"eligible":true,"why":"its sender reports starting; its heartbeats are rejected: stale, its clock is 5m 1s behind (set the clock)","observation":"suspect","observation_seconds":0.75,"intent":"ready","intent_seconds":7300.0,"backup":false,"connections_max":0,"connections_max_in_force":4,"sessions_active":0,"picks":
+        {"backend":3,"pool":4},"weight":
         {"effective":0.2,"configured":2,"health_percent":10,"ramp_percent":40,"load_percent":65},"probe":
         {"kind":"tcp","interval_seconds":2.0,"timeout_seconds":0.4,"rise":2,"fall":3,"observation":"up","seconds":90.0,"failed_in_a_row":1,"connects_failed_in_a_row":2,"succeeded_in_a_row":0,"fails_open":true}
         ,"heartbeat":

@@ -17,6 +17,8 @@ const RESERVED: u64 = 1_000_000;
 /// The next unused session number. Starts at 1.
 #[derive(Debug)]
 pub struct Numbers {
+    /// The first number of this process.
+    first: AtomicU64,
     next: AtomicU64,
 }
 
@@ -37,13 +39,21 @@ impl Numbers {
     /// Continues at `start`, the number from the old process. A smaller number than the next
     /// unused one has no effect.
     pub fn continue_from(&self, start: u64) {
-        self.next.fetch_max(start, Ordering::Relaxed);
+        if self.next.fetch_max(start, Ordering::Relaxed) < start {
+            self.first.store(start, Ordering::Relaxed);
+        }
+    }
+
+    /// Returns the numbers of this process: of its sessions, and of blocks whose rest is
+    /// unused.
+    pub fn given_out(&self) -> Range<u64> {
+        self.first.load(Ordering::Relaxed)..self.next.load(Ordering::Relaxed)
     }
 }
 
 impl Default for Numbers {
     fn default() -> Numbers {
-        Numbers { next: AtomicU64::new(1) }
+        Numbers { first: AtomicU64::new(1), next: AtomicU64::new(1) }
     }
 }
 
@@ -57,6 +67,7 @@ mod tests {
         assert_eq!((numbers.block(), numbers.block()), (1..65, 65..129));
         let next = Numbers::default();
         next.continue_from(numbers.for_next_process());
+        assert_eq!(next.given_out(), 129 + RESERVED..129 + RESERVED);
         assert_eq!(next.block().start, 129 + RESERVED);
         // An old process that sends no number changes nothing.
         next.continue_from(0);
