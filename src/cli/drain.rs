@@ -91,7 +91,7 @@ fn wait(args: &DrainArgs, limit: Option<Duration>) -> Exit {
         none_before = left == 0;
         if limit.is_some_and(|limit| clock::now() >= began + limit) {
             let s = if left == 1 { "" } else { "s" };
-            let text = format!("{pool}/{backend} has {left} session{s} left");
+            let text = format!("{pool}/{backend} has {left} session{s} left; it stays draining");
             return fail(&args.client, &ClientError::Unreachable(text));
         }
         clock::pause(POLL_INTERVAL);

@@ -13,7 +13,7 @@ use rustix::fs::{Access, AtFlags, CWD};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
-use tidegate_api::place::{places, refused};
+use tidegate_api::place::places;
 use tidegate_core::model::{ADMIN_SOCKET, Admin, AdminListen};
 
 /// Where this process listens, and the reason.
@@ -53,7 +53,7 @@ pub(super) fn settle(admin: &Admin, before: Option<&str>) -> Result<Place, Failu
     }
     let all = reasons.join("; ");
     Err(Failure::Runtime(format!(
-        "no usable directory for the admin socket: {all}; set [admin] listen"
+        "no usable directory for the admin socket: {all}; correct a directory or set [admin] listen"
     )))
 }
 
@@ -82,14 +82,15 @@ fn writable(directory: &Path) -> io::Result<()> {
 /// Checks that this user owns the directory and that other users have no access to it.
 fn private(directory: &Path) -> io::Result<()> {
     let found = std::fs::symlink_metadata(directory)?;
+    let refused = |why: &str| io::Error::new(io::ErrorKind::PermissionDenied, why);
     if !found.is_dir() {
-        return Err(refused(directory, "is not a directory"));
+        return Err(refused("not a directory"));
     }
     if found.uid() != rustix::process::geteuid().as_raw() {
-        return Err(refused(directory, "is owned by another user"));
+        return Err(refused("owned by another user"));
     }
     if found.mode() & 0o077 != 0 {
-        return Err(refused(directory, "is accessible to other users; run chmod 700"));
+        return Err(refused("accessible to other users; run chmod 700 on it"));
     }
     writable(directory)
 }
@@ -130,7 +131,7 @@ mod tests {
         assert!(prepare(&own.join(SOCKET)).unwrap_err().contains("accessible to other users"));
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&own, &link).unwrap();
-        assert!(prepare(&link.join(SOCKET)).unwrap_err().contains("is not a directory"));
+        assert!(prepare(&link.join(SOCKET)).unwrap_err().contains("not a directory"));
         assert!(prepare(&dir.path().join("no/such/a.sock")).unwrap_err().contains("cannot create"));
     }
 }

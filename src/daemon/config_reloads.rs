@@ -48,6 +48,8 @@ pub(super) struct ConfigReloads {
     config: Arc<Config>,
     session_cap: SessionCap,
     restart_needed: Vec<String>,
+    /// The problem of the file, if the last reload rejected it.
+    rejected: Option<String>,
     counts: ReloadCounts,
     /// `None` until the loop runs, or if the file cannot be watched.
     watcher: Option<ConfigWatcher>,
@@ -83,6 +85,7 @@ impl ConfigReloads {
             config,
             session_cap: SessionCap::new(descriptors),
             restart_needed: Vec::new(),
+            rejected: None,
             counts: ReloadCounts::default(),
             watcher: None,
             changed: Arc::default(),
@@ -151,6 +154,13 @@ impl ConfigReloads {
         self.restart_needed.clone()
     }
 
+    /// Returns a warning if the file is rejected, so that it differs from the configuration in
+    /// force.
+    pub(super) fn rejected(&self) -> Option<String> {
+        let problem = self.rejected.as_ref()?;
+        Some(format!("configuration file rejected; the previous one stays in effect: {problem}"))
+    }
+
     pub(super) fn counts(&self) -> ReloadCounts {
         self.counts
     }
@@ -167,6 +177,12 @@ impl ConfigReloads {
             Ok(_) => self.counts.unchanged += 1,
             Err(_) => self.counts.refused += 1,
         }
+        self.rejected = match result {
+            Err(ReloadError::Problems(problems)) => problems.first().map(|first| {
+                format!("{}:{}:{}: {}", first.file, first.line, first.column, first.message)
+            }),
+            _ => None,
+        };
     }
 
     /// Counts a reload that was rejected before it started.

@@ -164,7 +164,9 @@ impl Control {
             buffers_refused: rare.buffers_refused,
             state_unwritten: rare.state_unwritten,
             warnings: self.reloads.warnings(),
-            other_warnings: self.supervised.in_force.note().into_iter().collect(),
+            other_warnings: (self.supervised.in_force.note().into_iter())
+                .chain(self.reloads.rejected())
+                .collect(),
             admin_dropped: rare.admin_dropped,
             confinement: self.lifecycle.confined().report.clone(),
             control_counts: Arc::clone(self.telemetry.local()),

@@ -166,7 +166,7 @@ fn user_without_a_runtime_directory_uses_a_directory_in_tmp(engine: Engine) {
     assert!(said.contains("is not a directory of this user"), "{said}");
     let mut own = UserProcess::start(engine, uid, false, a.address().parse().unwrap());
     eventually(secs(20), "the process exits", || own.child.try_wait().unwrap().is_some());
-    assert!(own.log().contains("set [admin] listen"), "{}", own.log());
+    assert!(own.log().contains("or set [admin] listen"), "{}", own.log());
     std::fs::remove_dir_all(&directory).unwrap();
 }
 
@@ -196,6 +196,16 @@ fn mistakes_of_a_user_are_explained(engine: Engine) {
 
     refused(&["explain", "web/b"], 1, &["no backend \"b\"; tidegate status lists its backends"]);
     refused(&["drain", "b/a"], 1, &["no pool \"b\"; tidegate status lists all pools"]);
+
+    // The status shows that the file is not the configuration in force.
+    let rejected = "warning: configuration file rejected; the previous one stays in effect";
+    std::fs::write(&own.config, text.replace("workers = 1", "workers = 0")).unwrap();
+    refused(&["reload"], 1, &["workers must be from 1 to 256"]);
+    let shown = own.stdout(&["status"]);
+    assert!(shown.contains(rejected) && shown.contains(":2:11: workers must be"), "{shown}");
+    std::fs::write(&own.config, &text).unwrap();
+    own.stdout(&["reload"]);
+    assert!(!own.stdout(&["status"]).contains(rejected));
 
     if own.uid.is_some() {
         let user = "[process]\nuser = \"54321\"\ngroup = \"54321\"\n";
