@@ -315,7 +315,7 @@ fn address_without_a_listener_is_reported() {
     let output = bench(free, "ping-pong --for 5s");
     let complaint = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(3), "{complaint}");
-    let named = complaint.contains(&free.to_string()) && complaint.contains("connect_refused");
+    let named = complaint.contains(&free.to_string()) && complaint.contains("connect refused");
     assert!(named, "{complaint}");
 }
 

@@ -100,7 +100,7 @@ fn one_changed_bit_is_reported_with_the_seed_of_the_stream() {
     let complaint = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(3), "{output:?}");
     assert!(count(&whole(&output), "wrong") > 0, "{output:?}");
-    assert!(complaint.contains("seed: "), "{complaint}");
+    assert!(complaint.contains("stream with seed "), "{complaint}");
 }
 
 #[test]

@@ -371,6 +371,19 @@ mod tests {
     }
 
     #[test]
+    fn host_name_instead_of_an_address_is_explained() {
+        for line in [
+            "bench --to localhost:80 churn",
+            "streams --to localhost:80 --listen 127.0.0.1:0",
+            "backend --listen localhost:80 echo",
+            "heartbeat --to localhost:80",
+        ] {
+            let error = parse(&line.split(' ').collect::<Vec<_>>()).expect_err(line);
+            assert!(error.to_string().contains("expected IP:PORT, for example"), "{error}");
+        }
+    }
+
+    #[test]
     fn demo_runs_40_s_by_default() {
         let Command::Demo(args) = parse(&["demo"]).unwrap() else { panic!("another command") };
         assert_eq!((args.backends, args.duration), (3, Duration::from_secs(40)));

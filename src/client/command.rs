@@ -4,6 +4,7 @@
 
 use serde::Serialize;
 use std::io::{self, Write};
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -31,6 +32,14 @@ pub fn duration(text: &str) -> Result<Duration, String> {
         Ok(duration) => Ok(duration),
         Err(error) => Err(error.to_string()),
     }
+}
+
+/// Parses an IP address with a port.
+///
+/// # Errors
+/// The text is something else, such as a host name.
+pub fn socket_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "expected IP:PORT, for example 127.0.0.1:8080".to_owned())
 }
 
 /// Prints to standard output. Errors are ignored, for example if the reader has exited.

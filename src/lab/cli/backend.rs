@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
-use tidegate_client::command::{Exit, duration, print, print_json};
+use tidegate_client::command::{Exit, duration, print, print_json, socket_address};
 
 /// `tidegate backend`
 #[derive(Debug, Args)]
@@ -18,7 +18,7 @@ pub struct BackendArgs {
     #[arg(value_enum, value_name = "MODE")]
     pub mode: BehaviourName,
     /// Address to listen on; port 0 picks a free port; repeatable.
-    #[arg(long, value_name = "IP:PORT", required = true)]
+    #[arg(long, value_name = "IP:PORT", required = true, value_parser = socket_address)]
     pub listen: Vec<SocketAddr>,
     /// Bytes of a request, for respond [default: 64].
     #[arg(long, value_name = "BYTES", value_parser = threads::size)]

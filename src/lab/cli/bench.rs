@@ -12,7 +12,7 @@ use std::fmt::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::mpsc;
 use std::time::Duration;
-use tidegate_client::command::{Exit, duration, print, print_json};
+use tidegate_client::command::{Exit, duration, print, print_json, socket_address};
 
 /// `tidegate bench`
 #[derive(Debug, Args)]
@@ -21,7 +21,7 @@ pub struct BenchArgs {
     #[arg(value_enum, value_name = "MODE")]
     pub mode: ModeName,
     /// Target address.
-    #[arg(long, value_name = "IP:PORT")]
+    #[arg(long, value_name = "IP:PORT", value_parser = socket_address)]
     pub to: SocketAddr,
     /// Number of connections over all threads.
     #[arg(long, short, value_name = "N", default_value_t = 32,

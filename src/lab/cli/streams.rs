@@ -13,7 +13,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use tidegate_client::command::{Exit, duration, print, print_json};
+use tidegate_client::command::{Exit, duration, print, print_json, socket_address};
 use tidegate_net::clock;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -21,11 +21,11 @@ use tokio::signal::unix::{SignalKind, signal};
 #[derive(Debug, Args)]
 pub struct StreamsArgs {
     /// Balancer address that clients connect to; repeatable, used in turn.
-    #[arg(long, value_name = "IP:PORT", required = true)]
+    #[arg(long, value_name = "IP:PORT", required = true, value_parser = socket_address)]
     pub to: Vec<SocketAddr>,
     /// Address of a built-in backend; repeatable. The balancer must route all clients
     /// to these.
-    #[arg(long, value_name = "IP:PORT", required = true)]
+    #[arg(long, value_name = "IP:PORT", required = true, value_parser = socket_address)]
     pub listen: Vec<SocketAddr>,
     /// New streams per second.
     #[arg(long, value_name = "PER-SECOND", default_value_t = 10.0, value_parser = rate)]

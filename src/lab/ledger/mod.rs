@@ -170,7 +170,11 @@ impl StreamFault {
 impl fmt::Display for StreamFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.plan {
-            Some(plan) => write!(f, "{plan:?}: {}", self.text),
+            Some(StreamPlan { seed, up, down, order }) => write!(
+                f,
+                "stream with seed {seed}, {up} B up, {down} B down, end {order:?}: {}",
+                self.text
+            ),
             None => f.write_str(&self.text),
         }
     }

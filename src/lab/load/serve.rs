@@ -64,7 +64,9 @@ pub fn serve(service: Service) -> io::Result<(LoadThreads<ServeReport>, Vec<Sock
     // One set of listeners per thread.
     let mut sets: Vec<Vec<_>> = (0..service.threads).map(|_| Vec::new()).collect();
     for address in &service.listen {
-        let named = |error: io::Error| io::Error::new(error.kind(), format!("{address}: {error}"));
+        let named = |error: io::Error| {
+            io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"))
+        };
         if address.port() != 0 {
             listen::check_unused(*address, false).map_err(named)?;
         }

@@ -239,7 +239,11 @@ impl<'a> LoadThread<'a> {
             return Ok(());
         }
         let kinds: Vec<_> = self.report.errors_by_name().map(|(name, _)| name).collect();
-        let why = if kinds.is_empty() { "no answer".to_owned() } else { kinds.join(", ") };
+        let why = if kinds.is_empty() {
+            "no answer".to_owned()
+        } else {
+            kinds.join(", ").replace('_', " ")
+        };
         Err(io::Error::other(format!("cannot connect to {}: {why}", self.plan.target)))
     }
 
