@@ -222,7 +222,7 @@ fn admin_place(
     identity: Option<&UserIdentity>,
     before: Option<&str>,
 ) -> Result<Place, Failure> {
-    if identity.is_none() && config.admin.is_default() {
+    if identity.is_none_or(UserIdentity::is_current) && config.admin.is_default() {
         return admin_place::settle(&config.admin, before);
     }
     prepare_directory(config, identity)?;

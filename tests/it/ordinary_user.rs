@@ -208,6 +208,11 @@ fn mistakes_of_a_user_are_explained(engine: Engine) {
     assert!(!own.stdout(&["status"]).contains(rejected));
 
     if own.uid.is_some() {
+        // With its own name as `user`, the process also uses the directory of the user.
+        let user = "[process]\nuser = \"65534\"\ngroup = \"65534\"\n";
+        std::fs::write(&second, text.replace("[process]\n", user)).unwrap();
+        refused(&["run", file], 3, &[&taken]);
+
         let user = "[process]\nuser = \"54321\"\ngroup = \"54321\"\n";
         std::fs::write(&second, text.replace("[process]\n", user)).unwrap();
         let switch = ":2:8: error: [process] user: ";
