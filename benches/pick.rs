@@ -14,17 +14,23 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 use tidegate_core::balance::in_flight::InFlight;
 use tidegate_core::balance::latency::Latency;
-use tidegate_core::balance::{Balancer, Candidate, PickKey};
+use tidegate_core::balance::{Balancer, Candidate, PickKey, PickRecord};
+use tidegate_core::decision::Outcome;
+use tidegate_core::decision::rings::Decisions;
 use tidegate_core::model;
-use tidegate_core::model::{BackendAddr, Policy, Words};
+use tidegate_core::model::{BackendAddr, ClientAddr, FrontendId, PeerAddr, Policy, Words};
+use tidegate_core::outcome::{Cause, Phase};
 use tidegate_core::table::Table;
 use tidegate_core::table::build::{BackendInput, PoolInput, TableInput, build};
+use tidegate_core::table::decide::{Picked, PickedFor};
 use tidegate_core::table::publish::TablePublisher;
+use tidegate_core::table::routes::RouteNumber;
 use tidegate_core::table::state::{BackendId, BackendState, PoolId};
 use tidegate_core::testing;
+use tidegate_net::clock;
 
 const SIZES: [usize; 4] = [3, 64, 1_000, 10_000];
 
@@ -224,6 +230,64 @@ fn input(
     TableInput { generation: 1, serial: 1, connections_max: 0, frontends: Vec::new(), pools }
 }
 
+/// A pick through the table: without a record (`plain`), with one (`noted`), and with all that
+/// a session adds to it (`recorded`): the wall time, the decision in its ring, and the outcomes
+/// of the connect and of the end.
+fn recorded(c: &mut Criterion) {
+    let all = Decisions::new(1);
+    let rings = all.of(0);
+    let mut record = PickRecord::default();
+    let client = ClientAddr::of_peer(PeerAddr::new(([192, 0, 2, 1], 50_000).into()));
+    for (policy, size) in [
+        (Policy::WeightedRoundRobin, 3),
+        (Policy::LeastConnections, 3),
+        (Policy::LeastConnections, 64),
+    ] {
+        let table = build(&input(&spec(policy), &states(size), weight), None);
+        let pool = &table.pools[0];
+        let mut group = c.benchmark_group("decision");
+        let id = |kind: &str| BenchmarkId::new(format!("{}-{kind}", policy.word()), size);
+        let mut number = 0;
+        group.bench_function(id("plain"), |b| {
+            b.iter(|| {
+                number += 1;
+                black_box(pool.pick(key(number), &[]).unwrap().index)
+            });
+        });
+        group.bench_function(id("noted"), |b| {
+            b.iter(|| {
+                number += 1;
+                black_box(pool.pick_recorded(key(number), &[], &mut record).unwrap().index)
+            });
+        });
+        group.bench_function(id("recorded"), |b| {
+            b.iter(|| {
+                number += 1;
+                let pick = pool.pick_recorded(key(number), &[], &mut record).unwrap();
+                let wall = clock::wall().duration_since(UNIX_EPOCH).unwrap_or_default();
+                let session = PickedFor {
+                    session: number,
+                    client,
+                    frontend: FrontendId(1),
+                    route: RouteNumber::default(),
+                    serial: 1,
+                    attempt: 1,
+                    waited: None,
+                    now: clock::now(),
+                    wall_micros: wall.as_micros() as u64,
+                };
+                let decision = pool.decision(&session, Some(Picked::of(&pick)), &record);
+                let place = rings.first.push(&decision);
+                let connected = Outcome { connect_micros: Some(9), ..Outcome::default() };
+                rings.first.set_outcome(place, number, &connected);
+                let end = Some((Cause::Finished, Phase::Closed));
+                rings.first.set_outcome(place, number, &Outcome { end, ..connected });
+                pick.index
+            });
+        });
+    }
+}
+
 fn tables(c: &mut Criterion) {
     let publisher = TablePublisher::new(Arc::new(Table::empty()));
     let mut reader = publisher.reader();
@@ -261,6 +325,6 @@ criterion_group! {
         .sample_size(10)
         .warm_up_time(Duration::from_millis(50))
         .measurement_time(Duration::from_millis(200));
-    targets = picks, slot, full_pool, tables
+    targets = picks, slot, full_pool, recorded, tables
 }
 criterion_main!(benches);

@@ -50,3 +50,5 @@ mod slow;
 mod sources;
 mod state;
 mod storms;
+mod why;
+mod why_ledger;

@@ -359,15 +359,19 @@ impl AttemptFailureKind {
 impl SkippedList {
     /// No backend.
     pub const EMPTY: SkippedList = SkippedList {
-        named: [Skipped { backend: BackendId(0), reason: SkipReason::Down, seconds: 0 };
+        named: [Skipped { backend: SkippedList::NONE, reason: SkipReason::Down, seconds: 0 };
             SKIPPED_NAMED],
         total: 0,
     };
 
+    /// Marks a place without a name.
+    pub(super) const NONE: BackendId = BackendId(u32::MAX);
+
     /// Adds a backend; beyond the eighth only the count rises.
     #[inline]
     pub fn push(&mut self, skipped: Skipped) {
-        if let Some(free) = self.named.get_mut(self.total as usize) {
+        let free = self.named().len();
+        if let Some(free) = self.named.get_mut(free) {
             *free = skipped;
         }
         self.total = self.total.saturating_add(1);
@@ -380,7 +384,8 @@ impl SkippedList {
 
     /// Those that are named, in the order they were added.
     pub fn named(&self) -> &[Skipped] {
-        &self.named[..SKIPPED_NAMED.min(self.total as usize)]
+        let free = self.named.iter().position(|one| one.backend == SkippedList::NONE);
+        &self.named[..free.unwrap_or(SKIPPED_NAMED)]
     }
 
     /// How many there were.

@@ -52,6 +52,7 @@ pub(super) fn encode(decision: &Decision) -> DecisionWords {
     words[8..11].copy_from_slice(&figures);
     words[11] = u64::from(decision.waited_micros) | high(other);
     words[12] = u64::from(decision.skipped.total);
+    words[13..13 + SKIPPED_NAMED].fill(u64::from(SkippedList::NONE.0));
     for (place, skipped) in decision.skipped.named().iter().enumerate() {
         words[12] |= (skipped.reason as u64) << (32 + REASON_BITS * place);
         words[13 + place] = u64::from(skipped.backend.0) | high(skipped.seconds);
@@ -152,6 +153,9 @@ fn skipped(words: &DecisionWords) -> Option<SkippedList> {
     for place in 0..SKIPPED_NAMED.min(total as usize) {
         let reason = (words[12] >> (32 + REASON_BITS * place)) as usize & mask;
         let word = words[13 + place];
+        if BackendId(word as u32) == SkippedList::NONE {
+            break;
+        }
         list.push(Skipped {
             backend: BackendId(word as u32),
             reason: *SkipReason::ALL.get(reason)?,
@@ -225,16 +229,17 @@ mod tests {
     }
 
     fn any_skipped() -> impl Strategy<Value = SkippedList> {
-        let one = (any::<(u32, u32)>(), 0..SkipReason::ALL.len()).prop_map(
+        let one = ((0..NONE, any::<u32>()), 0..SkipReason::ALL.len()).prop_map(
             |((backend, seconds), reason)| Skipped {
                 backend: BackendId(backend),
                 reason: SkipReason::ALL[reason],
                 seconds,
             },
         );
-        proptest::collection::vec(one, 0..12).prop_map(|all| {
+        (proptest::collection::vec(one, 0..12), 0..9_u32).prop_map(|(all, more)| {
             let mut list = SkippedList::EMPTY;
             all.into_iter().for_each(|skipped| list.push(skipped));
+            list.count_more(more);
             list
         })
     }

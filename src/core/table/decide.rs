@@ -204,10 +204,12 @@ impl PoolTable {
                 list.push(Skipped { backend: backend.id, reason: *reason, seconds: 0 });
             }
         }
-        let unnamed = record.passed_over_total().saturating_sub(list.total());
+        // The table leaves out a member until the next table, even if it has become eligible
+        // and so has no reason any more.
         let left_out = self.left_out.named();
         left_out.iter().filter_map(|one| skipped(one, now)).for_each(|one| list.push(one));
-        list.count_more(unnamed + self.left_out.total() - left_out.len() as u32);
+        let all = record.passed_over_total().saturating_add(self.left_out.total());
+        list.count_more(all.saturating_sub(list.total()));
         list
     }
 }
