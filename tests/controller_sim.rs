@@ -199,8 +199,8 @@ impl Sim {
         let (outcome, success) = match self.rng.u8(..20) {
             0 => return, // Lost by the daemon.
             1 => (ProbeOutcome::Local { reason: "no port".into() }, None),
-            2..=9 => (ProbeOutcome::Failure { reason: "broken".into() }, Some(false)),
-            _ => (ProbeOutcome::Success { took: Duration::ZERO }, Some(true)),
+            2..=9 => (ProbeOutcome::failure("broken"), Some(false)),
+            _ => (ProbeOutcome::success(Duration::ZERO), Some(true)),
         };
         let event = ControlEvent::Probed { backend: id, token, outcome };
         let effects = self.controller.apply(event, self.now);

@@ -5,7 +5,8 @@
 //! contains only data and computes nothing.
 
 use super::names::{
-    DetectorName, IntentName, ObservationName, ProbeKindName, PulseName, SenderStateName,
+    DetectorName, IntentName, NoneEligible, ObservationName, ProbeKindName, ProbeResultName,
+    PulseName, SenderStateName,
 };
 use super::status::{FreezeDoc, RejectedDoc, TransitionDoc, whole_if_it_is};
 use serde::{Deserialize, Serialize};
@@ -47,6 +48,11 @@ pub struct ExplainDoc {
     pub weight: WeightDoc,
     /// `null` if its pool has no probes.
     pub probe: Option<ProbeDoc>,
+    /// The newest probe that has ended; `null` if none has in this process.
+    pub last_probe: Option<LastProbeDoc>,
+    /// What happens to clients if no backend of the pool is eligible; `null` if a backend
+    /// is eligible.
+    pub none_eligible: Option<NoneEligible>,
     /// `null` if its pool accepts no heartbeats.
     pub heartbeat: Option<HeartbeatDoc>,
     /// Passive removal after failures.
@@ -112,6 +118,21 @@ pub struct ProbeDoc {
     pub succeeded_in_a_row: u32,
     /// It is eligible before its first result.
     pub fails_open: bool,
+}
+
+/// The newest probe that has ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LastProbeDoc {
+    /// Its result.
+    pub result: ProbeResultName,
+    /// What the backend answered, or why the probe failed; at most 256 bytes.
+    pub detail: String,
+    /// Time from its connect to its result; `null` if it did not run.
+    pub took_seconds: Option<f64>,
+    /// Time since its result.
+    pub ended_seconds_ago: f64,
+    /// It was sent because heartbeats were overdue.
+    pub confirmation: bool,
 }
 
 /// Heartbeats.
@@ -266,4 +287,15 @@ pub struct GuardsDoc {
     pub pool_heard: u64,
     /// Backends of its pool that send heartbeats.
     pub pool_senders: u64,
+    /// The removal of this backend that a guard prevents; `null` if there is none.
+    pub prevented: Option<PreventedDoc>,
+}
+
+/// A removal that a guard prevents.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PreventedDoc {
+    /// The evidence against the backend.
+    pub evidence: String,
+    /// Why the guard prevents the removal.
+    pub reason: String,
 }

@@ -380,6 +380,16 @@ names! {
         /// Sends an HTTP request.
         Http = "http",
     }
+
+    /// Result of a probe.
+    pub enum ProbeResultName {
+        /// The expected answer arrived.
+        Success = "success",
+        /// The backend or the path to it failed.
+        Failure = "failure",
+        /// A local error prevented the probe. It says nothing about the backend.
+        NotRun = "not-run",
+    }
 }
 
 #[cfg(test)]

@@ -17,10 +17,10 @@ use std::fmt::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU64;
 use tidegate_api::explain::{
-    EjectionDoc, ExplainDoc, FailuresDoc, GuardsDoc, HeartbeatDoc, PicksDoc, ProbeDoc, SenderDoc,
-    SlowStartDoc, WeightDoc,
+    EjectionDoc, ExplainDoc, FailuresDoc, GuardsDoc, HeartbeatDoc, LastProbeDoc, PicksDoc,
+    ProbeDoc, SenderDoc, SlowStartDoc, WeightDoc,
 };
-use tidegate_api::names::PulseName;
+use tidegate_api::names::{ProbeResultName, PulseName};
 use tidegate_api::status::{RejectedDoc, TransitionDoc};
 use tidegate_client::command::Exit;
 use tidegate_client::http::{ClientArgs, ask, backend_path, report, segment};
@@ -130,13 +130,15 @@ fn assumed_weight(text: &str) -> Result<String, String> {
 /// Renders for a terminal of `width` columns. `None`: one line per row of the history.
 fn render(facts: &ExplainDoc, width: Option<usize>) -> String {
     let mut text = format!(
-        "{}/{} at {}{}{}\n{}: {}\n\n",
+        "{}/{} at {}{}{}\n{}{} {}\n\n",
         cell_text(&facts.pool),
         cell_text(&facts.backend),
         cell_text(&facts.address),
         if facts.registered { ", registered by heartbeats" } else { "" },
         if facts.backup { ", backup" } else { "" },
         verdict(facts),
+        // `although` continues the verdict.
+        if facts.why.starts_with("although ") { "" } else { ":" },
         cell_text(&facts.why),
     );
     let mut line = |name: &str, what: String| {
@@ -155,6 +157,10 @@ fn render(facts: &ExplainDoc, width: Option<usize>) -> String {
     line("Failures", failures(&facts.failures));
     let none = || "not configured".to_owned();
     line("Probes", facts.probe.as_ref().map_or_else(none, probes));
+    if facts.probe.is_some() || facts.last_probe.is_some() {
+        let none = || "none has ended in this process".to_owned();
+        line("Last probe", facts.last_probe.as_ref().map_or_else(none, last_probe));
+    }
     line("Heartbeats", facts.heartbeat.as_ref().map_or_else(none, heartbeats));
     line("Ejection", ejection(&facts.ejection));
     line("Guards", guards(&facts.guards, facts.heartbeat.is_some()));
@@ -218,9 +224,10 @@ fn failures(failures: &FailuresDoc) -> String {
     };
     if failures.in_a_row > 0 {
         let _ = write!(text, "; {} in a row", failures.in_a_row);
-        if let Some(eject_at) = failures.eject_at {
-            let _ = write!(text, ", ejection at {eject_at}");
-        }
+        let _ = match failures.eject_at {
+            Some(eject_at) => write!(text, ", ejection at {eject_at}"),
+            None => write!(text, ", ejection is off"),
+        };
     }
     let total = plural(failures.connects_total, "failed connect");
     let _ = write!(text, "; {total} since the start");
@@ -247,6 +254,19 @@ fn probes(probe: &ProbeDoc) -> String {
         probe.kind,
         short(probe.interval_seconds),
     )
+}
+
+fn last_probe(last: &LastProbeDoc) -> String {
+    let took = last.took_seconds.map_or_else(String::new, |took| format!(" after {}", short(took)));
+    let kind = if last.confirmation { " (confirmation probe)" } else { "" };
+    let result = match &last.result {
+        ProbeResultName::Success => "succeeded",
+        ProbeResultName::Failure => "failed",
+        ProbeResultName::NotRun => "not run because of a local error",
+        other => other.name(),
+    };
+    let ago = short(last.ended_seconds_ago);
+    format!("{result}{took}, {ago} ago{kind}: {}", cell_text(&last.detail))
 }
 
 fn heartbeats(HeartbeatDoc { required, pulse, sender, rejected }: &HeartbeatDoc) -> String {
@@ -377,6 +397,10 @@ fn guards(guards: &GuardsDoc, heartbeats: bool) -> String {
             );
         }
     }
+    if let Some(prevented) = &guards.prevented {
+        let (evidence, reason) = (cell_text(&prevented.evidence), cell_text(&prevented.reason));
+        let _ = writeln!(text, "PREVENTS THE REMOVAL of this backend: {reason}; {evidence}");
+    }
     if text.is_empty() {
         text.push_str("none active\n");
     }
@@ -448,6 +472,7 @@ mod tests {
             Slow start  not in progress
             Failures    3 failed connects, 1 reset before the first byte in the last 12 s; last 1.25 s ago: connection refused; 2 in a row, ejection at 5; 9 failed connects since the start
             Probes      not configured
+            Last probe  failed after 100 ms, 400 ms ago (confirmation probe): timed out after 100ms while connecting
             Heartbeats  overdue, confirmation failed (required); last 1m 15s ago, suspect after 325 ms, expires after 10 s
                         sender: ready for 2h 1m, weight 10, load 500/1000 (480 smoothed), 3 connections
                         timing: every 100 ms (measured 100 ms), jitter 1.2 ms, 3 may be missing in a row at 0.1% loss

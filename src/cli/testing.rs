@@ -57,6 +57,9 @@ const EXPLANATION: &str = r#"{
     "weight": {"effective": 0, "configured": 10,
                "health_percent": 0, "ramp_percent": 100, "load_percent": 65},
     "probe": null, "slow_start": null,
+    "last_probe": {"result": "failure", "detail": "timed out after 100ms while connecting",
+        "took_seconds": 0.1, "ended_seconds_ago": 0.4, "confirmation": true},
+    "none_eligible": null,
     "heartbeat": {"required": true, "pulse": "silent", "sender": {
         "state": "ready", "state_seconds": 7300.0, "key": 1, "incarnation": 17,
         "sequence": 72000, "weight_asked": 10, "load": 500, "load_smoothed": 480.2,

@@ -239,8 +239,8 @@ impl World {
         let token = if self.rng.u8(..10) == 0 { ProbeToken(self.rng.u64(..)) } else { token };
         let outcome = match self.rng.u8(..8) {
             0 => ProbeOutcome::Local { reason: "no port".into() },
-            1..4 => ProbeOutcome::Failure { reason: "broken".into() },
-            _ => ProbeOutcome::Success { took: Duration::from_millis(self.rng.u64(..3000)) },
+            1..4 => ProbeOutcome::failure("broken"),
+            _ => ProbeOutcome::success(Duration::from_millis(self.rng.u64(..3000))),
         };
         self.apply([ControlEvent::Probed { backend, token, outcome }]);
     }

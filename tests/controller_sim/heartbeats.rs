@@ -158,9 +158,9 @@ impl Sim {
     fn outcome(&self, id: BackendId) -> ProbeOutcome {
         let alive = |name: &String| self.senders.iter().any(|s| *s.name == **name && s.alive);
         if self.ids.get(&id).is_some_and(alive) {
-            ProbeOutcome::Success { took: Duration::ZERO }
+            ProbeOutcome::success(Duration::ZERO)
         } else {
-            ProbeOutcome::Failure { reason: "connect timed out".into() }
+            ProbeOutcome::failure("connect timed out")
         }
     }
 

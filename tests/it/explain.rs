@@ -11,6 +11,10 @@ use std::io::Write;
 on_every_engine!(
     explain_shows_refused_connects_ejection_and_trial,
     explain_counts_early_resets,
+    explain_names_failures_while_ejection_is_off,
+    explain_shows_the_last_probe,
+    explain_says_what_happens_while_no_backend_is_eligible,
+    explain_names_the_guard_that_prevents_an_ejection,
     access_log_lists_every_failed_attempt,
 );
 
@@ -58,6 +62,7 @@ fn explain_shows_refused_connects_ejection_and_trial(engine: Engine) {
     let facts = explained();
     let why = facts["why"].to_string();
     assert!(why.contains("on trial for ") && why.contains("connection refused"), "{why}");
+    assert!(why.contains("; no session has tried it yet; a success ends the trial"), "{why}");
     let said = proxy.cli_ok(&["explain", "web/b"]);
     assert!(
         said.contains("IN ROTATION for one trial session") && said.contains("ON TRIAL"),
@@ -78,6 +83,118 @@ fn explain_counts_early_resets(engine: Engine) {
     });
     let why = proxy.explained("web", "bad")["why"].to_string();
     assert!(why.contains("1 session reset before the first byte"), "{why}");
+}
+
+/// Asks `explain` for the sentence in JSON and for the second line of the text.
+fn headline(proxy: &TestProxy, backend: &str) -> (String, String) {
+    let explained = proxy.explained("web", backend);
+    let why = explained["why"].as_str().expect("a sentence").to_owned();
+    let said = proxy.cli_ok(&["explain", &format!("web/{backend}")]);
+    (why, said.lines().nth(1).expect("a headline").to_owned())
+}
+
+fn explain_names_failures_while_ejection_is_off(engine: Engine) {
+    let (a, b) = (ScriptedBackend::start(backend::name("a")), Refusing::new());
+    let pool = Pool::new("web")
+        .key("ejection = \"off\"")
+        .backend("a", a.address())
+        .backend("b", b.address);
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    eventually(secs(10), "three connects were refused", || {
+        client::ask(proxy.addr("web")).expect("the other backend serves");
+        proxy.explained("web", "b")["failures"]["connects"] == 3
+    });
+    let (why, line) = headline(&proxy, "b");
+    assert!(why.starts_with("3 connects failed in the last "), "{why}");
+    let end = "connection refused), 3 in a row, ejection is off; \
+               no probes or heartbeats configured, full weight";
+    assert!(why.ends_with(end), "{why}");
+    assert!(line.starts_with("IN ROTATION: 3 connects failed in the last "), "{line}");
+    let said = proxy.cli_ok(&["explain", "web/b"]);
+    assert!(said.contains("; 3 in a row, ejection is off; 3 failed connects"), "{said}");
+    assert!(proxy.explained("web", "b")["failures"]["eject_at"].is_null());
+}
+
+fn explain_shows_the_last_probe(engine: Engine) {
+    let (good, bad) = (backend::http("a", 204), backend::http("b", 503));
+    let (good, bad) = (ScriptedBackend::start(good), ScriptedBackend::start(bad));
+    let pool = Pool::new("web")
+        .probe("kind = \"http\"\ninterval = \"200ms\"\ntimeout = \"5s\"")
+        .backend("good", good.address())
+        .backend("bad", bad.address());
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    proxy.wait_backend("web", "good", "observation", "up");
+    proxy.wait_backend("web", "bad", "observation", "down");
+    for (name, result, detail, said) in [
+        ("good", "success", "status 204", "succeeded after "),
+        ("bad", "failure", "status 503, expected 200-399", "failed after "),
+    ] {
+        let last = proxy.explained("web", name)["last_probe"].clone();
+        assert_eq!((&last["result"], &last["detail"]), (&result.into(), &detail.into()));
+        assert!(last["took_seconds"].as_f64().is_some_and(|took| took > 0.0), "{last}");
+        assert!(last["ended_seconds_ago"].as_f64().is_some_and(|ago| ago < 5.0), "{last}");
+        assert_eq!(last["confirmation"], false, "{last}");
+        let text = proxy.cli_ok(&["explain", &format!("web/{name}")]);
+        let line = text.lines().find(|line| line.starts_with("Last probe")).expect("a line");
+        assert!(line.contains(said) && line.ends_with(&format!(" ago: {detail}")), "{line}");
+    }
+}
+
+fn explain_says_what_happens_while_no_backend_is_eligible(engine: Engine) {
+    let (a, b) = (Refusing::new(), Refusing::new());
+    let pool = Pool::new("web")
+        .probe("kind = \"tcp\"\ninterval = \"200ms\"")
+        .backend("a", a.address)
+        .backend("b", b.address);
+    let mut proxy = TestProxy::start(Conf::simple(engine, pool));
+    for name in ["a", "b"] {
+        proxy.wait_backend("web", name, "observation", "down");
+    }
+    let down = "down: first probe failed: connection refused; no backend of the pool is eligible, ";
+    let (why, line) = headline(&proxy, "a");
+    let reset = "so new sessions are reset (when_none_eligible = \"refuse\")";
+    assert_eq!(why, format!("{down}{reset}"));
+    assert_eq!(line, format!("NOT IN ROTATION: {down}{reset}"));
+    assert_eq!(proxy.explained("web", "a")["none_eligible"], "refuse");
+
+    let mut conf = proxy.conf();
+    let pool = conf.pool_mut("web").clone().key("when_none_eligible = \"try-all\"");
+    *conf.pool_mut("web") = pool;
+    proxy.reload(conf);
+    proxy.cli_ok(&["drain", "web/b"]);
+    let (why, _) = headline(&proxy, "a");
+    let tried = "so it still gets new sessions (when_none_eligible = \"try-all\")";
+    assert_eq!(why, format!("{down}{tried}"));
+    let (why, line) = headline(&proxy, "b");
+    let drained = "an operator set it to draining; no backend of the pool is eligible, so new \
+                   sessions try the backends that are not drained \
+                   (when_none_eligible = \"try-all\")";
+    assert_eq!((&*why, line), (drained, format!("NOT IN ROTATION: {drained}")));
+}
+
+fn explain_names_the_guard_that_prevents_an_ejection(engine: Engine) {
+    let backends = [Refusing::new(), Refusing::new(), Refusing::new()];
+    let mut pool = Pool::new("web").ejection("failures = 2\ntime = \"60s\"\nmax_ejected = \"34%\"");
+    for (name, backend) in ["a", "b", "c"].into_iter().zip(&backends) {
+        pool = pool.backend(name, backend.address);
+    }
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    let prevented = |name| proxy.explained("web", name)["guards"]["prevented"].clone();
+    let mut held = Vec::new();
+    eventually(secs(10), "the guard prevents two ejections", || {
+        client::ask(proxy.addr("web")).unwrap_err();
+        held = ["a", "b", "c"].into_iter().filter(|name| !prevented(name).is_null()).collect();
+        held.len() == 2
+    });
+    let (why, line) = headline(&proxy, held[0]);
+    let reason = "max_ejected = 34% allows 1 of 3 backends to be removed, and 1 already is";
+    assert_eq!(prevented(held[0])["reason"], reason);
+    assert!(why.starts_with("although "), "{why}");
+    let against = format!(" connects failed in a row, last: connection refused: {reason}; ");
+    assert!(why.contains(&against), "{why}");
+    assert_eq!(line, format!("IN ROTATION {why}"));
+    let said = proxy.cli_ok(&["explain", &format!("web/{}", held[0])]);
+    assert!(said.contains("PREVENTS THE REMOVAL of this backend: max_ejected = 34%"), "{said}");
 }
 
 fn access_log_lists_every_failed_attempt(engine: Engine) {

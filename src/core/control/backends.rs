@@ -11,7 +11,7 @@ use super::history::TransitionHistory;
 use super::members::{MemberSource, Origins};
 use super::pools::{PoolEntry, PoolId};
 use super::publish::BackendTableState;
-use crate::health::{BackendHealth, Intent};
+use crate::health::{BackendHealth, Intent, LastProbe, ProbeOutcome};
 use crate::model;
 use crate::suspicion::Ramp;
 use crate::table::build::BackendInput;
@@ -46,6 +46,8 @@ pub(super) struct BackendEntry {
     pub(super) in_flight: Option<ProbeInFlight>,
     /// Its heartbeats, once one has been received.
     pub(super) heartbeats: Option<Box<BackendHeartbeats>>,
+    /// The newest probe that ended in this process. For `explain` only.
+    pub(super) last_probe: Option<Box<LastProbe>>,
     /// The running confirmation probe.
     pub(super) confirmation: Option<ConfirmationInFlight>,
     /// Until this time the backend is eligible without its required heartbeats, because
@@ -210,6 +212,7 @@ impl BackendEntry {
             origins: Origins::of(MemberSource::File),
             in_flight: None,
             heartbeats: None,
+            last_probe: None,
             confirmation: None,
             heartbeats_from: None,
             requested_since: now,
@@ -219,6 +222,15 @@ impl BackendEntry {
             served: false,
             published: BackendTableState::default(),
             history: TransitionHistory::default(),
+        }
+    }
+
+    /// Keeps the result of a probe for `explain`.
+    pub(super) fn note_probe(&mut self, outcome: &ProbeOutcome, confirmation: bool, now: Instant) {
+        let probe = LastProbe { ended: now, outcome: outcome.clone(), confirmation };
+        match &mut self.last_probe {
+            Some(last) => **last = probe,
+            None => self.last_probe = Some(Box::new(probe)),
         }
     }
 }

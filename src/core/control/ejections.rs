@@ -63,6 +63,24 @@ impl EjectionGuard {
         })
     }
 
+    /// Returns why no backend may be ejected now, as a clause for `explain`.
+    pub(super) fn reason(&self, percent: u8) -> Option<String> {
+        let (out, max, all) = (self.ejected.len() + self.on_trial, self.ejected_max, self.backends);
+        if max == 0 {
+            return Some(format!(
+                "max_ejected = {percent}% allows none of {all} backends to be removed"
+            ));
+        }
+        if out >= max {
+            return Some(format!(
+                "max_ejected = {percent}% allows {max} of {all} backends to be removed, and \
+                 {out} already {}",
+                if out == 1 { "is" } else { "are" }
+            ));
+        }
+        (self.eligible <= 1).then(|| "it is the last eligible backend of the pool".to_owned())
+    }
+
     /// Whether at least one eligible backend is not on trial.
     pub(super) fn has_others(&self) -> bool {
         self.eligible > 0

@@ -2,16 +2,20 @@
 //!
 //! Called by `daemon` for the CLI and the admin API. It changes nothing.
 
+use super::backends::BackendEntry;
 use super::heartbeats::silence::max_down_percent;
+use super::pools::PoolEntry;
 use super::status::{
     BackendStatus, FreezeStatus, HeartbeatChannelStatus, backend_status, freezing,
+    none_eligible_rule,
 };
 use super::{Controller, OperatorError, Weight};
+use crate::balance::trial::TrialPhase;
 use crate::health::probe_detector::ProbeState;
 use crate::health::recent::{RECENT, Recent};
-use crate::health::{Observation, Transition};
+use crate::health::{ConnectFailure, LastProbe, Observation, Transition};
 use crate::model;
-use crate::model::{EjectionSpec, HeartbeatSpec, PoolId};
+use crate::model::{HeartbeatSpec, PoolId};
 use crate::suspicion::rejections::Rejection;
 use crate::suspicion::{ChannelState, PathView};
 use std::sync::Arc;
@@ -38,6 +42,13 @@ pub struct Explanation {
     pub connections_max: u32,
     /// State of its probes; `None` if the pool has none.
     pub probe: Option<ProbeView>,
+    /// The newest probe that has ended in this process.
+    pub last_probe: Option<LastProbe>,
+    /// Rule in effect while no backend of the pool is eligible, as in
+    /// [`PoolStatus`](super::PoolStatus); `None` if one is eligible.
+    pub none_eligible: Option<&'static str>,
+    /// It gets new sessions although it is not eligible, because `try-all` is in effect.
+    pub last_resort: bool,
     /// Heartbeat settings of the pool.
     pub heartbeat_spec: Option<Arc<HeartbeatSpec>>,
     /// The last rejected heartbeat with the name of the backend.
@@ -80,8 +91,8 @@ pub struct EjectionView {
     pub repeats: u32,
     /// Age of the running trial.
     pub trial: Option<Duration>,
-    /// Why its guard prevents an ejection, if enough sessions have failed for it.
-    pub prevented: Option<String>,
+    /// Phase of the running trial.
+    pub trial_phase: TrialPhase,
 }
 
 /// Failed connects and early resets of a backend.
@@ -110,6 +121,17 @@ pub struct GuardStatus {
     pub view: PathView,
     /// Share of the pool that may be down at a time, in percent.
     pub max_ejected_percent: u8,
+    /// The removal of the backend that a guard prevents.
+    pub prevented: Option<PreventedRemoval>,
+}
+
+/// A removal that a guard prevents.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PreventedRemoval {
+    /// The evidence against the backend, as a clause.
+    pub evidence: String,
+    /// The reason of the guard, as a clause.
+    pub reason: String,
 }
 
 // === impl Controller ===
@@ -136,8 +158,6 @@ impl Controller {
             // Without ejection, the controller measures no row.
             None => entry.state.failed_in_a_row(),
         };
-        let due = |spec: &EjectionSpec| in_a_row >= spec.failures && !outlier.is_ejected();
-        let due = pool.spec.ejection.filter(due);
         let probe = pool.spec.probe.as_ref().zip(entry.health.detector.as_ref());
         Ok(Explanation {
             now,
@@ -155,6 +175,9 @@ impl Controller {
                 state: detector.state(),
                 fails_open: entry.health.fails_open,
             }),
+            last_probe: entry.last_probe.as_deref().cloned(),
+            none_eligible: self.none_eligible(entry, pool),
+            last_resort: entry.published.is_last_resort(),
             heartbeat_spec: pool.spec.heartbeat.clone(),
             rejected: self.heartbeats.rejections().of(&pool.spec.name, backend).cloned(),
             ejection: EjectionView {
@@ -162,9 +185,7 @@ impl Controller {
                 left: outlier.until().map(|until| until.saturating_duration_since(now)),
                 repeats: outlier.repeats(),
                 trial: outlier.trial_duration(now),
-                prevented: due.and_then(|spec| {
-                    self.state.guard_view(pool).objection(spec.max_ejected_percent)
-                }),
+                trial_phase: entry.state.in_flight.trial(),
             },
             failures: FailuresView {
                 recent: entry.health.recent.view(now),
@@ -179,8 +200,48 @@ impl Controller {
                 all_frozen: all.and_then(|all| all.frozen),
                 view: self.heartbeats.path_view(&self.state, Some(pool.id), now),
                 max_ejected_percent: max_down_percent(pool),
+                prevented: self.prevented_removal(entry, pool, now),
             },
             history: entry.history.newest_first().cloned().collect(),
+        })
+    }
+
+    /// Returns the rule in effect if no backend of the pool is eligible.
+    fn none_eligible(&self, entry: &BackendEntry, pool: &PoolEntry) -> Option<&'static str> {
+        let mut members = pool.members().iter().filter_map(|id| self.state.backends.get(*id));
+        let any = entry.health.eligible() || members.any(|other| other.health.eligible());
+        (!any).then(|| none_eligible_rule(pool))
+    }
+
+    /// Returns the removal that a guard prevents.
+    fn prevented_removal(
+        &self,
+        entry: &BackendEntry,
+        pool: &PoolEntry,
+        now: Instant,
+    ) -> Option<PreventedRemoval> {
+        if !entry.health.eligible() {
+            return None;
+        }
+        let detector = entry.heartbeats.as_deref().map(|heartbeats| &heartbeats.detector);
+        if let Some((evidence, reason)) = detector.and_then(|detector| detector.held_removal()) {
+            let evidence = format!("probes fail ({evidence})");
+            return Some(PreventedRemoval { evidence, reason });
+        }
+        let spec = pool.spec.ejection?;
+        let row = entry.health.outlier.row(entry.state.failed_in_a_row());
+        if row < spec.failures || !entry.health.outlier.is_held() {
+            return None;
+        }
+        let reason = self.state.guard_view(pool).reason(spec.max_ejected_percent);
+        let last = entry.health.recent.view(now).map(|recent| recent.last);
+        let evidence = match last {
+            Some(ConnectFailure::EarlyReset) | None => format!("{row} sessions failed in a row"),
+            Some(last) => format!("{row} connects failed in a row, last: {last}"),
+        };
+        Some(PreventedRemoval {
+            evidence,
+            reason: reason.unwrap_or_else(|| "its next failure ejects it".to_owned()),
         })
     }
 }

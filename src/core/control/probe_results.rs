@@ -33,14 +33,15 @@ impl ControlState {
             self.schedule.set(TimerKind::Probe(id), now);
             return;
         }
+        entry.note_probe(&outcome, false, now);
         match outcome {
-            ProbeOutcome::Success { took } => {
+            ProbeOutcome::Success { took, .. } => {
                 if let Some(heartbeats) = &mut entry.heartbeats {
                     heartbeats.detector.note_connect_success(took);
                 }
                 self.apply_probe_result(id, None, now);
             }
-            ProbeOutcome::Failure { reason } => self.apply_probe_result(id, Some(reason), now),
+            ProbeOutcome::Failure { reason, .. } => self.apply_probe_result(id, Some(reason), now),
             ProbeOutcome::Local { reason } => self.note_local_error(id, &reason, now),
         }
         self.schedule_next_probe(id, probe.started, now);

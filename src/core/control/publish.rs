@@ -73,6 +73,11 @@ pub const WEIGHT_PARTS: u32 = 100;
 // === impl BackendTableState ===
 
 impl BackendTableState {
+    /// Whether picks can use the backend while no backend is eligible.
+    pub(super) fn is_last_resort(self) -> bool {
+        self.last_resort
+    }
+
     /// Whether the backend is eligible in the table.
     pub(super) fn is_eligible(self) -> bool {
         self.weight > 0

@@ -250,14 +250,19 @@ impl Gathering {
     }
 }
 
-/// Returns the status of a pool without its backends, as if none were eligible.
-fn pool_status(pool: &PoolEntry, now: Instant) -> PoolStatus {
-    let rule = match (pool.settling(), pool.spec.when_none_eligible) {
+/// Returns the name of the rule in effect while no backend of the pool is eligible.
+pub(super) fn none_eligible_rule(pool: &PoolEntry) -> &'static str {
+    match (pool.settling(), pool.spec.when_none_eligible) {
         (Some(settling), _) if !settling.stand_ins.is_empty() => "former",
         (_, WhenNoneEligible::TryAll) => "try-all",
         (Some(_), WhenNoneEligible::Refuse) => "wait",
         (None, WhenNoneEligible::Refuse) => "refuse",
-    };
+    }
+}
+
+/// Returns the status of a pool without its backends, as if none were eligible.
+fn pool_status(pool: &PoolEntry, now: Instant) -> PoolStatus {
+    let rule = none_eligible_rule(pool);
     let heartbeat = pool.spec.heartbeat.as_ref();
     let may_register = heartbeat.filter(|spec| spec.register);
     PoolStatus {

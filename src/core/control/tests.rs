@@ -177,8 +177,8 @@ impl Bench {
         failure: Option<&str>,
     ) -> Vec<ControlEffect> {
         let outcome = match failure {
-            None => ProbeOutcome::Success { took: Duration::ZERO },
-            Some(reason) => ProbeOutcome::Failure { reason: reason.into() },
+            None => ProbeOutcome::success(Duration::ZERO),
+            Some(reason) => ProbeOutcome::failure(reason),
         };
         self.apply(ControlEvent::Probed { backend, token, outcome })
     }

@@ -194,6 +194,11 @@ impl EjectionState {
         first
     }
 
+    /// Whether the guard has prevented an ejection in the current row of failures.
+    pub fn is_held(&self) -> bool {
+        self.held
+    }
+
     /// Ends the ejection, if any, and returns how long it lasted.
     pub fn end(&mut self, now: Instant) -> Option<Duration> {
         let EjectionPhase::Ejected { since, .. } = self.phase else { return None };

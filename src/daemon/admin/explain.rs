@@ -4,25 +4,24 @@
 //! Called by the control loop with the controller's [`Explanation`]. Pure: it reads
 //! no clock and does no I/O.
 
+mod sentence;
+
 use super::rejections;
 use super::status::{frozen, last_transition, millis, thousandths};
+use sentence::why_sentence;
 use std::time::{Duration, Instant};
 use tidegate_api::explain::{
-    EjectionDoc, ExplainDoc, FailuresDoc, GuardsDoc, HeartbeatDoc, PicksDoc, ProbeDoc, SenderDoc,
-    SlowStartDoc, WeightDoc,
+    EjectionDoc, ExplainDoc, FailuresDoc, GuardsDoc, HeartbeatDoc, LastProbeDoc, PicksDoc,
+    PreventedDoc, ProbeDoc, SenderDoc, SlowStartDoc, WeightDoc,
 };
-use tidegate_api::names::ProbeKindName;
+use tidegate_api::names::{ProbeKindName, ProbeResultName};
 use tidegate_core::control::explain::{Explanation, GuardStatus, ProbeView};
 use tidegate_core::control::{BackendHeartbeatStatus, BackendStatus};
 use tidegate_core::decision::rings::PickShare;
 use tidegate_core::health::probe_detector::ProbeState;
-use tidegate_core::health::{Intent, Observation, RequestedState};
+use tidegate_core::health::{LastProbe, ProbeOutcome};
 use tidegate_core::model::ProbeKind;
 use tidegate_core::suspicion::rejections::Rejection;
-
-/// Age up to which a rejection is mentioned. After this time without another one, the
-/// sender has stopped, or Tidegate accepts its heartbeats again.
-const REJECTION_AGE_MAX: Duration = Duration::from_secs(60);
 
 /// Renders the explanation as JSON. `rejected_on_receipt` is the last heartbeat in the
 /// backend's name that the receiver rejected; `explained.rejected` is the last one that
@@ -43,8 +42,7 @@ pub fn render(
         address: backend.state.address.to_string(),
         registered: backend.origins.is_registered(),
         eligible: backend.eligible,
-        why: why_sentence(explained)
-            + &rejected.map_or_else(String::new, |last| rejection_note(last, explained.now)),
+        why: why_sentence(explained, rejected),
         observation: backend.observation.name().into(),
         observation_seconds: millis(explained.observed_for),
         intent: backend.intent.name().into(),
@@ -56,6 +54,8 @@ pub fn render(
         picks: PicksDoc { backend: picks.backend, pool: picks.pool },
         weight: weight(explained),
         probe: explained.probe.as_ref().map(probe),
+        last_probe: explained.last_probe.as_ref().map(|last| last_probe(last, explained.now)),
+        none_eligible: explained.none_eligible.map(Into::into),
         heartbeat: heartbeat(explained, rejected),
         ejection: ejection(explained),
         failures: failures(explained),
@@ -68,126 +68,6 @@ pub fn render(
         history: explained.history.iter().map(|t| last_transition(t, explained.now)).collect(),
     };
     serde_json::to_string(&document).expect("plain data with string keys always serialises")
-}
-
-/// Returns one sentence with the first fact that decides whether the backend is in
-/// rotation. The operator's intent comes first, then the sender's state, ejection, and
-/// observation.
-fn why_sentence(explained: &Explanation) -> String {
-    let backend = &explained.backend;
-    // The newest change can have another subject, so the state is searched by name.
-    let evidence = |state: &str| {
-        let made = explained.history.iter().find(|t| t.to == state);
-        made.map_or_else(String::new, |t| format!(": {}", t.reason))
-    };
-    if backend.intent != Intent::Ready {
-        return format!("an operator set it to {}", backend.intent.name());
-    }
-    if backend.requested != RequestedState::Ready {
-        return format!("its sender reports {}", backend.requested.name());
-    }
-    if backend.ejected {
-        return format!("ejected{}", evidence("ejected"));
-    }
-    if let Some(lasts) = explained.ejection.trial {
-        let ejected = evidence("ejected");
-        return format!(
-            "on trial for {} after an ejection{ejected}; one session at a time is admitted \
-             until one succeeds",
-            brief(lasts)
-        );
-    }
-    match backend.observation {
-        Observation::Down => format!("down{}", evidence("down")),
-        Observation::Suspect => {
-            format!("suspect, at 10% of its weight{}", evidence("suspect"))
-        }
-        Observation::Up => in_rotation_sentence(explained, "up"),
-        Observation::Unknown if backend.eligible => {
-            in_rotation_sentence(explained, unknown(explained))
-        }
-        Observation::Unknown => "waiting for its first probe result or heartbeat".to_owned(),
-    }
-}
-
-/// Returns the suffix for a backend whose heartbeats are being rejected, else an empty
-/// string.
-fn rejection_note(last: &Rejection, now: Instant) -> String {
-    if last.row == 0 || now.saturating_duration_since(last.at) > REJECTION_AGE_MAX {
-        return String::new();
-    }
-    let whose = if last.signed { "its heartbeats are" } else { "unverified heartbeats are" };
-    format!("; {whose} rejected: {} ({})", last.words(), last.help)
-}
-
-/// Returns why there is no observation of an eligible backend.
-fn unknown(explained: &Explanation) -> &'static str {
-    match (&explained.probe, &explained.heartbeat_spec) {
-        (Some(_), _) => "no probe result yet (in rotation until its first one)",
-        (None, Some(_)) => "no probes configured and no heartbeats received",
-        (None, None) => "no probes or heartbeats configured",
-    }
-}
-
-/// Lists the recent failures of a backend in rotation: too few to remove it.
-fn minor_failures(explained: &Explanation) -> Vec<String> {
-    let mut all = Vec::new();
-    if let Some(ProbeView { state: ProbeState::Up { probes, .. }, spec, .. }) = &explained.probe
-        && *probes > 0
-    {
-        all.push(format!("{probes} of {} probes failed in a row", spec.fall));
-    }
-    let failures = &explained.failures;
-    let Some(recent) = failures.recent else { return all };
-    let within = brief(recent.within);
-    if recent.connects > 0 {
-        all.push(format!("{} failed in the last {within}", plural(recent.connects, "connect")));
-    }
-    if recent.early_resets > 0 {
-        let sessions = plural(recent.early_resets, "session");
-        all.push(format!("{sessions} reset before the first byte in the last {within}"));
-    }
-    all.push(format!("last {} ago: {}", brief(recent.last_ago), recent.last));
-    if let Some(spec) = &explained.ejection.spec
-        && failures.in_a_row > 0
-    {
-        all.push(match &explained.ejection.prevented {
-            Some(why) => format!("{} in a row, ejection prevented: {why}", failures.in_a_row),
-            None => format!("{} in a row, ejection at {}", failures.in_a_row, spec.failures),
-        });
-    }
-    all
-}
-
-fn plural(count: u32, what: &str) -> String {
-    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
-}
-
-/// Formats a duration for people: `40 ms`, `1.2 s`, `1m 5s`.
-fn brief(time: Duration) -> String {
-    let seconds = time.as_secs_f64();
-    match seconds {
-        _ if seconds < 1.0 => format!("{} ms", time.as_millis()),
-        _ if seconds < 60.0 => format!("{seconds:.1} s"),
-        _ => humantime::format_duration(Duration::from_secs(time.as_secs())).to_string(),
-    }
-}
-
-/// Returns the sentence of a backend in rotation: its state, its share of the weight and
-/// its recent failures.
-fn in_rotation_sentence(explained: &Explanation, state: &str) -> String {
-    let weight = explained.weight;
-    let failures = minor_failures(explained);
-    let share = match (weight.ramp, weight.load) {
-        (100, 100) => "full weight".to_owned(),
-        (ramp, 100) => format!("slow start at {ramp}% of its weight"),
-        (100, load) => format!("reported load reduces its weight to {load}%"),
-        (ramp, load) => format!("slow start at {ramp}%, reported load leaves {load}% of that"),
-    };
-    match failures.is_empty() {
-        true => format!("{state}, {share}"),
-        false => format!("{state}, {share}; {}", failures.join(", ")),
-    }
 }
 
 fn weight(explained: &Explanation) -> WeightDoc {
@@ -223,6 +103,25 @@ fn probe(view: &ProbeView) -> ProbeDoc {
         connects_failed_in_a_row: connects,
         succeeded_in_a_row: succeeded,
         fails_open: view.fails_open,
+    }
+}
+
+fn last_probe(last: &LastProbe, now: Instant) -> LastProbeDoc {
+    let (result, detail, took) = match &last.outcome {
+        ProbeOutcome::Success { took, answer } => {
+            (ProbeResultName::Success, answer.to_string(), Some(*took))
+        }
+        ProbeOutcome::Failure { took, reason } => {
+            (ProbeResultName::Failure, reason.clone(), Some(*took))
+        }
+        ProbeOutcome::Local { reason } => (ProbeResultName::NotRun, reason.clone(), None),
+    };
+    LastProbeDoc {
+        result,
+        detail,
+        took_seconds: took.map(|took| took.as_micros() as f64 / 1e6),
+        ended_seconds_ago: millis(now.saturating_duration_since(last.ended)),
+        confirmation: last.confirmation,
     }
 }
 
@@ -321,5 +220,9 @@ fn guards(view: &GuardStatus) -> GuardsDoc {
         pool_suspect: view.view.suspects as u64,
         pool_heard: view.view.heard as u64,
         pool_senders: view.view.members as u64,
+        prevented: view.prevented.as_ref().map(|prevented| PreventedDoc {
+            evidence: prevented.evidence.clone(),
+            reason: prevented.reason.clone(),
+        }),
     }
 }

@@ -11,8 +11,9 @@ use tidegate_api::names::{
     SenderStateName,
 };
 use tidegate_api::status::StatusDoc;
+use tidegate_core::balance::trial::TrialPhase;
 use tidegate_core::control::explain::{
-    EjectionView, Explanation, FailuresView, GuardStatus, ProbeView,
+    EjectionView, Explanation, FailuresView, GuardStatus, PreventedRemoval, ProbeView,
 };
 use tidegate_core::control::{
     BackendHeartbeatStatus, BackendStatus, ControlStatus, FreezeStatus, HeartbeatChannelStatus,
@@ -22,7 +23,8 @@ use tidegate_core::decision::rings::PickShare;
 use tidegate_core::health::probe_detector::ProbeState;
 use tidegate_core::health::recent::Recent;
 use tidegate_core::health::{
-    ConnectFailure, HeartbeatHealth, Observation, RequestedState, Transition,
+    ConnectFailure, HeartbeatHealth, LastProbe, Observation, ProbeAnswer, ProbeOutcome,
+    RequestedState, Transition,
 };
 use tidegate_core::metrics::histograms::MergedHistograms;
 use tidegate_core::model::{
@@ -228,6 +230,16 @@ fn explanation_has_exactly_the_documented_fields() {
             state: ProbeState::Up { probes: 1, connects: 2 },
             fails_open: true,
         }),
+        last_probe: Some(LastProbe {
+            ended: now.checked_sub(millis(500)).unwrap(),
+            outcome: ProbeOutcome::Success {
+                took: Duration::from_micros(1_250),
+                answer: ProbeAnswer::Status(204),
+            },
+            confirmation: false,
+        }),
+        none_eligible: None,
+        last_resort: false,
         heartbeat_spec: Some(Arc::new(HeartbeatSpec {
             register: true,
             require: false,
@@ -249,7 +261,7 @@ fn explanation_has_exactly_the_documented_fields() {
             left: Some(millis(300)),
             repeats: 2,
             trial: Some(millis(1_500)),
-            prevented: None,
+            trial_phase: TrialPhase::Open,
         },
         ramp: Some((millis(30_000), millis(12_000))),
         failures: FailuresView {
@@ -270,6 +282,10 @@ fn explanation_has_exactly_the_documented_fields() {
             all_frozen: None,
             view: PathView { suspects: 2, heard: 2, down: 1, members: 5, ..PathView::default() },
             max_ejected_percent: 50,
+            prevented: Some(PreventedRemoval {
+                evidence: "probes fail (2 confirmation probes failed)".to_owned(),
+                reason: "the path is frozen".to_owned(),
+            }),
         },
         history: vec![transition(now)],
         backend,
@@ -283,7 +299,8 @@ fn explanation_has_exactly_the_documented_fields() {
         {"pool":"web","backend":"a","address":"10.0.0.11:8080","registered":true,"eligible":true,"why":"its sender reports starting; its heartbeats are rejected: stale, its clock is 5m 1s behind (set the clock)","observation":"suspect","observation_seconds":0.75,"intent":"ready","intent_seconds":7300.0,"backup":false,"connections_max":0,"connections_max_in_force":4,"sessions_active":0,"picks":
         {"backend":3,"pool":4},"weight":
         {"effective":0.2,"configured":2,"health_percent":10,"ramp_percent":40,"load_percent":65},"probe":
-        {"kind":"tcp","interval_seconds":2.0,"timeout_seconds":0.4,"rise":2,"fall":3,"observation":"up","seconds":90.0,"failed_in_a_row":1,"connects_failed_in_a_row":2,"succeeded_in_a_row":0,"fails_open":true}
+        {"kind":"tcp","interval_seconds":2.0,"timeout_seconds":0.4,"rise":2,"fall":3,"observation":"up","seconds":90.0,"failed_in_a_row":1,"connects_failed_in_a_row":2,"succeeded_in_a_row":0,"fails_open":true},"last_probe":
+        {"result":"success","detail":"status 204","took_seconds":0.00125,"ended_seconds_ago":0.5,"confirmation":false},"none_eligible":null
         ,"heartbeat":
         {"required":true,"pulse":"suspect","sender":
         {"state":"starting","state_seconds":2.0,"key":3,"incarnation":17,"sequence":72000,"weight_asked":10,"load":500,"load_smoothed":480.25,"in_flight":5,"known_seconds":7300.0,"detector":"suspect","detector_seconds":0.75,"received_total":71990,"lost_total":10,"lost_share":0.0,"loss":0.001,"loss_after_loss":0.25,"jitter_seconds":0.001234,"interval_seconds":0.1,"interval_learned_seconds":0.1,"missing_allowed":3,"timeout_seconds":0.325,"try_timeout_seconds":0.1,"silent_seconds":0.76,"ttl_seconds":10.0,"expired":false,"phi_normal":300.0,"phi_exponential":1.235,"suspicions_total":2,"downs_total":1,"flaps":1,"held":"the path is frozen"},"rejected":
@@ -292,7 +309,8 @@ fn explanation_has_exactly_the_documented_fields() {
         {"within_seconds":12.0,"connects":3,"early_resets":1,"last":"connection refused","last_seconds_ago":1.25,"in_a_row":2,"eject_at":5,"connects_total":9},"slow_start":
         {"takes_seconds":30.0,"seconds":12.0,"percent":40},"guards":
         {"channel_silent":true,"pool_frozen":
-        {"reason":"2 of 4 backends became suspect together","seconds":1.25},"all_frozen":null,"max_ejected_percent":50,"pool_down":1,"pool_suspect":2,"pool_heard":2,"pool_senders":5},"history":[
+        {"reason":"2 of 4 backends became suspect together","seconds":1.25},"all_frozen":null,"max_ejected_percent":50,"pool_down":1,"pool_suspect":2,"pool_heard":2,"pool_senders":5,"prevented":
+        {"evidence":"probes fail (2 confirmation probes failed)","reason":"the path is frozen"}},"history":[
         {"from":"up","to":"suspect","reason":"no heartbeat for 325 ms","seconds_ago":0.75,"lasted_seconds":60.0}]}
     "#]].assert_eq(&broken_into_lines(&text));
 }

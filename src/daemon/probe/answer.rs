@@ -1,7 +1,7 @@
 //! Checks the answer of a backend to a probe.
 //!
 //! Called by `send-expect` and `http` probes. Reading stops with the packet that
-//! decides the result, or at the bounds below. Answers are never stored.
+//! decides the result, or at the bounds below. Of an answer, only the status is kept.
 
 use super::{ProbeError, QUOTE_BYTES_MAX, exchange_error, quote};
 use std::ops::Range;
@@ -94,7 +94,7 @@ pub(super) async fn contains(
 pub(super) async fn http(
     stream: &mut (impl AsyncRead + Unpin),
     wanted: &[(u16, u16)],
-) -> Result<(), ProbeError> {
+) -> Result<u16, ProbeError> {
     let mut lines = AnswerLines { stream, buffer: Vec::with_capacity(READ_BYTES), start: 0 };
     loop {
         let line = lines.next().await?;
@@ -106,7 +106,7 @@ pub(super) async fn http(
             )));
         };
         if !is_interim(status) {
-            return check_status(status, wanted);
+            return check_status(status, wanted).map(|()| status);
         }
         // Skip the headers of the interim response, which end with an empty line.
         while !lines.next().await?.is_empty() {}

@@ -25,7 +25,7 @@ use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
-use tidegate_core::health::ProbeOutcome;
+use tidegate_core::health::{ProbeAnswer, ProbeOutcome};
 use tidegate_core::metrics::counters::LocalErrorKind;
 use tidegate_core::model::{BackendAddr, Expect, ProbeKind, ProbeSpec};
 use tidegate_dataplane::local_errors;
@@ -86,9 +86,10 @@ async fn run_from(
     };
     let result = result.unwrap_or_else(|| Err(stage.timeout_error(spec.timeout)));
     match result {
-        Ok(()) => (ProbeOutcome::Success { took: started.elapsed() }, None),
+        Ok(answer) => (ProbeOutcome::Success { took: started.elapsed(), answer }, None),
         Err(ProbeError::Backend(reason)) => {
-            (ProbeOutcome::Failure { reason: bounded(reason) }, None)
+            let (took, reason) = (started.elapsed(), bounded(reason));
+            (ProbeOutcome::Failure { took, reason }, None)
         }
         Err(ProbeError::Local(reason, kind)) => {
             (ProbeOutcome::Local { reason: bounded(reason) }, Some(kind))
@@ -114,7 +115,7 @@ async fn connect_and_exchange(
     address: &BackendAddr,
     (spec, turn): (&ProbeSpec, usize),
     stage: &mut ProbeStage,
-) -> Result<(), ProbeError> {
+) -> Result<ProbeAnswer, ProbeError> {
     let kind = &spec.kind;
     match address {
         BackendAddr::Tcp(to) => {
@@ -185,17 +186,18 @@ async fn exchange(
     kind: &ProbeKind,
     address: &BackendAddr,
     stage: &mut ProbeStage,
-) -> Result<(), ProbeError> {
+) -> Result<ProbeAnswer, ProbeError> {
     match kind {
-        ProbeKind::Tcp => Ok(()),
+        ProbeKind::Tcp => Ok(ProbeAnswer::Connected),
         ProbeKind::SendExpect { send, expect } => {
             *stage = ProbeStage::Sending;
             stream.write_all(send.as_bytes()).await.map_err(exchange_error)?;
             *stage = ProbeStage::Answer;
             match expect {
-                Expect::Starts(with) => answer::starts_with(&mut stream, with.as_bytes()).await,
-                Expect::Contains(what) => answer::contains(&mut stream, what.as_bytes()).await,
+                Expect::Starts(with) => answer::starts_with(&mut stream, with.as_bytes()).await?,
+                Expect::Contains(what) => answer::contains(&mut stream, what.as_bytes()).await?,
             }
+            Ok(ProbeAnswer::Expected)
         }
         ProbeKind::Http { path, host, method, status } => {
             *stage = ProbeStage::Sending;
@@ -203,7 +205,7 @@ async fn exchange(
             let request = request(method, path, &host);
             stream.write_all(request.as_bytes()).await.map_err(exchange_error)?;
             *stage = ProbeStage::StatusLine;
-            answer::http(&mut stream, status).await
+            answer::http(&mut stream, status).await.map(ProbeAnswer::Status)
         }
     }
 }

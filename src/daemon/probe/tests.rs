@@ -124,7 +124,7 @@ async fn closed_port() -> BackendAddr {
 #[track_caller]
 fn failure(outcome: ProbeOutcome) -> String {
     match outcome {
-        ProbeOutcome::Failure { reason } => reason,
+        ProbeOutcome::Failure { reason, .. } => reason,
         other => panic!("expected a failure, got {other:?}"),
     }
 }

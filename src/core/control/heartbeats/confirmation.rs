@@ -61,6 +61,7 @@ impl HeartbeatWatch {
         else {
             return false;
         };
+        entry.note_probe(outcome, true, now);
         if let ProbeOutcome::Local { reason } = outcome {
             state.note_local_error(id, reason, now);
         }
@@ -73,8 +74,8 @@ impl HeartbeatWatch {
         };
         let answer = match outcome {
             ProbeOutcome::Success { .. } => TryResult::Answered,
-            ProbeOutcome::Failure { reason } if reason == REFUSED => TryResult::Refused,
-            ProbeOutcome::Failure { reason } => TryResult::Failed(reason.clone()),
+            ProbeOutcome::Failure { reason, .. } if reason == REFUSED => TryResult::Refused,
+            ProbeOutcome::Failure { reason, .. } => TryResult::Failed(reason.clone()),
             ProbeOutcome::Local { .. } => TryResult::Local,
         };
         let step = heartbeats.detector.probed(confirmation.id, answer, now);

@@ -245,7 +245,7 @@ fn events_of_one_batch_cause_one_table() {
     let mut bench = Bench::new(pool(&["a", "b", "c"]));
     bench.pass(Duration::from_millis(5));
     let asked = std::mem::take(&mut bench.asked).into_iter();
-    let outcome = ProbeOutcome::Success { took: Duration::ZERO };
+    let outcome = ProbeOutcome::success(Duration::ZERO);
     let events = asked.map(|(backend, token)| ControlEvent::Probed {
         backend,
         token,

@@ -264,7 +264,7 @@ fn next_build_of_a_large_pool_lists_its_current_members() {
         while !effects.is_empty() {
             let events = effects.into_iter().filter_map(|effect| match effect {
                 ControlEffect::Probe { backend, token, .. } => {
-                    let outcome = ProbeOutcome::Success { took: Duration::from_millis(1) };
+                    let outcome = ProbeOutcome::success(Duration::from_millis(1));
                     Some(ControlEvent::Probed { backend, token, outcome })
                 }
                 ControlEffect::Build { token, build } => Some(built(token, *build)),
@@ -376,7 +376,7 @@ fn costs() {
 fn unanswered(effect: ControlEffect) -> Option<ControlEvent> {
     match effect {
         ControlEffect::Probe { backend, token, .. } => {
-            let outcome = ProbeOutcome::Failure { reason: "connect timed out".into() };
+            let outcome = ProbeOutcome::failure("connect timed out");
             Some(ControlEvent::Probed { backend, token, outcome })
         }
         ControlEffect::Build { token, build } => Some(built(token, *build)),
@@ -417,7 +417,7 @@ fn costs_of(pools: usize, each: usize, senders: usize) {
             ControlEffect::Probe { backend, token, .. } => Some(ControlEvent::Probed {
                 backend,
                 token,
-                outcome: ProbeOutcome::Success { took: Duration::from_millis(1) },
+                outcome: ProbeOutcome::success(Duration::from_millis(1)),
             }),
             _ => None,
         });

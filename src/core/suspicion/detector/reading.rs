@@ -41,4 +41,12 @@ impl HeartbeatDetector {
             held,
         }
     }
+
+    /// Returns the evidence against a backend confirmed as down that a guard keeps in
+    /// rotation, and the guard's reason.
+    pub fn held_removal(&self) -> Option<(String, String)> {
+        let DetectorPhase::Suspect(suspicion) = &self.phase else { return None };
+        let (confirmed, reason) = (suspicion.confirmed.as_ref()?, suspicion.held.clone()?);
+        Some((format!("{}; {}", suspicion.evidence, confirmed.evidence), reason))
+    }
 }

@@ -1,0 +1,203 @@
+//! The sentence of an explanation: the first fact that decides whether a backend is in
+//! rotation, its evidence, and the consequence.
+//!
+//! Called by `explain`. Pure. `tidegate explain` prints the sentence after the verdict
+//! `IN ROTATION` or `NOT IN ROTATION`; a sentence that begins with `although` continues it.
+
+use std::time::{Duration, Instant};
+use tidegate_core::balance::trial::TrialPhase;
+use tidegate_core::control::explain::{Explanation, ProbeView};
+use tidegate_core::health::probe_detector::ProbeState;
+use tidegate_core::health::{ConnectFailure, Intent, Observation, RequestedState};
+use tidegate_core::suspicion::rejections::Rejection;
+
+/// Age up to which a rejection is mentioned. After this time without another one, the
+/// sender has stopped, or Tidegate accepts its heartbeats again.
+const REJECTION_AGE_MAX: Duration = Duration::from_secs(60);
+
+/// Returns the sentence. `rejected` is the last rejected heartbeat with its name.
+pub(super) fn why_sentence(explained: &Explanation, rejected: Option<&Rejection>) -> String {
+    let mut text = state_sentence(explained);
+    if let Some(prevented) = &explained.guards.prevented {
+        text = format!("although {}: {}; {text}", prevented.evidence, prevented.reason);
+    }
+    if explained.backend.backup && explained.backend.eligible {
+        text.push_str("; backup: it gets sessions only while no other backend is eligible");
+    }
+    text.push_str(none_eligible_note(explained));
+    text + &rejected.map_or_else(String::new, |last| rejection_note(last, explained.now))
+}
+
+/// Returns the first fact that decides. The operator's intent comes first, then the
+/// sender's state, ejection, and observation.
+fn state_sentence(explained: &Explanation) -> String {
+    let backend = &explained.backend;
+    if backend.intent != Intent::Ready {
+        return format!("an operator set it to {}", backend.intent.name());
+    }
+    if backend.requested != RequestedState::Ready {
+        return format!("its sender reports {}", backend.requested.name());
+    }
+    if backend.ejected {
+        let left = explained
+            .ejection
+            .left
+            .map_or_else(String::new, |left| format!("; its trial begins in {}", brief(left)));
+        return format!("ejected{}{left}", evidence(explained, "ejected"));
+    }
+    if let Some(lasts) = explained.ejection.trial {
+        return trial_sentence(explained, lasts);
+    }
+    match backend.observation {
+        Observation::Down => format!("down{}", evidence(explained, "down")),
+        Observation::Suspect => {
+            let suspect = evidence(explained, "suspect");
+            after_failures(explained, &format!("suspect, at 10% of its weight{suspect}"))
+        }
+        Observation::Up => in_rotation_sentence(explained, "up"),
+        Observation::Unknown if backend.eligible => {
+            in_rotation_sentence(explained, unknown(explained))
+        }
+        Observation::Unknown => {
+            after_failures(explained, "waiting for its first probe result or heartbeat")
+        }
+    }
+}
+
+/// Returns the reason of the newest change to `state`, after a colon; empty if the history
+/// has none.
+fn evidence(explained: &Explanation, state: &str) -> String {
+    // The newest change can have another subject, so the state is searched by name.
+    let made = explained.history.iter().find(|t| t.to == state);
+    made.map_or_else(String::new, |t| format!(": {}", t.reason))
+}
+
+fn trial_sentence(explained: &Explanation, lasts: Duration) -> String {
+    let progress = match explained.ejection.trial_phase {
+        TrialPhase::None | TrialPhase::Open => "no session has tried it yet",
+        TrialPhase::Entered | TrialPhase::Claimed => "the trial session is connecting",
+        TrialPhase::Connected => "the trial session is connected; neither side has sent data",
+        TrialPhase::ClientSpoke => "the trial session waits for the first byte of the backend",
+        TrialPhase::Passed => "the trial session has succeeded",
+        TrialPhase::Failed => "the trial session has failed",
+    };
+    format!(
+        "on trial for {} after an ejection; {progress}; a success ends the trial, a failure \
+         ejects it again; ejected before{}",
+        brief(lasts),
+        evidence(explained, "ejected")
+    )
+}
+
+/// Returns what happens to new sessions while no backend of the pool is eligible, as a
+/// suffix; empty if a backend is eligible.
+fn none_eligible_note(explained: &Explanation) -> &'static str {
+    match explained.none_eligible {
+        Some("try-all") if explained.last_resort => {
+            "; no backend of the pool is eligible, so it still gets new sessions \
+             (when_none_eligible = \"try-all\")"
+        }
+        Some("try-all") => {
+            "; no backend of the pool is eligible, so new sessions try the backends that are not \
+             drained (when_none_eligible = \"try-all\")"
+        }
+        Some("refuse") => {
+            "; no backend of the pool is eligible, so new sessions are reset \
+             (when_none_eligible = \"refuse\")"
+        }
+        Some("wait") => {
+            "; no backend of the pool is eligible yet, so new sessions wait for the first result"
+        }
+        Some("former") => {
+            "; no backend of the pool is eligible yet, so new sessions use the former backends"
+        }
+        _ => "",
+    }
+}
+
+/// Returns the suffix for a backend with rejected heartbeats, else an empty string.
+fn rejection_note(last: &Rejection, now: Instant) -> String {
+    if last.row == 0 || now.saturating_duration_since(last.at) > REJECTION_AGE_MAX {
+        return String::new();
+    }
+    let whose = if last.signed { "its heartbeats are" } else { "unverified heartbeats are" };
+    format!("; {whose} rejected: {} ({})", last.words(), last.help)
+}
+
+/// Returns why there is no observation of an eligible backend.
+fn unknown(explained: &Explanation) -> &'static str {
+    match (&explained.probe, &explained.heartbeat_spec) {
+        (Some(_), _) => "no probe result yet (in rotation until its first one)",
+        (None, Some(_)) => "no probes configured and no heartbeats received",
+        (None, None) => "no probes or heartbeats configured",
+    }
+}
+
+/// Returns the sentence of a backend in rotation: its recent failures, its state, and its
+/// share of the weight.
+fn in_rotation_sentence(explained: &Explanation, state: &str) -> String {
+    let weight = explained.weight;
+    let share = match (weight.ramp, weight.load) {
+        (100, 100) => "full weight".to_owned(),
+        (ramp, 100) => format!("slow start at {ramp}% of its weight"),
+        (100, load) => format!("reported load reduces its weight to {load}%"),
+        (ramp, load) => format!("slow start at {ramp}%, reported load leaves {load}% of that"),
+    };
+    after_failures(explained, &format!("{state}, {share}"))
+}
+
+/// Returns `text` after the recent failures, if there are any.
+fn after_failures(explained: &Explanation, text: &str) -> String {
+    let failures = failures(explained);
+    match failures.is_empty() {
+        true => text.to_owned(),
+        false => format!("{}; {text}", failures.join(", ")),
+    }
+}
+
+/// Lists the recent failures: too few to remove the backend.
+fn failures(explained: &Explanation) -> Vec<String> {
+    let mut all = Vec::new();
+    if let Some(ProbeView { state: ProbeState::Up { probes, .. }, spec, .. }) = &explained.probe
+        && *probes > 0
+    {
+        all.push(format!("{probes} of {} probes failed in a row", spec.fall));
+    }
+    let failures = &explained.failures;
+    let Some(recent) = failures.recent else { return all };
+    let last = format!("last {} ago", brief(recent.last_ago));
+    let connects = plural(recent.connects, "connect");
+    let sessions = plural(recent.early_resets, "session");
+    let within = brief(recent.within.max(Duration::from_millis(1)));
+    let counted = match (recent.connects, recent.early_resets) {
+        (_, 0) => format!("{connects} failed"),
+        (0, _) => format!("{sessions} reset before the first byte"),
+        _ => format!("{connects} failed and {sessions} reset before the first byte"),
+    };
+    let cause = match recent.last {
+        ConnectFailure::EarlyReset => String::new(),
+        other => format!(": {other}"),
+    };
+    all.push(format!("{counted} in the last {within} ({last}{cause})"));
+    if failures.in_a_row > 0 {
+        all.push(match &explained.ejection.spec {
+            Some(spec) => format!("{} in a row, ejection at {}", failures.in_a_row, spec.failures),
+            None => format!("{} in a row, ejection is off", failures.in_a_row),
+        });
+    }
+    all
+}
+
+fn plural(count: u32, what: &str) -> String {
+    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
+}
+
+/// Formats a duration for people: `40 ms`, `1.2 s`, `1m 5s`.
+fn brief(time: Duration) -> String {
+    let seconds = time.as_secs_f64();
+    match seconds {
+        _ if seconds < 1.0 => format!("{} ms", time.as_millis()),
+        _ if seconds < 60.0 => format!("{seconds:.1} s"),
+        _ => humantime::format_duration(Duration::from_secs(time.as_secs())).to_string(),
+    }
+}
