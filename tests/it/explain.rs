@@ -119,7 +119,7 @@ fn explain_shows_the_last_probe(engine: Engine) {
     let (good, bad) = (backend::http("a", 204), backend::http("b", 503));
     let (good, bad) = (ScriptedBackend::start(good), ScriptedBackend::start(bad));
     let pool = Pool::new("web")
-        .probe("kind = \"http\"\ninterval = \"200ms\"\ntimeout = \"5s\"")
+        .probe("kind = \"http\"\ninterval = \"1s\"\ntimeout = \"1s\"")
         .backend("good", good.address())
         .backend("bad", bad.address());
     let proxy = TestProxy::start(Conf::simple(engine, pool));
@@ -184,6 +184,7 @@ fn explain_names_the_guard_that_prevents_an_ejection(engine: Engine) {
     eventually(secs(10), "the guard prevents two ejections", || {
         client::ask(proxy.addr("web")).unwrap_err();
         held = ["a", "b", "c"].into_iter().filter(|name| !prevented(name).is_null()).collect();
+        eprintln!("{held:?} {:#}", proxy.explained("web", "a"));
         held.len() == 2
     });
     let (why, line) = headline(&proxy, held[0]);

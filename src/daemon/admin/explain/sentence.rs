@@ -179,7 +179,8 @@ fn failures(explained: &Explanation) -> Vec<String> {
         other => format!(": {other}"),
     };
     all.push(format!("{counted} in the last {within} ({last}{cause})"));
-    if failures.in_a_row > 0 {
+    // The evidence of a prevented removal has the row.
+    if failures.in_a_row > 0 && explained.guards.prevented.is_none() {
         all.push(match &explained.ejection.spec {
             Some(spec) => format!("{} in a row, ejection at {}", failures.in_a_row, spec.failures),
             None => format!("{} in a row, ejection is off", failures.in_a_row),
