@@ -184,7 +184,6 @@ fn explain_names_the_guard_that_prevents_an_ejection(engine: Engine) {
     eventually(secs(10), "the guard prevents two ejections", || {
         client::ask(proxy.addr("web")).unwrap_err();
         held = ["a", "b", "c"].into_iter().filter(|name| !prevented(name).is_null()).collect();
-        eprintln!("{held:?} {:#}", proxy.explained("web", "a"));
         held.len() == 2
     });
     let (why, line) = headline(&proxy, held[0]);
@@ -193,7 +192,7 @@ fn explain_names_the_guard_that_prevents_an_ejection(engine: Engine) {
     assert!(why.starts_with("although "), "{why}");
     let against = format!(" connects failed in a row, last: connection refused: {reason}; ");
     assert!(why.contains(&against), "{why}");
-    assert_eq!(line, format!("IN ROTATION {why}"));
+    assert!(line.starts_with("IN ROTATION although ") && line.contains(&against), "{line}");
     let said = proxy.cli_ok(&["explain", &format!("web/{}", held[0])]);
     assert!(said.contains("PREVENTS THE REMOVAL of this backend: max_ejected = 34%"), "{said}");
 }

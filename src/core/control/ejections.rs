@@ -65,20 +65,22 @@ impl EjectionGuard {
 
     /// Returns why no backend may be ejected now, as a clause for `explain`.
     pub(super) fn reason(&self, percent: u8) -> Option<String> {
-        let (out, max, all) = (self.ejected.len() + self.on_trial, self.ejected_max, self.backends);
+        if self.eligible <= 1 {
+            return Some("it is the last eligible backend of the pool".to_owned());
+        }
+        let (max, all) = (self.ejected_max, self.backends);
         if max == 0 {
-            return Some(format!(
-                "max_ejected = {percent}% allows none of {all} backends to be removed"
-            ));
+            let none = format!("max_ejected = {percent}% allows none of {all} backends");
+            return Some(none + " to be removed");
         }
-        if out >= max {
-            return Some(format!(
+        let out = self.ejected.len() + self.on_trial;
+        (out >= max).then(|| {
+            let are = if out == 1 { "is" } else { "are" };
+            format!(
                 "max_ejected = {percent}% allows {max} of {all} backends to be removed, and \
-                 {out} already {}",
-                if out == 1 { "is" } else { "are" }
-            ));
-        }
-        (self.eligible <= 1).then(|| "it is the last eligible backend of the pool".to_owned())
+                 {out} already {are}"
+            )
+        })
     }
 
     /// Whether at least one eligible backend is not on trial.
