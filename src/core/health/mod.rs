@@ -57,12 +57,14 @@
 
 pub mod ejection;
 pub mod probe_detector;
+mod probe_outcome;
 pub mod recent;
 pub mod slow_detector;
 
 use crate::health::ejection::EjectionState;
 use crate::health::probe_detector::ProbeDetector;
 use crate::health::slow_detector::SlowDetector;
+pub use probe_outcome::{LastProbe, ProbeAnswer, ProbeOutcome};
 use recent::RecentFailures;
 use std::time::{Duration, Instant};
 
@@ -162,52 +164,6 @@ pub enum Observation {
     Suspect,
     /// Does not work.
     Down,
-}
-
-/// Result of one probe.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ProbeOutcome {
-    /// The expected answer arrived.
-    Success {
-        /// From connect to result.
-        took: Duration,
-        /// What the backend answered.
-        answer: ProbeAnswer,
-    },
-    /// The backend or the path to it failed.
-    Failure {
-        /// From connect to result.
-        took: Duration,
-        /// For the log: `connection refused`, `status 503, expected 200-399`.
-        reason: String,
-    },
-    /// Local error (no descriptors, no ports): no evidence about the backend.
-    Local {
-        /// For the log.
-        reason: String,
-    },
-}
-
-/// The part of a backend's answer that made a probe succeed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ProbeAnswer {
-    /// The connection was established. The probe needs no more.
-    Connected,
-    /// The expected text.
-    Expected,
-    /// An HTTP status.
-    Status(u16),
-}
-
-/// The newest probe of a backend that has ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LastProbe {
-    /// When its result arrived.
-    pub ended: Instant,
-    /// Its result.
-    pub outcome: ProbeOutcome,
-    /// It was a confirmation probe, sent because heartbeats were overdue.
-    pub confirmation: bool,
 }
 
 /// Why a session failed before the first byte of its backend, if the backend or the
@@ -473,42 +429,6 @@ impl Observation {
             Observation::Up => "up",
             Observation::Suspect => "suspect",
             Observation::Down => "down",
-        }
-    }
-}
-
-// === impl ProbeOutcome ===
-
-impl ProbeOutcome {
-    /// Returns the success of a probe that only connects.
-    pub fn success(took: Duration) -> ProbeOutcome {
-        ProbeOutcome::Success { took, answer: ProbeAnswer::Connected }
-    }
-
-    /// Returns a failure that took no time.
-    pub fn failure(reason: impl Into<String>) -> ProbeOutcome {
-        ProbeOutcome::Failure { took: Duration::ZERO, reason: reason.into() }
-    }
-}
-
-impl std::fmt::Display for ProbeOutcome {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            ProbeOutcome::Success { took, .. } => write!(f, "success after {took:.1?}"),
-            ProbeOutcome::Failure { reason, .. } => write!(f, "failure: {reason}"),
-            ProbeOutcome::Local { reason } => write!(f, "not run: {reason}"),
-        }
-    }
-}
-
-// === impl ProbeAnswer ===
-
-impl std::fmt::Display for ProbeAnswer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            ProbeAnswer::Connected => f.write_str("connection accepted"),
-            ProbeAnswer::Expected => f.write_str("expected answer received"),
-            ProbeAnswer::Status(status) => write!(f, "status {status}"),
         }
     }
 }
