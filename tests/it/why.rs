@@ -16,6 +16,7 @@ on_every_engine!(
     why_names_a_trial,
     why_names_backups_and_fail_open,
     why_is_null_without_a_backend,
+    decisions_survive_a_worker_panic,
 );
 
 /// The fields of a line: what decided, backends passed over, and attempts.
@@ -23,6 +24,37 @@ on_every_engine!(
 fn assert_line(line: &Value, why: impl Into<Value>, skipped: u64, attempts: u64) {
     let found = (&line["why"], &line["skipped"], &line["attempts"]);
     assert_eq!(found, (&why.into(), &skipped.into(), &attempts.into()), "{line:#}");
+}
+
+/// Checks that `GET /v1/explain` says about the session of this line what the line says.
+#[track_caller]
+pub fn assert_explained(proxy: &TestProxy, line: &Value) {
+    let number = line["session"].as_u64().expect("a number");
+    let answer = proxy.admin_request("GET", &format!("/v1/explain?session={number}"));
+    assert_eq!(answer.status, 200, "{}\n{line:#}", answer.body);
+    let session = answer.json();
+    let at = format!("{session:#}\n{line:#}");
+    assert_eq!((&session["client"], &session["frontend"]), (&line["client"], &line["frontend"]));
+    let end = &session["end"];
+    assert_eq!((&end["cause"], &end["phase"]), (&line["cause"], &line["phase"]), "{at}");
+    let decisions = session["decisions"].as_array().expect("a list");
+    let picked: Vec<&Value> = decisions.iter().filter(|one| !one["backend"].is_null()).collect();
+    assert_eq!(Some(picked.len() as u64), line["attempts"].as_u64(), "{at}");
+    if let Some(last) = picked.last() {
+        assert_eq!(
+            (&last["backend"]["backend"], &last["why"]),
+            (&line["backend"], &line["why"]),
+            "{at}"
+        );
+        assert_eq!(last["skipped_total"], line["skipped"], "{at}");
+    }
+    let failed = decisions.iter().filter(|one| !one["failure"].is_null());
+    let failed: Vec<_> =
+        failed.map(|one| (&one["backend"]["backend"], &one["failure"], &one["errno"])).collect();
+    let tries = line["tries"].as_array().expect("a list").iter();
+    let tries: Vec<_> =
+        tries.map(|one| (&one["backend"], &one["failure"], &one["errno"])).collect();
+    assert_eq!(failed, tries, "{at}");
 }
 
 fn ask(proxy: &TestProxy, frontend: &str) -> String {
@@ -182,4 +214,29 @@ fn why_is_null_without_a_backend(engine: Engine) {
     let log = proxy.wait_access_log(3);
     assert_eq!(log[2]["cause"], "queue-timeout");
     assert_line(&log[2], Value::Null, 1, 0);
+}
+
+/// A restarted worker continues in the same rings.
+fn decisions_survive_a_worker_panic(engine: Engine) {
+    if !cfg!(debug_assertions) {
+        return;
+    }
+    let (echo, refusing) = (ScriptedBackend::start(backend::echo()), Refusing::new());
+    let pool = Pool::new("web")
+        .backend_with("b", refusing.address, "weight = 1000")
+        .backend("a", echo.address());
+    let conf = Conf::simple(engine, pool).workers(1);
+    let proxy = TestProxy::start_under(conf, &["env", "TIDEGATE_FAULTS=1"]);
+    client::exchange(&connect(proxy.addr("web")), b"x").unwrap();
+    let open = connect(proxy.addr("web"));
+    client::exchange(&open, b"x").unwrap();
+    proxy.wait_access_log(1);
+    assert_eq!(proxy.admin_request("POST", "/debug/fault/worker/0/0").status, 200);
+    client::read_to_end(&open);
+    eventually(secs(10), "the worker serves again", || {
+        client::try_connect(proxy.addr("web")).is_ok_and(|one| client::exchange(&one, b"x").is_ok())
+    });
+    let log = proxy.wait_access_log(3);
+    assert_eq!((&log[0]["attempts"], &log[1]["cause"]), (&2.into(), &"internal-error".into()));
+    log.iter().for_each(|line| assert_explained(&proxy, line));
 }

@@ -9,6 +9,7 @@ use crate::common::conf::{Conf, Pool};
 use crate::common::ports::free_port;
 use crate::common::proxy::TestProxy;
 use crate::common::{Engine, long, measured, ms, on_every_engine_alone, patience, secs};
+use crate::why::assert_explained;
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 use std::collections::{BTreeMap, HashMap};
@@ -308,6 +309,8 @@ fn ledger_explains_every_line_of_the_access_log(engine: Engine) {
     seen.sort_by_key(|one| one.began);
     let log = proxy.wait_access_log(seen.len());
     assert_eq!(log.len(), seen.len(), "one line for each session");
+    // The rings keep fewer sessions than the log.
+    log.iter().rev().take(1_000).for_each(|line| assert_explained(&proxy, line));
     let queued = proxy.metric("tidegate_queued_total", &[]);
     Ledger { members, served: served.lock().unwrap().clone() }.check(&seen, &log, queued as usize);
 }
