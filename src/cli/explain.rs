@@ -442,9 +442,10 @@ fn history(transitions: &[TransitionDoc], width: Option<usize>) -> String {
     text
 }
 
-/// Formats a short time: `40 ms`, `1.25 s`, `2m 3s`.
+/// Formats a short time: `40 us`, `40 ms`, `1.25 s`, `2m 3s`.
 fn short(seconds: f64) -> String {
     match seconds {
+        _ if seconds > 0.0 && seconds < 0.000_1 => format!("{:.0} us", seconds * 1e6),
         _ if seconds < 0.01 => format!("{:.1} ms", seconds * 1e3),
         _ if seconds < 1.0 => format!("{:.0} ms", seconds * 1e3),
         _ if seconds < 60.0 => format!("{} s", (seconds * 100.0).round() / 100.0),

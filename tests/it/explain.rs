@@ -16,6 +16,8 @@ on_every_engine!(
     explain_says_what_happens_while_no_backend_is_eligible,
     explain_names_the_guard_that_prevents_an_ejection,
     access_log_lists_every_failed_attempt,
+    session_is_explained_by_the_number_of_the_access_log,
+    forecast_is_what_the_next_client_gets,
 );
 
 fn explain_shows_refused_connects_ejection_and_trial(engine: Engine) {
@@ -237,4 +239,67 @@ fn access_log_lists_every_failed_attempt(engine: Engine) {
         assert_eq!(line["attempts"].as_u64(), Some(refused.len() as u64 + 1), "{line:#}");
         assert!(refused.iter().all(|attempt| attempt["backend"] == "b"), "{line:#}");
     }
+}
+
+fn session_is_explained_by_the_number_of_the_access_log(engine: Engine) {
+    let (a, b) = (ScriptedBackend::start(backend::name("a")), Refusing::new());
+    let pool = Pool::new("web")
+        .key("ejection = \"off\"")
+        .backend("b", b.address)
+        .backend("a", a.address());
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    client::ask(proxy.addr("web")).expect("a serves");
+    client::ask(proxy.addr("web")).expect("a serves");
+    let lines = proxy.wait_access_log(2);
+    let line = lines.iter().find(|line| line["attempts"] == 2).expect("a retried session");
+    let number = line["session"].to_string();
+    let said = proxy.cli_ok(&["explain", "--session", &number, "--json"]);
+    let told: serde_json::Value = serde_json::from_str(&said).expect("JSON");
+    assert_eq!((&told["frontend"], &told["state"]), (&"web".into(), &"ended".into()), "{told:#}");
+    assert_eq!(told["client"], line["client"], "{told:#}");
+    let decisions = told["decisions"].as_array().expect("a list");
+    assert_eq!(decisions.len(), 2, "{told:#}");
+    assert_eq!(
+        (&decisions[0]["why"], &decisions[0]["failure"]),
+        (&"turn".into(), &"refused".into())
+    );
+    assert_eq!(
+        (&decisions[1]["why"], &line["why"]),
+        (&"retry".into(), &"retry".into()),
+        "{told:#}"
+    );
+    assert_eq!(told["end"]["cause"], line["cause"], "{told:#}");
+    let said = proxy.cli_ok(&["explain", "--session", &number]);
+    let flat = said.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(flat.contains("web/b (127.0.0.1:"), "{said}");
+    assert!(flat.contains("was next in turn (position "), "{said}");
+    assert!(flat.contains(": refused (ECONNREFUSED)."), "{said}");
+    assert!(flat.contains("was picked because the attempt before it failed"), "{said}");
+    let unknown = proxy.cli(&["explain", "--session", "999999999"]);
+    assert_eq!(unknown.status.code(), Some(1));
+    let error = String::from_utf8_lossy(&unknown.stderr).into_owned();
+    assert!(error.contains("has not been accepted yet"), "{error}");
+}
+
+fn forecast_is_what_the_next_client_gets(engine: Engine) {
+    let all = ["a", "b", "c"].map(|name| ScriptedBackend::start(backend::name(name)));
+    let mut pool = Pool::new("web").key("balance = \"source-hash\"");
+    for (name, one) in ["a", "b", "c"].iter().zip(&all) {
+        pool = pool.backend(name, one.address());
+    }
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    let got = client::ask(proxy.addr("web")).expect("a backend serves");
+    let question = ["explain", "--client", "127.0.0.1", "--frontend", "web"];
+    let said = proxy.cli_ok(&question);
+    assert!(said.starts_with(&format!("127.0.0.1 on web would go to web/{got} (")), "{said}");
+    assert!(said.lines().next().is_some_and(|line| line.ends_with(", certain.")), "{said}");
+    assert!(said.lines().all(|line| line.chars().count() <= 80), "{said}");
+    let without = format!("web/{got}");
+    let said = proxy.cli_ok(&[&question[..], &["--without", &without]].concat());
+    assert!(!said.contains(&format!("would go to web/{got} ")), "{said}");
+    assert!(said.contains(&format!("Assumed: without web/{got}.")), "{said}");
+    let flat = said.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(flat.contains(&format!("web/{got} (excluded by --without)")), "{said}");
+    // The retry of the forecast is the backend that the changed pool picks.
+    assert_eq!(client::ask(proxy.addr("web")).expect("nothing has changed"), got);
 }

@@ -4,7 +4,9 @@ use crate::common::backend::{self, Refusing, ScriptedBackend};
 use crate::common::client::{self, connect};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
-use crate::common::{Engine, eventually, long, ms, on_every_engine, on_every_engine_alone, secs};
+use crate::common::{
+    Engine, eventually, eventually_some, long, ms, on_every_engine, on_every_engine_alone, secs,
+};
 use std::collections::BTreeMap;
 
 on_every_engine!(
@@ -15,6 +17,7 @@ on_every_engine!(
     peak_ewma_latencies_are_handed_over,
     change_of_the_file_during_an_upgrade_is_applied,
     backend_history_is_handed_over,
+    explain_is_right_after_an_upgrade,
 );
 on_every_engine_alone!(handover_of_thousands_of_backends_is_fast);
 
@@ -254,5 +257,39 @@ fn handover_of_thousands_of_backends_is_fast(engine: Engine) {
     let limit = a_thousand * (count / 1_000);
     assert!(took < crate::common::patience(limit), "took {took:?}");
     assert_eq!(proxy.backend("web", &last)["intent"], "draining");
+    proxy.rebaseline();
+}
+
+fn explain_is_right_after_an_upgrade(engine: Engine) {
+    let (echo, dead) = (ScriptedBackend::start(backend::echo()), Refusing::new());
+    let pool = Pool::new("web")
+        .ejection("failures = 2\ntime = \"60s\"")
+        .backend("fine", echo.address())
+        .backend("ejected", dead.address);
+    let mut proxy = TestProxy::start(Conf::simple(engine, pool));
+    while proxy.backend("web", "ejected")["ejected"] == false {
+        client::exchange(&connect(proxy.addr("web")), b"x").unwrap();
+    }
+    let number = proxy.wait_access_log(1)[0]["session"].to_string();
+    assert!(proxy.cli_ok(&["explain", "--session", &number]).contains("Attempt 1, "));
+    proxy.upgrade();
+    let said = proxy.cli_ok(&["explain", "web/ejected"]);
+    assert!(said.contains("\nNOT IN ROTATION: ejected: "), "{said}");
+    assert!(said.contains("2 connects failed in a row"), "{said}");
+    assert!(said.contains("no recent picks of this pool are recorded"), "{said}");
+    let old = proxy.cli(&["explain", "--session", &number]);
+    let error = String::from_utf8_lossy(&old.stderr).into_owned();
+    assert_eq!(old.status.code(), Some(1), "{error}");
+    assert!(error.contains("by an earlier process, before an upgrade"), "{error}");
+    client::exchange(&connect(proxy.addr("web")), b"x").unwrap();
+    let of_new = |line: &serde_json::Value| line["session"].as_u64().is_some_and(|n| n > 1_000_000);
+    let last = eventually_some(secs(10), "the new process logs its session", || {
+        proxy.wait_access_log(1).into_iter().find(of_new)
+    });
+    let said = proxy.cli_ok(&["explain", "--session", &last["session"].to_string()]);
+    let flat = said.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(flat.contains("web/fine (127.0.0.1:"), "{said}");
+    assert!(flat.contains("was the only backend that could be picked."), "{said}");
+    assert!(flat.contains("web/ejected (ejected for "), "{said}");
     proxy.rebaseline();
 }

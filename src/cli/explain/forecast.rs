@@ -44,8 +44,11 @@ fn headline(forecast: &ForecastDocument) -> String {
     let client = client(forecast.client);
     let start = format!("{client} on {}", cell_text(&forecast.frontend));
     if let Some(pick) = &forecast.pick {
+        let several = forecast.pool.as_ref().is_some_and(|pool| pool.candidates > 1);
         let how = match (&pick.figures, pick.certain) {
-            (FiguresDoc::Turn { .. }, true) => "if no other session comes first".to_owned(),
+            (FiguresDoc::Turn { .. }, true) if several => {
+                "if no other session comes first".to_owned()
+            }
             (_, true) => "certain".to_owned(),
             (_, false) => {
                 let share = pick.shares.first().map_or(0.0, |share| share.percent);

@@ -32,7 +32,10 @@ fn headline(session: &SessionExplanation) -> String {
     }
     match &session.end {
         Some(end) => {
-            let lasted = short(end.lasted_seconds);
+            let lasted = match end.lasted_seconds {
+                0.0 => "less than 1 ms".to_owned(),
+                lasted => short(lasted),
+            };
             let _ = write!(text, " It ended after {lasted}: {}, phase {}.", end.cause, end.phase);
         }
         None => text.push_str(" It is open."),
