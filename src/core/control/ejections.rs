@@ -52,18 +52,8 @@ pub(super) fn ejected_max(percent: u8, backends: usize) -> usize {
 // === impl EjectionGuard ===
 
 impl EjectionGuard {
-    /// Returns why no backend may be ejected now; `None` if one may.
-    pub(super) fn objection(&self, percent: u8) -> Option<String> {
-        if self.eligible <= 1 {
-            return Some("last eligible backend of the pool".to_owned());
-        }
-        let (ejected, backends) = (self.ejected.len() + self.on_trial, self.backends);
-        (ejected >= self.ejected_max).then(|| {
-            format!("{ejected} of {backends} backends are ejected; max_ejected = {percent}%")
-        })
-    }
-
-    /// Returns why no backend may be ejected now, as a clause for `explain`.
+    /// Returns why no backend may be ejected now, as a clause for the log and `explain`; `None`
+    /// if one may.
     pub(super) fn reason(&self, percent: u8) -> Option<String> {
         if self.eligible <= 1 {
             return Some("it is the last eligible backend of the pool".to_owned());
@@ -119,7 +109,7 @@ impl ControlState {
         if !entry.health.eligible() {
             return;
         }
-        let objection = self.guard_view(pool).objection(spec.max_ejected_percent);
+        let objection = self.guard_view(pool).reason(spec.max_ejected_percent);
         let Some(entry) = self.backends.observe(id) else { return };
         let what = if failure == ConnectFailure::EarlyReset { "sessions" } else { "connects" };
         let evidence = format!("{row} {what} failed in a row, last: {failure}");

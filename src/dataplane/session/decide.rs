@@ -82,8 +82,9 @@ impl LastDecision {
 // === impl Session ===
 
 impl Session {
-    /// Keeps the decision of a pick; `None` if it found no backend. The worker's record must still hold its notes, so no
-    /// other task can have run since the pick. `now` is the time of the pick.
+    /// Keeps the decision of a pick; `None` if it found no backend. The worker's record must
+    /// still hold its notes, so no other task can have run since the pick. `now` is the time of
+    /// the pick.
     pub(super) fn keep_decision(
         &mut self,
         picked: Option<Picked>,

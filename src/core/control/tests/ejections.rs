@@ -163,8 +163,8 @@ fn last_eligible_backend_is_not_ejected_and_one_notice_is_logged() {
     let effects = bench.refuse("b", 1, 100);
     assert_eq!(
         logs(&effects),
-        ["b: ejection prevented; backend stays in rotation: last eligible backend of the pool: \
-          5 connects failed in a row, last: connection refused"]
+        ["b: ejection prevented; backend stays in rotation: it is the last eligible backend of \
+          the pool: 5 connects failed in a row, last: connection refused"]
     );
     assert_eq!(bench.status("b").ejections_held_total, 1);
     assert_eq!(bench.serving(), ["b"]);
@@ -176,7 +176,8 @@ fn max_ejected_is_rounded_down_and_never_exceeded() {
     bench.refuse("a", 1, 5);
     let effects = bench.refuse("b", 1, 50);
     assert_eq!(logs(&effects).len(), 1);
-    assert!(logs(&effects)[0].contains("1 of 3 backends are ejected; max_ejected = 50%"));
+    let reason = "max_ejected = 50% allows 1 of 3 backends to be removed, and 1 already is";
+    assert!(logs(&effects)[0].contains(reason));
     assert_eq!(bench.serving(), ["b", "c"]);
     bench.pass(Duration::from_secs(10));
     bench.refuse("b", 51, 51);
