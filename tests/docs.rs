@@ -22,6 +22,8 @@ mod commands;
 mod configuration;
 #[path = "docs/examples.rs"]
 mod examples;
+#[path = "docs/explain.rs"]
+mod explain;
 #[path = "docs/generated.rs"]
 mod generated;
 #[path = "docs/limits.rs"]

@@ -114,7 +114,7 @@ fn readme_example_loses_no_connection() {
 #[test]
 fn requests_of_the_admin_api_page_get_answers() {
     let shell = Shell::new();
-    let directory = shell.0.path().display().to_string();
+    let directory = shell.directory();
     let [one, other, tcp] = free_addresses();
     let serving = |bind: SocketAddr| {
         format!(
@@ -173,22 +173,26 @@ fn every_command_in_the_pages_is_valid() {
 }
 
 /// A directory for scripts, with an admin socket that no other balancer uses.
-struct Shell(tempfile::TempDir);
+pub(crate) struct Shell(tempfile::TempDir);
 
 impl Shell {
-    fn new() -> Shell {
+    pub(crate) fn new() -> Shell {
         Shell(tempfile::tempdir().unwrap())
     }
 
-    fn admin(&self) -> String {
-        format!("unix:{}/admin.sock", self.0.path().display())
+    pub(crate) fn directory(&self) -> String {
+        self.0.path().display().to_string()
     }
 
-    fn with_admin(&self, configuration: &str) -> String {
+    fn admin(&self) -> String {
+        format!("unix:{}/admin.sock", self.directory())
+    }
+
+    pub(crate) fn with_admin(&self, configuration: &str) -> String {
         format!("[admin]\nlisten = \"{}\"\n\n{configuration}", self.admin())
     }
 
-    fn write(&self, name: &str, text: &str) {
+    pub(crate) fn write(&self, name: &str, text: &str) {
         fs::write(self.0.path().join(name), text).unwrap();
     }
 
@@ -197,7 +201,7 @@ impl Shell {
     }
 
     /// Runs the script and returns its output. Fails if the script fails.
-    fn run(&self, script: &str) -> String {
+    pub(crate) fn run(&self, script: &str) -> String {
         let program = Path::new(env!("CARGO_BIN_EXE_tidegate")).parent().unwrap();
         let path = format!("{}:{}", program.display(), std::env::var("PATH").unwrap());
         let output = fs::File::create(self.0.path().join("output")).unwrap();

@@ -11,13 +11,15 @@
 //! - `balancer`: the balancer, a separate process, and its admin API
 //! - `traffic`: the clients
 //! - `show`: the order of events, and the checks
-//! - `change`: reload, explanation and upgrade
+//! - `change`: reload and upgrade
+//! - `explain`: explanations of a backend, of a session and of the next pick
 //! - `split`: measured against expected distribution
 //! - `screen`: output
 
 mod backends;
 mod balancer;
 mod change;
+mod explain;
 mod place;
 mod screen;
 mod show;

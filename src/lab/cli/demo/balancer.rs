@@ -14,11 +14,12 @@ use rustix::process::{
     Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, waitpid,
 };
 use std::fs::File;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 use tidegate_api::answers::UpgradeDoc;
+use tidegate_api::decision::{ForecastDocument, SessionExplanation};
 use tidegate_api::explain::ExplainDoc;
 use tidegate_api::status::{BackendDoc, StatusDoc};
 use tidegate_client::http::{Address, Answer, ClientArgs, ask_within, backend_path};
@@ -161,6 +162,22 @@ impl DemoBalancer {
     /// Returns the explanation of a backend.
     pub(crate) async fn explained(&self, backend: &str) -> Result<ExplainDoc, String> {
         let answer = self.ask(Method::GET, backend_path(NAME, backend, "explain")).await?;
+        answer.document().map_err(|error| error.to_string())
+    }
+
+    /// Returns the explanation of a session.
+    pub(crate) async fn explained_session(
+        &self,
+        session: u64,
+    ) -> Result<SessionExplanation, String> {
+        let answer = self.ask(Method::GET, format!("/v1/explain?session={session}")).await?;
+        answer.document().map_err(|error| error.to_string())
+    }
+
+    /// Returns what would happen to a new connection of this client.
+    pub(crate) async fn forecast(&self, client: IpAddr) -> Result<ForecastDocument, String> {
+        let path = format!("/v1/explain?client={client}&frontend={NAME}");
+        let answer = self.ask(Method::GET, path).await?;
         answer.document().map_err(|error| error.to_string())
     }
 

@@ -1,5 +1,4 @@
-//! The changes of the demo while clients are served: a reload and an upgrade. Also the
-//! explanation of a backend that is down.
+//! The changes of the demo while clients are served: a reload and an upgrade.
 //!
 //! Run by `show`. Each prints its measurements and records failed checks.
 
@@ -17,25 +16,6 @@ const AROUND: Duration = Duration::from_millis(250);
 // === impl DemoScript ===
 
 impl DemoScript<'_> {
-    /// Prints what `tidegate explain` reports for a backend that is down.
-    pub(crate) async fn explain(&self, name: &str) -> Result<(), OutputClosed> {
-        let facts = match self.balancer.explained(name).await {
-            Ok(facts) => facts,
-            Err(error) => {
-                self.broken(format!("cannot explain {name}: {error}"));
-                return Ok(());
-            }
-        };
-        let why = &facts.why;
-        self.say(&format!("`tidegate explain` on {name}: {why}"))?;
-        if !facts.eligible && why.contains("down") && why.contains("failed") {
-            self.sum_up(&format!("explained while down: {name}: {why}"));
-        } else {
-            self.broken(format!("wrong explanation of {name}, which is down: {why}"));
-        }
-        Ok(())
-    }
-
     /// Raises the weight of the last backend while clients are served.
     pub(crate) async fn reload(&self) -> Result<(), OutputClosed> {
         let mut backends: Vec<DemoBackend> = self.backends.all().to_vec();

@@ -5,6 +5,7 @@
 
 use super::backends::Backends;
 use super::balancer::{DemoBalancer, DemoStatus};
+use super::explain::LoggedSession;
 use super::place::{DemoDirectory, NAME, for_shell};
 use super::screen::{OutputClosed, Screen};
 use super::split::Split;
@@ -12,7 +13,6 @@ use super::traffic::{
     LONG_LIVED, LongLived, LongLivedConnection, RATE, RATE_SLOW, RequestCounts, Traffic,
 };
 use crate::cli::demo::split;
-use serde::Deserialize;
 use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -35,7 +35,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(5);
 const POLL_INTERVAL_SLOW: Duration = Duration::from_millis(200);
 
 /// Maximum number of measurements of a split, if measurements are disturbed.
-const MEASURES_MAX: usize = 3;
+pub(crate) const MEASURES_MAX: usize = 3;
 
 /// How the demo ended.
 #[derive(Debug, Default)]
@@ -44,15 +44,6 @@ pub(crate) struct DemoResult {
     /// Failed checks; empty is success.
     pub(crate) broken: Vec<String>,
     pub(crate) cut_short: bool,
-}
-
-/// The fields of an access-log line that are shown.
-#[derive(Deserialize)]
-struct LoggedSession {
-    backend: Option<String>,
-    cause: String,
-    phase: String,
-    code: String,
 }
 
 /// Times of the demo.
@@ -224,9 +215,10 @@ impl<'a> DemoScript<'a> {
         // Long enough to affect the long-lived connections.
         sleep((self.phase / 4).max(Duration::from_millis(300))).await;
         let tally = traffic.finish(1).await;
-        self.print_failures(&tally, noticed, self.retries().await - retries)?;
+        let retried = self.retries().await - retries;
+        self.print_failures(&tally, noticed, retried)?;
         self.print_long_lived(name, &long.connections()).await?;
-        self.explain(name).await?;
+        self.explain(name, &tally, retried).await?;
         self.split(&format!("{name} is down"), self.phase / 2).await?;
         self.restart(target).await
     }
@@ -328,29 +320,16 @@ impl<'a> DemoScript<'a> {
         let Some(one) = connections.iter().filter(on).find(|one| one.broken.is_some()) else {
             return Ok(());
         };
-        match self.access_log_line(&one.client.to_string()).await {
-            Some(line) => self.say(&format!("access log of one of them: {line}")),
-            None => Ok(()),
-        }
-    }
-
-    /// Returns the main fields of the line of a client.
-    async fn access_log_line(&self, client: &str) -> Option<String> {
-        let wanted = format!("\"client\":\"{client}\"");
-        let deadline = clock::now() + Duration::from_millis(500);
-        while clock::now() < deadline {
-            let text = std::fs::read_to_string(self.place.access_log()).unwrap_or_default();
-            if let Some(line) = text.lines().find(|line| line.contains(&wanted)) {
-                let LoggedSession { backend, cause, phase, code } =
-                    serde_json::from_str(line).ok()?;
-                let backend = backend.as_deref().unwrap_or("-");
-                return Some(format!(
-                    "backend {backend}, cause {cause}, phase {phase}, code {code}"
-                ));
-            }
-            sleep(POLL_INTERVAL * 4).await;
-        }
-        None
+        let client = one.client.to_string();
+        let Some(line) = self.logged_session(|one| one.is_of(&client)).await else {
+            return Ok(());
+        };
+        let LoggedSession { backend, cause, phase, code, .. } = line;
+        let backend = backend.as_deref().unwrap_or("-");
+        self.say(&format!(
+            "access log of one of them: backend {backend}, cause {cause}, phase {phase}, \
+             code {code}"
+        ))
     }
 
     /// Leaves the remaining time to the user.

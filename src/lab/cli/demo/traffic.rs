@@ -4,6 +4,7 @@
 //! answer and failure is counted. The rate is at most [`RATE`]: more would exhaust the
 //! local ports of the host.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,6 +31,9 @@ const REQUEST_MAX: Duration = Duration::from_secs(2);
 
 /// Maximum number of failures that are stored; all are counted.
 const FAILURES_KEPT: usize = 1000;
+
+/// Number of answers of which the client and the backend are stored.
+const SERVED_KEPT: usize = 4096;
 
 /// Number of long-lived connections.
 pub(crate) const LONG_LIVED: usize = 10;
@@ -72,6 +76,8 @@ pub(crate) struct RequestCounts {
     pub(crate) failed: u64,
     /// The first failures.
     pub(crate) failures: Vec<FailedRequest>,
+    /// Client address, as in the access log, and backend of the last answers.
+    pub(crate) served: VecDeque<(String, String)>,
 }
 
 /// A request without an answer.
@@ -156,13 +162,15 @@ async fn client(plan: Arc<TrafficPlan>, first: Duration, every: Duration) {
     }
 }
 
-/// Connects, sends a request, reads a name and closes with FIN.
-async fn request(frontend: SocketAddr) -> io::Result<String> {
+/// Connects, sends a request, reads a name and closes with FIN. Returns the client's address
+/// and the name.
+pub(crate) async fn request(frontend: SocketAddr) -> io::Result<(String, String)> {
     let mut stream = TcpStream::connect(frontend).await?;
+    let client = stream.local_addr()?.to_string();
     let name = exchange(&mut stream).await?;
     // The request has its answer, so an error during close is not a failure.
     let _ = close(stream).await;
-    Ok(name)
+    Ok((client, name))
 }
 
 async fn exchange(stream: &mut TcpStream) -> io::Result<String> {
@@ -196,13 +204,19 @@ impl TrafficPlan {
         left
     }
 
-    fn record(&self, begun: Instant, answer: io::Result<String>) {
+    fn record(&self, begun: Instant, answer: io::Result<(String, String)>) {
         let mut tally = lock(&self.tally);
         match answer {
-            Ok(name) => match self.names.iter().position(|known| *known == name) {
-                Some(index) => tally.answered[index] += 1,
-                None => tally.unknown += 1,
-            },
+            Ok((client, name)) => {
+                match self.names.iter().position(|known| *known == name) {
+                    Some(index) => tally.answered[index] += 1,
+                    None => tally.unknown += 1,
+                }
+                if tally.served.len() == SERVED_KEPT {
+                    tally.served.pop_front();
+                }
+                tally.served.push_back((client, name));
+            }
             Err(error) => {
                 tally.failed += 1;
                 if tally.failures.len() < FAILURES_KEPT {
@@ -219,6 +233,12 @@ impl RequestCounts {
     /// Returns the number of requests.
     pub(crate) fn total(&self) -> u64 {
         self.answered.iter().sum::<u64>() + self.unknown + self.failed
+    }
+
+    /// Returns the backend that answered the client at that address.
+    pub(crate) fn served_by(&self, client: &str) -> Option<&str> {
+        let found = self.served.iter().rev().find(|(known, _)| known == client);
+        found.map(|(_, backend)| &**backend)
     }
 
     /// Returns the failed requests that started at `when` or later.
