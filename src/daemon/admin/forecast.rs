@@ -196,18 +196,15 @@ impl Candidates<'_> {
 
     fn pool_doc(&self, decision: &Decision, queued: usize) -> PoolStepDoc {
         let mut list: Vec<SkippedDoc> = Vec::new();
-        let mut total = decision.skipped.total();
         for state in self.excluded {
             let reason = SkipReason::Excluded.name().into();
             list.push(SkippedDoc { backend: backend_ref(state), reason, seconds: 0 });
-            // The decision leaves out an excluded backend that is eligible otherwise, unless
-            // it counts it without a name.
-            let named = self.pool.left_out.named().iter().any(|one| one.id == state.id);
-            total += u32::from(named && state.left_out().is_none());
         }
         let others = decision.skipped.named().iter();
         let others = others.filter(|one| self.excluded.iter().all(|state| state.id != one.backend));
         list.extend(others.map(|one| skipped(one, |id| self.named(id))));
+        // The decision counts an excluded backend, unless it is a backup that is not needed.
+        let total = decision.skipped.total().max(list.len() as u32);
         list.truncate(SKIPPED_NAMED);
         PoolStepDoc {
             name: self.pool.spec.name.to_string(),
