@@ -334,6 +334,7 @@ pub struct RefusalDoc {
     pub phase: PhaseName,
     /// What the client waits for before; `null` if it does not wait.
     pub waits_for: Option<WaitName>,
-    /// How long it waits, at most; 0 if it does not wait.
+    /// How long it waits, at most; 0 if it does not wait, and for `listen-queue`, which has
+    /// no timeout.
     pub waits_seconds: f64,
 }

@@ -367,6 +367,9 @@ names! {
     pub enum WaitName {
         /// All backends are at their caps.
         AtCap = "at-cap",
+        /// All backends are at their caps, and the queue is full or off. The client waits in
+        /// the listen queue, without a timeout of the balancer.
+        ListenQueue = "listen-queue",
         /// The pool has no first probe result or heartbeat.
         NoVerdict = "no-verdict",
     }

@@ -58,6 +58,9 @@ fn headline(forecast: &ForecastDocument) -> String {
         return format!("{start} would go to {}, {how}.", backend(&pick.backend));
     }
     match &forecast.refusal {
+        Some(RefusalDoc { waits_for: Some(WaitName::ListenQueue), .. }) => {
+            format!("{start} would wait in the listen queue.")
+        }
         Some(RefusalDoc { waits_for: Some(_), waits_seconds, .. }) => {
             format!("{start} would wait for a backend, at most {}.", short(*waits_seconds))
         }
@@ -214,6 +217,10 @@ fn refusal_step(refusal: &RefusalDoc) -> String {
     let within = short(*waits_seconds);
     match waits_for {
         None => format!("The client is reset at once: {}. {log}", cause(name)),
+        Some(WaitName::ListenQueue) => "All backends are at their caps, and the queue of the \
+             pool is full or off (queue_max). The client waits in the listen queue, without a \
+             timeout, until it is accepted."
+            .to_owned(),
         Some(WaitName::AtCap) => format!(
             "All backends are at their caps. The client waits for a slot, and is reset after \
              {within}. {log}"
@@ -360,6 +367,7 @@ mod tests {
             ("route", "admit", None),
             ("no-backend", "admit", None),
             ("queue-timeout", "queue", Some("at-cap")),
+            ("queue-timeout", "queue", Some("listen-queue")),
             ("queue-timeout", "queue", Some("no-verdict")),
         ] {
             forecast.refusal = refused(cause, phase, waits);
@@ -380,6 +388,8 @@ mod tests {
             4 result       The client is reset at once: no backend is eligible. The access log has cause no-backend, phase admit.
             10.1.2.3 on web would wait for a backend, at most 5 s.
             4 result       All backends are at their caps. The client waits for a slot, and is reset after 5 s. The access log has cause queue-timeout, phase queue.
+            10.1.2.3 on web would wait in the listen queue.
+            4 result       All backends are at their caps, and the queue of the pool is full or off (queue_max). The client waits in the listen queue, without a timeout, until it is accepted.
             10.1.2.3 on web would wait for a backend, at most 5 s.
             4 result       No backend has a probe result or heartbeat yet. The client waits for the first, and is reset after 5 s. The access log has cause queue-timeout, phase queue.
         "#]].assert_eq(&text);

@@ -152,7 +152,12 @@ pub(super) fn forecast(
     let (picked, decision) = asked.likeliest();
     document.pool = Some(asked.pool_doc(&decision, clients));
     match picked {
-        Err(error) => document.refusal = Some(asked.no_backend(error)),
+        Err(error) => {
+            // A frontend with one pool accepts no client that cannot be queued.
+            let queues =
+                frontend.pools().count() > 1 || clients < asked.pool.spec.queue_max as usize;
+            document.refusal = Some(asked.no_backend(error, queues));
+        }
         Ok(likeliest) => {
             let unchanged = changed.is_some().then(|| published.likeliest().0.ok()).flatten();
             let unchanged = unchanged.map(|likeliest| published.backend(likeliest.picked.index));
@@ -264,14 +269,16 @@ impl Candidates<'_> {
         tried.split_off(1)
     }
 
-    /// Returns what a client gets if no backend can be picked.
-    fn no_backend(&self, error: NoBackend) -> RefusalDoc {
+    /// Returns what a client gets if no backend can be picked. `queues`: the frontend accepts
+    /// and queues clients while all backends are at their caps.
+    fn no_backend(&self, error: NoBackend, queues: bool) -> RefusalDoc {
         let spec = &self.pool.spec;
         let (waits_for, longest) = match error {
             NoBackend::NoneEligible | NoBackend::Exhausted => {
                 return refusal(Cause::NoBackend, Phase::Admit);
             }
-            NoBackend::AtCapacity => (WaitName::AtCap, spec.queue_timeout),
+            NoBackend::AtCapacity if queues => (WaitName::AtCap, spec.queue_timeout),
+            NoBackend::AtCapacity => (WaitName::ListenQueue, Duration::ZERO),
             NoBackend::Undecided => {
                 (WaitName::NoVerdict, spec.queue_timeout.saturating_add(spec.startup_grace))
             }
