@@ -79,7 +79,8 @@ pub struct DecisionDoc {
     pub local_error: bool,
     /// Its errno; `null` if there was none.
     pub errno: Option<i32>,
-    /// Time from the pick to the next one; `null` if there was none.
+    /// Time from the start of the attempt to its failure; for an early reset, from the
+    /// established connection. `null` if it did not fail.
     pub failed_after_seconds: Option<f64>,
 }
 

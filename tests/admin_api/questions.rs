@@ -132,6 +132,7 @@ fn record(controller: &Controller, decisions: &Decisions) {
         outcome: Outcome {
             connect_micros: Some(400),
             failure: None,
+            failed_micros: 250,
             end: Some((Cause::Finished, Phase::Closed)),
             lasted_millis: 2_500,
         },

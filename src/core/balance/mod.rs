@@ -216,7 +216,7 @@ impl Balancer {
     ) -> Result<usize, PickError> {
         record.clear();
         let picked = self.pick_with(key, tried, record);
-        record.finish(picked.ok());
+        record.finish(picked.ok(), self.in_range(tried));
         picked
     }
 
@@ -230,13 +230,19 @@ impl Balancer {
         let mut rehearsal = Rehearsal::default();
         let picked = self.pick_with(key, tried, &mut rehearsal);
         let mut record = rehearsal.into_record();
-        record.finish(picked.ok());
+        record.finish(picked.ok(), self.in_range(tried));
         (picked, record)
     }
 
     /// Returns the policy.
     pub fn policy(&self) -> Policy {
         self.policy
+    }
+
+    /// The tried candidates that this balancer has.
+    fn in_range<'a>(&self, tried: &'a [usize]) -> impl Iterator<Item = usize> + 'a {
+        let count = self.candidates.len();
+        tried.iter().copied().filter(move |index| *index < count)
     }
 
     #[inline]

@@ -132,10 +132,16 @@ impl PickRecord {
         self.more = 0;
     }
 
-    /// The pick has ended: a chosen candidate was not passed over, whatever an earlier look
-    /// found.
-    pub(super) fn finish(&mut self, chosen: Option<usize>) {
+    /// The pick has ended. A chosen candidate was not passed over, whatever an earlier look
+    /// found. Tried candidates were, also if the pick met none of them.
+    pub(super) fn finish(&mut self, chosen: Option<usize>, tried: impl Iterator<Item = usize>) {
         self.noted.retain(|(index, _)| Some(*index) != chosen);
+        for index in tried {
+            let known = self.more > 0 || self.noted.iter().any(|(noted, _)| *noted == index);
+            if !known {
+                self.note(index, SkipReason::Tried);
+            }
+        }
     }
 
     fn note(&mut self, index: usize, reason: SkipReason) {

@@ -190,6 +190,9 @@ pub struct Outcome {
     pub connect_micros: Option<u32>,
     /// Why the connect attempt failed, and its errno (0: none).
     pub failure: Option<(AttemptFailureKind, i32)>,
+    /// Time from the start of the attempt to that failure, in microseconds; for an early
+    /// reset, from the established connection. 0 without a failure.
+    pub failed_micros: u32,
     /// How the session ended.
     pub end: Option<(Cause, Phase)>,
     /// How long the session lasted, from accept to its end, in milliseconds.

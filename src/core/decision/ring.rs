@@ -34,9 +34,6 @@ struct Slot {
     words: [AtomicU64; WORDS],
 }
 
-// 4,096 first picks and 1,024 failures and retries are less than 1 MiB.
-const _: () = assert!(DecisionRing::SLOT_BYTES <= 192);
-
 // === impl RingPlace ===
 
 impl RingPlace {

@@ -11,7 +11,7 @@ use crate::outcome::{Cause, Phase};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 /// DecisionWords of a decision.
-pub(super) const WORDS: usize = 23;
+pub(super) const WORDS: usize = 24;
 
 /// Where the words of the outcome begin; it is rewritten alone.
 pub(super) const OUTCOME: usize = 21;
@@ -75,6 +75,7 @@ pub(super) fn encode_outcome(outcome: &Outcome) -> [u64; WORDS - OUTCOME] {
     [
         u64::from(outcome.connect_micros.unwrap_or(NONE)) | high(errno),
         u64::from(outcome.lasted_millis) | high(bytes),
+        outcome.failed_micros.into(),
     ]
 }
 
@@ -104,7 +105,7 @@ pub(super) fn decode(words: &DecisionWords) -> Option<Decision> {
         skipped: skipped(words)?,
         attempt,
         waited_micros: words[11] as u32,
-        outcome: outcome(words[OUTCOME], words[OUTCOME + 1])?,
+        outcome: outcome([words[OUTCOME], words[OUTCOME + 1], words[OUTCOME + 2]])?,
     })
 }
 
@@ -166,7 +167,7 @@ fn skipped(words: &DecisionWords) -> Option<SkippedList> {
     Some(list)
 }
 
-fn outcome(first: u64, second: u64) -> Option<Outcome> {
+fn outcome([first, second, third]: [u64; WORDS - OUTCOME]) -> Option<Outcome> {
     let [failure, cause, phase, _] = high_half(second).to_le_bytes();
     let failure = match failure {
         NONE_BYTE => None,
@@ -182,8 +183,13 @@ fn outcome(first: u64, second: u64) -> Option<Outcome> {
             Some((cause, *Phase::ALL.get(usize::from(phase))?))
         }
     };
-    let connect_micros = some(first as u32);
-    Some(Outcome { connect_micros, failure, end, lasted_millis: second as u32 })
+    Some(Outcome {
+        connect_micros: some(first as u32),
+        failure,
+        failed_micros: third as u32,
+        end,
+        lasted_millis: second as u32,
+    })
 }
 
 fn high(half: u32) -> u64 {
@@ -253,13 +259,10 @@ mod tests {
             proptest::option::of(0..NONE),
             proptest::option::of(failure),
             proptest::option::of(end),
-            any::<u32>(),
+            any::<(u32, u32)>(),
         )
-            .prop_map(|(connect_micros, failure, end, lasted_millis)| Outcome {
-                connect_micros,
-                failure,
-                end,
-                lasted_millis,
+            .prop_map(|(connect_micros, failure, end, (lasted_millis, failed_micros))| {
+                Outcome { connect_micros, failure, failed_micros, end, lasted_millis }
             })
     }
 

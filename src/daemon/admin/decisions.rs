@@ -33,7 +33,6 @@ pub(super) fn ids(decisions: &[Decision]) -> NamedIds {
 /// no decision.
 pub(super) fn session(decisions: &[Decision], names: &Names) -> Option<SessionExplanation> {
     let last = decisions.last()?;
-    let nexts = decisions.iter().skip(1).map(Some).chain([None]);
     let end = last.outcome.end.map(|(cause, phase)| SessionEndDoc {
         cause: cause.name().into(),
         phase: phase.name().into(),
@@ -46,11 +45,7 @@ pub(super) fn session(decisions: &[Decision], names: &Names) -> Option<SessionEx
         route: (last.route > 0).then_some(last.route),
         state: if end.is_some() { SessionStateName::Ended } else { SessionStateName::Open },
         end,
-        decisions: decisions
-            .iter()
-            .zip(nexts)
-            .map(|(one, next)| decision(one, next, names))
-            .collect(),
+        decisions: decisions.iter().map(|one| decision(one, names)).collect(),
     })
 }
 
@@ -58,7 +53,7 @@ pub(super) fn socket_addr(client: ClientAddr) -> SocketAddr {
     SocketAddr::new(client.ip(), client.port())
 }
 
-fn decision(decision: &Decision, next: Option<&Decision>, names: &Names) -> DecisionDoc {
+fn decision(decision: &Decision, names: &Names) -> DecisionDoc {
     let pool = decision.pool.and_then(|pool| names.pools.get(&pool));
     let named = |id: BackendId| {
         let pool = pool.map_or_else(String::new, |pool| pool.to_string());
@@ -85,11 +80,7 @@ fn decision(decision: &Decision, next: Option<&Decision>, names: &Names) -> Deci
         failure: outcome.failure.map(|(kind, _)| kind.name().into()),
         local_error: matches!(outcome.failure, Some((AttemptFailureKind::Local(_), _))),
         errno: outcome.failure.map(|(_, errno)| errno).filter(|errno| *errno != 0),
-        failed_after_seconds: next.map(|next| {
-            let waited = u64::from(next.waited_micros);
-            let micros = next.at_micros.saturating_sub(decision.at_micros).saturating_sub(waited);
-            micros as f64 / 1e6
-        }),
+        failed_after_seconds: outcome.failure.map(|_| seconds(outcome.failed_micros)),
     }
 }
 
@@ -180,6 +171,7 @@ mod tests {
             chosen: Some(BackendId(3)),
             outcome: Outcome {
                 failure: Some((AttemptFailureKind::Refused, 111)),
+                failed_micros: 250,
                 ..Outcome::default()
             },
             waited_micros: 0,
@@ -194,6 +186,7 @@ mod tests {
             outcome: Outcome {
                 connect_micros: Some(1_500),
                 failure: None,
+                failed_micros: 0,
                 end: Some((Cause::Finished, Phase::Closed)),
                 lasted_millis: 2_500,
             },

@@ -176,7 +176,9 @@ impl Session {
         // An early reset comes after the connect.
         let known = self.last_decision();
         let outcome = known.as_ref().map_or_else(Outcome::default, |known| known.outcome);
-        let outcome = Outcome { failure: Some((failure, errno)), ..outcome };
+        let took = (clock::now() - slot.since).as_micros();
+        let failed_micros = u32::try_from(took).unwrap_or(u32::MAX);
+        let outcome = Outcome { failure: Some((failure, errno)), failed_micros, ..outcome };
         self.set_outcome(&outcome);
         if self.last.place.is_first() {
             let copy = known.unwrap_or_else(|| self.replaced_decision(slot));
@@ -215,6 +217,7 @@ impl Session {
         let end = Outcome {
             connect_micros: self.connect_micros.map(u32::from),
             failure: None,
+            failed_micros: 0,
             end: Some((ending.cause, ending.phase)),
             lasted_millis: u32::try_from(lasted).unwrap_or(u32::MAX),
         };
