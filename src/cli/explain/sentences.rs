@@ -163,7 +163,12 @@ pub(super) fn failure(
         FailureName::Refused => "refused".to_owned(),
         FailureName::Timeout => "no answer within connect_timeout".to_owned(),
         FailureName::Unreachable => "the backend is unreachable".to_owned(),
-        FailureName::EarlyReset => "the backend reset it before its first byte".to_owned(),
+        FailureName::EarlyReset => {
+            let errno = errno.map_or_else(String::new, |errno| format!(" ({})", errno_name(errno)));
+            return format!(
+                "The backend reset the connection{after}, before its first byte{errno}."
+            );
+        }
         FailureName::Unspecified if local => "error of this host".to_owned(),
         FailureName::Unspecified => "error of the backend or its path".to_owned(),
         FailureName::Descriptors => "this host has no free file descriptor".to_owned(),
@@ -379,7 +384,7 @@ mod tests {
         text.push(failure(&FailureName::Unspecified, Some(999), true, None));
         expect![[r#"
             The connect failed after 0.2 ms: refused (ECONNREFUSED).
-            The connect failed after 0.2 ms: no answer within connect_timeout (ECONNREFUSED).
+            The backend reset the connection after 0.2 ms, before its first byte (ECONNREFUSED).
             The connect failed after 0.2 ms: the backend is unreachable (ECONNREFUSED).
             The connect failed after 0.2 ms: the backend reset it before its first byte (ECONNREFUSED).
             The connect failed after 0.2 ms: error of the backend or its path (ECONNREFUSED).
