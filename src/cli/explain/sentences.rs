@@ -384,9 +384,9 @@ mod tests {
         text.push(failure(&FailureName::Unspecified, Some(999), true, None));
         expect![[r#"
             The connect failed after 0.2 ms: refused (ECONNREFUSED).
-            The backend reset the connection after 0.2 ms, before its first byte (ECONNREFUSED).
+            The connect failed after 0.2 ms: no answer within connect_timeout (ECONNREFUSED).
             The connect failed after 0.2 ms: the backend is unreachable (ECONNREFUSED).
-            The connect failed after 0.2 ms: the backend reset it before its first byte (ECONNREFUSED).
+            The backend reset the connection after 0.2 ms, before its first byte (ECONNREFUSED).
             The connect failed after 0.2 ms: error of the backend or its path (ECONNREFUSED).
             The connect failed after 0.2 ms: this host has no free file descriptor (ECONNREFUSED).
             The connect failed after 0.2 ms: this host has no free local port (ECONNREFUSED).
