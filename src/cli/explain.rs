@@ -172,6 +172,7 @@ fn render(facts: &ExplainDoc, width: Option<usize>) -> String {
 fn verdict(facts: &ExplainDoc) -> &'static str {
     match (facts.eligible, facts.ejection.trial_seconds) {
         (true, Some(_)) => "IN ROTATION for one trial session at a time",
+        (true, None) if facts.backup => "IN ROTATION as a backup",
         (true, None) => "IN ROTATION",
         (false, _) => "NOT IN ROTATION",
     }
