@@ -4,8 +4,8 @@
     examples/heartbeat/sender.py TO POOL NAME ADDRESS KEY_ID KEY_FILE [COUNT]
     examples/heartbeat/sender.py 10.0.0.5:7946 web a 10.0.0.11:8080 1 /etc/tidegate/hb.key
 
-It reports "ready" until it gets SIGTERM or SIGINT, then "stopping". An example to
-build on, in any language: docs/heartbeats.md has the format.
+It reports "ready" until it gets SIGTERM or SIGINT, then "stopping". Use it as an example for
+other languages. docs/heartbeats.md has the format.
 """
 import hashlib, hmac, ipaddress, signal, socket, struct, sys, time
 

@@ -21,8 +21,8 @@ pub(super) const POOL: &[ConfigKey] = &[
         Integer(251, 5_000_011),
         Value("65_537"),
         Reload,
-        "For `source-hash`: slots of the table that maps clients to backends, a prime, at least \
-         one per backend. A new value moves nearly every client.",
+        "For `source-hash`: slots of the table that maps clients to backends; a prime number, at \
+         least the number of backends. A new value moves nearly every client to another backend.",
     ),
     key(
         "source",
@@ -45,15 +45,15 @@ pub(super) const POOL: &[ConfigKey] = &[
         Integer(0, 1_000_000),
         Value("0"),
         Reload,
-        "Length of the queue for clients while every backend is at its `connections_max`. Beyond \
-         it, clients wait in the listen queue.",
+        "Maximum number of clients that wait in the queue of the pool while every backend is at \
+         its `connections_max`. More clients wait in the listen queue.",
     ),
     key(
         "queue_timeout",
         TIME,
         Derived("\"5s\"", "`connect_timeout`"),
         Reload,
-        "Maximum time in that queue; then the client is reset.",
+        "Maximum time of a client in the queue of the pool. After that the client is reset.",
     ),
     key(
         "when_none_eligible",
@@ -68,23 +68,24 @@ pub(super) const POOL: &[ConfigKey] = &[
         TIME,
         Value("\"3s\""),
         Reload,
-        "Maximum wait for the first probe result of the pool. After that each backend is \
-         eligible until its own first result.",
+        "Maximum time that clients wait for the first probe result of the pool. After that each \
+         backend is eligible until its own first result.",
     ),
     key(
         "on_removal",
         WordOrTime("keep", "close-after ", "1ms", "30d"),
         Value("\"keep\""),
         Reload,
-        "Sessions of a backend that leaves the file finish, or are reset after this time.",
+        "What happens to the sessions of a backend that leaves the file. `\"keep\"`: they finish; \
+         `\"close-after 30s\"`: they are reset after 30 s.",
     ),
     key(
         "slow_start",
         WordOrTime("off", "", "100ms", "1h"),
         Value("\"off\""),
         Reload,
-        "Time in which a new or returning backend reaches its full weight and cap. Not applied \
-         while the whole pool starts.",
+        "Time in which a new or returning backend reaches its full weight and cap. It does not \
+         apply while the whole pool starts.",
     ),
     key(
         "ejection",
@@ -123,7 +124,8 @@ pub(super) const PROBE: &[ConfigKey] = &[
         TIME,
         Derived("\"1s\"", "`\"500ms\"`, or `timeout` if that is longer"),
         Reload,
-        "Time between probes while a state change is being counted, from `timeout` to `interval`.",
+        "Time between probes before the first state, and while `rise` or `fall` is being counted. \
+         It is between `timeout` and `interval`.",
     ),
     key(
         "rise",
@@ -137,7 +139,7 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Integer(1, 100),
         Value("3"),
         Reload,
-        "Failures in a row until the backend is down.",
+        "Failed probes in a row until the backend is down.",
     ),
     key(
         "send",
@@ -206,7 +208,7 @@ pub(super) const EJECTION: &[ConfigKey] = &[
         Integer(1, 1_000),
         Value("5"),
         Reload,
-        "Failures in a row until the backend is ejected.",
+        "Failed connects and early resets in a row until the backend is ejected.",
     ),
     key(
         "time",
@@ -229,8 +231,8 @@ pub(super) const EJECTION: &[ConfigKey] = &[
         Flag,
         Value("true"),
         Reload,
-        "Count a connection as failed if the backend resets it before its first byte although \
-         the client has sent data.",
+        "Count early resets as failures. An early reset is a RST of the backend before its first \
+         byte, after the client has sent data.",
     ),
     key(
         "slow_first_byte",
@@ -269,15 +271,15 @@ pub(super) const POOL_HEARTBEAT: &[ConfigKey] = &[
         Time("60ms", "30d"),
         Value("\"10s\""),
         Reload,
-        "Silence after which a registered or required backend is down. At least three intervals, \
-         of the pool and of the sender.",
+        "Silence after which a registered or required backend is down. It is at least three times \
+         `interval`, and at least three intervals of the sender.",
     ),
     key(
         "forget_after",
         TIME,
         Value("\"1m\""),
         Reload,
-        "A registered backend leaves the pool this long after `ttl`.",
+        "Time after `ttl` until a silent registered backend leaves the pool.",
     ),
     key(
         "backends_max",
@@ -350,8 +352,8 @@ pub(super) const HEARTBEAT_KEY: &[ConfigKey] = &[
         Form("a file path"),
         Required,
         Reload,
-        "File with the secret: 32 to 1024 bytes, mode 0600. White space at the end of a text does \
-         not count.",
+        "File with the secret: 32 to 1024 bytes, mode 0600. White space at the end of a text file \
+         is ignored.",
     ),
     key(
         "pools",

@@ -98,8 +98,8 @@ pub const TABLES: &[KeyTable] = &[
     },
     KeyTable {
         header: "[[heartbeat.key]]",
-        about: "A key with which senders sign heartbeats; 1 to 64 tables. Two keys at a time \
-                replace a key without a gap.",
+        about: "Keys with which senders sign heartbeats; 1 to 64 tables. To replace a key without \
+                a gap, configure the old and the new key for a time.",
         keys: HEARTBEAT_KEY,
     },
 ];
@@ -147,23 +147,23 @@ const PROCESS: &[ConfigKey] = &[
         TIME,
         Value("\"30s\""),
         Reload,
-        "In a drain, wait this long for open sessions, then reset them.",
+        "In a drain of the process, wait this long for open sessions, then reset them.",
     ),
     key(
         "upgrade_timeout",
         Time("1s", "50s"),
         Value("\"30s\""),
         Reload,
-        "In an upgrade, wait this long for the new process to become ready. After that it is \
-         killed and the old process keeps serving.",
+        "In an upgrade, wait this long for the new process to become ready. After that Tidegate \
+         kills the new process, and the old process keeps serving.",
     ),
     key(
         "connections_max",
         Integer(1, 10_000_000),
         Value("100_000"),
         Reload,
-        "Cap on open sessions over all processes of an upgrade together; at most 2,097,151 are \
-         in effect. At the cap, new connections wait in the listen queue.",
+        "Cap on open sessions over all processes of an upgrade together; larger values act as \
+         2,097,151. At the cap, new connections wait in the listen queue.",
     ),
     key(
         "user",
@@ -226,8 +226,8 @@ const ADMIN: &[ConfigKey] = &[
         Integer(0, 1_000_000),
         Value("100_000"),
         Reload,
-        "With more backends than this, `/metrics` has series of pools but not of backends. \
-         `0`: never series of backends.",
+        "If there are more backends than this, `/metrics` has series per pool but not per \
+         backend. `0`: never series per backend.",
     ),
 ];
 
@@ -291,16 +291,16 @@ const FRONTEND: &[ConfigKey] = &[
         TIME_OR_OFF,
         Value("\"30s\""),
         Reload,
-        "Close sessions in which no data has moved for this long after one side closed its \
-         direction.",
+        "Close sessions in which no data has moved for this long after one side sent FIN. \
+         `idle_timeout` does not apply to these sessions.",
     ),
     key(
         "stalled_timeout",
         WordOrTime("off", "", "1s", "32767s"),
         Value("\"45s\""),
         Reload,
-        "Extend the three timeouts above to at least this if a peer still answers but its \
-         receive buffer is full.",
+        "Minimum of `first_byte_timeout`, `idle_timeout` and `half_closed_timeout` while a peer \
+         answers but its receive buffer is full.",
     ),
     key(
         "keepalive",
@@ -314,7 +314,7 @@ const FRONTEND: &[ConfigKey] = &[
         WordOrTime("off", "", "1ms", "24d"),
         Value("\"2m\""),
         Reload,
-        "How long sent data or keepalive probes can stay unacknowledged before the connection \
+        "Time that sent data or keepalive probes can stay unacknowledged before the connection \
          counts as lost (`TCP_USER_TIMEOUT`, both sides). `\"off\"` leaves the kernel's default.",
     ),
     key(
@@ -385,7 +385,7 @@ const SOURCES: &[ConfigKey] = &[
         RANGES,
         Value("[]"),
         Reload,
-        "Clients that cannot connect. The longest matching prefix of both lists decides.",
+        "Clients that cannot connect. The longest matching prefix of `allow` and `deny` decides.",
     ),
     key(
         "allow_file",
@@ -410,7 +410,13 @@ const SOURCES: &[ConfigKey] = &[
         "IPv4 addresses with this many equal leading bits are one client source. It needs \
          `connections_max` or `rate`.",
     ),
-    key("prefix_v6", Integer(0, 128), Value("64"), Reload, "The same number for IPv6 addresses."),
+    key(
+        "prefix_v6",
+        Integer(0, 128),
+        Value("64"),
+        Reload,
+        "IPv6 addresses with this many equal leading bits are one client source.",
+    ),
     key(
         "connections_max",
         CONNECTIONS,
@@ -425,7 +431,7 @@ const SOURCES: &[ConfigKey] = &[
         ),
         Value("\"off\""),
         Reload,
-        "New connections per client source.",
+        "Rate limit on new connections of a client source.",
     ),
     key(
         "burst",

@@ -14,25 +14,25 @@ use tidegate_core::health::{HeartbeatHealth, Observation};
 mod families {
     use super::{Family, counter, gauge};
 
-    pub(super) const PUBLISHED: Family = counter("tidegate_tables_published_total", "Routing tables published, by reason.");
+    pub(super) const PUBLISHED: Family = counter("tidegate_tables_published_total", "Routing tables published to the workers, by reason.");
     pub(super) const NONE_ELIGIBLE: Family = gauge("tidegate_pool_none_eligible", "1 if no backend of the pool is eligible and when_none_eligible applies, else 0.");
     pub(super) const FROZEN: Family = gauge("tidegate_pool_frozen", "1 if silent backends of the pool stay in rotation because many became silent together, else 0.");
     pub(super) const REGISTERED: Family = gauge("tidegate_pool_registered", "Backends registered in the pool by heartbeats.");
     pub(super) const ACCEPTED: Family = counter("tidegate_heartbeats_total", "Heartbeats accepted.");
     pub(super) const REJECTED: Family = counter("tidegate_heartbeats_rejected_total", "Heartbeats rejected, by reason.");
     pub(super) const KERNEL_DROPS: Family = counter("tidegate_heartbeat_kernel_drops_total", "Heartbeats dropped by the kernel because the receive buffer was full.");
-    pub(super) const EXCUSES: Family = counter("tidegate_heartbeat_excuses_total", "Times part of all heartbeat silence was ignored because the balancer was late or dropped heartbeats.");
+    pub(super) const EXCUSES: Family = counter("tidegate_heartbeat_excuses_total", "Times part of the silence of all senders was ignored because the process was late or the kernel dropped heartbeats.");
     pub(super) const SILENT: Family = gauge("tidegate_heartbeat_channel_silent", "1 if no heartbeats are received although several backends should send them, else 0.");
-    pub(super) const ALL_FROZEN: Family = gauge("tidegate_heartbeat_frozen", "1 if silent backends of all pools stay in rotation, else 0.");
+    pub(super) const ALL_FROZEN: Family = gauge("tidegate_heartbeat_frozen", "1 if silent backends of all pools stay in rotation because many became silent together, else 0.");
     pub(super) const IS_REGISTERED: Family = gauge("tidegate_backend_registered", "1 if heartbeats registered the backend, 0 if it is in the configuration.");
     pub(super) const SUSPECT: Family = gauge("tidegate_backend_suspect", "1 if the backend is suspect and keeps a tenth of its weight, else 0.");
     pub(super) const BEATING: Family = gauge("tidegate_backend_beating", "1 if the heartbeats of the backend arrive on time, else 0.");
-    pub(super) const RAMP: Family = gauge("tidegate_backend_ramp_ratio", "Share of its weight the backend has reached in slow start; 1 when complete.");
+    pub(super) const RAMP: Family = gauge("tidegate_backend_ramp_ratio", "Share of its weight that the backend has in slow start; 1 after slow start.");
     pub(super) const LOSS: Family = gauge("tidegate_backend_heartbeat_loss_ratio", "Measured share of lost heartbeats.");
     pub(super) const TIMEOUT: Family = gauge("tidegate_backend_heartbeat_timeout_seconds", "Heartbeat silence after which the backend becomes suspect.");
     pub(super) const SILENCE: Family = gauge("tidegate_backend_heartbeat_silence_seconds", "Time since the last heartbeat of the backend.");
-    pub(super) const PHI: Family = gauge("tidegate_backend_heartbeat_phi", "Phi value of an accrual detector (normal tail); informational, nothing acts on it.");
-    pub(super) const LOAD: Family = gauge("tidegate_backend_load_ratio", "Load the backend reports, smoothed; 0 is idle, 1 is full.");
+    pub(super) const PHI: Family = gauge("tidegate_backend_heartbeat_phi", "Phi value of an accrual failure detector (normal distribution), for information only.");
+    pub(super) const LOAD: Family = gauge("tidegate_backend_load_ratio", "Smoothed load that the backend reports; 0 is idle, 1 is full.");
 }
 
 /// Renders tables, guards, the receiver, and each backend's detector.

@@ -42,14 +42,14 @@ mod families {
     pub(super) const TABLE_SERIAL: Family = gauge("tidegate_table_serial", "Serial number of the routing table in effect.");
     pub(super) const RELOADS: Family = counter("tidegate_reloads_total", "Configuration reloads, by result.");
     pub(super) const UPGRADES: Family = counter("tidegate_upgrades_total", "Upgrades in place, by result.");
-    pub(super) const RESTART_NEEDED: Family = gauge("tidegate_restart_needed", "Accepted settings that take effect only after a restart.");
-    pub(super) const STATE_UNWRITTEN: Family = counter("tidegate_state_write_failures_total", "Failed writes of operator drains to the directory of [process] state.");
-    pub(super) const ADMIN_DROPPED: Family = counter("tidegate_admin_connections_dropped_total", "Idle admin connections closed to make room for new ones.");
+    pub(super) const RESTART_NEEDED: Family = gauge("tidegate_restart_needed", "Changed settings that take effect only after a restart or an upgrade.");
+    pub(super) const STATE_UNWRITTEN: Family = counter("tidegate_state_write_failures_total", "Failed writes of operators' drains to the directory of [process] state.");
+    pub(super) const ADMIN_DROPPED: Family = counter("tidegate_admin_connections_dropped_total", "Idle admin connections closed because a new connection needed a slot.");
     pub(super) const CONFINEMENT: Family = gauge("tidegate_confinement", "1 if the sandbox layer is in effect, else 0.");
     pub(super) const CONNECTIONS_ACTIVE: Family = gauge("tidegate_connections_active", "Open sessions in the process.");
     pub(super) const CONNECTIONS_MAX: Family = gauge("tidegate_connections_max", "Cap on open sessions in the process.");
 
-    pub(super) const BUFFERED: Family = gauge("tidegate_buffered_bytes", "Memory used by received but unsent bytes and by pipes.");
+    pub(super) const BUFFERED: Family = gauge("tidegate_buffered_bytes", "Memory used by received but unsent bytes and by splice pipes.");
     pub(super) const BUFFERS_MAX: Family = gauge("tidegate_buffers_max_bytes", "Cap on buffered bytes (buffers_max), without the fixed buffers of io_uring.");
     pub(super) const BUFFERS_REFUSED: Family = counter("tidegate_buffers_refused_total", "Reads postponed because the cap on buffered bytes was reached.");
 
@@ -67,7 +67,7 @@ mod families {
     pub(super) const BACKEND_ELIGIBLE: Family = gauge("tidegate_backend_eligible", "1 if the backend can get new sessions, else 0.");
     pub(super) const BACKEND_WEIGHT: Family = gauge("tidegate_backend_weight", "Effective weight of the backend; 0 while it is not eligible.");
     pub(super) const BACKEND_DRAINING: Family = gauge("tidegate_backend_draining", "1 if an operator drained the backend or set it to maintenance, else 0.");
-    pub(super) const BACKEND_EJECTED: Family = gauge("tidegate_backend_ejected", "1 if the backend is ejected after connect failures, else 0.");
+    pub(super) const BACKEND_EJECTED: Family = gauge("tidegate_backend_ejected", "1 if the backend is ejected after failures, else 0.");
     pub(super) const EJECTIONS: Family = counter("tidegate_ejections_total", "Ejections of the backend.");
     pub(super) const EJECTIONS_HELD: Family = counter("tidegate_ejections_held_total", "Ejections of the backend prevented by max_ejected or because no other backend was eligible.");
     pub(super) const BACKEND_IN_FLIGHT: Family = gauge("tidegate_backend_in_flight", "Sessions assigned to the backend, from pick to close.");
@@ -84,14 +84,14 @@ mod families {
 
     pub(super) const WORKER_ACCEPTED: Family = counter("tidegate_worker_accepted_total", "Accepted connections, by worker.");
     pub(super) const WORKER_ACTIVE: Family = gauge("tidegate_worker_active", "Open sessions, by worker.");
-    pub(super) const HELD_AT_CAP: Family = counter("tidegate_accept_held_at_cap_total", "Times a listener stopped accepting because a cap was reached, by worker.");
-    pub(super) const WORKER_PANICS: Family = counter("tidegate_worker_panics_total", "Panics, by worker and by what they ended (one session, or the worker with its sessions).");
+    pub(super) const HELD_AT_CAP: Family = counter("tidegate_accept_held_at_cap_total", "Times a listener stopped accepting because a cap was reached.");
+    pub(super) const WORKER_PANICS: Family = counter("tidegate_worker_panics_total", "Panics, by worker and by what ended: one session, or the worker with its sessions.");
     pub(super) const WORKER_RESTARTS: Family = counter("tidegate_worker_restarts_total", "Restarts of the worker after a panic.");
     pub(super) const WORKER_STALLED: Family = gauge("tidegate_worker_stalled", "1 if the event loop of the worker is stalled, else 0.");
     pub(super) const WORKER_STALLS: Family = counter("tidegate_worker_stalls_total", "Times the event loop of the worker made no progress for 1 s or more.");
     pub(super) const QUEUED: Family = gauge("tidegate_pool_queued", "Clients in the queue of the pool, waiting for a backend below its cap.");
     pub(super) const QUEUED_TOTAL: Family = counter("tidegate_queued_total", "Sessions that waited in the queue of a pool.");
-    pub(super) const UNDECIDED: Family = gauge("tidegate_pool_undecided", "1 if no backend of the pool is eligible, health results are missing and clients wait for them, else 0.");
+    pub(super) const UNDECIDED: Family = gauge("tidegate_pool_undecided", "1 if no backend of the pool is eligible and clients wait for the first health results, else 0.");
     pub(super) const UNDECIDED_WAITS: Family = counter("tidegate_undecided_waits_total", "Sessions that waited for the first health results of their pool.");
     pub(super) const PROBES_WAITED: Family = counter("tidegate_probes_waited_total", "Probes delayed because too many probes ran at once.");
     pub(super) const RING_EVENTS: Family = counter("tidegate_ring_events_total", "Exceptional events inside the io_uring engine, by worker and reason; 0 with epoll.");
