@@ -60,7 +60,8 @@ pub const TABLES: &[KeyTable] = &[
     },
     KeyTable {
         header: "[pool.NAME]",
-        about: "Backends, and how one of them is picked. A file has at least one pool.",
+        about: "Backends, and the policy that picks a backend for a session. A file has at least \
+                one pool.",
         keys: POOL,
     },
     KeyTable {
