@@ -28,7 +28,7 @@ def span(text):
     parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h)", text)
     seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
     if "".join(number + unit for number, unit in parts) != text or seconds <= 0:
-        raise argparse.ArgumentTypeError("a time above zero such as 10s, 5m or 2h is needed")
+        raise argparse.ArgumentTypeError("expected a time above zero, for example 10s, 5m or 2h")
     return seconds
 
 

@@ -115,10 +115,10 @@ pub fn exchange(
     path: &str,
     limit: Duration,
 ) -> Result<Answer, ClientError> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| ClientError::Unreachable(format!("cannot start: {error}")))?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| {
+            ClientError::Unreachable(format!("cannot start the async runtime: {error}"))
+        })?;
     let reached = Reached::balancer(args)?;
     let token = args.token_file.as_deref().or(reached.token_file.as_deref());
     let token = token.map(read_token).transpose()?;

@@ -54,8 +54,10 @@ pub(super) fn backend_address(text: &str) -> Result<BackendAddr, ValueError> {
     let address = socket_address(text)?;
     let ip = address.ip();
     if ip.is_unspecified() {
-        return Err(ValueError::new(format!("{ip} is not an address one can connect to"))
-            .help(format!("for this machine write {}", own_address(ip, address.port()))));
+        return Err(ValueError::new(format!(
+            "{ip} is not an address that Tidegate can connect to"
+        ))
+        .help(format!("for this machine write {}", own_address(ip, address.port()))));
     }
     if ip.is_multicast() || ip == IpAddr::V4(Ipv4Addr::BROADCAST) {
         return Err(ValueError::new(format!(
@@ -72,8 +74,8 @@ pub(super) fn source_address(text: &str) -> Result<SourceAddr, ValueError> {
             .help("write an address of this host without a port, such as \"10.0.0.5\""));
     };
     if ip.is_unspecified() || ip.is_multicast() || ip == IpAddr::V4(Ipv4Addr::BROADCAST) {
-        return Err(ValueError::new(format!("{ip} is not an address connections can start at"))
-            .help("without this key the kernel chooses one"));
+        return Err(ValueError::new(format!("{ip} cannot be a source address"))
+            .help("without this key, the kernel chooses the source address"));
     }
     Ok(SourceAddr::new(ip))
 }
@@ -237,7 +239,9 @@ pub(super) fn port_number(text: &str, port: &str) -> Result<u16, ValueError> {
             .help("give one port as a number from 1 to 65535"));
     }
     match port.parse::<u16>() {
-        Ok(0) => Err(ValueError::new("port 0 names no port").help("give a number from 1 to 65535")),
+        Ok(0) => {
+            Err(ValueError::new("port 0 is not allowed").help("give a number from 1 to 65535"))
+        }
         Ok(port) => Ok(port),
         Err(_) => Err(ValueError::new(format!("port {} is above 65535", cut(port)))),
     }

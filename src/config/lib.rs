@@ -144,7 +144,7 @@ fn read(
         let complaint = ValueError::new("the file holds a NUL byte");
         return Err(at(
             nul,
-            complaint.help("it is no text file, or was damaged while it was written"),
+            complaint.help("it is not a text file, or was damaged while it was written"),
         ));
     }
     if let Some(deep) = file::too_deep_key(text) {

@@ -209,12 +209,12 @@ fn status_range(part: &str) -> Result<(u16, u16), ValueError> {
     };
     let (low, high) = (code(low)?, code(high)?);
     if low > high {
-        return Err(ValueError::new(format!("the range {low}-{high} is upside down"))
+        return Err(ValueError::new(format!("the range {low}-{high} ends before it starts"))
             .help(format!("write \"{high}-{low}\"")));
     }
     if high < 200 && !(low..=high).contains(&101) {
         let message = format!("no final status is in {low}-{high}, so no probe could succeed");
-        let help = "a 1xx response but 101 is followed by the final one, whose status counts";
+        let help = "after a 1xx response other than 101, the status of the final response counts";
         return Err(ValueError::new(message).help(help));
     }
     Ok((low, high))

@@ -65,7 +65,7 @@ pub(super) fn identity(
     };
     let identity = UserIdentity::find(user, process.group.as_deref()).map_err(&refused)?;
     if identity.is_root() {
-        return Err(refused(format!("{user:?} is root, which the process must not become")));
+        return Err(refused(format!("{user:?} is root; choose an unprivileged user")));
     }
     Ok(Some(identity))
 }

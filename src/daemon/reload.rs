@@ -203,10 +203,13 @@ impl Control {
         self.admin.tokens().set(token);
         self.supervised.in_force.reloaded(self.reloads.path(), loaded.text, &loaded.config);
         let mut warnings = self.reloads.warnings();
-        let outside = replaced_outside(self.reloads.path());
-        warnings.extend(
-            outside.inspect(|why| tracing::warn!(reason = %why, "configuration file replaced")),
-        );
+        if let Some(why) = replaced_outside(self.reloads.path()) {
+            tracing::warn!(
+                reason = %why,
+                "configuration file deleted or replaced behind its mount; the old content stays in effect"
+            );
+            warnings.push(why);
+        }
         ReloadDoc { generation: self.controller.generation(), changed: false, warnings }
     }
 

@@ -168,7 +168,9 @@ impl Drop for IntentWriter {
     fn drop(&mut self) {
         self.wake = None;
         if self.ended.recv_timeout(FLUSH_MAX) == Err(RecvTimeoutError::Timeout) {
-            tracing::warn!("no confirmation that the last operator intents are on disk");
+            tracing::warn!(
+                "cannot confirm that the last operator intents are on disk; a restart can lose them"
+            );
         }
     }
 }

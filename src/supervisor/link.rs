@@ -210,7 +210,9 @@ fn given(packets: &Packets) -> io::Result<SupervisorState> {
                 let mut store = || Some(Store::of([fds.next()?, fds.next()?]));
                 let all: [_; STORES] = [store(), store(), store()];
                 let [Some(intents), Some(known), texts] = all else {
-                    return Err(io::Error::other("the supervisor did not pass its files"));
+                    return Err(io::Error::other(
+                        "the supervisor did not pass the descriptors of its stores",
+                    ));
                 };
                 let before = Some(before).filter(|before| !before.is_empty());
                 return Ok(SupervisorState { held, intents, known, texts, before, attempt });

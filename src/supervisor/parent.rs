@@ -331,7 +331,7 @@ impl Parent {
             tracing::warn!(
                 name,
                 max = FDS_MAX,
-                "too many sockets to keep; a crash closes this one"
+                "cannot keep another socket in the supervisor; a crash closes it"
             );
         }
     }
@@ -419,7 +419,10 @@ impl Parent {
             }
             Role::SteppingDown | Role::Leaving if status.exit_status() == Some(0) => {}
             Role::SteppingDown | Role::Leaving => {
-                tracing::warn!(reason = outcome(child.pid, status), "draining process failed");
+                tracing::warn!(
+                    reason = outcome(child.pid, status),
+                    "draining process failed; its open sessions ended"
+                );
             }
             Role::Main => self.main_ended(&mut child, status),
         }

@@ -49,7 +49,10 @@ impl Store {
     /// Out of memory, or the text is too long. The previous text stays current.
     pub fn write(&self, text: &[u8]) -> io::Result<()> {
         if text.len() > TEXT_MAX {
-            return Err(io::Error::other(format!("{} bytes are too large to keep", text.len())));
+            return Err(io::Error::other(format!(
+                "the text has {} bytes; at most {TEXT_MAX} are allowed",
+                text.len()
+            )));
         }
         // Read again, because another process may have written the files.
         let [one, other] = self.0.each_ref().map(|file| valid(file).map_or(0, |(n, _)| n));

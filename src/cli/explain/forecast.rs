@@ -199,7 +199,7 @@ fn retries(pick: &PickDoc) -> String {
     let attempts = plural(pick.attempts_max, "attempt");
     let mut text = match &*pick.retries {
         [] if pick.attempts_max < 2 => {
-            return format!("The connect has {within}. There is no retry.");
+            return format!("The connect timeout is {within}. There is no retry.");
         }
         [] => "Another backend is tried.".to_owned(),
         [first, rest @ ..] => {

@@ -149,7 +149,7 @@ fn bind_table(table: Section<'_, '_>) -> Option<(Vec<SocketAddr>, bool, Range<us
         && *free.get_ref()
     {
         let complaint = ValueError::new("freebind has no effect on a wildcard address");
-        let help = "leave it out: a wildcard address is always there";
+        let help = "remove it: a wildcard address always exists";
         table.report.error(free.span(), complaint.help(help));
     }
     table.finish();

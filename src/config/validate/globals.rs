@@ -111,10 +111,10 @@ fn account(section: &Section<'_, '_>, key: &'static str) -> Field<String> {
     section.text(key, "a name such as \"tidegate\"", |text| {
         let fit = |byte: u8| byte.is_ascii_alphanumeric() || b"._-$".contains(&byte);
         if text.is_empty() || text.len() > ACCOUNT_CHARS_MAX || !text.bytes().all(fit) {
-            return Err(ValueError::new(format!("{} is no name of a {key}", shown(text))));
+            return Err(ValueError::new(format!("{} is not a valid {key} name", shown(text))));
         }
         if key == "user" && (text == "root" || text.bytes().all(|byte| byte == b'0')) {
-            let complaint = ValueError::new("the user the process becomes may not be root");
+            let complaint = ValueError::new("it must not be root");
             return Err(
                 complaint.help("without this key the process keeps the user that starts it")
             );

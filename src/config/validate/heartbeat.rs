@@ -74,7 +74,7 @@ pub(super) fn read(top: &Section<'_, '_>, files: NamedFiles<'_>) -> Option<Heart
     }
     let sections = section.array_of_tables("key", "heartbeat.key");
     if sections.is_empty() {
-        let complaint = ValueError::new("[heartbeat] has no key: no heartbeat could be believed");
+        let complaint = ValueError::new("[heartbeat] has no key: no heartbeat can be verified");
         let help = "add [[heartbeat.key]] with id, file, pools and addresses";
         section.report.error(section.header.clone(), complaint.help(help));
     }
@@ -184,7 +184,7 @@ fn times(section: &Section<'_, '_>) -> (Duration, Duration) {
     if ttl < least {
         let place = ttl_place.or(interval_place).unwrap_or_else(|| section.header.clone());
         let (ttl, least) = (show_duration(ttl), show_duration(least));
-        let message = format!("ttl ({ttl}) may not be below {TTL_INTERVALS} intervals ({least})");
+        let message = format!("ttl ({ttl}) must be at least {TTL_INTERVALS} intervals ({least})");
         section.report.error(place, ValueError::new(message));
     }
     (interval, ttl)
@@ -255,7 +255,7 @@ fn keys(report: &ProblemCollector<'_>, read: &HeartbeatRead, pools: &[PoolRead])
                     ValueError::new(format!("there is no pool {}", shown(name))).help(help)
                 }),
                 Some(pool) if pool.heartbeat.is_none() => {
-                    let message = format!("pool {} takes no heartbeats", shown(name));
+                    let message = format!("pool {} does not accept heartbeats", shown(name));
                     let help = format!("add [pool.{}.heartbeat]", value::cut(name));
                     report.error(place.clone(), ValueError::new(message).help(help));
                 }

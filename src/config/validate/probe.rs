@@ -116,7 +116,7 @@ fn expect(section: &Section<'_, '_>) -> Field<Expect> {
                 _ => None,
             };
             if expect.is_none() && !bad {
-                let complaint = ValueError::new("expect takes one of starts and contains");
+                let complaint = ValueError::new("expect needs exactly one of starts and contains");
                 let help = "write expect = { contains = \"...\" }";
                 section.report.error(node.span(), complaint.help(help));
             }
@@ -187,7 +187,7 @@ fn times(section: &Section<'_, '_>) -> (Duration, Duration, Duration) {
     } else if fast > interval {
         above(fast_place, "fast_interval must not exceed interval", interval);
     } else if fast < timeout {
-        above(fast_place, "fast_interval may not be below timeout", timeout);
+        above(fast_place, "fast_interval must not be below timeout", timeout);
     }
     (interval, fast, timeout)
 }
@@ -216,7 +216,7 @@ fn at_least(time: Duration, min: Duration) -> Result<Duration, ValueError> {
 
 fn bounded(text: &str, min: usize, max: usize) -> Result<String, ValueError> {
     if text.len() < min {
-        return Err(ValueError::new("it is empty, so any answer would do")
+        return Err(ValueError::new("it is empty, so any answer would pass")
             .help("to check only that a connection is accepted, use kind = \"tcp\""));
     }
     if text.len() > max {
@@ -235,9 +235,7 @@ fn path(text: &str) -> Result<String, ValueError> {
 
 fn host(text: &str) -> Result<String, ValueError> {
     if text.is_empty() {
-        return Err(
-            ValueError::new("it is empty").help("leave it out to send the backend's address")
-        );
+        return Err(ValueError::new("it is empty").help("remove it to send the backend's address"));
     }
     visible(text, HOST_BYTES_MAX)
 }

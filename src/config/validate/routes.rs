@@ -100,9 +100,9 @@ impl<'r, 'a> RouteRead<'r, 'a> {
 
     fn refuse_without_condition(&self) {
         if !self.is_bad && !self.has_condition() {
-            let message = "this route has no condition, so it takes every connection";
+            let message = "this route has no condition, so it matches every connection";
             let help = "add sources, ports or addresses; \
-                        the frontend's pool takes what no route matches";
+                        connections that match no route use the frontend's pool";
             self.error(message.to_owned(), Some(help));
         }
     }
@@ -154,7 +154,7 @@ impl<'r, 'a> RouteRead<'r, 'a> {
         if judged(self) {
             let place = self.section.report.place_name(&other.section.header);
             let message = "this route is never taken: every connection that it matches takes";
-            let help = "put the narrower route first, or leave one out";
+            let help = "put the narrower route first, or remove one of the two";
             self.error(format!("{message} the route at {place}"), Some(help));
         }
     }
@@ -282,8 +282,8 @@ fn target(section: &Section<'_, '_>) -> Field<RouteTarget> {
     let refuse = section.boolean("refuse");
     match (pool, refuse) {
         (Field::Good(_), Field::Good(refuse)) if *refuse.get_ref() => {
-            let complaint = ValueError::new("a route leads to a pool or refuses, not both");
-            section.report.error(refuse.span(), complaint.help("leave out pool or refuse"));
+            let complaint = ValueError::new("a route has either pool or refuse, not both");
+            section.report.error(refuse.span(), complaint.help("remove pool or refuse"));
             Field::Bad
         }
         (Field::Absent, Field::Good(refuse)) if *refuse.get_ref() => {

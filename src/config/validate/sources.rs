@@ -169,7 +169,7 @@ fn warn_of_idle_ranges(section: &Section<'_, '_>, allow: &List, deny: &List) {
     for (verb, range) in all.clone() {
         match known.entry(*range.get_ref()) {
             Entry::Occupied(first) if first.get().0 == verb => {
-                idle(section, range, || format!("it is at {} already", place_name(&first.get().1)));
+                idle(section, range, || format!("it is already at {}", place_name(&first.get().1)));
             }
             // Already reported as a contradiction.
             Entry::Occupied(_) => {}
@@ -191,7 +191,7 @@ fn warn_of_idle_ranges(section: &Section<'_, '_>, allow: &List, deny: &List) {
             }
             None if verb == Verb::Deny && allow.is_given() => {
                 idle(section, range, || {
-                    "allow does not hold it, so it is denied anyway".to_owned()
+                    "allow does not contain it, so it is denied anyway".to_owned()
                 });
             }
             _ => {}
@@ -209,13 +209,13 @@ fn limits(section: &Section<'_, '_>) -> SourceLimits {
     let rate = section.text("rate", "a rate such as \"100/s\", or \"off\"", rate);
     let burst = section.integer("burst", 1..=RATE_MAX);
     if let (Some(place), Field::Absent) = (burst.place(), &rate) {
-        let complaint = ValueError::new("burst means nothing without rate");
+        let complaint = ValueError::new("burst has no effect without rate");
         section.report.error(place, complaint.help("add rate = \"100/s\""));
     }
     let limited = ["rate", "connections_max"].iter().any(|key| section.key_place(key).is_some());
     for key in ["prefix_v4", "prefix_v6"] {
         if let (Some(place), false) = (section.key_place(key), limited) {
-            let complaint = ValueError::new(format!("{key} means nothing without a limit"));
+            let complaint = ValueError::new(format!("{key} has no effect without a limit"));
             section.report.error(place, complaint.help("add connections_max or rate"));
         }
     }
@@ -289,7 +289,7 @@ fn as_ipv4(net: IpNet, text: &str) -> Result<IpNet, ValueError> {
 /// Reads a list file: one range per line. Blank lines and text after `#` are ignored.
 fn ranges_of_file(path: &Path, kept: Option<&[u8]>) -> Result<Vec<IpNet>, ValueError> {
     let shown_path = shown(&path.to_string_lossy());
-    let unfit = |why: String| ValueError::new(format!("the list {shown_path} is unfit: {why}"));
+    let unfit = |why: String| ValueError::new(format!("cannot use the list {shown_path}: {why}"));
     let bytes = match kept {
         Some(kept) => Cow::Borrowed(kept),
         None => Cow::Owned(source::read_file(path).map_err(unfit)?),

@@ -148,7 +148,7 @@ impl InFlight {
     pub fn leave(&self) {
         let InFlight { held: cell, unit, .. } = self;
         let held = cell.fetch_sub(*unit, Ordering::AcqRel);
-        assert!(sum(held) > 0, "an in-flight slot was given back twice");
+        assert!(sum(held) > 0, "an in-flight slot was released twice");
     }
 
     /// Returns the slots held by this process and by all processes that share the
@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "given back twice")]
+    #[should_panic(expected = "released twice")]
     fn slot_that_is_given_back_twice_panics() {
         let in_flight = InFlight::new();
         assert!(in_flight.try_enter(1));

@@ -136,7 +136,7 @@ impl WorkerThread {
         if let Some(cpu) = self.config.cpu
             && let Err(error) = cpu::pin_current_thread(cpu)
         {
-            tracing::warn!(worker, cpu, %error, "cannot pin the worker to its CPU");
+            tracing::warn!(worker, cpu, %error, "cannot pin the worker to its CPU; leaving it to the scheduler");
         }
         for tries in 1.. {
             let (listeners, ctx) = (Rc::new(ListenerSet::default()), OnceCell::new());

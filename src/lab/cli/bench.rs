@@ -149,8 +149,8 @@ fn hint(args: &BenchArgs, report: &LoadReport) -> String {
     };
     let name = args.mode.to_possible_value().map_or_else(String::new, |v| v.get_name().to_owned());
     format!(
-        ": {name} sends --size bytes and waits for --answer bytes (as many, by default); the \
-         server at {} {what}. Measure a server that does, such as `tidegate backend --listen \
+        ": {name} sends --size bytes and waits for --answer bytes (default: the same number); \
+         the server at {} {what}. Measure a server that does, such as `tidegate backend --listen \
          IP:PORT echo`. For an HTTP server use an HTTP load generator, or `tidegate bench` with \
          idle or churn, which send no request",
         args.to

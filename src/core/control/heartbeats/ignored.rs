@@ -61,7 +61,7 @@ impl HeartbeatIgnored {
     pub fn help(self) -> &'static str {
         match self {
             HeartbeatIgnored::UnknownPool => {
-                "no pool of this name takes heartbeats; stop the sender"
+                "no pool of this name accepts heartbeats; stop the sender"
             }
             HeartbeatIgnored::UnknownBackend => {
                 "the pool has no backend of this name at this address; add it, allow \
