@@ -187,7 +187,7 @@ impl WorkerThread {
         let exit = match ran {
             Ok(Ok(exit)) => exit,
             Ok(Err(error)) => ThreadExit::StartFailed(error),
-            Err(_) => ThreadExit::Panicked("runtime panicked"),
+            Err(_) => ThreadExit::Panicked("async runtime panicked"),
         };
         match exit {
             ThreadExit::Panicked(why) if ctx_cell.get().is_none() => {
