@@ -126,7 +126,7 @@ impl PickRecord {
     }
 
     /// Forgets everything.
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.figures = None;
         self.noted.clear();
         self.more = 0;

@@ -234,12 +234,13 @@ fn active_tier(pool: &PoolInput) -> (ServingTier, Vec<&BackendInput>) {
     (tier, members)
 }
 
-/// Returns the members that are not eligible. Backups count only if backups serve. A pool
-/// that fails open leaves out only drained members.
+/// Returns the members that are not eligible. Backups count only if no primary is eligible
+/// or backups serve. A pool that fails open leaves out only drained members.
 fn left_out(pool: &PoolInput, tier: ServingTier) -> LeftOut {
     let mut list = LeftOut::default();
+    let primaries = pool.backends.iter().any(|b| b.eligible && !b.backup);
     for backend in &pool.backends {
-        let unused_backup = backend.backup && tier == ServingTier::Primaries;
+        let unused_backup = backend.backup && primaries && tier == ServingTier::Primaries;
         let serves = tier == ServingTier::FailOpen && backend.in_service;
         if !backend.eligible && !unused_backup && !serves {
             list.push(&backend.state);

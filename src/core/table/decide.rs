@@ -131,6 +131,10 @@ impl PoolTable {
         tried: &[usize],
         record: &mut PickRecord,
     ) -> Result<Reservation, NoBackend> {
+        if self.balancer.is_none() {
+            // No policy runs that would remove the notes of the pick before.
+            record.clear();
+        }
         self.reserve(|balancer| balancer.pick_recorded(key, tried, record))
     }
 

@@ -305,3 +305,34 @@ fn skipped_member_shows_its_reason_of_this_moment() {
     let skipped = decide(&pool, &session, &[]).skipped;
     assert_eq!((skipped.named()[0].reason, skipped.named()[0].seconds), (SkipReason::Ejected, 9));
 }
+
+#[test]
+fn pick_without_candidates_keeps_no_notes_of_the_pick_before() {
+    let mut record = PickRecord::default();
+    let full = pool(Policy::Random, &[Drawn { cap: 1, sessions: 1, ..PLAIN }; 3]);
+    assert!(full.pick_recorded(key(1, 1), &[], &mut record).is_err());
+    assert_eq!(record.passed_over_total(), 3);
+    let empty = pool(Policy::Random, &[Drawn { eligible: false, ..PLAIN }]);
+    assert!(empty.pick_recorded(key(1, 1), &[], &mut record).is_err());
+    let skipped = empty.decision(&picked_for(1, None), None, &record).skipped;
+    assert_eq!((skipped.total(), skipped.named().len()), (1, 1));
+}
+
+#[test]
+fn ineligible_backup_is_passed_over_if_no_primary_is_eligible() {
+    let down = Drawn { eligible: false, ..PLAIN };
+    let mut input = PoolInput {
+        id: PoolId(1),
+        spec: Arc::new(testing::pool("web")),
+        backends: vec![input(&down, 0), input(&down, 1)],
+        stand_ins: vec![],
+        undecided: false,
+    };
+    input.backends[1].backup = true;
+    let decision = decide(&build_pool(&input, None), &picked_for(1, None), &[]);
+    let named: Vec<_> = decision.skipped.named().iter().map(|one| one.backend.0).collect();
+    assert_eq!((named, decision.skipped.total()), (vec![100, 101], 2));
+    input.backends[0].eligible = true;
+    let decision = decide(&build_pool(&input, None), &picked_for(1, None), &[]);
+    assert_eq!(decision.skipped.total(), 0, "a primary serves, so the backup is not needed");
+}
