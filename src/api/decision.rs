@@ -23,9 +23,10 @@ pub struct SessionExplanation {
     /// Position of the route it took, from 1; `null` for the frontend's pool, and if the
     /// client was rejected before routing.
     pub route: Option<u8>,
-    /// `open` or `ended`.
+    /// `open` or `ended`; `unknown` if the last decision in the rings is a failed attempt
+    /// without an end.
     pub state: SessionStateName,
-    /// How it ended; `null` while it is open.
+    /// How it ended; `null` while it is open, and if that is unknown.
     pub end: Option<SessionEndDoc>,
     /// One per connect attempt, oldest first. Attempts that the rings no longer hold are
     /// missing.

@@ -275,6 +275,9 @@ names! {
         Open = "open",
         /// It has ended.
         Ended = "ended",
+        /// Its last attempt in the rings has failed: the next one, or the end, is not kept or
+        /// not made yet.
+        Unknown = "unknown",
     }
 
     /// What decided a pick.

@@ -7,7 +7,7 @@ use super::short;
 use crate::table::{cell_text, plural};
 use std::fmt::Write;
 use tidegate_api::decision::{DecisionDoc, SessionExplanation};
-use tidegate_api::names::WhyName;
+use tidegate_api::names::{SessionStateName, WhyName};
 
 pub(super) fn render(session: &SessionExplanation) -> String {
     let mut text = format!("{}\n", headline(session));
@@ -38,6 +38,9 @@ fn headline(session: &SessionExplanation) -> String {
             };
             let _ = write!(text, " It ended after {lasted}: {}, phase {}.", end.cause, end.phase);
         }
+        None if session.state == SessionStateName::Unknown => text.push_str(
+            " The rest is unknown: its next decision is no longer kept, or not made yet.",
+        ),
         None => text.push_str(" It is open."),
     }
     text
@@ -137,6 +140,10 @@ mod tests {
         let mut session: SessionExplanation = serde_json::from_str(EXAMPLE).expect("the document");
         session.decisions.truncate(1);
         (session.end, session.route) = (None, Some(3));
+        session.state = SessionStateName::Unknown;
+        let unknown = "The rest is unknown: its next decision is no longer kept, or not made yet.";
+        assert!(headline(&session).ends_with(unknown), "{}", headline(&session));
+        session.state = SessionStateName::Open;
         let decision = &mut session.decisions[0];
         (decision.backend, decision.failure) = (None, None);
         expect![[r#"

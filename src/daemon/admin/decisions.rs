@@ -38,12 +38,18 @@ pub(super) fn session(decisions: &[Decision], names: &Names) -> Option<SessionEx
         phase: phase.name().into(),
         lasted_seconds: f64::from(last.outcome.lasted_millis) / 1e3,
     });
+    let state = match (&end, last.outcome.failure) {
+        (Some(_), _) => SessionStateName::Ended,
+        (None, None) => SessionStateName::Open,
+        // Retries are overwritten before first picks.
+        (None, Some(_)) => SessionStateName::Unknown,
+    };
     Some(SessionExplanation {
         session: last.session,
         frontend: names.frontends.get(&last.frontend).map(|name| name.to_string()),
         client: socket_addr(last.client),
         route: (last.route > 0).then_some(last.route),
-        state: if end.is_some() { SessionStateName::Ended } else { SessionStateName::Open },
+        state,
         end,
         decisions: decisions.iter().map(|one| decision(one, names)).collect(),
     })
@@ -193,6 +199,8 @@ mod tests {
             ..first.clone()
         };
         let (names, both) = (names(&first), [first, second]);
+        let told = session(&both[..1], &names).expect("a decision");
+        assert_eq!((told.state, told.end), (SessionStateName::Unknown, None), "a retry is missing");
         let told = session(&both, &names).expect("two decisions");
         assert_eq!((told.session, told.frontend.as_deref()), (7, Some("in")));
         assert_eq!(told.state, SessionStateName::Ended);
