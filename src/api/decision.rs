@@ -336,7 +336,7 @@ pub struct RefusalDoc {
     pub phase: PhaseName,
     /// What the client waits for before; `null` if it does not wait.
     pub waits_for: Option<WaitName>,
-    /// How long it waits, at most; 0 if it does not wait, and for `listen-queue`, which has
+    /// How long it waits, at most; 0 if it does not wait, and in the listen queue, which has
     /// no timeout.
     pub waits_seconds: f64,
 }

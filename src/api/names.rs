@@ -373,6 +373,10 @@ names! {
         /// All backends are at their caps, and the queue is full or off. The client waits in
         /// the listen queue, without a timeout of the balancer.
         ListenQueue = "listen-queue",
+        /// The frontend is at its cap. The client waits in the listen queue.
+        FrontendCap = "frontend-cap",
+        /// The process is at its cap. The client waits in the listen queue.
+        ProcessCap = "process-cap",
         /// The pool has no first probe result or heartbeat.
         NoVerdict = "no-verdict",
     }

@@ -71,8 +71,9 @@ impl Control {
     fn forecast_basis(&mut self, assumed: &[WhatIf]) -> Result<ForecastBasis, UnknownAssumption> {
         self.feed([]);
         let assumed = self.controller.what_if(assumed)?;
-        let queued = self.workers.context().waiters.all_queued();
-        Ok(ForecastBasis { table: self.controller.current_table(), assumed, queued })
+        let context = self.workers.context();
+        let (queued, sessions) = (context.waiters.all_queued(), context.in_flight.get());
+        Ok(ForecastBasis { table: self.controller.current_table(), assumed, queued, sessions })
     }
 
     fn set_intent(

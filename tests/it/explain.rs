@@ -18,6 +18,8 @@ on_every_engine!(
     access_log_lists_every_failed_attempt,
     session_is_explained_by_the_number_of_the_access_log,
     forecast_is_what_the_next_client_gets,
+    forecast_at_a_cap_waits_in_the_listen_queue,
+    forecast_waits_in_the_listen_queue_if_every_pool_is_full,
 );
 
 fn explain_shows_refused_connects_ejection_and_trial(engine: Engine) {
@@ -302,4 +304,49 @@ fn forecast_is_what_the_next_client_gets(engine: Engine) {
     assert!(flat.contains(&format!("web/{got} (excluded by --without)")), "{said}");
     // The retry of the forecast is the backend that the changed pool picks.
     assert_eq!(client::ask(proxy.addr("web")).expect("nothing has changed"), got);
+}
+
+fn forecast_at_a_cap_waits_in_the_listen_queue(engine: Engine) {
+    for (process, frontend, reason) in [
+        ("connections_max = 1", "", "The process is at its cap (process.connections_max)."),
+        ("", "connections_max = 1", "The frontend is at its cap (connections_max)."),
+    ] {
+        let backend = ScriptedBackend::start(backend::echo());
+        let pool = Pool::new("web").backend("a", backend.address());
+        let conf = Conf::new(engine).frontend("web", "web", frontend).pool(pool);
+        let conf = if process.is_empty() { conf } else { conf.process(process) };
+        let proxy = TestProxy::start(conf);
+        let question = ["explain", "--client", "127.0.0.1", "--frontend", "web"];
+        assert!(proxy.cli_ok(&question).contains(" would go to web/a ("));
+        let mut held = client::connect(proxy.addr("web"));
+        held.write_all(b"x").expect("send");
+        eventually(secs(5), "the forecast has the cap", || {
+            proxy.cli_ok(&question).starts_with("127.0.0.1 on web would wait in the listen queue.")
+        });
+        let said = proxy.cli_ok(&question);
+        let flat = said.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(flat.contains(reason), "{said}");
+    }
+}
+
+fn forecast_waits_in_the_listen_queue_if_every_pool_is_full(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let full = |name| Pool::new(name).backend_with("a", backend.address(), "connections_max = 1");
+    let conf = Conf::new(engine)
+        .frontend("web", "web", "[[frontend.web.route]]\nsources = \"127.0.0.9\"\npool = \"other\"")
+        .frontend("other", "other", "")
+        .pool(full("web"))
+        .pool(full("other"));
+    let proxy = TestProxy::start(conf);
+    let question = ["explain", "--client", "127.0.0.1", "--frontend", "web"];
+    let hold = |frontend, expected: &str| {
+        let mut held = client::connect(proxy.addr(frontend));
+        held.write_all(b"x").expect("send");
+        eventually(secs(5), "the forecast follows", || {
+            proxy.cli_ok(&question).starts_with(&format!("127.0.0.1 on web would {expected}"))
+        });
+        held
+    };
+    let _web = hold("web", "wait for a backend");
+    let _other = hold("other", "wait in the listen queue");
 }

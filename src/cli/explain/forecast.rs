@@ -58,9 +58,10 @@ fn headline(forecast: &ForecastDocument) -> String {
         return format!("{start} would go to {}, {how}.", backend(&pick.backend));
     }
     match &forecast.refusal {
-        Some(RefusalDoc { waits_for: Some(WaitName::ListenQueue), .. }) => {
-            format!("{start} would wait in the listen queue.")
-        }
+        Some(RefusalDoc {
+            waits_for: Some(WaitName::ListenQueue | WaitName::FrontendCap | WaitName::ProcessCap),
+            ..
+        }) => format!("{start} would wait in the listen queue."),
         Some(RefusalDoc { waits_for: Some(_), waits_seconds, .. }) => {
             format!("{start} would wait for a backend, at most {}.", short(*waits_seconds))
         }
@@ -217,10 +218,15 @@ fn refusal_step(refusal: &RefusalDoc) -> String {
     let within = short(*waits_seconds);
     match waits_for {
         None => format!("The client is reset at once: {}. {log}", cause(name)),
-        Some(WaitName::ListenQueue) => "All backends are at their caps, and the queue of the \
-             pool is full or off (queue_max). The client waits in the listen queue, without a \
-             timeout, until it is accepted."
-            .to_owned(),
+        Some(WaitName::ListenQueue) => listen_queue(
+            "All backends are at their caps, and the queue of the pool is full or off (queue_max).",
+        ),
+        Some(WaitName::FrontendCap) => {
+            listen_queue("The frontend is at its cap (connections_max).")
+        }
+        Some(WaitName::ProcessCap) => {
+            listen_queue("The process is at its cap (process.connections_max).")
+        }
         Some(WaitName::AtCap) => format!(
             "All backends are at their caps. The client waits for a slot, and is reset after \
              {within}. {log}"
@@ -233,6 +239,12 @@ fn refusal_step(refusal: &RefusalDoc) -> String {
             format!("The client waits ({}), and is reset after {within}. {log}", cell_text(other))
         }
     }
+}
+
+fn listen_queue(reason: &str) -> String {
+    format!(
+        "{reason} The client waits in the listen queue, without a timeout, until it is accepted."
+    )
 }
 
 /// Returns why a client gets no backend.
@@ -368,6 +380,8 @@ mod tests {
             ("no-backend", "admit", None),
             ("queue-timeout", "queue", Some("at-cap")),
             ("queue-timeout", "queue", Some("listen-queue")),
+            ("queue-timeout", "queue", Some("frontend-cap")),
+            ("queue-timeout", "queue", Some("process-cap")),
             ("queue-timeout", "queue", Some("no-verdict")),
         ] {
             forecast.refusal = refused(cause, phase, waits);
@@ -390,6 +404,10 @@ mod tests {
             4 result       All backends are at their caps. The client waits for a slot, and is reset after 5 s. The access log has cause queue-timeout, phase queue.
             10.1.2.3 on web would wait in the listen queue.
             4 result       All backends are at their caps, and the queue of the pool is full or off (queue_max). The client waits in the listen queue, without a timeout, until it is accepted.
+            10.1.2.3 on web would wait in the listen queue.
+            4 result       The frontend is at its cap (connections_max). The client waits in the listen queue, without a timeout, until it is accepted.
+            10.1.2.3 on web would wait in the listen queue.
+            4 result       The process is at its cap (process.connections_max). The client waits in the listen queue, without a timeout, until it is accepted.
             10.1.2.3 on web would wait for a backend, at most 5 s.
             4 result       No backend has a probe result or heartbeat yet. The client waits for the first, and is reset after 5 s. The access log has cause queue-timeout, phase queue.
         "#]].assert_eq(&text);

@@ -26,6 +26,7 @@ use tidegate_core::table::decide::{Picked, PickedFor};
 use tidegate_core::table::routes::{ConnectionFacts, Mismatch, RouteCondition, RouteNumber};
 use tidegate_core::table::state::BackendState;
 use tidegate_core::table::{FrontendRoute, NoBackend, PoolTable, Table};
+use tidegate_dataplane::accept::permit::can_admit;
 use tidegate_net::clock;
 
 /// Shares of backends in a document.
@@ -71,6 +72,8 @@ pub struct ForecastBasis {
     pub assumed: AssumedPools,
     /// Queued clients by pool, without pools whose queue is empty.
     pub queued: HashMap<Arc<str>, usize>,
+    /// Open sessions that count for the cap of the process.
+    pub sessions: u32,
 }
 
 /// Why a question has no answer.
@@ -100,7 +103,7 @@ pub(super) fn forecast(
     basis: ForecastBasis,
     (now, seed): (Instant, u64),
 ) -> Result<ForecastDocument, ForecastError> {
-    let ForecastBasis { table, assumed, queued } = basis;
+    let ForecastBasis { table, assumed, queued, sessions } = basis;
     let named = |route: &&Arc<FrontendRoute>| *route.spec.name == *question.frontend;
     let frontend = table.frontends.iter().find(named).ok_or(ForecastError::UnknownFrontend)?;
     let local = local_address(frontend, question.local)?;
@@ -132,7 +135,8 @@ pub(super) fn forecast(
     let is_excluded = |state: &&Arc<BackendState>| assumed.excluded.contains(&state.id);
     let members = built.iter().flat_map(|built| &built.input.backends).map(|one| &one.state);
     let excluded: Vec<_> = members.filter(is_excluded).cloned().collect();
-    let clients = queued.get(&published.spec.name).copied().unwrap_or(0);
+    let queued = |pool: &PoolTable| queued.get(&pool.spec.name).copied().unwrap_or(0);
+    let clients = queued(published);
     let session = PickedFor {
         session: 0,
         client,
@@ -151,11 +155,17 @@ pub(super) fn forecast(
     let asked = changed.as_ref().unwrap_or(&published);
     let (picked, decision) = asked.likeliest();
     document.pool = Some(asked.pool_doc(&decision, clients));
+    if let Some(cap) = cap_reached(frontend, &table, sessions) {
+        document.refusal = Some(waits(cap, Duration::ZERO));
+        return Ok(document);
+    }
     match picked {
         Err(error) => {
-            // A frontend with one pool accepts no client that cannot be queued.
-            let queues =
-                frontend.pools().count() > 1 || clients < asked.pool.spec.queue_max as usize;
+            // The frontend accepts clients while any of its pools has room.
+            let queues = frontend.pools().any(|pool| {
+                let pool: &PoolTable = if pool.id == asked.pool.id { asked.pool } else { pool };
+                can_admit(pool, queued(pool))
+            });
             document.refusal = Some(asked.no_backend(error, queues));
         }
         Ok(likeliest) => {
@@ -283,11 +293,7 @@ impl Candidates<'_> {
                 (WaitName::NoVerdict, spec.queue_timeout.saturating_add(spec.startup_grace))
             }
         };
-        RefusalDoc {
-            waits_for: Some(waits_for),
-            waits_seconds: longest.as_secs_f64(),
-            ..refusal(Cause::QueueTimeout, Phase::Queue)
-        }
+        waits(waits_for, longest)
     }
 
     fn backend(&self, index: usize) -> BackendRefDoc {
@@ -322,6 +328,26 @@ fn refusal(cause: Cause, phase: Phase) -> RefusalDoc {
         phase: phase.name().into(),
         waits_for: None,
         waits_seconds: 0.0,
+    }
+}
+
+fn waits(waits_for: WaitName, longest: Duration) -> RefusalDoc {
+    RefusalDoc {
+        waits_for: Some(waits_for),
+        waits_seconds: longest.as_secs_f64(),
+        ..refusal(Cause::QueueTimeout, Phase::Queue)
+    }
+}
+
+/// Returns the cap that keeps new clients of the frontend in the listen queue.
+fn cap_reached(frontend: &FrontendRoute, table: &Table, sessions: u32) -> Option<WaitName> {
+    let reached = |open: u32, max: u32| max > 0 && open >= max;
+    match () {
+        () if reached(sessions, table.connections_max) => Some(WaitName::ProcessCap),
+        () if reached(frontend.state.in_flight.get(), frontend.spec.connections_max) => {
+            Some(WaitName::FrontendCap)
+        }
+        () => None,
     }
 }
 

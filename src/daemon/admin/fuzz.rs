@@ -164,6 +164,7 @@ fn answer(request: AdminRequest, rejects: bool) -> AdminRequest {
                 table: Arc::new(Table::empty()),
                 assumed: AssumedPools::default(),
                 queued: HashMap::new(),
+                sessions: 0,
             };
             let _ = reply.send(Ok(basis));
             AdminRequest::Forecast { assumed, reply: no_receiver() }

@@ -68,8 +68,9 @@ fn below_caps(route: &FrontendRoute, queued: impl Fn(&str) -> usize) -> bool {
     route.preread.is_some() || route.pools().any(|pool| can_admit(pool, queued(&pool.spec.name)))
 }
 
-/// Queued clients come first: a free slot counts only if the queue is empty.
-fn can_admit(pool: &PoolTable, queued: usize) -> bool {
+/// Returns whether the pool has a free slot or a free place in its queue. Queued clients come
+/// first: a free slot counts only if the queue is empty.
+pub fn can_admit(pool: &PoolTable, queued: usize) -> bool {
     if pool.undecided {
         return queued < UNDECIDED_QUEUE_MAX.max(pool.spec.queue_max as usize);
     }
