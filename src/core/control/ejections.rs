@@ -111,8 +111,11 @@ impl ControlState {
         }
         let objection = self.guard_view(pool).reason(spec.max_ejected_percent);
         let Some(entry) = self.backends.observe(id) else { return };
-        let what = if failure == ConnectFailure::EarlyReset { "sessions" } else { "connects" };
-        let evidence = format!("{row} {what} failed in a row, last: {failure}");
+        let what = if failure == ConnectFailure::EarlyReset { "session" } else { "connect" };
+        let evidence = match row {
+            1 => format!("1 {what} failed: {failure}"),
+            _ => format!("{row} {what}s failed in a row, last: {failure}"),
+        };
         if let Some(objection) = objection {
             if entry.health.outlier.hold_back() {
                 let state = Arc::clone(&entry.state);

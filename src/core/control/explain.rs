@@ -236,7 +236,9 @@ impl Controller {
         let reason = self.state.guard_view(pool).reason(spec.max_ejected_percent);
         let last = entry.health.recent.view(now).map(|recent| recent.last);
         let evidence = match last {
+            Some(ConnectFailure::EarlyReset) | None if row == 1 => "1 session failed".to_owned(),
             Some(ConnectFailure::EarlyReset) | None => format!("{row} sessions failed in a row"),
+            Some(last) if row == 1 => format!("1 connect failed: {last}"),
             Some(last) => format!("{row} connects failed in a row, last: {last}"),
         };
         Some(PreventedRemoval {

@@ -208,3 +208,21 @@ fn reload_that_shrinks_the_pool_ends_surplus_ejections() {
     bench.configure(PoolConfig { ejection: None, ..unprobed(&["a", "b", "c"]) });
     assert!(!bench.status("b").ejected);
 }
+
+#[test]
+fn single_failure_that_ejects_is_reported_in_the_singular() {
+    let ejection = EjectionSpec {
+        failures: 1,
+        time: Duration::from_secs(10),
+        max_ejected_percent: 50,
+        early_resets: true,
+        slow_first_byte: None,
+    };
+    let mut bench = Bench::new(PoolConfig { ejection: Some(ejection), ..unprobed(&["a", "b"]) });
+    let effects = bench.refuse("a", 1, 1);
+    assert_eq!(
+        logs(&effects),
+        ["a: unknown -> ejected: 1 connect failed: connection refused; \
+          ejected for 10s (ejection 1 in a row)"]
+    );
+}

@@ -24,6 +24,7 @@ pub(super) fn why_sentence(explained: &Explanation, rejected: Option<&Rejection>
     if explained.backend.backup && explained.backend.eligible {
         text.push_str("; backup: it gets sessions only while no other backend is eligible");
     }
+    text += &cap_note(explained);
     text.push_str(none_eligible_note(explained));
     text + &rejected.map_or_else(String::new, |last| rejection_note(last, explained.now))
 }
@@ -87,6 +88,15 @@ fn trial_sentence(explained: &Explanation, lasts: Duration) -> String {
         brief(lasts),
         evidence(explained, "ejected")
     )
+}
+
+/// Returns that an eligible backend is at its cap, as a suffix; empty if it is not.
+fn cap_note(explained: &Explanation) -> String {
+    let (open, cap) = (explained.backend.state.in_flight.get(), explained.connections_max);
+    match explained.backend.eligible && cap > 0 && open >= cap {
+        true => format!("; at its cap ({open} of {cap} sessions): no session until a slot is free"),
+        false => String::new(),
+    }
 }
 
 /// Returns what happens to new sessions while no backend of the pool is eligible, as a
