@@ -20,6 +20,7 @@ on_every_engine!(
     forecast_is_what_the_next_client_gets,
     forecast_at_a_cap_waits_in_the_listen_queue,
     forecast_waits_in_the_listen_queue_if_every_pool_is_full,
+    forecast_names_the_only_free_backend_and_the_full_one,
 );
 
 fn explain_shows_refused_connects_ejection_and_trial(engine: Engine) {
@@ -115,7 +116,7 @@ fn explain_names_failures_while_ejection_is_off(engine: Engine) {
     assert!(why.ends_with(end), "{why}");
     assert!(line.starts_with("IN ROTATION: 3 connects failed in the last "), "{line}");
     let said = proxy.cli_ok(&["explain", "web/b"]);
-    assert!(said.contains("; 3 in a row, ejection is off; 3 failed connects"), "{said}");
+    assert!(said.contains("; 3 in a row, ejection is off; 3 failed attempts"), "{said}");
     assert!(proxy.explained("web", "b")["failures"]["eject_at"].is_null());
 }
 
@@ -349,4 +350,36 @@ fn forecast_waits_in_the_listen_queue_if_every_pool_is_full(engine: Engine) {
     };
     let _web = hold("web", "wait for a backend");
     let _other = hold("other", "wait in the listen queue");
+}
+
+fn forecast_names_the_only_free_backend_and_the_full_one(engine: Engine) {
+    let [a, b] = ["a", "b"].map(|_| ScriptedBackend::start(backend::echo()));
+    let pool = Pool::new("web")
+        .key("balance = \"random\"")
+        .backend_with("a", a.address(), "connections_max = 1")
+        .backend("b", b.address());
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    proxy.cli_ok(&["drain", "web/b"]);
+    let mut held = client::connect(proxy.addr("web"));
+    held.write_all(b"x").expect("send");
+    eventually(secs(5), "a is at its cap", || {
+        let (why, _) = headline(&proxy, "a");
+        why.ends_with("; at its cap (1 of 1 sessions): no session until a slot is free")
+    });
+    proxy.cli_ok(&["undrain", "web/b"]);
+    let question = ["explain", "--client", "127.0.0.1", "--frontend", "web"];
+    eventually(secs(5), "b is eligible", || {
+        proxy.cli_ok(&question).contains(" would go to web/b (")
+    });
+    let weights = ["--with", "weight:web/a=2", "--with", "weight:web/a=3"];
+    let said = proxy.cli_ok(&[&question[..], &weights].concat());
+    let flat = said.split_whitespace().collect::<Vec<_>>().join(" ");
+    for part in [
+        "Assumed: web/a with weight 3.",
+        "Not available: web/a (at its cap).",
+        "web/b is the only backend that can be picked.",
+        "The client waits for a slot of another backend, at most queue_timeout.",
+    ] {
+        assert!(flat.contains(part), "{part}: {said}");
+    }
 }

@@ -9,9 +9,11 @@ use std::fmt::Write;
 use std::net::SocketAddr;
 use tidegate_api::decision::{
     AdmissionDoc, AssumedDoc, FiguresDoc, ForecastDocument, PickDoc, PoolStepDoc, RefusalDoc,
-    RouteDoc, SourceUsageDoc,
+    RouteDoc, SkippedDoc, SourceUsageDoc,
 };
-use tidegate_api::names::{CauseName, PolicyName, RouteConditionName, WaitName};
+use tidegate_api::names::{
+    CauseName, PolicyName, RouteConditionName, SkipReasonName, WaitName, WhyName,
+};
 
 /// Shares that the text names; it counts the others.
 const SHARES_SHOWN: usize = 8;
@@ -28,7 +30,7 @@ pub(super) fn render(forecast: &ForecastDocument) -> String {
     if let Some(pick) = &forecast.pick {
         let policy = forecast.pool.as_ref().map(|pool| &pool.policy);
         steps.push(("pick", pick_step(pick, policy)));
-        steps.push(("if it fails", retries(pick)));
+        steps.push(("if it fails", retries(pick, forecast.pool.as_ref())));
     }
     if let Some(refusal) = &forecast.refusal {
         steps.push(("result", refusal_step(refusal)));
@@ -195,12 +197,21 @@ fn pick_step(pick: &PickDoc, policy: Option<&PolicyName>) -> String {
     text
 }
 
-fn retries(pick: &PickDoc) -> String {
+fn retries(pick: &PickDoc, pool: Option<&PoolStepDoc>) -> String {
     let within = short(pick.connect_timeout_seconds);
     let attempts = plural(pick.attempts_max, "attempt");
     let mut text = match &*pick.retries {
         [] if pick.attempts_max < 2 => {
             return format!("The connect timeout is {within}. There is no retry.");
+        }
+        // The other candidates cannot be picked at this moment.
+        [] if pick.why == WhyName::Only => {
+            let full = |one: &SkippedDoc| one.reason == SkipReasonName::AtCap;
+            match pool.is_some_and(|pool| pool.skipped.iter().any(full)) {
+                true => "The client waits for a slot of another backend, at most queue_timeout.",
+                false => "No other backend can be picked now.",
+            }
+            .to_owned()
         }
         [] => "Another backend is tried.".to_owned(),
         [first, rest @ ..] => {
@@ -365,6 +376,24 @@ mod tests {
             5 if it fails  Another backend is tried. At most 3 attempts, each of at most 5
                            s."#]]
         .assert_eq(&shown(&forecast));
+    }
+
+    #[test]
+    fn retry_waits_for_a_slot_if_the_other_backends_are_at_their_caps() {
+        let mut forecast = example();
+        let (pick, pool) = (forecast.pick.as_mut().expect("a pick"), forecast.pool.as_mut());
+        (pick.why, pick.figures, pick.retries) = (WhyName::Only, FiguresDoc::None, Vec::new());
+        pool.expect("a pool").skipped[0].reason = SkipReasonName::AtCap;
+        let shown = render(&forecast);
+        let last = shown.lines().last();
+        expect![[r#"
+            Some(
+                "5 if it fails  The client waits for a slot of another backend, at most queue_timeout. At most 3 attempts, each of at most 5 s.",
+            )
+        "#]]
+        .assert_debug_eq(&last);
+        forecast.pool.as_mut().expect("a pool").skipped.clear();
+        assert!(render(&forecast).contains("No other backend can be picked now. At most 3"));
     }
 
     #[test]

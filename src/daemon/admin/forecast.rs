@@ -19,7 +19,9 @@ use tidegate_core::control::what_if::{AssumedChange, AssumedPools, WhatIf};
 use tidegate_core::decision::{Decision, SKIPPED_NAMED, SkipReason};
 use tidegate_core::limits::access_list::{Access, longest_range};
 use tidegate_core::limits::client_sources::SourceRefused;
-use tidegate_core::model::{BackendId, ClientAddr, PeerAddr, RouteConfig, SourceRules, Words};
+use tidegate_core::model::{
+    BackendId, ClientAddr, PeerAddr, Policy, RouteConfig, SourceRules, Words,
+};
 use tidegate_core::outcome::{Cause, Phase};
 use tidegate_core::table::build::PoolBuild;
 use tidegate_core::table::decide::{Picked, PickedFor};
@@ -37,6 +39,9 @@ const RETRIES_MAX: usize = 3;
 
 /// Rehearsals that have to agree on a retry before the document names it.
 const RETRY_DRAWS: u64 = 64;
+
+/// Rehearsals that look for one that meets all candidates.
+const ONLY_DRAWS: u32 = 1_000;
 
 /// Ranges or ports of a condition in a document.
 const VALUES_MAX: usize = 8;
@@ -114,7 +119,7 @@ pub(super) fn forecast(
         client: question.client,
         local,
         table: table.serial,
-        assumed: question.assumed.iter().map(assumed_doc).collect(),
+        assumed: in_effect(&question.assumed).map(assumed_doc).collect(),
         admission,
         route: None,
         pool: None,
@@ -204,9 +209,28 @@ impl Candidates<'_> {
                 }
             }
         }
+        if let ([_], true) = (&*forecast.shares, self.draws_candidates()) {
+            // A draw can meet the only free backend before it meets all the others.
+            let others = self.pool.serving.len() as u32 - 1;
+            for draw in 1..u64::from(forecast.draws.min(ONLY_DRAWS)) {
+                if record.passed_over_total() >= others {
+                    break;
+                }
+                let key = PickKey { draw: self.key.draw.wrapping_add(draw), ..self.key };
+                let (again, noted) = self.pool.rehearse(key, &[]);
+                if again == picked && noted.passed_over_total() > record.passed_over_total() {
+                    record = noted;
+                }
+            }
+        }
         let decision = self.pool.decision(&self.session, picked.ok(), &record);
         let (shares, draws) = (forecast.shares, forecast.draws);
         (picked.map(|picked| Likeliest { picked, shares, draws }), decision)
+    }
+
+    /// Returns whether the policy draws the candidates that it looks at.
+    fn draws_candidates(&self) -> bool {
+        matches!(self.pool.spec.balance, Policy::Random | Policy::TwoChoices | Policy::PeakEwma)
     }
 
     fn pool_doc(&self, decision: &Decision, queued: usize) -> PoolStepDoc {
@@ -349,6 +373,20 @@ fn cap_reached(frontend: &FrontendRoute, table: &Table, sessions: u32) -> Option
         }
         () => None,
     }
+}
+
+/// Returns the changes without those that a later change of the same kind replaces.
+fn in_effect(assumed: &[WhatIf]) -> impl Iterator<Item = &WhatIf> {
+    let same = |a: &WhatIf, b: &WhatIf| {
+        (&a.pool, &a.backend) == (&b.pool, &b.backend)
+            && std::mem::discriminant(&a.change) == std::mem::discriminant(&b.change)
+    };
+    let rest = move |place: usize| assumed[place + 1..].iter();
+    assumed
+        .iter()
+        .enumerate()
+        .filter(move |(place, one)| !rest(*place).any(|later| same(later, one)))
+        .map(|(_, one)| one)
 }
 
 fn assumed_doc(assumed: &WhatIf) -> AssumedDoc {
