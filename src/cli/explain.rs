@@ -230,7 +230,8 @@ fn failures(failures: &FailuresDoc) -> String {
             None => write!(text, ", ejection is off"),
         };
     }
-    let total = plural(failures.connects_total, "failed connect");
+    // These include resets of unused connections.
+    let total = plural(failures.connects_total, "failed attempt");
     let _ = write!(text, "; {total} since the start");
     text
 }
@@ -472,7 +473,7 @@ mod tests {
             Picks       512 of the last 4,096 picks of this pool (12.5%)
             Sessions    3 open, no cap
             Slow start  not in progress
-            Failures    3 failed connects, 1 reset before the first byte in the last 12 s; last 1.25 s ago: connection refused; 2 in a row, ejection at 5; 9 failed connects since the start
+            Failures    3 failed connects, 1 reset before the first byte in the last 12 s; last 1.25 s ago: connection refused; 2 in a row, ejection at 5; 9 failed attempts since the start
             Probes      not configured
             Last probe  failed after 100 ms, 400 ms ago (confirmation probe): timed out after 100ms while connecting
             Heartbeats  overdue, confirmation failed (required); last 1m 15s ago, suspect after 325 ms, expires after 10 s

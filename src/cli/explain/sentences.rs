@@ -22,7 +22,7 @@ pub(super) enum Tense {
 /// Returns `pool/name (address)`.
 pub(super) fn backend(backend: &BackendRefDoc) -> String {
     match backend.address.is_empty() {
-        true => format!("a removed backend of {}", cell_text(&backend.pool)),
+        true => removed(backend),
         false => format!("{} ({})", name(backend), cell_text(&backend.address)),
     }
 }
@@ -30,8 +30,16 @@ pub(super) fn backend(backend: &BackendRefDoc) -> String {
 /// Returns `pool/name`.
 pub(super) fn name(backend: &BackendRefDoc) -> String {
     match backend.backend.is_empty() {
-        true => format!("a removed backend of {}", cell_text(&backend.pool)),
+        true => removed(backend),
         false => format!("{}/{}", cell_text(&backend.pool), cell_text(&backend.backend)),
+    }
+}
+
+/// Describes a backend whose name is no longer known.
+fn removed(backend: &BackendRefDoc) -> String {
+    match backend.pool.is_empty() {
+        true => "a removed backend".to_owned(),
+        false => format!("a removed backend of {}", cell_text(&backend.pool)),
     }
 }
 
@@ -139,7 +147,7 @@ fn skip_reason(skipped: &SkippedDoc) -> String {
         SkipReasonName::Draining => format!("drained by an operator for {time}"),
         SkipReasonName::Maintenance => format!("in maintenance for {time}"),
         SkipReasonName::DrainingBySender => {
-            format!("its heartbeats request no sessions for {time}")
+            format!("reported as not ready by its sender for {time}")
         }
         SkipReasonName::NoVerdict => format!("no probe result or heartbeat for {time}"),
         SkipReasonName::AtCap => "at its cap".to_owned(),
@@ -158,6 +166,8 @@ pub(super) fn failure(
     local: bool,
     after: Option<f64>,
 ) -> String {
+    // Zero: Tidegate knew that this host cannot connect.
+    let after = after.filter(|after| *after > 0.0);
     let after = after.map_or_else(String::new, |after| format!(" after {}", short(after)));
     let what = match failure {
         FailureName::Refused => "refused".to_owned(),
@@ -348,7 +358,7 @@ mod tests {
             ejected for 41 s more
             drained by an operator for 41 s
             in maintenance for 41 s
-            its heartbeats request no sessions for 41 s
+            reported as not ready by its sender for 41 s
             no probe result or heartbeat for 41 s
             at its cap
             its trial session is not decided
@@ -382,6 +392,7 @@ mod tests {
             .map(|name| failure(&FailureName::from(*name), Some(111), false, Some(0.000_2)))
             .collect();
         text.push(failure(&FailureName::Unspecified, Some(999), true, None));
+        text.push(failure(&FailureName::Ports, Some(99), true, Some(0.0)));
         expect![[r#"
             The connect failed after 0.2 ms: refused (ECONNREFUSED).
             The connect failed after 0.2 ms: no answer within connect_timeout (ECONNREFUSED).
@@ -393,7 +404,8 @@ mod tests {
             The connect failed after 0.2 ms: this host is out of memory (ECONNREFUSED).
             The connect failed after 0.2 ms: this host has no route (ECONNREFUSED).
             The connect failed after 0.2 ms: moved (ECONNREFUSED).
-            The connect failed: error of this host (errno 999)."#]]
+            The connect failed: error of this host (errno 999).
+            The connect failed: this host has no free local port (EADDRNOTAVAIL)."#]]
         .assert_eq(&text.join("\n"));
     }
 

@@ -12,7 +12,7 @@ use tidegate_api::names::{SessionStateName, WhyName};
 pub(super) fn render(session: &SessionExplanation) -> String {
     let mut text = format!("{}\n", headline(session));
     for decision in &session.decisions {
-        let _ = write!(text, "\n{}\n", attempt(decision));
+        let _ = write!(text, "\n{}\n", attempt(decision, session.route));
     }
     text
 }
@@ -23,7 +23,11 @@ fn headline(session: &SessionExplanation) -> String {
         None => "a removed frontend".to_owned(),
     };
     let first = session.decisions.first();
-    let at = first.map_or_else(String::new, |first| format!(" at {}", cell_text(&first.time)));
+    let at = first.map_or_else(String::new, |first| {
+        // A queued session was accepted earlier.
+        let event = if first.waited_seconds.is_some() { ", first pick" } else { "" };
+        format!("{event} at {}", cell_text(&first.time))
+    });
     let mut text = format!("Session {} of {} on {frontend}{at}.", session.session, session.client);
     if let Some(route) = session.route {
         let _ = write!(text, " It took route {route}.");
@@ -46,7 +50,7 @@ fn headline(session: &SessionExplanation) -> String {
     text
 }
 
-fn attempt(decision: &DecisionDoc) -> String {
+fn attempt(decision: &DecisionDoc, route: Option<u8>) -> String {
     // The time of day of `2026-11-30T12:00:01.234Z`.
     let time = decision.time.split_once('T').map_or(&*decision.time, |(_, time)| time);
     let time = cell_text(time.trim_end_matches('Z'));
@@ -61,7 +65,15 @@ fn attempt(decision: &DecisionDoc) -> String {
         (None, Some(pool)) => {
             let _ = write!(text, "no backend of pool {} could be picked.", cell_text(pool));
         }
-        (None, None) => text.push_str("no backend was picked: the client was rejected first."),
+        (None, None) if decision.policy.is_some() => {
+            text.push_str("no backend of a removed pool could be picked.");
+        }
+        (None, None) => match route {
+            Some(route) => {
+                let _ = write!(text, "no backend was picked: route {route} rejects the client.");
+            }
+            None => text.push_str("no backend was picked: the client was rejected first."),
+        },
     }
     if let Some(waited) = decision.waited_seconds
         && decision.why != WhyName::Queue
@@ -152,11 +164,30 @@ mod tests {
             Attempt 1, 12:00:01.234: no backend of pool web could be picked. Table 9 had 2 candidates.
         "#]].assert_eq(&render(&session));
         session.decisions[0].pool = None;
+        let removed = attempt(&session.decisions[0], None);
+        assert!(removed.ends_with(": no backend of a removed pool could be picked."), "{removed}");
+        session.decisions[0].policy = None;
+        let refused = attempt(&session.decisions[0], session.route);
+        assert!(
+            refused.ends_with("no backend was picked: route 3 rejects the client."),
+            "{refused}"
+        );
         (session.frontend, session.route) = (None, None);
         expect![[r#"
             Session 4711 of 10.1.2.3:40112 on a removed frontend at 2026-11-30T12:00:01.234Z. It is open.
 
             Attempt 1, 12:00:01.234: no backend was picked: the client was rejected first.
         "#]].assert_eq(&render(&session));
+    }
+
+    #[test]
+    fn queued_session_has_the_time_of_its_first_pick() {
+        let mut session: SessionExplanation = serde_json::from_str(EXAMPLE).expect("the document");
+        session.decisions[0].waited_seconds = Some(1.5);
+        let text = headline(&session);
+        assert!(
+            text.contains(" on frontend web, first pick at 2026-11-30T12:00:01.234Z."),
+            "{text}"
+        );
     }
 }

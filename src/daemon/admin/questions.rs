@@ -70,8 +70,10 @@ fn unknown_session(number: u64, given_out: &std::ops::Range<u64>) -> String {
         );
     }
     format!(
-        "no decision of session {number} is kept: each worker keeps its last {FIRST_MAX} first \
-         picks and its last {FAILED_MAX} failures and retries"
+        "no decision of session {number} is kept, or it has none yet: each worker keeps its last \
+         {FIRST_MAX} first picks and its last {FAILED_MAX} failures and retries; a session that \
+         waits in the queue of a pool has none, and numbers below {} can be unused",
+        given_out.end
     )
 }
 
@@ -277,5 +279,6 @@ mod tests {
         assert!(told(200).contains("has not been accepted yet"));
         assert!(told(99).contains("before an upgrade"));
         assert!(told(150).contains("last 4096 first picks and its last 1024 failures"));
+        assert!(told(150).contains("waits in the queue of a pool has none, and numbers below 200"));
     }
 }
