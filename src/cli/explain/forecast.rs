@@ -204,8 +204,8 @@ fn retries(pick: &PickDoc, pool: Option<&PoolStepDoc>) -> String {
         [] if pick.attempts_max < 2 => {
             return format!("The connect timeout is {within}. There is no retry.");
         }
-        // The other candidates cannot be picked at this moment.
-        [] if pick.why == WhyName::Only => {
+        // No draw decides the retries of a hash, so an empty list means that none is free.
+        [] if pick.why == WhyName::Only || matches!(pick.figures, FiguresDoc::Slot { .. }) => {
             let full = |one: &SkippedDoc| one.reason == SkipReasonName::AtCap;
             match pool.is_some_and(|pool| pool.skipped.iter().any(full)) {
                 true => "The client waits for a slot of another backend, at most queue_timeout.",

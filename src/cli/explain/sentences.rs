@@ -103,6 +103,10 @@ fn figures_note(figures: &FiguresDoc) -> String {
         FiguresDoc::Slot { slot, slots, alternative: 0 } => {
             format!("slot {} of {}", number(u64::from(*slot) + 1), number(u64::from(*slots)))
         }
+        // After 16 alternatives, the policy looks at all backends.
+        FiguresDoc::Slot { alternative: 17.., .. } => {
+            "no backend of the client's slots could be picked".to_owned()
+        }
         FiguresDoc::Slot { slot, slots, alternative } => format!(
             "alternative {alternative} of the client's slot: slot {} of {}",
             number(u64::from(*slot) + 1),
@@ -314,6 +318,7 @@ mod tests {
             (WhyName::Least, FiguresDoc::Loads { chosen: load(0, Some(0.012)), other: None }),
             (WhyName::Hash, FiguresDoc::Slot { slot: 40_210, slots: 65_537, alternative: 0 }),
             (WhyName::Hash, FiguresDoc::Slot { slot: 7, slots: 65_537, alternative: 2 }),
+            (WhyName::Hash, FiguresDoc::Slot { slot: 7, slots: 65_537, alternative: 17 }),
             (WhyName::Draw, FiguresDoc::Share { weight: 1.0, total: 4.0 }),
             (WhyName::Draw, FiguresDoc::Other),
         ];
@@ -326,6 +331,7 @@ mod tests {
             had the lower load of two random backends (0 sessions, weight 2, answers in 12 ms)
             was chosen by the hash of the client's address (slot 40,211 of 65,537)
             was chosen by the hash of the client's address (alternative 2 of the client's slot: slot 8 of 65,537)
+            was chosen by the hash of the client's address (no backend of the client's slots could be picked)
             was drawn at random (weight 1 of 4: 25.0%)
             was drawn at random"#]]
         .assert_eq(&text.join("\n"));
