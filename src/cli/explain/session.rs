@@ -78,7 +78,7 @@ fn attempt(decision: &DecisionDoc, route: Option<u8>) -> String {
     if let Some(waited) = decision.waited_seconds
         && decision.why != WhyName::Queue
     {
-        let _ = write!(text, " It had waited {} for a free slot.", short(waited));
+        let _ = write!(text, " The client had waited {}.", short(waited));
     }
     if let Some(passed) = skipped(&decision.skipped, decision.skipped_total) {
         let _ = write!(text, " Passed over: {passed}.");
@@ -189,5 +189,9 @@ mod tests {
             text.contains(" on frontend web, first pick at 2026-11-30T12:00:01.234Z."),
             "{text}"
         );
+        let decision = &mut session.decisions[0];
+        (decision.why, decision.backend) = (WhyName::None, None);
+        let text = attempt(decision, None);
+        assert!(text.contains("could be picked. The client had waited 1.5 s. Table 9"), "{text}");
     }
 }

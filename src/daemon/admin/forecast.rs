@@ -167,10 +167,11 @@ pub(super) fn forecast(
     match picked {
         Err(error) => {
             // The frontend accepts clients while any of its pools has room.
-            let queues = frontend.pools().any(|pool| {
+            let has_room = |pool: &Arc<PoolTable>| {
                 let pool: &PoolTable = if pool.id == asked.pool.id { asked.pool } else { pool };
                 can_admit(pool, queued(pool))
-            });
+            };
+            let queues = frontend.preread.is_some() || frontend.pools().any(has_room);
             document.refusal = Some(asked.no_backend(error, queues));
         }
         Ok(likeliest) => {
