@@ -79,15 +79,20 @@ fn pool(name: &str, balance: Policy, backends: &[&str]) -> PoolConfig {
     PoolConfig { balance, backends, ..testing::pool(name) }
 }
 
-/// A frontend that allows 10.0.0.0/8 without 10.9.0.0/16.
+/// A frontend that allows 10.0.0.0/8 without 10.9.0.0/16. Its files allow 172.16.0.0/12 without
+/// 172.16.5.0/24.
 fn few(pool: &PoolConfig) -> FrontendConfig {
-    let (allow, deny) = (vec!["10.0.0.0/8".parse().unwrap()], vec!["10.9.0.0/16".parse().unwrap()]);
+    let ranges =
+        |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<_>>();
     let rules = SourceRules {
-        access: AccessList::new(&allow, &deny),
-        allow,
-        deny,
-        allow_file: None,
-        deny_file: None,
+        access: AccessList::new(
+            &ranges(&["10.0.0.0/8", "172.16.0.0/12"]),
+            &ranges(&["10.9.0.0/16", "172.16.5.0/24"]),
+        ),
+        allow: ranges(&["10.0.0.0/8"]),
+        deny: ranges(&["10.9.0.0/16"]),
+        allow_file: Some("/allow".into()),
+        deny_file: Some("/deny".into()),
         limits: SourceLimits { prefix_v4: 24, prefix_v6: 64, connections_max: 2, rate: None },
     };
     FrontendConfig { sources: Some(Arc::new(rules)), ..testing::frontend("few", 84, pool) }
@@ -301,6 +306,12 @@ fn forecast_names_the_range_that_decides() {
     assert_eq!((&denied["refusal"]["cause"], &denied["route"]), (&json!("denied"), &Value::Null));
     let outside = told(&api, "client=192.0.2.1&frontend=few");
     assert_eq!(outside["admission"]["rule"], Value::Null);
+    let listed = |client: &str| {
+        let told = told(&api, &format!("client={client}&frontend=few"));
+        told["admission"]["rule"].clone()
+    };
+    assert_eq!(listed("172.16.5.1"), json!({"allows": false, "range": "/deny"}));
+    assert_eq!(listed("172.16.6.1"), json!({"allows": true, "range": "/allow"}));
     assert_eq!(outside["refusal"]["cause"], "denied");
 }
 

@@ -27,11 +27,18 @@ pub struct AccessList {
     rules: usize,
 }
 
-/// `access` applies from this address up to the next start.
+/// `rule` applies from this address up to the next start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct RangeStart<T> {
     from: T,
+    rule: Rule,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Rule {
     access: Access,
+    /// A range decides; otherwise no range contains the address.
+    listed: bool,
 }
 
 /// A range, inclusive at both ends.
@@ -47,7 +54,8 @@ impl AccessList {
     /// Builds a list. An address outside all ranges is denied if `allow` is not empty,
     /// and allowed otherwise. A range in both lists is denied.
     pub fn new(allow: &[IpNet], deny: &[IpNet]) -> AccessList {
-        let otherwise = if allow.is_empty() { Access::Allowed } else { Access::Denied };
+        let access = if allow.is_empty() { Access::Allowed } else { Access::Denied };
+        let otherwise = Rule { access, listed: false };
         let of_kind = |v4: bool| -> Vec<Range> {
             let allowed = allow.iter().map(|net| (net, Access::Allowed));
             let denied = deny.iter().map(|net| (net, Access::Denied));
@@ -63,7 +71,7 @@ impl AccessList {
         };
         let narrow = |change: RangeStart<u128>| {
             // IPv4 ranges fit 32 bits.
-            u32::try_from(change.from).ok().map(|from| RangeStart { from, access: change.access })
+            u32::try_from(change.from).ok().map(|from| RangeStart { from, rule: change.rule })
         };
         AccessList {
             v4: flatten(of_kind(true), otherwise).into_iter().filter_map(narrow).collect(),
@@ -76,6 +84,16 @@ impl AccessList {
     /// IPv4.
     #[inline]
     pub fn of(&self, address: IpAddr) -> Access {
+        self.rule_of(address).access
+    }
+
+    /// Returns whether any range contains `address`.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        self.rule_of(address).listed
+    }
+
+    #[inline]
+    fn rule_of(&self, address: IpAddr) -> Rule {
         match address.to_canonical() {
             IpAddr::V4(v4) => verdict(&self.v4, v4.to_bits()),
             IpAddr::V6(v6) => verdict(&self.v6, v6.to_bits()),
@@ -103,27 +121,27 @@ fn number(address: IpAddr) -> u128 {
     }
 }
 
-/// Returns the access at `address`. The first start is 0, so a start at or before
+/// Returns the rule at `address`. The first start is 0, so a start at or before
 /// `address` always exists.
-fn verdict<T: Copy + Ord>(changes: &[RangeStart<T>], address: T) -> Access {
+fn verdict<T: Copy + Ord>(changes: &[RangeStart<T>], address: T) -> Rule {
     let after = changes.partition_point(|change| change.from <= address);
-    changes[after - 1].access
+    changes[after - 1].rule
 }
 
 /// Flattens the ranges with a sweep. `open` is a stack of the ranges that contain the
 /// current address, innermost on top. The innermost has the longest prefix.
-fn flatten(mut ranges: Vec<Range>, otherwise: Access) -> Vec<RangeStart<u128>> {
+fn flatten(mut ranges: Vec<Range>, otherwise: Rule) -> Vec<RangeStart<u128>> {
     // Outer before inner. Of two equal ranges the denied range is last, so it decides.
     ranges.sort_by_key(|r| (r.first, std::cmp::Reverse(r.last), r.access == Access::Denied));
-    let mut changes = vec![RangeStart { from: 0, access: otherwise }];
+    let mut changes = vec![RangeStart { from: 0, rule: otherwise }];
     let mut open: Vec<Range> = Vec::new();
     for range in ranges {
         close_before(&mut open, Some(range.first), otherwise, &mut changes);
-        change(&mut changes, range.first, range.access);
+        change(&mut changes, range.first, Rule { access: range.access, listed: true });
         open.push(range);
     }
     close_before(&mut open, None, otherwise, &mut changes);
-    changes.dedup_by_key(|change| change.access);
+    changes.dedup_by_key(|change| change.rule);
     changes
 }
 
@@ -131,22 +149,23 @@ fn flatten(mut ranges: Vec<Range>, otherwise: Access) -> Vec<RangeStart<u128>> {
 fn close_before(
     open: &mut Vec<Range>,
     next: Option<u128>,
-    otherwise: Access,
+    otherwise: Rule,
     changes: &mut Vec<RangeStart<u128>>,
 ) {
     while let Some(range) = open.pop_if(|range| next.is_none_or(|next| range.last < next)) {
-        let access = open.last().map_or(otherwise, |outer| outer.access);
+        let outer = |outer: &Range| Rule { access: outer.access, listed: true };
+        let rule = open.last().map_or(otherwise, outer);
         if let Some(after) = range.last.checked_add(1) {
-            change(changes, after, access);
+            change(changes, after, rule);
         }
     }
 }
 
 /// Adds a start. A start at the same address is replaced.
-fn change(changes: &mut Vec<RangeStart<u128>>, from: u128, access: Access) {
+fn change(changes: &mut Vec<RangeStart<u128>>, from: u128, rule: Rule) {
     match changes.last_mut() {
-        Some(last) if last.from == from => last.access = access,
-        _ => changes.push(RangeStart { from, access }),
+        Some(last) if last.from == from => last.rule = rule,
+        _ => changes.push(RangeStart { from, rule }),
     }
 }
 
@@ -161,6 +180,25 @@ mod tests {
 
     fn of(list: &AccessList, address: &str) -> Access {
         list.of(address.parse().unwrap())
+    }
+
+    #[test]
+    fn list_contains_the_addresses_of_its_ranges_whether_they_are_allowed_or_denied() {
+        let list = AccessList::new(&nets(&["10.0.0.0/8"]), &nets(&["10.1.0.0/16", "12.0.0.0/8"]));
+        let contains = |address: &str| list.contains(address.parse().unwrap());
+        for (address, inside) in [
+            ("9.255.255.255", false),
+            ("10.0.0.0", true),
+            ("10.1.0.1", true),
+            ("10.255.255.255", true),
+            ("11.0.0.0", false),
+            ("12.0.0.0", true),
+            ("13.0.0.0", false),
+            ("::1", false),
+        ] {
+            assert_eq!(contains(address), inside, "{address}");
+        }
+        assert_eq!(of(&list, "11.0.0.0"), Access::Denied);
     }
 
     #[test]

@@ -492,6 +492,9 @@ fn admission(
 /// Returns the range that decided. The ranges of a file are not kept as text: the document
 /// then names the file. `None`: no range contains the client.
 fn access_rule(rules: &SourceRules, client: IpAddr, allows: bool) -> Option<AccessRuleDoc> {
+    if !rules.access.contains(client) {
+        return None;
+    }
     let (own, others, file) = match allows {
         true => (&rules.allow, &rules.deny, &rules.allow_file),
         false => (&rules.deny, &rules.allow, &rules.deny_file),
@@ -500,14 +503,9 @@ fn access_rule(rules: &SourceRules, client: IpAddr, allows: bool) -> Option<Acce
     let other = longest_range(others, client).map(|range| range.prefix_len());
     let range = match own {
         Some(range) if other.is_none_or(|other| range.prefix_len() >= other) => range.to_string(),
-        None if other.is_none() && allows == default_allows(rules) => return None,
         _ => file.as_ref().map_or_else(String::new, |file| file.display().to_string()),
     };
     Some(AccessRuleDoc { allows, range })
-}
-/// Whether a client is allowed that no range contains.
-fn default_allows(rules: &SourceRules) -> bool {
-    rules.allow.is_empty() && rules.allow_file.is_none()
 }
 
 fn route_doc(frontend: &FrontendRoute, number: RouteNumber, mismatches: &[Mismatch]) -> RouteDoc {
