@@ -73,7 +73,8 @@ impl Control {
         let assumed = self.controller.what_if(assumed)?;
         let context = self.workers.context();
         let (queued, sessions) = (context.waiters.all_queued(), context.in_flight.get());
-        Ok(ForecastBasis { table: self.controller.current_table(), assumed, queued, sessions })
+        let (table, draining) = (self.controller.current_table(), self.lifecycle.is_draining());
+        Ok(ForecastBasis { table, assumed, queued, sessions, draining })
     }
 
     fn set_intent(

@@ -63,7 +63,8 @@ impl Questioned {
     pub(crate) fn basis(&self, assumed: &[WhatIf]) -> Result<ForecastBasis, UnknownAssumption> {
         let assumed = self.controller.what_if(assumed)?;
         let table = self.controller.current_table();
-        Ok(ForecastBasis { table, assumed, queued: HashMap::new(), sessions: 0 })
+        let queued = HashMap::new();
+        Ok(ForecastBasis { table, assumed, queued, sessions: 0, draining: false })
     }
 }
 

@@ -61,6 +61,9 @@ fn assert_drains(proxy: &mut TestProxy, end: impl FnOnce(&TestProxy)) {
     assert_eq!(proxy.admin_request("GET", "/live").status, 200);
     let address = proxy.addr("web");
     eventually(secs(2), "new connections are refused", || try_connect(address).is_err());
+    let forecast = proxy.cli(&["explain", "--client", "127.0.0.1", "--frontend", "web"]);
+    let error = String::from_utf8_lossy(&forecast.stderr).into_owned();
+    assert!(error.contains("this process drains and accepts no clients"), "{error}");
     client::exchange(&open, b"still served").expect("the open session continues");
     drop(open);
     assert_eq!(proxy.wait_exit(secs(3)), Some(0), "{}", proxy.log());

@@ -79,6 +79,8 @@ pub struct ForecastBasis {
     pub queued: HashMap<Arc<str>, usize>,
     /// Open sessions that count for the cap of the process.
     pub sessions: u32,
+    /// The process accepts no clients because it drains.
+    pub draining: bool,
 }
 
 /// Why a question has no answer.
@@ -88,6 +90,8 @@ pub(super) enum ForecastError {
     UnknownFrontend,
     /// The frontend does not listen at that address, or needs one.
     Address(String),
+    /// The process accepts no clients because it drains.
+    Draining,
 }
 
 /// The pool of the connection with its names.
@@ -102,13 +106,16 @@ struct Candidates<'a> {
 /// Answers the question with the state at `now`. `seed` chooses the draws.
 ///
 /// # Errors
-/// The frontend or the address does not exist.
+/// The frontend or the address does not exist, or the process drains.
 pub(super) fn forecast(
     question: &ForecastQuestion,
     basis: ForecastBasis,
     (now, seed): (Instant, u64),
 ) -> Result<ForecastDocument, ForecastError> {
-    let ForecastBasis { table, assumed, queued, sessions } = basis;
+    let ForecastBasis { table, assumed, queued, sessions, draining } = basis;
+    if draining {
+        return Err(ForecastError::Draining);
+    }
     let named = |route: &&Arc<FrontendRoute>| *route.spec.name == *question.frontend;
     let frontend = table.frontends.iter().find(named).ok_or(ForecastError::UnknownFrontend)?;
     let local = local_address(frontend, question.local)?;

@@ -165,6 +165,7 @@ fn answer(request: AdminRequest, rejects: bool) -> AdminRequest {
                 assumed: AssumedPools::default(),
                 queued: HashMap::new(),
                 sessions: 0,
+                draining: false,
             };
             let _ = reply.send(Ok(basis));
             AdminRequest::Forecast { assumed, reply: no_receiver() }

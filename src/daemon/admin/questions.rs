@@ -94,6 +94,10 @@ async fn explain_client(
             ErrorResponse::new(StatusCode::NOT_FOUND, "unknown frontend", detail)
         }
         ForecastError::Address(detail) => bad(detail),
+        ForecastError::Draining => {
+            let detail = "this process drains and accepts no clients".to_owned();
+            ErrorResponse::new(StatusCode::CONFLICT, "draining", detail)
+        }
     })
 }
 
