@@ -5,24 +5,22 @@
 
 use super::alias::AliasTable;
 use super::recorder::PickRecorder;
-use super::scan::share;
 use super::{Candidate, scan};
 use crate::balance::random_stream::DrawStream;
-
-/// Draws before all candidates are scanned. If candidates with half of the weight are
-/// not usable, one pick in 256 scans.
-const DRAWS_MAX: usize = 8;
 
 /// The prepared policy.
 #[derive(Debug)]
 pub(super) struct Random {
     alias: AliasTable,
+    /// Sum of all weights.
+    total: u64,
 }
 
 impl Random {
     /// Prepares the policy for `candidates` (at least one).
     pub(super) fn new(candidates: &[Candidate]) -> Random {
-        Random { alias: AliasTable::new(candidates.iter().map(|c| c.weight)) }
+        let alias = AliasTable::new(candidates.iter().map(|c| c.weight));
+        Random { alias, total: scan::total_weight(candidates) }
     }
 
     /// Picks a usable candidate at random, in proportion to the weights.
@@ -35,13 +33,7 @@ impl Random {
         recorder: &mut impl PickRecorder,
     ) -> Option<usize> {
         let mut draws = DrawStream::new(draw);
-        for _ in 0..DRAWS_MAX {
-            let index = self.alias.draw(&mut draws);
-            if recorder.try_use(candidates, index, tried) {
-                recorder.decided(|_| share(candidates, index));
-                return Some(index);
-            }
-        }
-        scan::enter_by_weight(candidates, tried, &mut draws, recorder)
+        let draw = |draws: &mut DrawStream| self.alias.draw(draws);
+        scan::enter_drawn(candidates, tried, self.total, &mut draws, recorder, draw)
     }
 }

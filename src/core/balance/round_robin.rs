@@ -7,7 +7,6 @@
 
 use super::position::Position;
 use super::recorder::PickRecorder;
-use super::scan::share;
 use super::{Candidate, RoundRobinPosition, scan};
 use crate::balance::random_stream::DrawStream;
 use crate::balance::smooth_sequence;
@@ -20,10 +19,6 @@ use std::sync::Arc;
 /// A higher limit would use up places of other candidates on retries.
 const TAKES_MAX: usize = 4;
 
-/// Random places that a pick looks at next, before it scans all candidates. A random
-/// place is a draw by weight.
-const DRAWS_MAX: usize = 8;
-
 /// The prepared policy.
 #[derive(Debug)]
 pub(super) struct RoundRobin {
@@ -33,6 +28,8 @@ pub(super) struct RoundRobin {
     sequence: Arc<[u32]>,
     /// Shared with earlier tables that have the same sequence.
     position: Arc<Position>,
+    /// Sum of all weights.
+    total: u64,
 }
 
 impl RoundRobin {
@@ -44,6 +41,7 @@ impl RoundRobin {
         candidates: &[Candidate],
         previous: Option<(&RoundRobin, &[Candidate])>,
     ) -> RoundRobin {
+        let total = scan::total_weight(candidates);
         let places = smooth_sequence::places(candidates.iter().map(|c| c.weight));
         if let Some((before, old)) = previous
             && *before.places == *places
@@ -53,6 +51,7 @@ impl RoundRobin {
                 places: Arc::clone(&before.places),
                 sequence: Arc::clone(&before.sequence),
                 position: Arc::clone(&before.position),
+                total,
             };
         }
         let sequence: Arc<[u32]> = smooth_sequence::sequence(&places).into();
@@ -61,6 +60,7 @@ impl RoundRobin {
             places: places.into(),
             sequence,
             position: Arc::new(Position::starting_at(start)),
+            total,
         }
     }
 
@@ -95,14 +95,9 @@ impl RoundRobin {
         recorder: &mut impl PickRecorder,
     ) -> Option<usize> {
         let mut draws = DrawStream::new(draw);
-        for _ in 0..DRAWS_MAX {
-            let index = self.at(draws.below(self.sequence.len() as u64));
-            if recorder.try_use(candidates, index, tried) {
-                recorder.decided(|_| share(candidates, index));
-                return Some(index);
-            }
-        }
-        scan::enter_by_weight(candidates, tried, &mut draws, recorder)
+        // A random place is a draw by weight.
+        let draw = |draws: &mut DrawStream| self.at(draws.below(self.sequence.len() as u64));
+        scan::enter_drawn(candidates, tried, self.total, &mut draws, recorder, draw)
     }
 
     /// Returns the position in the period and the period.

@@ -16,6 +16,10 @@ use std::cmp::Ordering;
 /// last scan the first candidate with a free slot is taken.
 const SCANS_MAX: u32 = 8;
 
+/// Draws before all candidates are scanned. If candidates with half of the weight are
+/// not usable, one pick in 256 scans.
+const DRAWS_MAX: usize = 8;
+
 /// Calls `choose` until the chosen candidate admits the session. `choose` returns a
 /// usable candidate, or `None` if there is none.
 #[inline]
@@ -39,24 +43,32 @@ pub(super) fn enter(
     (0..candidates.len()).find(enters)
 }
 
-/// Enters a usable candidate, drawn by weight among all.
-pub(super) fn enter_by_weight(
+/// Enters a usable candidate by weight: tries [`DRAWS_MAX`] candidates that `draw` gives,
+/// then draws among all usable ones. `total` is the sum of all weights, from [`total_weight`].
+#[inline]
+pub(super) fn enter_drawn(
     candidates: &[Candidate],
     tried: &[usize],
+    total: u64,
     draws: &mut DrawStream,
     recorder: &mut impl PickRecorder,
+    draw: impl Fn(&mut DrawStream) -> usize,
 ) -> Option<usize> {
-    let excluded = Excluded::tried(tried);
-    let choose = || by_weight(candidates, excluded, draws);
-    let index = enter(candidates, excluded, recorder, choose)?;
-    recorder.decided(|_| share(candidates, index));
+    let quick = (0..DRAWS_MAX).find_map(|_| {
+        let index = draw(draws);
+        recorder.try_use(candidates, index, tried).then_some(index)
+    });
+    let index = quick.or_else(|| {
+        let excluded = Excluded::tried(tried);
+        enter(candidates, excluded, recorder, || by_weight(candidates, excluded, draws))
+    })?;
+    recorder.decided(|_| Figures::Share { weight: candidates[index].weight, total });
     Some(index)
 }
 
-/// Returns the weight of a candidate and the sum of all weights.
-pub(super) fn share(candidates: &[Candidate], index: usize) -> Figures<usize> {
-    let total = candidates.iter().map(|candidate| u64::from(candidate.weight)).sum();
-    Figures::Share { weight: candidates[index].weight, total }
+/// Returns the sum of all weights. Policies compute it once, not in each pick.
+pub(super) fn total_weight(candidates: &[Candidate]) -> u64 {
+    candidates.iter().map(|candidate| u64::from(candidate.weight)).sum()
 }
 
 /// Returns the usable candidate with the lowest (in-flight + 1) / weight, chosen at

@@ -167,12 +167,6 @@ impl PoolTable {
         let id = |index: usize| self.serving.get(index).map(|backend| backend.id);
         let figures = if picked.is_some() { record.figures().named(id) } else { Figures::None };
         Decision {
-            session: session.session,
-            at_micros: session.wall_micros,
-            serial: session.serial,
-            client: session.client,
-            frontend: session.frontend,
-            route: session.route.position().unwrap_or(0),
             pool: Some(self.id),
             policy: self.spec.balance,
             why: picked.map_or(Why::None, |picked| self.why(session, picked, record)),
@@ -180,9 +174,7 @@ impl PoolTable {
             candidates: self.serving.len() as u32,
             figures,
             skipped: self.skipped(session.now, record),
-            attempt: session.attempt,
-            waited_micros: session.waited.map_or(0, micros),
-            outcome: Outcome::default(),
+            ..Decision::without_pool(session)
         }
     }
 
