@@ -24,6 +24,7 @@ use tidegate_api::names::{ProbeResultName, PulseName};
 use tidegate_api::status::{RejectedDoc, TransitionDoc};
 use tidegate_client::command::Exit;
 use tidegate_client::http::{ClientArgs, ask, backend_path, report, segment};
+use tidegate_core::model::WEIGHT_MAX;
 
 /// Help after the options.
 pub const HELP: &str = "\
@@ -119,7 +120,8 @@ fn assumed_weight(text: &str) -> Result<String, String> {
     let parts = text.strip_prefix("weight:").and_then(|rest| rest.rsplit_once('='));
     let valid = parts.is_some_and(|(backend, weight)| {
         let weight = weight.parse::<u16>();
-        drain::target(backend).is_ok() && weight.is_ok_and(|weight| (1..=1_000).contains(&weight))
+        drain::target(backend).is_ok()
+            && weight.is_ok_and(|weight| (1..=WEIGHT_MAX).contains(&weight))
     });
     match valid {
         true => Ok(text.to_owned()),

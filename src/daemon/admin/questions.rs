@@ -15,13 +15,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use tidegate_core::control::what_if::{AssumedChange, UnknownAssumption, WhatIf};
 use tidegate_core::decision::rings::{FAILED_MAX, FIRST_MAX};
+use tidegate_core::model::WEIGHT_MAX;
 use tidegate_net::clock;
 
 /// Changes that one question can assume.
 const ASSUMED_MAX: usize = 64;
-
-/// Largest weight of a backend.
-const WEIGHT_MAX: u16 = 1_000;
 
 #[derive(Debug, PartialEq, Eq)]
 enum Question {
