@@ -22,7 +22,7 @@ const LONGER_FILES: [(&str, usize); 0] = [];
 
 /// The members and their floors. A member depends on members of lower floors alone;
 /// Cargo forbids circles, this list says which way is up.
-const FLOORS: [(&str, u8); 12] = [
+const FLOORS: [(&str, u8); 13] = [
     ("net", 0),
     ("logging", 0),
     ("heartbeat", 1),
@@ -31,6 +31,7 @@ const FLOORS: [(&str, u8); 12] = [
     ("api", 3),
     ("dataplane", 3),
     ("supervisor", 3),
+    ("discovery", 3),
     ("daemon", 4),
     ("client", 4),
     ("lab", 5),

@@ -7,6 +7,7 @@
 pub mod balance;
 pub mod control;
 pub mod decision;
+pub mod discovery;
 pub mod health;
 pub mod limits;
 pub mod metrics;

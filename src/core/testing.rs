@@ -5,9 +5,9 @@
 
 use crate::decision::{Decision, Figures, Outcome, SkippedList, Why};
 use crate::model::{
-    AccessLogTarget, Admin, AdminListen, BackendId, Bind, ClientAddr, Config, EngineChoice,
-    FrontendConfig, FrontendId, HASH_SLOTS, Log, LogFormat, LogLevel, OnRemoval, PeerAddr, Policy,
-    PoolConfig, ProcessConfig, Sandbox, WhenNoneEligible,
+    AccessLogTarget, Admin, AdminListen, BackendId, Bind, ClientAddr, Config, DnsConfig,
+    EngineChoice, FrontendConfig, FrontendId, HASH_SLOTS, Log, LogFormat, LogLevel, OnRemoval,
+    PeerAddr, Policy, PoolConfig, ProcessConfig, Sandbox, WhenNoneEligible,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +30,9 @@ pub fn pool(name: &str) -> PoolConfig {
         ejection: None,
         heartbeat: None,
         slow_start: None,
+        discover: None,
         backends: Vec::new(),
+        named: Vec::new(),
     }
 }
 
@@ -79,6 +81,8 @@ pub fn config(frontends: Vec<FrontendConfig>, pools: Vec<Arc<PoolConfig>>) -> Co
         frontends,
         pools,
         heartbeat: None,
+        registries: Vec::new(),
+        dns: DnsConfig::default(),
     }
 }
 

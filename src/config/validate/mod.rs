@@ -25,7 +25,7 @@ use super::NamedFiles;
 use super::diagnose::ProblemCollector;
 use super::file::Section;
 use super::value::ValueError;
-use tidegate_core::model::Config;
+use tidegate_core::model::{Config, DnsConfig};
 
 /// Most frontends. Each costs a listener per bind and worker.
 pub const FRONTENDS_MAX: usize = 4_096;
@@ -77,6 +77,8 @@ pub(super) fn config<'a>(
         frontends: frontends.into_iter().map(|frontend| frontend.model).collect(),
         pools: pools.into_iter().map(|pool| Arc::new(pool.model)).collect(),
         heartbeat: heartbeat.map(|heartbeat| heartbeat.model),
+        registries: Vec::new(),
+        dns: DnsConfig::default(),
     }
 }
 

@@ -81,7 +81,9 @@ pub(super) fn read(named: NamedSection<'_, '_>) -> PoolRead {
         ejection: ejection(&section, name),
         heartbeat: heartbeat.map(Arc::new),
         slow_start: section.timer("slow_start", "10s", SLOW_START).or(None),
+        discover: None,
         backends,
+        named: Vec::new(),
     };
     warn_of_idle_keys(&section, &model);
     let without_max = section.key_place("queue_max").is_none();

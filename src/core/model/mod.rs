@@ -5,11 +5,18 @@
 //! value.
 
 mod addresses;
+mod discovery;
 mod ids;
 mod process;
 mod text_forms;
 
 pub use addresses::{BackendAddr, BindAddr, BindKey, ClientAddr, PeerAddr, Protocol, SourceAddr};
+pub use discovery::{
+    AnnouncedWeights, CriticalRule, DiscoverSpec, DnsConfig, EmptyAnswer, HOLD_NXDOMAIN,
+    NameFamily, NameQuestion, NameRecord, NamedBackend, RegistryConfig, RegistryKind,
+    RegistryQuery, ServerAddr, SourceKey, SourceQuestion, TlsClientConfig, ViewGuards,
+    ZookeeperFormat,
+};
 pub use ids::{BackendId, FrontendId, PoolId};
 pub use process::{
     ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
@@ -51,6 +58,11 @@ pub struct Config {
     pub pools: Vec<Arc<PoolConfig>>,
     /// `None`: heartbeats are not received, and no pool expects them.
     pub heartbeat: Option<HeartbeatConfig>,
+    /// In file order.
+    #[serde(rename = "registry", serialize_with = "text_forms::registries")]
+    pub registries: Vec<Arc<RegistryConfig>>,
+    /// Name resolution.
+    pub dns: DnsConfig,
 }
 
 /// `[heartbeat]`: where heartbeats are received, and the keys that are accepted. A
@@ -242,10 +254,16 @@ pub struct PoolConfig {
     /// `None`: immediately.
     #[serde(serialize_with = "text_forms::timer")]
     pub slow_start: Option<Duration>,
-    /// At least one, unless heartbeat senders can register; unique by name and by
-    /// address.
+    /// Source of members in addition to the file and heartbeats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub discover: Option<Arc<DiscoverSpec>>,
+    /// At least one, unless `named`, `discover` or heartbeat senders bring members; unique
+    /// by name and by address.
     #[serde(rename = "backend")]
     pub backends: Vec<BackendConfig>,
+    /// Backends whose address is a name; their names are unique among all backends.
+    #[serde(skip)]
+    pub named: Vec<NamedBackend>,
 }
 
 /// `balance = ...`

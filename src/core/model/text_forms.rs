@@ -4,11 +4,12 @@
 //! Used by the model's `Serialize` implementations and by the messages of `config`,
 //! which parses the same forms. Nothing here parses.
 
-use super::{Bind, FrontendConfig, OnRemoval, PoolConfig, RouteTarget};
+use super::{Bind, FrontendConfig, OnRemoval, PoolConfig, RegistryConfig, RouteTarget};
 use ipnet::IpNet;
 use serde::Serialize;
 use serde::ser::{SerializeStruct, Serializer};
 use std::fmt::Display;
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
@@ -86,6 +87,35 @@ pub(super) fn or_off<T: Serialize, S: Serializer>(
         Some(value) => value.serialize(serializer),
         None => serializer.serialize_str("off"),
     }
+}
+
+/// A duration or `forever`.
+pub(super) fn forever<S: Serializer>(
+    value: &Option<Duration>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match value {
+        Some(value) => serializer.serialize_str(&show_duration(*value)),
+        None => serializer.serialize_str("forever"),
+    }
+}
+
+/// Addresses or `system`.
+pub(super) fn servers<S: Serializer>(
+    value: &Option<Vec<SocketAddr>>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match value {
+        Some(servers) => servers.serialize(serializer),
+        None => serializer.serialize_str("system"),
+    }
+}
+
+pub(super) fn registry_name<S: Serializer>(
+    registry: &Arc<RegistryConfig>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&registry.name)
 }
 
 /// A number or `auto`.
@@ -184,6 +214,14 @@ pub(super) fn pools<S: Serializer>(
     serializer: S,
 ) -> Result<S::Ok, S::Error> {
     serializer.collect_map(pools.iter().map(|pool| (&*pool.name, pool)))
+}
+
+/// `[registry.NAME]`
+pub(super) fn registries<S: Serializer>(
+    registries: &[Arc<RegistryConfig>],
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(registries.iter().map(|registry| (&*registry.name, registry)))
 }
 
 /// The `Display` form.

@@ -1,0 +1,9 @@
+//! Member sources: they ask files, HTTP servers, DNS and registries for the members of
+//! pools.
+//!
+//! `daemon` starts one thread for all sources and tells it the questions of the
+//! configuration. The sources run on that thread, so an answer of many megabytes delays no
+//! decision about a backend. Each answer goes into a newest-only [`slot`](tell), from which
+//! the control loop takes it. A source decides nothing: the views of `core::discovery` do.
+
+pub mod tell;
