@@ -6,4 +6,5 @@
 //! decision about a backend. Each answer goes into a newest-only [`slot`](tell), from which
 //! the control loop takes it. A source decides nothing: the views of `core::discovery` do.
 
+pub mod resolver;
 pub mod tell;
