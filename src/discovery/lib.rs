@@ -6,5 +6,7 @@
 //! decision about a backend. Each answer goes into a newest-only [`slot`](tell), from which
 //! the control loop takes it. A source decides nothing: the views of `core::discovery` do.
 
+pub mod client;
 pub mod resolver;
+pub mod secret;
 pub mod tell;

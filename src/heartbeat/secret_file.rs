@@ -1,6 +1,8 @@
-//! Reads a file that holds a secret: a heartbeat key or the admin token.
+//! Reads a file that holds a secret: a heartbeat key, the admin token, or the token,
+//! password or private key of a registry's client.
 //!
-//! Used by `heartbeat::key_file` and `daemon::admin::token`. No other code reads secrets.
+//! Used by `heartbeat::key_file`, `daemon::admin::token` and `discovery::secret`. No other
+//! code reads secrets.
 //! It rejects files that users other than the owner can access. It never waits for a
 //! writer, and never stores or shows the content of a file.
 
@@ -16,6 +18,9 @@ pub enum Openness {
     OwnerAlone,
     /// Its owner and its group: 0660 at most.
     OwnerAndGroup,
+    /// All users read, only its owner writes: 0644 at most. For a file that an
+    /// orchestrator mounts into a container, where no other user exists.
+    AllMayRead,
 }
 
 /// Why a file was rejected. The message has no path; the caller adds it.
@@ -74,6 +79,7 @@ pub fn read(
     let (forbidden, allowed, chmod) = match openness {
         Openness::OwnerAlone => (0o077, "its owner", "0600"),
         Openness::OwnerAndGroup => (0o007, "its owner and group", "0640"),
+        Openness::AllMayRead => (0o022, "its owner for writing", "0644"),
     };
     if mode & forbidden != 0 {
         return Err(SecretFileError::Open { allowed, mode, chmod });
@@ -120,6 +126,7 @@ mod tests {
         for (openness, good, bad) in [
             (Openness::OwnerAlone, [0o600, 0o400], [0o640, 0o604, 0o610]),
             (Openness::OwnerAndGroup, [0o640, 0o600], [0o644, 0o602, 0o641]),
+            (Openness::AllMayRead, [0o644, 0o600], [0o666, 0o622, 0o664]),
         ] {
             for mode in good {
                 let (_dir, path) = file(b"s", mode);
