@@ -137,6 +137,7 @@ fn full_file_states_the_built_in_defaults() {
     assert_eq!(full.admin, minimal.admin);
     assert_eq!(full.log, minimal.log);
     assert_eq!(full.frontends, minimal.frontends);
+    assert_eq!(full.dns, minimal.dns);
     let (full, minimal) = (&full.pools[0], &minimal.pools[0]);
     let first = full.backends[0].clone();
     assert_eq!((&*first.name, &*minimal.backends[0].name), ("a", "10.0.0.11:8080"));
@@ -155,7 +156,10 @@ fn full_file_contains_every_key() {
         expect path host method status failures time max_ejected \
         early_resets slow_first_byte name address weight \
         backup slow_start register require ttl forget_after backends_max weight_max id \
-        file pools addresses freebind contains";
+        file pools addresses freebind contains \
+        from service tags datacenter namespace filter max_stale prefix format record family port url ca_file \
+        weights min_backends empty max_removed confirm_after missing overlap stale_for critical first_wait \
+        servers tls cert_file key_file server_name password_file kubeconfig hold_nxdomain ttl_min ttl_max";
     for key in keys.split(' ') {
         let names_key = |line: &str| {
             let mut names = line.trim_start_matches(['#', ' ']).split(['=', '{', ',']);

@@ -1,18 +1,37 @@
 //! Parses the text of an address. Each form that operators write by mistake gets its
 //! own advice.
 //!
-//! Called by `validate`, which knows the place of the text. It never queries a name
-//! server. It asks the kernel only for the index of an interface.
+//! Called by `validate`, which knows the place of the text. It never resolves a name. It
+//! asks the kernel only for the index of an interface.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::path::PathBuf;
 
 use super::source;
 use super::value::{ValueError, cut, shown};
-use tidegate_core::model::{AdminListen, BackendAddr, SourceAddr};
+use crate::host_name::host_name;
+use tidegate_core::model::{
+    AdminListen, BackendAddr, NameFamily, NameQuestion, NameRecord, ServerAddr, SourceAddr,
+};
 
 /// `sun_path` is 108 bytes with its final NUL (unix(7)).
 const UNIX_PATH_BYTES_MAX: usize = 107;
+
+/// Where a backend is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum BackendPlace {
+    /// At this address.
+    Address(BackendAddr),
+    /// At the addresses of a name.
+    Name(NameQuestion),
+}
+
+/// An IP address or a name, with a port.
+enum Endpoint<'t> {
+    Ip(SocketAddr),
+    Name(&'t str, u16),
+}
 
 /// Parses an address to listen on.
 ///
@@ -46,12 +65,80 @@ pub(super) fn bind_address(text: &str) -> Result<SocketAddr, ValueError> {
     Ok(address)
 }
 
-/// Parses an address to connect to.
-pub(super) fn backend_address(text: &str) -> Result<BackendAddr, ValueError> {
+/// Parses the address of a backend: an IP address, a Unix socket or a name.
+pub(super) fn backend_place(text: &str) -> Result<BackendPlace, ValueError> {
     if let Some(path) = text.strip_prefix("unix:") {
-        return unix_path(path).map(BackendAddr::Unix);
+        return unix_path(path).map(|path| BackendPlace::Address(BackendAddr::Unix(path)));
     }
-    let address = socket_address(text)?;
+    if let Some(name) = text.strip_prefix("srv:") {
+        return srv_name(name).map(BackendPlace::Name);
+    }
+    if let Some(complaint) = name_without_port(text) {
+        return Err(complaint);
+    }
+    match endpoint(text)? {
+        Endpoint::Ip(address) => {
+            connectable(address).map(|address| BackendPlace::Address(BackendAddr::Tcp(address)))
+        }
+        Endpoint::Name(name, port) => Ok(BackendPlace::Name(NameQuestion {
+            name: name.into(),
+            record: NameRecord::Address,
+            port: Some(port),
+            family: NameFamily::Both,
+        })),
+    }
+}
+
+/// Parses the name after `srv:`.
+fn srv_name(name: &str) -> Result<NameQuestion, ValueError> {
+    if let Some((name, _)) = name.split_once(':') {
+        return Err(ValueError::new("an address with srv: takes no port")
+            .help(format!("SRV records have ports; write \"srv:{}\"", cut(name))));
+    }
+    host_name(name)?;
+    let (record, family) = (NameRecord::Srv, NameFamily::Both);
+    Ok(NameQuestion { name: name.into(), record, port: None, family })
+}
+
+/// Returns the error for a name alone.
+fn name_without_port(text: &str) -> Option<ValueError> {
+    let is_name = text.contains(|c: char| c.is_ascii_alphabetic()) && host_name(text).is_ok();
+    is_name.then(|| {
+        let complaint = ValueError::new(format!("the port is missing in {}", shown(text)));
+        let text = cut(text);
+        complaint.help(match text.starts_with('_') {
+            true => format!("for the SRV records of this name write \"srv:{text}\""),
+            false => format!("write NAME:PORT, such as \"{text}:8080\""),
+        })
+    })
+}
+
+/// Parses the address of a server that Tidegate asks: `IP:PORT`, `NAME:PORT` or
+/// `unix:PATH`.
+pub(super) fn server_address(text: &str) -> Result<ServerAddr, ValueError> {
+    if let Some(path) = text.strip_prefix("unix:") {
+        if path.starts_with('@') {
+            return Err(ValueError::new("a server cannot be an abstract Unix socket")
+                .help("write \"unix:/path/to/socket\""));
+        }
+        return unix_path(path).map(ServerAddr::Unix);
+    }
+    if let Some(complaint) = name_without_port(text) {
+        return Err(complaint);
+    }
+    match endpoint(text)? {
+        Endpoint::Ip(address) => connectable(address).map(ServerAddr::Ip),
+        Endpoint::Name(host, port) => Ok(ServerAddr::Name { host: host.into(), port }),
+    }
+}
+
+/// Parses `IP:PORT` or `[IPV6]:PORT` to connect to.
+pub(super) fn ip_server(text: &str) -> Result<SocketAddr, ValueError> {
+    connectable(socket_address(text)?)
+}
+
+/// Rejects addresses that no connection can reach.
+fn connectable(address: SocketAddr) -> Result<SocketAddr, ValueError> {
     let ip = address.ip();
     if ip.is_unspecified() {
         return Err(ValueError::new(format!(
@@ -64,7 +151,7 @@ pub(super) fn backend_address(text: &str) -> Result<BackendAddr, ValueError> {
             "{ip} is a multicast or broadcast address; TCP cannot connect there"
         )));
     }
-    Ok(BackendAddr::Tcp(address))
+    Ok(address)
 }
 
 /// Parses a source address: an address of this host that connections start from.
@@ -121,14 +208,28 @@ fn unix_path(path: &str) -> Result<PathBuf, ValueError> {
     Ok(PathBuf::from(path))
 }
 
-/// Parses `IP:PORT` or `[IPV6]:PORT`. Each rejected form has its own advice.
+/// Parses `IP:PORT` or `[IPV6]:PORT`.
 fn socket_address(text: &str) -> Result<SocketAddr, ValueError> {
+    let (host, port) = match endpoint(text)? {
+        Endpoint::Ip(address) => return Ok(address),
+        Endpoint::Name(host, port) => (host, port),
+    };
+    let complaint =
+        ValueError::new(format!("{} is a host name; this key takes an IP address", shown(host)));
+    Err(match host {
+        "localhost" => complaint.help(format!("write \"127.0.0.1:{port}\" or \"[::1]:{port}\"")),
+        _ => complaint,
+    })
+}
+
+/// Parses `IP:PORT`, `[IPV6]:PORT` or `NAME:PORT`. Each rejected form has its own advice.
+fn endpoint(text: &str) -> Result<Endpoint<'_>, ValueError> {
     if let Some((_, rest)) = text.split_once("://") {
         return Err(ValueError::new(format!("{} is a URL", shown(text)))
             .help(format!("give the address alone: {}", shown(rest))));
     }
     if let Some(rest) = text.strip_prefix('[') {
-        return ipv6_address(text, rest);
+        return ipv6_address(text, rest).map(Endpoint::Ip);
     }
     let starts_v4 = text.split(':').next().is_some_and(|part| part.parse::<Ipv4Addr>().is_ok());
     if text.matches(':').count() > 1 && !starts_v4 {
@@ -139,8 +240,10 @@ fn socket_address(text: &str) -> Result<SocketAddr, ValueError> {
         return Err(missing_port(text));
     };
     let port = port_number(text, port)?;
-    let ip = host.parse::<Ipv4Addr>().map_err(|_| wrong_host(host, port))?;
-    Ok((ip, port).into())
+    if let Ok(ip) = host.parse::<Ipv4Addr>() {
+        return Ok(Endpoint::Ip((ip, port).into()));
+    }
+    named_host(host, port).map(|()| Endpoint::Name(host, port))
 }
 
 fn missing_port(text: &str) -> ValueError {
@@ -161,24 +264,19 @@ fn missing_port(text: &str) -> ValueError {
         .help("write IP:PORT, such as \"10.0.0.1:8080\"")
 }
 
-fn wrong_host(host: &str, port: u16) -> ValueError {
+/// Checks the name before a port.
+fn named_host(host: &str, port: u16) -> Result<(), ValueError> {
     if host.is_empty() || host == "*" {
-        return ValueError::new("the IP address before the port is missing").help(format!(
+        let complaint = ValueError::new("the IP address before the port is missing");
+        return Err(complaint.help(format!(
             "\"0.0.0.0:{port}\" is every IPv4 address, \"[::]:{port}\" every IPv6 address"
-        ));
+        )));
     }
     if host.bytes().all(|b| b.is_ascii_digit() || b == b'.') {
-        return ValueError::new(format!("{} is not an IPv4 address", shown(host)))
-            .help("four numbers from 0 to 255 without leading zeros, such as 10.0.0.1");
+        return Err(ValueError::new(format!("{} is not an IPv4 address", shown(host)))
+            .help("four numbers from 0 to 255 without leading zeros, such as 10.0.0.1"));
     }
-    let complaint = ValueError::new(format!(
-        "{} is a host name; host names are not supported yet; give an IP address",
-        shown(host)
-    ));
-    match host {
-        "localhost" => complaint.help(format!("write \"127.0.0.1:{port}\" or \"[::1]:{port}\"")),
-        _ => complaint,
-    }
+    host_name(host)
 }
 
 fn ipv6_address(text: &str, rest: &str) -> Result<SocketAddr, ValueError> {
@@ -244,5 +342,16 @@ pub(super) fn port_number(text: &str, port: &str) -> Result<u16, ValueError> {
         }
         Ok(port) => Ok(port),
         Err(_) => Err(ValueError::new(format!("port {} is above 65535", cut(port)))),
+    }
+}
+
+// === impl BackendPlace ===
+
+impl fmt::Display for BackendPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            BackendPlace::Address(address) => address.fmt(f),
+            BackendPlace::Name(question) => question.fmt(f),
+        }
     }
 }

@@ -5,6 +5,7 @@
 //! Tests compare each entry with the reader: the set of keys, every default, and the first
 //! value outside of every range.
 
+mod discovery_tables;
 mod pool_tables;
 mod tables;
 

@@ -12,6 +12,7 @@
 mod address;
 mod diagnose;
 mod file;
+mod host_name;
 pub mod keys;
 mod origin;
 pub mod source;
@@ -29,7 +30,7 @@ pub use origin::{Origin, Spot};
 pub use source::FILE_BYTES_MAX;
 pub use texts::Texts;
 pub use validate::{
-    BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOL_SOURCES_MAX, POOLS_MAX, ROUTES_MAX,
+    BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOL_SOURCES_MAX, POOLS_MAX, REGISTRIES_MAX, ROUTES_MAX,
 };
 pub use writer::write;
 

@@ -6,12 +6,13 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::diagnose::{Problem, Severity};
 use super::source::SourceText;
 use super::value::ValueError;
-use tidegate_core::model::{BindKey, SourceAddr};
+use tidegate_core::model::{BindKey, ServerAddr, SourceAddr, SourceKey};
 
 /// A value that can be wrong on this host although its text is right.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -34,6 +35,12 @@ pub enum Spot {
     Group,
     /// `[process] state`
     State,
+    /// An element of `servers` of the registry with this name.
+    RegistryServer(Arc<str>, ServerAddr),
+    /// `from` or `kind` of a `discover` table, or `address` of a backend that is a name.
+    MemberSource(SourceKey),
+    /// A file with certificates or secrets for member sources.
+    NamedFile(PathBuf),
 }
 
 /// The text of a file and the places of its values.

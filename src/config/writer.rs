@@ -9,7 +9,9 @@ use std::fmt::Write;
 use toml::{Table, Value};
 
 use crate::validate::probe_times;
-use tidegate_core::model::{Config, ProbeSpec};
+use tidegate_core::model::{Config, PoolConfig, ProbeSpec};
+
+mod discovery;
 
 /// A file with the fewest keys, in which the reader fills in every default.
 const SPARSE: &str = r#"
@@ -30,6 +32,9 @@ backend = [{ address = "127.0.0.1:2" }]
 [heartbeat]
 listen = "127.0.0.1:1"
 key = [{ id = 1, file = "x", pools = "x", addresses = "127.0.0.1" }]
+[registry.x]
+kind = "consul"
+servers = "127.0.0.1:1"
 "#;
 
 /// Keys without a default, and keys with a default that depends on other keys.
@@ -79,22 +84,33 @@ pub fn write(config: &Config) -> String {
 /// other keys.
 fn table_of(config: &Config) -> Table {
     let mut table = Table::try_from(config).expect("every value of the model has a form in TOML");
-    for (spec, pool) in config.pools.iter().zip(tables_in(&mut table, "pool")) {
-        if spec.queue_timeout == spec.connect_timeout {
+    for (model, pool) in config.pools.iter().zip(tables_in(&mut table, "pool")) {
+        if model.queue_timeout == model.connect_timeout {
             pool.remove("queue_timeout");
         }
-        if let (Some(spec), Some(probe)) = (&spec.probe, inner(pool, "probe")) {
+        if let (Some(spec), Some(probe)) = (&model.probe, inner(pool, "probe")) {
             leave_out_times(spec, probe);
         }
-        for backend in pool.get_mut("backend").and_then(Value::as_array_mut).into_iter().flatten() {
-            if let Value::Table(backend) = backend
-                && backend.get("name") == backend.get("address")
-            {
-                backend.remove("name");
-            }
+        if let (Some(spec), Some(discover)) = (&model.discover, inner(pool, "discover")) {
+            discovery::leave_out_defaults(spec, &model.name, discover);
         }
+        backends(model, pool);
     }
     table
+}
+
+/// Adds the backends whose address is a name. Removes names that equal the address.
+fn backends(model: &PoolConfig, pool: &mut Table) {
+    let Some(backends) = pool.get_mut("backend").and_then(Value::as_array_mut) else { return };
+    let named = model.named.iter().map(Value::try_from);
+    backends.extend(named.map(|named| named.expect("every named backend has a form in TOML")));
+    for backend in backends {
+        if let Value::Table(backend) = backend
+            && backend.get("name") == backend.get("address")
+        {
+            backend.remove("name");
+        }
+    }
 }
 
 fn inner<'t>(table: &'t mut Table, key: &str) -> Option<&'t mut Table> {
@@ -134,7 +150,11 @@ fn defaults() -> Table {
     }
     pool.insert("probe".to_owned(), probe.into());
     let frontend = tables_in(&mut defaults, "frontend").next().map(std::mem::take);
-    for (key, table) in [("frontend", frontend.unwrap_or_default()), ("pool", pool)] {
+    let registry = tables_in(&mut defaults, "registry").next().map(std::mem::take);
+    let mut registry = registry.unwrap_or_default();
+    registry.retain(|key, _| !["kind", "servers"].contains(&key));
+    let frontend = frontend.unwrap_or_default();
+    for (key, table) in [("frontend", frontend), ("pool", pool), ("registry", registry)] {
         defaults
             .insert(key.to_owned(), Table::from_iter([(ANY_NAME.to_owned(), table.into())]).into());
     }

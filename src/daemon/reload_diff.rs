@@ -4,13 +4,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
-use tidegate_core::model::{Config, PoolConfig};
+use std::sync::Arc;
+use tidegate_core::model::{Config, DiscoverSpec, NamedBackend, PoolConfig};
 
 /// Lines per reload. One more line contains the number of further changes.
 const LINES_MAX: usize = 200;
 
-/// Returns one line for each section, frontend, pool or backend that was added, removed
-/// or changed.
+/// Returns one line for each section, frontend, pool, backend, registry or member source that
+/// was added, removed or changed.
 pub(super) fn diff(old: &Config, new: &Config) -> Vec<String> {
     let mut lines = Vec::new();
     section(&mut lines, "[process]", &old.process, &new.process);
@@ -23,7 +24,12 @@ pub(super) fn diff(old: &Config, new: &Config) -> Vec<String> {
     };
     named(&mut lines, "frontend", &frontends(old), &frontends(new));
     let pools = |config: &Config| {
-        let bare = |pool: &PoolConfig| PoolConfig { backends: Vec::new(), ..pool.clone() };
+        let bare = |pool: &PoolConfig| PoolConfig {
+            backends: Vec::new(),
+            named: Vec::new(),
+            discover: None,
+            ..pool.clone()
+        };
         let all = config.pools.iter();
         all.map(|it| (it.name.to_string(), bare(it))).collect::<BTreeMap<_, _>>()
     };
@@ -37,12 +43,38 @@ pub(super) fn diff(old: &Config, new: &Config) -> Vec<String> {
         config.pools.iter().flat_map(|pool| of(pool)).collect::<BTreeMap<_, _>>()
     };
     named(&mut lines, "backend", &backends(old), &backends(new));
+    section(&mut lines, "[dns]", &old.dns, &new.dns);
+    let registries = |config: &Config| {
+        let all = config.registries.iter();
+        all.map(|it| (it.name.to_string(), Arc::clone(it))).collect::<BTreeMap<_, _>>()
+    };
+    named(&mut lines, "registry", &registries(old), &registries(new));
+    named(&mut lines, "source", &sources(old), &sources(new));
     let more = lines.len().saturating_sub(LINES_MAX);
     if more > 0 {
         lines.truncate(LINES_MAX);
         lines.push(format!("{more} more changes"));
     }
     lines
+}
+
+/// A member source: a `discover` table, or a backend whose address is a name.
+#[derive(Debug, PartialEq)]
+enum SourceForm<'c> {
+    Table(&'c DiscoverSpec),
+    Name(&'c NamedBackend),
+}
+
+fn sources(config: &Config) -> BTreeMap<String, SourceForm<'_>> {
+    config.pools.iter().flat_map(|pool| sources_of(pool)).collect()
+}
+
+fn sources_of(pool: &PoolConfig) -> impl Iterator<Item = (String, SourceForm<'_>)> {
+    let table = pool.discover.iter();
+    let table = table.map(|spec| (pool.name.to_string(), SourceForm::Table(spec)));
+    let names = pool.named.iter();
+    let names = names.map(|it| (format!("{}/{}", pool.name, it.name), SourceForm::Name(it)));
+    table.chain(names)
 }
 
 fn section<T: PartialEq>(lines: &mut Vec<String>, name: &str, old: &T, new: &T) {
@@ -96,6 +128,28 @@ mod tests {
             diff(&old, &config(2, &["a"], 8080)),
             ["backend web/b removed", "backend web/a changed"]
         );
+    }
+
+    #[test]
+    fn changes_of_member_sources_are_lines_of_their_own() {
+        let config = |path: &str, name: &str, servers: &str| {
+            let text = format!(
+                "[frontend.web]\nbind = \"127.0.0.1:1\"\npool = \"web\"\n\
+                 [pool.web.discover]\n{path}\n[[pool.web.backend]]\nname = \"a\"\n\
+                 address = \"{name}:80\"\n{servers}"
+            );
+            parse(&text, "t.toml").unwrap()
+        };
+        let registry = "[registry.main]\nkind = \"etcd\"\nservers = \"127.0.0.1:1\"\n";
+        let file = "kind = \"file\"\npath = \"/a\"";
+        let old = config(file, "a.example", "");
+        let new = config("from = \"main\"", "b.example", registry);
+        let wanted = ["registry main added", "source web changed", "source web/a changed"];
+        assert_eq!(diff(&old, &new), wanted);
+        let slower = registry.to_owned() + "timeout = \"9s\"\n[dns]\nttl_max = \"1m\"";
+        let slower = config("from = \"main\"", "b.example", &slower);
+        let wanted = ["[dns] changed", "registry main changed", "source web changed"];
+        assert_eq!(diff(&new, &slower), wanted);
     }
 
     #[test]

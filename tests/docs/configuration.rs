@@ -40,7 +40,7 @@ fn keys_of_the_full_file() -> Vec<FileKey> {
     for line in page("config/full.toml").lines() {
         let line = line.trim_start_matches("# ");
         if line.starts_with('[') && line.ends_with(']') {
-            header = line.replace(".web", ".NAME");
+            header = line.replace(".web", ".NAME").replace(".main", ".NAME");
             continue;
         }
         let Some((name, value)) = line.split_once(" = ") else { continue };

@@ -308,10 +308,14 @@ pub(super) const BACKEND: &[ConfigKey] = &[
     ),
     key(
         "address",
-        Form("`\"IP:PORT\"`, `\"[IPV6]:PORT\"`, `\"unix:/path\"` or `\"unix:@name\"`"),
+        Form(
+            "`\"IP:PORT\"`, `\"[IPV6]:PORT\"`, `\"NAME:PORT\"`, `\"srv:NAME\"`, `\"unix:/path\"` or \
+             `\"unix:@name\"`",
+        ),
         Required,
         Reload,
-        "Address of the service. `unix:@name` is an abstract Unix socket.",
+        "Address of the service; each address of a name becomes a backend. `srv:` asks for SRV \
+         records, and `unix:@name` is an abstract Unix socket.",
     ),
     key(
         "weight",

@@ -1,6 +1,7 @@
 //! The tables of a configuration file in the order of `config/full.toml`, with the keys of the
 //! process and of frontends.
 
+use super::discovery_tables::{DISCOVER, DNS, REGISTRY};
 use super::pool_tables::{
     BACKEND, EJECTION, EXPECT, HEARTBEAT, HEARTBEAT_KEY, POOL, POOL_HEARTBEAT, PROBE,
 };
@@ -87,9 +88,15 @@ pub const TABLES: &[KeyTable] = &[
         keys: POOL_HEARTBEAT,
     },
     KeyTable {
+        header: "[pool.NAME.discover]",
+        about: "A member source: backends that a registry, a file, a URL or DNS announces, see \
+                [discovery.md](discovery.md). A key that names a kind belongs to that kind only.",
+        keys: DISCOVER,
+    },
+    KeyTable {
         header: "[[pool.NAME.backend]]",
         about: "One table per backend. A pool has at least one backend, unless senders of \
-                heartbeats can register.",
+                heartbeats can register or the pool has a `discover` table.",
         keys: BACKEND,
     },
     KeyTable {
@@ -102,6 +109,17 @@ pub const TABLES: &[KeyTable] = &[
         about: "Keys with which senders sign heartbeats; 1 to 64 tables. To replace a key without \
                 a gap, configure the old and the new key for a time.",
         keys: HEARTBEAT_KEY,
+    },
+    KeyTable {
+        header: "[registry.NAME]",
+        about: "Servers that `discover` tables ask; at most 16 registries. Pools with the same \
+                registry share its connection.",
+        keys: REGISTRY,
+    },
+    KeyTable {
+        header: "[dns]",
+        about: "How Tidegate resolves the names of backends, registries and URLs.",
+        keys: DNS,
     },
 ];
 

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use tidegate_core::model::Config;
 
 /// Every table with the keys that it must have.
-const BASE: [(&str, &str); 13] = [
+const BASE: [(&str, &str); 16] = [
     ("[process]", ""),
     ("[admin]", ""),
     ("[log]", ""),
@@ -16,13 +16,28 @@ const BASE: [(&str, &str); 13] = [
     ("[pool.NAME.probe]", ""),
     ("[pool.NAME.ejection]", ""),
     ("[pool.NAME.heartbeat]", ""),
+    ("[pool.NAME.discover]", "kind = 'file'\npath = '/x'"),
     ("[[pool.NAME.backend]]", "address = '192.0.2.1:2'"),
     ("[heartbeat]", "listen = '127.0.0.1:1'"),
     ("[[heartbeat.key]]", "id = 1\nfile = '/key'\npools = 'NAME'\naddresses = '127.0.0.1'"),
+    ("[registry.NAME]", "kind = 'consul'\nservers = '127.0.0.1:1'"),
+    ("[dns]", ""),
 ];
 
+/// A registry of each other kind, for the keys of questions.
+const REGISTRIES: &str = "
+[registry.etcd]
+kind = 'etcd'
+servers = '127.0.0.1:1'
+[registry.kube]
+kind = 'kubernetes'
+[registry.zoo]
+kind = 'zookeeper'
+servers = '127.0.0.1:1'
+";
+
 /// Keys that other keys need, or that widen what a range may be.
-const NEEDED: [(&str, &str, &str); 18] = [
+const NEEDED: &[(&str, &str, &str)] = &[
     ("[process]", "group", "user = 'a'"),
     ("[frontend.NAME.sources]", "prefix_v4", "connections_max = 1"),
     ("[frontend.NAME.sources]", "prefix_v6", "connections_max = 1"),
@@ -41,6 +56,32 @@ const NEEDED: [(&str, &str, &str); 18] = [
     ("[pool.NAME.probe]", "status", "kind = 'http'"),
     ("[pool.NAME.heartbeat]", "interval", "ttl = '30s'"),
     ("[pool.NAME.heartbeat]", "ttl", "interval = '20ms'"),
+    ("[pool.NAME.discover]", "from", "service = 'a'"),
+    ("[pool.NAME.discover]", "service", "from = 'x'"),
+    ("[pool.NAME.discover]", "tags", "from = 'x'\nservice = 'a'"),
+    ("[pool.NAME.discover]", "datacenter", "from = 'x'\nservice = 'a'"),
+    ("[pool.NAME.discover]", "filter", "from = 'x'\nservice = 'a'"),
+    ("[pool.NAME.discover]", "max_stale", "from = 'x'\nservice = 'a'"),
+    ("[pool.NAME.discover]", "namespace", "from = 'kube'\nservice = 'a'"),
+    ("[pool.NAME.discover]", "prefix", "from = 'etcd'"),
+    ("[pool.NAME.discover]", "format", "from = 'zoo'\npath = '/a'"),
+    ("[pool.NAME.discover]", "name", "kind = 'dns'\nport = 1"),
+    ("[pool.NAME.discover]", "record", "kind = 'dns'\nname = 'a'\nport = 1"),
+    ("[pool.NAME.discover]", "family", "kind = 'dns'\nname = 'a'\nport = 1"),
+    ("[pool.NAME.discover]", "port", "kind = 'dns'\nname = 'a'"),
+    ("[pool.NAME.discover]", "url", "kind = 'http'"),
+    ("[pool.NAME.discover]", "interval", "kind = 'http'\nurl = 'https://a/'"),
+    ("[pool.NAME.discover]", "ca_file", "kind = 'http'\nurl = 'https://a/'"),
+    ("[pool.NAME.discover]", "token_file", "kind = 'http'\nurl = 'https://a/'"),
+    ("[pool.NAME.discover]", "min_backends", "empty = 'accept'\nbackends_max = 10000"),
+    ("[registry.NAME]", "ca_file", "tls = true"),
+    ("[registry.NAME]", "server_name", "tls = true"),
+    ("[registry.NAME]", "cert_file", "tls = true\nkey_file = '/k'"),
+    ("[registry.NAME]", "key_file", "tls = true\ncert_file = '/c'"),
+    ("[registry.NAME]", "user", "kind = 'etcd'\npassword_file = '/p'"),
+    ("[registry.NAME]", "password_file", "kind = 'etcd'\nuser = 'a'"),
+    ("[registry.NAME]", "kubeconfig", "kind = 'kubernetes'"),
+    ("[dns]", "ttl_min", "ttl_max = '1d'"),
 ];
 
 /// Tables that are values of a key: the table of that key.
@@ -87,6 +128,8 @@ fn file(header: &str, lines: &str) -> String {
             continue;
         }
         text += &format!("{known}\n");
+        let other = own && asks_another(header, &given);
+        let base = if other { "" } else { base };
         let kept = base.lines().filter(|line| !own || !given.contains(&key_of(line)));
         // A route that rejects clients has no pool.
         let kept =
@@ -96,12 +139,38 @@ fn file(header: &str, lines: &str) -> String {
             text += &format!("{lines}\n");
         }
     }
-    text.replace("NAME", "x")
+    (text + REGISTRIES).replace("NAME", "x")
+}
+
+/// Whether the lines replace the question of the base file.
+fn asks_another(header: &str, given: &BTreeSet<String>) -> bool {
+    let has = |key: &str| given.contains(key);
+    match header {
+        "[pool.NAME.discover]" => has("from") || has("kind"),
+        "[registry.NAME]" => has("kubeconfig"),
+        _ => false,
+    }
+}
+
+/// The lines that a value needs, if it is not the one of the base file.
+fn needed_by(value: &str) -> Option<&'static str> {
+    match value {
+        "'send-expect'" => Some("expect = 'x'"),
+        "'dns'" => Some("name = 'a'\nport = 1"),
+        "'file'" => Some("path = '/a'"),
+        "'http'" => Some("url = 'http://a/'"),
+        _ => None,
+    }
 }
 
 /// `KEY = VALUE` after the lines that the key needs.
 fn with(table: &KeyTable, key: &ConfigKey, value: &str) -> String {
-    let needed = if value == "'send-expect'" { "expect = 'x'" } else { needed(table, key) };
+    // Probes have a kind "http" too.
+    let by_value = needed_by(value).filter(|lines| {
+        key.name == "kind" && lines.starts_with("expect") != table.header.contains("discover")
+    });
+    let by_value = by_value.filter(|_| !(table.header.contains("probe") && value == "'http'"));
+    let needed = by_value.unwrap_or_else(|| needed(table, key));
     let separator = if needed.is_empty() { "" } else { "\n" };
     file(table.header, &format!("{needed}{separator}{} = {value}", key.name))
 }
@@ -250,7 +319,8 @@ fn only_required_keys_must_be_given() {
         let lines = BASE.iter().find(|(header, _)| *header == table.header);
         let lines = lines.map_or("", |(_, lines)| lines);
         let given = lines.lines().any(|line| line.starts_with(&format!("{} = ", key.name)));
-        let alternative = table.header == "[[frontend.NAME.route]]";
+        let alternative =
+            ["[[frontend.NAME.route]]", "[pool.NAME.discover]"].contains(&table.header);
         let required = matches!(key.default, DefaultValue::Required);
         assert!(
             required == given || alternative || table.header == "bind",
@@ -341,6 +411,7 @@ fn forms(header: &str, name: &str) -> (Vec<String>, Vec<String>) {
     let words: (&[&str], &[&str]) = match name {
         "send" => return bounded("", 0, 4_096),
         "starts" | "contains" => return bounded("", 1, 1_024),
+        "path" if header == "[pool.NAME.discover]" => (&["'/a'"], &["'/a/'", "''"]),
         "path" => return bounded("/", 1, 2_048),
         "host" => return bounded("", 1, 255),
         "method" => return bounded("", 1, 32),
@@ -348,10 +419,33 @@ fn forms(header: &str, name: &str) -> (Vec<String>, Vec<String>) {
             let each = |number| format!("'127.0.0.{number}:9'");
             return (vec![list(16, each)], vec![list(17, each)]);
         }
-        "addresses" if header == "[[heartbeat.key]]" => {
+        "addresses" if matches!(header, "[[heartbeat.key]]" | "[pool.NAME.discover]") => {
             let each = |number| format!("'10.0.0.{number}'");
             return (vec![list(64, each)], vec![list(65, each)]);
         }
+        "servers" => {
+            let most = if header == "[dns]" { 8 } else { 16 };
+            let each = |number| format!("'127.0.0.{number}:9'");
+            return (vec![list(most, each)], vec![list(most + 1, each), "'10.0.0.5'".to_owned()]);
+        }
+        "tags" => {
+            let each = |number| format!("'{number}'");
+            return (vec![list(16, each)], vec![list(17, each)]);
+        }
+        "service" | "datacenter" | "filter" => return bounded("", 1, 1_024),
+        "user" if header == "[registry.NAME]" => return bounded("", 1, 256),
+        "prefix" => (&["'/'", "'a/'"], &["'/a'", "''"]),
+        "namespace" => (&["'default'"], &["''", "'A b'"]),
+        "name" if header == "[pool.NAME.discover]" => {
+            (&["'db'", "'db.internal.'", "'_pg._tcp.db'"], &["''", "'a b'", "'10.0.0.1'", "'a:1'"])
+        }
+        "port" => (&["1", "65535"], &["0", "65536", "'http'"]),
+        "url" => (
+            &["'http://a'", "'https://[::1]:1/a?b'"],
+            &["'a'", "'ftp://a/'", "'http://u@a/'", "'http://a:0/'"],
+        ),
+        "server_name" => (&["'a.b'", "'10.0.0.1'", "'::1'"], &["''", "'a:1'"]),
+        "from" => (&["'x'"], &["'y'", "1"]),
         "source" => {
             let each = |number| format!("'10.0.0.{number}'");
             return (vec![list(64, each)], vec![list(65, each)]);
@@ -369,13 +463,18 @@ fn forms(header: &str, name: &str) -> (Vec<String>, Vec<String>) {
         "group" => (&["'tidegate'", "'7'"], &["'a b'"]),
         "state" => (&["'off'", "'/var/lib/tidegate'"], &["'relative'"]),
         "listen" => (&["'unix:/a'", "'127.0.0.1:9'"], &["'127.0.0.1'"]),
-        "token_file" | "allow_file" | "deny_file" | "file" => (&["'/a'"], &["'/a/'"]),
+        "token_file" | "allow_file" | "deny_file" | "file" | "ca_file" | "cert_file"
+        | "key_file" | "password_file" | "kubeconfig" => (&["'/a'"], &["'/a/'"]),
         "access" => (&["'off'", "'stdout'", "'./file'"], &["'file'"]),
         "bind" => (
             &["'[::1]:1'", "['*:1', { address = '127.0.0.1:2' }]"],
             &["'127.0.0.1:65536'", "'127.0.0.1'"],
         ),
-        "address" => (&["'192.0.2.7:1'", "'[::1]:1'"], &["'localhost:1'"]),
+        "address" if header == "bind" => (&["'192.0.2.7:1'", "'[::1]:1'"], &["'localhost:1'"]),
+        "address" => (
+            &["'192.0.2.7:1'", "'[::1]:1'", "'localhost:1'", "'srv:_a._tcp.b'", "'unix:@a'"],
+            &["'192.0.2.7'", "'192.0.2.256:1'", "'a'", "'srv:a:1'", "'a b:1'"],
+        ),
         "pool" | "pools" => (&["'x'"], &["1"]),
         "sources" | "addresses" | "allow" | "deny" => {
             (&["'127.0.0.0/8'", "['127.0.0.1']"], &["'127.0.0.0/33'"])

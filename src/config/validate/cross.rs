@@ -95,7 +95,8 @@ fn counts(report: &ProblemCollector<'_>, frontends: &[FrontendRead], pools: &[Po
     if let Some(first) = pools.get(POOLS_MAX) {
         too_many(first.place.clone(), "pools", POOLS_MAX, pools.len());
     }
-    let backends = pools.iter().flat_map(|pool| &pool.address_places);
+    let backends =
+        pools.iter().flat_map(|pool| pool.address_places.iter().chain(&pool.name_places));
     if let Some(first) = backends.clone().nth(BACKENDS_MAX) {
         too_many(first.clone(), "backends", BACKENDS_MAX, backends.count());
     }

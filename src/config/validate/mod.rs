@@ -4,28 +4,40 @@
 //! Called by `parse` and `load`. It never stops at the first problem. It reads only the
 //! document and the files that the document names.
 
+mod backends;
 mod cross;
+mod discover;
+mod dns;
 mod frontend;
 mod globals;
+mod guards;
 mod heartbeat;
+mod named_file;
 mod pool;
 mod probe;
+mod registry;
 mod routes;
 mod sources;
 
+pub(super) use discover::{
+    FIRST_WAIT, INTERVAL, MAX_STALE, RecordKey, SourceKindKey, default_prefix, record_of,
+};
+pub(super) use guards::{AskedKind, defaults as guard_defaults};
 pub(super) use probe::{ProbeKindKey, default_times as probe_times};
 
 use std::sync::Arc;
 
 use toml::de::DeTable;
 
+pub use registry::REGISTRIES_MAX;
 pub use routes::ROUTES_MAX;
 
 use super::NamedFiles;
 use super::diagnose::ProblemCollector;
 use super::file::Section;
 use super::value::ValueError;
-use tidegate_core::model::{Config, DnsConfig};
+use discover::KnownRegistries;
+use tidegate_core::model::Config;
 
 /// Most frontends. Each costs a listener per bind and worker.
 pub const FRONTENDS_MAX: usize = 4_096;
@@ -62,7 +74,16 @@ pub(super) fn config<'a>(
         .into_iter()
         .map(|named| frontend::read(named, files))
         .collect();
-    let pools: Vec<_> = top.named_tables("pool").into_iter().map(pool::read).collect();
+    let registries: Vec<_> = top
+        .named_tables("registry")
+        .into_iter()
+        .map(|named| registry::read(named, files))
+        .collect();
+    let known = KnownRegistries { list: &registries, all: top.has_all_named_tables("registry") };
+    let pools: Vec<_> =
+        top.named_tables("pool").into_iter().map(|named| pool::read(named, known, files)).collect();
+    registry::check(report, &registries, pools.iter().filter_map(|pool| pool.registry.as_deref()));
+    let dns = dns::read(&top);
     let heartbeat = heartbeat::read(&top, files);
     require_something(&top, document, frontends.len(), pools.len());
     let all_pools = top.has_all_named_tables("pool");
@@ -77,8 +98,8 @@ pub(super) fn config<'a>(
         frontends: frontends.into_iter().map(|frontend| frontend.model).collect(),
         pools: pools.into_iter().map(|pool| Arc::new(pool.model)).collect(),
         heartbeat: heartbeat.map(|heartbeat| heartbeat.model),
-        registries: Vec::new(),
-        dns: DnsConfig::default(),
+        registries: registries.into_iter().map(|registry| registry.model).collect(),
+        dns,
     }
 }
 

@@ -1,26 +1,23 @@
-//! `[pool.NAME]` with its ejection and backends.
+//! `[pool.NAME]` with its ejection.
 //!
-//! Called by `validate` for each pool. It never reads other sections; `cross` checks what
+//! Called by `validate` for each pool. `backends` and `discover` read its members. It never reads other sections; `cross` checks what
 //! spans several sections.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
-use std::hash::Hash;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use toml::Spanned;
 use toml::de::DeValue;
 
-use super::{CONNECTIONS_MAX, POOL_SOURCES_MAX, frontend, heartbeat, probe};
-use crate::Spot;
-use crate::address;
+use super::backends::{self, BackendsRead};
+use super::discover::{self, KnownRegistries};
+use super::{POOL_SOURCES_MAX, frontend, heartbeat, probe};
 use crate::file::{Field, NamedSection, Section};
 use crate::value::{self, SLOW_FIRST_BYTE, SLOW_START, TIME, ValueError, shown};
+use crate::{NamedFiles, Spot, address};
 use tidegate_core::model::{
-    BackendAddr, BackendConfig, EjectionSpec, HASH_SLOTS, OnRemoval, Policy, PoolConfig,
-    SourceAddr, WEIGHT_MAX, WhenNoneEligible, Words,
+    BackendAddr, BackendConfig, DnsConfig, EjectionSpec, HASH_SLOTS, OnRemoval, Policy, PoolConfig,
+    SourceAddr, ViewGuards, WhenNoneEligible, Words,
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -49,19 +46,36 @@ pub(super) struct PoolRead {
     pub(super) queue_timeout: Option<Range<usize>>,
     /// Place of each address; as many as `model.backends`.
     pub(super) address_places: Vec<Range<usize>>,
+    /// Place of each name; as many as `model.named`.
+    pub(super) name_places: Vec<Range<usize>>,
+    /// The registry that the pool names, even if it does not exist.
+    pub(super) registry: Option<Arc<str>>,
 }
 
-pub(super) fn read(named: NamedSection<'_, '_>) -> PoolRead {
+pub(super) fn read(
+    named: NamedSection<'_, '_>,
+    registries: KnownRegistries<'_>,
+    files: NamedFiles<'_>,
+) -> PoolRead {
     let NamedSection { name, place, section } = named;
     let balance = section.choice("balance").or(Policy::WeightedRoundRobin);
     let slots = hash_slots(&section, balance);
     let connect_timeout = section.duration("connect_timeout", "5s", TIME);
     let heartbeat_place = section.key_place("heartbeat");
     let heartbeat = heartbeat::of_pool(&section, name);
-    let may_be_empty = heartbeat.as_ref().is_some_and(|spec| spec.register);
-    let (backends, address_places) = backends(&section, name, may_be_empty);
     let registered = heartbeat.as_ref().filter(|spec| spec.register).map(|spec| spec.backends_max);
-    let hash_slots = enough_slots(&section, balance, slots, (backends.len(), registered));
+    let discover = discover::of_pool(&section, name, registries, files);
+    let may_be_empty = registered.is_some() || discover.is_some();
+    let BackendsRead { backends, address_places, named, name_places } =
+        backends::read(&section, name, may_be_empty);
+    let (discover, registry) = discover.map_or((None, None), |read| (read.spec, read.registry));
+    let most = MemberCounts {
+        listed: backends.len(),
+        named: named.len(),
+        registered,
+        discovered: discover.as_ref().map(|spec| spec.guards.backends_max),
+    };
+    let hash_slots = enough_slots(&section, balance, slots, &most);
     let source = sources(&section);
     let attempts = section.integer("connect_attempts", 1..=CONNECT_ATTEMPTS_MAX);
     let connect_time = connect_timeout.or(CONNECT_TIMEOUT);
@@ -81,15 +95,16 @@ pub(super) fn read(named: NamedSection<'_, '_>) -> PoolRead {
         ejection: ejection(&section, name),
         heartbeat: heartbeat.map(Arc::new),
         slow_start: section.timer("slow_start", "10s", SLOW_START).or(None),
-        discover: None,
+        discover: discover.map(Arc::new),
         backends,
-        named: Vec::new(),
+        named,
     };
     warn_of_idle_keys(&section, &model);
     let without_max = section.key_place("queue_max").is_none();
     let queue_timeout = section.key_place("queue_timeout").filter(|_| without_max);
     section.finish();
-    PoolRead { model, place, heartbeat: heartbeat_place, queue_timeout, address_places }
+    let heartbeat = heartbeat_place;
+    PoolRead { model, place, heartbeat, queue_timeout, address_places, name_places, registry }
 }
 
 /// Reads the size of the table of `source-hash`.
@@ -107,21 +122,50 @@ fn hash_slots(pool: &Section<'_, '_>, balance: Policy) -> Field<u32> {
     slots
 }
 
+/// The most members that a pool can have, by their origin.
+struct MemberCounts {
+    listed: usize,
+    named: usize,
+    /// `backends_max` of the heartbeats.
+    registered: Option<u32>,
+    /// `backends_max` of the source.
+    discovered: Option<u32>,
+}
+
+impl MemberCounts {
+    fn total(&self) -> usize {
+        let per_name = ViewGuards::of_name(&DnsConfig::default()).backends_max as usize;
+        let others = self.registered.unwrap_or(0) as usize + self.discovered.unwrap_or(0) as usize;
+        self.listed + self.named.saturating_mul(per_name) + others
+    }
+
+    /// Returns where they are counted, for a message.
+    fn origins(&self) -> &'static str {
+        let by_key = self.registered.is_some() || self.discovered.is_some();
+        match (self.named > 0, by_key) {
+            (false, false) => "",
+            (false, true) => " in this file and in backends_max",
+            (true, false) => " (up to 1000 for each name)",
+            (true, true) => " in backends_max and up to 1000 for each name",
+        }
+    }
+}
+
 /// Reports a hash table with fewer slots than backends, including the backends that may
-/// register. A backend without a slot is never picked.
+/// join. A backend without a slot is never picked.
 fn enough_slots(
     pool: &Section<'_, '_>,
     balance: Policy,
     slots: Field<u32>,
-    (in_file, registered): (usize, Option<u32>),
+    counts: &MemberCounts,
 ) -> u32 {
     let place = slots.place().unwrap_or_else(|| pool.header.clone());
     let known = !slots.is_bad();
     let slots = slots.or(HASH_SLOTS);
-    let most = in_file + registered.unwrap_or(0) as usize;
+    let most = counts.total();
     if known && balance == Policy::SourceHash && most > slots as usize {
-        let which = if registered.is_some() { " in this file and in backends_max" } else { "" };
-        let message = format!("{most} backends{which} are more than hash_slots ({slots})");
+        let origins = counts.origins();
+        let message = format!("{most} backends{origins} are more than hash_slots ({slots})");
         let help = "write a prime of at least 100 for each backend, such as hash_slots = ";
         let enough = most.saturating_mul(100).min(*value::HASH_SLOTS.end() as usize);
         let enough = value::prime_from(u32::try_from(enough).unwrap_or(slots));
@@ -142,7 +186,9 @@ fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &PoolConfig) {
     if model.probe.is_none() && model.heartbeat.is_none() {
         idle("startup_grace", "the pool has neither probes nor heartbeats".to_owned());
     }
-    if model.heartbeat.as_ref().is_some_and(|spec| spec.register) || model.backends.is_empty() {
+    let registers = model.heartbeat.as_ref().is_some_and(|spec| spec.register);
+    let others_join = registers || model.discover.is_some() || !model.named.is_empty();
+    if others_join || model.backends.is_empty() {
         return;
     }
     for v4 in [true, false] {
@@ -211,119 +257,4 @@ fn ejection(pool: &Section<'_, '_>, name: &str) -> Option<EjectionSpec> {
     };
     section.finish();
     Some(spec)
-}
-
-/// Reads the backends. Returns those with a valid address, and the place of each address.
-fn backends(
-    pool: &Section<'_, '_>,
-    pool_name: &str,
-    may_be_empty: bool,
-) -> (Vec<BackendConfig>, Vec<Range<usize>>) {
-    let label = format!("pool.{}.backend", value::cut(pool_name));
-    let sections = pool.array_of_tables("backend", &label);
-    let given = pool.key_place("backend").is_some();
-    let misspelled = !given && pool.misspells("backend");
-    if !may_be_empty && !misspelled && (!given || (sections.is_empty() && is_empty_array(pool))) {
-        let place = pool.key_place("backend").unwrap_or_else(|| pool.header.clone());
-        let complaint = ValueError::new(format!("pool {} has no backend", shown(pool_name)));
-        pool.report
-            .error(place, complaint.help(format!("add [[{label}]] with address = \"IP:PORT\"")));
-    }
-    let mut seen = SeenBackends::default();
-    let mut backends = Vec::with_capacity(sections.len());
-    let mut places = Vec::with_capacity(sections.len());
-    for section in sections {
-        if let Some((backend, place)) = backend(section, &mut seen) {
-            backends.push(backend);
-            places.push(place);
-        }
-    }
-    if !backends.is_empty() && backends.iter().all(|backend| backend.backup) {
-        let message = format!("every backend of pool {} is a backup", shown(pool_name));
-        pool.report.warning(pool.header.clone(), ValueError::new(message));
-    }
-    (backends, places)
-}
-
-fn is_empty_array(pool: &Section<'_, '_>) -> bool {
-    let array = pool.node("backend").and_then(|node| node.get_ref().as_array());
-    array.is_some_and(|array| array.is_empty())
-}
-
-/// Names and addresses of the backends of one pool that were read before, with their
-/// places.
-#[derive(Default)]
-struct SeenBackends {
-    names: HashMap<Arc<str>, Range<usize>>,
-    addresses: HashMap<BackendAddr, Range<usize>>,
-}
-
-fn backend(
-    section: Section<'_, '_>,
-    seen: &mut SeenBackends,
-) -> Option<(BackendConfig, Range<usize>)> {
-    let name =
-        section.text("name", "a string", |text| value::name(text).map(|()| Arc::<str>::from(text)));
-    let address =
-        section.text("address", "an address such as \"10.0.0.1:8080\"", address::backend_address);
-    if address.is_absent() {
-        section.missing("address", "\"IP:PORT\"");
-    }
-    let weight = section.integer("weight", 1..=WEIGHT_MAX).or(1);
-    let backup = section.boolean("backup").or(false);
-    let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX);
-    section.report.limit("connections_max of this backend", &connections_max);
-    let connections_max = connections_max.or(0);
-    if let Field::Good(name) = &name {
-        seen.name(&section, name);
-    }
-    if let Field::Good(address) = &address {
-        seen.address(&section, address);
-    }
-    let backend = address.good().map(|address| {
-        let place = address.span();
-        let address = address.into_inner();
-        // A given name has no colon, so a default name never clashes with it.
-        let name = name.good().map_or_else(|| address.to_string().into(), Spanned::into_inner);
-        (BackendConfig { name, address, weight, backup, connections_max }, place)
-    });
-    section.finish();
-    backend
-}
-
-// === impl SeenBackends ===
-
-impl SeenBackends {
-    fn name(&mut self, section: &Section<'_, '_>, name: &Spanned<Arc<str>>) {
-        if let Some(first) = earlier(&mut self.names, name) {
-            section.report.error_with(name.span(), || {
-                let (name, first) = (shown(name.get_ref()), section.report.place_name(first));
-                ValueError::new(format!("backend name {name} is already used at {first}"))
-            });
-        }
-    }
-
-    fn address(&mut self, section: &Section<'_, '_>, address: &Spanned<BackendAddr>) {
-        if let Some(first) = earlier(&mut self.addresses, address) {
-            section.report.error_with(address.span(), || {
-                let (address, first) = (address.get_ref(), section.report.place_name(first));
-                ValueError::new(format!("backend address {address} is already used at {first}"))
-                    .help("give one backend a larger weight instead")
-            });
-        }
-    }
-}
-
-/// Returns the place of an equal value that was read before.
-fn earlier<'s, T: Clone + Eq + Hash>(
-    seen: &'s mut HashMap<T, Range<usize>>,
-    value: &Spanned<T>,
-) -> Option<&'s Range<usize>> {
-    match seen.entry(value.get_ref().clone()) {
-        Entry::Occupied(first) => Some(first.into_mut()),
-        Entry::Vacant(free) => {
-            free.insert(value.span());
-            None
-        }
-    }
 }

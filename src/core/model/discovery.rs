@@ -50,8 +50,8 @@ pub struct RegistryConfig {
     /// Timeout of a connect, and of an answer that is not a wait.
     #[serde(serialize_with = "text_forms::duration")]
     pub timeout: Duration,
-    /// `None`: plain TCP.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// `None`: plain TCP. A file has `tls = true` and the keys of TLS in the registry's table.
+    #[serde(flatten, serialize_with = "text_forms::tls")]
     pub tls: Option<TlsClientConfig>,
     /// File with the token; read again for each connection and after each rejection.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -372,6 +372,32 @@ impl Default for DnsConfig {
             ttl_min: Duration::from_secs(1),
             ttl_max: Duration::from_secs(300),
         }
+    }
+}
+
+// === impl RegistryConfig ===
+
+impl RegistryConfig {
+    /// Returns the files with its certificates and secrets.
+    pub fn named_files(&self) -> impl Iterator<Item = &PathBuf> {
+        let own = [&self.token_file, &self.password_file, &self.kubeconfig];
+        let tls = self.tls.iter();
+        let tls = tls.flat_map(|tls| [&tls.ca_file, &tls.cert_file, &tls.key_file]);
+        own.into_iter().chain(tls).flatten()
+    }
+}
+
+// === impl SourceQuestion ===
+
+impl SourceQuestion {
+    /// Returns the files with the certificates and the token of a URL. The files of a
+    /// registry belong to its [`RegistryConfig`].
+    pub fn named_files(&self) -> impl Iterator<Item = &PathBuf> {
+        let files = match self {
+            SourceQuestion::Http { ca_file, token_file, .. } => [ca_file, token_file],
+            _ => [&None, &None],
+        };
+        files.into_iter().flatten()
     }
 }
 

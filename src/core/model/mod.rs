@@ -493,6 +493,10 @@ impl Config {
         let keys = self.heartbeat.iter().flat_map(|heartbeat| &heartbeat.keys);
         let rules = self.frontends.iter().filter_map(|frontend| frontend.sources.as_ref());
         let lists = rules.flat_map(|rules| rules.allow_file.iter().chain(&rules.deny_file));
-        token.chain(keys.map(|key| &key.file)).chain(lists).cloned().collect()
+        let registries = self.registries.iter().flat_map(|registry| registry.named_files());
+        let specs = self.pools.iter().filter_map(|pool| pool.discover.as_ref());
+        let urls = specs.flat_map(|spec| spec.question.named_files());
+        let all = token.chain(keys.map(|key| &key.file)).chain(lists);
+        all.chain(registries).chain(urls).cloned().collect()
     }
 }

@@ -4,7 +4,9 @@
 //! Used by the model's `Serialize` implementations and by the messages of `config`,
 //! which parses the same forms. Nothing here parses.
 
-use super::{Bind, FrontendConfig, OnRemoval, PoolConfig, RegistryConfig, RouteTarget};
+use super::{
+    Bind, FrontendConfig, OnRemoval, PoolConfig, RegistryConfig, RouteTarget, TlsClientConfig,
+};
 use ipnet::IpNet;
 use serde::Serialize;
 use serde::ser::{SerializeStruct, Serializer};
@@ -109,6 +111,20 @@ pub(super) fn servers<S: Serializer>(
         Some(servers) => servers.serialize(serializer),
         None => serializer.serialize_str("system"),
     }
+}
+
+/// `tls = true` and the keys of TLS, or `tls = false`, among the keys of a registry.
+pub(super) fn tls<S: Serializer>(
+    tls: &Option<TlsClientConfig>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct TlsForm<'t> {
+        tls: bool,
+        #[serde(flatten)]
+        keys: Option<&'t TlsClientConfig>,
+    }
+    TlsForm { tls: tls.is_some(), keys: tls.as_ref() }.serialize(serializer)
 }
 
 pub(super) fn registry_name<S: Serializer>(

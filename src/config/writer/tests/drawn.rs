@@ -7,6 +7,8 @@ use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 use std::collections::BTreeSet;
 
+mod discovery;
+
 /// A strategy of values as TOML text.
 type Drawn = BoxedStrategy<String>;
 
@@ -205,8 +207,15 @@ fn backend() -> Drawn {
         ("backup", flag()),
         ("connections_max", number(COUNT)),
     ]);
-    let address =
-        one_of(&["192.0.2.N:80", "[2001:db8::N]:80", "[fe80::N%2]:80", "unix:/run/é N", "unix:@N"]);
+    let address = one_of(&[
+        "192.0.2.N:80",
+        "[2001:db8::N]:80",
+        "[fe80::N%2]:80",
+        "unix:/run/é N",
+        "unix:@N",
+        "db-N.Internal:080",
+        "srv:_pg._tcp.bN.",
+    ]);
     (address, any::<bool>(), keys)
         .prop_map(|(address, named, keys)| {
             let name = if named { "name = \"b.N\"\n" } else { "" };
@@ -229,7 +238,7 @@ fn pool(name: &'static str) -> BoxedStrategy<(String, bool)> {
                 "source-hash",
             ]),
         ),
-        ("hash_slots", one_of(&["10_007", "65_537", "5_000_011"])),
+        ("hash_slots", one_of(&["20_011", "65_537", "5_000_011"])),
         ("source", one_of(&["[]", "\"10.0.0.5\"", "[\"10.0.0.6\", \"2001:db8::7\"]"])),
         ("connect_timeout", time(1, 30 * DAY)),
         ("connect_attempts", number(1..=16)),
@@ -253,16 +262,18 @@ fn pool(name: &'static str) -> BoxedStrategy<(String, bool)> {
     ];
     let backends = prop::collection::vec(backend(), 1..4);
     let (probe, heartbeat) = (prop::option::of(probe()), prop::option::of(heartbeat()));
-    (keys, ejection, probe, heartbeat, backends)
-        .prop_map(move |(keys, ejection, probe, heartbeat, backends)| {
+    let discover = prop::option::of(discovery::discover());
+    (keys, ejection, probe, heartbeat, discover, backends)
+        .prop_map(move |(keys, ejection, probe, heartbeat, discover, backends)| {
             let mut text = format!("[pool.\"{name}\"]\n{keys}{ejection}");
-            for (table, keys) in [("probe", &probe), ("heartbeat", &heartbeat)] {
+            let tables = [("probe", &probe), ("heartbeat", &heartbeat), ("discover", &discover)];
+            for (table, keys) in tables {
                 if let Some(keys) = keys {
                     text += &format!("[pool.\"{name}\".{table}]\n{keys}");
                 }
             }
             let registers = heartbeat.as_ref().is_some_and(|keys| keys.contains("register = true"));
-            let least = if registers { 1 } else { 0 };
+            let least = if registers || discover.is_some() { 1 } else { 0 };
             for (number, keys) in backends.iter().enumerate().skip(least) {
                 let keys = keys.replace('N', &(number + 1).to_string());
                 text += &format!("[[pool.\"{name}\".backend]]\n{keys}");
@@ -287,12 +298,14 @@ fn file() -> Drawn {
     let frontends = (1..4usize).prop_flat_map(|count| (0..count).map(frontend).collect::<Vec<_>>());
     let pools = POOLS.map(pool);
     let listen = one_of(&["\"0.0.0.0:7946\"", "[\"127.0.0.1:7946\", \"[::1]:7946\"]"]);
-    (globals(), frontends, pools, listen, number(1..=u32::MAX))
-        .prop_map(|(globals, frontends, pools, listen, id)| {
+    let sources = (discovery::registries(), discovery::dns());
+    (globals(), frontends, pools, listen, number(1..=u32::MAX), sources)
+        .prop_map(|(globals, frontends, pools, listen, id, (registries, dns))| {
             let with = pools.iter().zip(POOLS).filter(|((_, heartbeats), _)| *heartbeats);
             let with: Vec<&str> = with.map(|(_, name)| name).collect();
             let pools: String = pools.iter().map(|(text, _)| text.as_str()).collect();
-            globals + &frontends.concat() + &pools + &receiver(&with, &listen, &id)
+            let receiver = receiver(&with, &listen, &id);
+            globals + &frontends.concat() + &pools + &receiver + &registries + &dns
         })
         .boxed()
 }
