@@ -7,6 +7,9 @@
 //! the control loop takes it. A source decides nothing: the views of `core::discovery` do.
 
 pub mod client;
+pub mod dns;
 pub mod resolver;
 pub mod secret;
 pub mod tell;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
