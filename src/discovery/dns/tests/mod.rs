@@ -1,6 +1,8 @@
 //! The DNS source against a scripted server and against dnsmasq.
 
+mod dnsmasq;
 mod liar;
+mod load;
 mod services;
 
 use super::*;
