@@ -25,8 +25,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Most members in one set of a numbered source.
-pub const MEMBERS_MAX: usize = 10_000;
+pub use crate::discovery::MEMBERS_MAX;
 
 /// A source of a pool's members, in order of precedence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -5,9 +5,15 @@
 //! view per source of a pool. One rule applies to all of them: an answer that removes
 //! members is evidence, not an order. Nothing here asks a source or reads a clock.
 
+pub mod view;
+
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
+
+/// Most members in one set of a source.
+pub const MEMBERS_MAX: usize = 10_000;
 
 /// A member as a source announces it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,7 +34,8 @@ pub struct Announced {
 }
 
 /// What a source wishes for a member. Probes of this host take precedence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Wish {
     /// New sessions.
     #[default]
@@ -53,14 +60,16 @@ pub enum Told {
         /// What happened, for the log and `explain`.
         detail: String,
     },
-    /// The source still answers and its last set still holds.
+    /// The source still answers and its last set still holds. It counts as a repetition of
+    /// that set, so it can confirm a removal. A source sends it only if the check is as
+    /// current as the set was.
     Alive,
 }
 
 /// A complete answer of a source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WholeSet {
-    /// Unique by name, in any order. At most [`MEMBERS_MAX`](crate::control::MEMBERS_MAX).
+    /// Unique by name, in any order. At most [`MEMBERS_MAX`].
     pub members: Arc<[Announced]>,
     /// Version in the words of the source, such as `index 81`; empty if it has none.
     pub version: String,

@@ -234,7 +234,7 @@ fn is_name(text: &str) -> bool {
 }
 
 /// Checks a backend name: a name, or the address of the backend.
-fn is_backend_name(text: &str, address: SocketAddr) -> bool {
+pub fn is_backend_name(text: &str, address: SocketAddr) -> bool {
     // The check for a colon avoids formatting the address, which costs more.
     is_name(text) || (text.contains(':') && address.to_string() == text)
 }

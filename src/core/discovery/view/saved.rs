@@ -1,0 +1,242 @@
+//! A view in the state directory and in an upgrade.
+//!
+//! The controller saves and restores it. A restored view decides like the saved one. It
+//! holds no answer of the source, so it cannot judge changed guards before the next one.
+
+use super::member::{
+    Absence, Entry, HeldReason, HeldRemoval, MemberWish, RAW_BYTES_MAX, ViewMember, is_bad,
+};
+use super::offers::{canonical, is_usable, member_name};
+use super::{View, cut};
+use crate::discovery::{MEMBERS_MAX, Wish};
+use crate::model::ViewGuards;
+use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A saved view. Times are in milliseconds before the moment of saving, unless they end
+/// with `in_ms`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SavedView {
+    /// Whether a set was accepted.
+    pub answered: bool,
+    /// Members of the last accepted answer.
+    pub base: usize,
+    /// The last complete answer or sign of life.
+    pub confirmed_ms: Option<u64>,
+    /// The last trusted answer.
+    pub read_ms: Option<u64>,
+    /// The first small answer.
+    pub small_ms: Option<u64>,
+    /// Start of the guard against a burst of critical members.
+    pub burst_ms: Option<u64>,
+    /// The member that serves because no other one would be eligible.
+    pub keeper: Option<SocketAddr>,
+    /// In order of their addresses.
+    pub members: Vec<SavedViewMember>,
+}
+
+/// A member of a saved view.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedViewMember {
+    /// Its name in the view.
+    pub name: Arc<str>,
+    /// The name as announced; `None`: the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub announced: Option<Arc<str>>,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// In use.
+    pub weight: u16,
+    /// Whether it serves only while no primary is eligible.
+    #[serde(default)]
+    pub backup: bool,
+    /// What the source wishes.
+    #[serde(default)]
+    pub wish: Wish,
+    /// The wish in use.
+    #[serde(default)]
+    pub in_use: MemberWish,
+    /// In the words of the source.
+    #[serde(default)]
+    pub raw: Arc<str>,
+    /// When it joined.
+    pub since_ms: u64,
+    /// When the wish took it out of rotation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub turned_ms: Option<u64>,
+    /// The guard against a burst ignores the wish.
+    #[serde(default)]
+    pub excused: bool,
+    /// Why it stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held: Option<HeldReason>,
+    /// The first answer in a row that lacks it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub absent_ms: Option<u64>,
+    /// Number of these answers.
+    #[serde(default)]
+    pub absent_answers: u32,
+    /// The removal needs no further confirmation.
+    #[serde(default)]
+    pub absent_sure: bool,
+    /// Time that it stays for newcomers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leaves_in_ms: Option<u64>,
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn ago(now: Instant, ms: u64) -> Instant {
+    now.checked_sub(Duration::from_millis(ms)).unwrap_or(now)
+}
+
+// === impl View ===
+
+impl View {
+    /// Returns the view of the state directory or of another process. Members that `guards`
+    /// refuse are dropped. `stale_for` continues from the saved time.
+    pub fn restore(guards: ViewGuards, saved: &SavedView, now: Instant) -> View {
+        let mut view = View::new(guards);
+        let time = |ms: Option<u64>| ms.map(|ms| ago(now, ms));
+        view.answered = saved.answered;
+        view.base = saved.base.min(MEMBERS_MAX);
+        view.confirmed = time(saved.confirmed_ms);
+        view.read_at = time(saved.read_ms);
+        view.small_since = time(saved.small_ms);
+        view.burst = time(saved.burst_ms);
+        view.restored = true;
+        view.seen = Some(now);
+        let mut names = HashSet::new();
+        let confirm_after = view.guards.confirm_after;
+        let entries = saved.members.iter().filter(|member| is_permitted(member, &view.guards));
+        let mut entries: Vec<Entry> = entries
+            .take(MEMBERS_MAX)
+            .map(|member| member.restore(view.guards.weight_max, confirm_after, now))
+            .collect();
+        entries.sort_by_key(|entry| entry.member.address);
+        entries.dedup_by_key(|entry| entry.member.address);
+        entries.retain(|entry| names.insert(Arc::clone(&entry.member.name)));
+        view.keeper = saved
+            .keeper
+            .filter(|address| entries.iter().any(|entry| entry.member.address == *address));
+        view.entries = entries;
+        view.plan(now);
+        view
+    }
+
+    /// Returns the view for the state directory or another process.
+    pub fn save(&self, now: Instant) -> SavedView {
+        let since = |at: Instant| millis(now.saturating_duration_since(at));
+        SavedView {
+            answered: self.answered,
+            base: self.base,
+            confirmed_ms: self.confirmed.map(since),
+            read_ms: self.read_at.map(since),
+            small_ms: self.small_since.map(since),
+            burst_ms: self.burst.map(since),
+            keeper: self.keeper,
+            members: self.entries.iter().map(|entry| entry.save(now)).collect(),
+        }
+    }
+}
+
+/// Whether the guards permit the address, which can have changed since the view was saved.
+fn is_permitted(member: &SavedViewMember, guards: &ViewGuards) -> bool {
+    let address = member.address;
+    canonical(address) == address
+        && is_usable(address)
+        && guards.addresses.iter().any(|net| net.contains(&address.ip()))
+}
+
+// === impl SavedViewMember ===
+
+impl SavedViewMember {
+    fn restore(&self, weight_max: u16, confirm_after: Duration, now: Instant) -> Entry {
+        let name = self.valid_name();
+        let announced = self.announced.as_ref().unwrap_or(&self.name);
+        let absence = self.absent_ms.map(|ms| Absence {
+            since: ago(now, ms),
+            answers: self.absent_answers,
+            sure: self.absent_sure,
+        });
+        let leaving = self.leaves_in_ms.filter(|_| absence.is_some());
+        let leaving = leaving.map(|ms| super::removal::later(now, Duration::from_millis(ms)));
+        let until = |reason| match reason {
+            HeldReason::Overlap => leaving,
+            HeldReason::Missing | HeldReason::Kept | HeldReason::Untrusted => None,
+            HeldReason::Small
+            | HeldReason::MaxRemoved
+            | HeldReason::Unreadable
+            | HeldReason::LastEligible => {
+                absence.map(|absence| super::removal::later(absence.since, confirm_after))
+            }
+        };
+        let member = ViewMember {
+            name,
+            address: self.address,
+            weight: self.weight.clamp(1, weight_max.max(1)),
+            backup: self.backup,
+            wish: self.in_use,
+            raw: cut(&self.raw, RAW_BYTES_MAX).into(),
+            since: ago(now, self.since_ms),
+            held: self.held.map(|reason| HeldRemoval { reason, until: until(reason) }),
+        };
+        Entry {
+            member,
+            announced: Arc::clone(announced),
+            wish: self.wish,
+            turned: self.turned_ms.map(|ms| ago(now, ms)).filter(|_| is_bad(self.wish)),
+            excused: self.excused && is_bad(self.wish),
+            present: self.held.is_none() && leaving.is_none(),
+            absence,
+            leaving,
+            unnamed: false,
+        }
+    }
+
+    /// Returns the name if the view can have given it, else the address.
+    fn valid_name(&self) -> Arc<str> {
+        let (plain, suffix) = self.name.split_once('@').unwrap_or((&self.name, ""));
+        let has_suffix = !suffix.is_empty() && suffix == self.address.to_string();
+        let valid = member_name(&plain.into(), self.address);
+        if *valid == *plain && (suffix.is_empty() || has_suffix) {
+            Arc::clone(&self.name)
+        } else {
+            self.address.to_string().into()
+        }
+    }
+}
+
+// === impl Entry ===
+
+impl Entry {
+    fn save(&self, now: Instant) -> SavedViewMember {
+        let since = |at: Instant| millis(now.saturating_duration_since(at));
+        let leaving = self.leaving.map(|until| until.saturating_duration_since(now));
+        let announced = Some(Arc::clone(&self.announced));
+        SavedViewMember {
+            name: Arc::clone(&self.member.name),
+            announced: announced.filter(|name| *name != self.member.name),
+            address: self.member.address,
+            weight: self.member.weight,
+            backup: self.member.backup,
+            wish: self.wish,
+            in_use: self.member.wish,
+            raw: Arc::clone(&self.member.raw),
+            since_ms: since(self.member.since),
+            turned_ms: self.turned.map(since),
+            excused: self.excused,
+            held: self.member.held.map(|held| held.reason),
+            absent_ms: self.absence.map(|absence| since(absence.since)),
+            absent_answers: self.absence.map_or(0, |absence| absence.answers),
+            absent_sure: self.absence.is_some_and(|absence| absence.sure),
+            leaves_in_ms: leaving.map(millis),
+        }
+    }
+}
