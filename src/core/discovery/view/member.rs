@@ -3,7 +3,7 @@
 //! The other files of the view read and change [`Entry`]. The controller sees only
 //! [`ViewMember`]. Nothing here decides about a removal.
 
-use super::offers::Offer;
+use super::offers::OfferedMember;
 use crate::discovery::Wish;
 use crate::model::CriticalRule;
 use serde::{Deserialize, Serialize};
@@ -181,7 +181,7 @@ impl MemberWish {
 impl Entry {
     /// Returns a newcomer, still without its name.
     /// `turned`: the guard against a burst excuses it.
-    pub(super) fn of(offer: &Offer<'_>, turned: Option<Instant>, now: Instant) -> Entry {
+    pub(super) fn of(offer: &OfferedMember<'_>, turned: Option<Instant>, now: Instant) -> Entry {
         let member = ViewMember {
             name: Arc::clone(&offer.from.name),
             address: offer.address,
@@ -207,7 +207,7 @@ impl Entry {
 
     /// Brings the member to what the answer announces. Only a trusted answer changes the
     /// name, since this replaces a member by another. Returns whether the member differs.
-    pub(super) fn alter(&mut self, offer: &Offer<'_>, trusted: bool, now: Instant) -> bool {
+    pub(super) fn alter(&mut self, offer: &OfferedMember<'_>, trusted: bool, now: Instant) -> bool {
         let member = &mut self.member;
         let mut changed = set(&mut member.weight, offer.weight);
         changed |= set(&mut member.backup, offer.from.backup);

@@ -40,7 +40,7 @@ use super::{MEMBERS_MAX, SourceFailure, Told, WholeSet};
 use crate::model::ViewGuards;
 use member::{Entry, set};
 use notices::Notices;
-use offers::{Offer, Offers};
+use offers::{OfferedMember, Offers};
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -318,7 +318,11 @@ impl View {
 
     /// Brings members that the answer contains to what it announces. Returns the
     /// announcements without a member.
-    fn alter<'o, 's>(&mut self, offers: &'o Offers<'s>, reading: Reading) -> Vec<&'o Offer<'s>> {
+    fn alter<'o, 's>(
+        &mut self,
+        offers: &'o Offers<'s>,
+        reading: Reading,
+    ) -> Vec<&'o OfferedMember<'s>> {
         let mut joining = Vec::new();
         let mut offers = offers.list.iter().peekable();
         for entry in &mut self.entries {
@@ -338,7 +342,7 @@ impl View {
 
     /// Adds newcomers, as far as there is room. Leaving members make room for them. The
     /// names follow in [`name_newcomers`](View::name_newcomers).
-    fn join(&mut self, joining: &[&Offer<'_>], is_excused: bool, now: Instant) -> usize {
+    fn join(&mut self, joining: &[&OfferedMember<'_>], is_excused: bool, now: Instant) -> usize {
         if joining.is_empty() {
             return 0;
         }
@@ -351,7 +355,8 @@ impl View {
             });
         }
         let joined = joining.len() - excess;
-        let joined_by = |offer: &&Offer<'_>| Entry::of(offer, is_excused.then_some(now), now);
+        let joined_by =
+            |offer: &&OfferedMember<'_>| Entry::of(offer, is_excused.then_some(now), now);
         self.entries.extend(joining[..joined].iter().map(joined_by));
         self.entries.sort_by_key(|entry| entry.member.address);
         self.changed = true;

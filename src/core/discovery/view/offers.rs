@@ -16,13 +16,13 @@ use tidegate_heartbeat::wire::is_backend_name;
 #[derive(Debug)]
 pub(super) struct Offers<'s> {
     /// Sorted by address, unique by address; at most `backends_max`.
-    pub(super) list: Vec<Offer<'s>>,
+    pub(super) list: Vec<OfferedMember<'s>>,
     pub(super) refused: RefusedCounts,
 }
 
 /// An announcement that can become a member.
 #[derive(Debug)]
-pub(super) struct Offer<'s> {
+pub(super) struct OfferedMember<'s> {
     /// IPv4-mapped IPv6 is IPv4 here.
     pub(super) address: SocketAddr,
     pub(super) from: &'s Announced,
@@ -48,7 +48,7 @@ impl<'s> Offers<'s> {
                 continue;
             }
             let (weight, wish) = weight_and_wish(from, guards, &mut refused);
-            list.push(Offer { address, from, weight, wish });
+            list.push(OfferedMember { address, from, weight, wish });
         }
         list.sort_by(|a, b| (a.address, &a.from.name).cmp(&(b.address, &b.from.name)));
         let all = list.len();
@@ -57,15 +57,15 @@ impl<'s> Offers<'s> {
         let most = (guards.backends_max as usize).min(MEMBERS_MAX);
         refused.too_many = list.len().saturating_sub(most) as u32;
         list.truncate(most);
-        let is_bad = |offer: &&Offer<'_>| !has_valid_name(&offer.from.name, offer.address);
+        let is_bad = |offer: &&OfferedMember<'_>| !has_valid_name(&offer.from.name, offer.address);
         refused.bad_name = list.iter().filter(is_bad).count() as u32;
         Offers { list, refused }
     }
 }
 
-// === impl Offer ===
+// === impl OfferedMember ===
 
-impl Offer<'_> {
+impl OfferedMember<'_> {
     /// Returns the state in the words of the source, cut off at its bound.
     pub(super) fn raw(&self) -> Arc<str> {
         let text = self.raw_text();

@@ -13,7 +13,7 @@
 
 use super::member::{Entry, MemberWish, is_bad, set};
 use super::notices::NoticeKind;
-use super::offers::Offer;
+use super::offers::OfferedMember;
 use super::{LocalSight, View};
 use crate::discovery::Wish;
 use crate::model::CriticalRule;
@@ -29,7 +29,11 @@ impl View {
     /// Starts and ends the guard against a burst. With `critical = "remove"`, members that
     /// are critical count as absent, unless the guard excuses them. Returns whether the
     /// guard excuses newcomers, too.
-    pub(super) fn judge_burst(&mut self, joining: &mut Vec<&Offer<'_>>, now: Instant) -> bool {
+    pub(super) fn judge_burst(
+        &mut self,
+        joining: &mut Vec<&OfferedMember<'_>>,
+        now: Instant,
+    ) -> bool {
         let is_first = self.entries.is_empty();
         let members = || self.entries.iter().filter(|entry| entry.leaving.is_none());
         let is_recent = |at: Instant| now.saturating_duration_since(at) <= BURST_TIME;
@@ -108,7 +112,7 @@ impl View {
             .or_else(|| find(&|one| sight.is_up(one) && is_member(one)))
     }
 
-    /// Returns the member that the wishes would take out of rotation although no other one
+    /// Returns the member that the wishes would drain although no other one
     /// is eligible.
     fn last_eligible(&self, sight: &dyn LocalSight) -> Option<SocketAddr> {
         let rule = self.guards.critical;
