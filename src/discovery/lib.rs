@@ -13,3 +13,5 @@ pub mod secret;
 pub mod tell;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+
+pub mod consul;

@@ -1,3 +1,7 @@
-//! Servers for tests whose behaviour a test scripts.
+//! Servers for tests: they answer as a documented registry does, or as a test scripts it.
+//!
+//! Tests of this member and of the daemon use them, and the examples of this member run
+//! them as programs. The balancer never does.
 
+pub mod consul;
 pub mod dns_liar;
