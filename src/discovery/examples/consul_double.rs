@@ -1,6 +1,6 @@
 //! A double of a Consul agent as a program, for examples and trials by hand.
 //!
-//! `cargo run -p tidegate-discovery --features testing --example consul_double -- IP:PORT`
+//! `cargo run -p tidegate-discovery --example consul_double -- IP:PORT`
 //! listens at that address (default 127.0.0.1:8500) and prints it. It keeps everything in
 //! memory and serves until it is killed. Not for production: it is no Consul.
 
