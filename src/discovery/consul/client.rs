@@ -3,7 +3,8 @@
 //! The source and the registration of services use it. It reads the token file for each
 //! request, so a replaced token needs no restart. It never logs a token.
 
-use crate::client::{HttpClient, HttpEndpoint, HttpFailure, HttpRequest, HttpResponse, NameLookup};
+use crate::client::{HttpClient, HttpEndpoint, HttpFailure, HttpRequest, HttpResponse};
+use crate::resolver::Resolver;
 use crate::secret::SecretFile;
 use bytes::Bytes;
 use hyper::Method;
@@ -25,8 +26,8 @@ pub struct ConsulClient {
 
 impl ConsulClient {
     /// A client without connections.
-    pub fn new(registry: &RegistryConfig, lookup: NameLookup) -> ConsulClient {
-        let endpoint = HttpEndpoint { auth: None, ..HttpEndpoint::of(registry, lookup) };
+    pub fn new(registry: &RegistryConfig, resolver: Resolver) -> ConsulClient {
+        let endpoint = HttpEndpoint { auth: None, ..HttpEndpoint::of(registry, resolver) };
         let token = registry.token_file.as_deref().map(SecretFile::new);
         ConsulClient { http: HttpClient::new(endpoint), token }
     }
@@ -55,8 +56,8 @@ impl ConsulClient {
     }
 
     /// Resolves host names.
-    pub fn lookup(&self) -> NameLookup {
-        self.http.endpoint().lookup.clone()
+    pub fn resolver(&self) -> Resolver {
+        self.http.endpoint().resolver.clone()
     }
 
     async fn send(&self, mut request: HttpRequest) -> Result<HttpResponse, HttpFailure> {

@@ -95,7 +95,7 @@ pub async fn run_at(
     pace: ConsulPace,
     teller: Teller,
 ) -> Infallible {
-    let names = HostNames::new(client.lookup());
+    let names = HostNames::new(client.resolver());
     let mut watch = ConsulWatch {
         query,
         client,

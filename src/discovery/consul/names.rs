@@ -3,7 +3,7 @@
 //! The source resolves the names of each answer. A name that cannot be resolved keeps its
 //! last address, because a failure of DNS must not remove an instance.
 
-use crate::client::NameLookup;
+use crate::resolver::Resolver;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -18,15 +18,15 @@ const RESOLVE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The addresses of names.
 pub(super) struct HostNames {
-    lookup: NameLookup,
+    resolver: Resolver,
     known: BTreeMap<Arc<str>, IpAddr>,
 }
 
 // === impl HostNames ===
 
 impl HostNames {
-    pub(super) fn new(lookup: NameLookup) -> HostNames {
-        HostNames { lookup, known: BTreeMap::new() }
+    pub(super) fn new(resolver: Resolver) -> HostNames {
+        HostNames { resolver, known: BTreeMap::new() }
     }
 
     /// The address of a name.
@@ -40,9 +40,9 @@ impl HostNames {
         self.known.retain(|name, _| names.contains(name));
         let mut lookups = JoinSet::new();
         for name in names.into_iter().take(NAMES_MAX) {
-            let lookup = self.lookup.clone();
+            let resolver = self.resolver.clone();
             lookups.spawn(async move {
-                let found = lookup.host(&name).await;
+                let found = resolver.host(&name).await;
                 (name, found.unwrap_or_default())
             });
         }

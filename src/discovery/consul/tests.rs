@@ -1,7 +1,7 @@
 //! The source against the double, with every fault that the double can play.
 
 use super::*;
-use crate::client::NameLookup;
+use crate::resolver::Resolver;
 use crate::tell::{Answers, SourceCounters};
 use crate::testing::consul::{ConsulDouble, ConsulFault, DoubleRights};
 use std::os::unix::fs::PermissionsExt;
@@ -63,7 +63,7 @@ fn watch(registry: &RegistryConfig, query: RegistryQuery, pace: ConsulPace) -> W
     let (answers, counters) = (Answers::default(), Arc::<SourceCounters>::default());
     let key = SourceKey { pool: "web".into(), backend: None };
     let teller = answers.teller(key, 1, Arc::clone(&counters));
-    let client = ConsulClient::new(registry, NameLookup::default());
+    let client = ConsulClient::new(registry, Resolver::new(Default::default()));
     let task = tokio::spawn(run_at(query, client, pace, teller));
     let (names, last, failure) = (Vec::new(), None, None);
     Watched { answers, counters, task, names, last, failure, alive: 0 }
@@ -120,8 +120,10 @@ impl Watched {
 
 /// Sends a request to the double and expects success.
 async fn put(double: &ConsulDouble, path: &str, body: &str) {
-    let client =
-        ConsulClient::new(&registry(double, Duration::from_secs(5)), NameLookup::default());
+    let client = ConsulClient::new(
+        &registry(double, Duration::from_secs(5)),
+        Resolver::new(Default::default()),
+    );
     client.put(path.to_owned(), body.to_owned().into()).await.unwrap();
 }
 
@@ -441,8 +443,10 @@ mod alone {
     }
 
     async fn whole_answer(double: &ConsulDouble) -> bytes::Bytes {
-        let client =
-            ConsulClient::new(&registry(double, Duration::from_secs(20)), NameLookup::default());
+        let client = ConsulClient::new(
+            &registry(double, Duration::from_secs(20)),
+            Resolver::new(Default::default()),
+        );
         let path = "/v1/health/service/web".to_owned();
         client.get(path, Duration::ZERO).await.unwrap().body
     }

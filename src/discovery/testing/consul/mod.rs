@@ -309,3 +309,6 @@ impl DoubleShared {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
