@@ -82,7 +82,7 @@ impl Watched {
                     let names = set.members.iter().map(|member| member.name.to_string());
                     let mut names: Vec<String> = names.collect();
                     if !set.trusted {
-                        names.extend(self.names.drain(..));
+                        names.append(&mut self.names);
                         names.sort();
                         names.dedup();
                     }
