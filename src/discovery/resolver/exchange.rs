@@ -6,8 +6,11 @@
 
 use super::ResolverCounters;
 use super::wire::{self, BadMessage, DnsReply, RecordQuestion, ReplyCode};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 use tidegate_core::discovery::SourceFailure;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -62,14 +65,11 @@ async fn over_udp(
     edns: bool,
     counters: &ResolverCounters,
 ) -> Result<OverUdp, ExchangeFailure> {
-    let any: IpAddr = match server {
-        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-    };
-    let socket = UdpSocket::bind((any, 0)).await?;
-    socket.connect(server).await?;
+    let socket = connected(server)?;
     let (mut edns, mut foreign) = (edns, 0);
-    let mut id = send(&socket, question, edns, counters).await?;
+    let mut id = send(&socket, question, edns, counters)?;
+    // The first question leaves before the runtime knows the socket, which saves a wake-up.
+    let socket = UdpSocket::from_std(socket.into())?;
     let mut datagram = Vec::with_capacity(DATAGRAM_BUFFER);
     loop {
         datagram.clear();
@@ -77,7 +77,7 @@ async fn over_udp(
         match wire::decode(&datagram, id, question) {
             Ok(reply) if edns && reply.code == ReplyCode::FORMAT_ERROR => {
                 edns = false;
-                id = send(&socket, question, edns, counters).await?;
+                id = send(&socket, question, edns, counters)?;
             }
             Ok(reply) => return Ok(OverUdp::Answer(reply)),
             Err(BadMessage::Foreign) => {
@@ -96,15 +96,28 @@ async fn over_udp(
     }
 }
 
-async fn send(
-    socket: &UdpSocket,
+/// Returns a socket that receives only from `server`. The kernel chooses a random port.
+fn connected(server: SocketAddr) -> Result<OwnedFd, Errno> {
+    let family = match server {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    };
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(family, SocketType::DGRAM, flags, None)?;
+    rustix::net::connect(&socket, &server)?;
+    Ok(socket)
+}
+
+/// Sends the question. A full send buffer is an error, because the socket is new.
+fn send(
+    socket: impl AsFd,
     question: &RecordQuestion,
     edns: bool,
     counters: &ResolverCounters,
 ) -> Result<u16, ExchangeFailure> {
     let id = fastrand::u16(..);
     counters.add(&counters.questions);
-    socket.send(&encode(question, id, edns)?).await?;
+    rustix::net::send(socket, &encode(question, id, edns)?, SendFlags::empty())?;
     Ok(id)
 }
 
@@ -152,6 +165,12 @@ fn protocol(what: &str) -> ExchangeFailure {
 }
 
 // === impl ExchangeFailure ===
+
+impl From<Errno> for ExchangeFailure {
+    fn from(error: Errno) -> ExchangeFailure {
+        io::Error::from(error).into()
+    }
+}
 
 impl From<io::Error> for ExchangeFailure {
     fn from(error: io::Error) -> ExchangeFailure {

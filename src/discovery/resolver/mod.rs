@@ -7,6 +7,8 @@
 mod addresses;
 mod cache;
 mod exchange;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod hosts;
 mod lookup;
 mod resolv_conf;
@@ -279,13 +281,18 @@ impl Resolver {
     }
 
     async fn ask(&self, question: &RecordQuestion) -> Arc<RecordAnswer> {
-        let asked = clock::now();
-        let config = Arc::clone(&self.0.config.borrow());
-        let conf = self.settings(asked).resolv_conf;
-        let servers = config.servers.as_ref().unwrap_or(&conf.servers).clone();
-        let plan = ServerPlan { servers, timeout: conf.timeout, rounds: conf.attempts };
-        let outcome = self.0.servers.ask(question, &plan, &self.0.counters).await;
-        self.cache().put(question, outcome, asked, clock::now(), &config)
+        loop {
+            let asked = clock::now();
+            let config = Arc::clone(&self.0.config.borrow());
+            let conf = self.settings(asked).resolv_conf;
+            let servers = config.servers.as_ref().unwrap_or(&conf.servers).clone();
+            let plan = ServerPlan { servers, timeout: conf.timeout, rounds: conf.attempts };
+            let outcome = self.0.servers.ask(question, &plan, &self.0.counters).await;
+            // An answer to older settings does not count.
+            if Arc::ptr_eq(&config, &self.0.config.borrow()) {
+                return self.cache().put(question, outcome, asked, clock::now(), &config);
+            }
+        }
     }
 
     /// Resolves an IP address and a name of `/etc/hosts`.

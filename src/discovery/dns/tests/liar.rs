@@ -204,6 +204,26 @@ async fn new_settings_apply_at_once() {
 }
 
 #[tokio::test]
+async fn an_answer_to_older_settings_does_not_count() {
+    let old = DnsLiar::start(|question| {
+        let mut steps = vec![LiarStep::Wait(Duration::from_millis(300))];
+        steps.extend(question.addresses(3600, &["192.0.2.1"]).send());
+        steps
+    })
+    .await;
+    let new = DnsLiar::start(|question| question.addresses(3600, &["192.0.2.2"]).send()).await;
+    let test = TestResolver::new(&[old.address]);
+    let mut source = RunningSource::start(web(), &test.resolver);
+    while old.seen().is_empty() {
+        sleep(Duration::from_millis(10)).await;
+    }
+    let mut config = test.resolver.changes().borrow().as_ref().clone();
+    config.servers = Some(vec![new.address]);
+    test.resolver.configure(config);
+    assert_eq!(names(&source.whole().await), ["192.0.2.2:80"]);
+}
+
+#[tokio::test]
 async fn a_server_that_answers_again_is_used_within_five_seconds() {
     let zone = Zone::default();
     zone.set(TYPE_A, 0, &["192.0.2.1"]);
