@@ -8,6 +8,8 @@
 
 pub mod client;
 pub mod dns;
+pub mod etcd;
+pub mod register;
 pub mod resolver;
 pub mod secret;
 pub mod tell;

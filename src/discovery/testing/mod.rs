@@ -5,3 +5,4 @@
 
 pub mod consul;
 pub mod dns_liar;
+pub mod etcd;

@@ -1,0 +1,188 @@
+//! Codec and lines: any bytes, cut at any place.
+
+use super::super::codec::{
+    Base64Bytes, GatewayRefusal, RangeAnswer, RangeRequest, StoreEventKind, StreamLine,
+    WatchMessage,
+};
+use super::super::contents::PrefixContents;
+use super::super::lines::LineBuffer;
+use super::*;
+use proptest::prelude::*;
+
+const MESSAGE: &str = r#"{"result":{"header":{"cluster_id":"9","revision":"7","raft_term":"2"},
+    "watch_id":"1","events":[{"kv":{"key":"L2Ev","mod_revision":"7","value":"eA=="}},
+    {"type":"DELETE","kv":{"key":"L2Iv","mod_revision":"7"}}]}}"#;
+
+fn message(text: &str) -> WatchMessage {
+    match StreamLine::parse(text.as_bytes()).unwrap() {
+        StreamLine::Watch(message) => message,
+        StreamLine::Ended(refusal) => panic!("{refusal:?}"),
+    }
+}
+
+#[test]
+fn recorded_answers_of_etcd_3_4_are_read() {
+    let read = message(MESSAGE);
+    assert_eq!((read.header.revision, read.watch_id, read.events.len()), (7, 1, 2));
+    assert_eq!(read.events[0].kv.key, Base64Bytes(b"/a/".to_vec()));
+    assert_eq!(read.events[1].kind, StoreEventKind::Delete);
+    let canceled = message(
+        r#"{"result":{"header":{"cluster_id":"9","raft_term":"2"},"watch_id":"2",
+            "canceled":true,"compact_revision":"3"}}"#,
+    );
+    let refusal = GatewayRefusal::of_cancel(&canceled);
+    assert_eq!((refusal.why, refusal.token), (SourceFailure::Compacted, false));
+    let of_reason = |reason: &str| {
+        let line = format!(
+            r#"{{"result":{{"watch_id":"-1","created":true,"canceled":true,"cancel_reason":
+               "rpc error: code = {reason}"}}}}"#
+        );
+        let refusal = GatewayRefusal::of_cancel(&message(&line));
+        (refusal.why, refusal.token)
+    };
+    let denied = of_reason("PermissionDenied desc = etcdserver: permission denied");
+    assert_eq!(denied, (SourceFailure::Auth, false));
+    let nameless = of_reason("InvalidArgument desc = etcdserver: user name is empty");
+    assert_eq!(nameless, (SourceFailure::Auth, true));
+    let expired = of_reason("Unauthenticated desc = etcdserver: invalid auth token");
+    assert_eq!(expired, (SourceFailure::Auth, true));
+    let ended = StreamLine::parse(
+        br#"{"error":{"grpc_code":14,"http_code":503,"message":"etcdserver: no leader"}}"#,
+    );
+    let Ok(StreamLine::Ended(refusal)) = ended else { panic!("{ended:?}") };
+    assert_eq!(refusal.why, SourceFailure::Stale);
+}
+
+#[test]
+fn refusals_have_their_class() {
+    use SourceFailure::{Auth, Connect, NotFound, Protocol, Timeout};
+    let of = |status, message: &str, code| {
+        let body = format!(r#"{{"error":"x","message":"etcdserver: {message}","code":{code}}}"#);
+        let refusal = GatewayRefusal::of_answer(status, body.as_bytes());
+        (refusal.why, refusal.token)
+    };
+    assert_eq!(of(401, "invalid auth token", 16), (Auth, true));
+    assert_eq!(of(400, "user name is empty", 3), (Auth, true));
+    assert_eq!(of(400, "revision of auth store is old", 3), (Auth, true));
+    assert_eq!(of(400, "authentication failed, invalid user ID or password", 3), (Auth, false));
+    assert_eq!(of(403, "permission denied", 7), (Auth, false));
+    assert_eq!(of(404, "requested lease not found", 5), (NotFound, false));
+    assert_eq!(of(503, "request timed out", 14), (Timeout, false));
+    assert_eq!(of(503, "too many requests", 8), (Connect, false));
+    assert_eq!(of(400, "duplicate key given in txn request", 3), (Protocol, false));
+    let page = GatewayRefusal::of_answer(403, b"<html>Forbidden</html>");
+    assert_eq!((page.why, page.token), (Auth, false));
+}
+
+#[test]
+fn ranges_end_after_the_prefix() {
+    let end = |prefix: &str| RangeRequest::below(prefix).range_end.0;
+    assert_eq!(end("/a/"), b"/a0");
+    assert_eq!(end(""), [0]);
+    let text = serde_json::to_string(&RangeRequest::below("/a/")).unwrap();
+    assert_eq!(text, r#"{"key":"L2Ev","range_end":"L2Ew"}"#);
+}
+
+#[test]
+fn list_beyond_the_bound_is_cut_and_counted() {
+    let entry = |at: usize| {
+        format!(
+            "{{\"key\":\"{}\",\"value\":\"{}\"}}",
+            b64(&key(&format!("{at:05}"))),
+            b64(&value(80))
+        )
+    };
+    let kvs = (0..10_001).map(entry).collect::<Vec<_>>().join(",");
+    let answer =
+        format!("{{\"header\":{{\"revision\":\"9\"}},\"kvs\":[{kvs}],\"count\":\"12000\"}}");
+    let answer: RangeAnswer = serde_json::from_str(&answer).unwrap();
+    let mut contents = PrefixContents::new(WEB.into());
+    assert!(contents.replace(answer.kvs, answer.count, 9));
+    let set = contents.whole(true);
+    assert_eq!((set.members.len(), set.unreadable, contents.is_cut()), (10_000, 2000, true));
+}
+
+fn b64(text: &str) -> String {
+    serde_json::to_string(&Base64Bytes(text.as_bytes().to_vec())).unwrap().replace('"', "")
+}
+
+proptest! {
+    #[test]
+    fn lines_cut_at_any_byte_are_the_same_lines(
+        lines in proptest::collection::vec("[a-z]{0,40}", 0..20),
+        cuts in proptest::collection::vec(1..50_usize, 1..20),
+    ) {
+        let bytes = lines.iter().flat_map(|line| format!("{line}\n").into_bytes());
+        let bytes = bytes.collect::<Vec<u8>>();
+        let (mut buffer, mut found, mut at) = (LineBuffer::default(), Vec::new(), 0);
+        for size in cuts.iter().cycle() {
+            if at == bytes.len() {
+                break;
+            }
+            let end = bytes.len().min(at + size);
+            buffer.push(&bytes[at..end]).unwrap();
+            at = end;
+            while let Some(line) = buffer.next_line() {
+                found.push(String::from_utf8(line.to_vec()).unwrap());
+            }
+        }
+        let wanted = lines.into_iter().filter(|line| !line.is_empty()).collect::<Vec<_>>();
+        prop_assert_eq!(found, wanted);
+    }
+
+    #[test]
+    fn no_bytes_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        let _ = StreamLine::parse(&bytes);
+        let _ = GatewayRefusal::of_answer(500, &bytes);
+        let _ = serde_json::from_slice::<RangeAnswer>(&bytes);
+    }
+
+    #[test]
+    fn no_damaged_message_panics(at in 0..MESSAGE.len(), byte in any::<u8>(), cut in any::<bool>()) {
+        let mut bytes = MESSAGE.as_bytes().to_vec();
+        bytes[at] = byte;
+        if cut {
+            bytes.truncate(at);
+        }
+        if let Ok(StreamLine::Watch(message)) = StreamLine::parse(&bytes) {
+            let mut contents = PrefixContents::new("/a/".into());
+            contents.apply(message.events);
+            contents.whole(true);
+        }
+    }
+
+    /// The contents after any events are those of a list at the end.
+    #[test]
+    fn events_lead_to_the_contents_of_a_list(
+        changes in proptest::collection::vec((0..6_u8, 0..4_u16), 0..40),
+    ) {
+        let mut followed = PrefixContents::new(WEB.into());
+        let mut store = std::collections::BTreeMap::new();
+        for (revision, (name, port)) in (1..).zip(&changes) {
+            let name = key(&name.to_string());
+            let (kind, value) = match port {
+                0 => ("DELETE", String::new()),
+                port => ("PUT", value(*port)),
+            };
+            match port {
+                0 => drop(store.remove(&name)),
+                _ => drop(store.insert(name.clone(), value.clone())),
+            }
+            let line = format!(
+                r#"{{"result":{{"events":[{{"type":"{kind}","kv":{{"key":"{}","value":"{}",
+                   "mod_revision":"{revision}"}}}}]}}}}"#,
+                b64(&name), b64(&value),
+            );
+            followed.apply(message(&line).events);
+        }
+        let listed = store.iter().map(|(key, value)| {
+            format!(r#"{{"key":"{}","value":"{}"}}"#, b64(key), b64(value))
+        });
+        let listed = format!(r#"{{"kvs":[{}]}}"#, listed.collect::<Vec<_>>().join(","));
+        let listed: RangeAnswer = serde_json::from_str(&listed).unwrap();
+        let mut fresh = PrefixContents::new(WEB.into());
+        fresh.replace(listed.kvs, store.len() as i64, changes.len() as i64);
+        prop_assert_eq!(followed.whole(true).members, fresh.whole(true).members);
+        prop_assert_eq!(followed.count(), store.len() as i64);
+    }
+}
