@@ -62,14 +62,18 @@ impl View {
         is_first
     }
 
-    /// Marks the members that an answer lacks that is not trusted. They stay.
+    /// Marks the members that an answer lacks that is not trusted. They stay. A leaving
+    /// member that it contains stays, too, as the answer could add it again.
     fn refuse_removal(&mut self) {
-        for entry in self.entries.iter_mut().filter(|entry| entry.absence.is_none()) {
-            self.changed |= if entry.present {
-                entry.unhold()
-            } else {
-                entry.hold(HeldReason::Untrusted, None)
-            };
+        for entry in &mut self.entries {
+            if entry.present && entry.leaving.take().is_some() {
+                self.changed |= entry.unhold();
+            } else if entry.absence.is_none() {
+                self.changed |= match entry.present {
+                    true => entry.unhold(),
+                    false => entry.hold(HeldReason::Untrusted, None),
+                };
+            }
         }
     }
 
@@ -172,6 +176,12 @@ impl View {
     /// Removes the members whose removal is decided, except those that serve for newcomers
     /// and an unconfirmed last eligible one. Returns their number.
     pub(super) fn release(&mut self, now: Instant, sight: &dyn LocalSight) -> usize {
+        // Without the member that is absent for longest, fewer members are newcomers.
+        let each = || Some(self.release_once(now, sight)).filter(|removed| *removed > 0);
+        std::iter::from_fn(each).sum()
+    }
+
+    fn release_once(&mut self, now: Instant, sight: &dyn LocalSight) -> usize {
         let leavers = self.entries.iter().filter(|entry| entry.leaving.is_some());
         let Some(first) = leavers.filter_map(|entry| Some(entry.absence?.since)).min() else {
             return 0;

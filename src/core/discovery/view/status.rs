@@ -3,6 +3,7 @@
 //! The controller asks for it. Nothing here changes the view.
 
 use super::member::HeldReason;
+use super::removal::later;
 use super::{View, WholeSet};
 use crate::discovery::SourceFailure;
 use std::time::{Duration, Instant};
@@ -156,10 +157,16 @@ impl View {
         };
         let wait = |until: Instant| until.saturating_duration_since(now);
         let Some(first) = held().next() else {
-            let confirmable_in = self.small_since?.checked_add(self.guards.confirm_after);
-            let confirmable_in = confirmable_in.map(wait).filter(|_| !self.answered);
-            let answer = HeldAnswer { reason: HeldReason::Small, removes: 0, confirmable_in };
-            return (!self.answered).then_some(answer);
+            // The first answers can be small; then the view has no member to hold.
+            let last = self.last.as_ref().filter(|_| !self.answered)?;
+            let reason = match (last.trusted, self.small_since) {
+                (false, _) => HeldReason::Untrusted,
+                (true, Some(_)) => HeldReason::Small,
+                (true, None) => HeldReason::Kept,
+            };
+            let since = self.small_since.filter(|_| last.trusted);
+            let end = since.map(|since| later(since, self.guards.confirm_after));
+            return Some(HeldAnswer { reason, removes: 0, confirmable_in: end.map(wait) });
         };
         let removes = held().count() as u32;
         let confirmable_in = held().filter_map(|held| held.until).min().map(wait);

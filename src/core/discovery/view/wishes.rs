@@ -4,10 +4,10 @@
 //! [`View`] calls it with each complete answer and at each step. Nothing here adds or
 //! removes a member.
 //!
-//! - A source that takes more than half of the members out of rotation within
+//! - A source that takes more than half of an answer's members out of rotation within
 //!   [`BURST_TIME`] is not believed: these members keep their sessions, and local probes
-//!   decide. The wishes count again when at most half of the members have such a wish.
-//!   The same applies to a first answer in which every member has such a wish.
+//!   decide. The wishes count again when at most half of an answer's members have such a
+//!   wish. The same applies to a first answer in which every member has such a wish.
 //! - A wish never takes the last eligible member out of rotation.
 //! - After `stale_for` without an answer, all members but one drain.
 
@@ -34,8 +34,8 @@ impl View {
         joining: &mut Vec<&OfferedMember<'_>>,
         now: Instant,
     ) -> bool {
-        let is_first = self.entries.is_empty();
-        let members = || self.entries.iter().filter(|entry| entry.leaving.is_none());
+        let is_first = self.entries.is_empty() && !self.answered;
+        let members = || self.entries.iter().filter(|entry| entry.present);
         let is_recent = |at: Instant| now.saturating_duration_since(at) <= BURST_TIME;
         let turned = members().filter(|entry| entry.turned.is_some_and(is_recent)).count();
         let bad_joining = joining.iter().filter(|offer| is_bad(offer.wish)).count();
