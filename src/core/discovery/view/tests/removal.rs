@@ -173,7 +173,7 @@ fn a_failure_neither_confirms_nor_interrupts() {
 }
 
 #[test]
-fn a_member_leaves_after_so_many_trusted_answers_in_a_row_without_it() {
+fn a_member_leaves_after_the_set_number_of_trusted_answers_without_it() {
     let mut bench = Bench::with(ViewGuards { missing: 3, ..guards() }, 3);
     bench.tell([1, 2]);
     bench.tell_untrusted([1, 2]);
