@@ -142,6 +142,13 @@ fn systemd_example_serves_on_a_passed_socket() {
 }
 
 #[test]
+fn consul_configuration_finds_two_services() {
+    let name = "examples/consul/tidegate.toml";
+    let config = accepted(&page(name), name);
+    assert_eq!(config.member_sources().count(), 2);
+}
+
+#[test]
 fn index_lists_every_example() {
     let index = page("examples/README.md");
     let mut folders = vec![root().join("examples")];

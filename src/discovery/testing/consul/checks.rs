@@ -16,6 +16,9 @@ use tokio::net::TcpStream;
 /// How often the double looks at its checks.
 const TICK: Duration = Duration::from_millis(20);
 
+/// What the double reads of the answer to an HTTP check.
+const ANSWER_BYTES_MAX: u64 = 1 << 20;
+
 /// When which check is due, by check id.
 #[derive(Debug, Default)]
 pub(super) struct CheckClocks(BTreeMap<String, CheckClock>);
@@ -117,9 +120,10 @@ async fn get(url: &str) -> std::io::Result<u16> {
     let path = if path.is_empty() { "/" } else { path };
     let request = format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
-    let mut head = [0; 12];
-    stream.read_exact(&mut head).await?;
-    let code = std::str::from_utf8(&head[9..]).ok().and_then(|code| code.parse().ok());
+    // To its end: a close with unread data would reset the connection.
+    let mut answer = Vec::new();
+    stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer).await?;
+    let code = answer.get(9..12).and_then(|code| std::str::from_utf8(code).ok()?.parse().ok());
     code.ok_or(std::io::ErrorKind::InvalidData.into())
 }
 
