@@ -11,7 +11,7 @@ use super::transition_log::TransitionLog;
 use super::upgrade::RareCounters;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
-use tidegate_core::control::{Notice, NoticeFields};
+use tidegate_core::control::{Notice, NoticeFields, NoticeLevel};
 use tidegate_core::health::Transition;
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::LogLevel;
@@ -121,7 +121,7 @@ impl Telemetry {
 }
 
 fn warn_of(notice: &Notice) {
-    let Notice { pool, backend, message, fields } = notice;
+    let Notice { level, pool, backend, message, fields } = notice;
     let NoticeFields {
         reason,
         evidence,
@@ -131,30 +131,48 @@ fn warn_of(notice: &Notice) {
         limit,
         startup_grace,
         registered,
+        members,
+        joined,
+        removed,
+        version,
+        age,
         late,
         dropped,
         rejected,
         suppressed,
         help,
     } = fields;
-    tracing::warn!(
-        pool = Some(&**pool).filter(|pool| !pool.is_empty()).map(display),
-        backend = backend.as_deref().map(display),
-        reason = reason.as_deref(),
-        evidence = evidence.as_deref(),
-        address = address.as_deref().map(display),
-        source = source.as_deref().map(display),
-        used,
-        limit,
-        startup_grace = startup_grace.as_deref().map(display),
-        registered,
-        late = late.as_deref().map(display),
-        dropped,
-        rejected,
-        suppressed,
-        help = Some(*help).filter(|help| !help.is_empty()),
-        "{message}"
-    );
+    macro_rules! line {
+        ($level:ident) => {
+            tracing::$level!(
+                pool = Some(&**pool).filter(|pool| !pool.is_empty()).map(display),
+                backend = backend.as_deref().map(display),
+                reason = reason.as_deref(),
+                evidence = evidence.as_deref(),
+                address = address.as_deref().map(display),
+                source = source.as_deref().map(display),
+                used,
+                limit,
+                startup_grace = startup_grace.as_deref().map(display),
+                registered,
+                members,
+                joined,
+                removed,
+                version = version.as_deref().filter(|text| !text.is_empty()),
+                age = age.as_deref().map(display),
+                late = late.as_deref().map(display),
+                dropped,
+                rejected,
+                suppressed,
+                help = Some(*help).filter(|help| !help.is_empty()),
+                "{message}"
+            )
+        };
+    }
+    match level {
+        NoticeLevel::Info => line!(info),
+        NoticeLevel::Warn => line!(warn),
+    }
 }
 
 #[cfg(test)]
@@ -196,7 +214,8 @@ mod tests {
             ..NoticeFields::default()
         };
         let message = "ejection prevented; backend stays in rotation";
-        let notice = Notice { pool: "web".into(), backend: Some("a".into()), message, fields };
+        let (level, backend) = (NoticeLevel::Warn, Some("a".into()));
+        let notice = Notice { level, pool: "web".into(), backend, message, fields };
         tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
             warn_of(&notice);
             warn_of(&Notice { pool: "".into(), backend: None, ..notice.clone() });

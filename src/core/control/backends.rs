@@ -11,6 +11,7 @@ use super::history::TransitionHistory;
 use super::members::{MemberSource, Origins};
 use super::pools::{PoolEntry, PoolId};
 use super::publish::BackendTableState;
+use super::views::verification::Verification;
 use crate::health::{BackendHealth, Intent, LastProbe, ProbeOutcome};
 use crate::model;
 use crate::suspicion::Ramp;
@@ -54,6 +55,12 @@ pub(super) struct BackendEntry {
     /// they were not required when it joined.
     pub(super) heartbeats_from: Option<Instant>,
     pub(super) requested_since: Instant,
+    /// When the wish of its member sources last changed.
+    pub(super) wish_since: Instant,
+    /// The backend of the file whose name has its address.
+    pub(super) group: Option<Arc<str>>,
+    /// The connects that verify it, until one has succeeded.
+    pub(super) verification: Option<Verification>,
     /// When the observation last changed.
     pub(super) observed_since: Instant,
     /// The slow start.
@@ -216,6 +223,9 @@ impl BackendEntry {
             confirmation: None,
             heartbeats_from: None,
             requested_since: now,
+            wish_since: now,
+            group: None,
+            verification: None,
             observed_since: now,
             ramp: None,
             ramp_share: 100,

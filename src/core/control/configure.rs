@@ -7,7 +7,9 @@
 
 use super::backends::BackendEntry;
 use super::heartbeats::HeartbeatWatch;
-use super::members::{MemberSource, MergedMembers, registered};
+use super::members::{
+    IgnoredSet, ListedMember, MemberSource, MergedMembers, PoolMember, registered,
+};
 use super::pools::{PoolEntry, PoolId, StartupGrace};
 use super::removal::BackendKey;
 use super::schedule::{TimerKind, after};
@@ -63,12 +65,15 @@ impl Controller {
         let (state, heartbeats) = (&mut self.state, &mut self.heartbeats);
         let former = state.former();
         state.frontends.configure(config, &mut state.allocator, &mut state.removed_names);
+        let dropped = state.views.configure(config, now);
+        state.configure_groups(config, now);
         let mut before = state.take_before();
         let mut starting = Vec::new();
         for spec in &config.pools {
             state.configure_pool(heartbeats, spec, &mut before, &mut starting, now);
         }
         state.remove_rest(heartbeats, before, now);
+        state.schedule_views(dropped, now);
         state.begin_settling(&former, now);
         state.start_all(&starting, now);
         self.slow.configure(state, now);
@@ -141,18 +146,14 @@ impl ControlState {
         let id = old.as_ref().map_or_else(|| self.pools.next_id(), |old| old.id);
         let old_probe = old.as_ref().and_then(|old| old.spec.probe.clone());
         let mut members = Vec::with_capacity(spec.backends.len());
-        let merged = {
-            let listed = spec.backends.iter().map(|member| (MemberSource::File, member));
-            let lets_register = spec.heartbeat.as_ref().is_some_and(|spec| spec.register);
-            let registered = registered(lets_register, old.as_ref(), &before.backends);
-            let sets = old.iter().flat_map(|old| old.sets.iter());
-            MergedMembers::of(listed.chain(registered).chain(sets)).list
-        };
+        let (merged, ignored) = self.merge_members(spec, old.as_ref(), before);
+        let count = u32::try_from(merged.len()).unwrap_or(u32::MAX);
         let old_heartbeat = old.as_ref().and_then(|old| old.spec.heartbeat.clone());
-        for (backend, origins) in merged {
+        for (index, member) in (0..).zip(merged) {
+            let backend = member.spec.clone();
             let (mut entry, arrival) = self.find_or_create(spec, &backend, id, before, now);
             let was_needed = old_heartbeat.as_ref().is_some_and(|old| entry.needs_heartbeats(old));
-            entry.origins = origins;
+            entry.set_member(member, now);
             if arrival == JoinKind::Joined {
                 self.take_intent(&mut entry, now);
             }
@@ -178,6 +179,7 @@ impl ControlState {
                 respecify(&mut entry, old_probe.as_deref(), spec.probe.as_deref(), arrival, now);
             let unprepared = arrival == JoinKind::Kept && !was_needed;
             heartbeats.configure(self, &mut entry, spec, unprepared, now);
+            self.configure_verification(&mut entry, spec, arrival, (index, count), now);
             let backend = entry.state.id;
             self.ejections.note(&entry);
             members.push(backend);
@@ -195,6 +197,43 @@ impl ControlState {
         let mut pool = PoolEntry::new(id, spec, startup, old);
         members.iter().filter_map(|id| self.backends.get(*id)).for_each(|entry| pool.add(entry));
         self.pools.push(pool);
+        self.note_ignored(id, ignored);
+        self.arm_grace(id, now);
+    }
+
+    /// Returns what all sources of a pool list, and the ignored members.
+    fn merge_members(
+        &self,
+        spec: &model::PoolConfig,
+        old: Option<&PoolEntry>,
+        before: &PreviousConfig,
+    ) -> (Vec<PoolMember>, IgnoredSet) {
+        let listed = spec.backends.iter();
+        let listed = listed.map(|member| ListedMember::of(MemberSource::File, member));
+        let lets_register = spec.heartbeat.as_ref().is_some_and(|spec| spec.register);
+        let registered = registered(lets_register, old, &before.backends);
+        let viewed = self.views.listed(&spec.name);
+        let members = listed.chain(registered).chain(viewed);
+        MergedMembers::of(spec, members, |address| self.is_own(address)).into_owned()
+    }
+
+    /// Begins, continues or ends the verification of a backend after a reload.
+    fn configure_verification(
+        &mut self,
+        entry: &mut BackendEntry,
+        pool: &model::PoolConfig,
+        arrival: JoinKind,
+        order: (u32, u32),
+        now: Instant,
+    ) {
+        let was_out = entry.health.unverified;
+        if arrival == JoinKind::Joined {
+            self.begin_verification(entry, pool, order, now);
+        } else if pool.probe.is_some() || !entry.origins.is_discovered() {
+            let fails_open = entry.health.fails_open && !was_out;
+            self.end_verification(entry);
+            entry.health.fails_open = fails_open;
+        }
     }
 
     /// Cancels the probe timers of a backend whose pool has no probe, and records that a
@@ -388,7 +427,7 @@ fn respecify(
 ) -> ProbePlan {
     let Some(new) = new else {
         entry.health.detector = None;
-        entry.health.fails_open = false;
+        entry.health.fails_open &= entry.health.unverified;
         if let Some(probe) = &mut entry.in_flight {
             probe.stale = true;
         }

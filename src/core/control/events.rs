@@ -3,10 +3,10 @@
 //! `daemon`, `daemon::probe` and simulations create the events and perform the effects.
 //! This module holds data only.
 
-use super::members::MemberSource;
 use super::publish::detached_build::BuildToken;
+use crate::discovery::Told;
 use crate::health::{ConnectFailure, ProbeOutcome, Transition};
-use crate::model::{BackendAddr, BackendConfig, Config, ProbeSpec};
+use crate::model::{BackendAddr, Config, ProbeSpec, SourceKey};
 use crate::table::Table;
 use crate::table::build::{PoolBuild, PoolBuilt};
 use crate::table::state::BackendId;
@@ -52,21 +52,17 @@ pub enum ControlEvent {
         /// Heartbeats of the same sender that were merged into this one, itself included.
         stands_for: u32,
     },
-    /// The backends that a member source lists for a pool. They replace its previous set.
-    /// A set that is outdated, too large or for an unknown pool is ignored and counted
-    /// ([`MembersIgnored`]).
+    /// What a member source tells. Ignored and counted ([`MembersIgnored`]) if the
+    /// configuration has no such source.
     ///
     /// [`MembersIgnored`]: super::MembersIgnored
-    Members {
-        /// A [`MemberSource::Numbered`]. The members of the file arrive with
-        /// [`ControlEvent::Configure`]; heartbeats register members one by one.
-        source: MemberSource,
-        /// Name of the pool.
-        pool: Arc<str>,
-        /// Increases with each set of the source for the pool.
-        revision: u64,
-        /// The complete set, at most [`MEMBERS_MAX`](super::MEMBERS_MAX).
-        set: Vec<BackendConfig>,
+    Told {
+        /// The source.
+        key: SourceKey,
+        /// What it tells.
+        told: Told,
+        /// When it told that.
+        at: Instant,
     },
     /// This many heartbeats were lost on this host.
     HeartbeatsLost(u64),
@@ -111,8 +107,8 @@ pub enum ControlEffect {
     },
     /// Log a transition.
     Log(Transition),
-    /// Log a warning that is not a transition.
-    Notice(Notice),
+    /// Log a line that is not a transition.
+    Notice(Box<Notice>),
     /// Log a verdict at level `debug`.
     Verdict(DetectorVerdict),
     /// A backend accepts more sessions than before under the same table: wake the queues.
@@ -151,9 +147,21 @@ pub struct DetectorVerdict {
     pub reason: String,
 }
 
-/// A warning that is not a transition.
+/// How much a notice matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum NoticeLevel {
+    /// The operator can ignore it.
+    Info,
+    /// The operator should look.
+    #[default]
+    Warn,
+}
+
+/// A log line that is not a transition.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Notice {
+    /// Level of the line.
+    pub level: NoticeLevel,
     /// Pool name; empty if the notice concerns all pools.
     pub pool: Arc<str>,
     /// Backend name, if the notice concerns one backend.
@@ -173,7 +181,7 @@ pub struct NoticeFields {
     pub evidence: Option<String>,
     /// Address in a heartbeat, or of a backend.
     pub address: Option<String>,
-    /// Source address of connections.
+    /// Source address of connections, or the member source.
     pub source: Option<String>,
     /// Local ports in use.
     pub used: Option<u64>,
@@ -183,6 +191,16 @@ pub struct NoticeFields {
     pub startup_grace: Option<String>,
     /// Registered backends of the pool.
     pub registered: Option<u64>,
+    /// Members of a view.
+    pub members: Option<u64>,
+    /// Members that joined.
+    pub joined: Option<u64>,
+    /// Members that left, or that an answer would remove.
+    pub removed: Option<u64>,
+    /// Version of an answer, in the words of the source.
+    pub version: Option<String>,
+    /// Age of the last answer.
+    pub age: Option<String>,
     /// How late the control thread was.
     pub late: Option<String>,
     /// Heartbeats dropped on this host.

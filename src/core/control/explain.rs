@@ -9,7 +9,7 @@ use super::status::{
     BackendStatus, FreezeStatus, HeartbeatChannelStatus, backend_status, freezing,
     none_eligible_rule,
 };
-use super::{Controller, OperatorError, Weight};
+use super::{AnnouncedBy, Controller, OperatorError, Weight};
 use crate::balance::trial::TrialPhase;
 use crate::health::probe_detector::ProbeState;
 use crate::health::recent::{RECENT, Recent};
@@ -36,6 +36,10 @@ pub struct Explanation {
     pub observed_for: Duration,
     /// Age of the state that its heartbeats request.
     pub requested_for: Duration,
+    /// Age of the wish of its registries.
+    pub wish_for: Duration,
+    /// What the names and registries that list it say, in order of precedence.
+    pub announced: Vec<AnnouncedBy>,
     /// Weight and the factors that reduce it.
     pub weight: Weight,
     /// The effective cap; 0: none.
@@ -166,6 +170,8 @@ impl Controller {
             intent_for: since(entry.health.intent_since),
             observed_for: since(entry.observed_since),
             requested_for: since(entry.requested_since),
+            wish_for: since(entry.wish_since),
+            announced: self.state.views.announced(entry, now),
             weight: entry.weight(&pool.spec),
             connections_max: entry.cap(),
             probe: probe.map(|(spec, detector)| ProbeView {

@@ -13,7 +13,7 @@ use super::slow_backends::watched;
 use super::state::ControlState;
 use super::{
     ControlEffect, Controller, HeartbeatIgnored, PublishReason, SavedHeartbeats, SavedIntent,
-    SavedTransition,
+    SavedTransition, SavedViews,
 };
 use crate::balance::RoundRobinPosition;
 use crate::health::ejection::SavedEjectionState;
@@ -49,6 +49,9 @@ pub struct Saved {
     pub ignored: BTreeMap<String, u64>,
     /// Times that silence was excluded for all backends.
     pub excuses: u64,
+    /// The views of member sources.
+    #[serde(skip_serializing_if = "SavedViews::is_empty")]
+    pub views: SavedViews,
     /// Operators' intents for removed backends.
     #[serde(rename = "left", skip_serializing_if = "is_default")]
     pub removed_intents: Vec<SavedIntent>,
@@ -134,6 +137,9 @@ pub struct SavedBackend {
     /// Eligible while unknown.
     #[serde(skip_serializing_if = "is_default")]
     pub fails_open: bool,
+    /// No connect to it has succeeded yet.
+    #[serde(skip_serializing_if = "is_default")]
+    pub unverified: bool,
     /// Ejection state.
     #[serde(skip_serializing_if = "is_default")]
     pub outlier: SavedEjectionState,
@@ -269,11 +275,10 @@ impl Controller {
             let Some(id) = saving.remaining.pop() else {
                 let place = saving.pools.len();
                 let Some(pool) = self.state.pools.at(place) else { return false };
-                saving.pools.push(Controller::save_pool(
-                    pool,
-                    self.publisher.table().pools.get(place),
-                    saving.at,
-                ));
+                let table = self.publisher.table().pools.get(place);
+                let mut saved = Controller::save_pool(pool, table, saving.at);
+                saved.backends.extend(self.state.save_groups(&pool.spec.name, saving.at));
+                saving.pools.push(saved);
                 saving.remaining.extend(pool.members().iter().rev());
                 continue;
             };
@@ -292,7 +297,7 @@ impl Controller {
         let age = |since: Instant| millis(now.saturating_duration_since(since));
         SavedPool {
             name: pool.spec.name.to_string(),
-            open: pool.startup == StartupGrace::FailingOpen,
+            open: pool.startup == StartupGrace::FailingOpen || pool.verification.fails_open,
             turn: table.and_then(|table| table.balancer.as_ref()?.round_robin_position()),
             in_service_ms: pool.in_service_since.map(age),
             takes_heartbeats: pool.spec.heartbeat.is_some(),
@@ -311,6 +316,7 @@ impl Controller {
             generation: saving.generation,
             serial: self.publisher.serial(),
             pools: saving.pools,
+            views: self.saved_views(saving.at),
             removed_intents: self.state.removed.intents.save(saving.at),
             ..Saved::default()
         }
@@ -328,6 +334,7 @@ impl Controller {
     /// their intents. Can be called again with a newer state.
     pub fn adopt(&mut self, saved: &Saved, now: Instant) -> Vec<ControlEffect> {
         self.run_due(now);
+        self.take_over_views(&saved.views, now);
         for pool in &saved.pools {
             self.adopt_pool(pool, now);
         }
@@ -410,6 +417,11 @@ impl Controller {
         }
         self.heartbeats.drop_unregistered(&mut self.state, saved, now);
         for backend in &saved.backends {
+            let names = (&*backend.name, &*backend.address);
+            let wanted = Intent::named(&backend.intent).map(|intent| (intent, backend.intent_ms));
+            if wanted.is_some_and(|it| self.state.adopt_group(&saved.name, names, it, now)) {
+                continue;
+            }
             let id = self.state.find_saved(&saved.name, &backend.name, &backend.address);
             let Some(id) = id.or_else(|| self.state.adopt_registered(saved, backend, now)) else {
                 self.state.keep_intent(saved, backend, now);
@@ -422,6 +434,9 @@ impl Controller {
                 entry.health.intent_since = ago(now, backend.intent_ms);
             }
             adopt_health(entry, backend, now);
+            if !entry.health.unverified && entry.verification.take().is_some() {
+                self.state.schedule.cancel(TimerKind::Verify(id));
+            }
             let (pool, name) = (&entry.state.pool, &entry.state.name);
             entry.history.adopt(&backend.history, (pool, name), now);
             if let Some(ms) = backend.observed_ms {
@@ -456,6 +471,7 @@ impl Controller {
             let entry = self.state.backends.get(*id);
             entry.is_some_and(|entry| entry.health.observation() != Observation::Unknown)
         };
+        pool.verification.fails_open |= pool.spec.probe.is_none() && saved.open;
         if pool.spec.probe.is_none() || pool.startup == StartupGrace::Decided {
             return;
         }
@@ -501,6 +517,11 @@ fn adopt_health(entry: &mut BackendEntry, saved: &SavedBackend, now: Instant) {
             }
         }
     }
+    // A connect of this process is newer.
+    if entry.health.unverified {
+        entry.health.unverified = saved.unverified;
+        entry.health.fails_open = saved.unverified && saved.fails_open;
+    }
     entry.health.outlier.restore(&saved.outlier, now);
 }
 
@@ -517,6 +538,7 @@ fn save_backend(entry: &BackendEntry, history: usize, now: Instant) -> SavedBack
         observation: health.probed().unwrap_or(Observation::Unknown).name().to_owned(),
         observation_ms: health.detector.as_ref().map_or(0, |detector| age(detector.since())),
         fails_open: health.fails_open,
+        unverified: health.unverified,
         outlier: health.outlier.save(now),
         watch: health.slow.save(now),
         ramp_ms: entry.ramp.map(|ramp| age(ramp.since)),

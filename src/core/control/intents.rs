@@ -113,6 +113,13 @@ impl RemovedIntents {
         current.collect()
     }
 
+    /// Drops the intents of the members of a backend whose address is a name.
+    pub(super) fn forget_members(&mut self, pool: &str, backend: &str) {
+        let is_member =
+            |name: &str| name.strip_prefix(backend).is_some_and(|rest| rest.starts_with('@'));
+        self.by_identity.retain(|(of, name, _), _| **of != *pool || !is_member(name));
+    }
+
     fn expire(&mut self, now: Instant) {
         while let Some((at, _)) = self.order.front()
             && now.saturating_duration_since(*at) >= REMOVED_INTENTS_FOR
@@ -151,6 +158,11 @@ impl Controller {
         let back = back.map(|one| (one, Some(Intent::Ready)));
         let saved = every_backend(newer).map(|one| (one, Intent::named(&one.1.intent)));
         for ((pool, backend), intent) in saved.chain(back) {
+            let names = (&*backend.name, &*backend.address);
+            let wanted = intent.map(|intent| (intent, backend.intent_ms));
+            if wanted.is_some_and(|wanted| self.state.adopt_group(&pool.name, names, wanted, now)) {
+                continue;
+            }
             let Some(id) = self.state.find_saved(&pool.name, &backend.name, &backend.address)
             else {
                 self.state.keep_intent(pool, backend, now);
@@ -192,6 +204,12 @@ impl ControlState {
                 pools.entry(place).or_default().push(save(entry));
             }
         }
+        for (place, pool) in (0..).zip(&self.pools) {
+            let groups = self.save_groups(&pool.spec.name, now);
+            if !groups.is_empty() {
+                pools.entry(place).or_default().extend(groups);
+            }
+        }
         let named = |(place, backends): (usize, _)| {
             let name =
                 self.pools.at(place).map(|pool| pool.spec.name.to_string()).unwrap_or_default();
@@ -216,6 +234,10 @@ impl ControlState {
     pub(super) fn adopt_intent(&mut self, left: &SavedIntent, now: Instant) {
         let Some(intent) = Intent::named(&left.intent) else { return };
         let since = ago(now, left.intent_ms);
+        let names = (&*left.name, &*left.address);
+        if self.adopt_group(&left.pool, names, (intent, left.intent_ms), now) {
+            return;
+        }
         match self.find_saved(&left.pool, &left.name, &left.address) {
             Some(id) => {
                 // The backend joined again during the upgrade.

@@ -12,8 +12,8 @@
 //!   `pools`, `backends`, `removal` (removed backends) and `schedule` (timers).
 //! - **Rules**, as methods of `ControlState`: `probing` (when probes run),
 //!   `probe_results`, `ejections`, `trials`, `ramps` (slow start), `settling` (pools
-//!   without results after a start or reload), `members` (the backends of a pool),
-//!   `operator` and `intents` (drains).
+//!   without results after a start or reload), `members` (the backends of a pool), `views` (what
+//!   member sources list), `operator`, `intents` and `groups` (drains).
 //! - **Parts with their own state**, which borrow the `ControlState` for a call:
 //!   `heartbeats` (registration, silence), `slow_backends` (missing first bytes) and
 //!   `publish` (building the tables).
@@ -27,6 +27,7 @@ mod ejections;
 mod events;
 pub mod explain;
 mod frontends;
+mod groups;
 pub mod handover;
 mod heartbeats;
 mod history;
@@ -50,17 +51,18 @@ mod status;
 #[cfg(test)]
 pub(crate) mod tests;
 mod trials;
+mod views;
 pub mod what_if;
 
 pub use events::{
-    ControlEffect, ControlEvent, DetectorVerdict, Notice, NoticeFields, OperatorError, ProbeLane,
-    ProbeToken,
+    ControlEffect, ControlEvent, DetectorVerdict, Notice, NoticeFields, NoticeLevel, OperatorError,
+    ProbeLane, ProbeToken,
 };
 pub use heartbeats::SavedHeartbeats;
 pub use heartbeats::ignored::HeartbeatIgnored;
 pub use history::{SavedTransition, TRANSITIONS_MAX};
 pub use intents::{REMOVED_INTENTS_FOR, REMOVED_INTENTS_MAX, SavedIntent};
-pub use members::{MEMBERS_MAX, MemberSource, MembersIgnored, Origins};
+pub use members::{MemberSource, MembersIgnored, Origins};
 pub use publish::detached_build::BuildToken;
 pub use publish::pacer::PublishReason;
 pub use publish::{WEIGHT_PARTS, Weight};
@@ -68,6 +70,8 @@ pub use status::{
     BackendHeartbeatStatus, BackendStatus, ControlStatus, FreezeStatus, FrontendStatus, Gathering,
     HeartbeatChannelStatus, PoolStatus,
 };
+pub use views::saved::SavedViews;
+pub use views::{AnnouncedBy, SourceStatus};
 
 use crate::balance::in_flight::Counts;
 use crate::health::{ConnectFailure, Intent, ProbeOutcome};
@@ -159,9 +163,8 @@ impl Controller {
                 ControlEvent::Built { token, built, took } => {
                     self.publisher.built(&mut self.state, token, *built, took, now);
                 }
-                ControlEvent::Members { source, pool, revision, set } => {
-                    let (state, heartbeats) = (&mut self.state, &mut self.heartbeats);
-                    state.take_members(heartbeats, source, (&pool, revision), set, now);
+                ControlEvent::Told { key, told, at } => {
+                    self.state.told(&mut self.heartbeats, &key, told, at, now);
                 }
                 ControlEvent::Heartbeat { .. }
                 | ControlEvent::HeartbeatsLost(_)
@@ -173,7 +176,9 @@ impl Controller {
 
     fn probed(&mut self, id: BackendId, token: ProbeToken, outcome: ProbeOutcome, now: Instant) {
         let state = &mut self.state;
-        if !self.heartbeats.confirmation_result(state, id, token, &outcome, now) {
+        if !self.heartbeats.confirmation_result(state, id, token, &outcome, now)
+            && !state.verification_result(id, token, &outcome, now)
+        {
             state.probed(id, token, outcome, now);
         }
     }
@@ -194,7 +199,8 @@ impl Controller {
         self.state.consider_ejection(id, failure, in_a_row, now);
     }
 
-    /// Sets the operator's intent for one backend. An intent that is already set changes
+    /// Sets the operator's intent for one backend, or for all members of a backend whose
+    /// address is a name, also for those that join later. An intent that is already set changes
     /// and logs nothing, and neither does an error.
     pub fn set_intent(
         &mut self,
@@ -203,9 +209,10 @@ impl Controller {
         intent: Intent,
         now: Instant,
     ) -> Result<Vec<ControlEffect>, OperatorError> {
-        let id = self.state.find_backend(pool, backend)?;
+        let ids = self.state.find_backends(pool, backend)?;
         self.run_due(now);
-        self.state.change_intent(id, intent, now);
+        self.state.change_group(pool, backend, intent, now);
+        ids.into_iter().for_each(|id| self.state.change_intent(id, intent, now));
         self.state.pending.cause = Some(PublishReason::Operator);
         Ok(self.finish(now))
     }
@@ -254,7 +261,7 @@ impl Controller {
         self.state.allocator.backends_seen()
     }
 
-    /// Returns the ignored member sets and members, by reason.
+    /// Returns how often members or tellings of their sources were ignored, by reason.
     pub fn ignored_members(&self) -> [(MembersIgnored, u64); MembersIgnored::ALL.len()] {
         MembersIgnored::ALL.map(|why| (why, self.state.ignored_members[why as usize]))
     }
@@ -280,7 +287,10 @@ impl Controller {
                 TimerKind::EjectionEnds(id) => state.begin_trial(id, now),
                 TimerKind::CheckTrial(id) => state.check_trial(id, now),
                 TimerKind::CheckSlow => self.slow.check(state, now),
-                TimerKind::GraceEnds(pool) => state.end_startup_grace(pool),
+                TimerKind::GraceEnds(pool) => {
+                    state.end_startup_grace(pool);
+                    state.open_unverified(Some(pool), now);
+                }
                 TimerKind::SettlingEnds(pool) => state.settled(pool),
                 TimerKind::ResetSessions(id) => state.reset_sessions(id),
                 TimerKind::CheckRemoved => state.check_removed(now),
@@ -289,6 +299,8 @@ impl Controller {
                 TimerKind::Forget(id) => heartbeats.forget(state, id, now),
                 TimerKind::GuardTick => heartbeats.guard_tick(state, now),
                 TimerKind::CheckGuard(pool) => heartbeats.check_guard(state, pool, now),
+                TimerKind::Verify(id) => state.verify(id, now),
+                TimerKind::View(id) => state.step_view(heartbeats, id, now),
                 TimerKind::Ramp(id) => state.ramp_step(id, now),
                 // `finish` checks after every event whether a table or a build is due.
                 TimerKind::Publish | TimerKind::Build => {}
@@ -305,7 +317,7 @@ impl Controller {
             state.recheck_ejections(pool, now);
         }
         state.settle_ramps(now);
-        state.check_settling();
+        state.check_settling(now);
         if let Some(table) = self.publisher.publish(state, now) {
             state.pending.effects.insert(0, ControlEffect::Publish(table));
         }

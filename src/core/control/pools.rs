@@ -7,9 +7,10 @@
 
 use super::backends::BackendEntry;
 use super::heartbeats::confirmation::confirming;
-use super::members::{MemberSets, Origins};
+use super::members::{IgnoredSet, Origins};
 use super::publish::detached_build::DetachedBuild;
 use super::settling::PoolSettling;
+use super::views::verification::{PoolVerification, verifying};
 use crate::model;
 use crate::model::{BackendAddr, ProbeSpec};
 use crate::suspicion::PathGuard;
@@ -44,26 +45,29 @@ pub(super) use crate::model::PoolId;
 pub(super) struct PoolEntry {
     pub(super) id: PoolId,
     pub(super) spec: Arc<model::PoolConfig>,
-    /// In file order, then registered backends by age.
+    /// In file order, then the others by age.
     members: Vec<BackendId>,
     /// Members by name.
     names: HashMap<Arc<str>, BackendId>,
-    /// Members by address; filled only if the pool has heartbeats.
+    /// Members by address; filled only if the pool has heartbeats or member sources.
     addresses: HashMap<SocketAddr, BackendId>,
     /// Number of registered members.
     registered: usize,
     /// Present while no backend is eligible and some have no result yet.
     settling: Option<PoolSettling>,
-    /// The members that numbered sources list.
-    pub(super) sets: MemberSets,
+    /// Listed members that were ignored at the last merge.
+    pub(super) ignored: IgnoredSet,
     pub(super) startup: StartupGrace,
-    /// Whether the file configures backups for the pool.
+    /// Whether the file configures backups for the pool, or a member source can.
     pub(super) has_backups: bool,
     pub(super) full_noticed: Option<Instant>,
     /// Guard against many simultaneous suspicions.
     pub(super) guard: PathGuard,
     /// The probe that confirms suspicions.
     pub(super) confirming: Arc<ProbeSpec>,
+    /// The connect that verifies members of names and registries.
+    pub(super) verifying: Arc<ProbeSpec>,
+    pub(super) verification: PoolVerification,
     /// Since when at least one backend is eligible; `None`: none is.
     pub(super) in_service_since: Option<Instant>,
     /// Present if the pool is so large that another thread builds its table part.
@@ -264,12 +268,14 @@ impl PoolEntry {
             addresses: HashMap::new(),
             registered: 0,
             settling: None,
-            sets: MemberSets::default(),
+            ignored: IgnoredSet::default(),
             startup,
-            has_backups: spec.backends.iter().any(|backend| backend.backup),
+            has_backups: has_sources(spec) || spec.backends.iter().any(|backend| backend.backup),
             full_noticed: None,
             guard: PathGuard::default(),
             confirming: confirming(spec),
+            verifying: verifying(spec),
+            verification: PoolVerification::default(),
             in_service_since: None,
             detached: None,
         };
@@ -277,7 +283,8 @@ impl PoolEntry {
             pool.detached = old.detached;
             pool.in_service_since = old.in_service_since;
             pool.settling = old.settling;
-            pool.sets = old.sets;
+            pool.ignored = old.ignored;
+            pool.verification = old.verification;
             if spec.heartbeat.is_some() {
                 pool.guard = old.guard;
                 pool.full_noticed = old.full_noticed;
@@ -292,13 +299,13 @@ impl PoolEntry {
         self.names.insert(Arc::clone(&entry.spec.name), entry.state.id);
         self.registered += usize::from(entry.origins.is_registered());
         if let BackendAddr::Tcp(address) = entry.state.address
-            && self.spec.heartbeat.is_some()
+            && (self.spec.heartbeat.is_some() || has_sources(&self.spec))
         {
             self.addresses.insert(address, entry.state.id);
         }
     }
 
-    /// Returns the members in file order, then registered backends by age.
+    /// Returns the members in file order, then the others by age.
     pub(super) fn members(&self) -> &[BackendId] {
         &self.members
     }
@@ -308,7 +315,8 @@ impl PoolEntry {
         self.names.get(name).copied()
     }
 
-    /// Returns the member at this address. `None` if the pool has no heartbeats.
+    /// Returns the member at this address. `None` if the pool has neither heartbeats nor
+    /// member sources.
     pub(super) fn member_at(&self, address: SocketAddr) -> Option<BackendId> {
         self.addresses.get(&address).copied()
     }
@@ -318,8 +326,18 @@ impl PoolEntry {
         self.registered
     }
 
+    /// Returns the settling for a change of its end.
+    pub(super) fn settling_mut(&mut self) -> Option<&mut PoolSettling> {
+        self.settling.as_mut()
+    }
+
     /// Returns the settling, while no backend is eligible and some have no result yet.
     pub(super) fn settling(&self) -> Option<&PoolSettling> {
         self.settling.as_ref()
     }
+}
+
+/// Whether names or a `discover` table bring members.
+fn has_sources(pool: &model::PoolConfig) -> bool {
+    pool.discover.is_some() || !pool.named.is_empty()
 }

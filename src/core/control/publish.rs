@@ -6,6 +6,7 @@ pub(super) mod detached_build;
 pub(super) mod pacer;
 
 use super::backends::BackendEntry;
+use super::members::MemberSource;
 use super::pools::{PoolEntry, PoolId};
 use super::state::ControlState;
 use crate::decision::SkipReason;
@@ -46,6 +47,8 @@ pub(super) struct BackendTableState {
     connections_max: u32,
     /// Whether a slow start is running.
     slow_start: bool,
+    /// Whether it serves only while no primary is eligible.
+    backup: bool,
     /// Whether a trial is running. Set only in pools with backups, which then take part.
     on_trial: bool,
     /// Whether `try-all` can pick the backend. Set only in `try-all` pools.
@@ -90,7 +93,7 @@ impl BackendTableState {
             effective_weight: self.weight.max(1),
             connections_max: self.connections_max,
             slow_start: self.slow_start,
-            backup: entry.spec.backup,
+            backup: self.backup,
             eligible: self.weight > 0,
             on_trial: self.on_trial,
             in_service: entry.in_service(),
@@ -107,6 +110,7 @@ impl BackendTableState {
             weight: entry.weight(&pool.spec).parts(),
             connections_max: entry.cap(),
             slow_start: entry.ramp.is_some(),
+            backup: entry.spec.backup,
             on_trial: entry.health.outlier.is_on_trial() && pool.has_backups,
             last_resort: pool.spec.when_none_eligible == WhenNoneEligible::TryAll
                 && entry.in_service(),
@@ -149,9 +153,9 @@ fn ramped(connections_max: u32, share: u32) -> u32 {
 // === impl BackendEntry ===
 
 impl BackendEntry {
-    /// Whether both the operator's intent and its heartbeats request *ready*.
+    /// Whether the operator's intent, its heartbeats and its registries allow sessions.
     fn in_service(&self) -> bool {
-        self.health.intent == Intent::Ready && self.health.requested == RequestedState::Ready
+        self.health.intent == Intent::Ready && self.health.is_wanted()
     }
 
     /// Tells picks why the backend is not eligible, if that has changed.
@@ -168,16 +172,12 @@ impl BackendEntry {
         if health.weight_share() > 0 {
             return None;
         }
-        Some(match (health.intent, health.requested, health.observation()) {
-            (Intent::Draining, ..) => SkipReason::DrainedByOperator,
-            (Intent::Maintenance, ..) => SkipReason::Maintenance,
-            (
-                _,
-                RequestedState::Starting | RequestedState::Draining | RequestedState::Stopping,
-                _,
-            ) => SkipReason::DrainedBySender,
+        Some(match (health.intent, health.observation()) {
+            (Intent::Draining, _) => SkipReason::DrainedByOperator,
+            (Intent::Maintenance, _) => SkipReason::Maintenance,
+            _ if !health.is_wanted() => SkipReason::DrainedBySender,
             _ if health.outlier.is_ejected() => SkipReason::Ejected,
-            (.., Observation::Down) => SkipReason::Down,
+            (_, Observation::Down) => SkipReason::Down,
             _ => SkipReason::NoVerdict,
         })
     }
@@ -186,6 +186,9 @@ impl BackendEntry {
     fn left_out_at(&self, reason: SkipReason) -> Instant {
         match reason {
             SkipReason::DrainedByOperator | SkipReason::Maintenance => self.health.intent_since,
+            SkipReason::DrainedBySender if self.health.requested == RequestedState::Ready => {
+                self.wish_since
+            }
             SkipReason::DrainedBySender => self.requested_since,
             SkipReason::Ejected => self.health.outlier.until().unwrap_or(self.observed_since),
             SkipReason::NoVerdict => self.health.since,
@@ -366,12 +369,12 @@ impl ControlState {
         (BackendTableState::of(entry, pool) != entry.published).then_some(pool.id)
     }
 
-    /// Whether the table may delay the change of this backend: heartbeats registered it,
+    /// Whether the table may delay the change of this backend: the file does not list it,
     /// and its weight increases.
     pub(super) fn may_wait(&self, id: BackendId) -> bool {
         let Some(entry) = self.backends.get(id) else { return true };
         let Some(pool) = self.pool(entry.pool) else { return true };
-        entry.origins.is_registered()
+        !entry.origins.contains(MemberSource::File)
             && BackendTableState::of(entry, pool).weight > entry.published.weight
     }
 

@@ -101,6 +101,7 @@ impl ControlState {
         self.schedule.cancel(TimerKind::Forget(id));
         self.schedule.cancel(TimerKind::Ramp(id));
         entry.confirmation = None;
+        self.end_verification(&mut entry);
         (entry.ramp, entry.ramp_share, entry.served) = (None, 100, false);
         self.schedule.cancel(TimerKind::Probe(id));
         self.schedule.cancel(TimerKind::ProbeLost(id));
@@ -157,6 +158,7 @@ impl ControlState {
             entry.health.intent = intent;
             entry.health.intent_since = since;
         }
+        self.take_group_intent(entry);
     }
 
     /// Restores a removed backend with its state.

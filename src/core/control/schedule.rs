@@ -4,6 +4,7 @@
 //! module decides nothing and reads no clock.
 
 use super::pools::PoolId;
+use super::views::ViewId;
 use crate::table::state::BackendId;
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -42,6 +43,10 @@ pub(super) enum TimerKind {
     GuardTick,
     /// Check the freeze of a pool; `None`: of all pools together.
     CheckGuard(Option<PoolId>),
+    /// Verify a member by a connect, or miss its result.
+    Verify(BackendId),
+    /// Look at the view of a member source.
+    View(ViewId),
     /// Next step of a slow start.
     Ramp(BackendId),
     /// Publish the delayed table.

@@ -4,7 +4,8 @@
 //! Called by the controller for each configuration and at the end of each event.
 //!
 //! - Settling ends when a new backend is eligible, when all have a result, or after
-//!   `startup_grace`.
+//!   `startup_grace`. A pool without an eligible backend also settles until its member
+//!   sources have answered, at most for `first_wait`.
 //! - Until then the former backends, which the reload removed, stay in rotation as
 //!   *stand-ins*.
 //! - Without stand-ins, clients wait in the queue (`dataplane::accept::queue`).
@@ -14,7 +15,7 @@ use super::backends::BackendEntry;
 use super::pools::{PoolEntry, PoolId};
 use super::schedule::{TimerKind, after};
 use super::state::ControlState;
-use crate::health::{Intent, Observation, RequestedState};
+use crate::health::{Intent, Observation};
 use crate::table::state::BackendId;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -69,7 +70,7 @@ impl ControlState {
         }
         let mut all = Vec::with_capacity(self.pools.iter().len());
         for pool in &self.pools {
-            if !self.is_unsettled(pool) {
+            if !self.is_unsettled(pool, now) {
                 self.schedule.cancel(TimerKind::SettlingEnds(pool.id));
                 all.push((pool.id, None));
                 continue;
@@ -79,21 +80,52 @@ impl ControlState {
             let ids = names.iter().filter_map(|name| former.backends.get(*name)).flatten();
             let stand_ins = ids.filter(|id| self.removed.get(**id).is_some()).copied().collect();
             let until = pool.settling().map(|settling| settling.until);
-            let until = until.unwrap_or_else(|| after(now, pool.spec.startup_grace));
+            let until = until.unwrap_or_else(|| self.settling_until(pool, now));
             self.schedule.set(TimerKind::SettlingEnds(pool.id), until.max(now));
             all.push((pool.id, Some(PoolSettling { until, stand_ins })));
         }
         all.into_iter().for_each(|(pool, settling)| self.pools.set_settling(pool, settling));
     }
 
-    /// Whether no backend of the pool is eligible and some have no result yet.
-    fn is_unsettled(&self, pool: &PoolEntry) -> bool {
+    /// Whether no backend of the pool is eligible, and some have no result yet or a member
+    /// source has not answered yet.
+    fn is_unsettled(&self, pool: &PoolEntry, now: Instant) -> bool {
         let members = || pool.members().iter().filter_map(|id| self.backends.get(*id));
-        !members().any(|entry| entry.health.eligible()) && members().any(is_undecided)
+        !members().any(|entry| entry.health.eligible())
+            && (members().any(is_undecided) || self.views.awaited(&pool.spec.name, now).is_some())
+    }
+
+    /// Returns the latest end of a settling that begins now: the end of `startup_grace`, or
+    /// of the wait for a member source.
+    fn settling_until(&self, pool: &PoolEntry, now: Instant) -> Instant {
+        let awaited = self.views.awaited(&pool.spec.name, now);
+        let grace = after(now, pool.spec.startup_grace);
+        match awaited {
+            Some(until) if pool.members().is_empty() => until,
+            awaited => awaited.map_or(grace, |until| until.max(grace)),
+        }
+    }
+
+    /// Ends or extends the settling of a pool after the first answer of a member source:
+    /// its members have `startup_grace` for their first results.
+    pub(super) fn first_answer(&mut self, pool: PoolId, now: Instant) {
+        let Some(pool) = self.pool(pool).filter(|pool| pool.settling().is_some()) else { return };
+        let id = pool.id;
+        if !self.is_unsettled(pool, now) {
+            self.settled(id);
+            return;
+        }
+        let until = self.settling_until(pool, now);
+        if let Some(pool) = self.pools.observe(id)
+            && let Some(settling) = pool.settling_mut()
+        {
+            settling.until = settling.until.max(until);
+            self.schedule.set(TimerKind::SettlingEnds(id), settling.until);
+        }
     }
 
     /// Ends the settling of pools that no longer need it. Checks changed backends only.
-    pub(super) fn check_settling(&mut self) {
+    pub(super) fn check_settling(&mut self, now: Instant) {
         if !self.pools.any_settling() {
             return;
         }
@@ -102,7 +134,7 @@ impl ControlState {
             changed.filter_map(|id| Some(self.backends.get(*id)?.pool)).collect();
         let over = |pool: &PoolId| {
             let pool = self.pool(*pool).filter(|pool| pool.settling().is_some());
-            pool.is_some_and(|pool| !self.is_unsettled(pool))
+            pool.is_some_and(|pool| !self.is_unsettled(pool, now))
         };
         let over: Vec<PoolId> = pools.into_iter().filter(over).collect();
         over.into_iter().for_each(|pool| self.settled(pool));
@@ -129,7 +161,7 @@ fn is_undecided(entry: &BackendEntry) -> bool {
     let health = &entry.health;
     health.combined_observation() == Observation::Unknown
         && health.intent == Intent::Ready
-        && health.requested == RequestedState::Ready
+        && health.is_wanted()
         && !health.outlier.is_ejected()
         && !health.eligible()
 }

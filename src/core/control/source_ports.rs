@@ -4,7 +4,7 @@
 //! API shows them. This code does no I/O. The numbers are estimates: they include
 //! connections of this process only, and closed connections only if Tidegate closed first.
 
-use super::{Notice, NoticeFields};
+use super::{Notice, NoticeFields, NoticeLevel};
 use crate::model::{BackendAddr, SourceAddr};
 use crate::table::source_addrs::CountedSource;
 use crate::table::state::{BackendId, BackendState};
@@ -184,6 +184,7 @@ pub fn warning_text(
 
 fn notice(backend: &BackendState, source: &CountedSource, used: u64, limits: PortLimits) -> Notice {
     Notice {
+        level: NoticeLevel::Warn,
         pool: Arc::clone(&backend.pool),
         backend: Some(Arc::clone(&backend.name)),
         message: "local ports nearly exhausted",
@@ -205,7 +206,13 @@ fn shortened(mut notices: Vec<Notice>) -> Vec<Notice> {
         let message = "local ports of further backends nearly exhausted";
         let fields =
             NoticeFields { suppressed: Some(more as u64), help: HELP, ..NoticeFields::default() };
-        notices.push(Notice { pool: "".into(), backend: None, message, fields });
+        notices.push(Notice {
+            level: NoticeLevel::Warn,
+            pool: "".into(),
+            backend: None,
+            message,
+            fields,
+        });
     }
     notices
 }
@@ -306,7 +313,13 @@ mod tests {
     #[test]
     fn warnings_beyond_the_bound_are_counted_in_one_line() {
         let fields = NoticeFields::default();
-        let one = Notice { pool: "p".into(), backend: None, message: "full", fields };
+        let one = Notice {
+            level: NoticeLevel::Warn,
+            pool: "p".into(),
+            backend: None,
+            message: "full",
+            fields,
+        };
         let cut = shortened(vec![one; 9]);
         assert_eq!(cut.len(), NOTICES_MAX + 1);
         assert_eq!(cut[NOTICES_MAX].fields.suppressed, Some(4));

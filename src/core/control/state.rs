@@ -8,13 +8,15 @@
 use super::backends::BackendSet;
 use super::ejections::EjectionIndex;
 use super::frontends::FrontendSet;
+use super::groups::GroupIntents;
 use super::members::MembersIgnored;
 use super::names::RemovedNames;
 use super::pools::{PoolEntry, PoolId, PoolSet};
 use super::probing::ProbeLog;
 use super::removal::RemovedBackends;
 use super::schedule::Schedule;
-use super::{ControlEffect, DetectorVerdict, Notice, NoticeFields, PublishReason};
+use super::views::MemberViews;
+use super::{ControlEffect, DetectorVerdict, Notice, NoticeFields, NoticeLevel, PublishReason};
 use crate::balance::in_flight::{Counted, Counts, Unshared};
 use crate::health::Transition;
 use crate::model;
@@ -36,9 +38,13 @@ pub(super) struct ControlState {
     /// Removed backends.
     pub(super) removed: RemovedBackends,
     pub(super) removed_names: RemovedNames,
+    /// The views of member sources.
+    pub(super) views: MemberViews,
+    /// Operators' intents for backends whose address is a name.
+    pub(super) groups: GroupIntents,
     pub(super) schedule: Schedule,
     pub(super) probes: ProbeLog,
-    /// Ignored member sets and members, by [`MembersIgnored`].
+    /// Ignored tellings of sources and members, by [`MembersIgnored`].
     pub(super) ignored_members: [u64; MembersIgnored::ALL.len()],
     /// Pending work of the current event; empty between events.
     pub(super) pending: PendingEffects,
@@ -83,6 +89,8 @@ impl ControlState {
             ejections: EjectionIndex::default(),
             removed: RemovedBackends::default(),
             removed_names: RemovedNames::default(),
+            views: MemberViews::default(),
+            groups: GroupIntents::default(),
             schedule: Schedule::default(),
             probes: ProbeLog::new(seed),
             ignored_members: [0; MembersIgnored::ALL.len()],
@@ -152,13 +160,15 @@ impl ControlState {
         fields: NoticeFields,
     ) {
         let (pool, backend) = (Arc::clone(&backend.pool), Some(Arc::clone(&backend.name)));
-        self.pending.effects.push(ControlEffect::Notice(Notice { pool, backend, message, fields }));
+        let level = NoticeLevel::Warn;
+        let notice = Notice { level, pool, backend, message, fields };
+        self.pending.effects.push(ControlEffect::Notice(Box::new(notice)));
     }
 
     /// Logs a notice about one pool; an empty name: about all pools.
     pub(super) fn warn(&mut self, pool: Arc<str>, message: &'static str, fields: NoticeFields) {
-        let notice = Notice { pool, backend: None, message, fields };
-        self.pending.effects.push(ControlEffect::Notice(notice));
+        let notice = Notice { level: NoticeLevel::Warn, pool, backend: None, message, fields };
+        self.pending.effects.push(ControlEffect::Notice(Box::new(notice)));
     }
 }
 

@@ -5,7 +5,8 @@
 use super::backends::BackendEntry;
 use super::members::Origins;
 use super::pools::PoolEntry;
-use super::{Controller, HeartbeatIgnored, PublishReason};
+use super::{Controller, HeartbeatIgnored, PublishReason, SourceStatus};
+use crate::discovery::view::MemberWish;
 use crate::health::{HeartbeatHealth, Intent, Observation, RequestedState, Transition};
 use crate::model::{BindKey, WhenNoneEligible, Words};
 use crate::suspicion::rejections::Rejection;
@@ -78,7 +79,7 @@ pub struct PoolStatus {
     pub name: Arc<str>,
     /// Policy name.
     pub balance: &'static str,
-    /// In file order, then registered backends by age.
+    /// In file order, then the others by age.
     pub backends: Vec<BackendStatus>,
     /// Rule in effect while no backend is eligible: `refuse` or `try-all`, or `wait` or
     /// `former` while settling. `None` if a backend is eligible.
@@ -95,6 +96,8 @@ pub struct PoolStatus {
     pub heartbeats: bool,
     /// Whether the pool has probes.
     pub probes: bool,
+    /// Its names and its `discover` table, in order of precedence.
+    pub sources: Vec<SourceStatus>,
 }
 
 /// A backend in `status`.
@@ -132,6 +135,10 @@ pub struct BackendStatus {
     pub heartbeat_health: HeartbeatHealth,
     /// State that its heartbeats request.
     pub requested: RequestedState,
+    /// What its registries wish for it.
+    pub wish: MemberWish,
+    /// No connect to it has succeeded yet; only in pools without probes.
+    pub unverified: bool,
     /// `None` if no heartbeat was received.
     pub heartbeats: Option<BackendHeartbeatStatus>,
     /// The newest transition, if any.
@@ -203,7 +210,7 @@ impl Controller {
                     connections_max: frontend.spec.connections_max,
                 })
                 .collect(),
-            pools: self.state.pools.iter().map(|pool| pool_status(pool, now)).collect(),
+            pools: self.state.pools.iter().map(|pool| self.pool_status(pool, now)).collect(),
             leaving: removed.filter(|state| state.in_flight.get() > 0).map(Arc::clone).collect(),
             published: self.publisher.published().to_vec(),
             heartbeat: self.heartbeat_status(now),
@@ -226,6 +233,10 @@ impl Controller {
             status.backends.push(backend);
         }
         !gathering.remaining.is_empty()
+    }
+
+    fn pool_status(&self, pool: &PoolEntry, now: Instant) -> PoolStatus {
+        pool_status(pool, self.state.views.status(&pool.spec.name, now), now)
     }
 
     /// Returns the status of all heartbeats; `None` if no pool has heartbeats.
@@ -261,7 +272,7 @@ pub(super) fn none_eligible_rule(pool: &PoolEntry) -> &'static str {
 }
 
 /// Returns the status of a pool without its backends, as if none were eligible.
-fn pool_status(pool: &PoolEntry, now: Instant) -> PoolStatus {
+fn pool_status(pool: &PoolEntry, sources: Vec<SourceStatus>, now: Instant) -> PoolStatus {
     let rule = none_eligible_rule(pool);
     let heartbeat = pool.spec.heartbeat.as_ref();
     let may_register = heartbeat.filter(|spec| spec.register);
@@ -276,6 +287,7 @@ fn pool_status(pool: &PoolEntry, now: Instant) -> PoolStatus {
         registered_max: may_register.map_or(0, |spec| spec.backends_max),
         heartbeats: heartbeat.is_some(),
         probes: pool.spec.probe.is_some(),
+        sources,
     }
 }
 
@@ -301,6 +313,8 @@ pub(super) fn backend_status(
         ramp_percent: entry.ramp_share,
         heartbeat_health: entry.health.heartbeat_health,
         requested: entry.health.requested,
+        wish: entry.health.wish,
+        unverified: entry.health.unverified,
         heartbeats: backend_heartbeat_status(entry, pool, now),
         last_transition: entry.history.last().cloned(),
     }
@@ -355,6 +369,8 @@ impl BackendStatus {
             ramp_percent: 100,
             heartbeat_health: HeartbeatHealth::Absent,
             requested: RequestedState::Ready,
+            wish: MemberWish::Sessions,
+            unverified: false,
             heartbeats: None,
             last_transition: None,
         }
@@ -376,6 +392,7 @@ impl PoolStatus {
             registered_max: 0,
             heartbeats: false,
             probes: false,
+            sources: Vec::new(),
         }
     }
 }

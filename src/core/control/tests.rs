@@ -1,5 +1,6 @@
 //! Test bench for the controller's rules in virtual time. The tests are in the submodules.
 
+mod discovery;
 mod ejections;
 mod handover;
 mod heartbeats;
@@ -12,11 +13,13 @@ mod slow_backends;
 
 use super::*;
 use crate::balance::trial::TrialPhase;
+use crate::discovery::{Announced, Told, WholeSet, Wish};
 use crate::health::Observation;
 use crate::health::ejection::TRIAL_CHECK_INTERVAL;
 use crate::model::{
-    BackendAddr, BackendConfig, Bind, Config, EjectionSpec, FrontendConfig, OnRemoval, Policy,
-    PoolConfig, ProbeKind, ProbeSpec, WhenNoneEligible,
+    BackendAddr, BackendConfig, Bind, Config, DiscoverSpec, DnsConfig, EjectionSpec, EmptyAnswer,
+    FrontendConfig, NameFamily, NameQuestion, NameRecord, NamedBackend, OnRemoval, Policy,
+    PoolConfig, ProbeKind, ProbeSpec, SourceKey, SourceQuestion, ViewGuards, WhenNoneEligible,
 };
 use crate::testing;
 use std::time::Duration;
@@ -80,6 +83,64 @@ fn config(pools: Vec<PoolConfig>) -> Arc<Config> {
     Arc::new(testing::config(frontends, pools.into_iter().map(Arc::new).collect()))
 }
 
+/// Returns the pool with a `discover` table whose guards accept everything at once.
+fn discovering(pool: PoolConfig) -> PoolConfig {
+    discovering_with(pool, open_guards())
+}
+
+fn discovering_with(pool: PoolConfig, guards: ViewGuards) -> PoolConfig {
+    let spec = DiscoverSpec {
+        question: SourceQuestion::File { path: "/members.json".into() },
+        guards,
+        first_wait: Duration::from_secs(10),
+    };
+    PoolConfig { discover: Some(Arc::new(spec)), ..pool }
+}
+
+fn open_guards() -> ViewGuards {
+    ViewGuards {
+        empty: EmptyAnswer::Accept,
+        max_removed: 100,
+        min_backends: 0,
+        missing: 1,
+        overlap: Duration::ZERO,
+        weight_max: 1000,
+        ..ViewGuards::of_name(&DnsConfig::default())
+    }
+}
+
+/// Returns the pool with the backend `db`, whose address is a name.
+fn naming(pool: PoolConfig) -> PoolConfig {
+    let question = NameQuestion {
+        name: "db.internal".into(),
+        record: NameRecord::Address,
+        port: Some(5432),
+        family: NameFamily::Both,
+    };
+    let named =
+        NamedBackend { name: "db".into(), question, weight: 7, backup: false, connections_max: 5 };
+    PoolConfig { named: vec![named], ..pool }
+}
+
+fn announced(text: &str) -> Announced {
+    let BackendConfig { name, address: BackendAddr::Tcp(address), weight, .. } = backend(text)
+    else {
+        unreachable!("backends of the bench have addresses")
+    };
+    let (weight, raw) = (Some(weight), "".into());
+    Announced { name, address, weight, backup: false, wish: Wish::Sessions, raw }
+}
+
+/// Returns a complete answer; each member is `name` or `name@port`.
+fn whole(names: &[&str]) -> Told {
+    whole_of(names.iter().map(|text| announced(text)).collect())
+}
+
+fn whole_of(members: Vec<Announced>) -> Told {
+    let (members, version) = (members.into(), String::new());
+    Told::Whole(WholeSet { members, version, trusted: true, unreadable: 0 })
+}
+
 /// A controller, its clock, and the probes it has requested.
 struct Bench {
     controller: Controller,
@@ -111,6 +172,12 @@ impl Bench {
     fn apply(&mut self, event: ControlEvent) -> Vec<ControlEffect> {
         let effects = self.controller.apply(event, self.now);
         self.note(effects)
+    }
+
+    /// Lets a source of the pool `web` tell something.
+    fn told(&mut self, backend: Option<&str>, told: Told) -> Vec<ControlEffect> {
+        let key = SourceKey { pool: "web".into(), backend: backend.map(Into::into) };
+        self.apply(ControlEvent::Told { key, told, at: self.now })
     }
 
     fn apply_all(&mut self, events: Vec<ControlEvent>) -> Vec<ControlEffect> {

@@ -167,7 +167,7 @@ pub enum SkipReason {
     DrainedByOperator,
     /// An operator has put it into maintenance.
     Maintenance,
-    /// Its heartbeats report `starting`, `draining` or `stopping`.
+    /// Its heartbeats or a member source ask for no new sessions.
     DrainedBySender,
     /// It waits for its first probe result or heartbeat.
     NoVerdict,

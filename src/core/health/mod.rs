@@ -54,6 +54,14 @@
 //! Unless the table says otherwise, the rule above decides whether an *unknown*
 //! backend is eligible. A backend whose heartbeats report `starting`, `draining` or
 //! `stopping` gets no new sessions, whatever its observation: see [`RequestedState`].
+//!
+//! # Member sources
+//!
+//! A registry can wish for less, never for more: [`MemberWish::Starting`] and
+//! [`MemberWish::Draining`] exclude new sessions, [`MemberWish::Suspect`] reduces an eligible
+//! backend to a tenth of its weight. A backend that is down here stays down. In a pool
+//! without probes, a member that only member sources list is **unverified** and not
+//! eligible until one connect to it has succeeded, unless it fails open.
 
 pub mod ejection;
 pub mod probe_detector;
@@ -61,6 +69,7 @@ mod probe_outcome;
 pub mod recent;
 pub mod slow_detector;
 
+use crate::discovery::view::MemberWish;
 use crate::health::ejection::EjectionState;
 use crate::health::probe_detector::ProbeDetector;
 use crate::health::slow_detector::SlowDetector;
@@ -90,6 +99,10 @@ pub struct BackendHealth {
     pub heartbeat_health: HeartbeatHealth,
     /// State that its heartbeats request.
     pub requested: RequestedState,
+    /// What the registries of its pool wish for it.
+    pub wish: MemberWish,
+    /// No connect to it has succeeded yet. Only in pools without probes.
+    pub unverified: bool,
     /// Failures of sessions during the last minute.
     pub recent: RecentFailures,
     /// Detector over the time to the first byte.
@@ -265,6 +278,8 @@ impl BackendHealth {
             recent: RecentFailures::default(),
             heartbeat_health: HeartbeatHealth::Absent,
             requested: RequestedState::Ready,
+            wish: MemberWish::Sessions,
+            unverified: false,
             slow: SlowDetector::default(),
             fails_open: false,
             since: now,
@@ -282,7 +297,7 @@ impl BackendHealth {
     }
 
     /// Returns the combined result of probes, heartbeats and, if these make the
-    /// backend eligible, of the first bytes of its sessions.
+    /// backend eligible, of the first bytes of its sessions and of its registries.
     pub fn observation(&self) -> Observation {
         let seen = self.combined_observation();
         let serves = match seen {
@@ -290,7 +305,8 @@ impl BackendHealth {
             Observation::Unknown => self.when_unknown() == WhenUnknown::Eligible,
             Observation::Suspect | Observation::Down => false,
         };
-        if serves && self.slow.is_suspect() { Observation::Suspect } else { seen }
+        let suspect = self.slow.is_suspect() || self.wish == MemberWish::Suspect;
+        if serves && suspect { Observation::Suspect } else { seen }
     }
 
     /// Whether new sessions can pick the backend.
@@ -344,8 +360,14 @@ impl BackendHealth {
             .fold(judged, Instant::max)
     }
 
+    /// Whether its heartbeats and its registries allow new sessions.
+    pub fn is_wanted(&self) -> bool {
+        self.requested == RequestedState::Ready
+            && !matches!(self.wish, MemberWish::Starting | MemberWish::Draining)
+    }
+
     fn when_unknown(&self) -> WhenUnknown {
-        let open = self.detector.is_none() || self.fails_open;
+        let open = (self.detector.is_none() && !self.unverified) || self.fails_open;
         if open && self.heartbeat_health != HeartbeatHealth::Waiting {
             WhenUnknown::Eligible
         } else {
@@ -354,7 +376,7 @@ impl BackendHealth {
     }
 
     fn percent(&self, ejected: bool) -> u32 {
-        if self.requested != RequestedState::Ready {
+        if !self.is_wanted() {
             return 0;
         }
         weight_percent(self.intent, ejected, self.observation(), self.when_unknown())

@@ -213,6 +213,8 @@ fn explanation_has_exactly_the_documented_fields() {
         intent_for: millis(7_300_000),
         observed_for: millis(750),
         requested_for: millis(2_000),
+        wish_for: Duration::ZERO,
+        announced: Vec::new(),
         weight: Weight { base: 2, health: 10, ramp: 40, load: 65 },
         connections_max: 4,
         probe: Some(ProbeView {

@@ -5,7 +5,7 @@
 
 use super::HeartbeatWatch;
 use crate::control::state::ControlState;
-use crate::control::{ControlEffect, Notice, NoticeFields};
+use crate::control::{ControlEffect, Notice, NoticeFields, NoticeLevel};
 use crate::suspicion::rejections::Rejected;
 use std::sync::Arc;
 use std::time::Instant;
@@ -110,11 +110,12 @@ impl HeartbeatWatch {
             help: why.help(),
             ..NoticeFields::default()
         };
-        state.pending.effects.push(ControlEffect::Notice(Notice {
+        state.pending.effects.push(ControlEffect::Notice(Box::new(Notice {
+            level: NoticeLevel::Warn,
             pool: Arc::clone(&heartbeat.pool),
             backend: Some(Arc::clone(&heartbeat.name)),
             message: "heartbeats rejected; they count as missing",
             fields,
-        }));
+        })));
     }
 }

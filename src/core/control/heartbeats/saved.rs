@@ -6,7 +6,7 @@
 use super::HeartbeatWatch;
 use super::reported::{BackendHeartbeats, ReportedLoad, requested};
 use crate::control::handover::{SavedBackend, SavedPool};
-use crate::control::members::{MemberSource, Origins};
+use crate::control::members::PoolMember;
 use crate::control::pools::PoolId;
 use crate::control::schedule::{TimerKind, after};
 use crate::control::state::ControlState;
@@ -247,6 +247,6 @@ impl ControlState {
             backup: false,
             connections_max: 0,
         };
-        self.join(pool_id, member, Origins::of(MemberSource::Heartbeats), (0, 1), now)
+        self.join(pool_id, PoolMember::registered(member), (0, 1), now)
     }
 }

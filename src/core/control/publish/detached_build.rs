@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 /// Largest pool whose part is built at once: about 2 ms.
 pub(in crate::control) const AT_ONCE_MAX: usize = 2_000;
 
-/// Builds for heartbeats use at most 1/`SHARE` of the other thread's time. All builds
+/// Builds for heartbeats and member sources use at most 1/`SHARE` of the other thread's time. All builds
 /// together use at most half of it.
 const SHARE: u32 = 10;
 
@@ -285,7 +285,7 @@ impl Publisher {
         self.builds.ready.push((token.pool, built.table));
         state.pending.rebuild.get_or_insert(reason);
         self.builds.last = Some((now, took));
-        if reason == PublishReason::Heartbeat {
+        if reason.is_paced() {
             self.pacer.wait_until(now + took * (SHARE - 1));
         }
         detached.shut.retain(|_, (first, state)| {

@@ -1,7 +1,7 @@
-//! Rate limit of tables that heartbeats cause.
+//! Rate limit of tables that heartbeats and member sources cause.
 //!
-//! Called by `publish` at the end of each event. Changes by heartbeats (members, weights)
-//! can be delayed. Failures, operators' requests and reloads are published at once,
+//! Called by `publish` at the end of each event. Changes by heartbeats and
+//! member sources (members, weights, wishes) can be delayed. Failures, operators' requests and reloads are published at once,
 //! together with all delayed changes. This module publishes nothing itself.
 
 use super::Publisher;
@@ -12,7 +12,7 @@ use crate::table::state::BackendId;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-/// Shortest time between two tables for heartbeats. A table costs milliseconds in a pool
+/// Shortest time between two tables for heartbeats and member sources. A table costs milliseconds in a pool
 /// of thousands of backends, and a new backend or weight can wait for 100 ms.
 pub(in crate::control) const PACE: Duration = Duration::from_millis(100);
 
@@ -28,6 +28,8 @@ pub enum PublishReason {
     /// Heartbeats added, removed or reweighted members, or a slow start reached its next
     /// step.
     Heartbeat,
+    /// Names or registries added, removed or changed members.
+    Discovery,
 }
 
 /// State of the rate limit.
@@ -35,7 +37,7 @@ pub enum PublishReason {
 pub(in crate::control) struct PublishPacer {
     /// Changed backends whose table is due now.
     moved: BTreeSet<(PoolId, BackendId)>,
-    /// No table for heartbeats before this time.
+    /// No table for heartbeats or member sources before this time.
     not_before: Option<Instant>,
     /// Tables so far, by [`PublishReason`].
     published: [u64; PublishReason::ALL.len()],
@@ -45,12 +47,18 @@ pub(in crate::control) struct PublishPacer {
 
 impl PublishReason {
     /// All reasons.
-    pub const ALL: [PublishReason; 4] = [
+    pub const ALL: [PublishReason; 5] = [
         PublishReason::Configuration,
         PublishReason::Operator,
         PublishReason::Health,
         PublishReason::Heartbeat,
+        PublishReason::Discovery,
     ];
+
+    /// Whether tables for this reason are paced.
+    pub(in crate::control) fn is_paced(self) -> bool {
+        matches!(self, PublishReason::Heartbeat | PublishReason::Discovery)
+    }
 
     /// Returns the label value in metrics.
     pub fn name(self) -> &'static str {
@@ -59,6 +67,7 @@ impl PublishReason {
             PublishReason::Operator => "operator",
             PublishReason::Health => "health",
             PublishReason::Heartbeat => "heartbeat",
+            PublishReason::Discovery => "discovery",
         }
     }
 }
@@ -71,7 +80,7 @@ impl PublishPacer {
         self.published[reason as usize]
     }
 
-    /// Delays tables for heartbeats until `at`.
+    /// Delays tables for heartbeats and member sources until `at`.
     pub(in crate::control) fn wait_until(&mut self, at: Instant) {
         self.not_before = Some(self.not_before.map_or(at, |before| before.max(at)));
     }
@@ -80,7 +89,7 @@ impl PublishPacer {
     fn done(&mut self, reason: PublishReason, made: bool, now: Instant) {
         self.published[reason as usize] += u64::from(made);
         self.moved.clear();
-        if reason == PublishReason::Heartbeat {
+        if reason.is_paced() {
             self.wait_until(now + PACE);
         }
     }
@@ -130,7 +139,7 @@ impl Publisher {
         waiting.retain(|id| state.moved(*id).is_some());
         let due = !waiting.is_empty() || !state.pools.changed().is_empty();
         state.backends.wait_on(waiting);
-        due.then_some(PublishReason::Heartbeat)
+        due.then(|| state.delayed_reason())
     }
 
     /// Returns the outdated pools, each with its changed backends.
@@ -160,5 +169,22 @@ impl Publisher {
         self.pacer.done(reason, made, now);
         state.backends.take_waiting();
         state.pools.clear_changed();
+        state.views.take_unpublished();
+    }
+}
+
+// === impl ControlState ===
+
+impl ControlState {
+    /// Returns the cause of the delayed changes.
+    fn delayed_reason(&self) -> PublishReason {
+        let discovered = |id: &BackendId| {
+            self.backends.get(*id).is_some_and(|entry| entry.origins.is_discovered())
+        };
+        if self.views.is_unpublished() || self.backends.waiting().iter().any(discovered) {
+            PublishReason::Discovery
+        } else {
+            PublishReason::Heartbeat
+        }
     }
 }

@@ -4,22 +4,25 @@ use super::*;
 use crate::model;
 use tidegate_heartbeat::SenderState;
 
-const SOURCE: MemberSource = MemberSource::Numbered(0);
-const OTHER: MemberSource = MemberSource::Numbered(1);
-
 impl Bench {
-    /// Applies a member set; each member is `name` or `name@port`.
-    fn members(
-        &mut self,
-        source: MemberSource,
-        revision: u64,
-        names: &[&str],
-    ) -> Vec<ControlEffect> {
-        let set = names.iter().map(|text| backend(text)).collect();
-        self.apply(ControlEvent::Members { source, pool: "web".into(), revision, set })
+    /// Lets the `discover` table of the pool list these members, each `name` or `name@port`.
+    pub(super) fn list(&mut self, names: &[&str]) -> Vec<ControlEffect> {
+        self.told(None, whole(names))
     }
 
-    fn hear_from(&mut self, name: &str, sequence: u64, state: SenderState) -> Vec<ControlEffect> {
+    /// Lets the name `db` have these ports of 127.0.0.1.
+    pub(super) fn resolve(&mut self, ports: &[u16]) -> Vec<ControlEffect> {
+        let names: Vec<String> = ports.iter().map(|port| format!("{port}@{port}")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        self.told(Some("db"), whole(&names))
+    }
+
+    pub(super) fn hear_from(
+        &mut self,
+        name: &str,
+        sequence: u64,
+        state: SenderState,
+    ) -> Vec<ControlEffect> {
         let BackendConfig { name, address: BackendAddr::Tcp(address), .. } = backend(name) else {
             unreachable!("backends of the bench have addresses")
         };
@@ -67,93 +70,106 @@ fn heartbeat_spec() -> model::HeartbeatSpec {
 }
 
 fn open_pool(backends: &[&str]) -> PoolConfig {
-    PoolConfig { heartbeat: Some(Arc::new(heartbeat_spec())), ..unprobed(backends) }
+    PoolConfig { heartbeat: Some(Arc::new(heartbeat_spec())), ..discovering(unprobed(backends)) }
 }
 
 #[test]
-fn next_member_set_replaces_the_previous_one() {
-    let mut bench = Bench::new(unprobed(&["a"]));
-    let joined = bench.members(SOURCE, 1, &["b", "c"]);
+fn next_set_of_a_source_replaces_the_previous_one() {
+    let mut bench = Bench::new(discovering(unprobed(&["a"])));
+    let joined = bench.list(&["b", "c"]);
     assert_eq!(
         logs(&joined),
         [
-            "b: new -> unknown: added by a member source",
-            "c: new -> unknown: added by a member source"
+            "-: members of a source have changed",
+            "b: new -> unknown: added by a member source: file",
+            "c: new -> unknown: added by a member source: file"
         ]
     );
+    bench.answer_all_for(publish::pacer::PACE, None);
     assert_eq!(bench.serving(), ["a", "b", "c"]);
-    bench.members(SOURCE, 2, &["c", "d"]);
-    bench.pass(publish::pacer::PACE);
+    let moved = bench.list(&["c", "d"]);
+    assert!(
+        logs(&moved)[0].starts_with("b: unknown -> removed: removed by its member source: file"),
+        "{:?}",
+        logs(&moved)
+    );
+    bench.answer_all_for(publish::pacer::PACE * 2, None);
     assert_eq!(bench.serving(), ["a", "c", "d"]);
-    bench.members(SOURCE, 3, &[]);
-    bench.pass(publish::pacer::PACE);
-    assert_eq!(bench.serving(), ["a"]);
     assert!(bench.ignored_members().is_empty());
 }
 
 #[test]
 fn backend_leaves_with_its_last_origin() {
-    let mut bench = Bench::new(unprobed(&["a", "b"]));
-    bench.members(SOURCE, 1, &["b"]);
-    bench.members(OTHER, 1, &["b"]);
-    assert_eq!(bench.origins("b"), all(&[MemberSource::File, SOURCE, OTHER]));
-    bench.configure(unprobed(&["a"]));
-    assert_eq!(bench.origins("b"), all(&[SOURCE, OTHER]));
-    assert_eq!(bench.serving(), ["a", "b"]);
-    bench.members(SOURCE, 2, &[]);
-    assert_eq!(bench.origins("b"), all(&[OTHER]));
-    bench.members(OTHER, 2, &[]);
-    bench.pass(publish::pacer::PACE);
-    assert_eq!(bench.serving(), ["a"]);
+    let mut bench = Bench::new(discovering(unprobed(&["a", "b"])));
+    bench.list(&["b", "z"]);
+    assert_eq!(bench.origins("b"), all(&[MemberSource::File, MemberSource::Discovery]));
+    bench.configure(discovering(unprobed(&["a"])));
+    assert_eq!(bench.origins("b"), all(&[MemberSource::Discovery]));
+    assert_eq!(bench.serving(), ["a", "b"], "it was in rotation, so it is not verified anew");
+    bench.list(&["z"]);
+    bench.answer_all_for(publish::pacer::PACE * 2, None);
+    assert_eq!(bench.serving(), ["a", "z"]);
 }
 
 #[test]
 fn file_takes_precedence_for_names_and_addresses() {
-    let mut bench = Bench::new(unprobed(&["a"]));
-    bench.members(SOURCE, 1, &["a@4711", "x@1097", "b"]);
+    let mut bench = Bench::new(discovering(unprobed(&["a"])));
+    bench.list(&["a@4711", "x@1097", "b"]);
+    bench.answer_all_for(publish::pacer::PACE * 2, None);
     assert_eq!(bench.serving(), ["a", "b"]);
     assert_eq!(bench.ignored_members(), [("conflict", 2)]);
-    bench.configure(unprobed(&["a", "b@4712"]));
+    bench.list(&["a@4711", "x@1097", "b", "c"]);
+    assert_eq!(bench.ignored_members(), [("conflict", 2)], "each counts once");
+    bench.configure(discovering(unprobed(&["a", "b@4712"])));
     assert_eq!(bench.status("b").state.address_text.as_ref(), "127.0.0.1:4712");
     assert_eq!(bench.origins("b"), all(&[MemberSource::File]));
-    bench.configure(unprobed(&["a"]));
-    assert_eq!(bench.origins("b"), all(&[SOURCE]), "its set still applies");
+    bench.configure(discovering(unprobed(&["a"])));
+    assert_eq!(bench.origins("b"), all(&[MemberSource::Discovery]), "its set still applies");
     assert_eq!(bench.status("b").state.address_text.as_ref(), "127.0.0.1:1098");
 }
 
 #[test]
-fn outdated_and_invalid_member_sets_are_ignored_and_counted() {
-    let mut bench = Bench::new(PoolConfig { hash_slots: 3, ..unprobed(&["a"]) });
-    bench.members(SOURCE, 5, &["b"]);
-    let serving = bench.serving();
-    assert!(bench.members(SOURCE, 4, &["c"]).is_empty());
-    assert!(bench.members(OTHER, 1, &["c", "d"]).is_empty());
-    assert!(bench.members(MemberSource::File, 9, &["c"]).is_empty());
-    assert!(bench.members(MemberSource::Numbered(MemberSource::NUMBERED_MAX), 1, &[]).is_empty());
-    let unknown = ControlEvent::Members {
-        source: SOURCE,
-        pool: "nope".into(),
-        revision: 6,
-        set: vec![backend("c")],
-    };
+fn names_take_precedence_over_the_registry() {
+    let mut bench = Bench::new(naming(discovering(unprobed(&["a"]))));
+    bench.list(&["x@4711", "db", "b"]);
+    bench.resolve(&[4711]);
+    let member = bench.status("db@127.0.0.1:4711");
+    assert_eq!(member.origins, all(&[MemberSource::Names]));
+    assert_eq!((member.weight, member.connections_max), (7, 5));
+    assert_eq!(bench.ignored_members(), [("conflict", 2)], "the address, and the name db");
+}
+
+#[test]
+fn what_an_unknown_source_tells_is_ignored_and_counted() {
+    let mut bench = Bench::new(discovering(unprobed(&["a"])));
+    assert!(bench.told(Some("nobody"), whole(&["b"])).is_empty());
+    let key = model::SourceKey { pool: "nope".into(), backend: None };
+    let unknown = ControlEvent::Told { key, told: whole(&["c"]), at: bench.now };
     assert!(bench.apply(unknown).is_empty());
-    assert_eq!(bench.serving(), serving);
-    assert_eq!(
-        bench.ignored_members(),
-        [("unknown-pool", 1), ("unknown-source", 2), ("older-revision", 1), ("too-many", 1)]
-    );
-    assert!(bench.members(SOURCE, 5, &["b"]).is_empty(), "the same set again");
+    assert_eq!(bench.ignored_members(), [("unknown-pool", 1), ("unknown-source", 1)]);
+    assert_eq!(bench.serving(), ["a"]);
+}
+
+#[test]
+fn more_members_than_hash_slots_and_own_addresses_are_ignored() {
+    let mut bench = Bench::new(PoolConfig { hash_slots: 3, ..discovering(unprobed(&["a"])) });
+    bench.list(&["b", "c", "d", "own@80"]);
+    let ignored = bench.ignored_members();
+    assert_eq!(ignored, [("too-many", 1), ("conflict", 1)]);
+    let status = bench.controller.status(bench.now);
+    assert_eq!(status.pools[0].backends.len(), 3);
 }
 
 #[test]
 fn member_of_a_source_waits_for_probes_and_heartbeats() {
-    let mut bench = Bench::up(pool(&["a"]));
-    bench.members(SOURCE, 1, &["b"]);
+    let mut bench = Bench::up(discovering(pool(&["a"])));
+    bench.list(&["b"]);
     assert_eq!(bench.serving(), ["a"]);
     let spec = model::HeartbeatSpec { register: false, require: true, ..heartbeat_spec() };
-    let mut bench = Bench::new(PoolConfig { heartbeat: Some(Arc::new(spec)), ..unprobed(&["a"]) });
-    bench.members(SOURCE, 1, &["b"]);
-    bench.pass(publish::pacer::PACE);
+    let heartbeat = Some(Arc::new(spec));
+    let mut bench = Bench::new(PoolConfig { heartbeat, ..discovering(unprobed(&["a"])) });
+    bench.list(&["b"]);
+    bench.answer_all_for(publish::pacer::PACE, None);
     assert!(!bench.serving().contains(&"b".to_owned()), "heartbeats are required");
 }
 
@@ -174,13 +190,15 @@ fn backend_removed_from_the_file_registers_with_its_next_heartbeat() {
 fn stopping_registered_backend_stays_while_a_source_lists_it() {
     let mut bench = Bench::new(open_pool(&["a"]));
     bench.hear_from("b", 1, SenderState::Ready);
-    bench.members(SOURCE, 1, &["b"]);
-    assert_eq!(bench.origins("b"), all(&[MemberSource::Heartbeats, SOURCE]));
+    bench.list(&["b", "z"]);
+    assert_eq!(bench.origins("b"), all(&[MemberSource::Heartbeats, MemberSource::Discovery]));
+    bench.answer_asked(None);
     bench.hear_from("b", 2, SenderState::Stopping);
-    bench.pass(Duration::from_secs(80));
-    assert_eq!(bench.origins("b"), all(&[SOURCE]), "heartbeats are no longer an origin");
-    assert_eq!(bench.serving(), ["a", "b"]);
-    bench.members(SOURCE, 2, &[]);
-    bench.pass(publish::pacer::PACE);
-    assert_eq!(bench.serving(), ["a"]);
+    bench.answer_all_for(Duration::from_secs(80), None);
+    let origins = bench.origins("b");
+    assert_eq!(origins, all(&[MemberSource::Discovery]), "heartbeats are no longer an origin");
+    assert_eq!(bench.serving(), ["a", "b", "z"]);
+    bench.list(&["z"]);
+    bench.pass(publish::pacer::PACE * 2);
+    assert_eq!(bench.serving(), ["a", "z"]);
 }
