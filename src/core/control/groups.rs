@@ -113,11 +113,9 @@ impl ControlState {
         }
     }
 
-    /// Returns the intents of a pool's groups that are not ready, for a handover.
+    /// Returns the intents of a pool's groups, for a handover.
     pub(super) fn save_groups(&self, pool: &str, now: Instant) -> Vec<SavedBackend> {
-        let groups = self.groups.groups.iter();
-        let groups =
-            groups.filter(|((of, _), group)| **of == *pool && group.intent != Intent::Ready);
+        let groups = self.groups.groups.iter().filter(|((of, _), _)| **of == *pool);
         let saved = groups.map(|((_, name), group)| SavedBackend {
             name: name.to_string(),
             address: group.address.to_string(),
@@ -128,8 +126,22 @@ impl ControlState {
         saved.collect()
     }
 
-    /// Applies the saved intent of a group. Returns false if the configuration has no such
-    /// group.
+    /// Applies the saved intent of a group. Returns false if the saved backend is no group
+    /// of the configuration.
+    pub(super) fn adopt_saved_group(
+        &mut self,
+        pool: &str,
+        saved: &SavedBackend,
+        intent: Option<Intent>,
+        now: Instant,
+    ) -> bool {
+        let names = (&*saved.name, &*saved.address);
+        let wanted = (intent.unwrap_or(Intent::Ready), saved.intent_ms);
+        self.adopt_group(pool, names, wanted, now)
+    }
+
+    /// As [`ControlState::adopt_saved_group`], by the names and the age of the intent in
+    /// milliseconds.
     pub(super) fn adopt_group(
         &mut self,
         pool: &str,

@@ -417,9 +417,8 @@ impl Controller {
         }
         self.heartbeats.drop_unregistered(&mut self.state, saved, now);
         for backend in &saved.backends {
-            let names = (&*backend.name, &*backend.address);
-            let wanted = Intent::named(&backend.intent).map(|intent| (intent, backend.intent_ms));
-            if wanted.is_some_and(|it| self.state.adopt_group(&saved.name, names, it, now)) {
+            let intent = Intent::named(&backend.intent);
+            if self.state.adopt_saved_group(&saved.name, backend, intent, now) {
                 continue;
             }
             let id = self.state.find_saved(&saved.name, &backend.name, &backend.address);
@@ -434,9 +433,7 @@ impl Controller {
                 entry.health.intent_since = ago(now, backend.intent_ms);
             }
             adopt_health(entry, backend, now);
-            if !entry.health.unverified && entry.verification.take().is_some() {
-                self.state.schedule.cancel(TimerKind::Verify(id));
-            }
+            self.state.schedule.end_verified(entry);
             let (pool, name) = (&entry.state.pool, &entry.state.name);
             entry.history.adopt(&backend.history, (pool, name), now);
             if let Some(ms) = backend.observed_ms {
@@ -517,11 +514,7 @@ fn adopt_health(entry: &mut BackendEntry, saved: &SavedBackend, now: Instant) {
             }
         }
     }
-    // A connect of this process is newer.
-    if entry.health.unverified {
-        entry.health.unverified = saved.unverified;
-        entry.health.fails_open = saved.unverified && saved.fails_open;
-    }
+    entry.adopt_verification(saved);
     entry.health.outlier.restore(&saved.outlier, now);
 }
 

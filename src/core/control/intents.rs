@@ -158,9 +158,7 @@ impl Controller {
         let back = back.map(|one| (one, Some(Intent::Ready)));
         let saved = every_backend(newer).map(|one| (one, Intent::named(&one.1.intent)));
         for ((pool, backend), intent) in saved.chain(back) {
-            let names = (&*backend.name, &*backend.address);
-            let wanted = intent.map(|intent| (intent, backend.intent_ms));
-            if wanted.is_some_and(|wanted| self.state.adopt_group(&pool.name, names, wanted, now)) {
+            if self.state.adopt_saved_group(&pool.name, backend, intent, now) {
                 continue;
             }
             let Some(id) = self.state.find_saved(&pool.name, &backend.name, &backend.address)
@@ -205,7 +203,8 @@ impl ControlState {
             }
         }
         for (place, pool) in (0..).zip(&self.pools) {
-            let groups = self.save_groups(&pool.spec.name, now);
+            let mut groups = self.save_groups(&pool.spec.name, now);
+            groups.retain(|group| group.intent != Intent::Ready.name());
             if !groups.is_empty() {
                 pools.entry(place).or_default().extend(groups);
             }

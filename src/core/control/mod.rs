@@ -73,6 +73,8 @@ pub use status::{
 pub use views::saved::SavedViews;
 pub use views::{AnnouncedBy, SourceStatus};
 
+pub use crate::discovery::MEMBERS_MAX;
+
 use crate::balance::in_flight::Counts;
 use crate::health::{ConnectFailure, Intent, ProbeOutcome};
 use crate::table::Table;

@@ -44,7 +44,7 @@ pub(super) struct ViewId(u32);
 /// All views.
 #[derive(Debug, Default)]
 pub(super) struct MemberViews {
-    views: BTreeMap<ViewId, PoolView>,
+    views: BTreeMap<ViewId, SourceView>,
     ids: HashMap<SourceKey, ViewId>,
     /// By pool name, in order of precedence.
     pools: HashMap<Arc<str>, Vec<ViewId>>,
@@ -57,7 +57,7 @@ pub(super) struct MemberViews {
 
 /// The view of one source of a pool.
 #[derive(Debug)]
-pub(super) struct PoolView {
+pub(super) struct SourceView {
     key: SourceKey,
     question: SourceQuestion,
     guards: ViewGuards,
@@ -157,7 +157,7 @@ impl MemberViews {
                 match self.views.get_mut(&id) {
                     Some(view) => view.configure(settings),
                     None => {
-                        let view = PoolView::new(key.clone(), settings, now);
+                        let view = SourceView::new(key.clone(), settings, now);
                         self.views.insert(id, view);
                     }
                 }
@@ -177,14 +177,14 @@ impl MemberViews {
         ViewId(self.last_id)
     }
 
-    fn of_pool(&self, pool: &str) -> impl Iterator<Item = &PoolView> {
+    fn of_pool(&self, pool: &str) -> impl Iterator<Item = &SourceView> {
         let ids = self.pools.get(pool).into_iter().flatten();
         ids.filter_map(|id| self.views.get(id))
     }
 
     /// Returns the members that the views of a pool list, in order of precedence.
     pub(super) fn listed(&self, pool: &str) -> impl Iterator<Item = ListedMember<'_>> {
-        self.of_pool(pool).flat_map(PoolView::listed)
+        self.of_pool(pool).flat_map(SourceView::listed)
     }
 
     /// Until when a pool waits for a first answer; `None` if it does not.
@@ -280,11 +280,11 @@ impl ViewSettings {
     }
 }
 
-// === impl PoolView ===
+// === impl SourceView ===
 
-impl PoolView {
-    fn new(key: SourceKey, settings: ViewSettings, now: Instant) -> PoolView {
-        PoolView {
+impl SourceView {
+    fn new(key: SourceKey, settings: ViewSettings, now: Instant) -> SourceView {
+        SourceView {
             key,
             label: label(&settings.question, settings.named.as_ref()),
             view: View::new(settings.guards.clone()),
@@ -324,7 +324,7 @@ impl PoolView {
         if self.moved { ViewGuards { max_removed: 100, missing: 1, ..guards } } else { guards }
     }
 
-    /// Makes the list of members anew from the view.
+    /// Lists the members of the view again.
     fn relist(&mut self) {
         let most = self.view.members().map(|member| member.weight).max().unwrap_or(1).max(1);
         let named = self.named.as_ref();
@@ -545,7 +545,7 @@ impl ControlState {
 
     /// Sets the timer of a view.
     pub(super) fn schedule_view(&mut self, id: ViewId, now: Instant) {
-        match self.views.views.get(&id).and_then(PoolView::next_due) {
+        match self.views.views.get(&id).and_then(SourceView::next_due) {
             Some(at) => self.schedule.set(TimerKind::View(id), at.max(now)),
             None => self.schedule.cancel(TimerKind::View(id)),
         }

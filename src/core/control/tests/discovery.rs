@@ -107,7 +107,7 @@ fn connect_without_a_result_is_repeated() {
 }
 
 #[test]
-fn unverified_members_fail_open_only_if_nobody_is_eligible() {
+fn unverified_members_fail_open_only_if_no_backend_is_eligible() {
     let mut bench = Bench::new(discovering(unprobed(&[])));
     bench.list(&["b", "c"]);
     let effects = bench.answer_for(GRACE - Duration::from_millis(1), &["b", "c"]);
@@ -120,7 +120,7 @@ fn unverified_members_fail_open_only_if_nobody_is_eligible() {
     let mut bench = Bench::new(discovering(unprobed(&["a"])));
     bench.list(&["b"]);
     bench.answer_for(Duration::from_secs(60), &["b"]);
-    assert_eq!(bench.serving(), ["a"], "somebody is eligible");
+    assert_eq!(bench.serving(), ["a"], "a backend is eligible");
 }
 
 #[test]
@@ -315,7 +315,7 @@ fn members_of_a_changed_question_stay_until_the_first_answer() {
     spec.question = SourceQuestion::File { path: "/others.json".into() };
     let effects = bench.configure(other.clone());
     assert!(logs(&effects).is_empty());
-    assert_eq!(bench.serving(), ["b", "c"], "a reload loses nobody");
+    assert_eq!(bench.serving(), ["b", "c"], "a reload loses no member");
     assert!(bench.sources()[0].moved);
     bench.list(&["x", "y"]);
     assert_eq!(bench.serving(), ["b", "c"], "the new ones are not verified");

@@ -105,7 +105,7 @@ fn backend_leaves_with_its_last_origin() {
     assert_eq!(bench.origins("b"), all(&[MemberSource::File, MemberSource::Discovery]));
     bench.configure(discovering(unprobed(&["a"])));
     assert_eq!(bench.origins("b"), all(&[MemberSource::Discovery]));
-    assert_eq!(bench.serving(), ["a", "b"], "it was in rotation, so it is not verified anew");
+    assert_eq!(bench.serving(), ["a", "b"], "it was in rotation, so it needs no connect");
     bench.list(&["z"]);
     bench.answer_all_for(publish::pacer::PACE * 2, None);
     assert_eq!(bench.serving(), ["a", "z"]);

@@ -34,7 +34,7 @@ impl ControlState {
     }
 }
 
-/// Returns the level: whether a guard or the source's trouble is in effect.
+/// Returns the level: whether a guard is in effect or the source fails.
 fn level(kind: &NoticeKind) -> NoticeLevel {
     match kind {
         NoticeKind::Changed { .. }

@@ -4,7 +4,7 @@
 //! directory. It does no I/O. Sources ask again after a start; until they have answered,
 //! the saved members serve.
 
-use super::{PoolView, ViewId, question_text};
+use super::{SourceView, ViewId, question_text};
 use crate::control::pools::PoolId;
 use crate::control::{ControlEffect, Controller, PublishReason};
 use crate::discovery::view::{SavedView, View};
@@ -39,7 +39,7 @@ pub struct SavedSource {
     pub view: SavedView,
 }
 
-/// Who saved the views.
+/// Where saved views come from.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum SavedBy {
     /// Another process, which hands over everything.
@@ -129,9 +129,9 @@ impl Controller {
     }
 }
 
-// === impl PoolView ===
+// === impl SourceView ===
 
-impl PoolView {
+impl SourceView {
     fn save(&self, now: Instant) -> SavedSource {
         SavedSource {
             pool: self.key.pool.to_string(),

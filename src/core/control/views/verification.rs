@@ -7,11 +7,12 @@
 //! open. This module judges no backend that has been verified.
 
 use crate::control::backends::BackendEntry;
+use crate::control::handover::SavedBackend;
 use crate::control::pools::PoolId;
 use crate::control::probing::{
     FIRST_PROBES_SPACING_MAX, FIRST_PROBES_SPREAD_MAX, PROBE_LOST_MARGIN,
 };
-use crate::control::schedule::{TimerKind, after};
+use crate::control::schedule::{Schedule, TimerKind, after};
 use crate::control::state::ControlState;
 use crate::control::{ControlEffect, NoticeFields, ProbeLane, ProbeToken};
 use crate::health::ProbeOutcome;
@@ -183,7 +184,7 @@ impl ControlState {
         if !std::mem::take(&mut pool.verification.fails_open) {
             return;
         }
-        // Members whose connects have failed no longer serve beside one that answers.
+        // Members whose connects have failed no longer serve once another member answers.
         for member in pool.members().to_vec() {
             let failed = |entry: &BackendEntry| {
                 entry.health.fails_open && entry.verification.is_some_and(|it| it.failures > 0)
@@ -222,7 +223,8 @@ impl ControlState {
             let message = "no connect to a new member has succeeded yet; it gets no sessions";
             self.warn_of(&state, message, fields);
         }
-        self.open_unverified(state_pool(&self.backends, id), now);
+        let pool = self.backends.get(id).map(|entry| entry.pool);
+        self.open_unverified(pool, now);
     }
 
     fn retry_verification(&mut self, id: BackendId, now: Instant) {
@@ -274,6 +276,25 @@ impl ControlState {
     }
 }
 
-fn state_pool(backends: &crate::control::backends::BackendSet, id: BackendId) -> Option<PoolId> {
-    backends.get(id).map(|entry| entry.pool)
+// === impl BackendEntry ===
+
+impl BackendEntry {
+    /// Applies what another process knows. A connect of this process is newer.
+    pub(in crate::control) fn adopt_verification(&mut self, saved: &SavedBackend) {
+        if self.health.unverified {
+            self.health.unverified = saved.unverified;
+            self.health.fails_open = saved.unverified && saved.fails_open;
+        }
+    }
+}
+
+// === impl Schedule ===
+
+impl Schedule {
+    /// Ends the connects of a backend that is verified.
+    pub(in crate::control) fn end_verified(&mut self, entry: &mut BackendEntry) {
+        if !entry.health.unverified && entry.verification.take().is_some() {
+            self.cancel(TimerKind::Verify(entry.state.id));
+        }
+    }
 }

@@ -59,11 +59,11 @@ fn members_stay_in_rotation_over_an_upgrade_until_their_source_answers() {
     assert_eq!(bench.serving(), ["a", "b", "db@127.0.0.1:4001"]);
     let mut next = bench.upgraded(pool());
     assert_eq!(next.serving(), ["a", "b", "db@127.0.0.1:4001"]);
-    assert!(next.status("c").unverified, "the verification goes on");
+    assert!(next.status("c").unverified, "the verification continues");
     let (why, detail) = (SourceFailure::Timeout, "no answer".to_owned());
     next.told(None, Told::Failed { why, detail });
     next.answer_for(Duration::from_secs(60), &["c"]);
-    assert_eq!(next.serving(), ["a", "b", "db@127.0.0.1:4001"], "nobody leaves");
+    assert_eq!(next.serving(), ["a", "b", "db@127.0.0.1:4001"], "no member leaves");
     next.list(&["b", "c"]);
     next.answer_for(Duration::from_secs(6), &[]);
     assert_eq!(next.serving(), ["a", "b", "c", "db@127.0.0.1:4001"]);
@@ -127,7 +127,7 @@ fn start_without_the_registry_serves_from_the_saved_view() {
     next.answer_for(Duration::from_secs(60), &["b"]);
     assert_eq!(next.serving(), ["c"], "the connects decide");
     let mut next = bench.restarted(discovering_with(unprobed(&["a"]), guarded()));
-    assert_eq!(next.serving(), ["a"], "somebody else serves: verify first");
+    assert_eq!(next.serving(), ["a"], "another backend serves: verify first");
     next.answer_for(PACE * 2, &[]);
     assert_eq!(next.serving(), ["a", "b", "c"]);
 }

@@ -65,7 +65,7 @@ impl Bench {
 }
 
 #[test]
-fn accidents_of_a_registry_remove_nobody() {
+fn accidents_of_a_registry_remove_no_member() {
     let mut bench = Bench::registry(unprobed(&[]), 10);
     let tables = discovered_tables(&bench);
     let accidents = [
@@ -89,7 +89,7 @@ fn accidents_of_a_registry_remove_nobody() {
 }
 
 #[test]
-fn registry_that_is_away_for_a_day_removes_nobody_and_needs_no_restart() {
+fn registry_that_is_away_for_a_day_removes_no_member_and_needs_no_restart() {
     let mut bench = Bench::registry(unprobed(&[]), 10);
     for _ in 0..24 * 60 {
         bench.told(None, failed());
