@@ -319,7 +319,9 @@ impl<'r, 'a> Section<'r, 'a> {
             self.report.error_with(name.span(), || {
                 let header = format!("[{key}.{}]", value::cut(name.get_ref()));
                 let help = match node.get_ref() {
-                    DeValue::Array(_) => format!("write {header}, with single brackets"),
+                    DeValue::Array(all) if all.iter().all(|one| one.get_ref().is_table()) => {
+                        format!("write {header}, with single brackets")
+                    }
                     _ => format!("write [{key}.NAME], then its keys below"),
                 };
                 ValueError::new(format!("{header} must be a table")).help(help)

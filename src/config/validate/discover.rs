@@ -291,7 +291,8 @@ fn http(section: &Section<'_, '_>, files: NamedFiles<'_>) -> Option<SourceQuesti
         let complaint = ValueError::new("ca_file has no effect: the URL is not https");
         section.report.error(place, complaint.help("write an https URL, or remove ca_file"));
     }
-    if let (Some(place), false) = (token_file.place(), url.tls || url.loopback) {
+    let token_place = section.value_place("token_file");
+    if let (Some(place), false) = (token_place, url.tls || url.loopback) {
         let complaint = ValueError::new("the token would go to another host without encryption");
         let help = "write an https URL";
         section.report.error(place, complaint.named("token_file").help(help));
@@ -310,7 +311,7 @@ fn name(section: &Section<'_, '_>) -> Option<NameQuestion> {
     })?;
     let record = record_of(record.or(RecordKey::Auto), &name);
     if record == NameRecord::Address && port.is_absent() && !record_is_bad {
-        section.missing("port", "PORT: A and AAAA records have no port");
+        section.missing("port", "8080, because A and AAAA records have no port");
     }
     Some(NameQuestion { name, record, port: port.value(), family })
 }
@@ -337,7 +338,7 @@ fn query(section: &Section<'_, '_>, pool: &str, kind: RegistryKind) -> Option<Re
             let read = |text: &str| kubernetes_name(text).map(|()| Arc::<str>::from(text));
             let namespace = section.text("namespace", "a string", read).value();
             let port = kubernetes_port(section).value();
-            let service = required(section, "service", "\"NAME\", a service", read)?;
+            let service = required(section, "service", "\"web\"", read)?;
             Some(RegistryQuery::Kubernetes { service, namespace, port })
         }
         RegistryKind::Zookeeper => {
@@ -360,7 +361,7 @@ fn consul(section: &Section<'_, '_>) -> Option<RegistryQuery> {
     let (datacenter, namespace, filter) =
         (optional("datacenter"), optional("namespace"), optional("filter"));
     let max_stale = section.duration("max_stale", "10s", TIME).or(MAX_STALE);
-    let service = required(section, "service", "\"NAME\", a service", |text| {
+    let service = required(section, "service", "\"web\"", |text| {
         asked(text).map(|()| Arc::<str>::from(text))
     })?;
     let tags = tags.into_iter().map(Spanned::into_inner).collect();

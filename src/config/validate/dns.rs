@@ -2,7 +2,7 @@
 //!
 //! Called once by `validate`. It never resolves a name.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use toml::de::DeValue;
 use super::frontend::any_number;
 use crate::address;
 use crate::file::Section;
-use crate::value::ValueError;
+use crate::value::{ValueError, nearest, shown};
 use tidegate_core::model::{DnsConfig, show_duration};
 
 /// Most servers. A question goes to one after the other.
@@ -66,7 +66,7 @@ fn servers(section: &Section<'_, '_>) -> Option<Vec<SocketAddr>> {
         "\"system\", an address such as \"10.0.0.53:53\", or a list of addresses",
         "addresses such as \"10.0.0.53:53\"",
     );
-    let read = any_number(section, "servers", wants, address::ip_server);
+    let read = any_number(section, "servers", wants, server);
     let mut servers = Vec::with_capacity(read.len());
     for one in read {
         if servers.contains(one.get_ref()) {
@@ -81,4 +81,18 @@ fn servers(section: &Section<'_, '_>) -> Option<Vec<SocketAddr>> {
         }
     }
     Some(servers)
+}
+
+fn server(text: &str) -> Result<SocketAddr, ValueError> {
+    if let Ok(ip) = text.parse::<IpAddr>() {
+        let complaint = ValueError::new(format!("the port is missing in {}", shown(text)));
+        return Err(complaint.help(format!("write \"{}\"", SocketAddr::new(ip, 53))));
+    }
+    address::ip_server(text).map_err(|complaint| {
+        match nearest(text, ["system"].into_iter()).is_some() || text == "system" {
+            true => ValueError::new(format!("{} is not an address", shown(text)))
+                .help("write servers = \"system\", without a list"),
+            false => complaint,
+        }
+    })
 }

@@ -109,7 +109,10 @@ pub(super) fn read(section: &Section<'_, '_>, asked: AskedKind) -> ViewGuards {
 pub(super) fn wait(section: &Section<'_, '_>, key: &'static str) -> Field<Duration> {
     section.text(key, "a duration such as \"10s\"", |text| match text {
         "0s" => Ok(Duration::ZERO),
-        text => value::duration(text, WAIT),
+        text => value::duration(text, WAIT).map_err(|complaint| match text {
+            "0" | "off" => complaint.help("for no time, write \"0s\""),
+            _ => complaint,
+        }),
     })
 }
 

@@ -65,7 +65,7 @@ pub(super) fn read(
     let heartbeat = heartbeat::of_pool(&section, name);
     let registered = heartbeat.as_ref().filter(|spec| spec.register).map(|spec| spec.backends_max);
     let discover = discover::of_pool(&section, name, registries, files);
-    let may_be_empty = registered.is_some() || discover.is_some();
+    let may_be_empty = registered.is_some() || section.key_place("discover").is_some();
     let BackendsRead { backends, address_places, named, name_places } =
         backends::read(&section, name, may_be_empty);
     let (discover, registry) = discover.map_or((None, None), |read| (read.spec, read.registry));

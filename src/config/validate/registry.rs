@@ -53,19 +53,19 @@ pub(super) struct RegistryRead {
 pub(super) fn read(named: NamedSection<'_, '_>, files: NamedFiles<'_>) -> RegistryRead {
     let NamedSection { name, place, section } = named;
     let kind = section.choice::<RegistryKind>("kind");
-    if kind.is_absent() {
-        section.missing("kind", "\"consul\", \"etcd\", \"kubernetes\" or \"zookeeper\"");
+    if kind.is_absent() && !section.misspells("kind") {
+        section.missing("kind", "\"consul\" | \"etcd\" | \"kubernetes\" | \"zookeeper\"");
     }
     let kind = kind.value();
     let servers = servers(&section, name);
-    let credentials = Credentials::read(&section, files);
+    let credentials = Credentials::read(&section, kind, files);
     let tls = tls(&section, files);
     if let Some(kind) = kind {
         refuse_foreign_keys(&section, kind);
         check_servers(&section, kind, &servers, tls.as_ref());
         let in_cluster = kind == RegistryKind::Kubernetes && servers.is_empty();
         if tls.is_none() && !in_cluster {
-            credentials.refuse_clear_text(&section, &servers);
+            refuse_clear_text(&section, &servers);
         }
     }
     let timeout = section.duration("timeout", "5s", TIMES).or(TIMEOUT);
@@ -120,7 +120,9 @@ fn check_servers(
     if kind == RegistryKind::Kubernetes {
         refuse_decided_keys(section);
     } else if section.key_place("servers").is_none() {
-        section.missing("servers", "[\"IP:PORT\"]");
+        if !section.misspells("servers") {
+            section.missing("servers", "[\"IP:PORT\"]");
+        }
     } else if section
         .node("servers")
         .and_then(|node| node.get_ref().as_array())
@@ -178,6 +180,8 @@ fn refuse_foreign_keys(section: &Section<'_, '_>, kind: RegistryKind) {
 
 fn tls(section: &Section<'_, '_>, files: NamedFiles<'_>) -> Option<TlsClientConfig> {
     let on = section.boolean("tls");
+    let is_on = on.value() == Some(true);
+    let files = if is_on { files } else { NamedFiles::Ignore };
     let file = |key, content| named_file::read(section, key, content, files);
     let ca_file = file("ca_file", FileContent::Certificates);
     let cert_file = file("cert_file", FileContent::Certificates);
@@ -186,8 +190,7 @@ fn tls(section: &Section<'_, '_>, files: NamedFiles<'_>) -> Option<TlsClientConf
         host_name::certificate_name(text).map(|()| text.to_owned())
     });
     both_or_neither(section, "cert_file", "key_file");
-    let is_on = on.value();
-    if is_on != Some(true) {
+    if !is_on {
         for key in TLS_KEYS {
             if let Some(place) = section.key_place(key) {
                 let complaint = ValueError::new(format!("{key} has no effect without tls = true"));
@@ -251,11 +254,35 @@ fn is_local(server: &ServerAddr) -> bool {
     }
 }
 
+/// Reports a secret that would go to another host in clear text.
+fn refuse_clear_text(section: &Section<'_, '_>, servers: &[ServerAddr]) {
+    let Some(server) = servers.iter().find(|server| !is_local(server)) else { return };
+    for (key, what) in [("token_file", "token"), ("password_file", "password")] {
+        if let Some(place) = section.value_place(key) {
+            let message = format!("the {what} would go to {server} without encryption");
+            let help = "add tls = true, or use a server on a loopback address or a Unix socket";
+            let complaint = ValueError::new(message).named(key);
+            section.report.error(place, complaint.help(help));
+        }
+    }
+}
+
 // === impl Credentials ===
 
 impl Credentials {
-    fn read(section: &Section<'_, '_>, files: NamedFiles<'_>) -> Credentials {
-        let file = |key, content| named_file::read(section, key, content, files);
+    fn read(
+        section: &Section<'_, '_>,
+        kind: Option<RegistryKind>,
+        files: NamedFiles<'_>,
+    ) -> Credentials {
+        let file = |key, content| {
+            // The file of a key that does not belong here is not worth an error.
+            let owned = |(owned, owners): &(&str, &[RegistryKind])| {
+                *owned == key && kind.is_some_and(|kind| owners.contains(&kind))
+            };
+            let files = if OWNED.iter().any(owned) { files } else { NamedFiles::Ignore };
+            named_file::read(section, key, content, files)
+        };
         let credentials = Credentials {
             token_file: file("token_file", FileContent::Secret),
             user: section.text("user", "a name", user),
@@ -264,22 +291,6 @@ impl Credentials {
         };
         both_or_neither(section, "user", "password_file");
         credentials
-    }
-
-    /// Reports a secret that would go to another host in clear text.
-    fn refuse_clear_text(&self, section: &Section<'_, '_>, servers: &[ServerAddr]) {
-        let Some(server) = servers.iter().find(|server| !is_local(server)) else { return };
-        for (key, field) in
-            [("token_file", &self.token_file), ("password_file", &self.password_file)]
-        {
-            if let Some(place) = field.place() {
-                let what = if key == "token_file" { "token" } else { "password" };
-                let message = format!("the {what} would go to {server} without encryption");
-                let help = "add tls = true, or use a server on a loopback address or a Unix socket";
-                let complaint = ValueError::new(message).named(key);
-                section.report.error(place, complaint.help(help));
-            }
-        }
     }
 }
 
