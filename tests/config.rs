@@ -16,6 +16,8 @@ use proptest::prelude::*;
 use tidegate_config::{self as config, Loaded, Problems};
 use tidegate_core::model::Config;
 
+#[path = "config/discovery.rs"]
+mod discovery;
 #[path = "config/rules.rs"]
 mod rules;
 

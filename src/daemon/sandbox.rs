@@ -37,9 +37,12 @@ use crate::admin_place;
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use tidegate_config::{self as config, Origin, Problems, Spot, Texts};
 use tidegate_core::model;
-use tidegate_core::model::{AccessLogTarget, AdminListen, Config, Sandbox};
+use tidegate_core::model::{
+    AccessLogTarget, AdminListen, Config, RegistryConfig, RegistryKind, Sandbox, SourceQuestion,
+};
 use tidegate_net::confinement::SandboxReport;
 use tidegate_net::holders::Holder;
 use tidegate_net::privileges::{self, CapabilitySet, UserIdentity};
@@ -79,6 +82,12 @@ const SYSTEM_READ: [&str; 5] = ["/etc", "/proc", "/sys", "/dev/null", "/dev/uran
 /// any directory, and landlock cannot be relaxed for it. Owners and modes of files
 /// still apply.
 const ANYWHERE: &str = "/";
+
+/// Servers and search domains of the host. Often a link out of `/etc`.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+
+/// Token of the service account of a pod. It is a link to a directory that changes.
+const ACCOUNT_TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 
 /// Writable with `sandbox = "auto"`: a later configuration most likely writes here.
 const LOGS: &str = "/var/log";
@@ -368,10 +377,8 @@ fn paths(config_path: &Path, pid_file: Option<&Path>, config: &Config) -> Paths 
         paths.run.extend(parent.filter(|parent| parent.parent().is_some()));
         paths.run.push(directory);
     }
-    let named = config.heartbeat.iter().flat_map(|it| &it.keys).map(|key| &key.file);
-    let lists = config.frontends.iter().filter_map(|frontend| frontend.sources.as_deref());
-    let lists = lists.flat_map(|rules| rules.allow_file.iter().chain(&rules.deny_file));
-    let read = named.chain(lists).chain(&config.admin.token_file).map(PathBuf::as_path);
+    let named = config.named_files();
+    let read = named.iter().map(PathBuf::as_path).chain(files_of_sources(config));
     for file in read.chain([config_path]) {
         paths.read.extend(directories_of(file));
     }
@@ -388,6 +395,21 @@ fn paths(config_path: &Path, pid_file: Option<&Path>, config: &Config) -> Paths 
     }
     paths.write.extend(config.process.state.clone());
     paths
+}
+
+/// Returns the files that member sources read themselves: their lists, the settings of name
+/// resolution, and the token of a Kubernetes service account.
+fn files_of_sources(config: &Config) -> impl Iterator<Item = &Path> {
+    let specs = config.pools.iter().filter_map(|pool| pool.discover.as_ref());
+    let lists = specs.filter_map(|spec| match &spec.question {
+        SourceQuestion::File { path } => Some(path.as_path()),
+        _ => None,
+    });
+    let in_pod = |registry: &Arc<RegistryConfig>| {
+        registry.kind == RegistryKind::Kubernetes && registry.servers.is_empty()
+    };
+    let in_pod = config.registries.iter().any(in_pod).then_some(Path::new(ACCOUNT_TOKEN));
+    lists.chain([Path::new(RESOLV_CONF)]).chain(in_pod)
 }
 
 /// Returns the directory of a file and, if it is a link, the directory of its target.

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 
 /// Row of the table of bounds, folder or file below `src`, name of the constant.
-const BOUNDS: [(&str, &str, &str); 28] = [
+const BOUNDS: [(&str, &str, &str); 31] = [
     ("[process] connections_max", "config", "PROCESS_CONNECTIONS"),
     ("counts shared over an upgrade", "net", "CELLS_MAX"),
     ("processes that share counts", "net/cells.rs", "PROCESSES_MAX"),
@@ -34,6 +34,9 @@ const BOUNDS: [(&str, &str, &str); 28] = [
     ("names of removed frontends, pools and backends", "core", "REMOVED_NAMES_MAX"),
     ("frontends", "config", "FRONTENDS_MAX"),
     ("bind addresses", "config", "BINDS_MAX"),
+    ("registries", "config", "REGISTRIES_MAX"),
+    ("servers of a registry", "config/validate/registry.rs", "SERVERS_MAX"),
+    ("[pool.discover] backends_max", "config/validate/guards.rs", "BACKENDS_OF_SOURCE"),
     ("pools", "config", "POOLS_MAX"),
     ("backends", "config", "BACKENDS_MAX"),
     ("workers", "config", "WORKERS_MAX"),

@@ -151,8 +151,8 @@ pub(super) const DISCOVER: &[ConfigKey] = &[
             "[\"10.0.0.0/8\", \"100.64.0.0/10\", \"172.16.0.0/12\", \"192.168.0.0/16\", \"fc00::/7\"]",
         ),
         Reload,
-        "Prefixes in which announced addresses must be. Loopback and link-local addresses must be \
-         listed.",
+        "Prefixes in which announced addresses must be. The default has no loopback and no \
+         link-local addresses.",
     ),
     key(
         "backends_max",
@@ -341,7 +341,7 @@ pub(super) const DNS: &[ConfigKey] = &[
         Time("1s", "1d"),
         Value("\"30s\""),
         Reload,
-        "Time that a name must not exist (NXDOMAIN) before its addresses leave.",
+        "Time that the name of a backend must not exist (NXDOMAIN) before its addresses leave.",
     ),
     key(
         "ttl_min",

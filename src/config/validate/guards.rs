@@ -21,6 +21,9 @@ use tidegate_core::model::{
 /// Most members of one source.
 const MEMBERS_MAX: u32 = 10_000;
 
+/// Default of `backends_max`.
+const BACKENDS_OF_SOURCE: u32 = 1000;
+
 /// Most ranges. Each announced address is compared with them.
 const RANGES_MAX: usize = 64;
 
@@ -70,7 +73,7 @@ pub(crate) fn defaults(asked: AskedKind) -> ViewGuards {
         missing: if asked == AskedKind::Dns { 2 } else { 1 },
         overlap: Duration::from_secs(10),
         stale_for: None,
-        backends_max: 1000,
+        backends_max: BACKENDS_OF_SOURCE,
         weight_max: 100,
         weights: AnnouncedWeights::Use,
         addresses: PRIVATE.iter().filter_map(|range| range.parse().ok()).collect(),
@@ -131,7 +134,7 @@ fn counts(section: &Section<'_, '_>, empty: EmptyAnswer) -> (Field<u32>, Field<u
     let Field::Good(given) = &least else { return (most, least) };
     let bound = match &most {
         Field::Good(most) => Some(*most.get_ref()),
-        Field::Absent => Some(defaults(AskedKind::File).backends_max),
+        Field::Absent => Some(BACKENDS_OF_SOURCE),
         Field::Bad => None,
     };
     if let Some(bound) = bound

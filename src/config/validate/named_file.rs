@@ -14,11 +14,11 @@ use crate::{NamedFiles, Spot, source};
 use tidegate_heartbeat::secret_file::{self, Openness};
 use zeroize::Zeroizing;
 
-/// Most bytes of a token or a password.
-const SECRET_BYTES_MAX: usize = 64 * 1024;
+/// Most bytes of a token, a password or a private key: the limit of the sources.
+const SECRET_BYTES_MAX: usize = 16 * 1024;
 
-/// Most bytes of a private key or a kubeconfig.
-const KEY_BYTES_MAX: usize = 1024 * 1024;
+/// Most bytes of a kubeconfig, which can hold certificates.
+const KUBECONFIG_BYTES_MAX: usize = 1024 * 1024;
 
 /// What a file contains.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -66,14 +66,13 @@ fn check(path: &Path, kept: Option<&[u8]>, content: FileContent) -> Result<(), V
         }
     };
     match content {
-        FileContent::Secret => match secret(SECRET_BYTES_MAX)?.trim_ascii().is_empty() {
-            true => Err(unfit("is empty".to_owned())),
-            false => Ok(()),
-        },
-        FileContent::PrivateKey => {
-            private_key(&secret(KEY_BYTES_MAX)?).map_err(|why| unfit(why.to_owned()))
+        FileContent::Secret => {
+            one_line(&secret(SECRET_BYTES_MAX)?).map_err(|why| unfit(why.to_owned()))
         }
-        FileContent::Kubeconfig => secret(KEY_BYTES_MAX).map(drop),
+        FileContent::PrivateKey => {
+            private_key(&secret(SECRET_BYTES_MAX)?).map_err(|why| unfit(why.to_owned()))
+        }
+        FileContent::Kubeconfig => secret(KUBECONFIG_BYTES_MAX).map(drop),
         FileContent::Certificates => {
             let bytes = match kept {
                 Some(kept) => Cow::Borrowed(kept),
@@ -87,6 +86,18 @@ fn check(path: &Path, kept: Option<&[u8]>, content: FileContent) -> Result<(), V
                     .help("it must be in PEM form, with -----BEGIN CERTIFICATE-----")),
             }
         }
+    }
+}
+
+/// Checks that a secret is one line of text, with the rules of the sources.
+fn one_line(bytes: &[u8]) -> Result<(), &'static str> {
+    let text = std::str::from_utf8(bytes).map_err(|_| "is not UTF-8")?.trim();
+    if text.is_empty() {
+        return Err("is empty");
+    }
+    match text.contains(char::is_control) {
+        true => Err("contains more than one line"),
+        false => Ok(()),
     }
 }
 
