@@ -355,3 +355,40 @@ impl fmt::Display for BackendPlace {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// A backend without a name has its address as name, so the text must be stable.
+        #[test]
+        fn shown_place_of_a_backend_is_read_as_the_same_place(
+            text in prop_oneof![
+                "(srv:)?[a-zA-Z0-9._-]{1,20}(:0{0,2}[0-9]{1,5})?",
+                "[0-9]{1,3}(\\.[0-9]{1,3}){3}:[0-9]{1,5}",
+                "\\PC{0,40}",
+            ],
+        ) {
+            if let Ok(place) = backend_place(&text) {
+                prop_assert_eq!(backend_place(&place.to_string()), Ok(place));
+            }
+            let _ = (server_address(&text), bind_addresses(&text), ip_server(&text));
+        }
+    }
+
+    #[test]
+    fn member_of_a_name_never_has_the_name_of_another_backend() {
+        // Of all addresses only those of Unix sockets can have an @, and no name starts
+        // like them.
+        for text in ["unix:@db@10.0.0.1:80", "unix:/run/db@10.0.0.1:80"] {
+            assert!(matches!(backend_place(text), Ok(BackendPlace::Address(_))), "{text}");
+        }
+        for text in ["unix:80", "db@10.0.0.1:80", "srv:db@10.0.0.1", "10.0.0.1@10.0.0.1:80"] {
+            let name = matches!(backend_place(text), Ok(BackendPlace::Name(_)));
+            assert!(!name, "{text}");
+        }
+        assert!(crate::value::name("pg@10.0.0.1:80").is_err());
+    }
+}

@@ -40,8 +40,8 @@ use tidegate_heartbeat::keys::Secret;
 /// A whole configuration, checked for consistency by `validate`.
 ///
 /// Invariants: at least one frontend; every frontend's pool exists; every pool has a
-/// backend or lets senders register; names are unique; no bind repeats or overlaps
-/// another.
+/// backend, lets senders register or has a member source; every registry that a source
+/// names exists; names are unique; no bind repeats or overlaps another.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Config {
     /// Threads, engine and process-wide limits.
