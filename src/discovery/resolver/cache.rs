@@ -5,6 +5,7 @@
 use super::ResolveFailure;
 use super::wire::{RecordQuestion, RecordSet};
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::discovery::SourceFailure;
@@ -148,6 +149,13 @@ impl AnswerCache {
         let answer = Arc::new(RecordAnswer { outcome, asked, until, known });
         entry.answer = Some(Arc::clone(&answer));
         answer
+    }
+
+    /// Returns the last known addresses.
+    pub(super) fn known(&self, question: &RecordQuestion) -> Vec<IpAddr> {
+        let answer = self.entries.get(question).and_then(|entry| entry.answer.as_ref());
+        let known = answer.and_then(|answer| answer.known.as_ref());
+        known.map_or_else(Vec::new, |set| set.addresses.clone())
     }
 
     /// Makes every answer due.

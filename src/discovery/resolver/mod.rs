@@ -37,6 +37,9 @@ use wire::{RecordKind, RecordQuestion, RecordSet};
 /// Time after which a name is looked up again that no server was asked for.
 const LOCAL_AGAIN: Duration = Duration::from_secs(5);
 
+/// Time after which the last known addresses of a registry are used (RFC 8767).
+const USE_KNOWN_AFTER: Duration = Duration::from_secs(1);
+
 /// Resolves names. Clones share one cache.
 #[derive(Debug, Clone)]
 pub struct Resolver(Arc<ResolverState>);
@@ -141,13 +144,17 @@ impl Resolver {
     }
 
     /// Returns the addresses of a name, at least one, IPv4 first. An IP address resolves to
-    /// itself. If no server answers, the last known addresses count.
+    /// itself. If no server answers within 1 s, the last known addresses count.
     ///
     /// # Errors
     /// The name has no address, or no server answered and none is known.
     pub async fn host(&self, name: &str) -> Result<Vec<IpAddr>, ResolveFailure> {
         let why = SourceFailure::NotFound;
-        match self.addresses(name, NameFamily::Both, None).await.outcome {
+        let last = self.last_known(name);
+        let limit = if last.is_empty() { Duration::MAX } else { USE_KNOWN_AFTER };
+        let asked = self.addresses(name, NameFamily::Both, None);
+        let Ok(answer) = tokio::time::timeout(limit, asked).await else { return Ok(last) };
+        match answer.outcome {
             AddressOutcome::Whole(addresses) => Ok(addresses),
             AddressOutcome::Part(PartialAnswer { fresh, kept, failure, .. }) => {
                 let known = [fresh, kept].concat();
@@ -326,6 +333,19 @@ impl Resolver {
         let place = if dots >= conf.ndots { 0 } else { names.len() };
         names.insert(place, own);
         Ok(names)
+    }
+
+    /// Returns the addresses of the last answer about a name.
+    fn last_known(&self, name: &str) -> Vec<IpAddr> {
+        let candidates = self.candidates(name).unwrap_or_default();
+        let cache = self.cache();
+        let of_name = |name: DnsName| {
+            [RecordKind::A, RecordKind::Aaaa]
+                .iter()
+                .flat_map(|kind| cache.known(&RecordQuestion { name: name.clone(), kind: *kind }))
+                .collect::<Vec<IpAddr>>()
+        };
+        candidates.into_iter().map(of_name).find(|known| !known.is_empty()).unwrap_or_default()
     }
 
     fn settings(&self, now: Instant) -> HostSettings {

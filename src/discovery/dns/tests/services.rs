@@ -141,6 +141,27 @@ async fn names_without_services_are_failures_and_missing_names_are_empty() {
 }
 
 #[tokio::test]
+async fn each_trusted_set_comes_from_new_records() {
+    let liar = DnsLiar::start(|question| {
+        let target = "a.example";
+        let service = LiarData::Service { priority: 1, weight: 1, port: 80, target };
+        match question.kind {
+            TYPE_SRV => question.reply().record(NAME, 3600, service).send(),
+            TYPE_A => question.addresses(0, &["192.0.2.1"]).send(),
+            _ => question.addresses(3600, &["2001:db8::1"]).send(),
+        }
+    })
+    .await;
+    let test = TestResolver::new(&[liar.address]);
+    let mut source = RunningSource::start(srv(), &test.resolver);
+    for sets in 1..=3 {
+        assert!(source.whole().await.trusted);
+        let counts = [TYPE_SRV, TYPE_A, TYPE_AAAA].map(|kind| liar.count(kind));
+        assert!(counts.iter().all(|count| *count >= sets), "{counts:?} questions, {sets} sets");
+    }
+}
+
+#[tokio::test]
 async fn failed_target_keeps_its_last_addresses() {
     let mut count = 0;
     let liar = DnsLiar::start(move |question| {

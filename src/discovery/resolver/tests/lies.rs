@@ -226,6 +226,23 @@ async fn last_known_addresses_count_while_no_server_answers() {
 }
 
 #[tokio::test]
+async fn last_known_addresses_count_after_a_second_of_silence() {
+    let (_liar, test) = liar(|question| match question.kind {
+        TYPE_A => question.addresses(0, GOOD).send(),
+        _ => question.reply().send(),
+    })
+    .await;
+    assert_eq!(test.host("web.example").await.unwrap(), GOOD);
+    let silent = DnsLiar::start(|_| Vec::new()).await;
+    let servers = Some(vec![silent.address]);
+    test.resolver.configure(DnsConfig { servers, ..DnsConfig::default() });
+    let start = clock::now();
+    assert_eq!(test.host("web.example").await.unwrap(), GOOD);
+    let took = clock::now() - start;
+    assert!(took < Duration::from_millis(1800), "{took:?}, and two rounds take 2 s");
+}
+
+#[tokio::test]
 async fn each_question_has_another_port_and_another_id() {
     let (liar, test) = liar(|question| question.addresses(60, GOOD).send()).await;
     for name in 0..20 {
