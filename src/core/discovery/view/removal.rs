@@ -14,6 +14,7 @@
 use super::member::{Absence, Entry, HeldReason};
 use super::notices::NoticeKind;
 use super::{LocalSight, Reading, View};
+use crate::discovery::Wish;
 use crate::model::EmptyAnswer;
 use std::time::{Duration, Instant};
 
@@ -212,12 +213,16 @@ impl View {
         removed
     }
 
-    /// Counts the newcomers since `first` that are not up and can still come up in time.
+    /// Counts the newcomers since `first` that can serve in time and do not serve yet.
     fn fresh_newcomers(&self, first: Instant, now: Instant, sight: &dyn LocalSight) -> usize {
+        let rule = self.guards.critical;
         let is_fresh = |entry: &&Entry| {
             let since = entry.member.since;
             let is_new = entry.leaving.is_none() && entry.absence.is_none() && since >= first;
-            is_new && now < later(since, self.guards.overlap) && !sight.is_up(entry.member.address)
+            is_new
+                && now < later(since, self.guards.overlap)
+                && entry.wish != Wish::Draining
+                && !(entry.desired(rule).serves() && sight.is_up(entry.member.address))
         };
         self.entries.iter().filter(is_fresh).count()
     }

@@ -52,6 +52,21 @@ fn a_newcomer_that_is_up_already_keeps_no_member() {
 }
 
 #[test]
+fn a_newcomer_that_is_critical_or_starts_is_not_up_and_one_that_drains_keeps_no_member() {
+    for wish in [Wish::Critical, Wish::Starting] {
+        let mut bench = Bench::with(guards(), 2);
+        bench.up([3]);
+        bench.whole([one(2), with_wish(3, wish)]);
+        assert_eq!(bench.addresses(), [1, 2, 3]);
+        bench.tell([2, 3]);
+        assert_eq!(bench.addresses(), [2, 3]);
+    }
+    let mut bench = Bench::with(guards(), 2);
+    bench.whole([one(2), with_wish(3, Wish::Draining)]);
+    assert_eq!(bench.addresses(), [2, 3]);
+}
+
+#[test]
 fn a_member_that_returns_during_the_overlap_stays() {
     let mut bench = Bench::with(guards(), 2);
     bench.tell([2, 3]);
