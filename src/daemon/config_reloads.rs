@@ -12,7 +12,6 @@
 use super::due;
 use super::session_cap::SessionCap;
 use crate::admin::{ReloadCounts, ReloadDoc, ReloadError};
-use crate::config_watch::ConfigWatcher;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -21,6 +20,7 @@ use std::time::{Duration, Instant};
 use tidegate_core::model::Config;
 use tidegate_dataplane::local_errors;
 use tidegate_net::clock;
+use tidegate_net::file_watch::FileWatcher;
 use tokio::sync::{Notify, oneshot};
 
 /// How long a reload request waits for a writer of the file.
@@ -52,7 +52,7 @@ pub(super) struct ConfigReloads {
     rejected: Option<String>,
     counts: ReloadCounts,
     /// `None` until the loop runs, or if the file cannot be watched.
-    watcher: Option<ConfigWatcher>,
+    watcher: Option<FileWatcher>,
     /// Signalled by the watcher.
     changed: Arc<Notify>,
     waiting: Vec<RequestReply>,
@@ -108,7 +108,7 @@ impl ConfigReloads {
     /// Starts to watch the file.
     pub(super) fn watch(&mut self) {
         let notify = Arc::clone(&self.changed);
-        match ConfigWatcher::start(&self.path, move || notify.notify_one()) {
+        match FileWatcher::start(&self.path, move || notify.notify_one()) {
             Ok(watcher) => self.watcher = Some(watcher),
             Err(error) => {
                 tracing::warn!(%error, "cannot watch the configuration file; reload with SIGHUP or tidegate reload");
@@ -242,7 +242,7 @@ impl ConfigReloads {
 
     /// Returns a file that is being written.
     pub(super) fn file_being_written(&self) -> Option<PathBuf> {
-        self.watcher.as_ref().and_then(ConfigWatcher::being_written)
+        self.watcher.as_ref().and_then(FileWatcher::being_written)
     }
 
     // --- retries after a local error ---

@@ -31,7 +31,6 @@ pub mod admin_place;
 mod binds;
 mod builder;
 mod config_reloads;
-pub mod config_watch;
 mod control_loop;
 mod drain;
 mod due;

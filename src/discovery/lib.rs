@@ -6,14 +6,20 @@
 //! decision about a backend. Each answer goes into a newest-only [`slot`](tell), from which
 //! the control loop takes it. A source decides nothing: the views of `core::discovery` do.
 
+pub mod backoff;
 pub mod client;
+pub mod consul;
+pub mod dispatch;
 pub mod dns;
 pub mod etcd;
+pub mod file;
+pub mod http;
+pub mod listing;
+pub mod parse;
 pub mod register;
 pub mod resolver;
 pub mod secret;
 pub mod tell;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
-
-pub mod consul;
+pub mod thread;

@@ -34,6 +34,8 @@ pub struct SourceCounters {
     pub watch_restarts: AtomicU64,
     /// Complete lists after the first.
     pub relists: AtomicU64,
+    /// Panics of the source. It restarts after each.
+    pub panics: AtomicU64,
     failures: [AtomicU64; SourceFailure::ALL.len()],
 }
 

@@ -14,6 +14,7 @@ pub mod epoll;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
 pub mod fd_channel;
+pub mod file_watch;
 pub mod holders;
 mod ioctl;
 pub mod limits;

@@ -379,7 +379,7 @@ fn file_is_polled_without_inotify_instances(engine: Engine) {
         .status();
     assert!(raised.unwrap().success());
     eventually(secs(5), "the watch is restored", || {
-        proxy.log().contains("watching the configuration file again")
+        proxy.log().contains("watching the file again")
     });
     proxy.rebaseline();
 }

@@ -138,6 +138,11 @@ impl Resolver {
         }
     }
 
+    /// Asks for each name again when it is needed next.
+    pub fn expire(&self) {
+        self.cache().expire(clock::now());
+    }
+
     /// The counters.
     pub fn counters(&self) -> &ResolverCounters {
         &self.0.counters

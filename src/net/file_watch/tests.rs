@@ -14,7 +14,7 @@ const NEVER: Duration = Duration::from_secs(3600);
 const PATIENCE: Duration = Duration::from_secs(10);
 
 struct Watched {
-    watcher: ConfigWatcher,
+    watcher: FileWatcher,
     changes: Receiver<String>,
 }
 
@@ -22,7 +22,7 @@ struct Watched {
 fn watched(path: &Path, settings: WatchSettings) -> Watched {
     let (send, changes) = channel();
     let file = path.to_owned();
-    let watcher = ConfigWatcher::start_with(path, settings, move || {
+    let watcher = FileWatcher::start_with(path, settings, move || {
         let _ = send.send(fs::read_to_string(&file).unwrap_or_default());
     });
     Watched { watcher: watcher.unwrap(), changes }
@@ -316,7 +316,7 @@ fn request_is_answered_at_once_or_after_the_writer_closes_the_file() {
         watched.sees_only("01");
     }
     fs::write(&list, "b").unwrap();
-    assert!(watched.is_quiet(), "notification for a file that the configuration names");
+    assert!(watched.is_quiet(), "notification for a file that the watched file names");
 }
 
 #[test]

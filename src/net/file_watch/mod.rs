@@ -1,5 +1,5 @@
-//! Detects changes of the configuration file: writes in place, renames over it, and
-//! swaps of symbolic links.
+//! Detects changes of a file: writes in place, renames over it, and swaps of symbolic
+//! links.
 //!
 //! Started by `config_reloads`, which rereads the file after each notification and
 //! compares digests. The watcher never parses the file, and a notification does not
@@ -18,16 +18,16 @@
 //! # Incomplete files
 //! A part of a TOML file is often valid, so validation does not detect an incomplete
 //! file. The watcher notifies only after every writer has closed the file and the files
-//! that the configuration names (see [`settle`]). A reload that an operator requests
-//! waits in the same way ([`ConfigWatcher::request`]).
+//! that the watched file names (see [`settle`]). A reload that an operator requests
+//! waits in the same way ([`FileWatcher::request`]).
 
 mod settle;
 mod watched_path;
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -35,11 +35,11 @@ use std::time::{Duration, Instant};
 
 use notify::event::{AccessKind, AccessMode, ModifyKind};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
+use rustix::fs::OFlags;
 
 use self::settle::{FileEvent, FileSettling, Times, Verdict, WatchWarning};
 use self::watched_path::WatchedPath;
-use tidegate_config::source;
-use tidegate_net::clock;
+use crate::clock;
 
 /// A change is complete after this time without events. Editors write a file twice, and
 /// a directory swap consists of several renames.
@@ -61,7 +61,7 @@ const POLL: Duration = Duration::from_secs(2);
 /// up inotify again.
 const POLL_ALONE: Duration = Duration::from_secs(1);
 
-/// Files named by a configuration that are watched for writers. Further files are read
+/// Files named by the watched file that are watched for writers. Further files are read
 /// without waiting for their writers.
 pub const NAMED_MAX: usize = 256;
 
@@ -71,7 +71,7 @@ const SETUP_ROUNDS_MAX: usize = 8;
 
 /// Watches one file until dropped. Drop waits for a running call of `on_change`.
 #[derive(Debug)]
-pub struct ConfigWatcher {
+pub struct FileWatcher {
     shared: Arc<WatchShared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -88,7 +88,7 @@ struct WatchShared {
 struct WatchState {
     /// An event arrived since the last check.
     dirty: bool,
-    /// The configuration file may have changed since the last notification.
+    /// The file may have changed since the last notification.
     changed: bool,
     /// The owner requested a notification.
     requested: bool,
@@ -97,14 +97,14 @@ struct WatchState {
     stop: bool,
     settling: FileSettling,
     /// Relevant paths (see [`WatchedPath`]). The value is true for paths that lead to
-    /// the configuration file itself.
+    /// the watched file itself.
     relevant: HashMap<PathBuf, bool>,
     /// The watched directories.
     directories: HashSet<PathBuf>,
     /// A watched directory was removed or renamed. A new directory can have the same
     /// name and even the same inode.
     lost: bool,
-    /// Files that the configuration names.
+    /// Files that the watched file names.
     named: Vec<PathBuf>,
     /// Why inotify is not used; only the periodic check runs.
     polling_reason: Option<String>,
@@ -132,25 +132,25 @@ struct FileStamp {
 
 /// State of the watching thread.
 struct WatchThread {
-    /// The configuration file.
+    /// The watched file.
     path: PathBuf,
     shared: Arc<WatchShared>,
     settings: WatchSettings,
     notifier: Option<RecommendedWatcher>,
     /// Watched directories with device and inode, to detect a replaced directory.
     directories: HashMap<PathBuf, (u64, u64)>,
-    /// The configuration file and the files it names, at the last check. `None`: the
+    /// The file and the files it names, at the last check. `None`: the
     /// file does not exist.
     stamps: Vec<(PathBuf, Option<FileStamp>)>,
-    /// The configuration file at the last notification.
+    /// The file at the last notification.
     notified: Option<FileStamp>,
     /// The files were completely written when `stamps` was taken.
     complete: bool,
 }
 
-// === impl ConfigWatcher ===
+// === impl FileWatcher ===
 
-impl ConfigWatcher {
+impl FileWatcher {
     /// Watches `path`, which does not need to exist yet. A separate thread calls
     /// `on_change`. A call means that the file may have changed and is completely
     /// written.
@@ -158,8 +158,8 @@ impl ConfigWatcher {
     /// # Errors
     /// The path is relative and the working directory does not exist, or the thread
     /// cannot be started. Missing inotify is not an error: see
-    /// [`ConfigWatcher::polling_reason`].
-    pub fn start(path: &Path, on_change: impl Fn() + Send + 'static) -> io::Result<ConfigWatcher> {
+    /// [`FileWatcher::polling_reason`].
+    pub fn start(path: &Path, on_change: impl Fn() + Send + 'static) -> io::Result<FileWatcher> {
         let settings = WatchSettings { poll: POLL, notify: true, silence: SILENCE };
         Self::start_with(path, settings, on_change)
     }
@@ -171,7 +171,7 @@ impl ConfigWatcher {
     }
 
     /// Requests a call of `on_change` as soon as no writer has the file, or a file that
-    /// the configuration names, open.
+    /// the watched file names, open.
     pub fn request(&self) {
         let mut state = self.shared.lock();
         (state.requested, state.woken) = (true, true);
@@ -200,7 +200,7 @@ impl ConfigWatcher {
         path: &Path,
         settings: WatchSettings,
         on_change: impl Fn() + Send + 'static,
-    ) -> io::Result<ConfigWatcher> {
+    ) -> io::Result<FileWatcher> {
         let times = Times {
             settle: SETTLE,
             settle_max: SETTLE_MAX,
@@ -225,13 +225,13 @@ impl ConfigWatcher {
         watch.stamps = watch.stamp();
         watch.notified = watch.stamps.first().and_then(|(_, stamp)| *stamp);
         let thread = thread::Builder::new()
-            .name("config-watch".to_owned())
+            .name("file-watch".to_owned())
             .spawn(move || watch.run(&on_change))?;
-        Ok(ConfigWatcher { shared, thread: Some(thread) })
+        Ok(FileWatcher { shared, thread: Some(thread) })
     }
 }
 
-impl Drop for ConfigWatcher {
+impl Drop for FileWatcher {
     fn drop(&mut self) {
         self.shared.lock().stop = true;
         self.shared.wake.notify_all();
@@ -279,7 +279,7 @@ impl WatchState {
     /// last call.
     fn watch(&mut self, paths: &[WatchedPath], directories: impl Iterator<Item = PathBuf>) -> bool {
         self.relevant.clear();
-        // The configuration file is the first path, so it is inserted last and overrides.
+        // The watched file is the first path, so it is inserted last and overrides.
         for (index, path) in paths.iter().enumerate().rev() {
             self.relevant.extend(path.names.iter().map(|name| (name.clone(), index == 0)));
         }
@@ -308,8 +308,8 @@ impl WatchState {
         let mut matters = everything;
         if changes(event.kind) {
             for path in &event.paths {
-                let Some(of_configuration) = self.relevant.get(path) else { continue };
-                self.changed |= of_configuration;
+                let Some(of_watched) = self.relevant.get(path) else { continue };
+                self.changed |= of_watched;
                 self.settling.event(path, file_event(event.kind, path), now, times);
                 matters = true;
             }
@@ -447,11 +447,14 @@ impl WatchThread {
         match (before, reason) {
             (before, Some(reason)) if before.as_ref() != Some(&reason) => {
                 tracing::warn!(
+                    file = %self.path.display(),
                     reason,
-                    "cannot watch the configuration file; checking it every second"
+                    "cannot watch a file; checking it every second"
                 );
             }
-            (Some(_), None) => tracing::info!("watching the configuration file again"),
+            (Some(_), None) => {
+                tracing::info!(file = %self.path.display(), "watching the file again");
+            }
             _ => {}
         }
     }
@@ -495,12 +498,12 @@ fn warn(warning: WatchWarning) {
         WatchWarning::StillOpen(path) => tracing::warn!(
             file = %path.display(),
             idle_for = ?SILENCE,
-            "a writer keeps a configuration file open without writing; reading the file as it is"
+            "a writer keeps a file open without writing; reading the file as it is"
         ),
         WatchWarning::StillWritten(path, time) => tracing::warn!(
             file = %path.display(),
             written_for = ?Duration::from_secs(time.as_secs()),
-            "a configuration file is still being written; waiting until the writer closes it"
+            "a file is still being written; waiting until the writer closes it"
         ),
     }
 }
@@ -510,15 +513,34 @@ fn warn(warning: WatchWarning) {
 impl FileStamp {
     fn at(path: &Path, with_digest: bool) -> Option<FileStamp> {
         let data = fs::metadata(path).ok()?;
-        let bytes = if with_digest { source::read_file(path).ok() } else { None };
+        let digest = if with_digest { digest(path) } else { None };
         Some(FileStamp {
             device: data.dev(),
             inode: data.ino(),
             size: data.size(),
             modified: (data.mtime(), data.mtime_nsec()),
             changed: (data.ctime(), data.ctime_nsec()),
-            digest: bytes.map(|bytes| xxhash_rust::xxh3::xxh3_64(&bytes)),
+            digest,
         })
+    }
+}
+
+/// Returns a digest of a regular file's content.
+fn digest(path: &Path) -> Option<u64> {
+    // O_NONBLOCK: a FIFO has no content to wait for.
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    let mut file =
+        fs::OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path).ok()?;
+    if !file.metadata().ok()?.is_file() {
+        return None;
+    }
+    let mut hasher = xxhash_rust::xxh3::Xxh3::new();
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        match file.read(&mut buffer).ok()? {
+            0 => return Some(hasher.digest()),
+            read => hasher.update(&buffer[..read]),
+        }
     }
 }
 

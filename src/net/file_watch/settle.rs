@@ -163,7 +163,7 @@ mod tests {
 
     impl Case {
         fn new() -> Case {
-            let start = tidegate_net::clock::now();
+            let start = crate::clock::now();
             Case { settling: FileSettling::default(), start, warnings: Vec::new() }
         }
 

@@ -1,0 +1,326 @@
+//! The JSON form of a list of members, and of one member.
+//!
+//! The file and HTTP sources read lists, etcd and ZooKeeper hold one member per value.
+//!
+//! ```json
+//! [
+//!   "10.0.0.1:8080",
+//!   {"address": "10.0.0.2:8080", "name": "b", "weight": 5, "state": "draining",
+//!    "backup": true, "labels": {"zone": "a"}}
+//! ]
+//! ```
+//!
+//! The decoder is pure. An unknown key, a wrong value or a repeated name makes the whole
+//! list unreadable: a list that is partly read would remove members that its author still
+//! lists. A prefix of a list is never a list, so an incomplete file is never a shorter one.
+
+use serde::Deserialize;
+use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
+use std::cell::Cell;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use tidegate_core::control::MEMBERS_MAX;
+use tidegate_core::discovery::{Announced, Wish};
+
+/// Longest name of a member, in bytes.
+pub const LISTED_NAME_BYTES_MAX: usize = 128;
+
+/// Most labels of a member, and the longest key or value in bytes.
+pub const LABELS_MAX: usize = 32;
+const LABEL_BYTES_MAX: usize = 256;
+
+/// Why a list or a member cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListingProblem {
+    /// Number of the entry, from 1; `None`: the list itself, or one member.
+    pub entry: Option<usize>,
+    /// From 1; 0 if the fault has no place in the text.
+    pub line: usize,
+    /// In bytes, from 1.
+    pub column: usize,
+    /// What is wrong, and the values that are right.
+    pub message: String,
+}
+
+/// Reads a list. An empty list is a list.
+///
+/// # Errors
+/// Any entry is unreadable, names or addresses repeat, or the list has more than
+/// [`MEMBERS_MAX`] entries.
+pub fn decode_list(bytes: &[u8]) -> Result<Vec<Announced>, ListingProblem> {
+    let entry = Cell::new(0);
+    let mut json = serde_json::Deserializer::from_slice(bytes);
+    let read = json.deserialize_seq(ListVisitor { entry: &entry });
+    let members = read.and_then(|members| json.end().map(|()| members)).map_err(|error| {
+        let entry = Some(entry.get()).filter(|number| *number > 0);
+        ListingProblem::of(&error, entry)
+    })?;
+    refuse_repeated(&members)?;
+    Ok(members)
+}
+
+/// Reads one member. `name` is used if the value has none.
+///
+/// # Errors
+/// The value is unreadable.
+pub fn decode_member(bytes: &[u8], name: &str) -> Result<Announced, ListingProblem> {
+    let read: Result<ListedEntry, _> = serde_json::from_slice(bytes);
+    let entry = read.map_err(|error| ListingProblem::of(&error, None))?;
+    Ok(entry.0.announced(Some(name)))
+}
+
+fn refuse_repeated(members: &[Announced]) -> Result<(), ListingProblem> {
+    let mut names = HashMap::with_capacity(members.len());
+    let mut addresses = HashMap::with_capacity(members.len());
+    for (number, member) in (1..).zip(members) {
+        let repeated = |what: &str, first: usize| ListingProblem {
+            entry: Some(number),
+            line: 0,
+            column: 0,
+            message: format!("{what} is also in entry {first}"),
+        };
+        if let Some(first) = names.insert(&member.name, number) {
+            return Err(repeated(&format!("name {:?}", member.name), first));
+        }
+        if let Some(first) = addresses.insert(member.address, number) {
+            return Err(repeated(&format!("address {}", member.address), first));
+        }
+    }
+    Ok(())
+}
+
+// === decoding ===
+
+/// The keys of an entry.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ListedKeys {
+    address: ListedAddress,
+    name: Option<ListedName>,
+    weight: Option<ListedWeight>,
+    #[serde(default)]
+    state: ListedState,
+    #[serde(default)]
+    backup: bool,
+    /// For people and other programs. The decoder checks it and keeps nothing.
+    #[serde(default, rename = "labels")]
+    _labels: ListedLabels,
+}
+
+/// Keys, or a text with the address.
+#[derive(Debug)]
+struct ListedEntry(ListedKeys);
+
+#[derive(Debug, Deserialize)]
+#[serde(try_from = "String")]
+struct ListedAddress(SocketAddr);
+
+#[derive(Debug, Deserialize)]
+#[serde(try_from = "String")]
+struct ListedName(Arc<str>);
+
+#[derive(Debug, Deserialize)]
+#[serde(try_from = "u64")]
+struct ListedWeight(u16);
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(try_from = "BTreeMap<String, String>")]
+struct ListedLabels;
+
+/// `state`: the words of heartbeats, and those that registries use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum ListedState {
+    #[default]
+    Ready,
+    Starting,
+    Draining,
+    Maintenance,
+    Stopping,
+    Critical,
+    Down,
+}
+
+struct ListVisitor<'a> {
+    /// The number of the entry that is read.
+    entry: &'a Cell<usize>,
+}
+
+struct EntryVisitor;
+
+impl<'de> Visitor<'de> for ListVisitor<'_> {
+    type Value = Vec<Announced>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of members")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Vec<Announced>, A::Error> {
+        let mut members = Vec::new();
+        loop {
+            self.entry.set(members.len() + 1);
+            let Some(entry) = list.next_element::<ListedEntry>()? else { break };
+            if members.len() == MEMBERS_MAX {
+                let most = format_args!("the list has more than {MEMBERS_MAX} entries");
+                return Err(de::Error::custom(most));
+            }
+            members.push(entry.0.announced(None));
+        }
+        self.entry.set(0);
+        Ok(members)
+    }
+}
+
+impl<'de> Deserialize<'de> for ListedEntry {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<ListedEntry, D::Error> {
+        deserializer.deserialize_any(EntryVisitor).map(ListedEntry)
+    }
+}
+
+impl<'de> Visitor<'de> for EntryVisitor {
+    type Value = ListedKeys;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a member: \"IP:PORT\" or an object with the key `address`")
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<ListedKeys, E> {
+        let address = ListedAddress::read(text).map_err(E::custom)?;
+        Ok(ListedKeys {
+            address,
+            name: None,
+            weight: None,
+            state: ListedState::Ready,
+            backup: false,
+            _labels: ListedLabels,
+        })
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<ListedKeys, A::Error> {
+        ListedKeys::deserialize(de::value::MapAccessDeserializer::new(map))
+    }
+}
+
+// === values ===
+
+impl TryFrom<String> for ListedAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<ListedAddress, String> {
+        ListedAddress::read(&text)
+    }
+}
+
+impl ListedAddress {
+    fn read(text: &str) -> Result<ListedAddress, String> {
+        let wrong = |cause: &str| {
+            let shown: String = text.chars().take(64).collect();
+            format!("address {shown:?} {cause}; write \"IP:PORT\", such as \"10.0.0.1:8080\"")
+        };
+        let address: SocketAddr = text.parse().map_err(|_| wrong("is not IP:PORT"))?;
+        if address.port() == 0 {
+            return Err(wrong("has port 0"));
+        }
+        if address.ip().is_unspecified() || address.ip().is_multicast() {
+            return Err(wrong("is not the address of one host"));
+        }
+        Ok(ListedAddress(address))
+    }
+}
+
+impl TryFrom<String> for ListedName {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<ListedName, String> {
+        if text.is_empty() || text.len() > LISTED_NAME_BYTES_MAX {
+            return Err(format!("name has {} bytes; 1 to 128 are possible", text.len()));
+        }
+        if text.contains(|c: char| c.is_control() || c.is_whitespace() || c == '/') {
+            return Err(format!("name {text:?} contains a space, a control character or \"/\""));
+        }
+        Ok(ListedName(text.into()))
+    }
+}
+
+impl TryFrom<u64> for ListedWeight {
+    type Error = String;
+
+    fn try_from(number: u64) -> Result<ListedWeight, String> {
+        match u16::try_from(number) {
+            Ok(0) => Err("weight is 0; write state \"draining\" for no new sessions".to_owned()),
+            Ok(weight) => Ok(ListedWeight(weight)),
+            Err(_) => Err(format!("weight {number} is larger than 65535")),
+        }
+    }
+}
+
+impl TryFrom<BTreeMap<String, String>> for ListedLabels {
+    type Error = String;
+
+    fn try_from(labels: BTreeMap<String, String>) -> Result<ListedLabels, String> {
+        let long = |text: &String| text.len() > LABEL_BYTES_MAX;
+        if labels.len() > LABELS_MAX || labels.iter().any(|(key, value)| long(key) || long(value)) {
+            return Err("labels are more than 32, or one is longer than 256 bytes".to_owned());
+        }
+        Ok(ListedLabels)
+    }
+}
+
+impl ListedState {
+    fn wish(self) -> (Wish, &'static str) {
+        match self {
+            ListedState::Ready => (Wish::Sessions, "ready"),
+            ListedState::Starting => (Wish::Starting, "starting"),
+            ListedState::Draining => (Wish::Draining, "draining"),
+            ListedState::Maintenance => (Wish::Draining, "maintenance"),
+            ListedState::Stopping => (Wish::Draining, "stopping"),
+            ListedState::Critical => (Wish::Critical, "critical"),
+            ListedState::Down => (Wish::Critical, "down"),
+        }
+    }
+}
+
+impl ListedKeys {
+    /// The name is the entry's own, else `default`, else the address.
+    fn announced(self, default: Option<&str>) -> Announced {
+        let address = self.address.0;
+        let (wish, raw) = self.state.wish();
+        let name = match (self.name, default) {
+            (Some(name), _) => name.0,
+            (None, Some(name)) => name.into(),
+            (None, None) => address.to_string().into(),
+        };
+        let weight = self.weight.map(|weight| weight.0);
+        Announced { name, address, weight, backup: self.backup, wish, raw: raw.into() }
+    }
+}
+
+// === impl ListingProblem ===
+
+impl ListingProblem {
+    fn of(error: &serde_json::Error, entry: Option<usize>) -> ListingProblem {
+        let text = error.to_string();
+        let place = format!(" at line {} column {}", error.line(), error.column());
+        let message = text.strip_suffix(&place).unwrap_or(&text).to_owned();
+        ListingProblem { entry, line: error.line(), column: error.column(), message }
+    }
+}
+
+impl fmt::Display for ListingProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(entry) = self.entry {
+            write!(f, "entry {entry}, ")?;
+        }
+        if self.line > 0 {
+            write!(f, "line {}, column {}: ", self.line, self.column)?;
+        }
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for ListingProblem {}
+
+#[cfg(test)]
+mod tests;
