@@ -33,6 +33,21 @@ async fn wrong_ids_and_questions_are_ignored_and_counted() {
 }
 
 #[tokio::test]
+async fn datagrams_of_other_hosts_do_not_reach_the_resolver() {
+    let other = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let (_liar, test) = liar(move |question| {
+        let forged = question.addresses(60, &["192.0.2.66"]).bytes();
+        let _ = other.send_to(&forged, ("127.0.0.1", question.port));
+        let mut steps = vec![LiarStep::Wait(Duration::from_millis(50))];
+        steps.extend(question.addresses(60, GOOD).send());
+        steps
+    })
+    .await;
+    assert_eq!(test.host("web.example").await.unwrap(), GOOD);
+    assert_eq!(count(&test.resolver.counters().ignored), 0);
+}
+
+#[tokio::test]
 async fn many_forged_datagrams_lead_to_tcp() {
     let (_liar, test) = liar(|question| {
         let forged = question.addresses(60, &["192.0.2.66"]).id(question.id ^ 1);
