@@ -110,7 +110,7 @@ const COUNT_INTERVAL: Duration = Duration::from_secs(1);
 const TABLES: [&str; 2] = ["/proc/self/net/tcp", "/proc/self/net/tcp6"];
 
 /// The signals that stop the command: SIGTERM and SIGINT.
-struct StopSignals([Signal; 2]);
+pub(super) struct StopSignals([Signal; 2]);
 
 /// Sends heartbeats until a stop signal.
 pub fn main(args: &HeartbeatArgs) -> Exit {
@@ -337,7 +337,7 @@ fn listed_address(text: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip, u16::from_str_radix(port, 16).ok()?))
 }
 
-fn peer(text: &str) -> Result<SocketAddr, String> {
+pub(super) fn peer(text: &str) -> Result<SocketAddr, String> {
     match text.parse::<SocketAddr>() {
         Ok(address) if address.port() != 0 && !address.ip().is_unspecified() => {
             // A mapped address is replaced by its IPv4 address, as everywhere.
@@ -347,7 +347,7 @@ fn peer(text: &str) -> Result<SocketAddr, String> {
     }
 }
 
-fn check_path(text: &str) -> Result<String, String> {
+pub(super) fn check_path(text: &str) -> Result<String, String> {
     // RFC 9112 section 3.2.1: a request target contains no space and no line end.
     if text.starts_with('/') && text.bytes().all(|byte| byte.is_ascii_graphic()) {
         Ok(text.to_owned())
@@ -366,11 +366,11 @@ fn drain_time(text: &str) -> Result<Duration, String> {
 // === impl StopSignals ===
 
 impl StopSignals {
-    fn listen() -> io::Result<StopSignals> {
+    pub(super) fn listen() -> io::Result<StopSignals> {
         Ok(StopSignals([signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?]))
     }
 
-    fn recv(&mut self) -> impl Future<Output = ()> {
+    pub(super) fn recv(&mut self) -> impl Future<Output = ()> {
         let [terminate, interrupt] = &mut self.0;
         async move {
             tokio::select! {

@@ -8,6 +8,7 @@ pub mod drain;
 pub mod explain;
 pub mod heartbeat;
 pub mod ready;
+pub mod register;
 pub mod reload;
 pub mod run;
 pub mod shutdown;
@@ -101,6 +102,9 @@ pub enum Command {
     /// Send heartbeats for a local service.
     #[command(after_help = heartbeat::HELP)]
     Heartbeat(heartbeat::HeartbeatArgs),
+    /// Keep a local service registered in a registry.
+    #[command(after_help = register::HELP)]
+    Register(register::RegisterArgs),
     /// Generate load on a TCP service and report rates and latency.
     #[command(after_help = tidegate_lab::cli::bench::HELP)]
     Bench(tidegate_lab::cli::bench::BenchArgs),
@@ -216,6 +220,7 @@ fn dispatch(command: Command) -> Exit {
         Command::Shutdown(args) => shutdown::main(&args),
         Command::Selftest(args) => tidegate_lab::cli::selftest::main(&args),
         Command::Heartbeat(args) => heartbeat::main(&args),
+        Command::Register(args) => register::main(&args),
         Command::Bench(args) => tidegate_lab::cli::bench::main(&args),
         Command::Streams(args) => tidegate_lab::cli::streams::main(&args),
         Command::Backend(args) => tidegate_lab::cli::backend::main(&args),
@@ -317,6 +322,9 @@ mod tests {
             "shutdown --admin localhost:9900",
             "heartbeat --to 10.0.0.5:7946 --to [::1]:7946 --pool web --name a \
              --address 10.0.0.11:80 --key-id 1 --key-file f --drain 0",
+            "register --etcd 127.0.0.1:2379 --etcd etcd.internal:2379 --service web \
+             --address 10.0.0.5:80 --check http:/health --ttl 10s --tls --ca-file c \
+             --user u --password-file f --label zone=a --when-down nothing",
         ] {
             parse(&line.split_whitespace().collect::<Vec<_>>()).expect(line);
         }
@@ -356,6 +364,12 @@ mod tests {
             "heartbeat",
             "heartbeat --to 10.0.0.5 --pool p --address 10.0.0.1:80 --key-id 1 --key-file f",
             "heartbeat --to 10.0.0.5:7 --pool p --address 0.0.0.0:80 --key-id 1 --key-file f",
+            "register --service web --address 10.0.0.5:80",
+            "register --etcd 127.0.0.1 --service web --address 10.0.0.5:80",
+            "register --etcd 127.0.0.1:1 --service a/b --address 10.0.0.5:80",
+            "register --etcd 127.0.0.1:1 --service web --address 10.0.0.5:80 --ttl 1s",
+            "register --etcd 127.0.0.1:1 --service web --address 10.0.0.5:80 --check udp",
+            "register --etcd 127.0.0.1:1 --service web --address 10.0.0.5:80 --user u",
         ] {
             let error = parse(&line.split(' ').collect::<Vec<_>>()).expect_err(line);
             assert!(error.use_stderr() && error.exit_code() == 2, "{line}");

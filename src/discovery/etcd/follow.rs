@@ -241,7 +241,10 @@ impl Follower {
             let Some(wake_at) = self.act(following) else { return Ok(()) };
             let Following { stream, asking, .. } = following;
             tokio::select! {
-                message = stream.next_message() => self.take_message(following, message?)?,
+                message = stream.next_message() => {
+                    let message = message.inspect_err(|_| self.gateway.fail_over())?;
+                    self.take_message(following, message)?;
+                }
                 answer = answer_of(asking) => {
                     following.asking = None;
                     if self.take_answer(following, answer)? {

@@ -6,6 +6,7 @@
 mod bytes;
 mod measured;
 mod restored;
+mod scripted;
 mod servers;
 mod store;
 mod users;

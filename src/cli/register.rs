@@ -1,0 +1,348 @@
+//! `tidegate register`: a sidecar that keeps a local service registered in a registry.
+//!
+//! Called by the command line. It checks the service with a probe and passes the health to
+//! [`keep`]. It announces nothing before the first successful check, and removes the
+//! registration at SIGTERM or SIGINT. A check that fails because of a local error (no
+//! descriptors, no ports) does not count.
+
+use crate::heartbeat::{StopSignals, check_path, peer};
+use clap::{Args, ValueEnum};
+use std::collections::BTreeMap;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+use tidegate_client::command::{Exit, duration, print};
+use tidegate_core::health::ProbeOutcome;
+use tidegate_core::model::{
+    BackendAddr, DnsConfig, ProbeKind, ProbeSpec, RegistryConfig, RegistryKind, ServerAddr,
+    TlsClientConfig,
+};
+use tidegate_daemon::probe;
+use tidegate_discovery::register::check::CheckTally;
+use tidegate_discovery::register::etcd::EtcdRegistrar;
+use tidegate_discovery::register::{
+    RegisterNote, Registration, ServiceHealth, TTL_MAX, TTL_MIN, WhenDown, keep,
+};
+use tidegate_discovery::resolver::Resolver;
+use tokio::sync::{Notify, watch};
+use tokio::time::{MissedTickBehavior, interval};
+
+/// `tidegate register`
+#[derive(Debug, Args)]
+pub struct RegisterArgs {
+    /// Server of an etcd cluster; repeatable.
+    #[arg(long, value_name = "SERVER", required = true, value_parser = server)]
+    pub etcd: Vec<ServerAddr>,
+    /// Keys are put below this prefix [default: /tidegate/services/SERVICE/].
+    #[arg(long, value_name = "PREFIX", value_parser = prefix)]
+    pub prefix: Option<String>,
+    /// Name of the service.
+    #[arg(long, value_name = "NAME", value_parser = name)]
+    pub service: String,
+    /// Address at which balancers reach the service.
+    #[arg(long, value_name = "IP:PORT", value_parser = peer)]
+    pub address: SocketAddr,
+    /// Name of this instance, unique in the service [default: its address].
+    #[arg(long, value_name = "NAME", value_parser = name)]
+    pub id: Option<String>,
+    /// Weight to announce, 1 to 1000.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub weight: Option<u16>,
+    /// Label to announce; repeatable.
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
+    pub labels: Vec<(String, String)>,
+    /// The registry removes the service after this time without a renewal, 3s to 1h.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = ttl)]
+    pub ttl: Duration,
+    /// How to check the service: tcp, http:/PATH or none.
+    #[arg(long, value_name = "CHECK", default_value = "tcp", value_parser = service_check)]
+    pub check: ServiceCheck,
+    /// Time between two checks.
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = duration)]
+    pub check_interval: Duration,
+    /// Successful checks in a row after which a failed service is up again.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub rise: u32,
+    /// Failed checks in a row after which the service is down.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub fall: u32,
+    /// What to announce while the service is down.
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = DownAnnouncement::Critical)]
+    pub when_down: DownAnnouncement,
+    /// Address of the service on this host, for checks [default: --address].
+    #[arg(long, value_name = "IP:PORT", value_parser = peer)]
+    pub local: Option<SocketAddr>,
+    /// User of the registry.
+    #[arg(long, value_name = "USER", requires = "password_file")]
+    pub user: Option<String>,
+    /// File with the password of --user: mode 0600 or 0640.
+    #[arg(long, value_name = "FILE", requires = "user")]
+    pub password_file: Option<PathBuf>,
+    /// Connect with TLS.
+    #[arg(long)]
+    pub tls: bool,
+    /// PEM file of trusted certificates [default: those of the system].
+    #[arg(long, value_name = "FILE", requires = "tls")]
+    pub ca_file: Option<PathBuf>,
+    /// PEM file of a client certificate.
+    #[arg(long, value_name = "FILE", requires_all = ["tls", "key_file"])]
+    pub cert_file: Option<PathBuf>,
+    /// PEM file of its private key.
+    #[arg(long, value_name = "FILE", requires_all = ["tls", "cert_file"])]
+    pub key_file: Option<PathBuf>,
+    /// Name in the certificate of the server [default: the host of the address].
+    #[arg(long, value_name = "NAME", requires = "tls")]
+    pub server_name: Option<String>,
+}
+
+/// `--check`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ServiceCheck {
+    /// The service accepts a connection.
+    Tcp,
+    /// The service answers a request for this path with a status from 200 to 399.
+    Http(String),
+    /// The service is up while this command runs.
+    None,
+}
+
+/// `--when-down`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DownAnnouncement {
+    /// The service with state critical.
+    Critical,
+    /// Nothing.
+    Nothing,
+}
+
+/// Help after the options.
+pub(super) const HELP: &str = "\
+Example:
+  tidegate register --etcd 127.0.0.1:2379 --service web \\
+    --address 10.0.0.5:8080 --check http:/health
+
+It registers the service after the first successful check, renews the registration
+three times per --ttl and repeats it if the registry lost it. On SIGTERM or SIGINT
+it removes the registration and exits with 0. If the removal fails, it exits with 3
+and the registration ends after --ttl. A second signal exits at once.
+
+Exit codes: 0 success; 2 usage error; 3 runtime failure or second signal.";
+
+/// Upper limit on the timeout of a check.
+const CHECK_TIMEOUT_MAX: Duration = Duration::from_secs(1);
+
+/// Limits on the timeout of a request to the registry. One member that does not answer must
+/// not use up the TTL.
+const REQUEST_TIMEOUT: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(5)];
+
+/// Keeps the service registered until a stop signal.
+pub fn main(args: &RegisterArgs) -> Exit {
+    if let Err(why) = check_secrets(args) {
+        eprintln!("error: {why}\n\nFor more information, try '--help'.");
+        return Exit::Usage;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.and_then(|runtime| runtime.block_on(run(args))).unwrap_or_else(|error| {
+        eprintln!("tidegate: register: {error}");
+        Exit::Failed
+    })
+}
+
+async fn run(args: &RegisterArgs) -> io::Result<Exit> {
+    // Before the first announcement: from then on a signal must remove it.
+    let mut signals = StopSignals::listen()?;
+    let stop = Notify::new();
+    let (health, checked) = watch::channel(ServiceHealth::Unknown);
+    let registration = registration(args);
+    let prefix = args.prefix.clone();
+    let prefix = prefix.unwrap_or_else(|| format!("/tidegate/services/{}/", args.service));
+    let resolver = Resolver::new(DnsConfig::default());
+    let registrar = EtcdRegistrar::new(&registry(args), resolver, &prefix, &registration.id);
+    let mut note = |note: RegisterNote| match note.is_problem() {
+        true => eprintln!("tidegate: register: {note}"),
+        false => print(&format!("{}/{}: {note}", args.service, registration.id)),
+    };
+    let kept = keep(registrar, &registration, checked, stop.notified(), &mut note);
+    tokio::select! {
+        removed = kept => Ok(if removed { Exit::Fine } else { Exit::Failed }),
+        () = watch_service(args, &health) => Ok(Exit::Failed),
+        () = async {
+            signals.recv().await;
+            stop.notify_one();
+            signals.recv().await;
+        } => {
+            print("second stop signal received; exiting");
+            Ok(Exit::Failed)
+        }
+    }
+}
+
+/// Checks the service until cancelled.
+async fn watch_service(args: &RegisterArgs, health: &watch::Sender<ServiceHealth>) {
+    let Some(spec) = spec(args) else {
+        health.send_replace(ServiceHealth::Up);
+        return std::future::pending().await;
+    };
+    let address = BackendAddr::Tcp(args.local.unwrap_or(args.address));
+    let mut tally = CheckTally::new(args.rise, args.fall);
+    let mut tick = interval(args.check_interval);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        let (success, why) = match probe::run(&address, &spec).await {
+            ProbeOutcome::Success { .. } => (true, String::new()),
+            ProbeOutcome::Failure { reason, .. } => (false, reason),
+            ProbeOutcome::Local { reason } => {
+                eprintln!("tidegate: register: cannot run the check: {reason}");
+                continue;
+            }
+        };
+        let (before, now) = (*health.borrow(), tally.take(success));
+        if before == now {
+            continue;
+        }
+        match now {
+            ServiceHealth::Down => eprintln!("tidegate: register: the service is down: {why}"),
+            ServiceHealth::Up => print("the service is up"),
+            ServiceHealth::Unknown => {}
+        }
+        health.send_replace(now);
+    }
+}
+
+fn spec(args: &RegisterArgs) -> Option<ProbeSpec> {
+    let kind = match &args.check {
+        ServiceCheck::None => return None,
+        ServiceCheck::Tcp => ProbeKind::Tcp,
+        ServiceCheck::Http(path) => ProbeKind::Http {
+            path: path.clone(),
+            host: None,
+            method: "GET".to_owned(),
+            status: vec![(200, 399)],
+        },
+    };
+    Some(ProbeSpec {
+        kind,
+        interval: args.check_interval,
+        fast_interval: args.check_interval,
+        timeout: args.check_interval.min(CHECK_TIMEOUT_MAX),
+        rise: args.rise,
+        fall: args.fall,
+        source: [].into(),
+    })
+}
+
+fn registration(args: &RegisterArgs) -> Registration {
+    Registration {
+        service: args.service.clone(),
+        id: args.id.clone().unwrap_or_else(|| args.address.to_string()),
+        address: args.address,
+        weight: args.weight,
+        labels: args.labels.iter().cloned().collect::<BTreeMap<_, _>>(),
+        ttl: args.ttl,
+        on_down: match args.when_down {
+            DownAnnouncement::Critical => WhenDown::Mark,
+            DownAnnouncement::Nothing => WhenDown::Remove,
+        },
+    }
+}
+
+fn registry(args: &RegisterArgs) -> RegistryConfig {
+    let [shortest, longest] = REQUEST_TIMEOUT;
+    RegistryConfig {
+        name: "register".into(),
+        kind: RegistryKind::Etcd,
+        servers: args.etcd.clone(),
+        timeout: (args.ttl / 6).clamp(shortest, longest),
+        tls: args.tls.then(|| TlsClientConfig {
+            ca_file: args.ca_file.clone(),
+            cert_file: args.cert_file.clone(),
+            key_file: args.key_file.clone(),
+            server_name: args.server_name.clone(),
+        }),
+        token_file: None,
+        user: args.user.clone(),
+        password_file: args.password_file.clone(),
+        kubeconfig: None,
+    }
+}
+
+/// Refuses to send a password in plain text to another host, as the configuration does.
+fn check_secrets(args: &RegisterArgs) -> Result<(), String> {
+    let remote = args.etcd.iter().find(|server| match server {
+        ServerAddr::Ip(address) => !address.ip().is_loopback(),
+        ServerAddr::Name { host, .. } => &**host != "localhost",
+        ServerAddr::Unix(_) => false,
+    });
+    match remote.filter(|_| args.user.is_some() && !args.tls) {
+        Some(server) => {
+            Err(format!("the password would be sent unencrypted to {server}; add --tls"))
+        }
+        None => Ok(()),
+    }
+}
+
+// === values ===
+
+fn server(text: &str) -> Result<ServerAddr, String> {
+    if let Some(path) = text.strip_prefix("unix:/") {
+        return Ok(ServerAddr::Unix(format!("/{path}").into()));
+    }
+    if let Ok(address) = peer(text) {
+        return Ok(ServerAddr::Ip(address));
+    }
+    let wrong =
+        || "expected IP:PORT, NAME:PORT or unix:PATH, for example 127.0.0.1:2379".to_owned();
+    let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
+    let is_host = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '.' || c == '_';
+    let port = port.parse().ok().filter(|port| *port != 0).ok_or_else(wrong)?;
+    match !host.is_empty() && host.chars().all(is_host) && host.parse::<std::net::IpAddr>().is_err()
+    {
+        true => Ok(ServerAddr::Name { host: host.into(), port }),
+        false => Err(wrong()),
+    }
+}
+
+fn prefix(text: &str) -> Result<String, String> {
+    let fits = text.ends_with('/') && text.len() <= 1024 && !text.contains(char::is_control);
+    match fits {
+        true => Ok(text.to_owned()),
+        false => Err("expected at most 1024 bytes that end with /, for example /web/".to_owned()),
+    }
+}
+
+/// The etcd source reads names of this form.
+fn name(text: &str) -> Result<String, String> {
+    let unfit = |c: char| c.is_control() || c.is_whitespace() || c == '/';
+    match (1..=128).contains(&text.len()) && !text.contains(unfit) {
+        true => Ok(text.to_owned()),
+        false => Err("expected 1 to 128 bytes without spaces and slashes".to_owned()),
+    }
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() && key.len() <= 256 && value.len() <= 256 => {
+            Ok((key.to_owned(), value.to_owned()))
+        }
+        _ => Err("expected KEY=VALUE, each of at most 256 bytes".to_owned()),
+    }
+}
+
+fn ttl(text: &str) -> Result<Duration, String> {
+    let ttl = duration(text)?;
+    match (TTL_MIN..=TTL_MAX).contains(&ttl) {
+        true => Ok(ttl),
+        false => Err("expected a time from 3s to 1h".to_owned()),
+    }
+}
+
+fn service_check(text: &str) -> Result<ServiceCheck, String> {
+    match text.split_once(':') {
+        None if text == "tcp" => Ok(ServiceCheck::Tcp),
+        None if text == "none" => Ok(ServiceCheck::None),
+        Some(("http", path)) => check_path(path).map(ServiceCheck::Http),
+        _ => Err("expected tcp, http:/PATH or none".to_owned()),
+    }
+}
