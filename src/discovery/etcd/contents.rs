@@ -4,10 +4,13 @@
 //! Each returns whether the set of members changed. Nothing here does I/O.
 
 use super::codec::{KeyValue, StoreEventKind, WatchEvent};
+use serde::Deserialize;
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::num::NonZeroU16;
 use std::sync::Arc;
 use tidegate_core::control::MEMBERS_MAX;
-use tidegate_core::discovery::{Announced, WholeSet};
+use tidegate_core::discovery::{Announced, WholeSet, Wish};
 
 /// The entries below a prefix.
 #[derive(Debug)]
@@ -139,24 +142,65 @@ impl PrefixContents {
     }
 }
 
+/// Longest name of a member, in bytes.
+const NAME_BYTES_MAX: usize = 128;
+
 /// An entry's value.
-#[derive(serde::Deserialize)]
-struct MemberValue {
-    address: std::net::SocketAddr,
-    weight: Option<u16>,
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoredMember {
+    address: SocketAddr,
+    weight: Option<NonZeroU16>,
+    #[serde(default)]
+    state: StoredState,
     #[serde(default)]
     backup: bool,
+    /// For people and other programs.
+    #[serde(default, rename = "labels")]
+    _labels: BTreeMap<String, String>,
 }
 
+/// `state`: the words of heartbeats, and those that registries use.
+#[derive(Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum StoredState {
+    #[default]
+    Ready,
+    Starting,
+    Draining,
+    Maintenance,
+    Stopping,
+    Critical,
+    Down,
+}
+
+/// Reads an entry. Its name is the key without the prefix.
 fn member(name: &[u8], value: &[u8]) -> Option<Announced> {
     let name = std::str::from_utf8(name).ok()?;
-    let value: MemberValue = serde_json::from_slice(value).ok()?;
+    let unfit = |c: char| c.is_control() || c.is_whitespace() || c == '/';
+    if name.len() > NAME_BYTES_MAX || name.contains(unfit) {
+        return None;
+    }
+    let value: StoredMember = serde_json::from_slice(value).ok()?;
+    let ip = value.address.ip();
+    if value.address.port() == 0 || ip.is_unspecified() || ip.is_multicast() {
+        return None;
+    }
+    let (wish, raw) = match value.state {
+        StoredState::Ready => (Wish::Sessions, "ready"),
+        StoredState::Starting => (Wish::Starting, "starting"),
+        StoredState::Draining => (Wish::Draining, "draining"),
+        StoredState::Maintenance => (Wish::Draining, "maintenance"),
+        StoredState::Stopping => (Wish::Draining, "stopping"),
+        StoredState::Critical => (Wish::Critical, "critical"),
+        StoredState::Down => (Wish::Critical, "down"),
+    };
     Some(Announced {
         name: name.into(),
         address: value.address,
-        weight: value.weight,
+        weight: value.weight.map(NonZeroU16::get),
         backup: value.backup,
-        wish: tidegate_core::discovery::Wish::Sessions,
-        raw: "".into(),
+        wish,
+        raw: raw.into(),
     })
 }

@@ -75,6 +75,38 @@ fn refusals_have_their_class() {
 }
 
 #[test]
+fn values_have_the_form_of_listed_members() {
+    use tidegate_core::discovery::Wish;
+    let read = |name: &str, value: &str| {
+        let (name, value) = (b64(&key(name)), b64(value));
+        let line =
+            format!(r#"{{"result":{{"events":[{{"kv":{{"key":"{name}","value":"{value}"}}}}]}}}}"#);
+        let mut contents = PrefixContents::new(WEB.into());
+        contents.apply(message(&line).events);
+        contents.whole(true).members.first().cloned()
+    };
+    let full = r#"{"address":"[::2]:80","weight":5,"state":"draining","backup":true,
+                   "labels":{"zone":"a"}}"#;
+    let member = read("a", full).unwrap();
+    assert_eq!((member.weight, member.backup, member.wish), (Some(5), true, Wish::Draining));
+    assert_eq!((&*member.name, &*member.raw), ("a", "draining"));
+    assert_eq!(read("a", &value(80)).unwrap().wish, Wish::Sessions);
+    for wrong in [
+        r#"{"address":"10.0.0.1:0"}"#,
+        r#"{"address":"0.0.0.0:80"}"#,
+        r#"{"address":"web:80"}"#,
+        r#"{"address":"10.0.0.1:80","weight":0}"#,
+        r#"{"address":"10.0.0.1:80","wieght":1}"#,
+        r#"{"address":"10.0.0.1:80","state":"up"}"#,
+    ] {
+        assert_eq!(read("a", wrong), None, "{wrong}");
+    }
+    for name in ["a/b", "a b", &"x".repeat(129)] {
+        assert_eq!(read(name, &value(80)), None, "{name}");
+    }
+}
+
+#[test]
 fn ranges_end_after_the_prefix() {
     let end = |prefix: &str| RangeRequest::below(prefix).range_end.0;
     assert_eq!(end("/a/"), b"/a0");
