@@ -98,7 +98,8 @@ fn hundred_idle_questions() {
     tidegate_net::clock::pause(secs(60));
     eprintln!("100 idle questions: {:?} of processor time in 60 s", cpu() - start);
     asked.iter_mut().for_each(AskedEtcd::take);
-    assert!(asked.iter().all(|asked| asked.failures.is_empty() && asked.alive >= 5));
+    // A slot keeps the newest sign of life only.
+    assert!(asked.iter().all(|asked| asked.failures.is_empty() && asked.alive >= 1));
     let restarts = asked.iter().map(|asked| asked.counters.watch_restarts.load(Ordering::Relaxed));
     eprintln!("restarts of watches: {}", restarts.sum::<u64>());
 }
