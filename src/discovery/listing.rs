@@ -14,6 +14,9 @@
 //! list unreadable: a list that is partly read would remove members that its author still
 //! lists. A prefix of a list is never a list, so an incomplete file is never a shorter one.
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
+
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use std::cell::Cell;
