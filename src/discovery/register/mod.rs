@@ -6,6 +6,7 @@
 //! not answer ends nothing: each error is reported and retried.
 
 pub mod check;
+pub mod consul;
 pub mod etcd;
 
 use crate::client::HttpFailure;
