@@ -53,7 +53,9 @@ pub(super) async fn serve(mut stream: TcpStream, shared: Arc<DoubleShared>) {
             reply = answer(&shared, &request) => reply,
             () = shared.closed_since(epoch) => return reset(&stream),
         };
-        if write(&mut stream, &reply, &shared).await.is_err() {
+        let sent = write(&mut stream, &reply, &shared).await;
+        let last = request.header("connection").is_some_and(|v| v.eq_ignore_ascii_case("close"));
+        if sent.is_err() || last {
             return;
         }
     }
