@@ -157,9 +157,7 @@ async fn layer<S: ByteStream + 'static>(
 ) -> Result<Box<dyn ByteStream>, HttpFailure> {
     match &endpoint.tls {
         None => Ok(Box::new(stream)),
-        Some(tls) => {
-            Ok(Box::new(tls::handshake(tls, &endpoint.inline_pem, server, stream).await?))
-        }
+        Some(tls) => Ok(Box::new(tls::handshake(tls, &endpoint.inline_pem, server, stream).await?)),
     }
 }
 

@@ -13,8 +13,8 @@ mod tls;
 pub use answer::{ANSWER_BYTES_MAX, HttpResponse, HttpStream, status_failure};
 pub use dial::HEAD_BYTES_MAX;
 pub(crate) use dial::{ByteStream, open_stream};
-pub use tls::InlinePem;
 pub use failure::{DETAIL_BYTES_MAX, HttpFailure, failure_of_io, short_text};
+pub use tls::InlinePem;
 
 use crate::resolver::Resolver;
 use crate::secret::SecretFile;

@@ -126,7 +126,8 @@ impl AccessShared {
         let server = config::in_cluster(host.as_deref(), port.as_deref());
         let account = |name| self.account_dir.join(name);
         let namespace = read_text(&account("namespace")).ok();
-        let namespace = namespace.map(|text| text.trim().into()).filter(|name: &Arc<str>| !name.is_empty());
+        let namespace =
+            namespace.map(|text| text.trim().into()).filter(|name: &Arc<str>| !name.is_empty());
         let token = account("token");
         let endpoint = HttpEndpoint {
             servers: vec![server.map_err(HttpFailure::local)?],

@@ -212,10 +212,7 @@ fn decoded(key: &str, text: Option<&str>) -> Result<Option<Arc<[u8]>>, String> {
     Ok(Some(bytes.into()))
 }
 
-fn secret(
-    key: &str,
-    text: Option<&SecretText>,
-) -> Result<Option<Arc<Zeroizing<Vec<u8>>>>, String> {
+fn secret(key: &str, text: Option<&SecretText>) -> Result<Option<Arc<Zeroizing<Vec<u8>>>>, String> {
     let Some(SecretText(text)) = text else { return Ok(None) };
     let bytes = STANDARD.decode(text.trim()).map_err(|_| format!("{key} is not base64"))?;
     Ok(Some(Arc::new(Zeroizing::new(bytes))))

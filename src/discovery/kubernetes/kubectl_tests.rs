@@ -12,7 +12,7 @@ fn kubectl(double: &KubernetesDouble, dir: &Path, arguments: &[&str]) -> Command
     command
         .env("HOME", dir)
         .env_remove("KUBECONFIG")
-        .args(["--server", &format!("http://{}", double.address()), "--token=t", "-n", "shop"])
+        .args(["--server", &format!("http://{}", double.address()), "-n", "shop"])
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -34,7 +34,6 @@ async fn double() -> Option<KubernetesDouble> {
         return None;
     }
     let double = KubernetesDouble::start(None).await.unwrap();
-    double.script(|faults| faults.token = "t".into());
     double.put(slice("web-a", &[1, 2]));
     double.put(SliceDocument::new("other", "web", "hidden", Vec::new()));
     Some(double)

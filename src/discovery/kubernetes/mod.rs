@@ -190,9 +190,9 @@ impl KubernetesSource {
             return Err(refusal(answer.status, &status.message).unwrap_or(failure));
         }
         let (body, port) = (answer.body, self.port.clone());
-        off_runtime(body.len(), move || codec::page(&body, port.as_deref())).await?.map_err(|error| {
-            HttpFailure::protocol(format_args!("cannot read the list of slices: {error}"))
-        })
+        off_runtime(body.len(), move || codec::page(&body, port.as_deref())).await?.map_err(
+            |error| HttpFailure::protocol(format_args!("cannot read the list of slices: {error}")),
+        )
     }
 
     /// Refuses a list that is older than one that was seen: etcd was restored from a

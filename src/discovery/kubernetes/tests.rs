@@ -274,10 +274,11 @@ async fn failures_of_the_server_and_a_restored_backup_keep_the_members() {
     watched(&double).await;
     double.restore(50);
     double.put(slice("a", &[1]));
-    heard.until("stale", |heard| {
-        heard.failures.iter().any(|failure| failure.0 == SourceFailure::Stale)
-    })
-    .await;
+    heard
+        .until("stale", |heard| {
+            heard.failures.iter().any(|failure| failure.0 == SourceFailure::Stale)
+        })
+        .await;
     heard.names(&["web-1"]).await;
 }
 
@@ -320,10 +321,7 @@ async fn a_kubeconfig_with_its_certificates_inside_is_enough() {
     double.put(slice("a", &[1]));
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("kubeconfig");
-    let ca = base64::Engine::encode(
-        &base64::engine::general_purpose::STANDARD,
-        made.cert.pem(),
-    );
+    let ca = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, made.cert.pem());
     let text = |token: &str| {
         format!(
             "current-context: c\ncontexts: [{{name: c, context: {{cluster: k, user: u, \

@@ -72,7 +72,7 @@ async fn every_lie_is_a_failure() {
         reply(2, 0, &[names, &stat].concat())
     };
     use SourceFailure::{Connect, Protocol, Timeout};
-    let lies: Vec<(&str, Vec<Vec<u8>>, bool, SourceFailure, &str)> = vec![
+    let lies = [
         ("another protocol", vec![b"HTTP/1.1 400".to_vec()], true, Protocol, "length"),
         ("a huge frame", vec![b"\x7f\xff\xff\xff".to_vec()], false, Protocol, "64 MiB"),
         ("half a frame", vec![b"\0\0\0\x25\0".to_vec()], true, Connect, "closed"),

@@ -194,5 +194,8 @@ impl ZkLink {
 }
 
 fn lost(error: &io::Error) -> HttpFailure {
-    HttpFailure::new(failure_of_io(error, SourceFailure::Connect), format_args!("connection lost: {error}"))
+    HttpFailure::new(
+        failure_of_io(error, SourceFailure::Connect),
+        format_args!("connection lost: {error}"),
+    )
 }

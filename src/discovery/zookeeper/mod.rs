@@ -11,11 +11,11 @@ mod codec;
 #[cfg(test)]
 mod liar_tests;
 mod link;
-mod session;
+pub(crate) mod session;
 #[cfg(test)]
 mod tests;
 mod watches;
-mod wire;
+pub(crate) mod wire;
 
 pub use codec::CONTENT_BYTES_MAX;
 pub use session::ZkSession;
@@ -189,7 +189,7 @@ impl ZkSource {
         let answers = self.session.call_all(names.iter().map(data)).await;
         for (name, answer) in names.iter().zip(answers) {
             match answer {
-                Ok(ZkAnswer { zxid, reply: ZkReply::Data(content) }) => {
+                Ok(ZkAnswer { zxid, reply: ZkReply::Data(content), .. }) => {
                     self.zxid = self.zxid.max(zxid);
                     self.children.insert(name.clone(), self.member(name, &content));
                 }

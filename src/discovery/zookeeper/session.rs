@@ -34,10 +34,13 @@ pub struct ZkSession {
     watches: Arc<ZkWatches>,
 }
 
-/// An answer, and the last transaction that the server had applied.
+/// An answer.
 #[derive(Debug)]
 pub(crate) struct ZkAnswer {
+    /// The last transaction that the server had applied.
     pub(crate) zxid: i64,
+    /// Number of the session.
+    pub(crate) session: i64,
     pub(crate) reply: ZkReply,
 }
 
@@ -246,7 +249,10 @@ impl SessionTask {
         let mut broken = Ok(());
         let outcome = match header.error {
             0 => match wire::read_reply(&call.request, rest) {
-                Ok(reply) => Ok(ZkAnswer { zxid: header.zxid, reply }),
+                Ok(reply) => {
+                    let (zxid, session) = (header.zxid, self.identity.session);
+                    Ok(ZkAnswer { zxid, session, reply })
+                }
                 Err(bad) => {
                     let failure = HttpFailure::protocol(bad).at(link.server());
                     broken = Err(failure.clone());

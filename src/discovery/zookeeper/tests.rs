@@ -11,8 +11,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use tempfile::TempDir;
 use tidegate_core::discovery::Wish;
-use tidegate_net::clock;
 use tidegate_core::model::{DnsConfig, RegistryConfig, RegistryKind, ServerAddr};
+use tidegate_net::clock;
 
 pub(super) fn registry(servers: &[SocketAddr]) -> RegistryConfig {
     RegistryConfig {
@@ -39,7 +39,7 @@ pub(super) fn ask(registry: RegistryConfig, path: &str, format: ZookeeperFormat)
 
 async fn put(client: &ZkSession, path: &str, data: &str, ephemeral: bool) {
     let (path, data) = (path.to_owned(), data.as_bytes().to_vec());
-    client.call(ZkRequest::Create { path, data, ephemeral }).await.unwrap();
+    client.call(ZkRequest::Create { path, data, ephemeral, owned: false }).await.unwrap();
 }
 
 async fn change(client: &ZkSession, path: &str, data: &str) {
@@ -118,6 +118,7 @@ async fn ten_thousand_children_are_listed_in_time_and_one_change_costs_one_read(
             path: format!("/big/member-{number:05}"),
             data: at(number).into_bytes(),
             ephemeral: false,
+            owned: false,
         };
         let created = client.call_all((first..first + 500).map(create)).await;
         assert!(created.iter().all(Result::is_ok));
@@ -262,7 +263,11 @@ fn protect(server: &ZookeeperServer, path: &str, user: &str) {
 async fn an_expired_session_is_replaced() {
     let Some((_dir, server)) = server() else { return };
     let registry = Arc::new(registry(&[server.address()]));
-    let client = ZkSession::with_timeout(registry, Resolver::new(DnsConfig::default()), Duration::from_secs(1));
+    let client = ZkSession::with_timeout(
+        registry,
+        Resolver::new(DnsConfig::default()),
+        Duration::from_secs(1),
+    );
     put(&client, "/e", "", true).await;
     let exists = ZkRequest::Exists { path: "/e".into(), watch: false };
     assert!(client.call(exists.clone()).await.is_ok());

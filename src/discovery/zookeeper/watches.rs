@@ -86,11 +86,6 @@ impl ZkWatch {
         std::mem::take(&mut *locked(&self.changed))
     }
 
-    /// Whether there is an event that was not taken.
-    pub(crate) fn has_changes(&self) -> bool {
-        *locked(&self.changed) != ZkChanges::default()
-    }
-
     fn event(&self, event: &ZkEvent) {
         let mut changed = locked(&self.changed);
         if event.path == self.path {
@@ -135,7 +130,7 @@ mod tests {
         }
         let changes = web.take();
         assert_eq!(Vec::from_iter(changes.nodes), ["a", "b"]);
-        assert!(!changes.children && !changes.lost && !root.has_changes());
+        assert!(!changes.children && !changes.lost && root.take() == ZkChanges::default());
         watches.event(&ZkEvent { kind: EVENT_CHILDREN, path: "/web".into() });
         assert!(web.take().children);
         watches.lost();

@@ -30,8 +30,9 @@ pub(crate) enum ZkRequest {
     Data { path: String, watch: bool },
     /// State of a node.
     Exists { path: String, watch: bool },
-    /// A new node that every client may read and change.
-    Create { path: String, data: Vec<u8>, ephemeral: bool },
+    /// A new node. Every client may read it, and change it unless `owned` is set: then only
+    /// the user of this session.
+    Create { path: String, data: Vec<u8>, ephemeral: bool, owned: bool },
     /// Other content for a node, whatever its version.
     SetData { path: String, data: Vec<u8> },
     /// Removal of a node, whatever its version.
@@ -162,13 +163,9 @@ pub(crate) fn put_request(out: &mut Vec<u8>, xid: i32, request: &ZkRequest) {
             ZkRequest::Children { watch, .. }
             | ZkRequest::Data { watch, .. }
             | ZkRequest::Exists { watch, .. } => out.put_u8(u8::from(*watch)),
-            ZkRequest::Create { data, ephemeral, .. } => {
+            ZkRequest::Create { data, ephemeral, owned, .. } => {
                 put_bytes(out, data);
-                // One entry of access control: all permissions, for every client.
-                out.put_i32(1);
-                out.put_i32(0x1f);
-                put_bytes(out, b"world");
-                put_bytes(out, b"anyone");
+                put_access(out, *owned);
                 out.put_i32(i32::from(*ephemeral));
             }
             ZkRequest::SetData { data, .. } => {
@@ -178,6 +175,21 @@ pub(crate) fn put_request(out: &mut Vec<u8>, xid: i32, request: &ZkRequest) {
             ZkRequest::Delete { .. } => out.put_i32(-1),
         }
     });
+}
+
+/// Appends the entries of access control: permissions (1 reads, 31 is all), scheme and id.
+fn put_access(out: &mut Vec<u8>, owned: bool) {
+    let everyone = |permissions| (permissions, &b"world"[..], &b"anyone"[..]);
+    let entries = match owned {
+        true => vec![(31, &b"auth"[..], &b""[..]), everyone(1)],
+        false => vec![everyone(31)],
+    };
+    out.put_i32(entries.len() as i32);
+    for (permissions, scheme, id) in entries {
+        out.put_i32(permissions);
+        put_bytes(out, scheme);
+        put_bytes(out, id);
+    }
 }
 
 fn put_frame(out: &mut Vec<u8>, content: impl FnOnce(&mut Vec<u8>)) {

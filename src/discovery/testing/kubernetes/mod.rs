@@ -262,7 +262,8 @@ fn list(
     let store = locked(&shared.store);
     let (version, start) = request.continued()?.unwrap_or((store.version(), String::new()));
     if store.is_compacted(version) {
-        let text = "The provided continue parameter is too old to display a consistent list result.";
+        let text =
+            "The provided continue parameter is too old to display a consistent list result.";
         return Err(StatusDocument::failure(410, text));
     }
     if request.version()?.is_some_and(|wanted| wanted > store.version()) {

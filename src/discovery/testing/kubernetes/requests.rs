@@ -20,8 +20,14 @@ pub(super) struct ApiRequest {
 pub(super) enum Selection {
     Document(&'static str),
     /// An empty namespace means all.
-    List { namespace: String, service: Option<String>, name: Option<String> },
-    Watch { namespace: String },
+    List {
+        namespace: String,
+        service: Option<String>,
+        name: Option<String>,
+    },
+    Watch {
+        namespace: String,
+    },
 }
 
 // === impl ApiRequest ===
@@ -32,7 +38,9 @@ impl ApiRequest {
         let mut first = lines.next()?.split(' ');
         let (method, target) = (first.next()?.to_owned(), first.next()?.to_owned());
         let (path, query) = target.split_once('?').unwrap_or((&target, ""));
-        let decoded = |text: &str| percent_decode_str(&text.replace('+', " ")).decode_utf8_lossy().into_owned();
+        let decoded = |text: &str| {
+            percent_decode_str(&text.replace('+', " ")).decode_utf8_lossy().into_owned()
+        };
         let pairs = query.split('&').filter(|pair| !pair.is_empty());
         let pairs = pairs.map(|pair| pair.split_once('=').unwrap_or((pair, "")));
         let parameters = pairs.map(|(key, value)| (decoded(key), decoded(value))).collect();
