@@ -5,7 +5,8 @@
 //! Each renewal reads the node: an operator can have deleted it, or the session can have
 //! expired.
 
-use super::{RegisteredState, Registrar, Registration, RenewalResult, value_of};
+use super::etcd::value_of;
+use super::{RegisteredState, Registrar, Registration, RenewalResult};
 use crate::client::HttpFailure;
 use crate::resolver::Resolver;
 use crate::zookeeper::ZkSession;
@@ -39,7 +40,8 @@ impl ZookeeperRegistrar {
         id: &str,
         ttl: Duration,
     ) -> ZookeeperRegistrar {
-        let (owned, path) = (registry.user.is_some(), format!("{}/{id}", path.trim_end_matches('/')));
+        let (owned, path) =
+            (registry.user.is_some(), format!("{}/{id}", path.trim_end_matches('/')));
         let session = ZkSession::with_timeout(registry, resolver, ttl);
         ZookeeperRegistrar { session, path, owned, owner: 0 }
     }
@@ -54,7 +56,8 @@ impl ZookeeperRegistrar {
         }
         for (end, _) in self.path.match_indices('/').skip(1) {
             let path = self.path[..end].to_owned();
-            let above = ZkRequest::Create { path, data: Vec::new(), ephemeral: false, owned: false };
+            let above =
+                ZkRequest::Create { path, data: Vec::new(), ephemeral: false, owned: false };
             match self.session.call(above).await {
                 Ok(_) | Err(ZkProblem::NodeExists) => {}
                 Err(problem) => return Err(problem),

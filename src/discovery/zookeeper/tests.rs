@@ -280,3 +280,62 @@ async fn an_expired_session_is_replaced() {
     assert_eq!(answer.unwrap_err(), ZkProblem::NoNode);
     put(&client, "/e", "", true).await;
 }
+
+/// Waits until a note arrives, and returns its text.
+async fn note(notes: &mut tokio::sync::mpsc::UnboundedReceiver<String>) -> String {
+    tokio::time::timeout(Duration::from_secs(20), notes.recv()).await.unwrap().unwrap()
+}
+
+#[tokio::test]
+async fn a_registered_service_is_a_member_and_survives_the_loss_of_its_session() {
+    use crate::register::zookeeper::ZookeeperRegistrar;
+    use crate::register::{Registration, ServiceHealth, WhenDown, keep};
+    let Some((_dir, mut server)) = server() else { return };
+    let servers = registry(&[server.address()]);
+    let mut heard = ask(servers.clone(), "/services/web", ZookeeperFormat::Json);
+    let registration = Registration {
+        service: "web".into(),
+        id: "web-1".into(),
+        address: "10.0.0.7:80".parse().unwrap(),
+        weight: Some(3),
+        labels: Default::default(),
+        ttl: Duration::from_secs(3),
+        on_down: WhenDown::Mark,
+    };
+    let resolver = Resolver::new(DnsConfig::default());
+    let ttl = registration.ttl;
+    // The node of a former process that was killed.
+    let former = ZkSession::with_timeout(servers.clone().into(), resolver.clone(), ttl);
+    for above in ["/services", "/services/web"] {
+        put(&former, above, "", false).await;
+    }
+    put(&former, "/services/web/web-1", &at(9), true).await;
+    heard.names(&["web-1"]).await;
+    let registrar =
+        ZookeeperRegistrar::new(servers.clone().into(), resolver, "/services/web", "web-1", ttl);
+    let (health, checked) = tokio::sync::watch::channel(ServiceHealth::Up);
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let (noted, mut notes) = tokio::sync::mpsc::unbounded_channel();
+    let kept = tokio::spawn(async move {
+        let stopped = async { drop(stopped.await) };
+        let mut note = |note: crate::register::RegisterNote| drop(noted.send(note.to_string()));
+        keep(registrar, &registration, checked, stopped, &mut note).await
+    });
+    assert_eq!(note(&mut notes).await, "registered as ready");
+    heard.until("the successor", |heard| heard.members[0].weight == Some(3)).await;
+    health.send(ServiceHealth::Down).unwrap();
+    heard.until("critical", |heard| heard.members[0].wish == Wish::Critical).await;
+    health.send(ServiceHealth::Up).unwrap();
+    heard.until("ready", |heard| heard.members[0].wish == Wish::Sessions).await;
+    // The server is away for longer than the TTL: the session and the node end.
+    server.kill();
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    server.restart();
+    let admin = open(servers);
+    let _ = admin.call(ZkRequest::Delete { path: "/services/web/web-1".into() }).await;
+    while note(&mut notes).await != "registered as ready" {}
+    heard.until("again", |heard| heard.members.len() == 1).await;
+    stop.send(()).unwrap();
+    assert!(kept.await.unwrap());
+    heard.until("left", |heard| heard.members.is_empty()).await;
+}
