@@ -75,7 +75,7 @@ async fn connect(
     http(open_stream(endpoint, server).await?).await
 }
 
-/// A connection, with TLS if the endpoint has it.
+/// A connection, with TLS if the endpoint uses TLS.
 pub(crate) trait ByteStream: AsyncRead + AsyncWrite + Unpin + Send {}
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> ByteStream for S {}

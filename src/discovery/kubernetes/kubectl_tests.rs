@@ -2,10 +2,10 @@
 //! knows nothing of Tidegate.
 
 use crate::testing::kubernetes::{EndpointDocument, KubernetesDouble, SliceDocument};
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::Stdio;
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::Command;
+use std::process::{Child, Command, Stdio};
+use tokio::sync::mpsc;
 
 fn kubectl(double: &KubernetesDouble, dir: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new("kubectl");
@@ -16,18 +16,27 @@ fn kubectl(double: &KubernetesDouble, dir: &Path, arguments: &[&str]) -> Command
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true);
+        .stderr(Stdio::piped());
     command
 }
 
+/// Kills kubectl on drop.
+struct KubectlWatch(Child);
+
+impl Drop for KubectlWatch {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 async fn output(mut command: Command) -> String {
-    let output = command.output().await.unwrap();
+    let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
     String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
 }
 
 async fn double() -> Option<KubernetesDouble> {
-    let version = Command::new("kubectl").arg("version").arg("--client").output().await;
+    let version = Command::new("kubectl").arg("version").arg("--client").output();
     if version.is_err() {
         assert!(std::env::var_os("CI").is_none(), "install kubernetes-client");
         eprintln!("skipped: kubectl is missing");
@@ -77,11 +86,15 @@ async fn kubectl_follows_a_watch() {
     let Some(double) = double().await else { return };
     let dir = tempfile::tempdir().unwrap();
     let follow = &["get", "endpointslices", "-w", "--output-watch-events", "-o", "name"];
-    let mut watching = kubectl(&double, dir.path(), follow).spawn().unwrap();
-    let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
+    let mut watching = KubectlWatch(kubectl(&double, dir.path(), follow).spawn().unwrap());
+    let output = BufReader::new(watching.0.stdout.take().unwrap());
+    let (sender, mut lines) = mpsc::unbounded_channel();
+    std::thread::spawn(move || {
+        output.lines().map_while(Result::ok).all(|line| sender.send(line).is_ok());
+    });
     let mut next = async || {
-        let line = tokio::time::timeout(std::time::Duration::from_secs(20), lines.next_line());
-        line.await.expect("a line in time").unwrap().expect("a line")
+        let line = tokio::time::timeout(std::time::Duration::from_secs(20), lines.recv()).await;
+        line.expect("a line in time").expect("a line")
     };
     let name = |kind: &str, name: &str| format!("{kind:<10} endpointslice.discovery.k8s.io/{name}");
     let squeezed = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");

@@ -216,7 +216,7 @@ impl KubernetesSource {
         times: WatchTimes,
     ) -> Result<WatchEnd, HttpFailure> {
         let mut told = clock::now();
-        // When the set is told: an event arrived, or a missing endpoint leaves.
+        // When the source tells the set: an event arrived, or a missing endpoint leaves.
         let mut due = self.picture.show(told).until;
         loop {
             let wake = due.map_or(old, |due| due.min(old));

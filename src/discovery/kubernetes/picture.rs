@@ -200,7 +200,7 @@ mod tests {
         // In both.
         picture.put(slice("a", &[one.clone(), two]));
         assert_eq!(shown(&mut picture, now + SETTLE), both);
-        // It leaves when no slice has it for the time.
+        // It leaves if it is in no slice for the time.
         picture.replace(vec![slice("a", &[one])]);
         assert_eq!(shown(&mut picture, now + SETTLE), both);
         assert_eq!(shown(&mut picture, now + SETTLE * 2).len(), 1);

@@ -96,7 +96,7 @@ async fn pods_come_drain_and_leave() {
 }
 
 #[tokio::test]
-async fn an_endpoint_that_moves_between_slices_is_told_in_every_set() {
+async fn an_endpoint_that_moves_between_slices_is_in_every_set() {
     let double = double().await;
     double.put(slice("a", &[1, 2]));
     double.put(slice("b", &[3]));

@@ -115,7 +115,7 @@ impl ZkSource {
     async fn read(&mut self, changes: &ZkChanges) -> Result<(), HttpFailure> {
         if changes.lost {
             self.synchronize().await?;
-            // Nothing stands in for a child that cannot be read now.
+            // A failure now is a failure, and the former content does not hide it.
             self.children.clear();
         }
         let mut unread: Vec<String> = Vec::new();

@@ -23,7 +23,7 @@ use tokio::time::sleep_until;
 /// Session timeout that sources request. ZooKeeper bounds it to 2..20 ticks of the server.
 pub(crate) const SESSION_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Calls that wait for their answers at one time. A server reads no more than 1,000
+/// Calls that wait for their answers at one time. A server reads at most 1,000
 /// unanswered requests (globalOutstandingLimit).
 pub(crate) const CALLS_AT_ONCE: usize = 500;
 
