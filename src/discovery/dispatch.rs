@@ -88,13 +88,14 @@ pub async fn run(
                 RegistryQuery::Zookeeper { path, format },
                 Some(RegistryShare::Zookeeper(session)),
             ) => zookeeper::run(session, path, format, teller).await,
-            _ => not_built(registry.kind, &teller).await,
+            _ => misdirected(registry.kind, &teller).await,
         },
     }
 }
 
-async fn not_built(kind: RegistryKind, teller: &Teller) -> Infallible {
-    let detail = format!("this program is built without support for {kind:?}");
+/// A question and a registry of different kinds; the configuration prevents it.
+async fn misdirected(kind: RegistryKind, teller: &Teller) -> Infallible {
+    let detail = format!("the question is not for a registry of kind {kind:?}");
     teller.tell(Told::Failed { why: SourceFailure::Protocol, detail });
     std::future::pending().await
 }
