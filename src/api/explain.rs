@@ -8,6 +8,7 @@ use super::names::{
     DetectorName, IntentName, NoneEligible, ObservationName, ProbeKindName, ProbeResultName,
     PulseName, SenderStateName,
 };
+use super::sources::AnnouncementDoc;
 use super::status::{FreezeDoc, RejectedDoc, TransitionDoc, whole_if_it_is};
 use serde::{Deserialize, Serialize};
 
@@ -63,6 +64,12 @@ pub struct ExplainDoc {
     pub slow_start: Option<SlowStartDoc>,
     /// Guards that can prevent its removal.
     pub guards: GuardsDoc,
+    /// Whether the file lists it.
+    #[serde(default)]
+    pub in_file: bool,
+    /// What each member source says that lists it.
+    #[serde(default)]
+    pub announced: Vec<AnnouncementDoc>,
     /// Its last state changes, newest first.
     pub history: Vec<TransitionDoc>,
 }

@@ -17,4 +17,5 @@ pub mod explain;
 pub mod names;
 pub mod place;
 pub mod reload;
+pub mod sources;
 pub mod status;

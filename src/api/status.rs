@@ -7,6 +7,7 @@ use super::names::{
     BackendStateName, EngineName, IntentName, NoneEligible, ObservationName, PolicyName, PulseName,
     SenderStateName, ServiceState,
 };
+use super::sources::MemberSourceDoc;
 use serde::{Deserialize, Serialize, Serializer};
 use std::net::SocketAddr;
 
@@ -174,6 +175,9 @@ pub struct PoolDoc {
     pub probes: bool,
     /// Whether it accepts heartbeats.
     pub heartbeats: bool,
+    /// Its member sources, in order of precedence; empty if it has only the file and heartbeats.
+    #[serde(default)]
+    pub sources: Vec<MemberSourceDoc>,
     /// Clients in its queue.
     pub queued: u64,
     /// Backends in file order, then registered ones by age.

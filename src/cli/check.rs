@@ -3,7 +3,7 @@
 //! Called by the command line. It makes the same checks as `run`, on this host and as this
 //! user, and changes nothing.
 
-use super::CheckArgs;
+use super::{CheckArgs, resolve};
 use std::io::{IsTerminal, Write};
 use tidegate_client::command::Exit;
 use tidegate_config::{self as config, Loaded, Severity};
@@ -25,6 +25,9 @@ pub fn main(args: &CheckArgs) -> Exit {
             }
             // If standard output is closed, the summary is lost.
             let _ = writeln!(std::io::stdout(), "{}: {}", path.display(), summary(&loaded));
+            if args.resolve && !resolve::print_all(&loaded.config) {
+                return Exit::Failed;
+            }
             Exit::Fine
         }
         Err(problems) => {

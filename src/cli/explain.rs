@@ -9,6 +9,7 @@ mod sentences;
 mod session;
 
 use super::drain::{self, BackendRef};
+use super::sources;
 use super::table::{age, cell_text, or_dash, plural, terminal_width, wrap};
 use clap::Args;
 use hyper::Method;
@@ -165,6 +166,9 @@ fn render(facts: &ExplainDoc, width: Option<usize>) -> String {
     }
     line("Heartbeats", facts.heartbeat.as_ref().map_or_else(none, heartbeats));
     line("Ejection", ejection(&facts.ejection));
+    for announced in &facts.announced {
+        line("Source", sources::announced(announced));
+    }
     line("Guards", guards(&facts.guards, facts.heartbeat.is_some()));
     text.push_str("\nHistory, newest first:\n");
     text.push_str(&history(&facts.history, width));

@@ -10,8 +10,10 @@ pub mod heartbeat;
 pub mod ready;
 pub mod register;
 pub mod reload;
+mod resolve;
 pub mod run;
 pub mod shutdown;
+mod sources;
 pub mod status;
 mod table;
 #[cfg(test)]
@@ -140,6 +142,9 @@ pub struct CheckArgs {
     /// The configuration.
     #[command(flatten)]
     pub config: ConfigFile,
+    /// Also ask every member source once and print what it announces.
+    #[arg(long)]
+    pub resolve: bool,
 }
 
 /// The file of `run` and `check`, with or without `--config`.

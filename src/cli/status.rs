@@ -3,6 +3,7 @@
 //! Called by the command line with the document of the admin API. It chooses words,
 //! columns and units, and computes no other facts.
 
+use super::sources;
 use super::table::{TextColumn, TextTable, age, cell_text, or_dash, plural, terminal_width, wrap};
 use hyper::Method;
 use std::time::Duration;
@@ -176,7 +177,11 @@ fn pool_table(pool: &PoolDoc, width: Option<usize>) -> String {
         ];
         table.row(cells, backend.last_transition.as_ref().map_or_else(String::new, last_change));
     }
-    wrap(&title, width) + "\n" + &table.finish(width)
+    let mut text = wrap(&title, width) + "\n" + &table.finish(width);
+    for source in &pool.sources {
+        text.push_str(&wrap(&format!("source {}\n", sources::describe(source)), width));
+    }
+    text
 }
 
 /// Returns the remarks in the title line of a pool: queue, registrations, guards.

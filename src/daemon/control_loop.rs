@@ -15,6 +15,7 @@ use super::binds::Binds;
 use super::config_reloads::{ConfigReloads, ReloadEvent};
 use super::evidence::{Evidence, EvidenceEvent};
 use super::lifecycle::{Lifecycle, LifecycleEvent};
+use super::member_sources::{MemberSources, SourceEvent};
 use super::planes::Planes;
 use super::signals::SignalKindReceived;
 use super::state_directory::StateDirectory;
@@ -32,6 +33,7 @@ use tidegate_supervisor::{SuccessorChanges, SupervisorEvent};
 pub(super) struct Control {
     pub(super) controller: Controller,
     pub(super) evidence: Evidence,
+    pub(super) sources: MemberSources,
     pub(super) planes: Planes,
     pub(super) workers: WorkerSet,
     pub(super) binds: Binds,
@@ -47,6 +49,7 @@ pub(super) struct Control {
 /// An event of one of the parts.
 enum LoopEvent {
     Evidence(EvidenceEvent),
+    Sources(SourceEvent),
     /// The builder has finished a pool's part of a table.
     Built(ControlEvent),
     Workers,
@@ -82,6 +85,7 @@ impl Control {
         let decide_at = self.controller.next_due();
         tokio::select! {
             event = self.evidence.wake(decide_at) => LoopEvent::Evidence(event),
+            event = self.sources.wake() => LoopEvent::Sources(event),
             event = self.planes.wake() => LoopEvent::Built(event),
             () = self.workers.wake() => LoopEvent::Workers,
             () = self.binds.wake() => LoopEvent::Binds,
@@ -97,6 +101,7 @@ impl Control {
     async fn handle(&mut self, event: LoopEvent) -> Option<RunEnd> {
         match event {
             LoopEvent::Evidence(event) => self.take_evidence(event),
+            LoopEvent::Sources(event) => self.source_event(event),
             LoopEvent::Built(event) => self.feed([event]),
             LoopEvent::Workers => self.lifecycle.readiness().set_stalled(self.workers.check()),
             LoopEvent::Binds => {}
@@ -113,6 +118,7 @@ impl Control {
     /// Runs the checks that follow every event.
     fn check_threads(&mut self) -> Option<RunEnd> {
         self.bound_latency();
+        self.note_views();
         // Every event restarts the wait of `Binds::wake`, which never ends on a busy loop.
         self.binds.close_retired();
         if self.evidence.heartbeats.has_exited() {

@@ -63,6 +63,7 @@ impl Control {
             "draining; no new connections are accepted"
         );
         self.lifecycle.drain(timeout);
+        self.sources.stop();
     }
 
     /// Checks the drain. Returns the number of sessions that were reset when the drain

@@ -268,6 +268,7 @@ impl Control {
         let in_force = self.reloads.within_limits(self.binds.sockets());
         self.feed([ControlEvent::Configure(in_force)]);
         self.evidence.heartbeats.adopt(heartbeats);
+        self.sources.configure(&config);
         self.binds.adopt(fresh, &config, self.workers.list(), &self.supervised);
         self.hold_heartbeats();
         self.keep_intents();

@@ -173,6 +173,8 @@ impl Control {
             log_dropped: rare.log_dropped,
             ports: self.telemetry.ports.watch(),
             port_limits: self.telemetry.ports.limits(),
+            source_counters: self.sources.counters(),
+            ignored_members: self.controller.ignored_members().to_vec(),
             heartbeats: self.evidence.heartbeats.counts(),
             backend_metrics_max: self.reloads.config().admin.backend_metrics_max as usize,
         }

@@ -12,6 +12,7 @@ use super::evidence::Evidence;
 use super::lifecycle::Lifecycle;
 use super::listeners::Listeners;
 use super::logging::LogHandle;
+use super::member_sources::MemberSources;
 use super::planes::{Plane, Planes};
 use super::preflight::{access_log_refusal, token_problem};
 use super::refused::BindError;
@@ -112,6 +113,9 @@ async fn bring_up(
     control.configure(known.as_ref());
     if environment.old_process.is_none() {
         control.restore_intents();
+        if known.is_none() {
+            control.restore_views();
+        }
     }
     control.lifecycle.unblock_signals();
     match control.open(listeners, requests, &origin, environment.old_process).await {
@@ -160,6 +164,7 @@ fn prepare(
     let control = Control {
         controller,
         evidence,
+        sources: MemberSources::default(),
         planes: Planes::new(vec![Plane::Proxy { tables, waiters }]),
         workers,
         binds: Binds::new(0),
@@ -323,9 +328,17 @@ impl Control {
     /// This runs before the first accept, so a drained backend gets no session.
     fn restore_intents(&mut self) {
         if self.supervised.read_intents().is_none()
-            && let Some(intents) = self.state.read()
+            && let Some(intents) = self.state.read_intents()
         {
             let effects = self.controller.adopt_intents(&intents, clock::now());
+            self.apply_effects(effects);
+        }
+    }
+
+    /// Restores the views of member sources from disk, so that a start needs no source.
+    fn restore_views(&mut self) {
+        if let Some(views) = self.state.read_views() {
+            let effects = self.controller.adopt_views(&views, clock::now());
             self.apply_effects(effects);
         }
     }
@@ -359,6 +372,7 @@ impl Control {
         self.hold_heartbeats();
         self.keep_intents();
         self.supervised.in_force.write();
+        self.sources.configure(&config);
         announce(self, &config);
         self.lifecycle.serve();
         Ok(())

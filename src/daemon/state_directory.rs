@@ -1,8 +1,9 @@
-//! The directory of `[process] state`: stores operators' intents (drain, maintenance) for
-//! the next start.
+//! The directory of `[process] state`: stores operators' intents (drain, maintenance) and
+//! the views of member sources for the next start.
 //!
-//! Opened by `start`, owned by the control loop, which passes it every change of intents.
-//! A separate thread writes the newest intents. An invalid file never prevents a start.
+//! Opened by `start`, owned by the control loop, which passes it every change. A separate
+//! thread encodes and writes the newest value of each file. An invalid file never prevents a
+//! start.
 //!
 //! - Intents from the supervisor or the old process of an upgrade are newer than the file
 //!   and take precedence.
@@ -10,7 +11,7 @@
 //!   and not used.
 
 use super::sandbox::make_directory;
-use super::saved_intents::{decode, encode};
+use super::{saved_intents, saved_views};
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -18,47 +19,53 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
+use tidegate_core::control::SavedViews;
 use tidegate_core::control::handover::Saved;
 use tidegate_net::clock;
 use tidegate_net::privileges::UserIdentity;
 use tokio::sync::oneshot;
 
-/// The file in the directory.
-const FILE: &str = "intents.json";
-
-/// New name of a file that cannot be used. Replaces such a file of an earlier start.
-const REJECTED: &str = "intents.json.rejected";
-
-/// Size limit of the file: several times the size that the bounds on backends and
-/// removed intents allow with usual names.
+/// Size limit of a file: several times the size that the bounds on backends and removed
+/// intents allow with usual names.
 const BYTES_MAX: u64 = 64 << 20;
 
-/// How long the process waits at its end for the last intents to be written.
+/// New extension of a file that cannot be used. Replaces such a file of an earlier start.
+const REJECTED: &str = "json.rejected";
+
+/// How long the process waits at its end for the last values to be written.
 const FLUSH_MAX: Duration = Duration::from_secs(1);
 
 /// See the module's documentation.
 #[derive(Debug, Default)]
 pub(super) struct StateDirectory {
     /// `None` with `state = "off"`.
-    writer: Option<IntentWriter>,
+    writer: Option<StateWriter>,
     failures: Arc<AtomicU64>,
+}
+
+/// A file in the directory.
+#[derive(Debug, Clone, Copy)]
+enum StateFile {
+    Intents,
+    Views,
 }
 
 /// The thread that writes.
 #[derive(Debug)]
-struct IntentWriter {
+struct StateWriter {
     path: PathBuf,
-    newest: Arc<Mutex<UnwrittenIntents>>,
+    newest: Arc<Mutex<UnwrittenState>>,
     /// Wakes the thread. Dropped to end the thread.
     wake: Option<SyncSender<()>>,
     ended: Receiver<()>,
 }
 
-/// The newest intents, and the requests that wait until they are on disk.
+/// The newest values, and the requests that wait until the intents are on disk.
 #[derive(Debug, Default)]
-struct UnwrittenIntents {
+struct UnwrittenState {
     intents: Option<Saved>,
+    views: Option<SavedViews>,
     waiting: Vec<oneshot::Sender<()>>,
 }
 
@@ -91,19 +98,31 @@ impl StateDirectory {
         let mut state = StateDirectory::default();
         if let Some(directory) = directory {
             prepare(directory, None)?;
-            let temporary = temporary(directory);
+            let temporary = temporary(directory, "test");
             create(&temporary)?;
             std::fs::remove_file(&temporary)?;
             let failures = Arc::clone(&state.failures);
-            state.writer = Some(IntentWriter::start(directory.to_owned(), failures)?);
+            state.writer = Some(StateWriter::start(directory.to_owned(), failures)?);
         }
         Ok(state)
     }
 
     /// Reads the stored intents. A file that cannot be used is renamed and logged.
-    pub(super) fn read(&self) -> Option<Saved> {
-        let directory = &self.writer.as_ref()?.path;
-        let path = directory.join(FILE);
+    pub(super) fn read_intents(&self) -> Option<Saved> {
+        self.read(StateFile::Intents, saved_intents::decode)
+    }
+
+    /// Reads the stored views. A file that cannot be used is renamed and logged.
+    pub(super) fn read_views(&self) -> Option<SavedViews> {
+        self.read(StateFile::Views, saved_views::decode)
+    }
+
+    fn read<T>(
+        &self,
+        file: StateFile,
+        decode: fn(&[u8], SystemTime) -> Result<T, String>,
+    ) -> Option<T> {
+        let path = self.writer.as_ref()?.path.join(file.name());
         let read = read_file(&path).and_then(|text| {
             decode(&text, clock::wall())
                 .map_err(|why| io::Error::new(io::ErrorKind::InvalidData, why))
@@ -112,13 +131,19 @@ impl StateDirectory {
             Ok(saved) => Some(saved),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => {
-                let rejected = directory.join(REJECTED);
+                let rejected = path.with_extension(REJECTED);
                 let kept = std::fs::rename(&path, &rejected).map(|()| rejected);
                 let kept = kept.as_ref().map_or(&path, |rejected| rejected).display();
-                tracing::error!(
-                    path = %path.display(), %error, %kept,
-                    "cannot read operator intents; every backend starts undrained"
-                );
+                match file {
+                    StateFile::Intents => tracing::error!(
+                        path = %path.display(), %error, %kept,
+                        "cannot read operator intents; every backend starts undrained"
+                    ),
+                    StateFile::Views => tracing::error!(
+                        path = %path.display(), %error, %kept,
+                        "cannot read the views of member sources; pools wait for their sources"
+                    ),
+                }
                 None
             }
         }
@@ -126,16 +151,30 @@ impl StateDirectory {
 
     /// Schedules a write of `intents`. The receiver resolves when these or newer intents
     /// are on disk or the write failed. Returns `None` with `state = "off"`.
-    pub(super) fn write(&self, intents: impl FnOnce() -> Saved) -> Option<oneshot::Receiver<()>> {
+    pub(super) fn write_intents(
+        &self,
+        intents: impl FnOnce() -> Saved,
+    ) -> Option<oneshot::Receiver<()>> {
         let writer = self.writer.as_ref()?;
         let (done, written) = oneshot::channel();
         let mut newest = lock(&writer.newest);
         newest.intents = Some(intents());
         newest.waiting.push(done);
         drop(newest);
-        // A full queue means that the thread has already been woken.
-        let _ = writer.wake.as_ref()?.try_send(());
+        writer.wake();
         Some(written)
+    }
+
+    /// Schedules a write of `views`. Does nothing with `state = "off"`.
+    pub(super) fn write_views(&self, views: impl FnOnce() -> SavedViews) {
+        let Some(writer) = self.writer.as_ref() else { return };
+        lock(&writer.newest).views = Some(views());
+        writer.wake();
+    }
+
+    /// Whether values are written.
+    pub(super) fn is_open(&self) -> bool {
+        self.writer.is_some()
     }
 
     /// Returns the number of failed writes.
@@ -144,13 +183,24 @@ impl StateDirectory {
     }
 }
 
-// === impl IntentWriter ===
+// === impl StateFile ===
 
-impl IntentWriter {
-    fn start(path: PathBuf, failures: Arc<AtomicU64>) -> io::Result<IntentWriter> {
+impl StateFile {
+    fn name(self) -> &'static str {
+        match self {
+            StateFile::Intents => "intents.json",
+            StateFile::Views => "views.json",
+        }
+    }
+}
+
+// === impl StateWriter ===
+
+impl StateWriter {
+    fn start(path: PathBuf, failures: Arc<AtomicU64>) -> io::Result<StateWriter> {
         let (wake, woken) = sync_channel(1);
         let (end, ended) = sync_channel(1);
-        let newest: Arc<Mutex<UnwrittenIntents>> = Arc::default();
+        let newest: Arc<Mutex<UnwrittenState>> = Arc::default();
         let (directory, shared) = (path.clone(), Arc::clone(&newest));
         let run = move || {
             while woken.recv().is_ok() {
@@ -159,12 +209,19 @@ impl IntentWriter {
             // Fails if the control thread does not wait any more.
             let _ = end.send(());
         };
-        std::thread::Builder::new().name("intents".to_owned()).spawn(run)?;
-        Ok(IntentWriter { path, newest, wake: Some(wake), ended })
+        std::thread::Builder::new().name("state".to_owned()).spawn(run)?;
+        Ok(StateWriter { path, newest, wake: Some(wake), ended })
+    }
+
+    fn wake(&self) {
+        if let Some(wake) = &self.wake {
+            // A full queue means that the thread has already been woken.
+            let _ = wake.try_send(());
+        }
     }
 }
 
-impl Drop for IntentWriter {
+impl Drop for StateWriter {
     fn drop(&mut self) {
         self.wake = None;
         if self.ended.recv_timeout(FLUSH_MAX) == Err(RecvTimeoutError::Timeout) {
@@ -175,13 +232,26 @@ impl Drop for IntentWriter {
     }
 }
 
-fn write_newest(directory: &Path, shared: &Mutex<UnwrittenIntents>, failures: &AtomicU64) {
-    let UnwrittenIntents { intents, waiting } = std::mem::take(&mut *lock(shared));
-    let Some(intents) = intents else { return };
-    if let Err(error) = replace(directory, &encode(&intents, clock::wall())) {
-        let path = directory.join(FILE);
-        let failed = failures.fetch_add(1, Ordering::Relaxed) + 1;
+fn write_newest(directory: &Path, shared: &Mutex<UnwrittenState>, failures: &AtomicU64) {
+    let UnwrittenState { intents, views, waiting } = std::mem::take(&mut *lock(shared));
+    let written = |file: StateFile, text: Vec<u8>| {
+        let result = replace(directory, file.name(), &text);
+        result.map_err(|error| {
+            let failed = failures.fetch_add(1, Ordering::Relaxed) + 1;
+            (directory.join(file.name()), error, failed)
+        })
+    };
+    if let Some(intents) = intents
+        && let Err((path, error, failed)) =
+            written(StateFile::Intents, saved_intents::encode(&intents, clock::wall()))
+    {
         tracing::warn!(path = %path.display(), %error, failed, "cannot write operator intents; a restart loses them");
+    }
+    if let Some(views) = views
+        && let Err((path, error, failed)) =
+            written(StateFile::Views, saved_views::encode(&views, clock::wall()))
+    {
+        tracing::warn!(path = %path.display(), %error, failed, "cannot write the views of member sources; a restart waits for the sources");
     }
     for one in waiting {
         // Fails if the client has closed its connection.
@@ -189,15 +259,15 @@ fn write_newest(directory: &Path, shared: &Mutex<UnwrittenIntents>, failures: &A
     }
 }
 
-fn lock(newest: &Mutex<UnwrittenIntents>) -> MutexGuard<'_, UnwrittenIntents> {
+fn lock(newest: &Mutex<UnwrittenState>) -> MutexGuard<'_, UnwrittenState> {
     // Each field is replaced in one step, so the value is valid after a panic.
     newest.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Returns a file name for this process only, because two processes can write at the
 /// same time.
-fn temporary(directory: &Path) -> PathBuf {
-    directory.join(format!("{FILE}.{}", std::process::id()))
+fn temporary(directory: &Path, file: &str) -> PathBuf {
+    directory.join(format!("{file}.{}", std::process::id()))
 }
 
 fn create(path: &Path) -> io::Result<File> {
@@ -207,12 +277,12 @@ fn create(path: &Path) -> io::Result<File> {
 }
 
 /// Replaces the file atomically: a reader gets the complete old or new file.
-fn replace(directory: &Path, text: &[u8]) -> io::Result<()> {
-    let temporary = temporary(directory);
-    let written = create(&temporary).and_then(|mut file| {
-        file.write_all(text)?;
-        file.sync_all()?;
-        std::fs::rename(&temporary, directory.join(FILE))?;
+fn replace(directory: &Path, file: &str, text: &[u8]) -> io::Result<()> {
+    let temporary = temporary(directory, file);
+    let written = create(&temporary).and_then(|mut open| {
+        open.write_all(text)?;
+        open.sync_all()?;
+        std::fs::rename(&temporary, directory.join(file))?;
         File::open(directory)?.sync_all()
     });
     written.inspect_err(|_| {
@@ -272,15 +342,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let own = dir.path().join("state");
         let state = StateDirectory::open(Some(&own)).unwrap();
-        assert_eq!(names(state.read()), [""; 0]);
+        assert_eq!(names(state.read_intents()), [""; 0]);
         for name in ["a", "b", "c"] {
-            let written = state.write(|| drained(name));
+            let written = state.write_intents(|| drained(name));
             assert!(written.is_some());
         }
         drop(state);
-        assert_eq!(names(StateDirectory::open(Some(&own)).unwrap().read()), ["c"]);
+        assert_eq!(names(StateDirectory::open(Some(&own)).unwrap().read_intents()), ["c"]);
         let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        assert_eq!((mode(&own), mode(&own.join(FILE))), (0o700, 0o600));
+        assert_eq!((mode(&own), mode(&own.join(StateFile::Intents.name()))), (0o700, 0o600));
         let left = std::fs::read_dir(&own).unwrap().count();
         assert_eq!(left, 1, "a temporary file remains");
     }
@@ -289,15 +359,16 @@ mod tests {
     fn drain_answer_waits_until_the_intent_is_on_disk() {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDirectory::open(Some(dir.path())).unwrap();
-        state.write(|| drained("a")).unwrap().blocking_recv().unwrap();
-        let text = std::fs::read(dir.path().join(FILE)).unwrap();
-        assert_eq!(names(Some(decode(&text, clock::wall()).unwrap())), ["a"]);
+        state.write_intents(|| drained("a")).unwrap().blocking_recv().unwrap();
+        let text = std::fs::read(dir.path().join(StateFile::Intents.name())).unwrap();
+        assert_eq!(names(Some(saved_intents::decode(&text, clock::wall()).unwrap())), ["a"]);
     }
 
     #[test]
     fn unusable_file_is_renamed_and_written_again() {
         let dir = tempfile::tempdir().unwrap();
-        let (file, rejected) = (dir.path().join(FILE), dir.path().join(REJECTED));
+        let (file, rejected) =
+            (dir.path().join("intents.json"), dir.path().join("intents.json.rejected"));
         let spoil: [fn(&Path); 3] = [
             |file| std::fs::write(file, "{\"version\":1").unwrap(),
             |file| std::fs::write(file, "{\"version\":2,\"intents\":[]}").unwrap(),
@@ -305,9 +376,9 @@ mod tests {
         ];
         for spoil in spoil {
             let state = StateDirectory::open(Some(dir.path())).unwrap();
-            state.write(|| drained("a")).unwrap().blocking_recv().unwrap();
+            state.write_intents(|| drained("a")).unwrap().blocking_recv().unwrap();
             spoil(&file);
-            assert_eq!(names(state.read()), [""; 0]);
+            assert_eq!(names(state.read_intents()), [""; 0]);
             assert!(rejected.exists() && !file.exists());
             std::fs::remove_file(&rejected).unwrap();
         }
@@ -319,7 +390,7 @@ mod tests {
         let own = dir.path().join("state");
         let state = StateDirectory::open(Some(&own)).unwrap();
         std::fs::remove_dir(&own).unwrap();
-        state.write(|| drained("a")).unwrap().blocking_recv().unwrap();
+        state.write_intents(|| drained("a")).unwrap().blocking_recv().unwrap();
         assert_eq!(state.failures(), 1);
     }
 
@@ -329,6 +400,6 @@ mod tests {
         assert!(StateDirectory::open(Some(&dir.path().join("no/such"))).is_err());
         std::fs::write(dir.path().join("file"), "").unwrap();
         assert!(StateDirectory::open(Some(&dir.path().join("file"))).is_err());
-        assert!(StateDirectory::open(None).unwrap().write(|| drained("a")).is_none());
+        assert!(StateDirectory::open(None).unwrap().write_intents(|| drained("a")).is_none());
     }
 }

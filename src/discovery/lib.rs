@@ -14,7 +14,6 @@ pub mod dns;
 pub mod etcd;
 pub mod file;
 pub mod http;
-pub mod kubernetes;
 pub mod listing;
 pub mod parse;
 pub mod register;
@@ -24,4 +23,3 @@ pub mod tell;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod thread;
-pub mod zookeeper;

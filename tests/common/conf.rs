@@ -27,6 +27,8 @@ pub struct Conf {
     pub pools: Vec<Pool>,
     /// `[heartbeat]` and its keys, as text.
     pub heartbeat: String,
+    /// `[registry.NAME]` and `[dns]` tables, as text.
+    pub registries: String,
 }
 
 /// `[frontend.NAME]`
@@ -51,6 +53,8 @@ pub struct Pool {
     pub ejection: String,
     /// Keys of `[pool.NAME.heartbeat]`; empty for none.
     pub heartbeat: String,
+    /// Keys of `[pool.NAME.discover]`; empty for none.
+    pub discover: String,
     pub backends: Vec<Backend>,
 }
 
@@ -78,6 +82,7 @@ impl Conf {
             frontends: Vec::new(),
             pools: Vec::new(),
             heartbeat: String::new(),
+            registries: String::new(),
         }
     }
 
@@ -111,6 +116,13 @@ impl Conf {
             pool: pool.into(),
             keys: keys.into(),
         });
+        self
+    }
+
+    /// Adds a `[registry.NAME]` or `[dns]` table.
+    pub fn registry(mut self, table: &str) -> Conf {
+        self.registries += table;
+        self.registries.push('\n');
         self
     }
 
@@ -181,6 +193,7 @@ impl Conf {
         }
         text.push_str(&self.heartbeat);
         text.push('\n');
+        text.push_str(&self.registries);
         for pool in &self.pools {
             pool.render(&mut text);
         }
@@ -199,6 +212,7 @@ impl Pool {
             probe: String::new(),
             ejection: String::new(),
             heartbeat: String::new(),
+            discover: String::new(),
             backends: Vec::new(),
         }
     }
@@ -222,6 +236,11 @@ impl Pool {
 
     pub fn heartbeat(mut self, keys: &str) -> Pool {
         self.heartbeat = keys.into();
+        self
+    }
+
+    pub fn discover(mut self, keys: &str) -> Pool {
+        self.discover = keys.into();
         self
     }
 
@@ -249,6 +268,9 @@ impl Pool {
         }
         if !self.heartbeat.is_empty() {
             let _ = writeln!(text, "[pool.{name}.heartbeat]\n{}\n", self.heartbeat);
+        }
+        if !self.discover.is_empty() {
+            let _ = writeln!(text, "[pool.{name}.discover]\n{}\n", self.discover);
         }
         for backend in &self.backends {
             let _ = writeln!(

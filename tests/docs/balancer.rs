@@ -1,4 +1,5 @@
-//! A balancer in the test process that has served one session. Its backend sends heartbeats.
+//! A balancer in the test process that has served one session. Its backend sends heartbeats,
+//! and a list of members also contains it.
 //!
 //! Used by the modules that generate tables from metrics, documents and log lines.
 
@@ -41,6 +42,8 @@ impl Balancer {
         let key = directory.path().join("hb.key");
         fs::write(&key, [7; 32]).unwrap();
         fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+        let members = file("members.json");
+        fs::write(&members, format!("[\"{to}\"]")).unwrap();
         let heartbeats = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let text = format!(
             "[process]\nworkers = 1\npin = false\n\
@@ -51,6 +54,8 @@ impl Balancer {
              [[heartbeat.key]]\nid = 1\nfile = \"{}\"\npools = [\"web\"]\n\
              addresses = [\"127.0.0.0/8\"]\n\
              [pool.web.heartbeat]\n\
+             [pool.web.discover]\nkind = \"file\"\npath = \"{members}\"\n\
+             addresses = [\"127.0.0.0/8\"]\n\
              [[pool.web.backend]]\naddress = \"{to}\"\n",
             key.display()
         );

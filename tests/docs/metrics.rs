@@ -17,22 +17,27 @@ struct Metric {
 }
 
 /// Labels with values from a fixed set. Every value has a sample from the start.
-const FIXED: [&str; 5] = ["reason", "result", "at", "direction", "layer"];
+const FIXED: [&str; 6] = ["reason", "result", "at", "direction", "layer", "state"];
 
-const AREAS: [&str; 7] = [
+const AREAS: [&str; 8] = [
     "Process",
     "Frontends",
     "Pools",
     "Backends",
     "Heartbeats",
+    "Names and discovery",
     "Workers",
     "Standard process metrics",
 ];
 
 pub(crate) fn text() -> String {
     let balancer = Balancer::after_one_session();
-    let text = balancer
-        .metrics_with(&["tidegate_session_seconds_count", "tidegate_backend_heartbeat_phi{"]);
+    let text = balancer.metrics_with(&[
+        "tidegate_session_seconds_count",
+        "tidegate_backend_heartbeat_phi{",
+        "tidegate_discovery_view_age_seconds{",
+        "tidegate_discovery_failures_total{",
+    ]);
     let all = parse(&text);
     assert!(all.len() > 60, "the metrics are found");
     let mut out = String::new();
@@ -92,6 +97,7 @@ impl Metric {
         match self.name.as_str() {
             name if name.starts_with("process_") => "Standard process metrics",
             name if name.contains("heartbeat") => "Heartbeats",
+            name if name.contains("discovery") || name.contains("members") => "Names and discovery",
             _ if has("backend") => "Backends",
             _ if has("pool") => "Pools",
             _ if has("frontend") => "Frontends",

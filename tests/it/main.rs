@@ -23,6 +23,7 @@ mod balance;
 mod binds;
 mod cli;
 mod confinement;
+mod discovery;
 mod drain;
 mod engine;
 mod explain;

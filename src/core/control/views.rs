@@ -27,7 +27,7 @@ use crate::discovery::view::{HeldRemoval, LocalSight, MemberWish, View, ViewStat
 use crate::health::Observation;
 use crate::model::{
     BackendAddr, BackendConfig, Config, NameRecord, NamedBackend, PoolConfig, SourceKey,
-    SourceQuestion, ViewGuards, Words,
+    SourceQuestion, ViewGuards, WEIGHT_MAX, Words,
 };
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
@@ -396,14 +396,17 @@ impl SourceView {
     }
 }
 
-/// Returns the weight of a member: that of the file; with SRV records, the largest weight
-/// gets it, and the others are relative to the largest.
+/// Returns the weight of a member: that of the file; with SRV records, that of the record
+/// times that of the file. If the product of the largest weight, `most`, exceeds
+/// [`WEIGHT_MAX`], all are scaled down together, so that their ratios stay.
 fn weight_of_record(named: &NamedBackend, weight: u16, most: u16) -> u16 {
     if named.question.record == NameRecord::Address {
         return named.weight;
     }
-    let scaled = u32::from(named.weight) * u32::from(weight) / u32::from(most);
-    u16::try_from(scaled).unwrap_or(named.weight).max(1)
+    let product = |weight: u16| u64::from(named.weight) * u64::from(weight);
+    let (largest, bound) = (product(most).max(1), u64::from(WEIGHT_MAX));
+    let scaled = product(weight) * bound.min(largest) / largest;
+    u16::try_from(scaled).unwrap_or(WEIGHT_MAX).max(1)
 }
 
 /// Returns the name of a source in log lines.
@@ -556,5 +559,32 @@ impl ControlState {
         dropped.into_iter().for_each(|id| self.schedule.cancel(TimerKind::View(id)));
         let ids: Vec<ViewId> = self.views.views.keys().copied().collect();
         ids.into_iter().for_each(|id| self.schedule_view(id, now));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{NameFamily, NameQuestion};
+
+    #[test]
+    fn srv_weights_keep_their_ratios() {
+        let weights = |file: u16, records: [u16; 2]| {
+            let question = NameQuestion {
+                name: "_pg._tcp.db".into(),
+                record: NameRecord::Srv,
+                port: None,
+                family: NameFamily::Both,
+            };
+            let name = "pg".into();
+            let named =
+                NamedBackend { name, question, weight: file, backup: false, connections_max: 0 };
+            let most = records[0].max(records[1]);
+            records.map(|weight| weight_of_record(&named, weight, most))
+        };
+        assert_eq!(weights(1, [30, 10]), [30, 10]);
+        assert_eq!(weights(5, [30, 10]), [150, 50]);
+        assert_eq!(weights(100, [30, 10]), [1000, 333]);
+        assert_eq!(weights(1000, [1000, 1]), [1000, 1]);
     }
 }

@@ -331,7 +331,7 @@ pub struct NamedBackend {
     /// Written as `NAME:PORT` or `srv:NAME`.
     #[serde(rename = "address", serialize_with = "text_forms::shown")]
     pub question: NameQuestion,
-    /// Weight of each member, 1..=1000. SRV weights are relative to it.
+    /// Weight of each member, 1..=1000; with SRV, factor of the weights of the records.
     pub weight: u16,
     /// Whether the members serve only while no primary is eligible.
     pub backup: bool,
@@ -390,6 +390,16 @@ impl RegistryConfig {
 // === impl SourceQuestion ===
 
 impl SourceQuestion {
+    /// Returns the word in the log and in `explain`: the kind of the source.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            SourceQuestion::File { .. } => "file",
+            SourceQuestion::Http { .. } => "http",
+            SourceQuestion::Dns(_) => "dns",
+            SourceQuestion::Registry { registry, .. } => super::Words::word(registry.kind),
+        }
+    }
+
     /// Returns the files with the certificates and the token of a URL. The files of a
     /// registry belong to its [`RegistryConfig`].
     pub fn named_files(&self) -> impl Iterator<Item = &PathBuf> {

@@ -6,8 +6,8 @@
 
 mod sentence;
 
-use super::rejections;
 use super::status::{frozen, last_transition, millis, thousandths};
+use super::{rejections, sources};
 use sentence::why_sentence;
 use std::time::{Duration, Instant};
 use tidegate_api::explain::{
@@ -15,6 +15,7 @@ use tidegate_api::explain::{
     PreventedDoc, ProbeDoc, SenderDoc, SlowStartDoc, WeightDoc,
 };
 use tidegate_api::names::{ProbeKindName, ProbeResultName};
+use tidegate_core::control::MemberSource;
 use tidegate_core::control::explain::{Explanation, GuardStatus, ProbeView};
 use tidegate_core::control::{BackendHeartbeatStatus, BackendStatus};
 use tidegate_core::decision::rings::PickShare;
@@ -65,6 +66,12 @@ pub fn render(
             percent: explained.weight.ramp,
         }),
         guards: guards(&explained.guards),
+        in_file: backend.origins.contains(MemberSource::File),
+        announced: explained
+            .announced
+            .iter()
+            .map(|by| sources::announcement(by, explained.now))
+            .collect(),
         history: explained.history.iter().map(|t| last_transition(t, explained.now)).collect(),
     };
     serde_json::to_string(&document).expect("plain data with string keys always serialises")

@@ -37,6 +37,7 @@ mod rejections;
 mod routes;
 mod serve;
 pub mod snapshot;
+mod sources;
 pub mod status;
 #[cfg(test)]
 mod tests;

@@ -9,10 +9,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_api::names::ServiceState;
-use tidegate_core::control::ControlStatus;
 use tidegate_core::control::source_ports::{PortLimits, PortWatch};
+use tidegate_core::control::{ControlStatus, MembersIgnored};
 use tidegate_core::metrics::counters::WorkerCounters;
+use tidegate_core::model::SourceKey;
 use tidegate_core::suspicion::rejections::Rejection;
+use tidegate_discovery::tell::SourceCounters;
 use tidegate_net::budget::MemoryBudget;
 use tidegate_net::confinement::SandboxReport;
 
@@ -71,6 +73,10 @@ pub struct AdminSnapshot {
     pub ports: Arc<PortWatch>,
     /// Number of local ports that the kernel provides.
     pub port_limits: PortLimits,
+    /// Counters of the member sources that this process asks.
+    pub source_counters: HashMap<SourceKey, Arc<SourceCounters>>,
+    /// Ignored members of sources, by reason.
+    pub ignored_members: Vec<(MembersIgnored, u64)>,
     /// Counts of the heartbeat receiver.
     pub heartbeats: HeartbeatCounts,
     /// Cap on backends with metrics of their own. Above it no backend has its own series.
@@ -146,6 +152,8 @@ impl AdminSnapshot {
             log_dropped: 0,
             ports: Arc::default(),
             port_limits: PortLimits { ports: 28_232, reuse: Reuse::Loopback },
+            source_counters: HashMap::new(),
+            ignored_members: Vec::new(),
             heartbeats: HeartbeatCounts::default(),
             backend_metrics_max: 100,
         }

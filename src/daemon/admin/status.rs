@@ -5,6 +5,7 @@
 
 use super::rejections::{self, ByBackend, SHOWN_MAX};
 use super::snapshot::AdminSnapshot;
+use super::sources;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_api::status::{
@@ -136,6 +137,7 @@ fn pool(
         registered_max: status.registered_max,
         probes: status.probes,
         heartbeats: status.heartbeats,
+        sources: status.sources.iter().map(sources::source).collect(),
         queued: snapshot.queued.get(&status.name).copied().unwrap_or_default() as u64,
         backends: status.backends.iter().map(of).collect(),
     }

@@ -71,7 +71,7 @@ impl Control {
     /// completes once they are on disk; `None` if no state directory is configured.
     pub(crate) fn keep_intents(&mut self) -> Option<oneshot::Receiver<()>> {
         self.supervised.write_intents(&self.controller);
-        self.state.write(|| self.controller.save_intents(clock::now()))
+        self.state.write_intents(|| self.controller.save_intents(clock::now()))
     }
 
     /// Answers an operator once the intent is `written` to disk. Without a supervisor, the

@@ -96,6 +96,7 @@ impl Control {
         let (not_taken, admin_taken) = (ready.not_taken.clone(), ready.admin_taken);
         self.binds.step_down(&not_taken, self.workers.list());
         self.evidence.heartbeats.step_down();
+        self.sources.stop();
         if admin_taken {
             self.admin.step_down();
         }
@@ -138,6 +139,7 @@ impl Control {
         if let Err(error) = self.evidence.heartbeats.resume(self.reloads.config()) {
             tracing::error!(error, "cannot receive heartbeats again");
         }
+        self.sources.configure(self.reloads.config());
         self.lifecycle.serve_again();
         if let Some(link) = self.supervised.link() {
             link.resumed();

@@ -128,8 +128,7 @@ impl Registrar for EtcdRegistrar {
     }
 }
 
-/// Returns the JSON form that the sources of etcd and ZooKeeper read.
-pub(super) fn value_of(registration: &Registration, state: RegisteredState) -> Vec<u8> {
+fn value_of(registration: &Registration, state: RegisteredState) -> Vec<u8> {
     let value = RegisteredValue {
         address: registration.address,
         weight: registration.weight,

@@ -10,7 +10,7 @@ use crate::control::{ControlEffect, Controller, PublishReason};
 use crate::discovery::view::{SavedView, View};
 use crate::model::SourceKey;
 use serde::{Deserialize, Serialize};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The views of all member sources.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -54,6 +54,11 @@ impl SavedViews {
     /// Whether no view is saved.
     pub fn is_empty(&self) -> bool {
         self.sources.is_empty()
+    }
+
+    /// Makes all ages relative to a moment that is `time` later.
+    pub fn add_age(&mut self, time: Duration) {
+        self.sources.iter_mut().for_each(|source| source.view.add_age(time));
     }
 }
 

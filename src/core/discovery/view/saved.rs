@@ -88,6 +88,26 @@ pub struct SavedViewMember {
     pub leaves_in_ms: Option<u64>,
 }
 
+// === impl SavedView ===
+
+impl SavedView {
+    /// Makes all ages relative to a moment that is `time` later.
+    pub fn add_age(&mut self, time: Duration) {
+        let more = millis(time);
+        let add = |ms: &mut u64| *ms = ms.saturating_add(more);
+        let ages =
+            [&mut self.confirmed_ms, &mut self.read_ms, &mut self.small_ms, &mut self.burst_ms];
+        ages.into_iter().flatten().for_each(add);
+        for member in &mut self.members {
+            add(&mut member.since_ms);
+            [&mut member.turned_ms, &mut member.absent_ms].into_iter().flatten().for_each(add);
+            if let Some(left) = &mut member.leaves_in_ms {
+                *left = left.saturating_sub(more);
+            }
+        }
+    }
+}
+
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }

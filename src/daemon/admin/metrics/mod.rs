@@ -28,6 +28,7 @@ use tidegate_core::outcome::{Cause, Phase, RefusedReason};
 
 mod encoder;
 mod heartbeats;
+mod sources;
 
 /// All metrics: name, type and help.
 #[rustfmt::skip]
@@ -134,6 +135,7 @@ pub fn render(
     pools(&mut out, snapshot, count - each.len());
     backends(&mut out, &each);
     heartbeats::render(&mut out, snapshot, &each);
+    sources::render(&mut out, snapshot);
     histograms(&mut out, latency, &each);
     source_ports(&mut out, snapshot, &each);
     leaving(&mut out, snapshot);

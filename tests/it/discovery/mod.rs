@@ -1,0 +1,7 @@
+//! Member sources: a real Tidegate process, lists and name servers that fail or change, and
+//! backends under load.
+
+mod files;
+mod load;
+mod name_server;
+mod names;
