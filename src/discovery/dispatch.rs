@@ -6,8 +6,10 @@
 use crate::consul::{self, ConsulClient};
 use crate::etcd::{self, EtcdShare};
 use crate::http::ListUrl;
+use crate::kubernetes::{self, KubernetesAccess, ServiceQuestion, WatchTimes};
 use crate::resolver::Resolver;
 use crate::tell::Teller;
+use crate::zookeeper::{self, ZkSession};
 use crate::{dns, file, http};
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -22,8 +24,10 @@ pub enum RegistryShare {
     Consul(ConsulClient),
     /// One watch for all prefixes.
     Etcd(EtcdShare),
-    /// This program was built without the registry's protocol.
-    NotBuilt,
+    /// Connections, and the address of the API server.
+    Kubernetes(KubernetesAccess),
+    /// A session.
+    Zookeeper(ZkSession),
 }
 
 // === impl RegistryShare ===
@@ -36,7 +40,14 @@ impl RegistryShare {
                 RegistryShare::Consul(ConsulClient::new(registry, resolver.clone()))
             }
             RegistryKind::Etcd => RegistryShare::Etcd(EtcdShare::start(registry, resolver.clone())),
-            RegistryKind::Kubernetes | RegistryKind::Zookeeper => RegistryShare::NotBuilt,
+            RegistryKind::Kubernetes => {
+                let access = KubernetesAccess::new(Arc::clone(registry), resolver.clone());
+                RegistryShare::Kubernetes(access)
+            }
+            RegistryKind::Zookeeper => {
+                let session = ZkSession::open(Arc::clone(registry), resolver.clone());
+                RegistryShare::Zookeeper(session)
+            }
         }
     }
 }
@@ -66,13 +77,25 @@ pub async fn run(
             (RegistryQuery::Etcd { prefix }, Some(RegistryShare::Etcd(share))) => {
                 etcd::run(prefix, share, teller).await
             }
-            _ => not_built(registry.kind, &teller).await,
+            (
+                RegistryQuery::Kubernetes { service, namespace, port },
+                Some(RegistryShare::Kubernetes(access)),
+            ) => {
+                let question = ServiceQuestion { service, namespace, port };
+                kubernetes::run(question, access, WatchTimes::default(), teller).await
+            }
+            (
+                RegistryQuery::Zookeeper { path, format },
+                Some(RegistryShare::Zookeeper(session)),
+            ) => zookeeper::run(session, path, format, teller).await,
+            _ => misdirected(registry.kind, &teller).await,
         },
     }
 }
 
-async fn not_built(kind: RegistryKind, teller: &Teller) -> Infallible {
-    let detail = format!("this program is built without support for {kind:?}");
+/// A question and a registry of different kinds; the configuration prevents it.
+async fn misdirected(kind: RegistryKind, teller: &Teller) -> Infallible {
+    let detail = format!("the question is not for a registry of kind {kind:?}");
     teller.tell(Told::Failed { why: SourceFailure::Protocol, detail });
     std::future::pending().await
 }

@@ -4,7 +4,7 @@
 //! list costs a few bytes. An answer that is not a readable list changes nothing.
 
 use crate::backoff::Pause;
-use crate::client::{HttpClient, HttpEndpoint, HttpFailure, HttpRequest, HttpResponse};
+use crate::client::{HttpClient, HttpEndpoint, HttpFailure, HttpRequest, HttpResponse, InlinePem};
 use crate::listing::decode_list;
 use crate::parse::off_runtime;
 use crate::resolver::Resolver;
@@ -136,7 +136,9 @@ fn endpoint(question: &ListUrl, resolver: Resolver) -> Result<(HttpEndpoint, Str
     };
     let auth = token_file.as_deref().map(|path: &Path| SecretFile::new(path));
     let target = parsed.path_and_query().map_or("/", |target| target.as_str()).to_owned();
-    Ok((HttpEndpoint { servers: vec![server], timeout: TIMEOUT, tls, auth, resolver }, target))
+    let (servers, timeout) = (vec![server], TIMEOUT);
+    let inline_pem = InlinePem::default();
+    Ok((HttpEndpoint { servers, timeout, tls, inline_pem, auth, resolver }, target))
 }
 
 #[cfg(test)]

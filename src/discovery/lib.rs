@@ -14,6 +14,7 @@ pub mod dns;
 pub mod etcd;
 pub mod file;
 pub mod http;
+pub mod kubernetes;
 pub mod listing;
 pub mod parse;
 pub mod register;
@@ -23,3 +24,4 @@ pub mod tell;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod thread;
+pub mod zookeeper;

@@ -72,6 +72,22 @@ async fn connect(
     endpoint: &HttpEndpoint,
     server: &ServerAddr,
 ) -> Result<RequestSender, HttpFailure> {
+    http(open_stream(endpoint, server).await?).await
+}
+
+/// A connection, with TLS if the endpoint uses TLS.
+pub(crate) trait ByteStream: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> ByteStream for S {}
+
+/// Connects to one server, with the handshake of TLS. The caller bounds the time.
+///
+/// # Errors
+/// No connection, or the handshake failed.
+pub(crate) async fn open_stream(
+    endpoint: &HttpEndpoint,
+    server: &ServerAddr,
+) -> Result<Box<dyn ByteStream>, HttpFailure> {
     match server {
         ServerAddr::Unix(path) => layer(endpoint, server, unix(path).await?).await,
         ServerAddr::Ip(address) => layer(endpoint, server, tcp(&[*address]).await?).await,
@@ -133,21 +149,19 @@ fn set_options(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Does the handshakes of TLS and HTTP over a new connection.
-async fn layer<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+/// Does the handshake of TLS over a new connection.
+async fn layer<S: ByteStream + 'static>(
     endpoint: &HttpEndpoint,
     server: &ServerAddr,
     stream: S,
-) -> Result<RequestSender, HttpFailure> {
+) -> Result<Box<dyn ByteStream>, HttpFailure> {
     match &endpoint.tls {
-        None => http(stream).await,
-        Some(tls) => http(tls::handshake(tls, server, stream).await?).await,
+        None => Ok(Box::new(stream)),
+        Some(tls) => Ok(Box::new(tls::handshake(tls, &endpoint.inline_pem, server, stream).await?)),
     }
 }
 
-async fn http<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
-    stream: S,
-) -> Result<RequestSender, HttpFailure> {
+async fn http(stream: Box<dyn ByteStream>) -> Result<RequestSender, HttpFailure> {
     let handshake = http1::Builder::new()
         .max_buf_size(HEAD_BYTES_MAX)
         .max_headers(HEADERS_MAX)

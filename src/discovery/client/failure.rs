@@ -45,7 +45,7 @@ impl HttpFailure {
     }
 
     /// Puts the server in front of the detail.
-    pub(super) fn at(self, server: impl fmt::Display) -> HttpFailure {
+    pub(crate) fn at(self, server: impl fmt::Display) -> HttpFailure {
         HttpFailure::new(self.why, format_args!("{server}: {}", self.detail))
     }
 }

@@ -12,7 +12,9 @@ mod tls;
 
 pub use answer::{ANSWER_BYTES_MAX, HttpResponse, HttpStream, status_failure};
 pub use dial::HEAD_BYTES_MAX;
+pub(crate) use dial::{ByteStream, open_stream};
 pub use failure::{DETAIL_BYTES_MAX, HttpFailure, failure_of_io, short_text};
+pub use tls::InlinePem;
 
 use crate::resolver::Resolver;
 use crate::secret::SecretFile;
@@ -48,6 +50,8 @@ pub struct HttpEndpoint {
     pub timeout: Duration,
     /// `None`: plain TCP.
     pub tls: Option<TlsClientConfig>,
+    /// Texts that are used instead of the files of `tls`.
+    pub inline_pem: InlinePem,
     /// A token for `Authorization: Bearer`, read again for each request. A request that has
     /// this header is not changed.
     pub auth: Option<SecretFile>,
@@ -104,6 +108,7 @@ impl HttpEndpoint {
             servers: registry.servers.clone(),
             timeout: registry.timeout,
             tls: registry.tls.clone(),
+            inline_pem: InlinePem::default(),
             auth: registry.token_file.as_deref().map(SecretFile::new),
             resolver,
         }

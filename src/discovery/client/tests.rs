@@ -83,6 +83,7 @@ fn client(servers: &[SocketAddr]) -> HttpClient {
         servers: servers.iter().map(|address| ServerAddr::Ip(*address)).collect(),
         timeout: Duration::from_millis(900),
         tls: None,
+        inline_pem: InlinePem::default(),
         auth: None,
         resolver: Resolver::new(Default::default()),
     })

@@ -128,7 +128,8 @@ impl Registrar for EtcdRegistrar {
     }
 }
 
-fn value_of(registration: &Registration, state: RegisteredState) -> Vec<u8> {
+/// Returns the JSON form that the sources of etcd and ZooKeeper read.
+pub(super) fn value_of(registration: &Registration, state: RegisteredState) -> Vec<u8> {
     let value = RegisteredValue {
         address: registration.address,
         weight: registration.weight,

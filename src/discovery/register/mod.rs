@@ -8,6 +8,7 @@
 pub mod check;
 pub mod consul;
 pub mod etcd;
+pub mod zookeeper;
 
 use crate::client::HttpFailure;
 use std::collections::BTreeMap;

@@ -1,4 +1,5 @@
 //! Servers for tests: they answer as a documented registry does, or as a test scripts it.
+//! Some start a real server.
 //!
 //! Tests of this member and of the daemon use them, and the examples of this member run
 //! them as programs. The balancer never does.
@@ -6,3 +7,7 @@
 pub mod consul;
 pub mod dns_liar;
 pub mod etcd;
+#[cfg(test)]
+pub(crate) mod heard;
+pub mod kubernetes;
+pub mod zookeeper;

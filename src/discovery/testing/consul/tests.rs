@@ -20,6 +20,7 @@ impl DoubleAgent {
             servers: vec![ServerAddr::Ip(double.address())],
             timeout: Duration::from_secs(5),
             tls: None,
+            inline_pem: Default::default(),
             auth: None,
             resolver: Resolver::new(Default::default()),
         });
