@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 
 /// Row of the table of bounds, folder or file below `src`, name of the constant.
-const BOUNDS: [(&str, &str, &str); 31] = [
+const BOUNDS: [(&str, &str, &str); 44] = [
     ("[process] connections_max", "config", "PROCESS_CONNECTIONS"),
     ("counts shared over an upgrade", "net", "CELLS_MAX"),
     ("processes that share counts", "net/cells.rs", "PROCESSES_MAX"),
@@ -37,6 +37,19 @@ const BOUNDS: [(&str, &str, &str); 31] = [
     ("registries", "config", "REGISTRIES_MAX"),
     ("servers of a registry", "config/validate/registry.rs", "SERVERS_MAX"),
     ("[pool.discover] backends_max", "config/validate/guards.rs", "BACKENDS_OF_SOURCE"),
+    ("member sources of a process", "discovery/thread", "QUESTIONS_MAX"),
+    ("backends in one answer of a source", "core/discovery", "MEMBERS_MAX"),
+    ("bytes of an answer over HTTP, or of a list file", "discovery/client", "ANSWER_BYTES_MAX"),
+    ("bytes of the head of an answer over HTTP", "discovery/client", "HEAD_BYTES_MAX"),
+    ("bytes of a secret file of a source", "discovery/secret.rs", "SECRET_BYTES_MAX"),
+    ("bytes of a file of trusted certificates of a source", "discovery/client", "PEM_BYTES_MAX"),
+    ("labels of a listed backend", "discovery/listing.rs", "LABELS_MAX"),
+    ("host names in an answer of Consul", "discovery/consul", "NAMES_MAX"),
+    ("[dns] servers", "config/validate/dns.rs", "SERVERS_MAX"),
+    ("names that the resolver remembers", "discovery/resolver", "QUESTIONS_MAX"),
+    ("questions to DNS servers at once", "discovery/resolver", "EXCHANGES_MAX"),
+    ("records of a DNS answer", "discovery/resolver", "RECORDS_MAX"),
+    ("aliases (CNAME) between a name and its records", "discovery/resolver", "ALIASES_MAX"),
     ("pools", "config", "POOLS_MAX"),
     ("backends", "config", "BACKENDS_MAX"),
     ("workers", "config", "WORKERS_MAX"),
