@@ -11,3 +11,9 @@ pub mod etcd;
 pub(crate) mod heard;
 pub mod kubernetes;
 pub mod zookeeper;
+
+/// Whether the long versions of the tests are requested (`TIDEGATE_LONG=1`).
+#[cfg(test)]
+pub(crate) fn is_long() -> bool {
+    std::env::var("TIDEGATE_LONG").is_ok_and(|value| value == "1")
+}

@@ -41,7 +41,7 @@ async fn share(ttl: u32) -> Option<f64> {
 
 #[tokio::test]
 async fn a_thousand_names_use_one_percent_of_a_core() {
-    if std::env::var_os("TIDEGATE_LONG").is_none() {
+    if !crate::testing::is_long() {
         return;
     }
     for (ttl, most) in [(1, 0.2), (5, 0.04), (30, 0.01)] {

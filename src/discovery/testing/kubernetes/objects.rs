@@ -268,6 +268,10 @@ pub(super) fn discovery_document(path: &str) -> Option<&'static str> {
         "/api/v1" => {
             r#"{"kind":"APIResourceList","apiVersion":"v1","groupVersion":"v1","resources":[]}"#
         }
+        // kubectl asks for the namespace of an object that does not exist.
+        "/api/v1/namespaces/shop" => {
+            r#"{"kind":"Namespace","apiVersion":"v1","metadata":{"name":"shop"}}"#
+        }
         "/apis/discovery.k8s.io/v1" => {
             r#"{"kind":"APIResourceList","apiVersion":"v1","groupVersion":"discovery.k8s.io/v1","resources":[{"name":"endpointslices","singularName":"endpointslice","namespaced":true,"kind":"EndpointSlice","verbs":["get","list","watch"],"storageVersionHash":"Nx3SIv6I0mE="}]}"#
         }
