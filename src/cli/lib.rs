@@ -106,7 +106,7 @@ pub enum Command {
     Heartbeat(heartbeat::HeartbeatArgs),
     /// Keep a local service registered in a registry.
     #[command(after_help = register::HELP)]
-    Register(register::RegisterArgs),
+    Register(Box<register::RegisterArgs>),
     /// Generate load on a TCP service and report rates and latency.
     #[command(after_help = tidegate_lab::cli::bench::HELP)]
     Bench(tidegate_lab::cli::bench::BenchArgs),
@@ -330,6 +330,9 @@ mod tests {
             "register --etcd 127.0.0.1:2379 --etcd etcd.internal:2379 --service web \
              --address 10.0.0.5:80 --check http:/health --ttl 10s --tls --ca-file c \
              --user u --password-file f --label zone=a --when-down nothing",
+            "register --consul unix:/run/consul.sock --token-file t --service web \
+             --address [::1]:80",
+            "register --zookeeper 127.0.0.1:2181 --path /a --service web --address 10.0.0.5:80",
         ] {
             parse(&line.split_whitespace().collect::<Vec<_>>()).expect(line);
         }
@@ -369,12 +372,6 @@ mod tests {
             "heartbeat",
             "heartbeat --to 10.0.0.5 --pool p --address 10.0.0.1:80 --key-id 1 --key-file f",
             "heartbeat --to 10.0.0.5:7 --pool p --address 0.0.0.0:80 --key-id 1 --key-file f",
-            "register --service web --address 10.0.0.5:80",
-            "register --etcd 127.0.0.1 --service web --address 10.0.0.5:80",
-            "register --etcd 127.0.0.1:1 --service a/b --address 10.0.0.5:80",
-            "register --etcd 127.0.0.1:1 --service web --address 10.0.0.5:80 --ttl 1s",
-            "register --etcd 127.0.0.1:1 --service web --address 10.0.0.5:80 --check udp",
-            "register --etcd 127.0.0.1:1 --service web --address 10.0.0.5:80 --user u",
         ] {
             let error = parse(&line.split(' ').collect::<Vec<_>>()).expect_err(line);
             assert!(error.use_stderr() && error.exit_code() == 2, "{line}");

@@ -6,11 +6,12 @@
 //! descriptors, no ports) does not count.
 
 use crate::heartbeat::{StopSignals, check_path, peer};
-use clap::{Args, ValueEnum};
+use clap::{ArgGroup, Args, ValueEnum};
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 use tidegate_client::command::{Exit, duration, print};
 use tidegate_core::health::ProbeOutcome;
@@ -20,9 +21,11 @@ use tidegate_core::model::{
 };
 use tidegate_daemon::probe;
 use tidegate_discovery::register::check::CheckTally;
+use tidegate_discovery::register::consul::ConsulRegistrar;
 use tidegate_discovery::register::etcd::EtcdRegistrar;
+use tidegate_discovery::register::zookeeper::ZookeeperRegistrar;
 use tidegate_discovery::register::{
-    RegisterNote, Registration, ServiceHealth, TTL_MAX, TTL_MIN, WhenDown, keep,
+    RegisterNote, Registrar, Registration, ServiceHealth, TTL_MAX, TTL_MIN, WhenDown, keep,
 };
 use tidegate_discovery::resolver::Resolver;
 use tokio::sync::{Notify, watch};
@@ -30,13 +33,26 @@ use tokio::time::{MissedTickBehavior, interval};
 
 /// `tidegate register`
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("registry").required(true).args(["consul", "etcd", "zookeeper"])))]
 pub struct RegisterArgs {
+    /// The Consul agent of this host.
+    #[arg(long, value_name = "SERVER", value_parser = server)]
+    pub consul: Option<ServerAddr>,
+    /// File with the token for Consul: mode 0600 or 0640.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["etcd", "zookeeper"])]
+    pub token_file: Option<PathBuf>,
     /// Server of an etcd cluster; repeatable.
-    #[arg(long, value_name = "SERVER", required = true, value_parser = server)]
+    #[arg(long, value_name = "SERVER", value_parser = server)]
     pub etcd: Vec<ServerAddr>,
-    /// Keys are put below this prefix [default: /tidegate/services/SERVICE/].
-    #[arg(long, value_name = "PREFIX", value_parser = prefix)]
+    /// Keys of etcd are put below this prefix [default: /tidegate/services/SERVICE/].
+    #[arg(long, value_name = "PREFIX", conflicts_with_all = ["consul", "zookeeper"], value_parser = prefix)]
     pub prefix: Option<String>,
+    /// Server of a ZooKeeper ensemble; repeatable.
+    #[arg(long, value_name = "SERVER", value_parser = server)]
+    pub zookeeper: Vec<ServerAddr>,
+    /// Node of ZooKeeper that gets a child [default: /tidegate/services/SERVICE].
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["consul", "etcd"], value_parser = node_path)]
+    pub path: Option<String>,
     /// Name of the service.
     #[arg(long, value_name = "NAME", value_parser = name)]
     pub service: String,
@@ -52,7 +68,7 @@ pub struct RegisterArgs {
     /// Label to announce; repeatable.
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
     pub labels: Vec<(String, String)>,
-    /// The registry removes the service after this time without a renewal, 3s to 1h.
+    /// The registration expires after this time without a renewal, 3s to 1h.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = ttl)]
     pub ttl: Duration,
     /// How to check the service: tcp, http:/PATH or none.
@@ -73,8 +89,8 @@ pub struct RegisterArgs {
     /// Address of the service on this host, for checks [default: --address].
     #[arg(long, value_name = "IP:PORT", value_parser = peer)]
     pub local: Option<SocketAddr>,
-    /// User of the registry.
-    #[arg(long, value_name = "USER", requires = "password_file")]
+    /// User of etcd or ZooKeeper.
+    #[arg(long, value_name = "USER", requires = "password_file", conflicts_with = "consul")]
     pub user: Option<String>,
     /// File with the password of --user: mode 0600 or 0640.
     #[arg(long, value_name = "FILE", requires = "user")]
@@ -121,11 +137,18 @@ pub(super) const HELP: &str = "\
 Example:
   tidegate register --etcd 127.0.0.1:2379 --service web \\
     --address 10.0.0.5:8080 --check http:/health
+  tidegate register --consul 127.0.0.1:8500 --token-file /etc/tidegate/consul.token \\
+    --service web --address 10.0.0.5:8080
+  tidegate register --zookeeper 127.0.0.1:2181 --path /services/web --service web \\
+    --address 10.0.0.5:8080
 
 It registers the service after the first successful check, renews the registration
 three times per --ttl and repeats it if the registry lost it. On SIGTERM or SIGINT
 it removes the registration and exits with 0. If the removal fails, it exits with 3
-and the registration ends after --ttl. A second signal exits at once.
+and the registration expires after --ttl. A second signal exits at once.
+
+etcd and ZooKeeper remove a registration that expired. ZooKeeper limits --ttl to 2
+to 20 of its ticks. Consul marks the service critical, and removes it after 1 hour.
 
 Exit codes: 0 success; 2 usage error; 3 runtime failure or second signal.";
 
@@ -138,7 +161,7 @@ const REQUEST_TIMEOUT: [Duration; 2] = [Duration::from_millis(500), Duration::fr
 
 /// Keeps the service registered until a stop signal.
 pub fn main(args: &RegisterArgs) -> Exit {
-    if let Err(why) = check_secrets(args) {
+    if let Err(why) = check_servers(args) {
         eprintln!("error: {why}\n\nFor more information, try '--help'.");
         return Exit::Usage;
     }
@@ -151,29 +174,56 @@ pub fn main(args: &RegisterArgs) -> Exit {
 
 async fn run(args: &RegisterArgs) -> io::Result<Exit> {
     // Before the first announcement: from then on a signal must remove it.
-    let mut signals = StopSignals::listen()?;
+    let signals = StopSignals::listen()?;
+    let registration = registration(args);
+    let registry = registry(args);
+    let resolver = Resolver::new(DnsConfig::default());
+    let (service, id) = (&args.service, &registration.id);
+    Ok(match registry.kind {
+        RegistryKind::Consul => {
+            let registrar = ConsulRegistrar::new(&registry, resolver);
+            keep_at(registrar, args, &registration, signals).await
+        }
+        RegistryKind::Zookeeper => {
+            let path = args.path.clone();
+            let path = path.unwrap_or_else(|| format!("/tidegate/services/{service}"));
+            let registry = Arc::new(registry);
+            let registrar = ZookeeperRegistrar::new(registry, resolver, &path, id, args.ttl);
+            keep_at(registrar, args, &registration, signals).await
+        }
+        RegistryKind::Etcd | RegistryKind::Kubernetes => {
+            let prefix = args.prefix.clone();
+            let prefix = prefix.unwrap_or_else(|| format!("/tidegate/services/{service}/"));
+            let registrar = EtcdRegistrar::new(&registry, resolver, &prefix, id);
+            keep_at(registrar, args, &registration, signals).await
+        }
+    })
+}
+
+/// Keeps the service registered until a stop signal.
+async fn keep_at(
+    registrar: impl Registrar,
+    args: &RegisterArgs,
+    registration: &Registration,
+    mut signals: StopSignals,
+) -> Exit {
     let stop = Notify::new();
     let (health, checked) = watch::channel(ServiceHealth::Unknown);
-    let registration = registration(args);
-    let prefix = args.prefix.clone();
-    let prefix = prefix.unwrap_or_else(|| format!("/tidegate/services/{}/", args.service));
-    let resolver = Resolver::new(DnsConfig::default());
-    let registrar = EtcdRegistrar::new(&registry(args), resolver, &prefix, &registration.id);
     let mut note = |note: RegisterNote| match note.is_problem() {
         true => eprintln!("tidegate: register: {note}"),
         false => print(&format!("{}/{}: {note}", args.service, registration.id)),
     };
-    let kept = keep(registrar, &registration, checked, stop.notified(), &mut note);
+    let kept = keep(registrar, registration, checked, stop.notified(), &mut note);
     tokio::select! {
-        removed = kept => Ok(if removed { Exit::Fine } else { Exit::Failed }),
-        () = watch_service(args, &health) => Ok(Exit::Failed),
+        removed = kept => if removed { Exit::Fine } else { Exit::Failed },
+        () = watch_service(args, &health) => Exit::Failed,
         () = async {
             signals.recv().await;
             stop.notify_one();
             signals.recv().await;
         } => {
             print("second stop signal received; exiting");
-            Ok(Exit::Failed)
+            Exit::Failed
         }
     }
 }
@@ -248,12 +298,18 @@ fn registration(args: &RegisterArgs) -> Registration {
     }
 }
 
+/// Returns the registry that the arguments name. clap requires exactly one.
 fn registry(args: &RegisterArgs) -> RegistryConfig {
     let [shortest, longest] = REQUEST_TIMEOUT;
+    let (kind, servers) = match &args.consul {
+        Some(agent) => (RegistryKind::Consul, vec![agent.clone()]),
+        None if args.etcd.is_empty() => (RegistryKind::Zookeeper, args.zookeeper.clone()),
+        None => (RegistryKind::Etcd, args.etcd.clone()),
+    };
     RegistryConfig {
         name: "register".into(),
-        kind: RegistryKind::Etcd,
-        servers: args.etcd.clone(),
+        kind,
+        servers,
         timeout: (args.ttl / 6).clamp(shortest, longest),
         tls: args.tls.then(|| TlsClientConfig {
             ca_file: args.ca_file.clone(),
@@ -261,25 +317,47 @@ fn registry(args: &RegisterArgs) -> RegistryConfig {
             key_file: args.key_file.clone(),
             server_name: args.server_name.clone(),
         }),
-        token_file: None,
+        token_file: args.token_file.clone(),
         user: args.user.clone(),
         password_file: args.password_file.clone(),
         kubeconfig: None,
     }
 }
 
-/// Refuses to send a password in plain text to another host, as the configuration does.
-fn check_secrets(args: &RegisterArgs) -> Result<(), String> {
-    let remote = args.etcd.iter().find(|server| match server {
-        ServerAddr::Ip(address) => !address.ip().is_loopback(),
-        ServerAddr::Name { host, .. } => &**host != "localhost",
-        ServerAddr::Unix(_) => false,
-    });
-    match remote.filter(|_| args.user.is_some() && !args.tls) {
-        Some(server) => {
-            Err(format!("the password would be sent unencrypted to {server}; add --tls"))
+/// Refuses servers as the configuration does: those that would get a secret from another host
+/// in plain text, and Unix sockets where they cannot work.
+fn check_servers(args: &RegisterArgs) -> Result<(), String> {
+    let RegistryConfig { kind, servers, tls, .. } = registry(args);
+    if servers.iter().any(|server| matches!(server, ServerAddr::Unix(_))) {
+        if kind == RegistryKind::Zookeeper {
+            return Err("ZooKeeper does not listen on Unix sockets".to_owned());
         }
-        None => Ok(()),
+        if tls.as_ref().is_some_and(|tls| tls.server_name.is_none()) {
+            return Err("TLS over a Unix socket needs --server-name".to_owned());
+        }
+    }
+    let secret = match (&args.token_file, &args.user) {
+        (Some(_), _) => "token",
+        (None, Some(_)) => "password",
+        (None, None) => return Ok(()),
+    };
+    match servers.iter().find(|server| !is_local(server)) {
+        Some(server) if tls.is_none() => {
+            Err(format!("the {secret} would be sent unencrypted to {server}; add --tls"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Returns whether a server is certain to be on this host (RFC 6761, 6.3).
+fn is_local(server: &ServerAddr) -> bool {
+    match server {
+        ServerAddr::Ip(address) => address.ip().to_canonical().is_loopback(),
+        ServerAddr::Name { host, .. } => {
+            let host = host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase();
+            host == "localhost" || host.ends_with(".localhost")
+        }
+        ServerAddr::Unix(_) => true,
     }
 }
 
@@ -309,6 +387,15 @@ fn prefix(text: &str) -> Result<String, String> {
     match fits {
         true => Ok(text.to_owned()),
         false => Err("expected at most 1024 bytes that end with /, for example /web/".to_owned()),
+    }
+}
+
+fn node_path(text: &str) -> Result<String, String> {
+    let unfit = |part: &str| matches!(part, "" | "." | "..") || part.contains(char::is_control);
+    let parts = text.strip_prefix('/').filter(|_| text.len() <= 1024);
+    match parts.is_some_and(|parts| !parts.split('/').any(unfit)) {
+        true => Ok(text.to_owned()),
+        false => Err("expected a path of at most 1024 bytes, for example /services/web".to_owned()),
     }
 }
 
@@ -346,3 +433,6 @@ fn service_check(text: &str) -> Result<ServiceCheck, String> {
         _ => Err("expected tcp, http:/PATH or none".to_owned()),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,6 @@
 //! One binary, so that it links once, with one module per topic. Run it with
 //! `scripts/test`. It uses only files, signals, the command line, the admin API, sockets
 //! and `/proc`, and never looks inside the program.
-//! command line, the admin API, sockets and /proc are all it uses.
 
 // The program must not sleep or read the clock directly. Tests can.
 #![allow(clippy::disallowed_methods)]
@@ -40,6 +39,7 @@ mod ordinary_user;
 mod panics;
 mod passive;
 mod probes;
+mod registers;
 mod relay;
 mod reload;
 mod rewrites;

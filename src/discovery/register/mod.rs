@@ -318,10 +318,9 @@ impl fmt::Display for RegisterNote {
             }
             RegisterNote::Recovered => f.write_str("the registry answers again"),
             RegisterNote::Left => f.write_str("removed from the registry"),
-            RegisterNote::Stays(failure) => write!(
-                f,
-                "cannot remove the registration: {failure}; the registry removes it after the TTL"
-            ),
+            RegisterNote::Stays(failure) => {
+                write!(f, "cannot remove the registration: {failure}; it expires after the TTL")
+            }
         }
     }
 }
