@@ -8,7 +8,8 @@
 //!   is a name. It is kept while the configuration has its source.
 //! - If a reload changes the question, the members of the old one stay until the first
 //!   answer that counts. No share of removals holds that answer back.
-//! - Answers of one source are applied at most ten times per second; the newest one counts.
+//! - Answers of one source are applied at most ten times per second, and less often if they
+//!   have more than 3,000 members; the newest one counts.
 
 mod notices;
 pub(super) mod saved;
@@ -36,6 +37,9 @@ use std::time::{Duration, Instant};
 
 /// Longest wait for a first answer about a name.
 const NAME_WAIT_MAX: Duration = Duration::from_secs(2);
+
+/// Pause after an answer, per member: at least ten times what the answer costs.
+const MEMBER_PAUSE: Duration = Duration::from_micros(30);
 
 /// Identifies a view for its timer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -496,7 +500,9 @@ impl ControlState {
         let first = !view.view.has_answer();
         let changed = view.view.take(told, at, &sight);
         if let Told::Whole(set) = told {
-            (view.not_before, view.heard) = (Some(now + PACE), true);
+            let pause =
+                MEMBER_PAUSE.saturating_mul(u32::try_from(set.members.len()).unwrap_or(u32::MAX));
+            (view.not_before, view.heard) = (Some(now + pause.max(PACE)), true);
             let counts = set.trusted && set.members.len() >= view.guards.min_backends as usize;
             if view.moved && counts {
                 view.moved = false;

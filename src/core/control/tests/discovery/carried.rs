@@ -18,7 +18,7 @@ fn guarded() -> ViewGuards {
 
 impl Bench {
     /// Returns the bench after an upgrade: a new process with the state of this one.
-    fn upgraded(&self, pool: PoolConfig) -> Bench {
+    pub(super) fn upgraded(&self, pool: PoolConfig) -> Bench {
         let saved = self.controller.save(self.now);
         let text = serde_json::to_string(&saved).unwrap();
         let saved: Saved = serde_json::from_str(&text).unwrap();

@@ -256,3 +256,45 @@ fn one_change_of_ten_thousand_members_is_one_table() {
     bench.answer_for(Duration::from_secs(5), &[]);
     assert_eq!(discovered_tables(&bench) - before, 1, "nothing changed");
 }
+
+/// An accident of a registry with `stable` members and others.
+fn accident(rng: &mut fastrand::Rng, stable: usize) -> Told {
+    match rng.u8(..6) {
+        0 | 1 => failed(),
+        2 => whole_of(vec![]),
+        3 => untrusted(whole_of(many(0, rng.usize(..stable)))),
+        4 => untrusted(whole_of(vec![])),
+        _ => whole_of(many(rng.usize(..stable), stable / 3)),
+    }
+}
+
+#[test]
+fn no_stable_member_leaves_a_registry_that_flaps_drops_and_empties() {
+    const STABLE: usize = 20;
+    for (seed, probed) in [(1, false), (2, true), (3, false), (4, true)] {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let of = |probed: bool| if probed { pool(&[]) } else { unprobed(&[]) };
+        let mut bench = Bench::registry(of(probed), STABLE);
+        for round in 0..150 {
+            for _ in 0..rng.usize(..8) {
+                bench.told(None, accident(&mut rng, STABLE));
+                bench.answer_for(Duration::from_millis(rng.u64(1..1_000)), &[]);
+            }
+            // Others come and go, fewer than `max_removed`.
+            let mut members = many(0, STABLE);
+            members.extend(many(100 + rng.usize(..5), rng.usize(..5)));
+            rng.shuffle(&mut members);
+            bench.told(None, whole_of(members));
+            bench.answer_for(Duration::from_millis(rng.u64(1..3_000)), &[]);
+            if rng.u8(..10) == 0 {
+                bench = bench.upgraded(discovering_with(of(probed), guards()));
+            }
+            let serving = bench.serving();
+            let gone: Vec<_> = (0..STABLE)
+                .map(|n| format!("s{n}"))
+                .filter(|name| !serving.contains(name))
+                .collect();
+            assert!(gone.is_empty(), "seed {seed}, round {round}: {gone:?}");
+        }
+    }
+}
