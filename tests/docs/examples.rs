@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use tidegate_cli::Cli;
 use tidegate_core::model::Config;
+use tidegate_discovery::testing::consul::ConsulDouble;
 
 const TIDEGATE_YAML: &str = "examples/kubernetes/tidegate.yaml";
 const APP_YAML: &str = "examples/kubernetes/app.yaml";
@@ -146,6 +147,23 @@ fn consul_configuration_finds_two_services() {
     let name = "examples/consul/tidegate.toml";
     let config = accepted(&page(name), name);
     assert_eq!(config.member_sources().count(), 2);
+}
+
+#[test]
+fn consul_example_loses_no_request() {
+    let double = ConsulDouble::start().unwrap();
+    let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let output = Command::new("bash")
+        .arg(root().join("examples/consul/run.sh"))
+        .env("CONSUL", double.address().to_string())
+        .env("TIDEGATE", env!("CARGO_BIN_EXE_tidegate"))
+        .envs([("USERS", free()), ("ORDERS", free())])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}{errors}");
+    assert!(said.ends_with("ok: no request failed\n"), "{said}");
 }
 
 #[test]
