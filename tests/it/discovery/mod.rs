@@ -5,3 +5,4 @@ mod files;
 mod load;
 mod name_server;
 mod names;
+mod registries;
