@@ -187,8 +187,9 @@ fn a_service_is_in_zookeeper_until_sigterm() {
             return None;
         }
         let output = std::fs::read_to_string(&output).unwrap();
-        let states = output.lines().filter_map(|line| line.strip_prefix("web/a: registered as "));
-        Some(if states.last() == Some("critical") { "critical" } else { "ready" })
+        let mut states =
+            output.lines().filter_map(|line| line.strip_prefix("web/a: registered as "));
+        Some(if states.next_back() == Some("critical") { "critical" } else { "ready" })
     });
 }
 
