@@ -204,6 +204,17 @@ pub struct BackendDoc {
     pub connections_max: u32,
     /// The operator's intent.
     pub intent: IntentName,
+    /// What a member source wishes that restricts it: `starting`, `draining` or `suspect`;
+    /// `null` if none does.
+    #[serde(default)]
+    pub wish: Option<String>,
+    /// The source with this wish, as in [`MemberSourceDoc::source`].
+    #[serde(default)]
+    pub wished_by: Option<String>,
+    /// It is from a member source, and no connect to it has succeeded yet. Only in pools
+    /// without probes.
+    #[serde(default)]
+    pub unverified: bool,
     /// The result of its probes and heartbeats.
     pub observation: ObservationName,
     /// It is ejected now.

@@ -115,11 +115,18 @@ fn sessions(client: &ClientArgs, target: &BackendRef) -> Result<u64, ClientError
     Ok(count(&ask(client, Method::GET, "/v1/status")?.document()?, target))
 }
 
+/// Counts the sessions of a backend. If its address is a name, its members are `NAME@IP:PORT`.
 fn count(status: &StatusDoc, target: &BackendRef) -> u64 {
-    let pools = status.pools.iter().filter(|pool| pool.name == target.pool);
-    let backends = pools.flat_map(|pool| &pool.backends).filter(|one| one.name == target.backend);
-    let leaving = status.leaving.iter();
-    let leaving = leaving.filter(|one| one.pool == target.pool && one.name == target.backend);
+    let BackendRef { pool, backend } = target;
+    let pools = status.pools.iter().filter(|one| one.name == *pool);
+    let backends = pools.flat_map(|pool| &pool.backends);
+    let is_one = backends.clone().any(|one| one.name == *backend);
+    let is_meant = |name: &str| match name.strip_prefix(&**backend) {
+        Some(rest) => rest.is_empty() || (!is_one && rest.starts_with('@')),
+        None => false,
+    };
+    let backends = backends.filter(|one| is_meant(&one.name));
+    let leaving = status.leaving.iter().filter(|one| one.pool == *pool && is_meant(&one.name));
     let open =
         backends.map(|one| one.sessions_active).chain(leaving.map(|one| one.sessions_active));
     open.map(u64::from).sum()
@@ -153,5 +160,10 @@ mod tests {
         assert_eq!(count(&status, &target("web/a")), 4);
         assert_eq!(count(&status, &target("db/a")), 7);
         assert_eq!(count(&status, &target("web/gone")), 0);
+        assert_eq!(count(&status, &target("db/pg")), 0);
+        status.pools[1].backends[1].name = "pg@10.0.0.1:5432".to_owned();
+        status.pools[1].backends[1].sessions_active = 2;
+        assert_eq!(count(&status, &target("db/pg")), 2, "members of a name count");
+        assert_eq!(count(&status, &target("db/p")), 0);
     }
 }

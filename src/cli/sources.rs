@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn source_that_answers_has_one_line() {
-        assert_eq!(describe(&consul()), "consul: 10 members, index 81, last answer 2.0s ago");
+        assert_eq!(describe(&consul()), "consul: 10 members, index 81, last answer 2s ago");
     }
 
     #[test]
@@ -169,8 +169,8 @@ mod tests {
         let away = MemberSourceDoc { last_word: Some(word), ..consul() };
         assert_eq!(
             describe(&away),
-            "consul: 10 members, NO ANSWER: connect (127.0.0.1:8500: connection refused), 1.0s \
-             ago; last answer 2.0s ago"
+            "consul: 10 members, NO ANSWER: connect (127.0.0.1:8500: connection refused), 1s \
+             ago; last answer 2s ago"
         );
     }
 
@@ -182,8 +182,11 @@ mod tests {
             confirmable_in_seconds: Some(8.0),
         };
         let text = describe(&MemberSourceDoc { held_answer: Some(held), ..consul() });
-        assert!(text.contains(
-            "ANSWER HELD: it would remove 9 of 10 (max-removed); an answer in 8.0s can confirm it"
-        ), "{text}");
+        assert!(
+            text.contains(
+                "ANSWER HELD: it would remove 9 of 10 (max-removed); an answer in 8s can confirm it"
+            ),
+            "{text}"
+        );
     }
 }

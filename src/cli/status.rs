@@ -258,8 +258,9 @@ fn heartbeat_summary(heartbeat: &HeartbeatChannelDoc) -> String {
     text
 }
 
-/// Returns the state of a backend in one word. The operator's intent comes first, then an
-/// ejection, the state its sender reports, a trial, and the observation.
+/// Returns the state of a backend in few words. The operator's intent comes first, then the
+/// state its sender reports, the wish of a member source, an ejection, a trial, and the
+/// observation.
 fn state(backend: &BackendDoc, pool: &PoolDoc) -> String {
     let heartbeat = backend.heartbeat.as_ref();
     let reported = heartbeat.and_then(|heartbeat| heartbeat.sender_state.as_ref());
@@ -267,16 +268,19 @@ fn state(backend: &BackendDoc, pool: &PoolDoc) -> String {
     // It is in rotation, and nothing observes it.
     let unobserved =
         backend.observation == ObservationName::Unknown && backend.eligible && !pool.probes;
-    let mut state = match reported {
-        _ if backend.intent != IntentName::Ready => backend.intent.name(),
-        _ if backend.ejected => "ejected",
-        Some(reported) => reported.name(),
-        None if backend.on_trial => "trial",
-        None if unobserved && pool.heartbeats => "not heard",
-        None if unobserved => "no probes",
-        None => backend.observation.name(),
-    }
-    .to_owned();
+    let verifies = backend.unverified && backend.observation == ObservationName::Unknown;
+    let mut state = match (reported, wish(backend)) {
+        _ if backend.intent != IntentName::Ready => backend.intent.name().to_owned(),
+        (Some(reported), _) => reported.name().to_owned(),
+        (None, Some(wish)) => wish,
+        _ if backend.ejected => "ejected".to_owned(),
+        _ if backend.on_trial => "trial".to_owned(),
+        _ if verifies && !backend.eligible => "verifying".to_owned(),
+        _ if verifies => "unverified".to_owned(),
+        _ if unobserved && pool.heartbeats => "not heard".to_owned(),
+        _ if unobserved => "no probes".to_owned(),
+        _ => backend.observation.name().to_owned(),
+    };
     if backend.backup {
         state.push_str(" backup");
     }
@@ -284,6 +288,18 @@ fn state(backend: &BackendDoc, pool: &PoolDoc) -> String {
         state.push_str(" registered");
     }
     state
+}
+
+/// Returns the wish of a member source that decides, with the source. A suspect backend that
+/// is down here is down.
+fn wish(backend: &BackendDoc) -> Option<String> {
+    let wish = backend.wish.as_ref()?;
+    let is_suspect = backend.observation == ObservationName::Suspect;
+    if wish == "suspect" && (backend.ejected || backend.on_trial || !is_suspect) {
+        return None;
+    }
+    let source = backend.wished_by.as_ref().map(|source| format!(" ({})", cell_text(source)));
+    Some(cell_text(wish) + &source.unwrap_or_default())
 }
 
 /// Returns `3`, or `1/3` while the effective weight is lower.
@@ -347,6 +363,33 @@ mod tests {
             removed: web/c (10.0.0.9:80) still has 2 open sessions
         "#]]
         .assert_eq(&render(&example(), None));
+    }
+
+    #[test]
+    fn state_names_the_source_that_restricts_a_backend() {
+        let status = example();
+        let pool = PoolDoc { probes: false, ..status.pools[0].clone() };
+        let shown = |wish: Option<&str>, observation: &str, unverified, eligible| {
+            let backend = BackendDoc {
+                wish: wish.map(str::to_owned),
+                wished_by: wish.map(|_| "consul".to_owned()),
+                observation: observation.into(),
+                unverified,
+                eligible,
+                ..pool.backends[0].clone()
+            };
+            let ejected = BackendDoc { ejected: true, ..backend.clone() };
+            (state(&backend, &pool), state(&ejected, &pool))
+        };
+        let draining = "draining (consul)".to_owned();
+        assert_eq!(shown(Some("draining"), "unknown", false, false), (draining.clone(), draining));
+        assert_eq!(shown(Some("starting"), "up", false, false).0, "starting (consul)");
+        let (suspect, ejected) = shown(Some("suspect"), "suspect", false, true);
+        assert_eq!((&*suspect, &*ejected), ("suspect (consul)", "ejected"));
+        assert_eq!(shown(Some("suspect"), "down", false, false).0, "down");
+        assert_eq!(shown(None, "unknown", true, false).0, "verifying");
+        assert_eq!(shown(None, "unknown", true, true).0, "unverified");
+        assert_eq!(shown(None, "unknown", false, true).0, "no probes");
     }
 
     #[test]

@@ -57,6 +57,8 @@ pub(super) struct BackendEntry {
     pub(super) requested_since: Instant,
     /// When the wish of its member sources last changed.
     pub(super) wish_since: Instant,
+    /// The member source whose wish restricts it.
+    pub(super) wished_by: Option<Arc<str>>,
     /// The backend of the file whose name has its address.
     pub(super) group: Option<Arc<str>>,
     /// The connects that verify it, until one has succeeded.
@@ -224,6 +226,7 @@ impl BackendEntry {
             heartbeats_from: None,
             requested_since: now,
             wish_since: now,
+            wished_by: None,
             group: None,
             verification: None,
             observed_since: now,

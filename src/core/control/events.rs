@@ -220,4 +220,7 @@ pub enum OperatorError {
     UnknownPool,
     /// No backend of the pool has this name.
     UnknownBackend,
+    /// The request is about one backend, and the address of this one is a name: it has these
+    /// members, perhaps none yet.
+    Members(Vec<Arc<str>>),
 }

@@ -66,16 +66,31 @@ impl ControlState {
         pool: &str,
         backend: &str,
     ) -> Result<Vec<BackendId>, OperatorError> {
-        let entry = self.pools.named(pool).ok_or(OperatorError::UnknownPool)?;
+        match self.group_members(pool, backend) {
+            Some(members) => Ok(members),
+            None => self.find_backend(pool, backend).map(|id| vec![id]),
+        }
+    }
+
+    /// Returns the members of a backend whose address is a name; `None` if there is no such
+    /// backend.
+    pub(super) fn group_members(&self, pool: &str, backend: &str) -> Option<Vec<BackendId>> {
+        let entry = self.pools.named(pool)?;
         if !self.groups.groups.contains_key(&(pool.into(), backend.into())) {
-            return self.find_backend(pool, backend).map(|id| vec![id]);
+            return None;
         }
         let members = entry.members().iter().copied();
         let of_group = |id: &BackendId| {
             let entry = self.backends.get(*id);
             entry.and_then(|entry| entry.group.as_deref()) == Some(backend)
         };
-        Ok(members.filter(of_group).collect())
+        Some(members.filter(of_group).collect())
+    }
+
+    /// Returns the names of these backends.
+    pub(super) fn names_of_members(&self, ids: &[BackendId]) -> Vec<Arc<str>> {
+        let entries = ids.iter().filter_map(|id| self.backends.get(*id));
+        entries.map(|entry| Arc::clone(&entry.state.name)).collect()
     }
 
     /// Sets the intent of a backend whose address is a name. Returns whether there is such

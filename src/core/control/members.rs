@@ -77,6 +77,8 @@ pub(super) struct PoolMember {
     pub(super) wish: MemberWish,
     /// Which source has this wish, with its words.
     pub(super) said: String,
+    /// The source whose wish restricts it.
+    pub(super) wished_by: Option<Arc<str>>,
     pub(super) group: Option<Arc<str>>,
 }
 
@@ -186,8 +188,15 @@ impl<'a> ListedMember<'a> {
             origins,
             wish: self.wish,
             said: self.said.map_or_else(String::new, said),
+            wished_by: self.wished_by().cloned(),
             group: self.group.cloned(),
         }
+    }
+
+    /// Returns the source whose wish restricts the member.
+    fn wished_by(&self) -> Option<&'a Arc<str>> {
+        let restricts = self.wish != MemberWish::Sessions;
+        self.said.filter(|_| restricts).map(|(label, _)| label)
     }
 
     /// Whether the backend is as listed.
@@ -195,6 +204,7 @@ impl<'a> ListedMember<'a> {
         entry.origins == origins
             && entry.spec == *self.spec
             && entry.health.wish == self.wish
+            && entry.wished_by.as_ref() == self.wished_by()
             && entry.group.as_ref() == self.group
     }
 }
@@ -209,6 +219,7 @@ impl PoolMember {
             origins: Origins::of(MemberSource::Heartbeats),
             wish: MemberWish::Sessions,
             said: String::new(),
+            wished_by: None,
             group: None,
         }
     }
@@ -388,6 +399,7 @@ impl ControlState {
         let before = std::mem::replace(&mut entry.origins, member.origins);
         entry.spec = member.spec;
         entry.group = member.group;
+        entry.wished_by = member.wished_by;
         let pool = entry.pool;
         self.pools.count_registered(pool, before, member.origins);
         self.set_wish(id, member.wish, &member.said, now);
@@ -520,6 +532,7 @@ impl BackendEntry {
         self.spec = member.spec;
         self.origins = member.origins;
         self.group = member.group;
+        self.wished_by = member.wished_by;
         if self.health.wish != member.wish {
             (self.health.wish, self.wish_since) = (member.wish, now);
         }

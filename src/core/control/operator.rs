@@ -14,14 +14,19 @@ use std::time::Instant;
 // === impl ControlState ===
 
 impl ControlState {
-    /// Returns the configured backend with this name.
+    /// Returns the configured backend with this name. The error lists the members of a
+    /// backend whose address is a name.
     pub(super) fn find_backend(
         &self,
         pool: &str,
         backend: &str,
     ) -> Result<BackendId, OperatorError> {
-        let pool = self.pools.named(pool).ok_or(OperatorError::UnknownPool)?;
-        pool.member_named(backend).ok_or(OperatorError::UnknownBackend)
+        let entry = self.pools.named(pool).ok_or(OperatorError::UnknownPool)?;
+        let found = entry.member_named(backend);
+        found.ok_or_else(|| match self.group_members(pool, backend) {
+            Some(ids) => OperatorError::Members(self.names_of_members(&ids)),
+            None => OperatorError::UnknownBackend,
+        })
     }
 
     /// Sets the intent and records a change.

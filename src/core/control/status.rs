@@ -137,6 +137,8 @@ pub struct BackendStatus {
     pub requested: RequestedState,
     /// What its registries wish for it.
     pub wish: MemberWish,
+    /// The member source with this wish, such as `consul`; `None` if no wish restricts it.
+    pub wished_by: Option<Arc<str>>,
     /// No connect to it has succeeded yet; only in pools without probes.
     pub unverified: bool,
     /// `None` if no heartbeat was received.
@@ -314,6 +316,7 @@ pub(super) fn backend_status(
         heartbeat_health: entry.health.heartbeat_health,
         requested: entry.health.requested,
         wish: entry.health.wish,
+        wished_by: entry.wished_by.clone(),
         unverified: entry.health.unverified,
         heartbeats: backend_heartbeat_status(entry, pool, now),
         last_transition: entry.history.last().cloned(),
@@ -370,6 +373,7 @@ impl BackendStatus {
             heartbeat_health: HeartbeatHealth::Absent,
             requested: RequestedState::Ready,
             wish: MemberWish::Sessions,
+            wished_by: None,
             unverified: false,
             heartbeats: None,
             last_transition: None,

@@ -49,6 +49,9 @@ pub(super) const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// Timeout for a reload, which can wait until a program has finished writing a file.
 const RELOAD_MAX: Duration = Duration::from_secs(12);
 
+/// Most members that an error names.
+const MEMBERS_SHOWN_MAX: usize = 16;
+
 const TEXT_METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 pub(super) const JSON: &str = "application/json";
 
@@ -192,8 +195,29 @@ pub(super) fn unknown(error: OperatorError, (pool, backend): (String, String)) -
             );
             ("unknown backend", detail)
         }
+        OperatorError::Members(members) => ("not one backend", not_one(&pool, &backend, &members)),
     };
     ErrorResponse::new(StatusCode::NOT_FOUND, error, detail)
+}
+
+/// Returns what to ask for instead of a backend whose address is a name.
+fn not_one(pool: &str, backend: &str, members: &[Arc<str>]) -> String {
+    let shown: Vec<&str> = members.iter().take(MEMBERS_SHOWN_MAX).map(|name| &**name).collect();
+    let more = match members.len().saturating_sub(shown.len()) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let shown = shown.join(", ");
+    match members.len() {
+        0 => format!(
+            "{backend:?} of pool {pool:?} has no members yet; tidegate status shows what its name \
+             server says"
+        ),
+        1 => format!("{backend:?} of pool {pool:?} has 1 member: {shown}; ask for it"),
+        count => format!(
+            "{backend:?} of pool {pool:?} has {count} members: {shown}{more}; ask for one of them"
+        ),
+    }
 }
 
 async fn unknown_path(uri: Uri) -> ErrorResponse {
@@ -276,5 +300,26 @@ impl IntoResponse for ErrorResponse {
             response.headers_mut().insert(WWW_AUTHENTICATE, challenge);
         }
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn question_about_a_name_is_answered_with_its_members() {
+        let told = |count: usize| {
+            let members = (0..count).map(|host| format!("pg@10.0.0.{host}:5432").into()).collect();
+            let names = ("db".to_owned(), "pg".to_owned());
+            unknown(OperatorError::Members(members), names).document.detail
+        };
+        assert!(told(0).contains("has no members yet"));
+        assert_eq!(
+            told(2),
+            "\"pg\" of pool \"db\" has 2 members: pg@10.0.0.0:5432, pg@10.0.0.1:5432; ask for one of \
+             them"
+        );
+        assert!(told(20).ends_with("pg@10.0.0.15:5432 and 4 more; ask for one of them"));
     }
 }

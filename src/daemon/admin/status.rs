@@ -16,6 +16,7 @@ use tidegate_api::status::{
 use tidegate_core::control::{
     BackendStatus, FreezeStatus, FrontendStatus, HeartbeatChannelStatus, PoolStatus,
 };
+use tidegate_core::discovery::view::MemberWish;
 use tidegate_core::health::{HeartbeatHealth, Transition};
 use tidegate_core::metrics::counters::{PanicScope, WorkerCounters};
 use tidegate_core::metrics::histograms::{MergedHistograms, Series};
@@ -159,6 +160,9 @@ fn backend(
         backup: status.backup,
         connections_max: status.connections_max,
         intent: status.intent.name().into(),
+        wish: (status.wish != MemberWish::Sessions).then(|| status.wish.name().to_owned()),
+        wished_by: status.wished_by.as_ref().map(ToString::to_string),
+        unverified: status.unverified,
         observation: status.observation.name().into(),
         ejected: status.ejected,
         on_trial: status.on_trial,
@@ -323,8 +327,8 @@ mod tests {
                 {"layer":"seccomp","in_force":false,"detail":"off"}],"heartbeat":null,"frontends":[
                 {"name":"web","binds":["[::1]:80"],"pool":"web","connections_max":0,"sessions_active":0,"sessions_total":0,"bytes_in_total":0,"bytes_out_total":0,"refused_total":5}]
                 ,"pools":[
-                {"name":"web","balance":"random","none_eligible":null,"frozen":null,"registered":0,"registered_max":0,"probes":false,"heartbeats":false,"queued":3,"backends":[
-                {"name":"a","address":"unix:/run/a.sock","registered":false,"weight":2,"effective_weight":0,"backup":true,"connections_max":9,"intent":"draining","observation":"up","ejected":false,"on_trial":false,"ejections_total":1,"ejections_held_total":2,"eligible":false,"ramp_percent":100,"heartbeat":null,"sessions_active":0,"sessions_total":0,"connect_failures_total":0,"bytes_in_total":5,"bytes_out_total":0,"connect_seconds":
+                {"name":"web","balance":"random","none_eligible":null,"frozen":null,"registered":0,"registered_max":0,"probes":false,"heartbeats":false,"sources":[],"queued":3,"backends":[
+                {"name":"a","address":"unix:/run/a.sock","registered":false,"weight":2,"effective_weight":0,"backup":true,"connections_max":9,"intent":"draining","wish":null,"wished_by":null,"unverified":false,"observation":"up","ejected":false,"on_trial":false,"ejections_total":1,"ejections_held_total":2,"eligible":false,"ramp_percent":100,"heartbeat":null,"sessions_active":0,"sessions_total":0,"connect_failures_total":0,"bytes_in_total":5,"bytes_out_total":0,"connect_seconds":
                 {"p50":0.0002,"p99":0.0002},"first_byte_seconds":
                 {"p50":null,"p99":null},"last_transition":
                 {"from":"up","to":"draining","reason":"operator","seconds_ago":2.5,"lasted_seconds":60.0}}]}],"leaving":[

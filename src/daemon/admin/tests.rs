@@ -192,8 +192,8 @@ fn status_of_a_pool_with_heartbeats_has_exactly_the_documented_fields() {
         {"reason":"no heartbeat arrives","seconds":1.25}},"frontends":[],"pools":[
         {"name":"web","balance":"random","none_eligible":"try-all","frozen":
         {"reason":"2 of 4 backends became suspect together","seconds":1.25},"registered":1,"registered_max":100,"probes":true
-        ,"heartbeats":true,"queued":0,"backends":[
-        {"name":"a","address":"10.0.0.11:8080","registered":true,"weight":2,"effective_weight":0.2,"backup":false,"connections_max":0,"intent":"ready","observation":"suspect","ejected":false,"on_trial":true,"ejections_total":4,"ejections_held_total":0,"eligible":true,"ramp_percent":100
+        ,"heartbeats":true,"sources":[],"queued":0,"backends":[
+        {"name":"a","address":"10.0.0.11:8080","registered":true,"weight":2,"effective_weight":0.2,"backup":false,"connections_max":0,"intent":"ready","wish":null,"wished_by":null,"unverified":false,"observation":"suspect","ejected":false,"on_trial":true,"ejections_total":4,"ejections_held_total":0,"eligible":true,"ramp_percent":100
         ,"heartbeat":
         {"pulse":"suspect","sender_state":"starting","silent_seconds":0.76,"timeout_seconds":0.325,"loss":0.001,"load":500,"held":"the path is frozen","rejected":
         {"pool":"web","backend":"a","from":"10.0.0.7:7946","key":3,"reason":"stale","skew_seconds":-301.25,"signed":true,"total":2,"in_a_row":2,"seconds_ago":0.5,"help":"set the clock"}},"sessions_active":0,"sessions_total":0,"connect_failures_total":9,"bytes_in_total":0,"bytes_out_total":0,"connect_seconds":
@@ -312,7 +312,7 @@ fn explanation_has_exactly_the_documented_fields() {
         {"takes_seconds":30.0,"seconds":12.0,"percent":40},"guards":
         {"channel_silent":true,"pool_frozen":
         {"reason":"2 of 4 backends became suspect together","seconds":1.25},"all_frozen":null,"max_ejected_percent":50,"pool_down":1,"pool_suspect":2,"pool_heard":2,"pool_senders":5,"prevented":
-        {"evidence":"probes fail (2 confirmation probes failed)","reason":"the path is frozen"}},"history":[
+        {"evidence":"probes fail (2 confirmation probes failed)","reason":"the path is frozen"}},"in_file":false,"announced":[],"history":[
         {"from":"up","to":"suspect","reason":"no heartbeat for 325 ms","seconds_ago":0.75,"lasted_seconds":60.0}]}
     "#]].assert_eq(&broken_into_lines(&text));
 }

@@ -161,8 +161,11 @@ fn wishes_exclude_new_sessions_and_come_and_go() {
     );
     bench.answer_for(PACE * 2, &[]);
     assert_eq!(bench.serving(), ["a", "c", "d"]);
-    let (reason, _) = bench.status("b").state.left_out().expect("a reason");
+    let status = bench.status("b");
+    let (reason, _) = status.state.left_out().expect("a reason");
     assert_eq!(reason.name(), "draining-by-sender");
+    assert_eq!(status.wished_by.as_deref(), Some("file"));
+    assert_eq!(bench.status("c").wished_by, None);
 }
 
 #[test]
@@ -214,10 +217,13 @@ fn name_makes_one_member_per_address() {
     assert_eq!((member.weight, member.connections_max, member.backup), (7, 5, false));
     assert_eq!(member.origins, Origins::of(MemberSource::Names));
     assert_eq!(bench.sources()[0].label.as_ref(), "name db.internal:5432");
+    let asked = bench.controller.explain("web", "db", bench.now).map(drop);
+    let members = ["db@127.0.0.1:4001".into(), "db@127.0.0.1:4002".into()];
+    assert_eq!(asked.unwrap_err(), OperatorError::Members(members.into()));
 }
 
 #[test]
-fn weights_of_srv_records_are_relative_to_the_weight_in_the_file() {
+fn weights_of_srv_records_multiply_the_weight_in_the_file_and_keep_their_ratios() {
     let mut pool = naming(unprobed(&[]));
     let question = &mut pool.named[0].question;
     (question.record, question.port) = (NameRecord::Srv, None);
@@ -229,8 +235,8 @@ fn weights_of_srv_records_are_relative_to_the_weight_in_the_file() {
     bench.told(Some("db"), whole_of(members.into()));
     let weights: Vec<u32> =
         [4001, 4002, 4003].map(|port| bench.status(&format!("db@127.0.0.1:{port}")).weight).into();
-    assert_eq!(&weights[..2], [100, 50]);
-    assert!((1..=2).contains(&weights[2]), "never 0: {weights:?}");
+    assert_eq!(&weights[..2], [1000, 500], "the products 6,000 and 3,000, scaled down");
+    assert!((1..=16).contains(&weights[2]), "never 0: {weights:?}");
 }
 
 #[test]

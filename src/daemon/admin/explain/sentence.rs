@@ -7,8 +7,11 @@
 use std::time::{Duration, Instant};
 use tidegate_core::balance::trial::TrialPhase;
 use tidegate_core::control::explain::{Explanation, ProbeView};
+use tidegate_core::discovery::view::MemberWish;
 use tidegate_core::health::probe_detector::ProbeState;
-use tidegate_core::health::{ConnectFailure, Intent, Observation, RequestedState};
+use tidegate_core::health::{
+    ConnectFailure, HeartbeatHealth, Intent, Observation, ProbeOutcome, RequestedState,
+};
 use tidegate_core::suspicion::rejections::Rejection;
 
 /// Age up to which a rejection is mentioned. After this time without another one, the
@@ -30,7 +33,7 @@ pub(super) fn why_sentence(explained: &Explanation, rejected: Option<&Rejection>
 }
 
 /// Returns the first fact that decides. The operator's intent comes first, then the
-/// sender's state, ejection, and observation.
+/// sender's state, the wish of a member source, ejection, and observation.
 fn state_sentence(explained: &Explanation) -> String {
     let backend = &explained.backend;
     if backend.intent != Intent::Ready {
@@ -38,6 +41,9 @@ fn state_sentence(explained: &Explanation) -> String {
     }
     if backend.requested != RequestedState::Ready {
         return format!("its sender reports {}", backend.requested.name());
+    }
+    if !backend.wish.serves() {
+        return excluded_by_wish(explained);
     }
     if backend.ejected {
         let left = explained
@@ -52,17 +58,72 @@ fn state_sentence(explained: &Explanation) -> String {
     match backend.observation {
         Observation::Down => format!("down{}", evidence(explained, "down")),
         Observation::Suspect => {
-            let suspect = evidence(explained, "suspect");
+            let suspect = match backend.wish {
+                MemberWish::Suspect => format!(": {}", says(explained)),
+                _ => evidence(explained, "suspect"),
+            };
             after_failures(explained, &format!("suspect, at 10% of its weight{suspect}"))
         }
         Observation::Up => in_rotation_sentence(explained, "up"),
         Observation::Unknown if backend.eligible => {
             in_rotation_sentence(explained, unknown(explained))
         }
+        Observation::Unknown if backend.unverified => verification_sentence(explained),
         Observation::Unknown => {
             after_failures(explained, "waiting for its first probe result or heartbeat")
         }
     }
+}
+
+/// Returns the sentence of a backend that gets no new sessions by the wish of a member source.
+fn excluded_by_wish(explained: &Explanation) -> String {
+    let effect = match explained.backend.wish {
+        MemberWish::Starting => "its source wishes for no sessions yet",
+        _ => "drained by its source",
+    };
+    format!("{effect}: {}", says(explained))
+}
+
+/// Returns what the source says whose wish holds, and since when.
+fn says(explained: &Explanation) -> String {
+    let wish = explained.backend.wish;
+    let lasts = brief(explained.wish_for);
+    let Some(by) = explained.announced.iter().find(|by| by.wish == wish) else {
+        let source = explained.backend.wished_by.as_deref().unwrap_or("a member source");
+        return format!("{source} wishes {} (for {lasts})", wish.name());
+    };
+    let source = &by.source;
+    match &*by.raw {
+        _ if source.view.stale => {
+            let silent = source.view.confirmed.map_or_else(String::new, |age| {
+                format!(" for {}, longer than stale_for", brief(age))
+            });
+            format!("{} has given no complete answer{silent}", source.label)
+        }
+        "" => format!("{} wishes {} (for {lasts})", source.label, wish.name()),
+        raw => format!("{} says {raw} (for {lasts})", source.label),
+    }
+}
+
+/// Returns the sentence of a member that waits for its first successful connect.
+fn verification_sentence(explained: &Explanation) -> String {
+    let sources: Vec<&str> = explained.announced.iter().map(|by| &*by.source.label).collect();
+    let announced = match sources.is_empty() {
+        true => String::new(),
+        false => format!(" (announced by {})", sources.join(" and ")),
+    };
+    let also = match explained.backend.heartbeat_health {
+        HeartbeatHealth::Waiting => " and its first heartbeat",
+        _ => "",
+    };
+    let failed = match explained.last_probe.as_ref().map(|last| (&last.outcome, last.ended)) {
+        Some((ProbeOutcome::Failure { reason, .. } | ProbeOutcome::Local { reason }, at)) => {
+            let ago = brief(explained.now.saturating_duration_since(at));
+            format!("; the last connect failed {ago} ago: {reason}")
+        }
+        Some((ProbeOutcome::Success { .. }, _)) | None => String::new(),
+    };
+    format!("waiting for a first successful connect{also}{announced}{failed}")
 }
 
 /// Returns the reason of the newest change to `state`, after a colon; empty if the history
@@ -136,6 +197,10 @@ fn rejection_note(last: &Rejection, now: Instant) -> String {
 
 /// Returns why there is no observation of an eligible backend.
 fn unknown(explained: &Explanation) -> &'static str {
+    if explained.backend.unverified {
+        return "no connect to it has succeeded yet (in rotation because no backend of its pool \
+                was eligible within startup_grace)";
+    }
     match (&explained.probe, &explained.heartbeat_spec) {
         (Some(_), _) => "no probe result yet (in rotation until its first one)",
         (None, Some(_)) => "no probes configured and no heartbeats received",
@@ -210,5 +275,164 @@ fn brief(time: Duration) -> String {
         _ if seconds < 1.0 => format!("{} ms", time.as_millis()),
         _ if seconds < 60.0 => format!("{seconds:.1} s"),
         _ => humantime::format_duration(Duration::from_secs(time.as_secs())).to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tidegate_core::control::explain::{EjectionView, FailuresView, GuardStatus};
+    use tidegate_core::control::{AnnouncedBy, BackendStatus, SourceStatus, Weight};
+    use tidegate_core::discovery::view::{AnswerCounts, RefusedCounts, ViewStatus};
+    use tidegate_core::health::LastProbe;
+    use tidegate_core::model::{BackendAddr, PoolId, SourceKey};
+    use tidegate_core::suspicion::PathView;
+    use tidegate_core::table::state::{BackendId, BackendState};
+    use tidegate_net::clock;
+
+    fn consul() -> SourceStatus {
+        SourceStatus {
+            key: SourceKey { pool: "web".into(), backend: None },
+            label: "consul".into(),
+            moved: false,
+            view: ViewStatus {
+                last_word: None,
+                confirmed: Some(Duration::from_secs(700)),
+                version: "index 81".to_owned(),
+                trusted: true,
+                members: 3,
+                announced: 3,
+                held: 0,
+                refused: RefusedCounts::default(),
+                answers: AnswerCounts::default(),
+                stale: false,
+                restored: false,
+                burst: false,
+                held_answer: None,
+            },
+        }
+    }
+
+    /// Returns a member of Consul with this wish and these words.
+    fn member(wish: MemberWish, raw: &str) -> Explanation {
+        let address = BackendAddr::Tcp(([10, 0, 0, 1], 80).into());
+        let state = BackendState::new(BackendId(1), "web".into(), "a".into(), address, 1);
+        let eligible = wish.serves();
+        let by = AnnouncedBy {
+            source: consul(),
+            wish,
+            raw: raw.into(),
+            weight: 2,
+            listed_for: Duration::from_secs(90),
+            held: None,
+        };
+        Explanation {
+            now: clock::now(),
+            pool: PoolId(1),
+            backend: BackendStatus { wish, eligible, ..BackendStatus::plain(state) },
+            intent_for: Duration::ZERO,
+            observed_for: Duration::ZERO,
+            requested_for: Duration::ZERO,
+            wish_for: Duration::from_secs(125),
+            announced: vec![by],
+            weight: Weight { base: 2, health: 100, ramp: 100, load: 100 },
+            connections_max: 0,
+            probe: None,
+            last_probe: None,
+            none_eligible: None,
+            last_resort: false,
+            heartbeat_spec: None,
+            rejected: None,
+            ejection: EjectionView {
+                spec: None,
+                left: None,
+                repeats: 0,
+                trial: None,
+                trial_phase: TrialPhase::None,
+            },
+            ramp: None,
+            failures: FailuresView {
+                recent: None,
+                watched: Duration::ZERO,
+                in_a_row: 0,
+                connects_total: 0,
+            },
+            guards: GuardStatus {
+                channel_silent: false,
+                pool_frozen: None,
+                all_frozen: None,
+                view: PathView::default(),
+                max_ejected_percent: 50,
+                prevented: None,
+            },
+            history: Vec::new(),
+        }
+    }
+
+    fn why(explained: &Explanation) -> String {
+        why_sentence(explained, None)
+    }
+
+    #[test]
+    fn wish_is_explained_with_its_source_and_its_words() {
+        let drained = member(MemberWish::Draining, "maintenance");
+        assert_eq!(why(&drained), "drained by its source: consul says maintenance (for 2m 5s)");
+        let starting = member(MemberWish::Starting, "");
+        assert_eq!(
+            why(&starting),
+            "its source wishes for no sessions yet: consul wishes starting (for 2m 5s)"
+        );
+        let mut suspect = member(MemberWish::Suspect, "critical");
+        suspect.backend.observation = Observation::Suspect;
+        assert_eq!(
+            why(&suspect),
+            "suspect, at 10% of its weight: consul says critical (for 2m 5s)"
+        );
+        let sessions = member(MemberWish::Sessions, "passing");
+        assert_eq!(why(&sessions), "no probes or heartbeats configured, full weight");
+    }
+
+    #[test]
+    fn operator_and_sender_are_named_before_a_wish_and_a_wish_before_an_ejection() {
+        let mut drained = member(MemberWish::Draining, "critical");
+        drained.backend.ejected = true;
+        assert!(why(&drained).starts_with("drained by its source: consul says critical"));
+        drained.backend.requested = RequestedState::Stopping;
+        assert_eq!(why(&drained), "its sender reports stopping");
+        drained.backend.intent = Intent::Draining;
+        assert_eq!(why(&drained), "an operator set it to draining");
+    }
+
+    #[test]
+    fn member_of_a_silent_source_is_drained_because_of_stale_for() {
+        let mut drained = member(MemberWish::Draining, "passing");
+        drained.announced[0].source.view.stale = true;
+        assert_eq!(
+            why(&drained),
+            "drained by its source: consul has given no complete answer for 11m 40s, longer than \
+             stale_for"
+        );
+    }
+
+    #[test]
+    fn unverified_member_waits_for_a_connect() {
+        let mut waiting = member(MemberWish::Sessions, "passing");
+        (waiting.backend.unverified, waiting.backend.eligible) = (true, false);
+        assert_eq!(why(&waiting), "waiting for a first successful connect (announced by consul)");
+        waiting.last_probe = Some(LastProbe {
+            ended: waiting.now.checked_sub(Duration::from_millis(400)).unwrap(),
+            outcome: ProbeOutcome::Failure {
+                took: Duration::ZERO,
+                reason: "connection refused".to_owned(),
+            },
+            confirmation: true,
+        });
+        assert_eq!(
+            why(&waiting),
+            "waiting for a first successful connect (announced by consul); the last connect failed \
+             400 ms ago: connection refused"
+        );
+        waiting.backend.eligible = true;
+        assert!(why(&waiting).starts_with("no connect to it has succeeded yet (in rotation"));
     }
 }
