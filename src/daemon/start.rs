@@ -292,7 +292,7 @@ fn controller(
     if let Some(before) = &environment.old_process {
         let generation = before.generation_of(digest);
         controller.add_carried_counts(generation.saturating_sub(1), before.state().serial);
-    } else if let Some(KeptSnapshot { digest: before, state }) = known {
+    } else if let Some(KeptSnapshot { digest: before, state, .. }) = known {
         let generation = state.generation.saturating_add(u64::from(*before != digest));
         controller.add_carried_counts(generation.saturating_sub(1), state.serial);
     }

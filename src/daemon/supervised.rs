@@ -96,6 +96,9 @@ enum Name {
 pub(super) struct KeptSnapshot {
     /// Digest of the configuration in force.
     pub(super) digest: u64,
+    /// When the snapshot was taken, by the monotonic clock of this host; 0 if not known.
+    #[serde(default)]
+    pub(super) taken_micros: u64,
     pub(super) state: Saved,
 }
 
@@ -254,7 +257,9 @@ impl Supervised {
             }
         };
         if complete {
-            self.pass_on(KeptSnapshot { digest, state: controller.end_save(saving) });
+            let taken_micros = clock::monotonic_micros();
+            let state = controller.end_save(saving);
+            self.pass_on(KeptSnapshot { digest, taken_micros, state });
             let now = clock::now();
             let spent = spent + now.saturating_duration_since(begun);
             self.next_write = Some(now + PACE.max(spent * SHARE));
@@ -300,12 +305,16 @@ fn known(given: &SupervisorState) -> KeptSnapshot {
     if let Some(intents) = intents {
         known.state.set_intents(&intents);
     }
+    if known.taken_micros > 0 {
+        let micros = clock::monotonic_micros().saturating_sub(known.taken_micros);
+        known.state.views.add_age(Duration::from_micros(micros));
+    }
     known
 }
 
 fn write_all(store: &Store, snapshots: &sync::Receiver<KeptSnapshot>) {
-    while let Ok(KeptSnapshot { digest, state }) = snapshots.recv() {
-        let snapshot = KeptSnapshot { digest, state: state.without_counts() };
+    while let Ok(KeptSnapshot { digest, taken_micros, state }) = snapshots.recv() {
+        let snapshot = KeptSnapshot { digest, taken_micros, state: state.without_counts() };
         let written = serde_json::to_vec(&snapshot).map_err(io::Error::other);
         if let Err(error) = written.and_then(|text| store.write(&text)) {
             tracing::warn!(%error, "cannot store backend states with the supervisor; a crash loses them");

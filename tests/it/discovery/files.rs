@@ -5,7 +5,8 @@
 use super::load::{LastingSessions, Load, NamedBackends};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
-use crate::common::{Engine, eventually, on_every_engine, secs};
+use crate::common::{Engine, eventually, on_every_engine, proc, secs};
+use rustix::process::Signal;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
@@ -16,6 +17,7 @@ on_every_engine!(
     list_that_loses_most_members_is_held_until_it_is_repeated,
     members_survive_a_restart_without_the_list,
     members_stay_through_an_upgrade,
+    age_of_a_view_continues_after_a_crash,
 );
 
 struct ListSite {
@@ -151,4 +153,19 @@ fn members_stay_through_an_upgrade(engine: Engine) {
     site.wait_for_members(1);
     lasting.assert_alive();
     load.end();
+}
+
+fn age_of_a_view_continues_after_a_crash(engine: Engine) {
+    let mut site = ListSite::start(engine, 2, 2, "");
+    std::fs::remove_file(site.path()).expect("the list");
+    let age = |site: &ListSite| {
+        let source = &site.proxy.status()["pools"][0]["sources"][0];
+        source["confirmed_seconds_ago"].as_f64().expect("an age")
+    };
+    eventually(secs(15), "the last answer is 4 s old", || age(&site) >= 4.0);
+    let before = age(&site);
+    proc::signal(site.proxy.pid(), Signal::KILL);
+    site.proxy.find_serving();
+    site.wait_for_members(2);
+    assert!(age(&site) >= before, "{} after {before}", age(&site));
 }
