@@ -53,6 +53,8 @@ pub struct SourceAnswer {
 #[derive(Debug, Default)]
 struct AnswerSlots {
     waiting: Mutex<BTreeMap<SourceKey, WaitingAnswer>>,
+    /// Tellers so far. Each has a number of its own.
+    questions: AtomicU64,
     arrived: Notify,
 }
 
@@ -68,9 +70,10 @@ struct WaitingAnswer {
 // === impl Answers ===
 
 impl Answers {
-    /// Returns the teller for a question. `question` increases with each question of the
-    /// process; answers of older tellers with the same key are dropped from now on.
-    pub fn teller(&self, key: SourceKey, question: u64, counters: Arc<SourceCounters>) -> Teller {
+    /// Returns the teller for a question. Answers of older tellers with the same key are
+    /// dropped from now on, also those of a thread that has not ended yet.
+    pub fn teller(&self, key: SourceKey, counters: Arc<SourceCounters>) -> Teller {
+        let question = self.0.questions.fetch_add(1, Ordering::Relaxed);
         let empty = WaitingAnswer { question, whole: None, other: None };
         self.0.lock().insert(key.clone(), empty);
         Teller { key, question, slots: Arc::clone(&self.0), counters }
@@ -177,7 +180,7 @@ mod tests {
     #[test]
     fn a_slot_keeps_the_newest_set_and_the_newest_failure_after_it() {
         let answers = Answers::default();
-        let teller = answers.teller(key(), 1, Arc::default());
+        let teller = answers.teller(key(), Arc::default());
         let failed = Told::Failed { why: SourceFailure::Timeout, detail: String::new() };
         teller.tell(whole("1"));
         teller.tell(failed.clone());
@@ -192,8 +195,8 @@ mod tests {
     #[test]
     fn answers_to_an_older_question_are_dropped() {
         let answers = Answers::default();
-        let old = answers.teller(key(), 1, Arc::default());
-        let new = answers.teller(key(), 2, Arc::default());
+        let old = answers.teller(key(), Arc::default());
+        let new = answers.teller(key(), Arc::default());
         old.tell(whole("old"));
         assert!(versions(&answers).is_empty());
         new.tell(whole("new"));

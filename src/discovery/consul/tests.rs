@@ -63,7 +63,7 @@ fn query(tags: &[&str]) -> RegistryQuery {
 fn watch(registry: &RegistryConfig, query: RegistryQuery, pace: ConsulPace) -> Watched {
     let (answers, counters) = (Answers::default(), Arc::<SourceCounters>::default());
     let key = SourceKey { pool: "web".into(), backend: None };
-    let teller = answers.teller(key, 1, Arc::clone(&counters));
+    let teller = answers.teller(key, Arc::clone(&counters));
     let client = ConsulClient::new(registry, Resolver::new(Default::default()));
     let task = tokio::spawn(run_at(query, client, pace, teller));
     let (names, last, failure) = (Vec::new(), None, None);

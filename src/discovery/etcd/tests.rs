@@ -76,7 +76,7 @@ impl AskedEtcd {
         for (number, prefix) in prefixes.iter().enumerate() {
             let (answers, counters) = (Answers::default(), Arc::<SourceCounters>::default());
             let key = SourceKey { pool: format!("pool-{number}").into(), backend: None };
-            let teller = answers.teller(key, 1, Arc::clone(&counters));
+            let teller = answers.teller(key, Arc::clone(&counters));
             let (stop, stopped) = oneshot::channel();
             questions.push((Arc::from(*prefix), teller, stopped));
             asked.push(AskedEtcd {

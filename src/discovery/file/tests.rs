@@ -27,7 +27,7 @@ impl AskedFile {
         }
         let answers = Answers::default();
         let key = SourceKey { pool: "web".into(), backend: None };
-        let teller = answers.teller(key, 1, Arc::default());
+        let teller = answers.teller(key, Arc::default());
         let mut task = tokio::task::JoinSet::new();
         task.spawn(run(path.clone(), teller));
         AskedFile { _dir: dir, path, answers, _task: task }

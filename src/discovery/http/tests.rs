@@ -146,7 +146,7 @@ impl AskedUrl {
     fn new(question: ListUrl) -> AskedUrl {
         let answers = Answers::default();
         let key = SourceKey { pool: "web".into(), backend: None };
-        let teller = answers.teller(key, 1, Arc::default());
+        let teller = answers.teller(key, Arc::default());
         let mut task = JoinSet::new();
         task.spawn(run(question, resolver(), teller));
         AskedUrl { answers, _task: task }

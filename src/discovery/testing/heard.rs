@@ -34,7 +34,7 @@ impl HeardSource {
         let answers = Answers::default();
         let counters = Arc::<SourceCounters>::default();
         let key = SourceKey { pool: "web".into(), backend: None };
-        let teller = answers.teller(key, 1, Arc::clone(&counters));
+        let teller = answers.teller(key, Arc::clone(&counters));
         let task = tokio::spawn(source(teller));
         let (members, failures) = (Vec::new(), Vec::new());
         HeardSource { answers, counters, members, unreadable: 0, failures, sets: 0, task }

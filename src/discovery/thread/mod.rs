@@ -50,8 +50,6 @@ struct AskedQuestions {
     sources: BTreeMap<SourceKey, AskedSource>,
     /// Questions beyond [`QUESTIONS_MAX`].
     refused: Vec<SourceKey>,
-    /// Number of the last question; it only increases.
-    last: u64,
 }
 
 #[derive(Debug)]
@@ -165,28 +163,18 @@ impl AskedQuestions {
             Some(source) => Arc::clone(&source.counters),
             None => Arc::default(),
         };
-        let teller = self.teller(answers, key, &counters);
+        let teller = answers.teller(key.clone(), Arc::clone(&counters));
         let source = AskedSource { question: question.clone(), counters };
         self.sources.insert(key.clone(), source);
         Some(teller)
     }
 
-    fn refuse(&mut self, answers: &Answers) {
-        for key in self.refused.clone() {
+    fn refuse(&self, answers: &Answers) {
+        for key in &self.refused {
             let detail = format!("more than {QUESTIONS_MAX} member sources are configured");
             let told = Told::Failed { why: SourceFailure::Local, detail };
-            self.teller(answers, &key, &Arc::default()).tell(told);
+            answers.teller(key.clone(), Arc::default()).tell(told);
         }
-    }
-
-    fn teller(
-        &mut self,
-        answers: &Answers,
-        key: &SourceKey,
-        counters: &Arc<SourceCounters>,
-    ) -> Teller {
-        self.last += 1;
-        answers.teller(key.clone(), self.last, Arc::clone(counters))
     }
 }
 
@@ -223,7 +211,7 @@ async fn ask_until_whole(
 ) -> Told {
     let answers = Answers::default();
     let key = SourceKey { pool: "".into(), backend: None };
-    let teller = answers.teller(key.clone(), 1, Arc::default());
+    let teller = answers.teller(key.clone(), Arc::default());
     let mut runner = Runner::new(Resolver::new(dns.clone()));
     let start = vec![SourceStart { key, question: question.clone(), teller }];
     runner.apply(ThreadCommand::Apply { gone: Vec::new(), start });

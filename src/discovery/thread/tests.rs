@@ -114,6 +114,23 @@ fn changed_question_restarts_with_the_same_counters() {
 }
 
 #[test]
+fn thread_that_another_one_replaces_tells_nothing_more() {
+    let (address, requests) = list_server();
+    let answers = Answers::default();
+    let old = DiscoveryThread::start(answers.clone()).unwrap();
+    old.configure(vec![(key("a"), url(address))], DnsConfig::default());
+    answer_of(&answers, "a", is_whole);
+    let new = DiscoveryThread::start(answers.clone()).unwrap();
+    new.configure(vec![(key("a"), file("/no/such/list"))], DnsConfig::default());
+    let before = requests.load(Ordering::Relaxed);
+    eventually("two more answers to the old thread", || {
+        let failed = |told: &Told| matches!(told, Told::Failed { .. });
+        assert!(answers.take().iter().all(|answer| failed(&answer.told)));
+        requests.load(Ordering::Relaxed) >= before + 3
+    });
+}
+
+#[test]
 fn end_takes_less_than_a_second() {
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let answers = Answers::default();
@@ -171,7 +188,7 @@ fn one_question_is_answered_once() {
 async fn panicked_source_tells_a_failure_and_restarts() {
     let answers = Answers::default();
     let counters = Arc::<SourceCounters>::default();
-    let teller = answers.teller(key("a"), 1, Arc::clone(&counters));
+    let teller = answers.teller(key("a"), Arc::clone(&counters));
     let panicking = || async { panic!("on purpose") };
     let mut task = JoinSet::new();
     task.spawn(supervise(panicking, teller));

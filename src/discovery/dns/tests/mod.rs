@@ -29,7 +29,7 @@ impl RunningSource {
     fn start(question: NameQuestion, resolver: &Resolver) -> RunningSource {
         let answers = Answers::default();
         let key = SourceKey { pool: "web".into(), backend: None };
-        let teller = answers.teller(key, 1, Arc::default());
+        let teller = answers.teller(key, Arc::default());
         let task = tokio::spawn(run(question, resolver.clone(), teller));
         RunningSource { answers, told: VecDeque::new(), task }
     }
