@@ -6,6 +6,7 @@
 
 pub mod consul;
 pub mod dns_liar;
+pub mod dnsmasq;
 pub mod etcd;
 #[cfg(test)]
 pub(crate) mod heard;

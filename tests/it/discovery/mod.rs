@@ -3,6 +3,5 @@
 
 mod files;
 mod load;
-mod name_server;
 mod names;
 mod registries;

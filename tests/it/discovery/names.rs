@@ -4,7 +4,6 @@
 //! several of them.
 
 use super::load::Load;
-use super::name_server::NameServer;
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::conf::{Conf, Pool};
 use crate::common::ports::free_port;
@@ -13,6 +12,7 @@ use crate::common::{Engine, eventually, ms, on_every_engine, secs};
 use std::net::SocketAddr;
 use std::process::Command;
 use std::time::{Duration, Instant};
+use tidegate_discovery::testing::dnsmasq::Dnsmasq;
 
 on_every_engine!(
     addresses_of_a_name_are_members_and_changes_are_followed,
@@ -47,14 +47,22 @@ impl NamedSite {
         format!("pg@127.0.0.{number}:{}", self.port)
     }
 
-    fn proxy(&self, engine: Engine, dns: &NameServer, keys: &str) -> TestProxy {
+    fn proxy(&self, engine: Engine, dns: &Dnsmasq, keys: &str) -> TestProxy {
         TestProxy::start(self.conf(engine, dns, keys))
     }
 
-    fn conf(&self, engine: Engine, dns: &NameServer, keys: &str) -> Conf {
+    fn conf(&self, engine: Engine, dns: &Dnsmasq, keys: &str) -> Conf {
         let pool = Pool::new("web").backend("pg", format!("db.example:{}", self.port));
-        Conf::simple(engine, pool).registry(&dns.table(keys))
+        Conf::simple(engine, pool).registry(&table(dns, keys))
     }
+}
+
+/// No further arguments of the name server.
+const NONE: &[&str] = &[];
+
+/// `[dns]` with this server.
+fn table(dns: &Dnsmasq, keys: &str) -> String {
+    format!("[dns]\nservers = [\"{}\"]\n{keys}", dns.address())
 }
 
 /// Lines of a hosts file: these addresses of `db.example`.
@@ -80,7 +88,7 @@ fn wait_for(proxy: &TestProxy, names: &[String]) {
 
 fn addresses_of_a_name_are_members_and_changes_are_followed(engine: Engine) {
     let site = NamedSite::start(3);
-    let Some(dns) = NameServer::start(&hosts(&[11, 12]), 1, &[]) else { return };
+    let Some(dns) = Dnsmasq::start(&hosts(&[11, 12]), 1, NONE) else { return };
     let proxy = site.proxy(engine, &dns, "");
     wait_for(&proxy, &[site.member(11), site.member(12)]);
     let load = Load::start(proxy.addr("web"));
@@ -96,7 +104,7 @@ fn addresses_of_a_name_are_members_and_changes_are_followed(engine: Engine) {
 
 fn name_server_that_is_killed_or_hangs_costs_no_session(engine: Engine) {
     let site = NamedSite::start(2);
-    let Some(mut dns) = NameServer::start(&hosts(&[11, 12]), 1, &[]) else { return };
+    let Some(mut dns) = Dnsmasq::start(&hosts(&[11, 12]), 1, NONE) else { return };
     let proxy = site.proxy(engine, &dns, "");
     let both = [site.member(11), site.member(12)];
     wait_for(&proxy, &both);
@@ -106,7 +114,7 @@ fn name_server_that_is_killed_or_hangs_costs_no_session(engine: Engine) {
     eventually(secs(15), "the failure is shown", || !source()["last_word"]["failure"].is_null());
     dns.start_again();
     eventually(secs(6), "it answers again", || source()["last_word"]["failure"].is_null());
-    dns.hang();
+    dns.pause();
     eventually(secs(15), "the timeout is shown", || source()["last_word"]["failure"] == "timeout");
     assert_eq!(eligible(&proxy), both);
     dns.resume();
@@ -117,7 +125,7 @@ fn name_server_that_is_killed_or_hangs_costs_no_session(engine: Engine) {
 
 fn start_without_a_name_server_takes_at_most_two_seconds(engine: Engine) {
     let site = NamedSite::start(1);
-    let Some(mut dns) = NameServer::start(&hosts(&[11]), 1, &[]) else { return };
+    let Some(mut dns) = Dnsmasq::start(&hosts(&[11]), 1, NONE) else { return };
     dns.kill();
     let fixed = ScriptedBackend::start(backend::name("fixed"));
     let mut conf = site.conf(engine, &dns, "");
@@ -135,7 +143,7 @@ fn start_without_a_name_server_takes_at_most_two_seconds(engine: Engine) {
 
 fn name_that_vanishes_leaves_after_hold_nxdomain(engine: Engine) {
     let site = NamedSite::start(1);
-    let Some(dns) = NameServer::start(&hosts(&[11]), 1, &[]) else { return };
+    let Some(dns) = Dnsmasq::start(&hosts(&[11]), 1, NONE) else { return };
     let fixed = ScriptedBackend::start(backend::name("fixed"));
     let mut conf = site.conf(engine, &dns, "hold_nxdomain = \"3s\"");
     let pool = conf.pool_mut("web");
@@ -155,7 +163,7 @@ fn name_that_vanishes_leaves_after_hold_nxdomain(engine: Engine) {
 
 fn drain_of_a_name_takes_all_its_members(engine: Engine) {
     let site = NamedSite::start(3);
-    let Some(dns) = NameServer::start(&hosts(&[11, 12]), 1, &[]) else { return };
+    let Some(dns) = Dnsmasq::start(&hosts(&[11, 12]), 1, NONE) else { return };
     let fixed = ScriptedBackend::start(backend::name("fixed"));
     let mut conf = site.conf(engine, &dns, "");
     let pool = conf.pool_mut("web");
@@ -186,9 +194,9 @@ fn srv_records_have_ports_weights_and_backups(engine: Engine) {
     };
     let targets = "127.0.0.11 a.example\n127.0.0.12 b.example\n127.0.0.13 c.example\n";
     let records = [srv("a", 10, 30), srv("b", 10, 10), srv("c", 20, 10)];
-    let Some(dns) = NameServer::start(targets, 1, &records) else { return };
+    let Some(dns) = Dnsmasq::start(targets, 1, &records) else { return };
     let pool = Pool::new("web").backend("pg", "srv:_pg._tcp.example");
-    let conf = Conf::simple(engine, pool).registry(&dns.table(""));
+    let conf = Conf::simple(engine, pool).registry(&table(&dns, ""));
     let proxy = TestProxy::start(conf);
     wait_for(&proxy, &[site.member(11), site.member(12), site.member(13)]);
     let (a, b) = (proxy.backend("web", &site.member(11)), proxy.backend("web", &site.member(12)));
@@ -199,7 +207,7 @@ fn srv_records_have_ports_weights_and_backups(engine: Engine) {
 
 fn check_resolve_prints_the_members_of_a_name(engine: Engine) {
     let site = NamedSite::start(1);
-    let Some(mut dns) = NameServer::start(&hosts(&[11]), 1, &[]) else { return };
+    let Some(mut dns) = Dnsmasq::start(&hosts(&[11]), 1, NONE) else { return };
     let proxy = site.proxy(engine, &dns, "");
     let config = proxy.config_path().display().to_string();
     let check = || {

@@ -2,107 +2,16 @@
 
 use super::*;
 use crate::resolver::tests::eventually;
+use crate::testing::dnsmasq::Dnsmasq;
 use std::fmt::Write;
-use std::net::{Ipv4Addr, TcpStream, UdpSocket};
-use std::process::{Child, Command, Stdio};
+use std::net::Ipv4Addr;
 use std::sync::atomic::Ordering;
 
-/// A dnsmasq that knows the names of a hosts file below `example`, and no other.
-pub(super) struct Dnsmasq {
-    child: Child,
-    address: SocketAddr,
-    arguments: Vec<String>,
-    dir: tempfile::TempDir,
-}
+/// No further arguments.
+pub(super) const NONE: &[&str] = &[];
 
-impl Drop for Dnsmasq {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-impl Dnsmasq {
-    /// Starts the server. Returns `None` if the program is missing; with the environment
-    /// variable `CI` that is an error.
-    pub(super) fn start(hosts: &str, ttl: u32, arguments: &[&str]) -> Option<Dnsmasq> {
-        if Command::new("dnsmasq").arg("--version").output().is_err() {
-            assert!(std::env::var_os("CI").is_none(), "dnsmasq is missing");
-            eprintln!("skipped: dnsmasq is missing");
-            return None;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("hosts"), hosts).unwrap();
-        let mut all: Vec<String> = arguments.iter().map(|text| (*text).to_owned()).collect();
-        all.push(format!("--local-ttl={ttl}"));
-        all.push(format!("--addn-hosts={}", dir.path().join("hosts").display()));
-        // dnsmasq cannot choose a port; another program can take the free one first.
-        (0..5)
-            .find_map(|_| {
-                let address =
-                    UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap();
-                spawn(address, &all).map(|child| (child, address))
-            })
-            .map(|(child, address)| Dnsmasq { child, address, arguments: all, dir })
-    }
-
-    pub(super) fn resolver(&self) -> TestResolver {
-        TestResolver::with(&[self.address], "", "", |_| {})
-    }
-
-    /// Replaces the hosts file and makes the server read it.
-    fn change(&self, hosts: &str) {
-        std::fs::write(self.dir.path().join("hosts"), hosts).unwrap();
-        self.signal("HUP");
-    }
-
-    fn signal(&self, name: &str) {
-        let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args(["-s", name, &pid]).status().unwrap().success());
-    }
-
-    fn kill(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-
-    fn start_again(&mut self) {
-        let start = clock::now();
-        loop {
-            if let Some(child) = spawn(self.address, &self.arguments) {
-                self.child = child;
-                return;
-            }
-            assert!(clock::now() - start < Duration::from_secs(10));
-        }
-    }
-}
-
-/// Starts dnsmasq and waits until it accepts connections.
-fn spawn(address: SocketAddr, arguments: &[String]) -> Option<Child> {
-    let mut child = Command::new("dnsmasq")
-        .args(["--keep-in-foreground", "--conf-file=/dev/null", "--pid-file=", "--user=root"])
-        .args(["--no-resolv", "--no-hosts", "--bind-interfaces", "--local=/example/"])
-        .arg(format!("--listen-address={}", address.ip()))
-        .arg(format!("--port={}", address.port()))
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let start = clock::now();
-    while clock::now() - start < Duration::from_secs(5) {
-        if TcpStream::connect(address).is_ok() && child.try_wait().unwrap().is_none() {
-            return Some(child);
-        }
-        if child.try_wait().unwrap().is_some() {
-            return None;
-        }
-        clock::pause(Duration::from_millis(10));
-    }
-    let _ = child.kill();
-    let _ = child.wait();
-    None
+pub(super) fn resolver(server: &Dnsmasq) -> TestResolver {
+    TestResolver::with(&[server.address()], "", "", |_| {})
 }
 
 const HOSTS: &str = "192.0.2.1 web.example\n192.0.2.2 web.example\n2001:db8::1 web.example\n";
@@ -112,7 +21,7 @@ const MEMBERS: [&str; 3] = ["192.0.2.1:80", "192.0.2.2:80", "[2001:db8::1]:80"];
 async fn addresses_aliases_and_changes_are_followed() {
     let chain = ["--cname=a1.example,a2.example", "--cname=a2.example,web.example"];
     let Some(server) = Dnsmasq::start(HOSTS, 1, &chain) else { return };
-    let test = server.resolver();
+    let test = resolver(&server);
     let mut source = RunningSource::start(web(), &test.resolver);
     source.until(&MEMBERS).await;
     let a1 = question("a1.example", NameRecord::Address, NameFamily::Ipv4);
@@ -137,7 +46,7 @@ async fn services_come_with_their_addresses() {
     ];
     let hosts = "192.0.2.1 a.example\n2001:db8::1 a.example\n192.0.2.2 b.example\n";
     let Some(server) = Dnsmasq::start(hosts, 1, &services) else { return };
-    let test = server.resolver();
+    let test = resolver(&server);
     let srv = question("_http._tcp.web.example", NameRecord::Srv, NameFamily::Both);
     let set = RunningSource::start(srv, &test.resolver).whole().await;
     let member = |m: &Announced| (m.name.to_string(), m.weight.unwrap(), m.backup);
@@ -157,8 +66,8 @@ async fn a_thousand_addresses_come_over_tcp() {
     for host in 0..1000u32 {
         let _ = writeln!(hosts, "{} web.example", Ipv4Addr::from(0x0a01_0000 + host));
     }
-    let Some(server) = Dnsmasq::start(&hosts, 1, &[]) else { return };
-    let test = server.resolver();
+    let Some(server) = Dnsmasq::start(&hosts, 1, NONE) else { return };
+    let test = resolver(&server);
     let set = RunningSource::start(web(), &test.resolver).whole().await;
     assert_eq!((set.members.len(), set.trusted), (1000, true));
     assert_eq!(test.resolver.counters().over_tcp.load(Ordering::Relaxed), 1);
@@ -166,8 +75,8 @@ async fn a_thousand_addresses_come_over_tcp() {
 
 #[tokio::test]
 async fn killed_server_is_a_failure_and_recovers_within_five_seconds() {
-    let Some(mut server) = Dnsmasq::start(HOSTS, 1, &[]) else { return };
-    let test = server.resolver();
+    let Some(mut server) = Dnsmasq::start(HOSTS, 1, NONE) else { return };
+    let test = resolver(&server);
     let mut source = RunningSource::start(web(), &test.resolver);
     source.until(&MEMBERS).await;
     server.kill();
@@ -183,16 +92,16 @@ async fn killed_server_is_a_failure_and_recovers_within_five_seconds() {
 
 #[tokio::test]
 async fn stopped_server_is_a_failure_and_recovers_within_five_seconds() {
-    let Some(server) = Dnsmasq::start(HOSTS, 1, &[]) else { return };
-    let test = server.resolver();
+    let Some(server) = Dnsmasq::start(HOSTS, 1, NONE) else { return };
+    let test = resolver(&server);
     let mut source = RunningSource::start(web(), &test.resolver);
     source.until(&MEMBERS).await;
-    server.signal("STOP");
+    server.pause();
     while !matches!(source.next().await, Told::Failed { why: SourceFailure::Timeout, .. }) {}
     let start = clock::now();
     assert!(test.resolver.host("other.example").await.is_err());
     assert!(clock::now() - start < Duration::from_secs(5), "2 rounds of 2 s");
-    server.signal("CONT");
+    server.resume();
     let start = clock::now();
     source.until(&MEMBERS).await;
     let took = clock::now() - start;
@@ -201,8 +110,8 @@ async fn stopped_server_is_a_failure_and_recovers_within_five_seconds() {
 
 #[tokio::test]
 async fn names_that_come_after_the_start_are_told() {
-    let Some(server) = Dnsmasq::start("", 1, &[]) else { return };
-    let test = server.resolver();
+    let Some(server) = Dnsmasq::start("", 1, NONE) else { return };
+    let test = resolver(&server);
     let mut source = RunningSource::start(web(), &test.resolver);
     source.until(&[]).await;
     server.change(HOSTS);

@@ -1,7 +1,8 @@
 //! The cost of many names. It runs only with the environment variable `TIDEGATE_LONG`.
 
-use super::dnsmasq::Dnsmasq;
+use super::dnsmasq::{NONE, resolver};
 use super::*;
+use crate::testing::dnsmasq::Dnsmasq;
 use std::fmt::Write;
 use std::sync::atomic::Ordering;
 
@@ -20,8 +21,8 @@ async fn share(ttl: u32) -> Option<f64> {
     for name in 0..NAMES {
         let _ = writeln!(hosts, "192.0.2.1 n{name}.example\n192.0.2.2 n{name}.example");
     }
-    let server = Dnsmasq::start(&hosts, ttl, &[])?;
-    let test = server.resolver();
+    let server = Dnsmasq::start(&hosts, ttl, NONE)?;
+    let test = resolver(&server);
     let start = |name| {
         let name = format!("n{name}.example");
         RunningSource::start(question(&name, NameRecord::Address, NameFamily::Both), &test.resolver)
