@@ -267,22 +267,36 @@ fn spec(args: &HeartbeatArgs) -> Option<ProbeSpec> {
     let kind = match args.check {
         Check::None => return None,
         Check::Tcp => ProbeKind::Tcp,
-        Check::Http => ProbeKind::Http {
-            path: args.check_path.clone().unwrap_or_else(|| "/".to_owned()),
-            host: None,
-            method: "GET".to_owned(),
-            status: vec![(200, 399)],
-        },
+        Check::Http => http_check(args.check_path.as_deref().unwrap_or("/")),
     };
-    Some(ProbeSpec {
+    Some(local_check(kind, args.check_interval, (1, 1)))
+}
+
+/// Returns a GET request for `path` that succeeds with a status from 200 to 399.
+pub(crate) fn http_check(path: &str) -> ProbeKind {
+    ProbeKind::Http {
+        path: path.to_owned(),
+        host: None,
+        method: "GET".to_owned(),
+        status: vec![(200, 399)],
+    }
+}
+
+/// Returns the check of a local service, with its rise and fall.
+pub(crate) fn local_check(
+    kind: ProbeKind,
+    interval: Duration,
+    (rise, fall): (u32, u32),
+) -> ProbeSpec {
+    ProbeSpec {
         kind,
-        interval: args.check_interval,
-        fast_interval: args.check_interval,
-        timeout: args.check_interval.min(CHECK_TIMEOUT_MAX),
-        rise: 1,
-        fall: 1,
+        interval,
+        fast_interval: interval,
+        timeout: interval.min(CHECK_TIMEOUT_MAX),
+        rise,
+        fall,
         source: [].into(),
-    })
+    }
 }
 
 /// Returns the number of established connections that the service at `local` has accepted.

@@ -5,7 +5,7 @@
 //! registration at SIGTERM or SIGINT. A check that fails because of a local error (no
 //! descriptors, no ports) does not count.
 
-use crate::heartbeat::{StopSignals, check_path, peer};
+use crate::heartbeat::{StopSignals, check_path, http_check, local_check, peer};
 use clap::{ArgGroup, Args, ValueEnum};
 use std::collections::BTreeMap;
 use std::io;
@@ -152,9 +152,6 @@ to 20 of its ticks. Consul marks the service critical, and removes it after 1 ho
 
 Exit codes: 0 success; 2 usage error; 3 runtime failure or second signal.";
 
-/// Upper limit on the timeout of a check.
-const CHECK_TIMEOUT_MAX: Duration = Duration::from_secs(1);
-
 /// Limits on the timeout of a request to the registry. One member that does not answer must
 /// not use up the TTL.
 const REQUEST_TIMEOUT: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(5)];
@@ -265,22 +262,9 @@ fn spec(args: &RegisterArgs) -> Option<ProbeSpec> {
     let kind = match &args.check {
         ServiceCheck::None => return None,
         ServiceCheck::Tcp => ProbeKind::Tcp,
-        ServiceCheck::Http(path) => ProbeKind::Http {
-            path: path.clone(),
-            host: None,
-            method: "GET".to_owned(),
-            status: vec![(200, 399)],
-        },
+        ServiceCheck::Http(path) => http_check(path),
     };
-    Some(ProbeSpec {
-        kind,
-        interval: args.check_interval,
-        fast_interval: args.check_interval,
-        timeout: args.check_interval.min(CHECK_TIMEOUT_MAX),
-        rise: args.rise,
-        fall: args.fall,
-        source: [].into(),
-    })
+    Some(local_check(kind, args.check_interval, (args.rise, args.fall)))
 }
 
 fn registration(args: &RegisterArgs) -> Registration {

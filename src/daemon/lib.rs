@@ -59,6 +59,7 @@ mod reload_diff;
 mod rendering;
 mod requests;
 mod sandbox;
+mod saved_file;
 mod saved_intents;
 mod saved_views;
 mod session_cap;

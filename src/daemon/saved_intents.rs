@@ -4,9 +4,10 @@
 //! Times in the file are seconds since 1970, because a monotonic clock of the old process
 //! is not valid after a restart.
 
+use super::saved_file::{self, unix};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 use tidegate_core::control::handover::{Saved, SavedBackend, SavedPool};
 use tidegate_core::control::{REMOVED_INTENTS_MAX, SavedIntent};
 use tidegate_core::health::Intent;
@@ -74,16 +75,7 @@ pub(super) fn encode(saved: &Saved, now: SystemTime) -> Vec<u8> {
 /// The file is damaged, has another version, or contains too many intents. The error is
 /// the text for the log.
 pub(super) fn decode(text: &[u8], now: SystemTime) -> Result<Saved, String> {
-    #[derive(Deserialize)]
-    struct Versioned {
-        version: u32,
-    }
-    let damaged = |error: serde_json::Error| format!("damaged: {error}");
-    let Versioned { version } = serde_json::from_slice(text).map_err(damaged)?;
-    if version != VERSION {
-        return Err(format!("unsupported version {version}; this binary reads version {VERSION}"));
-    }
-    let file: IntentFile = serde_json::from_slice(text).map_err(damaged)?;
+    let file: IntentFile = saved_file::read(text, VERSION)?;
     if file.intents.len() > INTENTS_MAX {
         return Err(format!("too many intents: {}, at most {INTENTS_MAX}", file.intents.len()));
     }
@@ -112,14 +104,11 @@ pub(super) fn decode(text: &[u8], now: SystemTime) -> Result<Saved, String> {
     Ok(Saved { pools: pools.into_iter().map(named).collect(), removed_intents, ..Saved::default() })
 }
 
-fn unix(time: SystemTime) -> u64 {
-    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::time::Duration;
 
     fn at(seconds: u64) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)

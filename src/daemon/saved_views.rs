@@ -3,6 +3,7 @@
 //! Used by `state_directory`. Pure: it opens no file, and the caller passes the time. The
 //! views have ages, so the file also has the time at which it was written.
 
+use super::saved_file::{self, unix};
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, SystemTime};
 use tidegate_core::control::SavedViews;
@@ -33,20 +34,7 @@ pub(super) fn encode(views: &SavedViews, now: SystemTime) -> Vec<u8> {
 /// # Errors
 /// The file is damaged or has another version. The error is the text for the log.
 pub(super) fn decode(text: &[u8], now: SystemTime) -> Result<SavedViews, String> {
-    #[derive(Deserialize)]
-    struct Versioned {
-        version: u32,
-    }
-    let damaged = |error: serde_json::Error| format!("damaged: {error}");
-    let Versioned { version } = serde_json::from_slice(text).map_err(damaged)?;
-    if version != VERSION {
-        return Err(format!("unsupported version {version}; this binary reads version {VERSION}"));
-    }
-    let ViewFile { written, mut views, .. } = serde_json::from_slice(text).map_err(damaged)?;
+    let ViewFile { written, mut views, .. } = saved_file::read(text, VERSION)?;
     views.add_age(Duration::from_secs(unix(now).saturating_sub(written)));
     Ok(views)
-}
-
-fn unix(time: SystemTime) -> u64 {
-    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs()
 }

@@ -116,9 +116,10 @@ struct ListedKeys {
 #[derive(Debug)]
 struct ListedEntry(ListedKeys);
 
+/// The address of one host and a port other than 0, as `IP:PORT`.
 #[derive(Debug, Deserialize)]
 #[serde(try_from = "String")]
-struct ListedAddress(SocketAddr);
+pub(crate) struct ListedAddress(SocketAddr);
 
 #[derive(Debug, Deserialize)]
 #[serde(try_from = "String")]
@@ -135,7 +136,7 @@ struct ListedLabels;
 /// `state`: the words of heartbeats, and those that registries use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum ListedState {
+pub(crate) enum ListedState {
     #[default]
     Ready,
     Starting,
@@ -217,6 +218,10 @@ impl TryFrom<String> for ListedAddress {
 }
 
 impl ListedAddress {
+    pub(crate) fn get(&self) -> SocketAddr {
+        self.0
+    }
+
     fn read(text: &str) -> Result<ListedAddress, String> {
         let wrong = |cause: &str| {
             let shown: String = text.chars().take(64).collect();
@@ -272,7 +277,8 @@ impl TryFrom<BTreeMap<String, String>> for ListedLabels {
 }
 
 impl ListedState {
-    fn wish(self) -> (Wish, &'static str) {
+    /// Returns the wish, and the word itself.
+    pub(crate) fn wish(self) -> (Wish, &'static str) {
         match self {
             ListedState::Ready => (Wish::Sessions, "ready"),
             ListedState::Starting => (Wish::Starting, "starting"),

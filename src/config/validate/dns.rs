@@ -6,9 +6,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+use toml::Spanned;
 use toml::de::DeValue;
 
 use super::frontend::any_number;
+use super::registry::distinct_servers;
 use crate::address;
 use crate::file::Section;
 use crate::value::{ValueError, nearest, shown};
@@ -67,20 +69,9 @@ fn servers(section: &Section<'_, '_>) -> Option<Vec<SocketAddr>> {
         "addresses such as \"10.0.0.53:53\"",
     );
     let read = any_number(section, "servers", wants, server);
-    let mut servers = Vec::with_capacity(read.len());
-    for one in read {
-        if servers.contains(one.get_ref()) {
-            let message = format!("server {} is given twice", one.get_ref());
-            section.report.error(one.span(), ValueError::new(message));
-        } else if servers.len() == SERVERS_MAX {
-            let message = format!("more than {SERVERS_MAX} servers");
-            section.report.error(one.span(), ValueError::new(message));
-            break;
-        } else {
-            servers.push(one.into_inner());
-        }
-    }
-    Some(servers)
+    let too_many = format!("more than {SERVERS_MAX} servers");
+    let servers = distinct_servers(section, read, (SERVERS_MAX, &too_many));
+    Some(servers.into_iter().map(Spanned::into_inner).collect())
 }
 
 fn server(text: &str) -> Result<SocketAddr, ValueError> {

@@ -3,10 +3,13 @@
 //! Called by `validate` for each registry, before the pools are read. It opens no
 //! connection and resolves no name.
 
+use std::fmt::Display;
 use std::ops::{Range, RangeInclusive};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+
+use toml::Spanned;
 
 use super::frontend::any_number;
 use super::named_file::{self, FileContent};
@@ -90,19 +93,32 @@ fn servers(section: &Section<'_, '_>, name: &str) -> Vec<ServerAddr> {
         "addresses such as \"10.0.0.5:8500\"",
     );
     let read = any_number(section, "servers", wants, address::server_address);
-    let mut servers = Vec::with_capacity(read.len());
+    let too_many = format!("a registry has at most {SERVERS_MAX} servers");
+    let servers = distinct_servers(section, read, (SERVERS_MAX, &too_many));
+    for server in &servers {
+        let spot = Spot::RegistryServer(name.into(), server.get_ref().clone());
+        section.report.keep(spot, Some(server.span()));
+    }
+    servers.into_iter().map(Spanned::into_inner).collect()
+}
+
+/// Reports servers that are given twice, and those beyond a maximum, with its message.
+/// Returns the others.
+pub(super) fn distinct_servers<T: PartialEq + Display>(
+    section: &Section<'_, '_>,
+    read: Vec<Spanned<T>>,
+    (most, too_many): (usize, &str),
+) -> Vec<Spanned<T>> {
+    let mut servers: Vec<Spanned<T>> = Vec::with_capacity(read.len());
     for one in read {
-        if servers.contains(one.get_ref()) {
+        if servers.iter().any(|server| server.get_ref() == one.get_ref()) {
             let message = format!("server {} is given twice", one.get_ref());
             section.report.error(one.span(), ValueError::new(message));
-        } else if servers.len() == SERVERS_MAX {
-            let message = format!("a registry has at most {SERVERS_MAX} servers");
-            section.report.error(one.span(), ValueError::new(message));
+        } else if servers.len() == most {
+            section.report.error(one.span(), ValueError::new(too_many));
             break;
         } else {
-            let spot = Spot::RegistryServer(name.into(), one.get_ref().clone());
-            section.report.keep(spot, Some(one.span()));
-            servers.push(one.into_inner());
+            servers.push(one);
         }
     }
     servers

@@ -464,6 +464,23 @@ words!(
 );
 words!(WhenNoneEligible: "refuse" => Refuse, "try-all" => TryAll);
 
+// === impl ProbeSpec ===
+
+impl ProbeSpec {
+    /// Returns the settings of a probe whose single result decides.
+    pub fn single(kind: ProbeKind, timeout: Duration, source: &Arc<[SourceAddr]>) -> ProbeSpec {
+        ProbeSpec {
+            kind,
+            interval: timeout,
+            fast_interval: timeout,
+            timeout,
+            rise: 1,
+            fall: 1,
+            source: Arc::clone(source),
+        }
+    }
+}
+
 // === impl Expect ===
 
 impl Serialize for Expect {

@@ -14,6 +14,7 @@ mod names;
 pub use client::ConsulClient;
 
 use crate::client::HttpFailure;
+use crate::parse::off_runtime;
 use crate::tell::Teller;
 use codec::{AnswerMeta, HealthAnswer, InstanceHost, health_path, read_health, read_meta};
 use names::HostNames;
@@ -24,9 +25,6 @@ use std::time::{Duration, Instant};
 use tidegate_core::discovery::{Announced, SourceFailure, Told, WholeSet};
 use tidegate_core::model::RegistryQuery;
 use tidegate_net::clock;
-
-/// Bodies above this size are parsed on another thread.
-const PARSED_IN_PLACE_MAX: usize = 1 << 20;
 
 /// Longest pause after a failure, so that a server that is back is asked within 5 s.
 const RETRY_MAX: Duration = Duration::from_secs(4);
@@ -254,12 +252,7 @@ impl ConsulWatch {
 
 /// Parses a body, a large one on another thread.
 async fn parse(body: bytes::Bytes) -> Result<HealthAnswer, HttpFailure> {
-    let parsed = match body.len() > PARSED_IN_PLACE_MAX {
-        true => tokio::task::spawn_blocking(move || read_health(&body))
-            .await
-            .map_err(|error| HttpFailure::local(format_args!("cannot parse: {error}")))?,
-        false => read_health(&body),
-    };
+    let parsed = off_runtime(body.len(), move || read_health(&body)).await?;
     parsed.map_err(|error| HttpFailure::protocol(format_args!("cannot read the answer: {error}")))
 }
 

@@ -4,13 +4,13 @@
 //! Each returns whether the set of members changed. Nothing here does I/O.
 
 use super::codec::{KeyValue, StoreEventKind, WatchEvent};
+use crate::listing::{LISTED_NAME_BYTES_MAX, ListedAddress, ListedState};
 use serde::Deserialize;
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::num::NonZeroU16;
 use std::sync::Arc;
 use tidegate_core::control::MEMBERS_MAX;
-use tidegate_core::discovery::{Announced, WholeSet, Wish};
+use tidegate_core::discovery::{Announced, WholeSet};
 
 /// The entries below a prefix.
 #[derive(Debug)]
@@ -142,17 +142,14 @@ impl PrefixContents {
     }
 }
 
-/// Longest name of a member, in bytes.
-const NAME_BYTES_MAX: usize = 128;
-
 /// An entry's value.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct StoredMember {
-    address: SocketAddr,
+    address: ListedAddress,
     weight: Option<NonZeroU16>,
     #[serde(default)]
-    state: StoredState,
+    state: ListedState,
     #[serde(default)]
     backup: bool,
     /// For people and other programs.
@@ -160,44 +157,18 @@ struct StoredMember {
     _labels: BTreeMap<String, String>,
 }
 
-/// `state`: the words of heartbeats, and those that registries use.
-#[derive(Clone, Copy, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum StoredState {
-    #[default]
-    Ready,
-    Starting,
-    Draining,
-    Maintenance,
-    Stopping,
-    Critical,
-    Down,
-}
-
 /// Reads an entry. Its name is the key without the prefix.
 fn member(name: &[u8], value: &[u8]) -> Option<Announced> {
     let name = std::str::from_utf8(name).ok()?;
     let unfit = |c: char| c.is_control() || c.is_whitespace() || c == '/';
-    if name.len() > NAME_BYTES_MAX || name.contains(unfit) {
+    if name.len() > LISTED_NAME_BYTES_MAX || name.contains(unfit) {
         return None;
     }
     let value: StoredMember = serde_json::from_slice(value).ok()?;
-    let ip = value.address.ip();
-    if value.address.port() == 0 || ip.is_unspecified() || ip.is_multicast() {
-        return None;
-    }
-    let (wish, raw) = match value.state {
-        StoredState::Ready => (Wish::Sessions, "ready"),
-        StoredState::Starting => (Wish::Starting, "starting"),
-        StoredState::Draining => (Wish::Draining, "draining"),
-        StoredState::Maintenance => (Wish::Draining, "maintenance"),
-        StoredState::Stopping => (Wish::Draining, "stopping"),
-        StoredState::Critical => (Wish::Critical, "critical"),
-        StoredState::Down => (Wish::Critical, "down"),
-    };
+    let (wish, raw) = value.state.wish();
     Some(Announced {
         name: name.into(),
-        address: value.address,
+        address: value.address.get(),
         weight: value.weight.map(NonZeroU16::get),
         backup: value.backup,
         wish,

@@ -10,6 +10,7 @@ use super::codec::{
 };
 use super::watch::WatchStream;
 use crate::client::{HttpClient, HttpEndpoint, HttpFailure, HttpRequest};
+use crate::parse::off_runtime;
 use crate::resolver::Resolver;
 use crate::secret::SecretFile;
 use bytes::Bytes;
@@ -26,9 +27,6 @@ use tokio::time::timeout;
 
 /// Deadline of a ping. A member without a leader does not answer it.
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// Larger answers are parsed on a blocking thread.
-const PARSE_INLINE_MAX: usize = 1 << 20;
 
 /// Ranges in one transaction; servers accept 128 (`--max-txn-ops`).
 const RANGES_PER_TRANSACTION: usize = 64;
@@ -259,11 +257,7 @@ fn post(path: &'static str, body: Bytes) -> HttpRequest {
 }
 
 async fn parse<A: DeserializeOwned + Send + 'static>(body: Bytes) -> Result<A, GatewayFailure> {
-    if body.len() <= PARSE_INLINE_MAX {
-        return serde_json::from_slice(&body).map_err(protocol);
-    }
-    let parsed = tokio::task::spawn_blocking(move || serde_json::from_slice(&body)).await;
-    parsed.map_err(HttpFailure::local)?.map_err(protocol)
+    off_runtime(body.len(), move || serde_json::from_slice(&body)).await?.map_err(protocol)
 }
 
 fn protocol(error: impl std::fmt::Display) -> GatewayFailure {

@@ -32,15 +32,7 @@ pub(in crate::control) fn confirming(pool: &model::PoolConfig) -> Arc<ProbeSpec>
     let kind = pool.probe.as_ref().map_or(ProbeKind::Tcp, |spec| spec.kind.clone());
     let allowed = pool.probe.as_ref().map_or(pool.connect_timeout, |spec| spec.timeout);
     let timeout = allowed.clamp(TRY_TIMEOUT_MIN, TRY_TIMEOUT_MAX);
-    Arc::new(ProbeSpec {
-        kind,
-        interval: timeout,
-        fast_interval: timeout,
-        timeout,
-        rise: 1,
-        fall: 1,
-        source: Arc::clone(&pool.source),
-    })
+    Arc::new(ProbeSpec::single(kind, timeout, &pool.source))
 }
 
 // === impl HeartbeatWatch ===

@@ -53,16 +53,7 @@ pub(in crate::control) struct PoolVerification {
 
 /// Returns the connect that verifies a member of the pool.
 pub(in crate::control) fn verifying(pool: &PoolConfig) -> Arc<ProbeSpec> {
-    let timeout = pool.connect_timeout;
-    Arc::new(ProbeSpec {
-        kind: ProbeKind::Tcp,
-        interval: timeout,
-        fast_interval: timeout,
-        timeout,
-        rise: 1,
-        fall: 1,
-        source: Arc::clone(&pool.source),
-    })
+    Arc::new(ProbeSpec::single(ProbeKind::Tcp, pool.connect_timeout, &pool.source))
 }
 
 /// Returns the wait after this many failed connects.

@@ -1,8 +1,10 @@
-//! Measurements: latency, size, processor time. Run them alone, with a release build:
-//! `cargo test --release -p tidegate-discovery etcd::tests::measured -- --ignored --nocapture`.
+//! Measurements: latency, size, processor time. They run only with the environment variable
+//! `TIDEGATE_LONG`. Run them alone, with a release build:
+//! `TIDEGATE_LONG=1 cargo test --release -p tidegate-discovery measured -- --nocapture`.
 
 use super::*;
 use crate::testing::etcd::is_installed;
+use crate::testing::is_long;
 use std::sync::atomic::Ordering;
 
 /// Processor time of this process.
@@ -21,9 +23,8 @@ fn memory() -> u64 {
 }
 
 #[test]
-#[ignore = "measures"]
 fn time_from_put_to_set() {
-    if !is_installed() {
+    if !is_long() || !is_installed() {
         return;
     }
     let cluster = EtcdCluster::start(3);
@@ -51,9 +52,8 @@ fn time_from_put_to_set() {
 }
 
 #[test]
-#[ignore = "measures"]
 fn ten_thousand_entries() {
-    if !is_installed() {
+    if !is_long() || !is_installed() {
         return;
     }
     let cluster = EtcdCluster::start(3);
@@ -79,9 +79,8 @@ fn ten_thousand_entries() {
 }
 
 #[test]
-#[ignore = "measures"]
 fn hundred_idle_questions() {
-    if !is_installed() {
+    if !is_long() || !is_installed() {
         return;
     }
     let cluster = EtcdCluster::start(1);
