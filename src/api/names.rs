@@ -387,6 +387,8 @@ names! {
         Tcp = "tcp",
         /// Sends bytes and compares the answer.
         SendExpect = "send-expect",
+        /// Sends bytes and compares the answers, several times.
+        Steps = "steps",
         /// Sends an HTTP request.
         Http = "http",
     }

@@ -21,7 +21,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 use tidegate_client::command::{Exit, duration};
 use tidegate_core::health::ProbeOutcome;
-use tidegate_core::model::{BackendAddr, ProbeKind, ProbeSpec};
+use tidegate_core::model::{
+    BackendAddr, HttpProbe, HttpVersion, ProbeKind, ProbeSpec, ProbeTarget,
+};
 use tidegate_daemon::heartbeat::verify::SKEW_MAX;
 use tidegate_daemon::probe;
 use tidegate_heartbeat::sender::{Sender, SenderSettings};
@@ -274,12 +276,15 @@ fn spec(args: &HeartbeatArgs) -> Option<ProbeSpec> {
 
 /// Returns a GET request for `path` that succeeds with a status from 200 to 399.
 pub(crate) fn http_check(path: &str) -> ProbeKind {
-    ProbeKind::Http {
+    ProbeKind::Http(HttpProbe {
         path: path.to_owned(),
         host: None,
         method: "GET".to_owned(),
+        version: HttpVersion::Http11,
+        headers: Vec::new(),
         status: vec![(200, 399)],
-    }
+        expect: None,
+    })
 }
 
 /// Returns the check of a local service, with its rise and fall.
@@ -290,12 +295,13 @@ pub(crate) fn local_check(
 ) -> ProbeSpec {
     ProbeSpec {
         kind,
+        target: ProbeTarget::default(),
         interval,
         fast_interval: interval,
+        down_interval: interval,
         timeout: interval.min(CHECK_TIMEOUT_MAX),
         rise,
         fall,
-        source: [].into(),
     }
 }
 

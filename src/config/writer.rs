@@ -54,7 +54,7 @@ const ALWAYS: [&str; 9] = [
 const EMPTY_MEANS: [&str; 3] = ["sources", "probe", "heartbeat"];
 
 /// Keys with tables that are written inline.
-const INLINE: [&str; 2] = ["bind", "expect"];
+const INLINE: [&str; 6] = ["bind", "expect", "headers", "send", "steps", "tls"];
 
 /// A placeholder for every name of a frontend or pool. No name has this character.
 const ANY_NAME: &str = "*";
@@ -90,6 +90,9 @@ fn table_of(config: &Config) -> Table {
         }
         if let (Some(spec), Some(probe)) = (&model.probe, inner(pool, "probe")) {
             leave_out_times(spec, probe);
+            if spec.target.source == model.source {
+                probe.remove("source");
+            }
         }
         if let (Some(spec), Some(discover)) = (&model.discover, inner(pool, "discover")) {
             discovery::leave_out_defaults(spec, &model.name, discover);
@@ -131,6 +134,9 @@ fn leave_out_times(spec: &ProbeSpec, probe: &mut Table) {
         let times = probe_times(spec.interval, *fast, *timeout);
         times == (spec.fast_interval, spec.timeout)
     });
+    if spec.down_interval == spec.interval {
+        probe.remove("down_interval");
+    }
     let (fast, timeout) = found.unwrap_or((fast, timeout));
     for (key, time) in [("fast_interval", fast), ("timeout", timeout)] {
         if time.is_none() {

@@ -15,14 +15,16 @@ pub(crate) fn millis(rng: &mut Rng, low: u64, high: u64) -> Duration {
 fn random_probe(rng: &mut Rng) -> Option<Arc<ProbeSpec>> {
     let timeout = millis(rng, 100, 900);
     let fast_interval = timeout + millis(rng, 0, 500);
+    let interval = fast_interval + millis(rng, 0, 2000);
     let spec = ProbeSpec {
         kind: ProbeKind::Tcp,
-        interval: fast_interval + millis(rng, 0, 2000),
+        target: ProbeTarget::default(),
+        interval,
+        down_interval: interval,
         fast_interval,
         timeout,
         rise: rng.u32(1..4),
         fall: rng.u32(1..6),
-        source: [].into(),
     };
     (rng.u8(..4) > 0).then(|| Arc::new(spec))
 }

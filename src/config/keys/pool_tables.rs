@@ -6,7 +6,7 @@ use crate::validate::ProbeKindKey;
 use Applies::Reload;
 use DefaultValue::{Derived, Described, Required, Value};
 use Values::{Flag, Form, Integer, Share, Time, WordOrTime, Words};
-use tidegate_core::model::{Policy, WhenNoneEligible};
+use tidegate_core::model::{HttpVersion, Policy, WhenNoneEligible};
 
 pub(super) const POOL: &[ConfigKey] = &[
     key(
@@ -103,7 +103,35 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Value("\"tcp\""),
         Reload,
         "`tcp`: the backend accepts a connection; `send-expect`: the answer has the expected \
-         bytes; `http`: the answer has an accepted status.",
+         bytes; `steps`: several requests and answers; `http`: the answer has an accepted status.",
+    ),
+    key(
+        "port",
+        Integer(1, 65_535),
+        Described("the port of the backend"),
+        Reload,
+        "Port that is probed, for a service that tells the health of another one.",
+    ),
+    key(
+        "address",
+        Form("an IP address"),
+        Described("the address of the backend"),
+        Reload,
+        "Address that is probed instead of the backend's.",
+    ),
+    key(
+        "source",
+        Form("up to 64 local addresses"),
+        Described("`source` of the pool"),
+        Reload,
+        "Addresses from which probes start, in turn.",
+    ),
+    key(
+        "tls",
+        Form("`true`, `false`, or a [table](#tls)"),
+        Value("false"),
+        Reload,
+        "Probe over TLS. `true` verifies the certificate. A `tcp` probe ends after the handshake.",
     ),
     key(
         "interval",
@@ -128,6 +156,13 @@ pub(super) const PROBE: &[ConfigKey] = &[
          It is between `timeout` and `interval`.",
     ),
     key(
+        "down_interval",
+        Time("10ms", "30d"),
+        Derived("\"2s\"", "`interval`"),
+        Reload,
+        "Time between probes of a backend that is down. It is at least `timeout`.",
+    ),
+    key(
         "rise",
         Integer(1, 100),
         Value("2"),
@@ -143,7 +178,7 @@ pub(super) const PROBE: &[ConfigKey] = &[
     ),
     key(
         "send",
-        Form("text of at most 4,096 bytes"),
+        Form("text of at most 4,096 bytes, or `{ hex = \"...\" }`"),
         Value("\"\""),
         Reload,
         "For `send-expect`: bytes to send first. TOML escapes such as `\\r\\n` work.",
@@ -151,9 +186,17 @@ pub(super) const PROBE: &[ConfigKey] = &[
     key(
         "expect",
         Form("text, or a [table](#expect)"),
-        Described("required for `send-expect`"),
+        Described("required for `send-expect`; none for `http`"),
         Reload,
-        "For `send-expect`: expected bytes of the answer.",
+        "For `send-expect`: expected bytes of the answer. For `http`: expected bytes of the body.",
+    ),
+    key(
+        "steps",
+        Form("1 to 32 tables `{ send = ... }` and `{ expect = ... }`"),
+        Described("required for `steps`"),
+        Reload,
+        "For `steps`: what is sent and expected, in this order. An answer continues after the \
+         bytes that the step before has matched. All answers together have at most 64 KiB.",
     ),
     key(
         "path",
@@ -175,6 +218,21 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Value("\"GET\""),
         Reload,
         "For `http`: method of the request.",
+    ),
+    key(
+        "http",
+        Words(words::<HttpVersion>),
+        Value("\"1.1\""),
+        Reload,
+        "For `http`: version of the request.",
+    ),
+    key(
+        "headers",
+        Form("a table of at most 16 headers"),
+        Described("none"),
+        Reload,
+        "For `http`: more headers, such as `{ Authorization = \"Basic ...\" }`. Their values are \
+         visible in the file and in no log.",
     ),
     key(
         "status",
@@ -199,6 +257,47 @@ pub(super) const EXPECT: &[ConfigKey] = &[
         Described("none"),
         Reload,
         "The first 64 KiB of the answer contain this.",
+    ),
+    key(
+        "regex",
+        Form(
+            "a [regular expression](https://docs.rs/regex/latest/regex/#syntax), at most 1,024 bytes",
+        ),
+        Described("none"),
+        Reload,
+        "The first 64 KiB of the answer match this. It is tested each time bytes arrive.",
+    ),
+    key(
+        "hex",
+        Form("1 to 1,024 bytes as pairs of hex digits"),
+        Described("none"),
+        Reload,
+        "The first 64 KiB of the answer contain these bytes.",
+    ),
+];
+
+pub(super) const PROBE_TLS: &[ConfigKey] = &[
+    key(
+        "verify",
+        Form("`\"system\"`, `\"off\"`, or a path with a slash"),
+        Value("\"system\""),
+        Reload,
+        "Certificates that are trusted: those of the system, or those of a PEM file. `\"off\"` \
+         accepts every certificate.",
+    ),
+    key(
+        "name",
+        Form("a host name or an IP address"),
+        Described("the probed address, and no SNI"),
+        Reload,
+        "Name that is sent (SNI) and that the certificate must have.",
+    ),
+    key(
+        "alpn",
+        Form("up to 8 protocols of 1 to 255 bytes"),
+        Described("none"),
+        Reload,
+        "Protocols that are offered (ALPN).",
     ),
 ];
 

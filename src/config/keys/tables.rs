@@ -3,7 +3,7 @@
 
 use super::discovery_tables::{DISCOVER, DNS, REGISTRY};
 use super::pool_tables::{
-    BACKEND, EJECTION, EXPECT, HEARTBEAT, HEARTBEAT_KEY, POOL, POOL_HEARTBEAT, PROBE,
+    BACKEND, EJECTION, EXPECT, HEARTBEAT, HEARTBEAT_KEY, POOL, POOL_HEARTBEAT, PROBE, PROBE_TLS,
 };
 use super::{Applies, ConfigKey, DefaultValue, KeyTable, Values, words};
 use Applies::{Reload, Restart};
@@ -72,9 +72,10 @@ pub const TABLES: &[KeyTable] = &[
     },
     KeyTable {
         header: "expect",
-        about: "`expect` can be a table with one of two keys. A text alone is `starts`.",
+        about: "`expect` can be a table with one of these keys. A text alone is `starts`.",
         keys: EXPECT,
     },
+    KeyTable { header: "tls", about: "`tls` of a probe can be a table.", keys: PROBE_TLS },
     KeyTable {
         header: "[pool.NAME.ejection]",
         about: "Passive ejection of failing backends. It is on by default; \

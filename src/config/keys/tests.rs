@@ -54,6 +54,10 @@ const NEEDED: &[(&str, &str, &str)] = &[
     ("[pool.NAME.probe]", "host", "kind = 'http'"),
     ("[pool.NAME.probe]", "method", "kind = 'http'"),
     ("[pool.NAME.probe]", "status", "kind = 'http'"),
+    ("[pool.NAME.probe]", "http", "kind = 'http'"),
+    ("[pool.NAME.probe]", "headers", "kind = 'http'"),
+    ("[pool.NAME.probe]", "steps", "kind = 'steps'"),
+    ("[pool.NAME.probe]", "down_interval", "timeout = '1ms'"),
     ("[pool.NAME.heartbeat]", "interval", "ttl = '30s'"),
     ("[pool.NAME.heartbeat]", "ttl", "interval = '20ms'"),
     ("[pool.NAME.discover]", "from", "service = 'a'"),
@@ -88,7 +92,7 @@ const NEEDED: &[(&str, &str, &str)] = &[
 fn inline_in(header: &str) -> Option<&'static str> {
     match header {
         "bind" => Some("[frontend.NAME]"),
-        "expect" => Some("[pool.NAME.probe]"),
+        "expect" | "tls" => Some("[pool.NAME.probe]"),
         _ => None,
     }
 }
@@ -97,7 +101,7 @@ fn inline_in(header: &str) -> Option<&'static str> {
 fn label(header: &str) -> String {
     match header {
         "bind" => "a table of bind".to_owned(),
-        "expect" => "the table of expect".to_owned(),
+        "expect" | "tls" => format!("the table of {header}"),
         header => header.replace("NAME", "x"),
     }
 }
@@ -115,6 +119,7 @@ fn file(header: &str, lines: &str) -> String {
         }
         (Some(outer), "bind") if lines.is_empty() => (outer, "bind = '127.0.0.1:1'".to_owned()),
         (Some(outer), "bind") => (outer, format!("bind = {{ address = '127.0.0.1:1', {lines} }}")),
+        (Some(outer), "tls") => (outer, format!("tls = {{ {lines} }}")),
         (Some(outer), key) => (outer, format!("kind = 'send-expect'\n{key} = {{ {lines} }}")),
         (None, header) => (header, lines.to_owned()),
     };
@@ -156,6 +161,7 @@ fn asks_another(header: &str, given: &BTreeSet<String>) -> bool {
 fn needed_by(value: &str) -> Option<&'static str> {
     match value {
         "'send-expect'" => Some("expect = 'x'"),
+        "'steps'" => Some("steps = [{ expect = 'x' }]"),
         "'dns'" => Some("name = 'a'\nport = 1"),
         "'file'" => Some("path = '/a'"),
         "'http'" => Some("url = 'http://a/'"),
@@ -167,7 +173,9 @@ fn needed_by(value: &str) -> Option<&'static str> {
 fn with(table: &KeyTable, key: &ConfigKey, value: &str) -> String {
     // Probes have a kind "http" too.
     let by_value = needed_by(value).filter(|lines| {
-        key.name == "kind" && lines.starts_with("expect") != table.header.contains("discover")
+        key.name == "kind"
+            && ["expect", "steps"].iter().any(|word| lines.starts_with(word))
+                != table.header.contains("discover")
     });
     let by_value = by_value.filter(|_| !(table.header.contains("probe") && value == "'http'"));
     let needed = by_value.unwrap_or_else(|| needed(table, key));
@@ -205,7 +213,10 @@ fn known_to_the_reader() -> BTreeMap<String, BTreeSet<String>> {
     let text = text
         .replace("NAME", "x")
         .replace("bind = '127.0.0.1:1'", "bind = { address = '127.0.0.1:1', 0 = 1 }")
-        .replace("[pool.x.probe]", "[pool.x.probe]\nexpect = { starts = 'x', 0 = 1 }");
+        .replace(
+            "[pool.x.probe]",
+            "[pool.x.probe]\nexpect = { starts = 'x', 0 = 1 }\ntls = { 0 = 1 }",
+        );
     let problems = crate::parse(&text, "file").unwrap_err();
     let known = problems.list.iter().filter_map(|problem| {
         let label = problem.message.strip_prefix("unknown key \"0\" in ")?;
@@ -470,6 +481,9 @@ fn forms(header: &str, name: &str) -> (Vec<String>, Vec<String>) {
             &["'[::1]:1'", "['*:1', { address = '127.0.0.1:2' }]"],
             &["'127.0.0.1:65536'", "'127.0.0.1'"],
         ),
+        "address" if header.contains("probe") => {
+            (&["'192.0.2.7'", "'::1'"], &["'192.0.2.7:1'", "'localhost'"])
+        }
         "address" if header == "bind" => (&["'192.0.2.7:1'", "'[::1]:1'"], &["'localhost:1'"]),
         "address" => (
             &["'192.0.2.7:1'", "'[::1]:1'", "'localhost:1'", "'srv:_a._tcp.b'", "'unix:@a'"],
@@ -486,6 +500,22 @@ fn forms(header: &str, name: &str) -> (Vec<String>, Vec<String>) {
         ),
         "ejection" => (&["'off'"], &["'on'"]),
         "expect" => (&["'x'", "{ contains = 'x' }"], &["''", "{ starts = 'x', contains = 'x' }"]),
+        "steps" => (
+            &["[{ send = 'x' }, { expect = 'y' }]", "[{ expect = { regex = 'a|b' } }]"],
+            &["[]", "[{ send = 'x' }]", "[{ send = 'x', expect = 'y' }]", "'x'", "[1]"],
+        ),
+        "headers" => (
+            &["{ A = 'b c' }", "{}"],
+            &["{ 'a b' = 'c' }", "{ Host = 'a' }", "{ A = \"b\\r\\nC: d\" }", "{ A = 1 }"],
+        ),
+        "tls" => (&["true", "false", "{ verify = 'off' }"], &["'on'", "{ verify = 'on' }"]),
+        "verify" => (&["'system'", "'off'", "'./ca.pem'", "'/ca'"], &["'on'", "'/ca/'"]),
+        "alpn" => {
+            let each = |number| format!("'p{number}'");
+            return (vec!["'h2'".to_owned(), list(8, each)], vec![list(9, each), "''".to_owned()]);
+        }
+        "regex" => (&["'a+'", "'(?i)ok'"], &["'a('", "'a*'", "''"]),
+        "hex" => (&["'0a ff'"], &["'0'", "'0g'", "''", "'+1'"]),
         "name" => (&["'a'"], &["''", "'a b'"]),
         name => panic!("no samples of {name}"),
     };

@@ -40,19 +40,26 @@ pub(super) fn read(
     content: FileContent,
     files: NamedFiles<'_>,
 ) -> Field<PathBuf> {
-    let field = section.text(key, "a file path", |text| {
-        let path = file_path(text)?;
-        match files {
-            NamedFiles::Read => check(&path, None, content)?,
-            NamedFiles::Kept(texts) => check(&path, texts.named(&path), content)?,
-            NamedFiles::Ignore => {}
-        }
-        Ok(path)
-    });
+    let field = section.text(key, "a file path", |text| checked(text, content, files));
     if let Field::Good(path) = &field {
         section.report.keep(Spot::NamedFile(path.get_ref().clone()), Some(path.span()));
     }
     field
+}
+
+/// Converts a text to the path of a file and checks the file.
+pub(super) fn checked(
+    text: &str,
+    content: FileContent,
+    files: NamedFiles<'_>,
+) -> Result<PathBuf, ValueError> {
+    let path = file_path(text)?;
+    match files {
+        NamedFiles::Read => check(&path, None, content)?,
+        NamedFiles::Kept(texts) => check(&path, texts.named(&path), content)?,
+        NamedFiles::Ignore => {}
+    }
+    Ok(path)
 }
 
 fn check(path: &Path, kept: Option<&[u8]>, content: FileContent) -> Result<(), ValueError> {

@@ -91,7 +91,7 @@ pub(super) fn read(
         when_none_eligible: section.choice("when_none_eligible").or(WhenNoneEligible::Refuse),
         startup_grace: section.duration("startup_grace", "5s", TIME).or(STARTUP_GRACE),
         on_removal: section.text("on_removal", "a string", value::on_removal).or(OnRemoval::Keep),
-        probe: probe::read(&section, name, source).map(Arc::new),
+        probe: probe::read(&section, name, source, files).map(Arc::new),
         ejection: ejection(&section, name),
         heartbeat: heartbeat.map(Arc::new),
         slow_start: section.timer("slow_start", "10s", SLOW_START).or(None),
@@ -205,7 +205,7 @@ fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &PoolConfig) {
 }
 
 /// Reads the source addresses.
-fn sources(pool: &Section<'_, '_>) -> Arc<[SourceAddr]> {
+pub(super) fn sources(pool: &Section<'_, '_>) -> Arc<[SourceAddr]> {
     let wants = (
         "an address such as \"10.0.0.5\", or a list of addresses",
         "addresses such as \"10.0.0.5\"",

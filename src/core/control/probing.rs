@@ -33,6 +33,17 @@ const LOCAL_ERROR_NOTICE_INTERVAL: Duration = Duration::from_secs(60);
 /// probes of many backends and balancers do not synchronise.
 const JITTER_PARTS: u32 = 10;
 
+/// Which interval of [`ProbeSpec`] applies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ProbePace {
+    /// `fast_interval`: during a row, and before the first result.
+    Fast,
+    /// `interval`.
+    Settled,
+    /// `down_interval`.
+    Down,
+}
+
 /// State shared by the probes of all backends.
 #[derive(Debug)]
 pub(super) struct ProbeLog {
@@ -133,8 +144,12 @@ impl ControlState {
 
     /// Schedules the probe after one that ended.
     pub(super) fn schedule_next_probe(&mut self, id: BackendId, started: Instant, now: Instant) {
-        let Some((spec, fast)) = self.probe_pace(id) else { return };
-        let wait = if fast { spec.fast_interval } else { spec.interval };
+        let Some((spec, pace)) = self.probe_pace(id) else { return };
+        let wait = match pace {
+            ProbePace::Fast => spec.fast_interval,
+            ProbePace::Settled => spec.interval,
+            ProbePace::Down => spec.down_interval,
+        };
         let jitter = wait / JITTER_PARTS;
         let wait =
             (wait - jitter).saturating_add(jitter.saturating_mul(2).mul_f64(self.probes.rng.f64()));
@@ -143,18 +158,22 @@ impl ControlState {
 
     /// Brings the next probe forward after a failed connect of a session.
     pub(super) fn bring_probe_forward(&mut self, id: BackendId, now: Instant) {
-        if let Some((spec, true)) = self.probe_pace(id) {
+        if let Some((spec, ProbePace::Fast)) = self.probe_pace(id) {
             self.schedule.bring_forward(TimerKind::Probe(id), after(now, spec.fast_interval));
         }
     }
 
-    /// Returns the probe settings, and whether `fast_interval` applies: during a row, and
-    /// before the first result.
-    fn probe_pace(&self, id: BackendId) -> Option<(Arc<ProbeSpec>, bool)> {
+    /// Returns the probe settings, and which interval applies.
+    fn probe_pace(&self, id: BackendId) -> Option<(Arc<ProbeSpec>, ProbePace)> {
         let entry = self.backends.get(id)?;
         let spec = self.pool(entry.pool)?.spec.probe.as_ref()?;
         let detector = entry.health.detector.as_ref()?;
-        let fast = detector.changing() || detector.observation() == Observation::Unknown;
-        Some((Arc::clone(spec), fast))
+        let pace = match detector.observation() {
+            _ if detector.changing() => ProbePace::Fast,
+            Observation::Unknown => ProbePace::Fast,
+            Observation::Down => ProbePace::Down,
+            Observation::Up | Observation::Suspect => ProbePace::Settled,
+        };
+        Some((Arc::clone(spec), pace))
     }
 }

@@ -19,7 +19,8 @@ use crate::health::ejection::TRIAL_CHECK_INTERVAL;
 use crate::model::{
     BackendAddr, BackendConfig, Bind, Config, DiscoverSpec, DnsConfig, EjectionSpec, EmptyAnswer,
     FrontendConfig, NameFamily, NameQuestion, NameRecord, NamedBackend, OnRemoval, Policy,
-    PoolConfig, ProbeKind, ProbeSpec, SourceKey, SourceQuestion, ViewGuards, WhenNoneEligible,
+    PoolConfig, ProbeKind, ProbeSpec, ProbeTarget, SourceKey, SourceQuestion, ViewGuards,
+    WhenNoneEligible,
 };
 use crate::testing;
 use std::time::Duration;
@@ -35,10 +36,11 @@ fn probe_spec() -> ProbeSpec {
         kind: ProbeKind::Tcp,
         interval: INTERVAL,
         fast_interval: FAST,
+        down_interval: INTERVAL,
         timeout: TIMEOUT,
         rise: 2,
         fall: 3,
-        source: [].into(),
+        target: ProbeTarget::default(),
     }
 }
 

@@ -33,7 +33,9 @@ pub enum ProbeOutcome {
 pub enum ProbeAnswer {
     /// The connection was established. The probe needs no more.
     Connected,
-    /// The expected text.
+    /// The TLS handshake was done. The probe needs no more.
+    Handshake,
+    /// The expected bytes.
     Expected,
     /// An HTTP status.
     Status(u16),
@@ -80,6 +82,7 @@ impl std::fmt::Display for ProbeAnswer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             ProbeAnswer::Connected => f.write_str("connection accepted"),
+            ProbeAnswer::Handshake => f.write_str("TLS handshake done"),
             ProbeAnswer::Expected => f.write_str("expected answer received"),
             ProbeAnswer::Status(status) => write!(f, "status {status}"),
         }

@@ -7,6 +7,7 @@
 mod addresses;
 mod discovery;
 mod ids;
+mod probe;
 mod process;
 mod text_forms;
 
@@ -18,6 +19,10 @@ pub use discovery::{
     ZookeeperFormat,
 };
 pub use ids::{BackendId, FrontendId, PoolId};
+pub use probe::{
+    Expect, HttpProbe, HttpVersion, ProbeBytes, ProbeKind, ProbePattern, ProbeSpec, ProbeStep,
+    ProbeTarget, ProbeTls, TlsVerify,
+};
 pub use process::{
     ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
     ProcessConfig, Sandbox,
@@ -28,7 +33,7 @@ pub use text_forms::{SIZE_UNITS, Words, show_duration, show_size};
 use crate::limits::access_list::AccessList;
 use crate::limits::client_sources::SourceLimits;
 use ipnet::IpNet;
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -324,68 +329,6 @@ pub enum OnRemoval {
     CloseAfter(Duration),
 }
 
-/// `[pool.NAME.probe]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct ProbeSpec {
-    /// What one probe does.
-    #[serde(flatten)]
-    pub kind: ProbeKind,
-    /// Time between probes of a backend with a settled state.
-    #[serde(serialize_with = "text_forms::duration")]
-    pub interval: Duration,
-    /// Time between probes while consecutive results are counted towards a state
-    /// change.
-    #[serde(serialize_with = "text_forms::duration")]
-    pub fast_interval: Duration,
-    /// Timeout of one probe; at most either interval.
-    #[serde(serialize_with = "text_forms::duration")]
-    pub timeout: Duration,
-    /// Consecutive successes that set a backend to up; at least 1.
-    pub rise: u32,
-    /// Consecutive failures that set a backend to down; at least 1.
-    pub fall: u32,
-    /// Source addresses of the pool, from which probes start.
-    #[serde(skip)]
-    pub source: Arc<[SourceAddr]>,
-}
-
-/// `kind = ...`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(tag = "kind", rename_all = "kebab-case")]
-pub enum ProbeKind {
-    /// Succeeds if the connection is accepted.
-    Tcp,
-    /// Succeeds if the answer to `send` matches `expect`. `send` can be empty.
-    SendExpect {
-        /// Sent after connecting.
-        send: String,
-        /// What the answer must contain.
-        expect: Expect,
-    },
-    /// Succeeds if the status of an HTTP/1.1 response is in `status`.
-    Http {
-        /// Request target; starts with `/`.
-        path: String,
-        /// `Host` header; `None`: the backend's address.
-        #[serde(skip_serializing_if = "Option::is_none")]
-        host: Option<String>,
-        /// Request method.
-        method: String,
-        /// Inclusive ranges, each within 100..=599.
-        #[serde(serialize_with = "text_forms::status_ranges")]
-        status: Vec<(u16, u16)>,
-    },
-}
-
-/// `expect = ...`: text that an answer must contain, and where.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Expect {
-    /// At its start.
-    Starts(String),
-    /// Anywhere.
-    Contains(String),
-}
-
 /// `[pool.NAME.ejection]`: passive health from the results of sessions.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct EjectionSpec {
@@ -464,34 +407,6 @@ words!(
 );
 words!(WhenNoneEligible: "refuse" => Refuse, "try-all" => TryAll);
 
-// === impl ProbeSpec ===
-
-impl ProbeSpec {
-    /// Returns the settings of a probe whose single result decides.
-    pub fn single(kind: ProbeKind, timeout: Duration, source: &Arc<[SourceAddr]>) -> ProbeSpec {
-        ProbeSpec {
-            kind,
-            interval: timeout,
-            fast_interval: timeout,
-            timeout,
-            rise: 1,
-            fall: 1,
-            source: Arc::clone(source),
-        }
-    }
-}
-
-// === impl Expect ===
-
-impl Serialize for Expect {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Expect::Starts(text) => serializer.serialize_str(text),
-            Expect::Contains(text) => serializer.collect_map([("contains", text)]),
-        }
-    }
-}
-
 // === impl Bind ===
 
 impl Bind {
@@ -513,7 +428,9 @@ impl Config {
         let registries = self.registries.iter().flat_map(|registry| registry.named_files());
         let specs = self.pools.iter().filter_map(|pool| pool.discover.as_ref());
         let urls = specs.flat_map(|spec| spec.question.named_files());
+        let probes = self.pools.iter().filter_map(|pool| pool.probe.as_ref());
+        let trusted = probes.filter_map(|spec| spec.target.trusted_file());
         let all = token.chain(keys.map(|key| &key.file)).chain(lists);
-        all.chain(registries).chain(urls).cloned().collect()
+        all.chain(registries).chain(urls).chain(trusted).cloned().collect()
     }
 }

@@ -98,7 +98,8 @@ fn probe(view: &ProbeView) -> ProbeDoc {
         kind: match view.spec.kind {
             ProbeKind::Tcp => ProbeKindName::Tcp,
             ProbeKind::SendExpect { .. } => ProbeKindName::SendExpect,
-            ProbeKind::Http { .. } => ProbeKindName::Http,
+            ProbeKind::Steps { .. } => ProbeKindName::Steps,
+            ProbeKind::Http(_) => ProbeKindName::Http,
         },
         interval_seconds: millis(view.spec.interval),
         timeout_seconds: millis(view.spec.timeout),

@@ -28,7 +28,8 @@ use tidegate_core::health::{
 };
 use tidegate_core::metrics::histograms::MergedHistograms;
 use tidegate_core::model::{
-    BackendAddr, EjectionSpec, HeartbeatSpec, Policy, PoolId, ProbeKind, ProbeSpec, Words,
+    BackendAddr, EjectionSpec, HeartbeatSpec, Policy, PoolId, ProbeKind, ProbeSpec, ProbeTarget,
+    Words,
 };
 use tidegate_core::suspicion::rejections::{Rejected, Rejection, Rejections};
 use tidegate_core::suspicion::{DetectorReading, DetectorState, PathView};
@@ -220,12 +221,13 @@ fn explanation_has_exactly_the_documented_fields() {
         probe: Some(ProbeView {
             spec: Arc::new(ProbeSpec {
                 kind: ProbeKind::Tcp,
+                target: ProbeTarget::default(),
                 interval: millis(2_000),
                 fast_interval: millis(500),
+                down_interval: millis(2_000),
                 timeout: millis(400),
                 rise: 2,
                 fall: 3,
-                source: [].into(),
             }),
             observation: Observation::Up,
             lasted: millis(90_000),

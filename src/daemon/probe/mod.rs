@@ -6,7 +6,7 @@
 //!
 //! # How a probe ends its connection
 //!
-//! - A `tcp` probe exchanges no data and ends with a reset, as HAProxy does. No
+//! - A `tcp` probe without TLS exchanges no data and ends with a reset, as HAProxy does. No
 //!   TIME_WAIT entry remains on either side. `TCP_QUICKACK` is off (tcp(7)), so the
 //!   kernel delays the last ACK of the handshake, and the reset replaces it. The
 //!   backend's kernel has answered, but its process does not wake and logs nothing.
@@ -16,21 +16,25 @@
 //!   method should be `HEAD`.
 
 mod answer;
+mod http;
 pub mod runner;
 mod sources;
 #[cfg(test)]
 mod tests;
+pub mod tls;
 
+use answer::AnswerReader;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 use tidegate_core::health::{ProbeAnswer, ProbeOutcome};
 use tidegate_core::metrics::counters::LocalErrorKind;
-use tidegate_core::model::{BackendAddr, Expect, ProbeKind, ProbeSpec};
+use tidegate_core::model::{BackendAddr, ProbeBytes, ProbeKind, ProbeSpec, ProbeStep, ProbeTarget};
 use tidegate_dataplane::local_errors;
 use tidegate_net::clock;
 use tidegate_net::stream;
+use tls::TlsConfigs;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio::time::MissedTickBehavior;
@@ -51,7 +55,10 @@ enum ProbeStage {
     Connecting,
     Sending,
     Answer,
+    /// Reads the answer of the step with this number.
+    Step(usize),
     StatusLine,
+    Handshake,
 }
 
 /// Why a probe failed.
@@ -66,7 +73,7 @@ enum ProbeError {
 /// Runs one probe. It ends within the timeout of `spec`, except for stalls of this
 /// process (see [`timeout_without_stalls`]).
 pub async fn run(address: &BackendAddr, spec: &ProbeSpec) -> ProbeOutcome {
-    run_from(address, spec, 0).await.0
+    run_from(address, spec, 0, &TlsConfigs::default()).await.0
 }
 
 /// Runs one probe from the source address number `turn`. Also returns the kind of a
@@ -75,13 +82,14 @@ async fn run_from(
     address: &BackendAddr,
     spec: &ProbeSpec,
     turn: usize,
+    configs: &TlsConfigs,
 ) -> (ProbeOutcome, Option<LocalErrorKind>) {
     let started = clock::now();
     let mut stage = ProbeStage::Connecting;
     let result = tokio::select! {
         // An answer that has arrived takes precedence over the timeout.
         biased;
-        result = connect_and_exchange(address, (spec, turn), &mut stage) => Some(result),
+        result = connect_and_exchange(address, (spec, turn), configs, &mut stage) => Some(result),
         () = timeout_without_stalls(spec.timeout) => None,
     };
     let result = result.unwrap_or_else(|| Err(stage.timeout_error(spec.timeout)));
@@ -114,26 +122,66 @@ async fn timeout_without_stalls(limit: Duration) {
 async fn connect_and_exchange(
     address: &BackendAddr,
     (spec, turn): (&ProbeSpec, usize),
+    configs: &TlsConfigs,
     stage: &mut ProbeStage,
 ) -> Result<ProbeAnswer, ProbeError> {
-    let kind = &spec.kind;
-    match address {
-        BackendAddr::Tcp(to) => {
-            let stream = sources::connect((&spec.source, turn), *to, kind).await?;
-            exchange(stream, kind, address, stage).await
+    let target = &spec.target;
+    // A probe that ends after the connect resets the connection.
+    let reset = spec.kind == ProbeKind::Tcp && target.tls.is_none();
+    let to = destination(address, target);
+    match &to {
+        BackendAddr::Tcp(socket) => {
+            let stream = sources::connect((&target.source, turn), *socket, reset).await?;
+            exchange_over(stream, spec, &to, configs, stage).await
         }
         BackendAddr::Unix(path) => {
-            let stream =
-                UnixStream::connect(stream::unix_name(path)).await.map_err(connect_error)?;
-            exchange(stream, kind, address, stage).await
+            let stream = UnixStream::connect(stream::unix_name(path)).await;
+            exchange_over(stream.map_err(connect_error)?, spec, &to, configs, stage).await
         }
     }
+}
+
+/// Where the probe of a backend connects.
+fn destination(backend: &BackendAddr, target: &ProbeTarget) -> BackendAddr {
+    match backend {
+        BackendAddr::Tcp(own) => {
+            let ip = target.address.unwrap_or(own.ip());
+            BackendAddr::Tcp(SocketAddr::new(ip, target.port.unwrap_or(own.port())))
+        }
+        BackendAddr::Unix(path) => match (target.address, target.port) {
+            (Some(ip), Some(port)) => BackendAddr::Tcp(SocketAddr::new(ip, port)),
+            _ => BackendAddr::Unix(path.clone()),
+        },
+    }
+}
+
+/// Does the TLS handshake, if the probe uses TLS, and the exchange.
+async fn exchange_over(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    spec: &ProbeSpec,
+    address: &BackendAddr,
+    configs: &TlsConfigs,
+    stage: &mut ProbeStage,
+) -> Result<ProbeAnswer, ProbeError> {
+    let Some(tls) = &spec.target.tls else {
+        return exchange(stream, &spec.kind, address, stage).await;
+    };
+    *stage = ProbeStage::Handshake;
+    let mut stream = tls::handshake(stream, tls, address, configs).await?;
+    let result = match exchange(&mut stream, &spec.kind, address, stage).await {
+        Ok(ProbeAnswer::Connected) => Ok(ProbeAnswer::Handshake),
+        other => other,
+    };
+    // Announces the end (RFC 8446, section 6.1), so that the backend logs no error. The
+    // result does not depend on it.
+    let _ = stream.shutdown().await;
+    result
 }
 
 async fn connect_tcp(
     source: Option<IpAddr>,
     to: SocketAddr,
-    kind: &ProbeKind,
+    reset: bool,
 ) -> Result<TcpStream, ProbeError> {
     let socket = match to {
         SocketAddr::V4(_) => TcpSocket::new_v4(),
@@ -144,7 +192,7 @@ async fn connect_tcp(
     if let Some(source) = source {
         stream::start_at(&socket, source).map_err(connect_error)?;
     }
-    if *kind == ProbeKind::Tcp {
+    if reset {
         let raw = socket2::SockRef::from(&socket);
         raw.set_linger(Some(Duration::ZERO)).map_err(connect_error)?;
         // An optimization: the probe also works without it.
@@ -190,41 +238,51 @@ async fn exchange(
     match kind {
         ProbeKind::Tcp => Ok(ProbeAnswer::Connected),
         ProbeKind::SendExpect { send, expect } => {
-            *stage = ProbeStage::Sending;
-            stream.write_all(send.as_bytes()).await.map_err(exchange_error)?;
+            let mut answer = AnswerReader::new(&mut stream, Vec::new(), None);
+            write(answer.stream(), send, stage).await?;
             *stage = ProbeStage::Answer;
-            match expect {
-                Expect::Starts(with) => answer::starts_with(&mut stream, with.as_bytes()).await?,
-                Expect::Contains(what) => answer::contains(&mut stream, what.as_bytes()).await?,
-            }
+            answer.expect(expect).await?;
             Ok(ProbeAnswer::Expected)
         }
-        ProbeKind::Http { path, host, method, status } => {
-            *stage = ProbeStage::Sending;
-            let host = host.clone().unwrap_or_else(|| default_host(address));
-            let request = request(method, path, &host);
-            stream.write_all(request.as_bytes()).await.map_err(exchange_error)?;
-            *stage = ProbeStage::StatusLine;
-            answer::http(&mut stream, status).await.map(ProbeAnswer::Status)
+        ProbeKind::Steps { steps } => run_steps(&mut stream, steps, stage).await,
+        ProbeKind::Http(probe) => {
+            http::exchange(&mut stream, probe, address, stage).await.map(ProbeAnswer::Status)
         }
     }
 }
 
-/// Builds the HTTP request (RFC 9112, sections 3 and 9.6). Path, host and method come
-/// from the validated configuration and contain no line ends.
-fn request(method: &str, path: &str, host: &str) -> String {
-    format!(
-        "{method} {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: tidegate/{}\r\n\
-         Accept: */*\r\nConnection: close\r\n\r\n",
-        env!("CARGO_PKG_VERSION")
-    )
+async fn run_steps(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    steps: &[ProbeStep],
+    stage: &mut ProbeStage,
+) -> Result<ProbeAnswer, ProbeError> {
+    let mut answer = AnswerReader::new(stream, Vec::new(), None);
+    for (at, step) in steps.iter().enumerate() {
+        let done = match step {
+            ProbeStep::Send(bytes) => write(answer.stream(), bytes, stage).await,
+            ProbeStep::Expect(expect) => {
+                *stage = ProbeStage::Step(at + 1);
+                answer.expect(expect).await
+            }
+        };
+        done.map_err(|error| match error {
+            ProbeError::Backend(reason) => {
+                ProbeError::Backend(format!("step {}: {reason}", at + 1))
+            }
+            local => local,
+        })?;
+    }
+    Ok(ProbeAnswer::Expected)
 }
 
-fn default_host(address: &BackendAddr) -> String {
-    match address {
-        BackendAddr::Tcp(address) => address.to_string(),
-        BackendAddr::Unix(_) => "localhost".to_owned(),
-    }
+async fn write(
+    stream: &mut (impl AsyncWrite + Unpin),
+    bytes: &ProbeBytes,
+    stage: &mut ProbeStage,
+) -> Result<(), ProbeError> {
+    *stage = ProbeStage::Sending;
+    stream.write_all(&bytes.0).await.map_err(exchange_error)?;
+    stream.flush().await.map_err(exchange_error)
 }
 
 /// Classifies an error of socket(2) or connect(2).
@@ -301,6 +359,13 @@ impl ProbeStage {
     fn timeout_error(self, timeout: Duration) -> ProbeError {
         let timeout = humantime::format_duration(timeout);
         let doing = match self {
+            ProbeStage::Handshake => "waiting for the TLS handshake",
+            ProbeStage::Step(number) => {
+                let reason = format!(
+                    "timed out after {timeout} while waiting for the answer of step {number}"
+                );
+                return ProbeError::Backend(reason);
+            }
             ProbeStage::Connecting => "connecting",
             ProbeStage::Sending => "sending the request",
             ProbeStage::Answer => "waiting for the answer",

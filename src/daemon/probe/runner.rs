@@ -9,6 +9,7 @@
 //! - Within a pool, probes of backends whose state is about to change come first.
 
 use super::sources::Turns;
+use super::tls::TlsConfigs;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use tidegate_core::control::{ControlEvent, ProbeLane, ProbeToken};
@@ -62,6 +63,7 @@ struct ProbeTask {
     running: HashMap<BackendId, (AbortHandle, u32)>,
     tasks: JoinSet<ProbeEnded>,
     turns: Turns,
+    configs: Arc<TlsConfigs>,
     /// Counters of the thread that this task runs on.
     counters: Arc<WorkerCounters>,
 }
@@ -157,6 +159,7 @@ impl ProbeRunner {
             running: HashMap::new(),
             tasks: JoinSet::new(),
             turns: Turns::default(),
+            configs: Arc::default(),
             counters,
         };
         tokio::spawn(task.serve(incoming, results));
@@ -232,9 +235,10 @@ impl ProbeTask {
         while let Some((pool, backend)) = self.queues.next(self.running.len(), self.running_max) {
             let Some(request) = self.requested.remove(&backend) else { continue };
             let counters = Arc::clone(&self.counters);
-            let turn = self.turns.next(backend, &request.spec.source);
+            let turn = self.turns.next(backend, &request.spec.target.source);
+            let configs = Arc::clone(&self.configs);
             let task = self.tasks.spawn(async move {
-                let probe = super::run_from(&request.address, &request.spec, turn);
+                let probe = super::run_from(&request.address, &request.spec, turn, &configs);
                 let (outcome, local_error) = probe.await;
                 if let Some(kind) = local_error {
                     counters.count_local_error(kind, LocalErrorPlace::Probe);

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use tidegate_config as config;
 use tidegate_core::metrics::counters::LocalErrorKind;
-use tidegate_core::model::{ProbeKind, SourceAddr};
+use tidegate_core::model::SourceAddr;
 use tidegate_core::table::source_addrs::SOURCE_ADDRS_TRIED_MAX;
 use tidegate_core::table::state::BackendId;
 use tokio::net::TcpStream;
@@ -25,14 +25,14 @@ pub(super) struct Turns(HashMap<BackendId, usize>);
 pub(super) async fn connect(
     (sources, turn): (&[SourceAddr], usize),
     to: SocketAddr,
-    kind: &ProbeKind,
+    reset: bool,
 ) -> Result<TcpStream, ProbeError> {
     let fits = |source: &&SourceAddr| source.ip().is_ipv4() == to.is_ipv4();
     let fitting: Vec<SourceAddr> = sources.iter().filter(fits).copied().collect();
     let mut failed = None;
     for step in 0..fitting.len().min(SOURCE_ADDRS_TRIED_MAX) {
         let source = fitting[turn.wrapping_add(step) % fitting.len()];
-        match connect_tcp(Some(source.ip()), to, kind).await {
+        match connect_tcp(Some(source.ip()), to, reset).await {
             Err(ProbeError::Local(reason, kind)) if depends_on_source(kind) => {
                 failed = Some(ProbeError::Local(format!("{reason} (source {source})"), kind));
             }
@@ -41,7 +41,7 @@ pub(super) async fn connect(
     }
     match failed {
         Some(failed) => Err(failed),
-        None => connect_tcp(None, to, kind).await,
+        None => connect_tcp(None, to, reset).await,
     }
 }
 

@@ -5,7 +5,7 @@ use runner::{PROBES_RUNNING_MAX, ProbeRunner};
 use tidegate_core::control::ProbeLane;
 use tidegate_core::control::{ControlEvent, ProbeToken};
 use tidegate_core::metrics::counters::WorkerCounters;
-use tidegate_core::model::Config;
+use tidegate_core::model::{Config, Expect, HttpProbe, HttpVersion, ProbePattern};
 use tidegate_core::outcome::{Cause, Phase};
 use tidegate_core::table::state::BackendId;
 
@@ -19,6 +19,8 @@ use tokio::sync::mpsc;
 
 mod answers;
 mod sources;
+mod steps;
+mod tls_servers;
 
 const TIMEOUT: Duration = Duration::from_millis(300);
 
@@ -26,11 +28,12 @@ fn spec(kind: ProbeKind) -> ProbeSpec {
     ProbeSpec {
         kind,
         interval: Duration::from_secs(2),
+        target: ProbeTarget::default(),
         fast_interval: Duration::from_secs(1),
+        down_interval: Duration::from_secs(2),
         timeout: TIMEOUT,
         rise: 2,
         fall: 3,
-        source: [].into(),
     }
 }
 
@@ -39,12 +42,19 @@ fn ping() -> ProbeSpec {
 }
 
 fn http() -> ProbeSpec {
-    spec(ProbeKind::Http {
+    spec(ProbeKind::Http(http_probe()))
+}
+
+fn http_probe() -> HttpProbe {
+    HttpProbe {
         path: "/health".into(),
         host: None,
         method: "GET".into(),
+        version: HttpVersion::Http11,
+        headers: Vec::new(),
         status: vec![(200, 299), (304, 304)],
-    })
+        expect: None,
+    }
 }
 
 fn on_runtime<T>(test: impl Future<Output = T>) -> T {

@@ -14,7 +14,7 @@ pub use answer::{ANSWER_BYTES_MAX, HttpResponse, HttpStream, status_failure};
 pub use dial::HEAD_BYTES_MAX;
 pub(crate) use dial::{ByteStream, open_stream};
 pub use failure::{DETAIL_BYTES_MAX, HttpFailure, failure_of_io, short_text};
-pub use tls::InlinePem;
+pub use tls::{InlinePem, trusted_certificates};
 
 use crate::resolver::Resolver;
 use crate::secret::SecretFile;

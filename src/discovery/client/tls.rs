@@ -110,13 +110,24 @@ fn client_config(tls: &TlsClientConfig, inline: &InlinePem) -> Result<ClientConf
     }
 }
 
+/// Reads the trusted certificates of a file, else those of the system. It blocks for the
+/// time of reading.
+///
+/// # Errors
+/// A text for the operator: the file cannot be read, or there is no usable certificate.
+pub fn trusted_certificates(file: Option<&Path>) -> Result<RootCertStore, String> {
+    roots(file, None).map_err(|failure| failure.detail)
+}
+
 fn roots(file: Option<&Path>, inline: Option<&[u8]>) -> Result<RootCertStore, HttpFailure> {
     let mut store = RootCertStore::empty();
     let Some(text) = pem(file, inline)? else {
         let system = rustls_native_certs::load_native_certs();
         let (added, _) = store.add_parsable_certificates(system.certs);
         return match added {
-            0 => Err(HttpFailure::local("this system has no trusted certificates; set ca_file")),
+            0 => Err(HttpFailure::local(
+                "this system has no trusted certificates; name a file of certificates",
+            )),
             _ => Ok(store),
         };
     };

@@ -158,9 +158,18 @@ fn frontend(number_of_it: usize) -> Drawn {
 }
 
 fn probe() -> Drawn {
-    let send_expect =
-        keys(vec![("send", one_of(&["''", r#""PING\r\n""#, r#""\"\\\t\u0001\u00e9'''""#]))]);
-    let expect = one_of(&[r#""+PONG""#, r#"{ starts = "\n" }"#, r#"{ contains = "a\"'b\u007f" }"#]);
+    let send_expect = keys(vec![(
+        "send",
+        one_of(&["''", r#""PING\r\n""#, r#""\"\\\t\u0001\u00e9'''""#, "{ hex = 'ff00' }"]),
+    )]);
+    let expect = one_of(&[
+        r#""+PONG""#,
+        r#"{ starts = "\n" }"#,
+        r#"{ contains = "a\"'b\u007f" }"#,
+        "{ regex = 'a|\\xff' }",
+        "{ hex = 'ff 0a' }",
+        "{ hex = '61' }",
+    ]);
     let send_expect = (send_expect, expect)
         .prop_map(|(send, expect)| format!("kind = \"send-expect\"\n{send}expect = {expect}\n"));
     let http = keys(vec![
@@ -168,9 +177,19 @@ fn probe() -> Drawn {
         ("host", quoted(&["www.example.com"])),
         ("method", quoted(&["GET", "HEAD", "'"])),
         ("status", quoted(&["200-399", "200", "100-299, 304,500-500"])),
+        ("http", quoted(&["1.0", "1.1"])),
+        ("headers", one_of(&["{ A = 'b' }", "{ X-Y = 'a \"b\"', A = '' }"])),
+        ("expect", one_of(&["'x'", "{ contains = 'x' }"])),
     ]);
     let http = http.prop_map(|keys| format!("kind = \"http\"\n{keys}"));
-    let kind = prop_oneof![one_of(&["", "kind = \"tcp\"\n"]), send_expect, http];
+    let kind = prop_oneof![
+        one_of(&["", "kind = \"tcp\"\n"]),
+        send_expect,
+        http,
+        one_of(&[
+            "kind = 'steps'\nsteps = [{ send = 'a' }, { expect = { contains = 'b' } }, { send = { hex = 'ff' } }]\n"
+        ])
+    ];
     let counts = keys(vec![("rise", number(1..=100)), ("fall", number(1..=100))]);
     let time = prop_oneof![10u64..3000, 10u64..=30 * DAY];
     let times = (prop::collection::vec(time, 3), prop::array::uniform3(any::<bool>())).prop_map(
@@ -183,8 +202,24 @@ fn probe() -> Drawn {
             given.map(|((key, time), _)| format!("{key} = \"{}ms\"\n", time.min(longest))).collect()
         },
     );
-    (kind, counts, times)
-        .prop_map(|(kind, counts, times): (_, _, String)| kind + &counts + &times)
+    let target = keys(vec![
+        ("port", number(1..=65535)),
+        ("address", quoted(&["192.0.2.9", "::1"])),
+        ("source", quoted(&["192.0.2.8", "127.0.0.1"])),
+        (
+            "tls",
+            one_of(&[
+                "true",
+                "{ verify = 'off' }",
+                "{ verify = '/ca.pem', name = 'a.b', alpn = ['h2'] }",
+            ]),
+        ),
+        ("down_interval", one_of(&["'30d'"])),
+    ]);
+    (kind, target, counts, times)
+        .prop_map(|(kind, target, counts, times): (_, _, _, String)| {
+            kind + &target + &counts + &times
+        })
         .boxed()
 }
 

@@ -10,7 +10,7 @@ use crate::control::state::ControlState;
 use crate::control::{ControlEffect, ProbeLane, ProbeToken};
 use crate::health::{ProbeOutcome, REFUSED};
 use crate::model;
-use crate::model::{ProbeKind, ProbeSpec};
+use crate::model::{ProbeKind, ProbeSpec, ProbeTarget};
 use crate::suspicion::{ConfirmationTry, TRY_TIMEOUT_MAX, TRY_TIMEOUT_MIN, TryId, TryResult};
 use crate::table::state::BackendId;
 use std::sync::Arc;
@@ -29,10 +29,12 @@ pub(in crate::control) struct ConfirmationInFlight {
 /// connect. Its timeout is the longest one of a try: the pool's own timeout, within the
 /// bounds of the detector.
 pub(in crate::control) fn confirming(pool: &model::PoolConfig) -> Arc<ProbeSpec> {
-    let kind = pool.probe.as_ref().map_or(ProbeKind::Tcp, |spec| spec.kind.clone());
-    let allowed = pool.probe.as_ref().map_or(pool.connect_timeout, |spec| spec.timeout);
+    let (kind, target, allowed) = match &pool.probe {
+        Some(spec) => (spec.kind.clone(), spec.target.clone(), spec.timeout),
+        None => (ProbeKind::Tcp, ProbeTarget::from_sources(&pool.source), pool.connect_timeout),
+    };
     let timeout = allowed.clamp(TRY_TIMEOUT_MIN, TRY_TIMEOUT_MAX);
-    Arc::new(ProbeSpec::single(kind, timeout, &pool.source))
+    Arc::new(ProbeSpec::single(kind, target, timeout))
 }
 
 // === impl HeartbeatWatch ===

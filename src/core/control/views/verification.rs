@@ -16,7 +16,7 @@ use crate::control::schedule::{Schedule, TimerKind, after};
 use crate::control::state::ControlState;
 use crate::control::{ControlEffect, NoticeFields, ProbeLane, ProbeToken};
 use crate::health::ProbeOutcome;
-use crate::model::{PoolConfig, ProbeKind, ProbeSpec};
+use crate::model::{PoolConfig, ProbeKind, ProbeSpec, ProbeTarget};
 use crate::table::state::BackendId;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -53,7 +53,11 @@ pub(in crate::control) struct PoolVerification {
 
 /// Returns the connect that verifies a member of the pool.
 pub(in crate::control) fn verifying(pool: &PoolConfig) -> Arc<ProbeSpec> {
-    Arc::new(ProbeSpec::single(ProbeKind::Tcp, pool.connect_timeout, &pool.source))
+    Arc::new(ProbeSpec::single(
+        ProbeKind::Tcp,
+        ProbeTarget::from_sources(&pool.source),
+        pool.connect_timeout,
+    ))
 }
 
 /// Returns the wait after this many failed connects.

@@ -3,12 +3,7 @@
 use super::*;
 
 fn wants(status: (u16, u16)) -> ProbeSpec {
-    spec(ProbeKind::Http {
-        path: "/".into(),
-        host: None,
-        method: "GET".into(),
-        status: vec![status],
-    })
+    spec(ProbeKind::Http(HttpProbe { path: "/".into(), status: vec![status], ..http_probe() }))
 }
 
 async fn outcome(answer: &'static [&'static [u8]], status: (u16, u16)) -> ProbeOutcome {
@@ -41,7 +36,10 @@ fn endless_answer_is_searched_up_to_64_kib() {
     on_runtime(async {
         let whole: &'static [u8] = Vec::leak(vec![b'x'; 200 * 1024]);
         let reason = failure(holds_master(Box::leak(Box::new([whole]))).await);
-        assert_eq!(reason, "first 64 KiB of the answer do not contain \"role:master\"");
+        assert_eq!(
+            reason,
+            "no match in the first 64 KiB of the answer: expected \"role:master\" in the answer"
+        );
     });
 }
 

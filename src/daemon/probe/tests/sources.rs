@@ -10,7 +10,7 @@ const ABSENT: [u8; 4] = [192, 0, 2, 77];
 fn from(sources: &[[u8; 4]]) -> Arc<ProbeSpec> {
     let sources: Vec<SourceAddr> =
         sources.iter().map(|ip| SourceAddr::new(Ipv4Addr::from(*ip).into())).collect();
-    Arc::new(ProbeSpec { source: sources.into(), ..ping() })
+    Arc::new(ProbeSpec { target: ProbeTarget::from_sources(&sources.into()), ..ping() })
 }
 
 /// Starts a backend that answers a ping and reports the source address.
