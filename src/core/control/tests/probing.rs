@@ -143,6 +143,18 @@ fn very_long_durations_do_not_overflow() {
 }
 
 #[test]
+fn backend_that_is_down_is_probed_at_its_own_interval() {
+    let down_interval = INTERVAL * 5;
+    let spec = ProbeSpec { down_interval, ..probe_spec() };
+    let mut bench = Bench::up(PoolConfig { probe: Some(Arc::new(spec)), ..pool(&["a", "b"]) });
+    bench.refuse("a", 3, 3);
+    bench.answer_all_for(INTERVAL * 3, Some("broken"));
+    let wait = bench.controller.next_due().unwrap() - bench.now;
+    assert!(wait > INTERVAL.mul_f64(1.2), "{wait:?}");
+    assert!(wait <= down_interval.mul_f64(1.1), "{wait:?}");
+}
+
+#[test]
 fn fast_interval_applies_during_a_row() {
     let mut bench = Bench::up(pool(&["a"]));
     bench.now = bench.controller.next_due().unwrap();
