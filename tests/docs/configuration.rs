@@ -53,7 +53,8 @@ fn keys_of_the_full_file() -> Vec<FileKey> {
         if let Some(inner) = value.strip_prefix("{ ").and_then(|rest| rest.split_once(" }")) {
             let pairs = inner.0.split(", ").filter_map(|pair| pair.split_once(" = "));
             let own = pairs.map(|(key, value)| (name.to_owned(), key.to_owned(), value.to_owned()));
-            keys.extend(own);
+            // The keys of `headers` are names of the user.
+            keys.extend(own.filter(|(table, ..)| table != "headers"));
         }
     }
     keys

@@ -131,7 +131,7 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Form("`true`, `false`, or a [table](#tls)"),
         Value("false"),
         Reload,
-        "Probe over TLS. `true` verifies the certificate. A `tcp` probe ends after the handshake.",
+        "Probe over TLS; `true` verifies the certificate. A `tcp` probe ends after the handshake.",
     ),
     key(
         "interval",
@@ -196,7 +196,7 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Described("required for `steps`"),
         Reload,
         "For `steps`: what is sent and expected, in this order. An answer continues after the \
-         bytes that the step before has matched. All answers together have at most 64 KiB.",
+         bytes that the step before has matched; all answers together have at most 64 KiB.",
     ),
     key(
         "path",
