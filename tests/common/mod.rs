@@ -65,18 +65,33 @@ macro_rules! on_every_engine {
     )+};
 }
 
-/// Makes two tests of each function that loads the machine or measures time:
-/// `name::alone::io_uring` and `name::alone::epoll`. No other test runs at the same
-/// time.
+/// Makes two tests of each function that loads the machine: `name::alone::io_uring` and
+/// `name::alone::epoll`. No other test runs at the same time.
 macro_rules! on_every_engine_alone {
-    ($($name:ident),+ $(,)?) => {$(
+    ($($name:ident),+ $(,)?) => {
+        $crate::common::on_every_engine_apart!(alone, alone; $($name),+);
+    };
+}
+
+/// Makes two tests of each function that measures time and uses little CPU:
+/// `name::quiet::io_uring` and `name::quiet::epoll`. Under nextest two such tests run at the
+/// same time, and no others.
+macro_rules! on_every_engine_quiet {
+    ($($name:ident),+ $(,)?) => {
+        $crate::common::on_every_engine_apart!(quiet, shared; $($name),+);
+    };
+}
+
+/// Makes two tests of each function in a module named `$module`, with the lock `$lock`.
+macro_rules! on_every_engine_apart {
+    ($module:ident, $lock:ident; $($name:ident),+) => {$(
         mod $name {
-            mod alone {
+            mod $module {
                 use crate::common::{Engine, exclusive};
 
                 #[test]
                 fn io_uring() {
-                    let _share = exclusive::alone();
+                    let _share = exclusive::$lock();
                     if $crate::common::io_uring_runs() {
                         super::super::$name(Engine::IoUring);
                     }
@@ -84,7 +99,7 @@ macro_rules! on_every_engine_alone {
 
                 #[test]
                 fn epoll() {
-                    let _share = exclusive::alone();
+                    let _share = exclusive::$lock();
                     super::super::$name(Engine::Epoll);
                 }
             }
@@ -92,7 +107,9 @@ macro_rules! on_every_engine_alone {
     )+};
 }
 
-pub(crate) use {on_every_engine, on_every_engine_alone};
+pub(crate) use {
+    on_every_engine, on_every_engine_alone, on_every_engine_apart, on_every_engine_quiet,
+};
 
 /// Returns true if the long versions of the tests are requested (`TIDEGATE_LONG=1`).
 pub fn long() -> bool {

@@ -9,8 +9,8 @@ use crate::common::proc::raise_own_fd_limit;
 use crate::common::proxy::TestProxy;
 use crate::common::servers::{Nginx, Redis, redis_benchmark};
 use crate::common::{
-    Engine, eventually, have, http, measured, ms, on_every_engine, on_every_engine_alone, patience,
-    secs,
+    Engine, eventually, have, http, long, measured, ms, on_every_engine, on_every_engine_alone,
+    on_every_engine_quiet, patience, secs,
 };
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -34,10 +34,8 @@ on_every_engine!(
     process_cap_is_never_exceeded,
     backup_serves_only_without_primaries,
 );
-on_every_engine_alone!(
-    redis_benchmark_runs_without_errors,
-    waiting_client_is_served_soon_after_a_slot_is_freed,
-);
+on_every_engine_alone!(redis_benchmark_runs_without_errors);
+on_every_engine_quiet!(waiting_client_is_served_soon_after_a_slot_is_freed);
 
 const TCP_PROBE: &str = "kind = \"tcp\"\ninterval = \"100ms\"\ntimeout = \"100ms\"";
 const WEIGHTS: [(&str, u64); 3] = [("a", 5), ("b", 1), ("c", 1)];
@@ -127,8 +125,9 @@ fn redis_benchmark_runs_without_errors(engine: Engine) {
         .backend("b", servers[1].address);
     let proxy = TestProxy::start(Conf::new(engine).frontend("redis", "redis", "").pool(pool));
     let address = proxy.addr("redis");
+    let requests = if long() { "200000" } else { "50000" };
     for extra in [&["-c", "50"][..], &["-c", "50", "-P", "16"]] {
-        let base = ["-n", "200000", "-t", "get", "-q"];
+        let base = ["-n", requests, "-t", "get", "-q"];
         let report = redis_benchmark(address, &[&base[..], extra].concat());
         let last = report.lines().rfind(|line| line.contains("requests per second"));
         measured(&format!("{extra:?}: {}", last.unwrap_or("?").trim()));

@@ -8,7 +8,7 @@ use crate::common::client::{self, End, connect, try_connect};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
 use crate::common::{
-    Engine, eventually, long, ms, on_every_engine, on_every_engine_alone, patience, secs,
+    Engine, eventually, long, ms, on_every_engine, on_every_engine_quiet, patience, secs,
 };
 use rustix::process::Signal;
 use std::net::{SocketAddr, TcpStream};
@@ -35,7 +35,7 @@ on_every_engine!(
     drain_wait_waits_for_the_last_session_and_reports_the_rest,
     drain_stays_with_the_address_across_removal_from_the_file,
 );
-on_every_engine_alone!(clients_behind_a_router_see_no_failure_while_a_process_leaves);
+on_every_engine_quiet!(clients_behind_a_router_see_no_failure_while_a_process_leaves);
 
 fn echo_proxy(engine: Engine, drain_timeout: &str) -> (ScriptedBackend, TestProxy) {
     let backend = ScriptedBackend::start(backend::echo());

@@ -11,8 +11,8 @@ use crate::common::proxy::TestProxy;
 use crate::common::servers::{Nginx, Redis, Wrk};
 use crate::common::stable::{Steady, answered_by, failures_since};
 use crate::common::{
-    Engine, eventually, have, http, measured, ms, on_every_engine, on_every_engine_alone, patience,
-    proc, secs,
+    Engine, eventually, have, http, measured, ms, on_every_engine, on_every_engine_alone,
+    on_every_engine_quiet, patience, proc, secs,
 };
 use std::io::Read;
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -35,10 +35,8 @@ on_every_engine!(
     session_is_reset_if_every_backend_resets,
     fin_before_the_first_byte_is_not_retried,
 );
-on_every_engine_alone!(
-    killed_backend_fails_only_its_own_sessions,
-    exhausted_descriptors_do_not_count_as_backend_failures,
-);
+on_every_engine_alone!(killed_backend_fails_only_its_own_sessions);
+on_every_engine_quiet!(exhausted_descriptors_do_not_count_as_backend_failures);
 
 const FAST_TCP: &str = "kind = \"tcp\"\ninterval = \"100ms\"\ntimeout = \"100ms\"";
 

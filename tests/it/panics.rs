@@ -9,7 +9,7 @@ use crate::common::client::{self, End, connect, exchange, try_connect};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
 use crate::common::{
-    Engine, eventually, http, measured, ms, on_every_engine, on_every_engine_alone, patience, secs,
+    Engine, eventually, http, measured, ms, on_every_engine, on_every_engine_quiet, patience, secs,
 };
 use rustix::process::Signal;
 use std::net::TcpStream;
@@ -27,7 +27,7 @@ on_every_engine!(
     supervisor_replaces_a_process_after_a_control_thread_panic,
 );
 
-on_every_engine_alone!(
+on_every_engine_quiet!(
     panicked_worker_restarts_within_100_ms,
     stalled_worker_is_reported,
     stopped_process_reports_no_stalled_worker,

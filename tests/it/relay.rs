@@ -9,8 +9,8 @@ use crate::common::ledger::{Ledger, StreamSizes};
 use crate::common::proxy::TestProxy;
 use crate::common::servers::{Iperf3, iperf3_client};
 use crate::common::{
-    Engine, eventually, have, long, measured, ms, on_every_engine, on_every_engine_alone, patience,
-    ports, secs,
+    Engine, eventually, have, long, measured, ms, on_every_engine, on_every_engine_alone,
+    on_every_engine_quiet, patience, ports, secs,
 };
 use sha2::{Digest, Sha256};
 use std::io::{self, Read, Write};
@@ -40,9 +40,9 @@ on_every_engine!(
 on_every_engine_alone!(
     bulk_each_way_arrives_unchanged,
     ten_thousand_streams_arrive_unchanged,
-    slow_backend_does_not_grow_memory,
     iperf3_runs_both_ways_in_parallel,
 );
+on_every_engine_quiet!(slow_backend_does_not_grow_memory);
 
 fn relay_to(engine: Engine, backend: &ScriptedBackend) -> TestProxy {
     TestProxy::start(Conf::simple(engine, Pool::new("web").backend("a", backend.address())))

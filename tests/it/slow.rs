@@ -9,7 +9,7 @@ use crate::common::ports::free_port;
 use crate::common::proxy::{PROGRAM, TestProxy};
 use crate::common::servers::Running;
 use crate::common::{
-    Engine, eventually, long, measured, ms, on_every_engine, on_every_engine_alone, proc, secs,
+    Engine, eventually, long, measured, ms, on_every_engine, on_every_engine_quiet, proc, secs,
     skip,
 };
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -23,7 +23,7 @@ on_every_engine!(
     client_that_never_reads_stalls_only_its_own_session,
     session_of_a_slow_reader_is_not_idle,
 );
-on_every_engine_alone!(slow_clients_do_not_affect_latency_or_memory);
+on_every_engine_quiet!(slow_clients_do_not_affect_latency_or_memory);
 
 /// `tidegate backend` in one of its modes, in a separate process.
 pub struct Service {
@@ -157,7 +157,7 @@ fn wait_until_stalled(proxy: &TestProxy) {
 }
 
 fn slow_clients_do_not_affect_latency_or_memory(engine: Engine) {
-    let (size, lasting, rounds) = if long() { (5000, secs(5), 8) } else { (400, ms(1500), 2) };
+    let (size, lasting, rounds) = if long() { (5000, secs(5), 8) } else { (400, ms(700), 2) };
     if proc::raise_own_fd_limit() < 2 * size as u64 + 500 {
         return skip("the hard limit of descriptors is too low");
     }

@@ -20,7 +20,7 @@ on_every_engine_alone!(
 const LEFT_KIB_MAX: u64 = 2048;
 
 fn lasting() -> Duration {
-    if long() { secs(30) } else { secs(2) }
+    if long() { secs(30) } else { secs(1) }
 }
 
 fn start(engine: Engine) -> (TestProxy, Service) {

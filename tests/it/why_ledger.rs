@@ -8,7 +8,7 @@ use crate::common::backend::{Conn, Script, ScriptedBackend, script};
 use crate::common::conf::{Conf, Pool};
 use crate::common::ports::free_port;
 use crate::common::proxy::TestProxy;
-use crate::common::{Engine, long, measured, ms, on_every_engine_alone, patience, secs};
+use crate::common::{Engine, long, measured, ms, on_every_engine_quiet, patience, secs};
 use crate::why::assert_explained;
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
-on_every_engine_alone!(ledger_explains_every_line_of_the_access_log);
+on_every_engine_quiet!(ledger_explains_every_line_of_the_access_log);
 
 /// Backends of each pool, without backups.
 const MEMBERS: usize = 3;

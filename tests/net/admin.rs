@@ -198,13 +198,13 @@ fn slow_head_from_another_host_is_closed() {
     assert_eq!(open.curl("/v1/status", &["-H", RIGHT]), "200");
 }
 
-mod alone {
+mod quiet {
     use super::*;
 
     /// With 1,000 silent admin connections, requests are answered and sessions are served.
     #[test]
     fn thousand_admin_connections_block_no_request() {
-        let _share = crate::common::exclusive::alone();
+        let _share = crate::common::exclusive::shared();
         if !networks_run() || !have(&["curl"]) {
             return;
         }

@@ -8,16 +8,16 @@ use crate::testbed::Fault;
 use crate::trials;
 use crate::watch::{FastProbes, Heartbeats};
 
-/// Makes one test per fault and packet loss, each alone on the machine.
+/// Makes one test per fault and packet loss, two at a time (`.config/nextest.toml`).
 macro_rules! trials {
     ($way:ident, $watch:expr, $($name:ident: $fault:expr, $loss:expr);+ $(;)?) => {
         mod $way {
-            mod alone {
+            mod quiet {
                 use super::super::*;
 
                 $(#[test]
                 fn $name() {
-                    let _share = exclusive::alone();
+                    let _share = exclusive::shared();
                     trials::run(&$watch, $fault, $loss);
                 })+
             }

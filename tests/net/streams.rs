@@ -57,7 +57,7 @@ fn streams_are_complete_over_bad_links(engine: Engine) {
     let _backends: Vec<_> = hosts.backends.iter().map(|host| host.serve(ledger.script())).collect();
     let proxy = hosts.start(hosts.conf(engine, hosts.pool()));
     hosts.backends.iter().for_each(|host| host.link.set(BAD));
-    let streams = number("TIDEGATE_STREAMS").unwrap_or(if long() { 1_000_000 } else { 10_000 });
+    let streams = number("TIDEGATE_STREAMS").unwrap_or(if long() { 1_000_000 } else { 5_000 });
     let first = number("TIDEGATE_SEED").unwrap_or(0);
     let at_once = number("TIDEGATE_AT_ONCE").map_or(AT_ONCE, |many| many as usize);
     let start = Instant::now();
