@@ -3,5 +3,6 @@
 
 mod files;
 mod load;
+mod name_faults;
 mod names;
 mod registries;

@@ -26,15 +26,15 @@ on_every_engine!(
 
 /// Backends at 127.0.0.11, 127.0.0.12 and so on, at one port. Each answers with its last
 /// number.
-struct NamedSite {
-    port: u16,
+pub(super) struct NamedSite {
+    pub(super) port: u16,
     _backends: Vec<ScriptedBackend>,
 }
 
 // === impl NamedSite ===
 
 impl NamedSite {
-    fn start(count: u8) -> NamedSite {
+    pub(super) fn start(count: u8) -> NamedSite {
         let start = |port: u16, number: u8| {
             let address = SocketAddr::from(([127, 0, 0, 11 + number], port));
             ScriptedBackend::start_on(address, backend::name(&(11 + number).to_string()))
@@ -43,7 +43,7 @@ impl NamedSite {
         NamedSite { port, _backends: (0..count).map(|number| start(port, number)).collect() }
     }
 
-    fn member(&self, number: u8) -> String {
+    pub(super) fn member(&self, number: u8) -> String {
         format!("pg@127.0.0.{number}:{}", self.port)
     }
 
@@ -71,7 +71,7 @@ fn hosts(numbers: &[u8]) -> String {
 }
 
 /// Returns the names of the eligible backends of `web`, sorted.
-fn eligible(proxy: &TestProxy) -> Vec<String> {
+pub(super) fn eligible(proxy: &TestProxy) -> Vec<String> {
     let status = proxy.status();
     let backends = status["pools"][0]["backends"].as_array().expect("backends");
     let backends = backends.iter().filter(|backend| backend["eligible"] == true);
@@ -82,7 +82,7 @@ fn eligible(proxy: &TestProxy) -> Vec<String> {
 }
 
 #[track_caller]
-fn wait_for(proxy: &TestProxy, names: &[String]) {
+pub(super) fn wait_for(proxy: &TestProxy, names: &[String]) {
     eventually(secs(15), &format!("{names:?} serve"), || eligible(proxy) == names);
 }
 
