@@ -22,6 +22,10 @@ const TURN_MIN: Duration = Duration::from_millis(20);
 /// frequent answers use at most about a tenth of the control thread.
 const TURN_SHARE: u32 = 10;
 
+/// Longest wait for the next turn. Thousands of members that join together can take longer
+/// than a tenth of it, and the next change must not wait for several seconds.
+const TURN_MAX: Duration = Duration::from_millis(500);
+
 /// Shortest time between two writes of the views.
 const SAVE_MIN: Duration = Duration::from_secs(1);
 
@@ -123,6 +127,6 @@ impl Control {
         self.feed(told.map(|SourceAnswer { key, told, at }| ControlEvent::Told { key, told, at }));
         let now = clock::now();
         let took = now.saturating_duration_since(began);
-        self.sources.not_before = Some(now + TURN_MIN.max(took * TURN_SHARE));
+        self.sources.not_before = Some(now + (took * TURN_SHARE).clamp(TURN_MIN, TURN_MAX));
     }
 }

@@ -24,6 +24,10 @@ use tokio::sync::Notify;
 /// Time between two reads of a file that is not seen to change.
 const CHECK_INTERVAL: Duration = Duration::from_secs(10);
 
+/// A change is complete after this time without events. A part of a list is never a list, so
+/// a read that is too early only counts as a failure.
+const SETTLE: Duration = Duration::from_millis(30);
+
 /// Reads the file forever. Tells each change, and a sign of life for each read without one.
 pub async fn run(path: PathBuf, teller: Teller) -> Infallible {
     let changed = Arc::new(Notify::new());
@@ -72,7 +76,8 @@ async fn wait(changed: &Notify, watcher: Option<&FileWatcher>, pause: &mut Pause
 /// `None`: this host has no thread left; the file is read on time only.
 async fn watch(path: &Path, changed: Arc<Notify>) -> Option<FileWatcher> {
     let path = path.to_owned();
-    let start = move || FileWatcher::start(&path, move || changed.notify_one());
+    let notify = move || changed.notify_one();
+    let start = move || FileWatcher::start_settling(&path, SETTLE, notify);
     let started = tokio::task::spawn_blocking(start).await;
     match started.unwrap_or_else(|_| Err(io::Error::other("the watcher panicked"))) {
         Ok(watcher) => Some(watcher),

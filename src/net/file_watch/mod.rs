@@ -116,6 +116,7 @@ struct WatchSettings {
     poll: Duration,
     notify: bool,
     silence: Duration,
+    settle: Duration,
 }
 
 /// Metadata of a file, to detect changes.
@@ -160,7 +161,20 @@ impl FileWatcher {
     /// cannot be started. Missing inotify is not an error: see
     /// [`FileWatcher::polling_reason`].
     pub fn start(path: &Path, on_change: impl Fn() + Send + 'static) -> io::Result<FileWatcher> {
-        let settings = WatchSettings { poll: POLL, notify: true, silence: SILENCE };
+        Self::start_settling(path, SETTLE, on_change)
+    }
+
+    /// As [`start`](FileWatcher::start), but a change is complete after `settle` without
+    /// events (default 200 ms). For files in which a part is never valid.
+    ///
+    /// # Errors
+    /// As [`start`](FileWatcher::start).
+    pub fn start_settling(
+        path: &Path,
+        settle: Duration,
+        on_change: impl Fn() + Send + 'static,
+    ) -> io::Result<FileWatcher> {
+        let settings = WatchSettings { poll: POLL, notify: true, silence: SILENCE, settle };
         Self::start_with(path, settings, on_change)
     }
 
@@ -202,7 +216,7 @@ impl FileWatcher {
         on_change: impl Fn() + Send + 'static,
     ) -> io::Result<FileWatcher> {
         let times = Times {
-            settle: SETTLE,
+            settle: settings.settle,
             settle_max: SETTLE_MAX,
             confirm: POLL_ALONE.min(settings.poll),
             silence: settings.silence,

@@ -29,13 +29,17 @@ fn watched(path: &Path, settings: WatchSettings) -> Watched {
 }
 
 fn notified(path: &Path) -> Watched {
-    let watched = watched(path, WatchSettings { poll: NEVER, notify: true, silence: SILENCE });
+    let watched = watched(path, settings(NEVER, SILENCE));
     assert_eq!(watched.watcher.polling_reason(), None);
     watched
 }
 
+fn settings(poll: Duration, silence: Duration) -> WatchSettings {
+    WatchSettings { poll, notify: true, silence, settle: SETTLE }
+}
+
 fn polling(millis: u64, notify: bool) -> WatchSettings {
-    WatchSettings { poll: Duration::from_millis(millis), notify, silence: SILENCE }
+    WatchSettings { notify, ..settings(Duration::from_millis(millis), SILENCE) }
 }
 
 /// Writes `content` in pieces through one file descriptor. The pauses are longer than
@@ -287,7 +291,7 @@ fn silent_writer_delays_the_notification_up_to_the_bound() {
     let file = directory.path().join("t.toml");
     fs::write(&file, "0").unwrap();
     let silence = 6 * SETTLE;
-    let watched = watched(&file, WatchSettings { poll: NEVER, notify: true, silence });
+    let watched = watched(&file, settings(NEVER, silence));
     let mut writer = fs::OpenOptions::new().append(true).open(&file).unwrap();
     writer.write_all(b"1").unwrap();
     assert!(watched.is_quiet(), "notification while the writer has the file open");

@@ -156,6 +156,13 @@ impl SliceDocument {
         }
     }
 
+    /// The slice with another TCP port.
+    #[must_use]
+    pub fn with_port(mut self, port: u16) -> SliceDocument {
+        self.ports = Some(vec![PortDocument { name: "http", port, protocol: "TCP" }]);
+        self
+    }
+
     /// The object of a bookmark: nothing but a version.
     pub(super) fn bookmark(version: u64) -> SliceDocument {
         let mut slice = SliceDocument::new("", "", "", Vec::new());
