@@ -108,9 +108,12 @@ def arguments():
     return options
 
 
-def missing_programs():
-    found = [program for program in ("etcd", "java", "dnsmasq") if not world.candidates.find(program)]
-    if not os.path.exists(os.path.join(world.CLASSES, "zookeeper.jar")):
+def missing_programs(names):
+    needed = {"etcd": {"etcd", "entries", "storm", "storm-large", "idle"}, "java": {"zookeeper"},
+              "dnsmasq": {"dns", "idle"}}
+    found = [program for program, figures in needed.items()
+             if figures & set(names) and not world.candidates.find(program)]
+    if "zookeeper" in names and not os.path.exists(f"{world.CLASSES}/zookeeper.jar"):
         found.append("zookeeper")
     return found
 
@@ -119,7 +122,7 @@ def main():
     options = arguments()
     if options.check:
         return 0
-    missing = missing_programs()
+    missing = missing_programs(options.names)
     if missing:
         print(f"scripts/discovery-figures: missing: {', '.join(missing)}", file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use tidegate_core::control::MEMBERS_MAX;
 use tidegate_core::discovery::{Announced, Wish};
 
@@ -278,8 +278,8 @@ impl TryFrom<BTreeMap<String, String>> for ListedLabels {
 
 impl ListedState {
     /// Returns the wish, and the word itself.
-    pub(crate) fn wish(self) -> (Wish, &'static str) {
-        match self {
+    pub(crate) fn wish(self) -> (Wish, Arc<str>) {
+        let (wish, word) = match self {
             ListedState::Ready => (Wish::Sessions, "ready"),
             ListedState::Starting => (Wish::Starting, "starting"),
             ListedState::Draining => (Wish::Draining, "draining"),
@@ -287,8 +287,15 @@ impl ListedState {
             ListedState::Stopping => (Wish::Draining, "stopping"),
             ListedState::Critical => (Wish::Critical, "critical"),
             ListedState::Down => (Wish::Critical, "down"),
-        }
+        };
+        (wish, shared_word(word))
     }
+}
+
+/// Returns a text that all members with this word share, because a set can have thousands.
+fn shared_word(word: &'static str) -> Arc<str> {
+    static READY: LazyLock<Arc<str>> = LazyLock::new(|| "ready".into());
+    if word == "ready" { Arc::clone(&READY) } else { word.into() }
 }
 
 impl ListedKeys {
@@ -302,7 +309,7 @@ impl ListedKeys {
             (None, None) => address.to_string().into(),
         };
         let weight = self.weight.map(|weight| weight.0);
-        Announced { name, address, weight, backup: self.backup, wish, raw: raw.into() }
+        Announced { name, address, weight, backup: self.backup, wish, raw }
     }
 }
 

@@ -62,6 +62,11 @@ impl TransitionHistory {
             self.ring.pop_front();
             self.adopted = self.adopted.saturating_sub(1);
         }
+        // Most members of a source have one transition. A ring that grows by itself begins
+        // with four places, 120 bytes each.
+        if self.ring.len() == self.ring.capacity() {
+            self.ring.reserve_exact(self.ring.len().max(1));
+        }
         self.ring.push_back(transition);
     }
 

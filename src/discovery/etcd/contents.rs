@@ -66,13 +66,16 @@ impl PrefixContents {
     pub(super) fn replace(&mut self, listed: Vec<KeyValue>, count: i64, revision: i64) -> bool {
         let mut former = std::mem::take(&mut self.entries);
         let mut changed = false;
+        let mut entries = Vec::with_capacity(listed.len().min(MEMBERS_MAX));
         for entry in listed.into_iter().take(MEMBERS_MAX) {
             let key = entry.key.0.into_boxed_slice();
             let before = former.remove(&key);
             let (now, differs) = self.read(&key, &entry.value.0, before);
             changed |= differs;
-            self.entries.insert(key, now);
+            entries.push((key, now));
         }
+        // A map that is built at once has full nodes.
+        self.entries = entries.into_iter().collect();
         changed |= former.values().any(|gone| gone.announced.is_some() || !gone.readable);
         self.count = count.max(self.entries.len() as i64);
         self.revision = revision;
@@ -172,6 +175,6 @@ fn member(name: &[u8], value: &[u8]) -> Option<Announced> {
         weight: value.weight.map(NonZeroU16::get),
         backup: value.backup,
         wish,
-        raw: raw.into(),
+        raw,
     })
 }
