@@ -65,15 +65,20 @@ pub async fn run(
     };
     let mut pause = Pause::new();
     let mut changes = ZkChanges { lost: true, ..ZkChanges::default() };
+    let mut had_changed = false;
     loop {
         pause.begin();
         match source.read(&changes).await {
             Ok(()) => {
-                if source.tell() {
+                // A deleted child has two events: its own and that of the list. The second
+                // one can change nothing, and must not delay the next change.
+                let changed = source.tell();
+                if changed || had_changed {
                     pause.changed().await;
                 } else {
                     pause.unchanged().await;
                 }
+                had_changed = changed;
                 changes = source.next_changes().await;
             }
             Err(failure) => {

@@ -109,6 +109,25 @@ async fn members_come_change_and_leave_and_a_missing_node_is_a_failure() {
 }
 
 #[tokio::test]
+async fn a_deleted_child_does_not_delay_the_next_change() {
+    let Some((_dir, server)) = server() else { return };
+    let client = open(registry(&[server.address()]));
+    put(&client, "/web", "", false).await;
+    put(&client, "/web/a", &at(1), false).await;
+    let mut asked = ask(registry(&[server.address()]), "/web", ZookeeperFormat::Json);
+    asked.names(&["a"]).await;
+    for _ in 0..10 {
+        put(&client, "/web/b", &at(2), false).await;
+        let told = asked.names(&["a", "b"]).await;
+        assert!(told < Duration::from_millis(700), "a new child was told after {told:?}");
+        sleep(Duration::from_millis(150)).await;
+        delete(&client, "/web/b").await;
+        asked.names(&["a"]).await;
+        sleep(Duration::from_millis(150)).await;
+    }
+}
+
+#[tokio::test]
 async fn ten_thousand_children_are_listed_in_time_and_one_change_costs_one_read() {
     let Some((_dir, server)) = server() else { return };
     let client = open(registry(&[server.address()]));
