@@ -1,7 +1,6 @@
 //! Tests of the balancing policies through the public API: weights, caps, retries and
 //! handover between tables, with one thread and with many.
 
-#![cfg(not(tidegate_loom))]
 #![allow(clippy::unwrap_used)]
 
 mod load;

@@ -61,7 +61,7 @@ impl AliasTable {
 }
 
 #[cfg(test)]
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 mod tests {
     use super::*;
     use proptest::prelude::*;

@@ -16,13 +16,13 @@
 //! change. Its column holds the slots it had, and another process subtracts that column
 //! from the word.
 
-#[cfg(tidegate_loom)]
+#[cfg(feature = "loom")]
 use loom::sync::atomic::AtomicU64;
 use std::ops::Deref;
 use std::sync::Arc;
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 use std::sync::atomic::{AtomicU64, Ordering};
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 use std::sync::{Mutex, PoisonError};
 
 /// Number of columns of a count.
@@ -64,7 +64,7 @@ pub const fn cleared(word: u64, of: u32) -> u64 {
 }
 
 /// A count: the word, and a guard that reserves the word for this count.
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 #[derive(Debug, Clone)]
 pub struct Count {
     word: &'static AtomicU64,
@@ -78,23 +78,23 @@ pub trait CountHold: std::fmt::Debug + Send + Sync {}
 impl<T: std::fmt::Debug + Send + Sync> CountHold for T {}
 
 /// A word that belongs to this process only, on separate cache lines.
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 #[derive(Debug)]
 #[repr(C, align(128))]
 struct OwnWord(AtomicU64);
 
 /// Words that no count uses at the moment. They are never freed, so their number is the
 /// maximum that was ever in use at the same time.
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 static FREE: Mutex<Vec<&'static OwnWord>> = Mutex::new(Vec::new());
 
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 #[derive(Debug)]
 struct OwnHold(&'static OwnWord);
 
 // === impl Count ===
 
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 impl Count {
     /// Creates a count that is not shared with other processes.
     pub fn own() -> Count {
@@ -116,7 +116,7 @@ impl Count {
     }
 }
 
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 impl Deref for Count {
     type Target = AtomicU64;
 
@@ -126,7 +126,7 @@ impl Deref for Count {
     }
 }
 
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 impl Drop for OwnHold {
     fn drop(&mut self) {
         FREE.lock().unwrap_or_else(PoisonError::into_inner).push(self.0);
@@ -134,11 +134,11 @@ impl Drop for OwnHold {
 }
 
 /// Replaces shared memory in loom models, because loom tracks only its own atomics.
-#[cfg(tidegate_loom)]
+#[cfg(feature = "loom")]
 #[derive(Debug, Clone)]
 pub struct Count(Arc<AtomicU64>);
 
-#[cfg(tidegate_loom)]
+#[cfg(feature = "loom")]
 impl Count {
     /// Creates a count.
     pub fn own() -> Count {
@@ -156,7 +156,7 @@ impl Count {
     }
 }
 
-#[cfg(tidegate_loom)]
+#[cfg(feature = "loom")]
 impl Deref for Count {
     type Target = AtomicU64;
 
@@ -165,7 +165,7 @@ impl Deref for Count {
     }
 }
 
-#[cfg(all(test, not(tidegate_loom)))]
+#[cfg(all(test, not(feature = "loom")))]
 mod tests {
     use super::*;
 

@@ -31,9 +31,9 @@
 
 use super::count::{COUNT_MAX, Count, sum, unit};
 use super::trial::{TrialCell, TrialId, TrialPhase};
-#[cfg(tidegate_loom)]
+#[cfg(feature = "loom")]
 use loom::sync::atomic::{AtomicU32, Ordering};
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Maximum number of sessions of other processes that are added to one count. With the
@@ -248,7 +248,7 @@ impl Default for InFlight {
 }
 
 #[cfg(test)]
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 mod tests {
     use super::*;
 
@@ -325,7 +325,7 @@ mod tests {
     }
 }
 
-#[cfg(all(test, tidegate_loom))]
+#[cfg(all(test, feature = "loom"))]
 mod loom_models {
     use super::*;
     use crate::balance::count::cleared;

@@ -23,9 +23,9 @@
 //! measured. The duration of a session has no influence.
 
 use crossbeam::utils::CachePadded;
-#[cfg(tidegate_loom)]
+#[cfg(feature = "loom")]
 use loom::sync::atomic::{AtomicU64, Ordering};
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -177,7 +177,7 @@ fn left_after(age: u64) -> f32 {
 }
 
 #[cfg(test)]
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 mod tests {
     use super::*;
     use proptest::prelude::*;
@@ -282,7 +282,7 @@ mod tests {
     }
 }
 
-#[cfg(all(test, tidegate_loom))]
+#[cfg(all(test, feature = "loom"))]
 mod loom_models {
     use super::*;
     use loom::thread;

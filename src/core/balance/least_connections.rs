@@ -11,9 +11,9 @@ use super::slow_start::Excluded;
 use super::two_choices::TwoChoices;
 use super::{Candidate, scan};
 use crate::balance::random_stream::DrawStream;
-#[cfg(tidegate_loom)]
+#[cfg(feature = "loom")]
 use loom::sync::atomic::Ordering;
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 use std::sync::atomic::Ordering;
 
 /// Maximum number of candidates that a pick scans; at most 64, because equals are bits
@@ -203,7 +203,7 @@ fn place_of_bit(word: u64, mut rank: u32) -> u32 {
 }
 
 #[cfg(test)]
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 mod tests {
     use super::*;
     use crate::balance::recorder::Unrecorded;

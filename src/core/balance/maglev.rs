@@ -97,7 +97,7 @@ fn following(slot: u32, skip: u32, size: u32) -> u32 {
 }
 
 #[cfg(test)]
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 mod tests {
     use super::*;
     use proptest::prelude::*;

@@ -5,9 +5,9 @@
 //! this. It never blocks.
 
 use crossbeam::utils::CachePadded;
-#[cfg(tidegate_loom)]
+#[cfg(feature = "loom")]
 use loom::sync::atomic::{AtomicU64, Ordering};
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Number of places taken so far. 64 bits last for 584 years at 10^9 picks per second.
@@ -37,7 +37,7 @@ impl Position {
     }
 }
 
-#[cfg(all(test, tidegate_loom))]
+#[cfg(all(test, feature = "loom"))]
 mod loom_models {
     use super::*;
     use loom::thread;

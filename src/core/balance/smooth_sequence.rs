@@ -126,7 +126,7 @@ impl SmoothState {
 }
 
 #[cfg(test)]
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 mod tests {
     use super::*;
     use proptest::prelude::*;

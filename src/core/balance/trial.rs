@@ -6,10 +6,10 @@
 //! controller starts and ends trials. The admitted session reports its phase. Nothing
 //! here blocks. The code is model-checked with loom.
 
-#[cfg(tidegate_loom)]
+#[cfg(feature = "loom")]
 use loom::sync::atomic::{AtomicU32, Ordering};
 use std::num::NonZeroU32;
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Bits of the word that hold the phase. The bits above them hold the number of the
@@ -186,7 +186,7 @@ impl TrialPhase {
 }
 
 #[cfg(test)]
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 mod tests {
     use super::*;
 
@@ -229,7 +229,7 @@ mod tests {
     }
 }
 
-#[cfg(all(test, tidegate_loom))]
+#[cfg(all(test, feature = "loom"))]
 mod loom_models {
     use super::*;
     use loom::thread;

@@ -234,7 +234,7 @@ fn reuses(backend: &BackendState, reuse: Reuse) -> bool {
 }
 
 #[cfg(test)]
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 mod tests {
     use super::*;
 

@@ -6,9 +6,9 @@
 
 use crate::metrics::progress::WorkerProgress;
 use crossbeam::utils::CachePadded;
-#[cfg(tidegate_loom)]
+#[cfg(feature = "loom")]
 use loom::sync::atomic::{AtomicU64, Ordering};
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A count with exactly one writing thread and any number of readers. It includes the
@@ -319,7 +319,7 @@ impl WorkerCounters {
     }
 }
 
-#[cfg(all(test, tidegate_loom))]
+#[cfg(all(test, feature = "loom"))]
 mod loom_models {
     use super::*;
     use std::sync::Arc;

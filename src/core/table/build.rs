@@ -295,5 +295,5 @@ fn is_same(built: &PoolTable, before: &PoolTable) -> bool {
 }
 
 #[cfg(test)]
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 mod tests;

@@ -250,5 +250,5 @@ fn micros(time: Duration) -> u32 {
 }
 
 #[cfg(test)]
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 mod tests;

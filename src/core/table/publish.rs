@@ -73,7 +73,7 @@ impl TableReader {
 }
 
 #[cfg(test)]
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 mod tests {
     use super::*;
 

@@ -129,7 +129,7 @@ fn lies_in(ranges: &[IpNet], address: IpAddr) -> bool {
 }
 
 #[cfg(test)]
-#[cfg(not(tidegate_loom))]
+#[cfg(not(feature = "loom"))]
 mod tests {
     use super::*;
     use crate::model::{FrontendId, PeerAddr, PoolId, RouteTarget};
