@@ -388,7 +388,7 @@ async fn a_host_name_is_resolved_and_an_unknown_one_removes_no_instance() {
 }
 
 /// Measures; figures are printed with `--nocapture`.
-mod alone {
+mod quiet {
     use super::*;
 
     #[tokio::test]

@@ -67,7 +67,7 @@ fn pass_on(mut client: TcpStream, node: SocketAddr, generation: &AtomicU32) {
 }
 
 /// A busy host delays the pings of the source.
-mod alone {
+mod quiet {
     use super::*;
 
     #[test]

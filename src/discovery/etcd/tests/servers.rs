@@ -33,7 +33,7 @@ fn killed_leader_is_left_and_the_set_stays() {
 }
 
 /// A busy host delays the pings of the source.
-mod alone {
+mod quiet {
     use super::*;
 
     #[test]
