@@ -320,8 +320,12 @@ names! {
         Maintenance = "maintenance",
         /// Its heartbeats report `starting`, `draining` or `stopping`.
         DrainingBySender = "draining-by-sender",
+        /// A member source asks for no new sessions.
+        DrainingByRegistry = "draining-by-registry",
         /// It waits for its first probe result or heartbeat.
         NoVerdict = "no-verdict",
+        /// No connect to it has succeeded since it joined.
+        Unverified = "unverified",
         /// It is at its cap.
         AtCap = "at-cap",
         /// Its trial session is not decided yet.

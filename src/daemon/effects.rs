@@ -24,8 +24,11 @@ impl Control {
         if tracing::enabled!(tracing::Level::DEBUG) {
             all.iter().for_each(|event| self.log_evidence(event));
         }
-        let effects = self.controller.apply_all(all, clock::now());
+        let start = clock::now();
+        let effects = self.controller.apply_all(all, start);
         self.apply_effects(effects);
+        let end = clock::now();
+        self.controller.took(end.saturating_duration_since(start), end);
     }
 
     /// Logs evidence at level `debug`, except heartbeats (`heartbeats` logs them at `trace`).

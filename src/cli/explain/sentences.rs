@@ -153,6 +153,10 @@ fn skip_reason(skipped: &SkippedDoc) -> String {
         SkipReasonName::DrainingBySender => {
             format!("reported as not ready by its sender for {time}")
         }
+        SkipReasonName::DrainingByRegistry => {
+            format!("drained by a member source for {time}")
+        }
+        SkipReasonName::Unverified => format!("no connect to it has succeeded for {time}"),
         SkipReasonName::NoVerdict => format!("no probe result or heartbeat for {time}"),
         SkipReasonName::AtCap => "at its cap".to_owned(),
         SkipReasonName::TrialOpen => "its trial session is not decided".to_owned(),
@@ -345,7 +349,9 @@ mod tests {
             "draining",
             "maintenance",
             "draining-by-sender",
+            "draining-by-registry",
             "no-verdict",
+            "unverified",
             "at-cap",
             "trial-open",
             "slow-start",
@@ -365,7 +371,9 @@ mod tests {
             drained by an operator for 41 s
             in maintenance for 41 s
             reported as not ready by its sender for 41 s
+            drained by a member source for 41 s
             no probe result or heartbeat for 41 s
+            no connect to it has succeeded for 41 s
             at its cap
             its trial session is not decided
             its slow start limits its share

@@ -151,8 +151,8 @@ pub(super) const DISCOVER: &[ConfigKey] = &[
             "[\"10.0.0.0/8\", \"100.64.0.0/10\", \"172.16.0.0/12\", \"192.168.0.0/16\", \"fc00::/7\"]",
         ),
         Reload,
-        "Prefixes in which announced addresses must be. The default has no loopback and no \
-         link-local addresses.",
+        "Prefixes in which announced addresses must be. Loopback and link-local addresses are \
+         only in prefixes without others, such as `127.0.0.0/8`.",
     ),
     key(
         "backends_max",
@@ -195,7 +195,8 @@ pub(super) const DISCOVER: &[ConfigKey] = &[
         Share,
         Value("\"50%\""),
         Reload,
-        "An answer that removes a larger share of the backends counts after a second one.",
+        "An answer counts after a second one if it is smaller than the largest of the last \
+         `confirm_after` by more than this share. New backends replace others.",
     ),
     key(
         "confirm_after",
@@ -224,7 +225,8 @@ pub(super) const DISCOVER: &[ConfigKey] = &[
         WordOrTime("forever", "", "10s", "30d"),
         Value("\"forever\""),
         Reload,
-        "Age of the last answer at which the backends are drained, except the last eligible one.",
+        "Age of the last answer at which the backends are drained that only this source lists, \
+         except the last eligible one of the pool.",
     ),
     key(
         "critical",
@@ -341,7 +343,8 @@ pub(super) const DNS: &[ConfigKey] = &[
         Time("1s", "1d"),
         Value("\"30s\""),
         Reload,
-        "Time that the name of a backend must not exist (NXDOMAIN) before its addresses leave.",
+        "Time that the name of a backend must not exist (NXDOMAIN) before its addresses leave. \
+         With `kind = \"dns\"`, the least such time if `empty` is not `keep`.",
     ),
     key(
         "ttl_min",

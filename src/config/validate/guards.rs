@@ -68,6 +68,7 @@ pub(crate) fn defaults(asked: AskedKind) -> ViewGuards {
         },
         max_removed: 50,
         confirm_after: Duration::from_secs(10),
+        hold_empty: Duration::ZERO,
         min_backends: 1,
         // An answer of DNS can be a part of the addresses.
         missing: if asked == AskedKind::Dns { 2 } else { 1 },
@@ -96,6 +97,7 @@ pub(super) fn read(section: &Section<'_, '_>, asked: AskedKind) -> ViewGuards {
             .text("max_removed", "a share such as \"50%\"", value::percent)
             .or(default.max_removed),
         confirm_after: section.duration("confirm_after", "10s", CONFIRM).or(default.confirm_after),
+        hold_empty: default.hold_empty,
         min_backends: min_backends.or(default.min_backends),
         missing: section.integer("missing", MISSING).or(default.missing),
         overlap: wait(section, "overlap").or(default.overlap),

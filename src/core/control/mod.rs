@@ -85,7 +85,7 @@ use schedule::TimerKind;
 use slow_backends::SlowBackends;
 use state::ControlState;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// See the module documentation.
 #[derive(Debug)]
@@ -174,6 +174,12 @@ impl Controller {
             }
         }
         self.finish(now)
+    }
+
+    /// Tells how long the last events took, with their effects, until `now`. Tables and
+    /// answers of member sources that can wait are delayed accordingly.
+    pub fn took(&mut self, took: Duration, now: Instant) {
+        self.publisher.took(&mut self.state, took, now);
     }
 
     fn probed(&mut self, id: BackendId, token: ProbeToken, outcome: ProbeOutcome, now: Instant) {

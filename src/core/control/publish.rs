@@ -175,9 +175,11 @@ impl BackendEntry {
         Some(match (health.intent, health.observation()) {
             (Intent::Draining, _) => SkipReason::DrainedByOperator,
             (Intent::Maintenance, _) => SkipReason::Maintenance,
-            _ if !health.is_wanted() => SkipReason::DrainedBySender,
+            _ if health.requested != RequestedState::Ready => SkipReason::DrainedBySender,
+            _ if !health.is_wanted() => SkipReason::DrainedByRegistry,
             _ if health.outlier.is_ejected() => SkipReason::Ejected,
             (_, Observation::Down) => SkipReason::Down,
+            _ if health.unverified => SkipReason::Unverified,
             _ => SkipReason::NoVerdict,
         })
     }
@@ -186,12 +188,10 @@ impl BackendEntry {
     fn left_out_at(&self, reason: SkipReason) -> Instant {
         match reason {
             SkipReason::DrainedByOperator | SkipReason::Maintenance => self.health.intent_since,
-            SkipReason::DrainedBySender if self.health.requested == RequestedState::Ready => {
-                self.wish_since
-            }
             SkipReason::DrainedBySender => self.requested_since,
+            SkipReason::DrainedByRegistry => self.wish_since,
             SkipReason::Ejected => self.health.outlier.until().unwrap_or(self.observed_since),
-            SkipReason::NoVerdict => self.health.since,
+            SkipReason::NoVerdict | SkipReason::Unverified => self.health.since,
             _ => self.observed_since,
         }
     }

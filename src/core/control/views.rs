@@ -8,38 +8,34 @@
 //!   is a name. It is kept while the configuration has its source.
 //! - If a reload changes the question, the members of the old one stay until the first
 //!   answer that counts. No share of removals holds that answer back.
-//! - Answers of one source are applied at most ten times per second, and less often if they
-//!   have more than 3,000 members; the newest one counts.
+//! - Answers of one source are applied at most ten times per second, and the answers of all
+//!   sources less often if they cost more than a tenth of the time; the newest one counts.
 
 mod notices;
 pub(super) mod saved;
+mod sight;
 pub(super) mod verification;
 
 use super::backends::BackendEntry;
 use super::heartbeats::HeartbeatWatch;
 use super::members::{ListedMember, MemberSource, MembersIgnored};
-use super::pools::{PoolId, PoolSet};
+use super::pools::PoolId;
 use super::publish::pacer::PACE;
 use super::schedule::TimerKind;
 use super::state::ControlState;
-use crate::control::backends::BackendSet;
 use crate::discovery::Told;
-use crate::discovery::view::{HeldRemoval, LocalSight, MemberWish, View, ViewStatus};
-use crate::health::Observation;
+use crate::discovery::view::{HeldRemoval, MemberWish, View, ViewStatus};
 use crate::model::{
     BackendAddr, BackendConfig, Config, NameRecord, NamedBackend, PoolConfig, SourceKey,
     SourceQuestion, ViewGuards, WEIGHT_MAX, Words,
 };
+use sight::PoolSight;
 use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Longest wait for a first answer about a name.
 const NAME_WAIT_MAX: Duration = Duration::from_secs(2);
-
-/// Pause after an answer, per member: at least ten times what the answer costs.
-const MEMBER_PAUSE: Duration = Duration::from_micros(30);
 
 /// Identifies a view for its timer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -53,6 +49,10 @@ pub(super) struct MemberViews {
     /// By pool name, in order of precedence.
     pools: HashMap<Arc<str>, Vec<ViewId>>,
     last_id: u32,
+    /// No answer is applied before this time, because the last ones were expensive.
+    not_before: Option<Instant>,
+    /// An answer was applied since the last [`MemberViews::take_applied`].
+    applied: bool,
     /// A view has changed since the last [`MemberViews::take_unsaved`].
     unsaved: bool,
     /// A view has changed members since the last table.
@@ -108,39 +108,12 @@ pub struct SourceStatus {
     pub view: ViewStatus,
 }
 
-/// The backends of one pool, seen by their addresses.
-struct PoolSight<'a> {
-    pool: PoolId,
-    pools: &'a PoolSet,
-    backends: &'a BackendSet,
-}
-
 /// What a view has to know about the configuration.
 struct ViewSettings {
     question: SourceQuestion,
     guards: ViewGuards,
     named: Option<NamedBackend>,
     first_wait: Duration,
-}
-
-// === impl PoolSight ===
-
-impl PoolSight<'_> {
-    fn at(&self, address: SocketAddr) -> Option<&BackendEntry> {
-        self.backends.get(self.pools.get(self.pool)?.member_at(address)?)
-    }
-}
-
-impl LocalSight for PoolSight<'_> {
-    fn is_up(&self, address: SocketAddr) -> bool {
-        self.at(address).is_some_and(|entry| {
-            entry.health.eligible() && entry.health.observation() != Observation::Suspect
-        })
-    }
-
-    fn is_eligible(&self, address: SocketAddr) -> bool {
-        self.at(address).is_some_and(|entry| entry.health.eligible())
-    }
 }
 
 // === impl MemberViews ===
@@ -235,6 +208,16 @@ impl MemberViews {
         views.filter_map(|view| view.announced(entry, now)).collect()
     }
 
+    /// Whether an answer was applied since the last call.
+    pub(super) fn take_applied(&mut self) -> bool {
+        std::mem::take(&mut self.applied)
+    }
+
+    /// Delays answers until `at`.
+    pub(super) fn wait_until(&mut self, at: Instant) {
+        self.not_before = Some(at);
+    }
+
     /// Whether views have changed members since the last call.
     pub(super) fn take_unpublished(&mut self) -> bool {
         std::mem::take(&mut self.unpublished)
@@ -310,6 +293,7 @@ impl SourceView {
         if !is_same_question(&self.question, &settings.question) {
             self.moved = self.view.has_answer();
             (self.pending, self.heard) = (None, false);
+            self.view.forget_answers();
         }
         self.label = label(&settings.question, settings.named.as_ref());
         let named = settings.named != self.named;
@@ -393,9 +377,9 @@ impl SourceView {
         })
     }
 
-    /// Returns when the view has to be looked at.
-    fn next_due(&self) -> Option<Instant> {
-        let turn = self.not_before.filter(|_| self.pending.is_some());
+    /// Returns when the view has to be looked at, if answers wait at least until `turn`.
+    fn next_due(&self, turn: Option<Instant>) -> Option<Instant> {
+        let turn = self.not_before.max(turn).filter(|_| self.pending.is_some());
         [turn, self.view.next_due()].into_iter().flatten().min()
     }
 }
@@ -464,7 +448,7 @@ impl ControlState {
             return;
         };
         let Some(view) = self.views.views.get_mut(&id) else { return };
-        let early = view.not_before.is_some_and(|turn| turn > now);
+        let early = view.not_before.max(self.views.not_before).is_some_and(|turn| turn > now);
         match told {
             Told::Whole(_) if early => {
                 view.pending = Some((told, at));
@@ -493,18 +477,17 @@ impl ControlState {
     ) {
         let Some(view) = self.views.views.get_mut(&id) else { return };
         let Some(pool) = self.pools.named(&view.key.pool).map(|pool| pool.id) else { return };
-        let sight = PoolSight { pool, pools: &self.pools, backends: &self.backends };
+        let sight =
+            PoolSight { pool, key: &view.key, pools: &self.pools, backends: &self.backends };
         // Answers can wait for each other, but no time goes back.
         let at = view.last.map_or(at, |last| last.max(at)).min(now);
         view.last = Some(at);
         let first = !view.view.has_answer();
         let changed = view.view.take(told, at, &sight);
         if let Told::Whole(set) = told {
-            let pause =
-                MEMBER_PAUSE.saturating_mul(u32::try_from(set.members.len()).unwrap_or(u32::MAX));
-            (view.not_before, view.heard) = (Some(now + pause.max(PACE)), true);
-            let counts = set.trusted && set.members.len() >= view.guards.min_backends as usize;
-            if view.moved && counts {
+            (view.not_before, view.heard) = (Some(now + PACE), true);
+            self.views.applied = true;
+            if view.moved && set.trusted && !view.view.holds_answer() {
                 view.moved = false;
                 view.view.set_guards(view.guards.clone());
             }
@@ -516,14 +499,15 @@ impl ControlState {
     /// Looks at a view whose time has come.
     pub(super) fn step_view(&mut self, heartbeats: &mut HeartbeatWatch, id: ViewId, now: Instant) {
         let Some(view) = self.views.views.get_mut(&id) else { return };
-        if view.not_before.is_none_or(|turn| turn <= now)
+        if view.not_before.max(self.views.not_before).is_none_or(|turn| turn <= now)
             && let Some((told, at)) = view.pending.take()
         {
             self.take_told(heartbeats, id, &told, at, now);
         }
         let Some(view) = self.views.views.get_mut(&id) else { return };
         let Some(pool) = self.pools.named(&view.key.pool).map(|pool| pool.id) else { return };
-        let sight = PoolSight { pool, pools: &self.pools, backends: &self.backends };
+        let sight =
+            PoolSight { pool, key: &view.key, pools: &self.pools, backends: &self.backends };
         view.last = Some(now);
         let changed = view.view.step(now, &sight);
         self.view_changed(heartbeats, (id, pool), (changed, false), now);
@@ -554,7 +538,8 @@ impl ControlState {
 
     /// Sets the timer of a view.
     pub(super) fn schedule_view(&mut self, id: ViewId, now: Instant) {
-        match self.views.views.get(&id).and_then(SourceView::next_due) {
+        let turn = self.views.not_before;
+        match self.views.views.get(&id).and_then(|view| view.next_due(turn)) {
             Some(at) => self.schedule.set(TimerKind::View(id), at.max(now)),
             None => self.schedule.cancel(TimerKind::View(id)),
         }

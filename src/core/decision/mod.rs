@@ -167,10 +167,14 @@ pub enum SkipReason {
     DrainedByOperator,
     /// An operator has put it into maintenance.
     Maintenance,
-    /// Its heartbeats or a member source ask for no new sessions.
+    /// Its heartbeats ask for no new sessions.
     DrainedBySender,
+    /// A member source asks for no new sessions.
+    DrainedByRegistry,
     /// It waits for its first probe result or heartbeat.
     NoVerdict,
+    /// No connect to it has succeeded since it joined, and its pool has no probes.
+    Unverified,
     /// It is at its cap.
     AtCap,
     /// Its trial session is not decided yet.
@@ -288,13 +292,15 @@ impl<B> Figures<B> {
 
 impl SkipReason {
     /// All, in the order of their numbers.
-    pub const ALL: [SkipReason; 11] = [
+    pub const ALL: [SkipReason; 13] = [
         SkipReason::Down,
         SkipReason::Ejected,
         SkipReason::DrainedByOperator,
         SkipReason::Maintenance,
         SkipReason::DrainedBySender,
+        SkipReason::DrainedByRegistry,
         SkipReason::NoVerdict,
+        SkipReason::Unverified,
         SkipReason::AtCap,
         SkipReason::TrialOpen,
         SkipReason::SlowStart,
@@ -310,7 +316,9 @@ impl SkipReason {
             SkipReason::DrainedByOperator => "draining",
             SkipReason::Maintenance => "maintenance",
             SkipReason::DrainedBySender => "draining-by-sender",
+            SkipReason::DrainedByRegistry => "draining-by-registry",
             SkipReason::NoVerdict => "no-verdict",
+            SkipReason::Unverified => "unverified",
             SkipReason::AtCap => "at-cap",
             SkipReason::TrialOpen => "trial-open",
             SkipReason::SlowStart => "slow-start",

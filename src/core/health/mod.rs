@@ -362,8 +362,14 @@ impl BackendHealth {
 
     /// Whether its heartbeats and its registries allow new sessions.
     pub fn is_wanted(&self) -> bool {
+        self.requested == RequestedState::Ready && self.wish.serves()
+    }
+
+    /// Whether the backend would be eligible if its registries wished for sessions.
+    pub fn eligible_but_for_wish(&self) -> bool {
+        let (seen, unknown) = (self.observation(), self.when_unknown());
         self.requested == RequestedState::Ready
-            && !matches!(self.wish, MemberWish::Starting | MemberWish::Draining)
+            && weight_percent(self.intent, self.outlier.is_ejected(), seen, unknown) > 0
     }
 
     fn when_unknown(&self) -> WhenUnknown {

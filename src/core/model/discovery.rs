@@ -9,7 +9,7 @@ use super::{Config, PoolConfig};
 use ipnet::IpNet;
 use serde::Serialize;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -267,6 +267,10 @@ pub struct ViewGuards {
     /// A second trusted answer confirms a held one after this time.
     #[serde(serialize_with = "text_forms::duration")]
     pub confirm_after: Duration,
+    /// An answer without members counts only as such that lasts for this time, also with
+    /// `empty = "accept"`: `hold_nxdomain` of `kind = "dns"`, else zero.
+    #[serde(skip)]
+    pub hold_empty: Duration,
     /// A smaller answer is held like an empty one; 0 only with `empty = "accept"`.
     pub min_backends: u32,
     /// Complete answers without a member before it leaves; at least 1.
@@ -284,7 +288,8 @@ pub struct ViewGuards {
     pub weight_max: u16,
     /// Whether announced weights count.
     pub weights: AnnouncedWeights,
-    /// Ranges that must contain the members' addresses; at least one.
+    /// Ranges that must contain the members' addresses; at least one. See
+    /// [`ViewGuards::permit`].
     #[serde(serialize_with = "text_forms::ranges")]
     pub addresses: Vec<IpNet>,
     /// What a member does that its registry calls critical.
@@ -451,6 +456,7 @@ impl ViewGuards {
             empty: EmptyAnswer::Confirm,
             max_removed: 100,
             confirm_after: dns.hold_nxdomain,
+            hold_empty: Duration::ZERO,
             min_backends: 1,
             missing: 2,
             overlap: Duration::from_secs(10),
@@ -458,23 +464,47 @@ impl ViewGuards {
             backends_max: 1000,
             weight_max: super::WEIGHT_MAX,
             weights: AnnouncedWeights::Use,
-            addresses: vec![ANY_V4, ANY_V6],
+            addresses: [ANY_V4, ANY_V6].into_iter().chain(LOCAL).collect(),
             critical: CriticalRule::Drain,
         }
     }
+
+    /// Whether a member can have the address. A range permits loopback and link-local
+    /// addresses only if it has no others.
+    pub fn permit(&self, ip: IpAddr) -> bool {
+        let local = LOCAL.iter().find(|local| local.contains(&ip));
+        let permits = |net: &&IpNet| local.is_none_or(|local| local.contains(*net));
+        self.addresses.iter().filter(permits).any(|net| net.contains(&ip))
+    }
 }
 
+/// Loopback (RFC 1122, RFC 4291) and link-local (RFC 3927, RFC 4291) addresses.
+const LOCAL: [IpNet; 4] = [
+    v4_net([127, 0, 0, 0], 8),
+    v4_net([169, 254, 0, 0], 16),
+    v6_net(Ipv6Addr::LOCALHOST, 128),
+    v6_net(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10),
+];
+
 /// Every IPv4 address.
-const ANY_V4: IpNet = IpNet::V4(match ipnet::Ipv4Net::new(std::net::Ipv4Addr::UNSPECIFIED, 0) {
-    Ok(net) => net,
-    Err(_) => unreachable!(),
-});
+const ANY_V4: IpNet = v4_net([0; 4], 0);
 
 /// Every IPv6 address.
-const ANY_V6: IpNet = IpNet::V6(match ipnet::Ipv6Net::new(std::net::Ipv6Addr::UNSPECIFIED, 0) {
-    Ok(net) => net,
-    Err(_) => unreachable!(),
-});
+const ANY_V6: IpNet = v6_net(Ipv6Addr::UNSPECIFIED, 0);
+
+const fn v4_net([a, b, c, d]: [u8; 4], length: u8) -> IpNet {
+    match ipnet::Ipv4Net::new(Ipv4Addr::new(a, b, c, d), length) {
+        Ok(net) => IpNet::V4(net),
+        Err(_) => unreachable!(),
+    }
+}
+
+const fn v6_net(ip: Ipv6Addr, length: u8) -> IpNet {
+    match ipnet::Ipv6Net::new(ip, length) {
+        Ok(net) => IpNet::V6(net),
+        Err(_) => unreachable!(),
+    }
+}
 
 // === impl Config ===
 
@@ -494,10 +524,12 @@ impl PoolConfig {
         dns: &DnsConfig,
     ) -> impl Iterator<Item = (SourceKey, SourceQuestion, ViewGuards)> {
         let key = |backend| SourceKey { pool: Arc::clone(&self.name), backend };
-        let discover = self
-            .discover
-            .iter()
-            .map(move |spec| (key(None), spec.question.clone(), spec.guards.clone()));
+        let discover = self.discover.iter().map(move |spec| {
+            let is_dns = matches!(spec.question, SourceQuestion::Dns(_));
+            let hold_empty = if is_dns { dns.hold_nxdomain } else { Duration::ZERO };
+            let guards = ViewGuards { hold_empty, ..spec.guards.clone() };
+            (key(None), spec.question.clone(), guards)
+        });
         let of_name = ViewGuards::of_name(dns);
         let named = self.named.iter().map(move |named| {
             let question = SourceQuestion::Dns(named.question.clone());

@@ -15,7 +15,7 @@
 //! [`InFlight::shut`]: crate::balance::in_flight::InFlight::shut
 
 use super::Publisher;
-use super::pacer::PublishReason;
+use super::pacer::{PublishReason, SHARE};
 use crate::control::ControlEffect;
 use crate::control::pools::{PoolEntry, PoolId};
 use crate::control::schedule::TimerKind;
@@ -29,10 +29,6 @@ use std::time::{Duration, Instant};
 
 /// Largest pool whose part is built at once: about 2 ms.
 pub(in crate::control) const AT_ONCE_MAX: usize = 2_000;
-
-/// Builds for heartbeats and member sources use at most 1/`SHARE` of the other thread's time. All builds
-/// together use at most half of it.
-const SHARE: u32 = 10;
 
 /// Up to this many changes, each changed member is searched; with more, one scan finds all.
 const LOOKED_FOR_MAX: usize = 32;
@@ -55,7 +51,8 @@ pub(in crate::control) struct Builds {
     due: BTreeMap<PoolId, PublishReason>,
     /// Parts for the next table.
     ready: Vec<(PoolId, Arc<PoolTable>)>,
-    /// End and duration of the last build. The other thread then pauses for that duration.
+    /// End and duration of the last build. The other thread then pauses for that duration,
+    /// so all builds together use at most half of its time.
     last: Option<(Instant, Duration)>,
 }
 

@@ -1,8 +1,10 @@
 //! Rate limit of tables that heartbeats and member sources cause.
 //!
-//! Called by `publish` at the end of each event. Changes by heartbeats and
-//! member sources (members, weights, wishes) can be delayed. Failures, operators' requests and reloads are published at once,
-//! together with all delayed changes. This module publishes nothing itself.
+//! Called by `publish` at the end of each event. Changes by heartbeats and member sources
+//! (members, weights, wishes) can be delayed. Failures, operators' requests and reloads are
+//! published at once, together with all delayed changes. The pause after a table is [`PACE`],
+//! and at least nine times what the table cost. The daemon measures that. This module publishes
+//! nothing itself.
 
 use super::Publisher;
 use crate::control::pools::PoolId;
@@ -15,6 +17,9 @@ use std::time::{Duration, Instant};
 /// Shortest time between two tables for heartbeats and member sources. A table costs milliseconds in a pool
 /// of thousands of backends, and a new backend or weight can wait for 100 ms.
 pub(in crate::control) const PACE: Duration = Duration::from_millis(100);
+
+/// Work for heartbeats and member sources uses at most 1/`SHARE` of a thread's time.
+pub(in crate::control) const SHARE: u32 = 10;
 
 /// Why a table was published; the label of a metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +44,8 @@ pub(in crate::control) struct PublishPacer {
     moved: BTreeSet<(PoolId, BackendId)>,
     /// No table for heartbeats or member sources before this time.
     not_before: Option<Instant>,
+    /// The last table was for heartbeats or member sources, and its cost is unknown.
+    unmeasured: bool,
     /// Tables so far, by [`PublishReason`].
     published: [u64; PublishReason::ALL.len()],
 }
@@ -90,6 +97,7 @@ impl PublishPacer {
         self.published[reason as usize] += u64::from(made);
         self.moved.clear();
         if reason.is_paced() {
+            self.unmeasured = true;
             self.wait_until(now + PACE);
         }
     }
@@ -98,6 +106,22 @@ impl PublishPacer {
 // === impl Publisher ===
 
 impl Publisher {
+    /// Notes that the last events took this long, until `now`. If they include paced work,
+    /// more of it waits so long that it uses at most 1/[`SHARE`] of the time.
+    pub(in crate::control) fn took(
+        &mut self,
+        state: &mut ControlState,
+        took: Duration,
+        now: Instant,
+    ) {
+        let has_applied = state.views.take_applied();
+        if std::mem::take(&mut self.pacer.unmeasured) || has_applied {
+            let at = now + took.saturating_mul(SHARE - 1);
+            self.pacer.wait_until(at);
+            state.views.wait_until(at);
+        }
+    }
+
     /// Returns why a table is due now; `None` if none is. Schedules delayed changes.
     pub(in crate::control) fn table_due(
         &mut self,

@@ -8,6 +8,7 @@ use tidegate_heartbeat::SenderState;
 
 mod carried;
 mod registry;
+mod together;
 
 const PACE: Duration = publish::pacer::PACE;
 
@@ -68,6 +69,8 @@ fn member_of_a_registry_gets_sessions_after_one_connect() {
     assert!(bench.status("b").unverified);
     bench.pass(PACE);
     assert_eq!(bench.serving(), ["a"], "no result yet");
+    let (reason, _) = bench.status("b").state.left_out().expect("a reason");
+    assert_eq!(reason.name(), "unverified");
     let effects = bench.answer_asked(None);
     bench.pass(PACE);
     assert_eq!(bench.serving(), ["a", "b"], "{:?}", logs(&effects));
@@ -163,7 +166,7 @@ fn wishes_exclude_new_sessions_and_come_and_go() {
     assert_eq!(bench.serving(), ["a", "c", "d"]);
     let status = bench.status("b");
     let (reason, _) = status.state.left_out().expect("a reason");
-    assert_eq!(reason.name(), "draining-by-sender");
+    assert_eq!(reason.name(), "draining-by-registry");
     assert_eq!(status.wished_by.as_deref(), Some("file"));
     assert_eq!(bench.status("c").wished_by, None);
 }

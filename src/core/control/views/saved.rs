@@ -92,8 +92,9 @@ impl Controller {
 
     /// Restores the views of an earlier start from the state directory. Call it after the
     /// first configuration. Ignores views of other sources than the configuration's, and
-    /// views for which a source of this process has answered. If a pool without probes has
-    /// no other eligible backend, the restored members serve at once.
+    /// views for which a source of this process has answered. An answer of the earlier start
+    /// confirms no removal, because nobody followed the source in between. If a pool without
+    /// probes has no other eligible backend, the restored members serve at once.
     pub fn adopt_views(&mut self, saved: &SavedViews, now: Instant) -> Vec<ControlEffect> {
         self.run_due(now);
         self.restore_views(saved, SavedBy::Directory, now);
@@ -119,7 +120,7 @@ impl Controller {
             if view.heard {
                 continue;
             }
-            view.restore(source, now);
+            view.restore(source, by, now);
             self.restored(id, pool, by, now);
         }
     }
@@ -147,8 +148,12 @@ impl SourceView {
         }
     }
 
-    fn restore(&mut self, saved: &SavedSource, now: Instant) {
-        self.moved = saved.moved || saved.question != question_text(&self.question);
+    fn restore(&mut self, saved: &SavedSource, by: SavedBy, now: Instant) {
+        let is_other = saved.question != question_text(&self.question);
+        self.moved = saved.moved || is_other;
         self.view = View::restore(self.guards_in_force(), &saved.view, now);
+        if is_other || by == SavedBy::Directory {
+            self.view.forget_answers();
+        }
     }
 }

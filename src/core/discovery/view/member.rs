@@ -220,7 +220,7 @@ impl Entry {
             self.member.since = now;
             (self.unnamed, changed) = (true, true);
         }
-        if is_bad(offer.wish) && !is_bad(self.wish) {
+        if is_bad(offer.wish) && self.wish == Wish::Sessions {
             self.turned = Some(now);
         }
         if !is_bad(offer.wish) {

@@ -15,11 +15,13 @@
 //!
 //! | file | decides |
 //! |---|---|
+//! | `base` | what a share of removals is relative to |
 //! | `offers` | which announcements can become members |
 //! | `removal` | which members leave |
 //! | `wishes` | which members get new sessions |
 //! | `notices`, `status`, `saved` | what the operator and the next process read |
 
+mod base;
 mod member;
 mod notices;
 mod offers;
@@ -37,7 +39,8 @@ pub use status::{AnswerCounts, AnswerResult, HeldAnswer, LastWord, RefusedCounts
 pub use wishes::BURST_TIME;
 
 use super::{MEMBERS_MAX, SourceFailure, Told, WholeSet};
-use crate::model::ViewGuards;
+use crate::model::{EmptyAnswer, ViewGuards};
+use base::Base;
 use member::{Entry, set};
 use notices::Notices;
 use offers::{OfferedMember, Offers};
@@ -61,6 +64,10 @@ pub trait LocalSight {
     fn is_up(&self, address: SocketAddr) -> bool;
     /// Whether a backend with this address is eligible.
     fn is_eligible(&self, address: SocketAddr) -> bool;
+    /// Whether the backend with this address stays in the pool without the view.
+    fn is_listed_elsewhere(&self, address: SocketAddr) -> bool;
+    /// Whether the pool has an eligible backend with none of these addresses.
+    fn has_eligible_outside(&self, lists: &dyn Fn(SocketAddr) -> bool) -> bool;
 }
 
 /// The accepted members of one source.
@@ -73,8 +80,8 @@ pub struct View {
     last: Option<WholeSet>,
     /// Arrival of the last trusted answer or its last repetition.
     read_at: Option<Instant>,
-    /// Members of the last answer that no guard objected to. Shrinkage is relative to it.
-    base: usize,
+    /// Shrinkage is relative to it.
+    base: Base,
     answered: bool,
     /// First of the small answers that arrived before any other.
     small_since: Option<Instant>,
@@ -136,7 +143,7 @@ impl View {
             entries: Vec::new(),
             last: None,
             read_at: None,
-            base: 0,
+            base: Base::default(),
             answered: false,
             small_since: None,
             restored: false,
@@ -165,6 +172,17 @@ impl View {
         }
         self.guards = guards;
         self.reconsider = true;
+        self.due = self.seen;
+    }
+
+    /// Forgets what the answers so far lack: the next one answers another question, or comes
+    /// from a source that was not followed in between. The members stay.
+    pub fn forget_answers(&mut self) {
+        (self.last, self.read_at, self.small_since) = (None, None, None);
+        for entry in &mut self.entries {
+            entry.present = true;
+            (entry.absence, entry.leaving, entry.member.held) = (None, None, None);
+        }
         self.due = self.seen;
     }
 
@@ -216,6 +234,11 @@ impl View {
         self.entries.iter().map(|entry| &entry.member)
     }
 
+    /// Whether a guard holds the last answer.
+    pub fn holds_answer(&self) -> bool {
+        self.entries.iter().any(Entry::holds_answer)
+    }
+
     /// Whether a set was accepted or restored.
     pub fn has_answer(&self) -> bool {
         self.answered
@@ -225,6 +248,23 @@ impl View {
     /// of a kind per [`NOTICE_INTERVAL`].
     pub fn take_notices(&mut self) -> Vec<ViewNotice> {
         self.notices.take()
+    }
+
+    /// Returns the least time between an answer with this many members and the second one
+    /// that confirms it.
+    fn confirm_after(&self, present: usize) -> Duration {
+        let hold_empty = if present == 0 { self.guards.hold_empty } else { Duration::ZERO };
+        self.guards.confirm_after.max(hold_empty)
+    }
+
+    /// Returns what a small answer with this many members does.
+    fn empty_rule(&self, present: usize) -> EmptyAnswer {
+        match self.guards.empty {
+            EmptyAnswer::Accept if present == 0 && !self.guards.hold_empty.is_zero() => {
+                EmptyAnswer::Confirm
+            }
+            rule => rule,
+        }
     }
 
     fn begin(&mut self, now: Instant) {
@@ -291,7 +331,7 @@ impl View {
         let is_first_held = self.judge_removal(present, reading);
         let joined = self.join(&joining, is_excused, reading.now);
         if !reading.trusted {
-            self.base += joined;
+            self.base.raise(self.base.size() + joined);
         }
         let mut refused = offers.refused;
         refused.unreadable = set.unreadable;
@@ -302,10 +342,9 @@ impl View {
         self.release(reading.now, sight);
         let left = (before + joined).saturating_sub(self.entries.len());
         self.note_change(joined, left, &set.version, reading.now);
-        let any = |fits: fn(&Entry) -> bool| self.entries.iter().any(fits);
-        let result = if reading.trusted && (is_first_held || any(Entry::holds_answer)) {
+        let result = if reading.trusted && (is_first_held || self.holds_answer()) {
             AnswerResult::Held
-        } else if !reading.trusted && any(Entry::is_held_for_trust) {
+        } else if !reading.trusted && self.entries.iter().any(Entry::is_held_for_trust) {
             AnswerResult::Refused
         } else if self.changed {
             AnswerResult::Changed

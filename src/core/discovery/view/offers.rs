@@ -41,9 +41,7 @@ impl<'s> Offers<'s> {
         let mut list = Vec::with_capacity(members.len());
         for from in members {
             let address = canonical(from.address);
-            if !is_usable(address)
-                || !guards.addresses.iter().any(|net| net.contains(&address.ip()))
-            {
+            if !is_usable(address) || !guards.permit(address.ip()) {
                 refused.addresses += 1;
                 continue;
             }

@@ -9,7 +9,8 @@
 //!    announcements. Then only members leave that were already absent `confirm_after`
 //!    earlier. Each member is confirmed by itself, so two answers need not be equal.
 //! 3. A member whose removal is decided leaves at once, unless it serves for a newcomer
-//!    that is not up, or is the last eligible one and its removal is not confirmed.
+//!    that is not up, or is the last eligible one of the pool and its removal is not
+//!    confirmed.
 
 use super::member::{Absence, Entry, HeldReason};
 use super::notices::NoticeKind;
@@ -46,19 +47,21 @@ impl View {
             self.refuse_removal();
             return false;
         }
-        let is_kept = is_small && self.guards.empty == EmptyAnswer::Keep;
+        let is_kept = is_small && self.empty_rule(present) == EmptyAnswer::Keep;
         self.count_absences(is_kept, reading);
         if !is_kept && !reading.again {
             self.read_at = Some(reading.at);
         }
-        let is_first = is_small && !self.answered && self.holds_first(reading);
+        let is_first = is_small && !self.answered && self.holds_first(present, reading);
         if !is_small {
             self.small_since = None;
         }
         let decided = self.decide_all(present, is_small, reading);
         if !is_first && decided.held == 0 {
-            self.base = present;
+            self.base.accept(present, reading.at, self.window());
             self.answered = true;
+        } else if !is_first {
+            self.base.raise(present);
         }
         is_first
     }
@@ -90,27 +93,33 @@ impl View {
     }
 
     /// Whether a small answer waits for its confirmation, although no member does.
-    fn holds_first(&mut self, reading: Reading) -> bool {
-        match self.guards.empty {
+    fn holds_first(&mut self, present: usize, reading: Reading) -> bool {
+        match self.empty_rule(present) {
             EmptyAnswer::Accept => false,
             EmptyAnswer::Keep => true,
             EmptyAnswer::Confirm => {
                 let since = *self.small_since.get_or_insert(reading.now);
-                reading.at.saturating_duration_since(since) < self.guards.confirm_after
+                reading.at.saturating_duration_since(since) < self.confirm_after(present)
             }
         }
     }
 
+    /// Returns for how long a larger view counts after it has shrunk.
+    fn window(&self) -> Duration {
+        let is_limited = self.guards.max_removed < 100;
+        if is_limited { self.guards.confirm_after } else { Duration::ZERO }
+    }
+
     fn decide_all(&mut self, present: usize, is_small: bool, reading: Reading) -> Decided {
         loop {
-            let objection = self.objection(present, is_small, reading.unreadable);
-            let decided = self.decide(objection, is_small, reading);
+            let objection = self.objection(present, is_small, reading);
+            let decided = self.decide(objection, (present, is_small), reading);
             let Some(reason) = objection else { return decided };
             if decided.leaving > 0 {
                 let removed = decided.leaving as u32;
                 self.notices.add(NoticeKind::Confirmed { removed }, reading.now);
                 // The rest of the answer is judged by what is left.
-                self.base = self.base.saturating_sub(decided.leaving).max(present);
+                self.base.lower(decided.leaving, present);
                 continue;
             }
             if decided.held > 0 {
@@ -121,32 +130,33 @@ impl View {
     }
 
     /// Returns what speaks against an answer that lacks members.
-    fn objection(&self, present: usize, is_small: bool, unreadable: u32) -> Option<HeldReason> {
+    fn objection(&self, present: usize, is_small: bool, reading: Reading) -> Option<HeldReason> {
         if !self.entries.iter().any(Entry::is_pending) {
             return None;
         }
         if is_small {
-            return match self.guards.empty {
+            return match self.empty_rule(present) {
                 EmptyAnswer::Keep => Some(HeldReason::Kept),
                 EmptyAnswer::Confirm => Some(HeldReason::Small),
                 EmptyAnswer::Accept => None,
             };
         }
-        let shrinkage = self.base.saturating_sub(present);
-        if shrinkage * 100 > usize::from(self.guards.max_removed) * self.base {
+        let base = self.base.largest(reading.at, self.window());
+        let shrinkage = base.saturating_sub(present);
+        if shrinkage * 100 > usize::from(self.guards.max_removed) * base {
             return Some(HeldReason::MaxRemoved);
         }
-        (unreadable > 0).then_some(HeldReason::Unreadable)
+        (reading.unreadable > 0).then_some(HeldReason::Unreadable)
     }
 
     fn decide(
         &mut self,
         objection: Option<HeldReason>,
-        is_small: bool,
+        (present, is_small): (usize, bool),
         reading: Reading,
     ) -> Decided {
-        let guards = &self.guards;
-        let is_accepted = is_small && guards.empty == EmptyAnswer::Accept;
+        let is_accepted = is_small && self.empty_rule(present) == EmptyAnswer::Accept;
+        let (guards, confirm_after) = (&self.guards, self.confirm_after(present));
         let mut decided = Decided::default();
         for entry in self.entries.iter_mut().filter(|entry| entry.is_pending()) {
             let absence = entry.absence.as_mut().filter(|_| objection != Some(HeldReason::Kept));
@@ -155,8 +165,8 @@ impl View {
                 decided.held += 1;
                 continue;
             };
-            absence.sure |= is_accepted || absence.is_confirmed(reading.at, guards.confirm_after);
-            let confirmable = later(absence.since, guards.confirm_after);
+            absence.sure |= is_accepted || absence.is_confirmed(reading.at, confirm_after);
+            let confirmable = later(absence.since, confirm_after);
             match objection {
                 Some(reason) if !absence.sure => {
                     self.changed |= entry.hold(reason, Some(confirmable));
@@ -191,8 +201,8 @@ impl View {
         let mut order: Vec<usize> = (0..self.entries.len())
             .filter(|at| self.entries[*at].leaving.is_some_and(|until| now < until))
             .collect();
-        // Members that are up can serve, so they stay rather than others.
-        order.sort_by_key(|at| !sight.is_up(self.entries[*at].member.address));
+        // Members that can serve stay rather than others.
+        order.sort_by_key(|at| !self.can_serve(&self.entries[*at], sight));
         let mut stays: Vec<bool> =
             self.entries.iter().map(|entry| entry.leaving.is_none()).collect();
         for at in order {
@@ -213,29 +223,36 @@ impl View {
         removed
     }
 
+    /// Whether the member gets sessions if it is a member.
+    fn can_serve(&self, entry: &Entry, sight: &dyn LocalSight) -> bool {
+        entry.desired(self.guards.critical).serves() && sight.is_up(entry.member.address)
+    }
+
     /// Counts the newcomers since `first` that can serve in time and do not serve yet.
     fn fresh_newcomers(&self, first: Instant, now: Instant, sight: &dyn LocalSight) -> usize {
-        let rule = self.guards.critical;
         let is_fresh = |entry: &&Entry| {
             let since = entry.member.since;
             let is_new = entry.leaving.is_none() && entry.absence.is_none() && since >= first;
             is_new
                 && now < later(since, self.guards.overlap)
                 && entry.wish != Wish::Draining
-                && !(entry.desired(rule).serves() && sight.is_up(entry.member.address))
+                && !self.can_serve(entry, sight)
         };
         self.entries.iter().filter(is_fresh).count()
     }
 
-    /// Lets one member stay if none of those that stay is eligible, until its removal is
-    /// confirmed.
+    /// Lets one member stay if no backend that stays in the pool is eligible, until its
+    /// removal is confirmed.
     fn keep_last_eligible(&mut self, stays: &mut [bool], now: Instant, sight: &dyn LocalSight) {
         let rule = self.guards.critical;
         let is_eligible =
             |entry: &Entry| entry.desired(rule).serves() && sight.is_eligible(entry.member.address);
-        let all = || self.entries.iter().zip(stays.iter());
-        if all().all(|(_, stays)| *stays)
-            || all().any(|(entry, stays)| *stays && is_eligible(entry))
+        let remains = |(entry, stays): (&Entry, &bool)| {
+            (*stays || sight.is_listed_elsewhere(entry.member.address)) && is_eligible(entry)
+        };
+        if stays.iter().all(|stays| *stays)
+            || self.entries.iter().zip(stays.iter()).any(remains)
+            || self.has_eligible_outside(sight)
         {
             return;
         }

@@ -3,6 +3,7 @@
 //! The controller saves and restores it. A restored view decides like the saved one. It
 //! holds no answer of the source, so it cannot judge changed guards before the next one.
 
+use super::base::Base;
 use super::member::{
     Absence, Entry, HeldReason, HeldRemoval, MemberWish, RAW_BYTES_MAX, ViewMember, is_bad,
 };
@@ -25,6 +26,8 @@ pub struct SavedView {
     pub answered: bool,
     /// Members of the last accepted answer.
     pub base: usize,
+    /// Larger sizes before, each with its end.
+    pub larger_ms: Vec<(u64, usize)>,
     /// The last complete answer or sign of life.
     pub confirmed_ms: Option<u64>,
     /// The last trusted answer.
@@ -98,6 +101,7 @@ impl SavedView {
         let ages =
             [&mut self.confirmed_ms, &mut self.read_ms, &mut self.small_ms, &mut self.burst_ms];
         ages.into_iter().flatten().for_each(add);
+        self.larger_ms.iter_mut().for_each(|(end, _)| add(end));
         for member in &mut self.members {
             add(&mut member.since_ms);
             [&mut member.turned_ms, &mut member.absent_ms].into_iter().flatten().for_each(add);
@@ -125,7 +129,8 @@ impl View {
         let mut view = View::new(guards);
         let time = |ms: Option<u64>| ms.map(|ms| ago(now, ms));
         view.answered = saved.answered;
-        view.base = saved.base.min(MEMBERS_MAX);
+        let larger = saved.larger_ms.iter().map(|(end, size)| (ago(now, *end), *size));
+        view.base = Base::of(saved.base, larger);
         view.confirmed = time(saved.confirmed_ms);
         view.read_at = time(saved.read_ms);
         view.small_since = time(saved.small_ms);
@@ -133,7 +138,8 @@ impl View {
         view.restored = true;
         view.seen = Some(now);
         let mut names = HashSet::new();
-        let confirm_after = view.guards.confirm_after;
+        let present = saved.members.iter().filter(|member| member.is_present()).count();
+        let confirm_after = view.confirm_after(present);
         let entries = saved.members.iter().filter(|member| is_permitted(member, &view.guards));
         let mut entries: Vec<Entry> = entries
             .take(MEMBERS_MAX)
@@ -155,7 +161,8 @@ impl View {
         let since = |at: Instant| millis(now.saturating_duration_since(at));
         SavedView {
             answered: self.answered,
-            base: self.base,
+            base: self.base.size(),
+            larger_ms: self.base.before().map(|(end, size)| (since(end), size)).collect(),
             confirmed_ms: self.confirmed.map(since),
             read_ms: self.read_at.map(since),
             small_ms: self.small_since.map(since),
@@ -169,14 +176,17 @@ impl View {
 /// Whether the guards permit the address, which can have changed since the view was saved.
 fn is_permitted(member: &SavedViewMember, guards: &ViewGuards) -> bool {
     let address = member.address;
-    canonical(address) == address
-        && is_usable(address)
-        && guards.addresses.iter().any(|net| net.contains(&address.ip()))
+    canonical(address) == address && is_usable(address) && guards.permit(address.ip())
 }
 
 // === impl SavedViewMember ===
 
 impl SavedViewMember {
+    /// Whether the last complete answer contained it.
+    fn is_present(&self) -> bool {
+        self.held.is_none() && (self.leaves_in_ms.is_none() || self.absent_ms.is_none())
+    }
+
     fn restore(&self, weight_max: u16, confirm_after: Duration, now: Instant) -> Entry {
         let name = self.valid_name();
         let announced = self.announced.as_ref().unwrap_or(&self.name);
@@ -213,7 +223,7 @@ impl SavedViewMember {
             wish: self.wish,
             turned: self.turned_ms.map(|ms| ago(now, ms)).filter(|_| is_bad(self.wish)),
             excused: self.excused && is_bad(self.wish),
-            present: self.held.is_none() && leaving.is_none(),
+            present: self.is_present(),
             absence,
             leaving,
             unnamed: false,

@@ -165,7 +165,7 @@ impl View {
                 (true, None) => HeldReason::Kept,
             };
             let since = self.small_since.filter(|_| last.trusted);
-            let end = since.map(|since| later(since, self.guards.confirm_after));
+            let end = since.map(|since| later(since, self.confirm_after(self.announced as usize)));
             return Some(HeldAnswer { reason, removes: 0, confirmable_in: end.map(wait) });
         };
         let removes = held().count() as u32;

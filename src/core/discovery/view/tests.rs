@@ -4,7 +4,9 @@ mod bounds;
 mod kept;
 mod model;
 mod overlap;
+mod pool;
 mod removal;
+mod window;
 mod wishes;
 
 use super::*;
@@ -13,11 +15,13 @@ use crate::model::{AnnouncedWeights, CriticalRule, EmptyAnswer};
 use std::collections::BTreeSet;
 use tidegate_net::clock;
 
-/// Addresses that are up, and those that are eligible.
+/// What the host knows: addresses that are up, and those that are eligible.
 #[derive(Debug, Default, Clone)]
 pub(super) struct Seen {
     up: BTreeSet<SocketAddr>,
     eligible: BTreeSet<SocketAddr>,
+    /// Addresses that other sources list, too.
+    shared: BTreeSet<SocketAddr>,
 }
 
 impl LocalSight for Seen {
@@ -27,6 +31,14 @@ impl LocalSight for Seen {
 
     fn is_eligible(&self, address: SocketAddr) -> bool {
         self.eligible.contains(&address)
+    }
+
+    fn is_listed_elsewhere(&self, address: SocketAddr) -> bool {
+        self.shared.contains(&address)
+    }
+
+    fn has_eligible_outside(&self, lists: &dyn Fn(SocketAddr) -> bool) -> bool {
+        self.shared.intersection(&self.eligible).any(|address| !lists(*address))
     }
 }
 
@@ -42,6 +54,7 @@ pub(super) fn guards() -> ViewGuards {
         empty: EmptyAnswer::Confirm,
         max_removed: 50,
         confirm_after: secs(10),
+        hold_empty: Duration::ZERO,
         min_backends: 1,
         missing: 1,
         overlap: secs(10),

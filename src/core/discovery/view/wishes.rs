@@ -7,9 +7,10 @@
 //! - A source that takes more than half of an answer's members out of rotation within
 //!   [`BURST_TIME`] is not believed: these members keep their sessions, and local probes
 //!   decide. The wishes count again when at most half of an answer's members have such a
-//!   wish. The same applies to a first answer in which every member has such a wish.
-//! - A wish never takes the last eligible member out of rotation.
-//! - After `stale_for` without an answer, all members but one drain.
+//!   wish. The same applies to a first answer with several members that all have such a wish.
+//! - A wish never takes the last eligible backend of the pool out of rotation.
+//! - After `stale_for` without an answer, all members drain that only this source lists. One
+//!   stays if no other backend of the pool is eligible.
 
 use super::member::{Entry, MemberWish, is_bad, set};
 use super::notices::NoticeKind;
@@ -34,14 +35,15 @@ impl View {
         joining: &mut Vec<&OfferedMember<'_>>,
         now: Instant,
     ) -> bool {
-        let is_first = self.entries.is_empty() && !self.answered;
+        // The source never had a member that could have turned.
+        let is_first = self.entries.is_empty() && !self.answered && self.last.is_none();
         let members = || self.entries.iter().filter(|entry| entry.present);
         let is_recent = |at: Instant| now.saturating_duration_since(at) <= BURST_TIME;
         let turned = members().filter(|entry| entry.turned.is_some_and(is_recent)).count();
         let bad_joining = joining.iter().filter(|offer| is_bad(offer.wish)).count();
         let bad = members().filter(|entry| is_bad(entry.wish)).count() + bad_joining;
         let all = members().count() + joining.len();
-        let is_all_new = is_first && all > 0 && bad_joining == all;
+        let is_all_new = is_first && all > 1 && bad_joining == all;
         if self.burst.is_none() && (turned * 2 > all || is_all_new) {
             self.burst = Some(now);
             self.notices.add(NoticeKind::Burst { critical: bad as u32, of: all as u32 }, now);
@@ -91,7 +93,7 @@ impl View {
         for entry in &mut self.entries {
             let wish = if Some(entry.member.address) == keeper {
                 MemberWish::Sessions
-            } else if stale {
+            } else if stale && !sight.is_listed_elsewhere(entry.member.address) {
                 MemberWish::Draining
             } else {
                 entry.desired(rule)
@@ -101,8 +103,19 @@ impl View {
     }
 
     /// Returns the member of a stale view that continues to serve: an eligible one, else
-    /// one that is up; the present one first.
+    /// one that is up; the present one first. `None` if the pool has other eligible
+    /// backends.
     fn freshest(&self, sight: &dyn LocalSight) -> Option<SocketAddr> {
+        let rule = self.guards.critical;
+        let remains = |entry: &Entry| {
+            let address = entry.member.address;
+            sight.is_listed_elsewhere(address)
+                && entry.desired(rule).serves()
+                && sight.is_eligible(address)
+        };
+        if self.entries.iter().any(remains) || self.has_eligible_outside(sight) {
+            return None;
+        }
         let find = |fits: &dyn Fn(SocketAddr) -> bool| {
             let mut addresses = self.entries.iter().map(|entry| entry.member.address);
             self.keeper.filter(|kept| fits(*kept)).or_else(|| addresses.find(|one| fits(*one)))
@@ -112,7 +125,12 @@ impl View {
             .or_else(|| find(&|one| sight.is_up(one) && is_member(one)))
     }
 
-    /// Returns the member that the wishes would drain although no other one
+    /// Whether the pool has an eligible backend that this view does not list.
+    pub(super) fn has_eligible_outside(&self, sight: &dyn LocalSight) -> bool {
+        sight.has_eligible_outside(&|address| self.find(address).is_some())
+    }
+
+    /// Returns the member that the wishes would drain although no other backend of the pool
     /// is eligible.
     fn last_eligible(&self, sight: &dyn LocalSight) -> Option<SocketAddr> {
         let rule = self.guards.critical;
@@ -122,7 +140,9 @@ impl View {
         }
         let is_eligible = |entry: &&Entry| sight.is_eligible(entry.member.address);
         let serves = |entry: &&Entry| entry.desired(rule).serves();
-        if self.entries.iter().filter(serves).any(|entry| is_eligible(&entry)) {
+        if self.entries.iter().filter(serves).any(|entry| is_eligible(&entry))
+            || self.has_eligible_outside(sight)
+        {
             return None;
         }
         let kept = self.keeper.and_then(|kept| self.find(kept));

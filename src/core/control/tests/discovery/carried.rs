@@ -38,7 +38,7 @@ impl Bench {
     }
 
     /// Returns a bench after a restart with the saved views of this one.
-    fn restarted(&mut self, pool: PoolConfig) -> Bench {
+    pub(super) fn restarted(&mut self, pool: PoolConfig) -> Bench {
         let saved = self.controller.save_views(self.now);
         let text = serde_json::to_string(&saved).unwrap();
         let saved: SavedViews = serde_json::from_str(&text).unwrap();

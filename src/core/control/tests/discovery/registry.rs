@@ -7,7 +7,7 @@ use crate::discovery::view::HeldReason;
 const CONFIRM: Duration = Duration::from_secs(10);
 
 /// The guards that the configuration has by default.
-fn guards() -> ViewGuards {
+pub(super) fn guards() -> ViewGuards {
     ViewGuards {
         empty: EmptyAnswer::Confirm,
         max_removed: 50,
@@ -20,7 +20,7 @@ fn guards() -> ViewGuards {
 }
 
 /// Returns `count` announcements, the first of which is number `from`.
-fn many(from: usize, count: usize) -> Vec<Announced> {
+pub(super) fn many(from: usize, count: usize) -> Vec<Announced> {
     let one = |number: usize| {
         let [_, b, c, d] = u32::try_from(number).unwrap().to_be_bytes();
         Announced {
@@ -43,7 +43,7 @@ fn untrusted(told: Told) -> Told {
     }
 }
 
-fn discovered_tables(bench: &Bench) -> u64 {
+pub(super) fn discovered_tables(bench: &Bench) -> u64 {
     let status = bench.controller.status(bench.now);
     let published = status.published.into_iter();
     published.filter(|(reason, _)| *reason == PublishReason::Discovery).map(|(_, n)| n).sum()
@@ -51,7 +51,7 @@ fn discovered_tables(bench: &Bench) -> u64 {
 
 impl Bench {
     /// Returns a bench whose registry lists `count` verified members.
-    fn registry(pool: PoolConfig, count: usize) -> Bench {
+    pub(super) fn registry(pool: PoolConfig, count: usize) -> Bench {
         let mut bench = Bench::new(discovering_with(pool, guards()));
         bench.told(None, whole_of(many(0, count)));
         bench.answer_for(Duration::from_secs(2), &[]);

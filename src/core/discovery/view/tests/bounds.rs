@@ -40,6 +40,23 @@ fn addresses_outside_of_the_ranges_and_of_no_backend_are_refused() {
 }
 
 #[test]
+fn loopback_and_link_local_addresses_need_a_range_of_their_own() {
+    let ips = ["127.0.0.1", "169.254.1.1", "::1", "fe80::1", "192.0.2.1", "2001:db8::1"];
+    let permitted = |ranges: &[&str]| {
+        let addresses = ranges.iter().map(|range| range.parse().unwrap()).collect();
+        let guards = ViewGuards { addresses, ..guards() };
+        ips.map(|ip| guards.permit(ip.parse().unwrap()))
+    };
+    let (yes, no) = (true, false);
+    assert_eq!(permitted(&["0.0.0.0/0", "::/0"]), [no, no, no, no, yes, yes]);
+    assert_eq!(permitted(&["0.0.0.0/0", "127.0.0.1/32"]), [yes, no, no, no, yes, no]);
+    assert_eq!(permitted(&["127.0.0.0/8", "169.254.0.0/16"]), [yes, yes, no, no, no, no]);
+    assert_eq!(permitted(&["126.0.0.0/7", "::1/128", "fe80::/64"]), [no, no, yes, yes, no, no]);
+    let names = ViewGuards::of_name(&crate::model::DnsConfig::default());
+    assert!(ips.iter().all(|ip| names.permit(ip.parse().unwrap())), "the file has the name");
+}
+
+#[test]
 fn an_ipv4_mapped_address_is_an_ipv4_address() {
     let mut bench = Bench::new(guards());
     let address = "[::ffff:10.0.0.1]:80".parse().unwrap();

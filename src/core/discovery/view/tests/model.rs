@@ -35,18 +35,22 @@ fn drawn_guards() -> impl Strategy<Value = ViewGuards> {
         Just(CriticalRule::Remove)
     ];
     let times = (1_u64..20, 1_u64..20, proptest::option::weighted(0.2, 30_u64..90));
+    let hold = prop_oneof![3 => Just(0_u64), 1 => 5_u64..30];
     let counts = (0_u8..=100, 1_u32..4, 1_u32..4, prop_oneof![Just(1000_u32), 3_u32..8]);
-    (empty, critical, times, counts).prop_map(|(empty, critical, times, counts)| ViewGuards {
-        empty,
-        critical,
-        confirm_after: secs(times.0),
-        overlap: secs(times.1),
-        stale_for: times.2.map(secs),
-        max_removed: counts.0,
-        missing: counts.1,
-        min_backends: counts.2,
-        backends_max: counts.3,
-        ..guards()
+    (empty, critical, times, counts, hold).prop_map(|(empty, critical, times, counts, hold)| {
+        ViewGuards {
+            empty,
+            critical,
+            confirm_after: secs(times.0),
+            hold_empty: secs(hold),
+            overlap: secs(times.1),
+            stale_for: times.2.map(secs),
+            max_removed: counts.0,
+            missing: counts.1,
+            min_backends: counts.2,
+            backends_max: counts.3,
+            ..guards()
+        }
     })
 }
 
@@ -166,6 +170,22 @@ impl Readings {
     }
 }
 
+/// The trusted answers so far: when each was given, and the number of its members that no
+/// confirmed answer has removed.
+#[derive(Debug, Default)]
+struct Window(Vec<(Instant, usize)>);
+
+impl Window {
+    fn confirmed(&mut self, removed: usize) {
+        self.0.iter_mut().for_each(|(_, size)| *size = size.saturating_sub(removed));
+    }
+
+    fn largest(&self, now: Instant, window: Duration) -> usize {
+        let recent = self.0.iter().filter(|(at, _)| now - *at < window);
+        recent.map(|(_, size)| *size).max().unwrap_or(0)
+    }
+}
+
 /// The addresses that the answer lists, as far as `backends_max` permits.
 fn listed(members: &[Announced], guards: &ViewGuards) -> BTreeSet<u8> {
     let number = |member: &Announced| match member.address.ip() {
@@ -235,6 +255,57 @@ proptest! {
     }
 
     #[test]
+    fn no_sequence_of_answers_removes_more_than_the_share_within_one_window(
+        guards in drawn_guards(),
+        events in vec(drawn_event(), 0..60),
+    ) {
+        let guards = ViewGuards {
+            empty: EmptyAnswer::Confirm,
+            critical: CriticalRule::Drain,
+            missing: 1,
+            overlap: Duration::ZERO,
+            ..guards
+        };
+        let mut bench = Bench::new(guards.clone());
+        let (mut readings, mut window) = (Readings::default(), Window::default());
+        let mut last: Option<(BTreeSet<u8>, bool)> = None;
+        for event in &events {
+            match event {
+                Event::Whole { members, trusted, .. } => {
+                    last = Some((listed(members, &guards), *trusted));
+                }
+                Event::Alive => {}
+                // Without eligible members, none stays as the last one.
+                Event::Up(_) => continue,
+                _ => {
+                    bench.apply(event);
+                    continue;
+                }
+            }
+            let Some((set, trusted)) = &last else { continue };
+            if *trusted {
+                readings.note(set, &guards, bench.now);
+            }
+            let before = bench.set();
+            bench.apply(event);
+            let left = bench.set();
+            let gone = before.difference(&left);
+            let is_sure = |number: &&u8| readings.is_confirmed(**number, guards.confirm_after);
+            let (sure, unsure): (Vec<&u8>, Vec<&u8>) = gone.partition(is_sure);
+            window.confirmed(sure.len());
+            if !unsure.is_empty() {
+                let largest = window.largest(bench.now, guards.confirm_after);
+                let floor = largest * (100 - usize::from(guards.max_removed));
+                prop_assert!(set.len() * 100 >= floor, "{} of {largest}", set.len());
+                prop_assert!(set.len() >= guards.min_backends as usize);
+            }
+            if *trusted {
+                window.0.push((bench.now, set.len()));
+            }
+        }
+    }
+
+    #[test]
     fn the_order_of_an_answer_means_nothing(
         guards in drawn_guards(),
         events in vec(with_changes_of_guards(), 0..30),
@@ -284,7 +355,7 @@ proptest! {
         prop_assume!(wanted.is_empty() || wanted.len() >= guards.min_backends as usize);
         let mut bench = Bench::new(guards.clone());
         events.iter().for_each(|event| bench.apply(event));
-        let time = guards.confirm_after + guards.overlap + secs(u64::from(guards.missing) + 2);
+        let time = guards.confirm_after.max(guards.hold_empty) + guards.overlap + secs(u64::from(guards.missing) + 2);
         for _ in 0..time.as_secs() {
             bench.tell(wanted.iter().copied());
             bench.pass(secs(1));

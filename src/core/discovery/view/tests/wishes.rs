@@ -106,6 +106,22 @@ fn a_first_answer_with_critical_members_only_drains_none() {
 }
 
 #[test]
+fn members_that_arrive_critical_have_not_turned() {
+    let mut bench = Bench::new(guards());
+    bench.whole(critical([1]));
+    assert_eq!((bench.wishes(), bench.status().burst), (vec![Draining], false));
+    assert!(bench.notices().iter().all(|kind| !matches!(kind, NoticeKind::Burst { .. })));
+    let mut bench = Bench::new(guards());
+    bench.tell([]);
+    bench.whole(critical([1, 2]));
+    assert!(!bench.status().burst, "the source had no members before");
+    let mut bench = Bench::with(guards(), 1);
+    bench.whole(healthy([1]).chain((2..=4).map(|number| with_wish(number, Wish::Starting))));
+    bench.whole(healthy([1]).chain(critical(2..=4)));
+    assert!(!bench.status().burst, "members that start serve no sessions");
+}
+
+#[test]
 fn an_untrusted_answer_changes_wishes() {
     let mut bench = Bench::with(guards(), 3);
     let set = set_of(healthy([1, 2]).chain(critical([3])));
