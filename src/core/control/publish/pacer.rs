@@ -107,7 +107,7 @@ impl PublishPacer {
 
 impl Publisher {
     /// Notes that the last events took this long, until `now`. If they include paced work,
-    /// more of it waits so long that it uses at most 1/[`SHARE`] of the time.
+    /// the next such work waits, so that all of it uses at most 1/[`SHARE`] of the time.
     pub(in crate::control) fn took(
         &mut self,
         state: &mut ControlState,

@@ -93,7 +93,7 @@ impl Controller {
     /// Restores the views of an earlier start from the state directory. Call it after the
     /// first configuration. Ignores views of other sources than the configuration's, and
     /// views for which a source of this process has answered. An answer of the earlier start
-    /// confirms no removal, because nobody followed the source in between. If a pool without
+    /// confirms no removal, because no process followed the source in between. If a pool without
     /// probes has no other eligible backend, the restored members serve at once.
     pub fn adopt_views(&mut self, saved: &SavedViews, now: Instant) -> Vec<ControlEffect> {
         self.run_due(now);

@@ -2,8 +2,8 @@
 //! `confirm_after`.
 //!
 //! `removal` tells it the size of each accepted answer. A size that is replaced by a smaller one
-//! counts for `confirm_after` more, so several answers within this time remove no more than
-//! one. Newcomers count, so a replacement is no shrinkage. Nothing here decides about a removal.
+//! counts for `confirm_after` more, so several answers within this time remove at most as
+//! much as one. Newcomers count, so a replacement is no shrinkage. Nothing here decides about a removal.
 
 use crate::discovery::MEMBERS_MAX;
 use std::time::{Duration, Instant};

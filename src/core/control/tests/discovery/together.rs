@@ -6,7 +6,7 @@ use crate::discovery::view::HeldReason;
 
 /// A pool with backend `a` of the file, and `b` and `c` of a registry. Those in `failed` are
 /// down.
-fn beside_the_file(failed: &[&str]) -> Bench {
+fn with_the_file(failed: &[&str]) -> Bench {
     let mut bench = Bench::new(discovering_with(pool(&["a"]), guards()));
     bench.list(&["b", "c"]);
     bench.answer_for(Duration::from_secs(20), failed);
@@ -19,7 +19,7 @@ fn held(bench: &Bench) -> Option<HeldReason> {
 
 #[test]
 fn last_eligible_member_of_a_registry_leaves_if_the_file_serves() {
-    let mut bench = beside_the_file(&["c"]);
+    let mut bench = with_the_file(&["c"]);
     assert_eq!(bench.serving(), ["a", "b"]);
     bench.list(&["c"]);
     assert_eq!(bench.names_in_status(), ["a", "c"]);
@@ -29,7 +29,7 @@ fn last_eligible_member_of_a_registry_leaves_if_the_file_serves() {
 #[test]
 fn last_eligible_member_of_a_registry_stays_while_the_file_does_not_serve() {
     let failed = ["a", "c"];
-    let mut bench = beside_the_file(&failed);
+    let mut bench = with_the_file(&failed);
     assert_eq!(bench.serving(), ["b"]);
     bench.list(&["c"]);
     assert_eq!(held(&bench), Some(HeldReason::LastEligible));
@@ -44,7 +44,7 @@ fn last_eligible_member_of_a_registry_stays_while_the_file_does_not_serve() {
 fn wishes_drain_the_last_eligible_member_of_a_registry_only_while_the_file_serves() {
     let yes = Wish::Sessions;
     for (failed, serving) in [(&["c"][..], "a"), (&["a", "c"][..], "b")] {
-        let mut bench = beside_the_file(failed);
+        let mut bench = with_the_file(failed);
         bench.wish(&[("b", Wish::Draining, ""), ("c", yes, "")]);
         bench.answer_for(Duration::from_secs(3), failed);
         assert_eq!(bench.serving(), [serving]);

@@ -1,4 +1,4 @@
-//! Several answers within `confirm_after` remove no more than one.
+//! Several answers within `confirm_after` remove at most as many members as one.
 
 use super::*;
 
