@@ -105,4 +105,12 @@ impl LocalSight for NobodyIsUp {
     fn is_eligible(&self, _: SocketAddr) -> bool {
         false
     }
+
+    fn is_listed_elsewhere(&self, _: SocketAddr) -> bool {
+        false
+    }
+
+    fn has_eligible_outside(&self, _: &dyn Fn(SocketAddr) -> bool) -> bool {
+        false
+    }
 }
