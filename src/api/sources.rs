@@ -4,6 +4,7 @@
 //! Used by `status` and `explain`. It contains only data and computes nothing.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// A source of a pool's members: the pool's `discover` table, or a backend whose address is
 /// a name.
@@ -107,6 +108,9 @@ pub struct AnnouncementDoc {
     pub wish: String,
     /// The backend's state in the words of the source; empty without one.
     pub raw: String,
+    /// Labels that the source announces, at most 16.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
     /// The weight that counts.
     pub weight: u16,
     /// Since when the source lists the backend.

@@ -35,9 +35,9 @@ use tokio::time::{MissedTickBehavior, interval};
 #[derive(Debug, Args)]
 #[command(group(ArgGroup::new("registry").required(true).args(["consul", "etcd", "zookeeper"])))]
 pub struct RegisterArgs {
-    /// The Consul agent of this host.
+    /// Consul agent; repeatable. The next one is used if one fails.
     #[arg(long, value_name = "SERVER", value_parser = server)]
-    pub consul: Option<ServerAddr>,
+    pub consul: Vec<ServerAddr>,
     /// File with the token for Consul: mode 0600 or 0640.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["etcd", "zookeeper"])]
     pub token_file: Option<PathBuf>,
@@ -149,6 +149,8 @@ and the registration expires after --ttl. A second signal exits at once.
 
 etcd and ZooKeeper remove a registration that expired. ZooKeeper limits --ttl to 2
 to 20 of its ticks. Consul marks the service critical, and removes it after 1 hour.
+A Consul agent announces only its own services, so one agent has the service at a
+time: the first that answers.
 
 Exit codes: 0 success; 2 usage error; 3 runtime failure or second signal.";
 
@@ -285,15 +287,15 @@ fn registration(args: &RegisterArgs) -> Registration {
 /// Returns the registry that the arguments name. clap requires exactly one.
 fn registry(args: &RegisterArgs) -> RegistryConfig {
     let [shortest, longest] = REQUEST_TIMEOUT;
-    let (kind, servers) = match &args.consul {
-        Some(agent) => (RegistryKind::Consul, vec![agent.clone()]),
-        None if args.etcd.is_empty() => (RegistryKind::Zookeeper, args.zookeeper.clone()),
-        None => (RegistryKind::Etcd, args.etcd.clone()),
+    let (kind, servers) = match (&args.consul[..], &args.etcd[..]) {
+        ([], []) => (RegistryKind::Zookeeper, &args.zookeeper),
+        ([], _) => (RegistryKind::Etcd, &args.etcd),
+        _ => (RegistryKind::Consul, &args.consul),
     };
     RegistryConfig {
         name: "register".into(),
         kind,
-        servers,
+        servers: servers.clone(),
         timeout: (args.ttl / 6).clamp(shortest, longest),
         tls: args.tls.then(|| TlsClientConfig {
             ca_file: args.ca_file.clone(),

@@ -28,7 +28,7 @@ pub(super) fn describe(source: &MemberSourceDoc) -> String {
 
 /// Describes what a source says about one backend.
 pub(super) fn announced(announced: &AnnouncementDoc) -> String {
-    let AnnouncementDoc { from, wish, raw, weight, listed_seconds, held } = announced;
+    let AnnouncementDoc { from, wish, raw, labels, weight, listed_seconds, held } = announced;
     let raw = if raw.is_empty() { String::new() } else { format!(" ({})", cell_text(raw)) };
     let mut text = format!(
         "{}: listed for {}, wishes {}{raw}, weight {weight}\n{}: {}",
@@ -38,6 +38,11 @@ pub(super) fn announced(announced: &AnnouncementDoc) -> String {
         name(from),
         state(from).trim_start_matches(", "),
     );
+    if !labels.is_empty() {
+        let labels: Vec<String> =
+            labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+        text.push_str(&format!("\n{}: labels {}", name(from), cell_text(&labels.join(", "))));
+    }
     if let Some(held) = held {
         text.push_str(&format!(
             "\nSTAYS although the last answer lacks it: {}",

@@ -166,6 +166,7 @@ impl Control {
             warnings: self.reloads.warnings(),
             other_warnings: (self.supervised.in_force.note().into_iter())
                 .chain(self.reloads.rejected())
+                .chain(self.sources.warning())
                 .collect(),
             admin_dropped: rare.admin_dropped,
             confinement: self.lifecycle.confined().report.clone(),
@@ -174,6 +175,8 @@ impl Control {
             ports: self.telemetry.ports.watch(),
             port_limits: self.telemetry.ports.limits(),
             source_counters: self.sources.counters(),
+            source_restarts: self.sources.thread_restarts(),
+            resolver: self.sources.resolver(),
             ignored_members: self.controller.ignored_members().to_vec(),
             heartbeats: self.evidence.heartbeats.counts(),
             backend_metrics_max: self.reloads.config().admin.backend_metrics_max as usize,

@@ -43,6 +43,7 @@ use tidegate_core::model;
 use tidegate_core::model::{
     AccessLogTarget, AdminListen, Config, RegistryConfig, RegistryKind, Sandbox, SourceQuestion,
 };
+use tidegate_discovery::kubernetes::files_of_kubeconfig;
 use tidegate_net::confinement::SandboxReport;
 use tidegate_net::holders::Holder;
 use tidegate_net::privileges::{self, CapabilitySet, UserIdentity};
@@ -378,7 +379,9 @@ fn paths(config_path: &Path, pid_file: Option<&Path>, config: &Config) -> Paths 
         paths.run.push(directory);
     }
     let named = config.named_files();
-    let read = named.iter().map(PathBuf::as_path).chain(files_of_sources(config));
+    let within = config.registries.iter().filter_map(|registry| registry.kubeconfig.as_deref());
+    let within: Vec<PathBuf> = within.flat_map(files_of_kubeconfig).collect();
+    let read = named.iter().chain(&within).map(PathBuf::as_path).chain(files_of_sources(config));
     for file in read.chain([config_path]) {
         paths.read.extend(directories_of(file));
     }
@@ -412,10 +415,18 @@ fn files_of_sources(config: &Config) -> impl Iterator<Item = &Path> {
     lists.chain([Path::new(RESOLV_CONF)]).chain(in_pod)
 }
 
-/// Returns the directory of a file and, if it is a link, the directory of its target.
+/// Returns the directory of a file and, if a part of its path is a link, the directory of its
+/// target. A rotation often makes a new directory next to that one and replaces the link, so the
+/// parent of the target's directory is included, unless it is `/` or a directory of `/`.
 fn directories_of(file: &Path) -> Vec<PathBuf> {
-    let real = std::fs::canonicalize(file).ok();
-    [Some(file.to_owned()), real].into_iter().flatten().map(|path| directory_of(&path)).collect()
+    let mut directories = vec![directory_of(file)];
+    let real = std::fs::canonicalize(file).ok().map(|real| directory_of(&real));
+    if let Some(real) = real.filter(|real| *real != directories[0]) {
+        let parent = real.parent().filter(|parent| parent.components().count() > 2);
+        directories.extend(parent.map(Path::to_owned));
+        directories.push(real);
+    }
+    directories
 }
 
 // === impl AppliedSandbox ===

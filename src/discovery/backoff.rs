@@ -31,13 +31,20 @@ const DELAY_MIN: Duration = Duration::from_millis(50);
 pub struct Pause {
     begun: Instant,
     failures: u32,
+    changed: Duration,
+    unchanged: Duration,
 }
 
 impl Pause {
     /// No request was sent.
     #[expect(clippy::new_without_default, reason = "reads the clock")]
     pub fn new() -> Pause {
-        Pause { begun: clock::now(), failures: 0 }
+        Pause::paced(CHANGED_MIN, UNCHANGED_MIN)
+    }
+
+    /// As [`new`](Pause::new), with other times than [`CHANGED_MIN`] and [`UNCHANGED_MIN`].
+    pub fn paced(changed: Duration, unchanged: Duration) -> Pause {
+        Pause { begun: clock::now(), failures: 0, changed, unchanged }
     }
 
     /// A request begins.
@@ -48,21 +55,31 @@ impl Pause {
     /// The request failed. Waits between 0 and the current upper bound, counted from the
     /// begin of the request: time in a timeout was a wait already.
     pub async fn failed(&mut self) {
+        sleep(self.delay_after_failure()).await;
+    }
+
+    /// As [`failed`](Pause::failed), for a caller that waits itself.
+    pub fn delay_after_failure(&mut self) -> Duration {
         let delay = backoff_delay(self.failures, fastrand::f64());
         self.failures = self.failures.saturating_add(1);
-        sleep(self.left(delay).max(DELAY_MIN)).await;
+        self.left(delay).max(DELAY_MIN)
+    }
+
+    /// The request succeeded. The caller waits itself.
+    pub fn succeeded(&mut self) {
+        self.failures = 0;
     }
 
     /// The answer changes nothing. Waits until [`UNCHANGED_MIN`] after the begin.
     pub async fn unchanged(&mut self) {
         self.failures = 0;
-        sleep(self.left(UNCHANGED_MIN)).await;
+        sleep(self.left(self.unchanged)).await;
     }
 
     /// The answer changes something. Waits until [`CHANGED_MIN`] after the begin.
     pub async fn changed(&mut self) {
         self.failures = 0;
-        sleep(self.left(CHANGED_MIN)).await;
+        sleep(self.left(self.changed)).await;
     }
 
     /// The answer was good. Waits until `interval` after the begin, plus or minus 10 %.

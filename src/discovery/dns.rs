@@ -26,10 +26,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::control::MEMBERS_MAX;
+use tidegate_core::discovery::labels::MemberLabels;
 use tidegate_core::discovery::{Announced, SourceFailure, Told, WholeSet, Wish};
 use tidegate_core::model::{NameQuestion, NameRecord, WEIGHT_MAX};
 use tidegate_net::clock;
-use tokio::time::sleep;
+use tokio::time::sleep_until;
 
 /// Least time between two questions of one source, if `ttl_min` is not shorter.
 const PAUSE_MIN: Duration = Duration::from_secs(1);
@@ -74,7 +75,7 @@ pub async fn run(question: NameQuestion, resolver: Resolver, teller: Teller) {
             }
         };
         tokio::select! {
-            () = sleep(due.saturating_duration_since(now)) => {}
+            () = sleep_until(due.into()) => {}
             () = changed => {}
         }
         all_due = clock::now() >= dates.all_due;
@@ -176,7 +177,8 @@ async fn targets(
 
 fn member(address: SocketAddr, weight: Option<u16>, backup: bool) -> Announced {
     let name: Arc<str> = address.to_string().into();
-    Announced { name, address, weight, backup, wish: Wish::Sessions, raw: "".into() }
+    let (wish, raw, labels) = (Wish::Sessions, "".into(), MemberLabels::default());
+    Announced { name, address, weight, backup, wish, raw, labels }
 }
 
 // === impl NameRound ===

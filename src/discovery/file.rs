@@ -8,6 +8,7 @@ use crate::backoff::Pause;
 use crate::client::{ANSWER_BYTES_MAX, HttpFailure};
 use crate::http::whole;
 use crate::listing::decode_list;
+use crate::tasks;
 use crate::tell::Teller;
 use rustix::fs::OFlags;
 use std::convert::Infallible;
@@ -36,7 +37,7 @@ pub async fn run(path: PathBuf, teller: Teller) -> Infallible {
     loop {
         pause.begin();
         let file = path.clone();
-        let read = tokio::task::spawn_blocking(move || read_list(&file, last)).await;
+        let read = tasks::blocking(move || read_list(&file, last)).await;
         let panicked = |_| Err(HttpFailure::protocol("the parser panicked"));
         let good = match read.unwrap_or_else(panicked) {
             Ok(ListFile { told, digest }) => {
@@ -78,7 +79,7 @@ async fn watch(path: &Path, changed: Arc<Notify>) -> Option<FileWatcher> {
     let path = path.to_owned();
     let notify = move || changed.notify_one();
     let start = move || FileWatcher::start_settling(&path, SETTLE, notify);
-    let started = tokio::task::spawn_blocking(start).await;
+    let started = tasks::blocking(start).await;
     match started.unwrap_or_else(|_| Err(io::Error::other("the watcher panicked"))) {
         Ok(watcher) => Some(watcher),
         Err(error) => {

@@ -20,6 +20,7 @@ pub mod parse;
 pub mod register;
 pub mod resolver;
 pub mod secret;
+pub mod tasks;
 pub mod tell;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -1,6 +1,7 @@
 //! The JSON form of a list of members, and of one member.
 //!
-//! The file and HTTP sources read lists, etcd and ZooKeeper hold one member per value.
+//! The file and HTTP sources read lists. The values of etcd and the nodes of ZooKeeper hold one
+//! member each, with the same keys.
 //!
 //! ```json
 //! [
@@ -25,6 +26,8 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::sync::{Arc, LazyLock};
 use tidegate_core::control::MEMBERS_MAX;
+use tidegate_core::discovery::labels::MemberLabels;
+use tidegate_core::discovery::view::canonical;
 use tidegate_core::discovery::{Announced, Wish};
 
 /// Longest name of a member, in bytes.
@@ -64,14 +67,29 @@ pub fn decode_list(bytes: &[u8]) -> Result<Vec<Announced>, ListingProblem> {
     Ok(members)
 }
 
-/// Reads one member. `name` is used if the value has none.
+/// Reads one member. `name` is used if the value has none; it is the name of a key or a node.
 ///
 /// # Errors
-/// The value is unreadable.
+/// The value is unreadable, or `name` is needed and cannot be the name of a member.
 pub fn decode_member(bytes: &[u8], name: &str) -> Result<Announced, ListingProblem> {
     let read: Result<ListedEntry, _> = serde_json::from_slice(bytes);
     let entry = read.map_err(|error| ListingProblem::of(&error, None))?;
+    if entry.0.name.is_none() {
+        let problem = |message| ListingProblem { entry: None, line: 0, column: 0, message };
+        check_name(name).map_err(problem)?;
+    }
     Ok(entry.0.announced(Some(name)))
+}
+
+/// Returns what is wrong with the name of a member.
+pub(crate) fn check_name(name: &str) -> Result<(), String> {
+    if name.is_empty() || name.len() > LISTED_NAME_BYTES_MAX {
+        return Err(format!("name has {} bytes; 1 to 128 are possible", name.len()));
+    }
+    if name.contains(|c: char| c.is_control() || c.is_whitespace() || c == '/') {
+        return Err(format!("name {name:?} contains a space, a control character or \"/\""));
+    }
+    Ok(())
 }
 
 fn refuse_repeated(members: &[Announced]) -> Result<(), ListingProblem> {
@@ -107,9 +125,8 @@ struct ListedKeys {
     state: ListedState,
     #[serde(default)]
     backup: bool,
-    /// For people and other programs. The decoder checks it and keeps nothing.
-    #[serde(default, rename = "labels")]
-    _labels: ListedLabels,
+    #[serde(default)]
+    labels: ListedLabels,
 }
 
 /// Keys, or a text with the address.
@@ -119,7 +136,7 @@ struct ListedEntry(ListedKeys);
 /// The address of one host and a port other than 0, as `IP:PORT`.
 #[derive(Debug, Deserialize)]
 #[serde(try_from = "String")]
-pub(crate) struct ListedAddress(SocketAddr);
+struct ListedAddress(SocketAddr);
 
 #[derive(Debug, Deserialize)]
 #[serde(try_from = "String")]
@@ -131,12 +148,12 @@ struct ListedWeight(u16);
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(try_from = "BTreeMap<String, String>")]
-struct ListedLabels;
+struct ListedLabels(MemberLabels);
 
 /// `state`: the words of heartbeats, and those that registries use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(crate) enum ListedState {
+enum ListedState {
     #[default]
     Ready,
     Starting,
@@ -198,7 +215,7 @@ impl<'de> Visitor<'de> for EntryVisitor {
             weight: None,
             state: ListedState::Ready,
             backup: false,
-            _labels: ListedLabels,
+            labels: ListedLabels::default(),
         })
     }
 
@@ -218,16 +235,14 @@ impl TryFrom<String> for ListedAddress {
 }
 
 impl ListedAddress {
-    pub(crate) fn get(&self) -> SocketAddr {
-        self.0
-    }
-
     fn read(text: &str) -> Result<ListedAddress, String> {
         let wrong = |cause: &str| {
             let shown: String = text.chars().take(64).collect();
             format!("address {shown:?} {cause}; write \"IP:PORT\", such as \"10.0.0.1:8080\"")
         };
         let address: SocketAddr = text.parse().map_err(|_| wrong("is not IP:PORT"))?;
+        // An address that is written in two ways is one address.
+        let address = canonical(address);
         if address.port() == 0 {
             return Err(wrong("has port 0"));
         }
@@ -242,12 +257,7 @@ impl TryFrom<String> for ListedName {
     type Error = String;
 
     fn try_from(text: String) -> Result<ListedName, String> {
-        if text.is_empty() || text.len() > LISTED_NAME_BYTES_MAX {
-            return Err(format!("name has {} bytes; 1 to 128 are possible", text.len()));
-        }
-        if text.contains(|c: char| c.is_control() || c.is_whitespace() || c == '/') {
-            return Err(format!("name {text:?} contains a space, a control character or \"/\""));
-        }
+        check_name(&text)?;
         Ok(ListedName(text.into()))
     }
 }
@@ -272,13 +282,14 @@ impl TryFrom<BTreeMap<String, String>> for ListedLabels {
         if labels.len() > LABELS_MAX || labels.iter().any(|(key, value)| long(key) || long(value)) {
             return Err("labels are more than 32, or one is longer than 256 bytes".to_owned());
         }
-        Ok(ListedLabels)
+        let texts = labels.iter().map(|(key, value)| (&**key, &**value));
+        Ok(ListedLabels(MemberLabels::of(texts)))
     }
 }
 
 impl ListedState {
     /// Returns the wish, and the word itself.
-    pub(crate) fn wish(self) -> (Wish, Arc<str>) {
+    fn wish(self) -> (Wish, Arc<str>) {
         let (wish, word) = match self {
             ListedState::Ready => (Wish::Sessions, "ready"),
             ListedState::Starting => (Wish::Starting, "starting"),
@@ -309,7 +320,8 @@ impl ListedKeys {
             (None, None) => address.to_string().into(),
         };
         let weight = self.weight.map(|weight| weight.0);
-        Announced { name, address, weight, backup: self.backup, wish, raw }
+        let (backup, labels) = (self.backup, self.labels.0);
+        Announced { name, address, weight, backup, wish, raw, labels }
     }
 }
 

@@ -4,6 +4,7 @@
 //! and timeouts of the others, so it runs on a blocking thread of the runtime.
 
 use crate::client::HttpFailure;
+use crate::tasks;
 
 /// Larger input is parsed on another thread, in bytes. Typed JSON is parsed at 100 MB/s or
 /// more, so this is at most about 10 ms.
@@ -20,6 +21,6 @@ pub async fn off_runtime<T: Send + 'static>(
     if input_bytes <= PARSE_HERE_BYTES_MAX {
         return Ok(parse());
     }
-    let parsed = tokio::task::spawn_blocking(parse).await;
+    let parsed = tasks::blocking(parse).await;
     parsed.map_err(|_| HttpFailure::protocol("the parser panicked"))
 }

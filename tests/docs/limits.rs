@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 
 /// Row of the table of bounds, folder or file below `src`, name of the constant.
-const BOUNDS: [(&str, &str, &str); 46] = [
+const BOUNDS: [(&str, &str, &str); 49] = [
     ("[process] connections_max", "config", "PROCESS_CONNECTIONS"),
     ("counts shared over an upgrade", "net", "CELLS_MAX"),
     ("processes that share counts", "net/cells.rs", "PROCESSES_MAX"),
@@ -44,12 +44,15 @@ const BOUNDS: [(&str, &str, &str); 46] = [
     ("bytes of a secret file of a source", "discovery/secret.rs", "SECRET_BYTES_MAX"),
     ("bytes of a file of trusted certificates of a source", "discovery/client", "PEM_BYTES_MAX"),
     ("labels of a listed backend", "discovery/listing.rs", "LABELS_MAX"),
+    ("labels of a backend that are kept", "core/discovery/labels.rs", "LABELS_KEPT_MAX"),
+    ("slices of a Kubernetes service", "discovery/kubernetes", "SLICES_MAX"),
+    ("endpoints of a Kubernetes service", "discovery/kubernetes", "ENDPOINTS_MAX"),
     ("host names in an answer of Consul", "discovery/consul", "NAMES_MAX"),
     ("bytes of the data of a ZooKeeper child", "discovery/zookeeper", "CONTENT_BYTES_MAX"),
     ("bytes of a kubeconfig file", "discovery/kubernetes", "KUBECONFIG_BYTES_MAX"),
     ("[dns] servers", "config/validate/dns.rs", "SERVERS_MAX"),
     ("names that the resolver remembers", "discovery/resolver", "QUESTIONS_MAX"),
-    ("questions to DNS servers at once", "discovery/resolver", "EXCHANGES_MAX"),
+    ("lookups at DNS servers at once", "discovery/resolver", "EXCHANGES_MAX"),
     ("records of a DNS answer", "discovery/resolver", "RECORDS_MAX"),
     ("aliases (CNAME) between a name and its records", "discovery/resolver", "ALIASES_MAX"),
     ("pools", "config", "POOLS_MAX"),

@@ -16,6 +16,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use tidegate_discovery::testing::kubernetes::{EndpointDocument, KubernetesDouble, SliceDocument};
 
 on_every_engine!(unprivileged_user_binds_low_ports_reloads_and_upgrades);
 
@@ -305,6 +306,78 @@ fn strict_sandbox_rejects_files_in_other_directories_with_the_reason() {
     );
     client::exchange(&connect(proxy.addr("web")), b"another session").unwrap();
     proxy.rewrite_in_place(&proxy.render(&proxy.conf()));
+}
+
+/// A Kubernetes API server on a thread of its own, with one pod of the service `shop`.
+fn kubernetes() -> KubernetesDouble {
+    let (sent, started) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            sent.send(KubernetesDouble::start(None).await.unwrap()).unwrap();
+            std::future::pending::<()>().await;
+        });
+    });
+    let double = started.recv().unwrap();
+    let pods = vec![EndpointDocument::ready(1)];
+    double.put(SliceDocument::new("default", "shop", "a", pods));
+    double
+}
+
+#[test]
+fn strict_sandbox_reads_the_files_of_a_kubeconfig_also_after_a_link_was_replaced() {
+    if !is_root() {
+        return;
+    }
+    // Below /var: /tmp would be a directory of `/`, and its own children are not included.
+    let directory = |name| tempfile::Builder::new().prefix(name).tempdir_in("/var/tmp").unwrap();
+    let (own, secrets) = (directory("kubeconfig-"), directory("secrets-"));
+    let version = |name: &str, token: &str| {
+        let dir = secrets.path().join("versions").join(name);
+        fs::create_dir_all(&dir).unwrap();
+        fs::write(dir.join("token"), token).unwrap();
+        fs::set_permissions(dir.join("token"), Permissions::from_mode(0o600)).unwrap();
+        let (new, current) = (secrets.path().join("new"), secrets.path().join("current"));
+        std::os::unix::fs::symlink(dir, &new).unwrap();
+        fs::rename(new, current).unwrap();
+    };
+    let double = kubernetes();
+    double.script(|faults| faults.token = "first".into());
+    version("1", "first");
+    let kubeconfig = own.path().join("config");
+    let text = format!(
+        "current-context: c\ncontexts: [{{name: c, context: {{cluster: k, user: u}}}}]\n\
+         clusters: [{{name: k, cluster: {{server: 'http://{}'}}}}]\n\
+         users: [{{name: u, user: {{tokenFile: {}/current/token}}}}]\n",
+        double.address(),
+        secrets.path().display(),
+    );
+    fs::write(&kubeconfig, text).unwrap();
+    fs::set_permissions(&kubeconfig, Permissions::from_mode(0o600)).unwrap();
+    let pool = Pool::new("web").discover("from = \"k\"\nservice = \"shop\"");
+    let table = format!(
+        "[registry.k]\nkind = \"kubernetes\"\nkubeconfig = \"{}\"\ntimeout = \"1s\"\n",
+        kubeconfig.display()
+    );
+    let conf = Conf::simple(Engine::Epoll, pool).registry(&table).process("sandbox = \"on\"");
+    let proxy = TestProxy::start(conf);
+    if !has_landlock(&proxy) {
+        return;
+    }
+    let source = || proxy.status()["pools"][0]["sources"][0].clone();
+    let answers = |members: u64| {
+        let source = source();
+        source["last_word"]["failure"].is_null() && source["members"] == members
+    };
+    eventually(secs(10), "the first token is read", || answers(1));
+    double.script(|faults| faults.token = "second".into());
+    double.close_watches();
+    eventually(secs(10), "the first token is refused", || {
+        source()["last_word"]["failure"] == "auth"
+    });
+    version("2", "second");
+    double.put(SliceDocument::new("default", "shop", "b", vec![EndpointDocument::ready(2)]));
+    eventually(secs(10), "the second token is read", || answers(2));
 }
 
 #[test]

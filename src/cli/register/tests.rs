@@ -27,6 +27,7 @@ fn each_kind_of_registry_has_its_own_options() {
     assert_eq!(consul.kind, RegistryKind::Consul);
     assert_eq!(consul.token_file, Some("t".into()));
     assert_eq!(consul.servers, [ServerAddr::Name { host: "agent.internal".into(), port: 8500 }]);
+    assert_eq!(read("--consul 127.0.0.1:1 --consul b:2").servers.len(), 2);
     let etcd = read("--etcd 127.0.0.1:2379 --etcd [::1]:2379 --user u --password-file p");
     assert_eq!((etcd.kind, etcd.servers.len()), (RegistryKind::Etcd, 2));
     let zookeeper = read("--zookeeper 127.0.0.1:2181 --zookeeper b:2181 --path /services/web");
@@ -56,8 +57,6 @@ fn invalid_arguments_are_usage_errors() {
         "--etcd 127.0.0.1:1 --consul 127.0.0.1:2",
         "--etcd 127.0.0.1:1 --zookeeper 127.0.0.1:2",
         "--consul 127.0.0.1:1 --zookeeper 127.0.0.1:2",
-        // An agent announces only its own services.
-        "--consul 127.0.0.1:1 --consul 127.0.0.1:2",
         "--consul 127.0.0.1:1 --user u --password-file p",
         "--consul 127.0.0.1:1 --prefix /a/",
         "--consul 127.0.0.1:1 --ca-file c",

@@ -130,7 +130,15 @@ fn announced(text: &str) -> Announced {
         unreachable!("backends of the bench have addresses")
     };
     let (weight, raw) = (Some(weight), "".into());
-    Announced { name, address, weight, backup: false, wish: Wish::Sessions, raw }
+    Announced {
+        name,
+        address,
+        weight,
+        backup: false,
+        wish: Wish::Sessions,
+        raw,
+        labels: Default::default(),
+    }
 }
 
 /// Returns a complete answer; each member is `name` or `name@port`.

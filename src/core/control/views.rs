@@ -24,6 +24,7 @@ use super::publish::pacer::PACE;
 use super::schedule::TimerKind;
 use super::state::ControlState;
 use crate::discovery::Told;
+use crate::discovery::labels::MemberLabels;
 use crate::discovery::view::{HeldRemoval, MemberWish, View, ViewStatus};
 use crate::model::{
     BackendAddr, BackendConfig, Config, NameRecord, NamedBackend, PoolConfig, SourceKey,
@@ -238,6 +239,8 @@ pub struct AnnouncedBy {
     pub wish: MemberWish,
     /// The backend's state in the words of the source; empty without one.
     pub raw: Arc<str>,
+    /// The labels that the source announces.
+    pub labels: MemberLabels,
     /// The weight that counts.
     pub weight: u16,
     /// For how long the source has listed the backend.
@@ -371,6 +374,7 @@ impl SourceView {
             source: self.status(now),
             wish: member.wish,
             raw: Arc::clone(&member.raw),
+            labels: member.labels.clone(),
             weight: self.members[place].spec.weight,
             listed_for: now.saturating_duration_since(member.since),
             held: member.held,

@@ -5,8 +5,10 @@
 //! view per source of a pool. One rule applies to all of them: an answer that removes
 //! members is evidence, not an order. Nothing here asks a source or reads a clock.
 
+pub mod labels;
 pub mod view;
 
+use labels::MemberLabels;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::net::SocketAddr;
@@ -31,6 +33,8 @@ pub struct Announced {
     pub wish: Wish,
     /// The state in the words of the source, such as `warning`; empty if it has none.
     pub raw: Arc<str>,
+    /// For people; they decide nothing.
+    pub labels: MemberLabels,
 }
 
 /// What a source wishes for a member. Probes of this host take precedence.

@@ -14,6 +14,7 @@ use tidegate_core::control::{ControlStatus, MembersIgnored};
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::SourceKey;
 use tidegate_core::suspicion::rejections::Rejection;
+use tidegate_discovery::resolver::Resolver;
 use tidegate_discovery::tell::SourceCounters;
 use tidegate_net::budget::MemoryBudget;
 use tidegate_net::confinement::SandboxReport;
@@ -75,6 +76,10 @@ pub struct AdminSnapshot {
     pub port_limits: PortLimits,
     /// Counters of the member sources that this process asks.
     pub source_counters: HashMap<SourceKey, Arc<SourceCounters>>,
+    /// Restarts of the thread of the member sources.
+    pub source_restarts: u64,
+    /// The resolver of the member sources; `None` without them.
+    pub resolver: Option<Resolver>,
     /// Ignored members of sources, by reason.
     pub ignored_members: Vec<(MembersIgnored, u64)>,
     /// Counts of the heartbeat receiver.
@@ -153,6 +158,8 @@ impl AdminSnapshot {
             ports: Arc::default(),
             port_limits: PortLimits { ports: 28_232, reuse: Reuse::Loopback },
             source_counters: HashMap::new(),
+            source_restarts: 0,
+            resolver: None,
             ignored_members: Vec::new(),
             heartbeats: HeartbeatCounts::default(),
             backend_metrics_max: 100,

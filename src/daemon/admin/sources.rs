@@ -43,6 +43,7 @@ pub(super) fn announcement(by: &AnnouncedBy, now: Instant) -> AnnouncementDoc {
         from: source(&by.source),
         wish: by.wish.name().to_owned(),
         raw: by.raw.to_string(),
+        labels: by.labels.iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect(),
         weight: by.weight,
         listed_seconds: millis(by.listed_for),
         held: by.held.as_ref().map(|held| held_removal(held, now)),

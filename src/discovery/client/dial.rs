@@ -6,6 +6,7 @@
 use super::failure::{HttpFailure, failure_of_io, with_causes};
 use super::{HttpEndpoint, tls};
 use crate::resolver::ResolveFailure;
+use crate::tasks::{self, TaskKind};
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::client::conn::http1::{self, SendRequest};
@@ -170,8 +171,6 @@ async fn http(stream: Box<dyn ByteStream>) -> Result<RequestSender, HttpFailure>
         .await
         .map_err(|error| HttpFailure::new(SourceFailure::Connect, with_causes(&error)))?;
     // The task ends with the connection. The request reports errors.
-    tokio::spawn(async move {
-        let _ = connection.await;
-    });
+    tokio::spawn(tasks::caught(TaskKind::Connection, connection));
     Ok(sender)
 }

@@ -16,6 +16,8 @@ enum Step {
     Reset(Vec<u8>),
     /// Sends one byte per interval.
     Drip(Vec<u8>, Duration),
+    /// Sends the same bytes again and again.
+    Endless(&'static str),
     /// Reads and says nothing.
     Hang,
 }
@@ -73,6 +75,7 @@ async fn play(mut stream: TcpStream, steps: Vec<Step>) {
                     tokio::time::sleep(interval).await;
                 }
             }
+            Step::Endless(text) => while stream.write_all(text.as_bytes()).await.is_ok() {},
             Step::Hang => std::future::pending().await,
         }
     }
@@ -111,6 +114,33 @@ async fn answers_arrive_whole_and_reuse_the_connection() {
 }
 
 #[tokio::test]
+async fn unusual_forms_of_an_answer_are_read() {
+    for answer in [
+        "HTTP/1.0 200 OK\r\n\r\nhello",
+        "HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+        "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhello",
+        "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: X\r\n\r\n5;a=b\r\nhello\r\n0\r\nX: y\r\n\r\n",
+        "HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello",
+    ] {
+        let (address, _) = server(vec![last(answer)]).await;
+        let read = client(&[address]).send(&HttpRequest::get("/")).await;
+        assert_eq!(read.map(|read| read.body).unwrap(), "hello", "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn redirects_are_failures_and_the_other_host_gets_no_request() {
+    let (other, connections) = server(vec![say(OK)]).await;
+    for status in [301, 302, 303, 307, 308] {
+        let moved = format!("HTTP/1.1 {status} Moved\r\nLocation: http://{other}/\r\n");
+        let failure = failure_of(say(&(moved + "Content-Length: 0\r\n\r\n"))).await;
+        assert_eq!(failure.why, SourceFailure::Protocol, "{failure}");
+        assert!(failure.detail.contains("not followed"), "{failure}");
+    }
+    assert_eq!(connections.load(Ordering::Relaxed), 0);
+}
+
+#[tokio::test]
 async fn incomplete_answer_is_a_failure() {
     for begin in [
         "HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\nhello",
@@ -129,7 +159,8 @@ async fn incomplete_answer_is_a_failure() {
 #[tokio::test]
 async fn silent_and_slow_servers_end_with_the_deadline() {
     let drip = Step::Drip(OK.repeat(9).into_bytes(), Duration::from_millis(100));
-    for step in [Step::Hang, drip] {
+    let endless = Step::Endless("HTTP/1.1 102 Processing\r\n\r\n");
+    for step in [Step::Hang, drip, endless] {
         let start = clock::now();
         let failure = failure_of(step).await;
         assert_eq!(failure.why, SourceFailure::Timeout, "{failure}");

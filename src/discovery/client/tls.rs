@@ -5,6 +5,7 @@
 
 use super::failure::{HttpFailure, failure_of_io, with_causes};
 use crate::secret::SecretFile;
+use crate::tasks;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -55,7 +56,7 @@ pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
     let name = server_name(tls, server)?;
     let (files, inline) = (tls.clone(), inline.clone());
     // The trusted certificates of a system are some 100 files or one of 200 KiB.
-    let config = tokio::task::spawn_blocking(move || client_config(&files, &inline)).await;
+    let config = tasks::blocking(move || client_config(&files, &inline)).await;
     let config = config.map_err(|_| HttpFailure::local("reading of certificates panicked"))??;
     TlsConnector::from(Arc::new(config)).connect(name, stream).await.map_err(|error| {
         let otherwise = match error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) {

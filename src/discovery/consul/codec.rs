@@ -15,6 +15,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_core::control::MEMBERS_MAX;
+use tidegate_core::discovery::labels::MemberLabels;
 use tidegate_core::discovery::{Announced, Wish};
 use tidegate_core::model::RegistryQuery;
 
@@ -274,6 +275,7 @@ impl ConsulInstance {
             backup: false,
             wish: self.wish,
             raw: self.raw.into(),
+            labels: MemberLabels::default(),
         }
     }
 }

@@ -13,6 +13,7 @@ mod names;
 
 pub use client::ConsulClient;
 
+use crate::backoff::{CHANGED_MIN, Pause, UNCHANGED_MIN};
 use crate::client::HttpFailure;
 use crate::parse::off_runtime;
 use crate::tell::Teller;
@@ -25,12 +26,6 @@ use std::time::{Duration, Instant};
 use tidegate_core::discovery::{Announced, SourceFailure, Told, WholeSet};
 use tidegate_core::model::RegistryQuery;
 use tidegate_net::clock;
-
-/// Longest pause after a failure, so that a server that is back is asked within 5 s.
-const RETRY_MAX: Duration = Duration::from_secs(4);
-
-/// Shortest pause after a failure.
-const RETRY_MIN: Duration = Duration::from_millis(200);
 
 /// After an answer that lost instances or is not trusted, the waits are short for this
 /// time, so that a confirmation does not take a whole wait.
@@ -61,8 +56,6 @@ struct ConsulWatch {
     told: Option<ToldInstances>,
     names: HostNames,
     watchful_until: Option<Instant>,
-    /// Failures since the last answer.
-    failures: u32,
     listed: bool,
 }
 
@@ -103,26 +96,20 @@ pub async fn run_at(
         told: None,
         names,
         watchful_until: None,
-        failures: 0,
         listed: false,
     };
+    let mut pause = Pause::paced(pace.changed, pace.unchanged);
     loop {
-        let asked_at = clock::now();
-        let pause = match Box::pin(watch.ask()).await {
-            Ok(effect) => {
-                watch.failures = 0;
-                watch.gap(effect).saturating_sub(clock::now().duration_since(asked_at))
+        pause.begin();
+        match Box::pin(watch.ask()).await {
+            Ok(AnswerEffect::Changed) => pause.changed().await,
+            Ok(AnswerEffect::Unchanged) => pause.unchanged().await,
+            Err(failure) => {
+                watch.failed(failure);
+                pause.failed().await;
             }
-            Err(failure) => watch.failed(failure),
-        };
-        tokio::time::sleep(pause).await;
+        }
     }
-}
-
-/// Returns the pause after the given number of failures in a row: full jitter, doubling.
-fn retry_pause(failures: u32) -> Duration {
-    let most = RETRY_MIN.saturating_mul(1 << failures.min(16)).min(RETRY_MAX);
-    RETRY_MIN.max(most.mul_f64(fastrand::f64()))
 }
 
 // === impl ConsulWatch ===
@@ -214,15 +201,13 @@ impl ConsulWatch {
         AnswerEffect::Changed
     }
 
-    /// Tells a failure and returns the pause after it.
-    fn failed(&mut self, failure: HttpFailure) -> Duration {
+    /// Tells a failure.
+    fn failed(&mut self, failure: HttpFailure) {
         if self.index != 0 {
             self.restart();
         }
         self.told = None;
         self.teller.tell(failure.told());
-        self.failures = self.failures.saturating_add(1);
-        retry_pause(self.failures)
     }
 
     /// Lists at the next query.
@@ -241,13 +226,6 @@ impl ConsulWatch {
         };
         most - most.mul_f64(fastrand::f64() / 6.0)
     }
-
-    fn gap(&self, effect: AnswerEffect) -> Duration {
-        match effect {
-            AnswerEffect::Changed => self.pace.changed,
-            AnswerEffect::Unchanged => self.pace.unchanged,
-        }
-    }
 }
 
 /// Parses a body, a large one on another thread.
@@ -263,8 +241,8 @@ impl Default for ConsulPace {
         ConsulPace {
             wait: Duration::from_secs(30),
             watchful_wait: Duration::from_secs(5),
-            unchanged: Duration::from_secs(1),
-            changed: Duration::from_millis(100),
+            unchanged: UNCHANGED_MIN,
+            changed: CHANGED_MIN,
         }
     }
 }

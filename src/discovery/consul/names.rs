@@ -4,6 +4,7 @@
 //! last address, because a failure of DNS must not remove an instance.
 
 use crate::resolver::Resolver;
+use crate::tasks::{self, TaskKind};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -41,14 +42,14 @@ impl HostNames {
         let mut lookups = JoinSet::new();
         for name in names.into_iter().take(NAMES_MAX) {
             let resolver = self.resolver.clone();
-            lookups.spawn(async move {
+            lookups.spawn(tasks::caught(TaskKind::Lookup, async move {
                 let found = resolver.host(&name).await;
                 (name, found.unwrap_or_default())
-            });
+            }));
         }
         let all = async {
             while let Some(joined) = lookups.join_next().await {
-                let Ok((name, found)) = joined else { continue };
+                let Ok(Ok((name, found))) = joined else { continue };
                 let kept = self.known.get(&name).filter(|known| found.contains(known)).copied();
                 if let Some(address) = kept.or_else(|| found.into_iter().min()) {
                     self.known.insert(name, address);

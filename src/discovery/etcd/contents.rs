@@ -4,10 +4,8 @@
 //! Each returns whether the set of members changed. Nothing here does I/O.
 
 use super::codec::{KeyValue, StoreEventKind, WatchEvent};
-use crate::listing::{LISTED_NAME_BYTES_MAX, ListedAddress, ListedState};
-use serde::Deserialize;
+use crate::listing::decode_member;
 use std::collections::BTreeMap;
-use std::num::NonZeroU16;
 use std::sync::Arc;
 use tidegate_core::control::MEMBERS_MAX;
 use tidegate_core::discovery::{Announced, WholeSet};
@@ -84,7 +82,7 @@ impl PrefixContents {
 
     /// Applies the events of a message in their order. Returns whether the members changed.
     pub(super) fn apply(&mut self, events: Vec<WatchEvent>) -> bool {
-        let mut changed = false;
+        let (mut changed, mut beyond) = (false, 0);
         for WatchEvent { kind, kv } in events {
             let key = kv.key.0.into_boxed_slice();
             if !key.starts_with(self.prefix.as_bytes()) {
@@ -93,6 +91,10 @@ impl PrefixContents {
             self.advance(kv.mod_revision);
             let before = self.entries.remove(&key);
             match kind {
+                // The next message finds the contents cut, and the prefix is listed again.
+                StoreEventKind::Put if before.is_none() && self.entries.len() >= MEMBERS_MAX => {
+                    (changed, beyond) = (true, beyond + 1);
+                }
                 StoreEventKind::Put => {
                     let (now, differs) = self.read(&key, &kv.value.0, before);
                     changed |= differs;
@@ -104,7 +106,7 @@ impl PrefixContents {
                 }
             }
         }
-        self.count = self.entries.len() as i64;
+        self.count = self.entries.len() as i64 + beyond;
         changed
     }
 
@@ -117,12 +119,12 @@ impl PrefixContents {
     pub(super) fn whole(&self, trusted: bool) -> WholeSet {
         let members = self.entries.values().filter_map(|entry| entry.announced.clone());
         let unread = self.entries.values().filter(|entry| !entry.readable).count();
-        let beyond = (self.count - self.entries.len() as i64).max(0);
+        let beyond = self.count.saturating_sub(self.entries.len() as i64).max(0);
         WholeSet {
             members: members.take(MEMBERS_MAX).collect(),
             version: format!("revision {}", self.revision),
             trusted,
-            unreadable: u32::try_from(unread as i64 + beyond).unwrap_or(u32::MAX),
+            unreadable: u32::try_from(beyond.saturating_add(unread as i64)).unwrap_or(u32::MAX),
         }
     }
 
@@ -145,36 +147,7 @@ impl PrefixContents {
     }
 }
 
-/// An entry's value.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct StoredMember {
-    address: ListedAddress,
-    weight: Option<NonZeroU16>,
-    #[serde(default)]
-    state: ListedState,
-    #[serde(default)]
-    backup: bool,
-    /// For people and other programs.
-    #[serde(default, rename = "labels")]
-    _labels: BTreeMap<String, String>,
-}
-
-/// Reads an entry. Its name is the key without the prefix.
+/// Reads an entry. Its name is the key without the prefix, or `name` in the value.
 fn member(name: &[u8], value: &[u8]) -> Option<Announced> {
-    let name = std::str::from_utf8(name).ok()?;
-    let unfit = |c: char| c.is_control() || c.is_whitespace() || c == '/';
-    if name.len() > LISTED_NAME_BYTES_MAX || name.contains(unfit) {
-        return None;
-    }
-    let value: StoredMember = serde_json::from_slice(value).ok()?;
-    let (wish, raw) = value.state.wish();
-    Some(Announced {
-        name: name.into(),
-        address: value.address.get(),
-        weight: value.weight.map(NonZeroU16::get),
-        backup: value.backup,
-        wish,
-        raw,
-    })
+    decode_member(value, std::str::from_utf8(name).ok()?).ok()
 }

@@ -10,6 +10,7 @@ use super::gateway::{EtcdGateway, GatewayFailure};
 use super::watch::WatchStream;
 use crate::client::HttpFailure;
 use crate::resolver::Resolver;
+use crate::tasks::{TaskKind, panic_point};
 use std::future::pending;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -111,6 +112,7 @@ impl Follower {
     pub(super) async fn run(mut self) {
         loop {
             self.take_questions();
+            panic_point(TaskKind::Follower);
             if let Err(broken) = self.follow().await {
                 self.tell_broken(broken);
                 self.failures_in_row += 1;
@@ -288,7 +290,7 @@ impl Follower {
         // A refused watch has no number. The server answers in the order of the requests.
         let number = match message.created {
             true => following.created,
-            false => usize::try_from(message.watch_id - 1).unwrap_or(usize::MAX),
+            false => usize::try_from(message.watch_id.saturating_sub(1)).unwrap_or(usize::MAX),
         };
         following.created += usize::from(message.created);
         let Some(&at) = following.watches.get(number) else {

@@ -128,7 +128,12 @@ impl Followed {
     /// The watch that continues the contents.
     pub(super) fn watch(&self, watch_id: i64) -> WatchCreate {
         let RangeRequest { key, range_end, .. } = RangeRequest::below(self.prefix());
-        WatchCreate { key, range_end, start_revision: self.contents.revision() + 1, watch_id }
+        WatchCreate {
+            key,
+            range_end,
+            start_revision: self.contents.revision().saturating_add(1),
+            watch_id,
+        }
     }
 
     /// Applies the events of a message.
@@ -152,7 +157,7 @@ impl Followed {
         let (revision, count) = (self.contents.revision(), self.contents.count());
         let request = RangeRequest {
             limit: 1,
-            min_mod_revision: revision + 1,
+            min_mod_revision: revision.saturating_add(1),
             keys_only: true,
             ..RangeRequest::below(self.prefix())
         };

@@ -12,6 +12,7 @@
 //! | revision, cluster or term went back: a backup was restored | list; the sets are not trusted for 30 s |
 //! | two checks in a row differ from the watch | another member; list |
 //! | the token is refused | log in again with the file's password |
+//! | the follower panics | the questions fail; another follower begins after a pause |
 //! | a prefix is forbidden | fail that prefix; retry it every 1 s to 3 s |
 
 pub mod codec;
@@ -25,12 +26,15 @@ mod watch;
 #[cfg(test)]
 mod tests;
 
+use crate::backoff::Pause;
 use crate::resolver::Resolver;
+use crate::tasks::{self, TaskKind};
 use crate::tell::Teller;
 use follow::Follower;
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tidegate_core::discovery::{SourceFailure, Told};
 use tidegate_core::model::RegistryConfig;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
@@ -73,14 +77,29 @@ impl EtcdShare {
     /// question.
     pub fn start(registry: &RegistryConfig, resolver: Resolver) -> EtcdShare {
         let asked = Arc::new(AskedPrefixes::default());
-        let follower = Follower::new(registry, resolver, Arc::clone(&asked));
-        let task = tokio::spawn(follower.run()).abort_handle();
+        let follow = supervise(registry.clone(), resolver, Arc::clone(&asked));
+        let task = tokio::spawn(follow).abort_handle();
         EtcdShare(Arc::new(RunningFollower { asked, task }))
     }
 
     fn ask(&self, prefix: Arc<str>, teller: Teller) -> AskedPrefix {
         let asked = Arc::clone(&self.0.asked);
         AskedPrefix { number: asked.add(prefix, teller), asked }
+    }
+}
+
+/// Runs a follower, and another one after a panic. The new one reads everything again.
+async fn supervise(registry: RegistryConfig, resolver: Resolver, asked: Arc<AskedPrefixes>) {
+    let mut pause = Pause::new();
+    loop {
+        pause.begin();
+        let follower = Follower::new(&registry, resolver.clone(), Arc::clone(&asked));
+        if tasks::caught(TaskKind::Follower, follower.run()).await.is_err() {
+            let registry = &registry.name;
+            tracing::error!(%registry, "follower of an etcd registry panicked; restarting it");
+            asked.tell_panic();
+        }
+        pause.failed().await;
     }
 }
 
@@ -97,6 +116,12 @@ impl Drop for RunningFollower {
 impl AskedPrefixes {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, (Arc<str>, Teller)>> {
         self.by_number.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell_panic(&self) {
+        let (why, detail) = (SourceFailure::Local, tasks::PANICKED.to_owned());
+        let told = Told::Failed { why, detail };
+        self.lock().values().for_each(|(_, teller)| teller.tell(told.clone()));
     }
 
     fn add(&self, prefix: Arc<str>, teller: Teller) -> u64 {

@@ -16,6 +16,7 @@ use crate::resolver::Resolver;
 use crate::tell::{Answers, SourceCounters, Teller};
 use crate::testing::etcd::{EtcdCluster, eventually};
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::discovery::{SourceFailure, Told, WholeSet};
@@ -155,11 +156,15 @@ fn now() -> Instant {
 }
 
 fn registry(cluster: &EtcdCluster) -> RegistryConfig {
+    RegistryConfig { timeout: secs(5), ..registry_of(&cluster.servers()) }
+}
+
+fn registry_of(servers: &[SocketAddr]) -> RegistryConfig {
     RegistryConfig {
         name: "main".into(),
         kind: RegistryKind::Etcd,
-        servers: cluster.servers().into_iter().map(ServerAddr::Ip).collect(),
-        timeout: Duration::from_secs(5),
+        servers: servers.iter().copied().map(ServerAddr::Ip).collect(),
+        timeout: secs(1),
         tls: None,
         token_file: None,
         user: None,

@@ -204,6 +204,37 @@ async fn list_of_nginx_is_polled_with_its_etag() {
 }
 
 #[tokio::test]
+async fn answers_without_a_whole_list_are_failures() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    for (answer, said) in [
+        ("204 No Content\r\n\r\n", "status 204 has no list"),
+        ("206 Partial Content\r\nContent-Length: 2\r\n\r\n[]", "status 206 has no list"),
+        ("304 Not Modified\r\n\r\n", "status 304 has no list"),
+        ("200 OK\r\nContent-Length: 0\r\n\r\n", "EOF"),
+        ("200 OK\r\nConnection: close\r\n\r\n[\"10.0.0.1:80\"", "EOF"),
+    ] {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let answering = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let _ = stream.read(&mut [0; 4096]).await;
+            stream.write_all(format!("HTTP/1.1 {answer}").as_bytes()).await.unwrap();
+        };
+        let question = ListUrl {
+            url: format!("http://{address}/"),
+            interval: Duration::from_secs(1),
+            ca_file: None,
+            token_file: None,
+        };
+        let (endpoint, target) = endpoint(&question, resolver()).unwrap();
+        let (http, mut last) = (HttpClient::new(endpoint), LastList::default());
+        let (told, ()) = tokio::join!(ask(&http, &target, &mut last), answering);
+        let failure = told.unwrap_err();
+        assert!(failure.detail.contains(said), "{answer}: {failure}");
+    }
+}
+
+#[tokio::test]
 async fn failures_of_nginx_are_told_and_end_with_their_cause() {
     let Some(nginx) = Nginx::start() else { return };
     for (path, said) in [

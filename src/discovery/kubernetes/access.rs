@@ -147,6 +147,20 @@ impl AccessShared {
     }
 }
 
+/// Returns the certificates, keys and tokens that a kubeconfig names, for the sandbox. None if
+/// the file cannot be used; the source then tells why.
+pub fn files_of_kubeconfig(file: &Path) -> Vec<PathBuf> {
+    let dir = file.parent().unwrap_or(Path::new("/"));
+    let context = read_text(file).ok().and_then(|text| config::kubeconfig(&text, dir).ok());
+    let KubeContext { tls, token, .. } = context.unwrap_or_default();
+    let tls = tls.into_iter().flat_map(|tls| [tls.ca_file, tls.cert_file, tls.key_file]);
+    let token = match token {
+        Some(KubeToken::File(path)) => Some(path),
+        Some(KubeToken::Inline(_)) | None => None,
+    };
+    tls.flatten().chain(token).collect()
+}
+
 fn read_text(file: &Path) -> std::io::Result<String> {
     let mut text = String::new();
     File::open(file)?.take(KUBECONFIG_BYTES_MAX).read_to_string(&mut text)?;

@@ -16,7 +16,7 @@ mod picture;
 #[cfg(test)]
 mod tests;
 
-pub use access::KubernetesAccess;
+pub use access::{KubernetesAccess, files_of_kubeconfig};
 
 use crate::backoff::{CHANGED_MIN, Pause, UNCHANGED_MIN};
 use crate::client::{HttpFailure, HttpStream};
@@ -40,6 +40,12 @@ const PAGE_SLICES: usize = 100;
 
 /// Most pages of a list.
 const PAGES_MAX: usize = 1000;
+
+/// Most slices of a service.
+const SLICES_MAX: usize = 10_000;
+
+/// Most endpoints of all slices of a service.
+const ENDPOINTS_MAX: usize = 100_000;
 
 /// What is asked.
 #[derive(Debug, Clone)]
@@ -124,6 +130,21 @@ enum WatchEnd {
     Old,
 }
 
+/// Bounds the memory of a service. What the server sends beyond it is a failure.
+fn refuse_excess<'a>(slices: impl IntoIterator<Item = &'a SliceFacts>) -> Result<(), HttpFailure> {
+    let (mut count, mut endpoints) = (0, 0);
+    for slice in slices {
+        count += 1;
+        endpoints += slice.endpoints.len();
+    }
+    if count <= SLICES_MAX && endpoints <= ENDPOINTS_MAX {
+        return Ok(());
+    }
+    Err(HttpFailure::protocol(format_args!(
+        "the service has more than {SLICES_MAX} slices or {ENDPOINTS_MAX} endpoints"
+    )))
+}
+
 // === impl KubernetesSource ===
 
 impl KubernetesSource {
@@ -162,6 +183,7 @@ impl KubernetesSource {
         for _ in 0..PAGES_MAX {
             let (page, more) = self.page(server, path, PAGE_SLICES, &next).await?;
             slices.extend(more);
+            refuse_excess(&slices)?;
             next = page.next;
             if next.is_empty() {
                 self.check_version(&page.resource_version)?;
@@ -251,6 +273,7 @@ impl KubernetesSource {
             Some(SliceEvent::Put(slice)) => {
                 let seen = slice.version.clone();
                 self.picture.put(slice);
+                refuse_excess(self.picture.slices())?;
                 seen
             }
             Some(SliceEvent::Deleted { name, version }) => {

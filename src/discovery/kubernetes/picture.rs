@@ -11,6 +11,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::control::MEMBERS_MAX;
+use tidegate_core::discovery::labels::MemberLabels;
 use tidegate_core::discovery::{Announced, Wish};
 
 /// How long a missing endpoint stays. The controller of Kubernetes writes the slices of one
@@ -54,6 +55,11 @@ impl SlicePicture {
     /// Adds or replaces a slice.
     pub(crate) fn put(&mut self, slice: SliceFacts) {
         self.slices.insert(Arc::clone(&slice.name), slice);
+    }
+
+    /// Returns all slices.
+    pub(crate) fn slices(&self) -> impl Iterator<Item = &SliceFacts> {
+        self.slices.values()
     }
 
     /// Removes a slice.
@@ -155,6 +161,7 @@ fn announced(endpoint: &EndpointFacts, anything_ready: bool) -> Announced {
         backup: false,
         wish,
         raw: raw.into(),
+        labels: MemberLabels::default(),
     }
 }
 

@@ -23,6 +23,7 @@ fn entries_are_texts_or_objects() {
     assert_eq!((&*second.name, second.weight, second.backup), ("b", Some(7), true));
     assert_eq!((second.wish, &*second.raw), (Wish::Draining, "maintenance"));
     assert_eq!(&*third.name, "10.0.0.2:80");
+    assert_eq!(second.labels.iter().collect::<Vec<_>>(), [("zone", "a")]);
     assert!(list(" [] ").is_empty());
 }
 
@@ -68,6 +69,12 @@ fn faults_name_their_place_and_what_is_right() {
         (&object(", \"backup\": 1"), &["expected a boolean"]),
         (&object(", \"labels\": {\"a\": 1}"), &["expected a string"]),
         (&object(", \"address\": \"10.0.0.2:80\""), &["duplicate field `address`"]),
+        (&object(", \"labels\": {}, \"labels\": {}"), &["duplicate field `labels`"]),
+        (&object(", \"weight\": 1e400"), &["entry 2"]),
+        (&object(", \"weight\": NaN"), &["entry 2"]),
+        (&object(", \"weight\": 1.5"), &["entry 2", "floating point"]),
+        ("[\"10.0.0.1:80\", \"[::ffff:10.0.0.1]:80\"]", &["is also in entry 1"]),
+        ("[\"[::ffff:0.0.0.0]:80\"]", &["is not the address of one host"]),
     ] {
         let said = fault(text);
         assert!(parts.iter().all(|part| said.contains(part)), "{text}: {said}");
@@ -89,6 +96,10 @@ fn member_takes_the_name_of_its_key() {
     assert_eq!(&*member.name, "web-1");
     let member = decode_member(br#"{"address": "10.0.0.1:80", "name": "own"}"#, "web-1").unwrap();
     assert_eq!(&*member.name, "own");
+    let member = decode_member(br#""10.0.0.1:80""#, "web-1").unwrap();
+    assert_eq!(&*member.name, "web-1");
+    assert!(decode_member(br#""10.0.0.1:80""#, "a/b").is_err());
+    assert!(decode_list(b"[\"10.0.0.1:80\", {\"address\": \"\xff\"}]").is_err());
     let fault = decode_member(b"[]", "web-1").unwrap_err();
     assert!(fault.entry.is_none() && fault.message.contains("a member"), "{fault}");
 }

@@ -1,8 +1,10 @@
-//! Registration in Consul: a service of the local agent with a TTL check.
+//! Registration in Consul: a service of one agent with a TTL check.
 //!
 //! [`keep`](super::keep) calls it. The check turns critical if no renewal arrives within the
-//! TTL, and the agent removes the service when it was critical for [`DEREGISTER_AFTER`]. The
-//! registry must be the agent of this host, because an agent announces only its own services.
+//! TTL, and the agent removes the service when it was critical for [`DEREGISTER_AFTER`]. An agent
+//! announces only its own services. So the service is registered at one agent at a time: at the
+//! first, and at the next one when it fails. An agent that was left loses its registration as
+//! soon as it answers again; until then its check is critical.
 
 use super::{RegisteredState, Registrar, Registration, RenewalResult};
 use crate::client::HttpFailure;
@@ -12,18 +14,27 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use tidegate_core::discovery::SourceFailure;
-use tidegate_core::model::RegistryConfig;
+use tidegate_core::model::{RegistryConfig, ServerAddr};
 
 /// Time in the critical state after which the agent removes the service. Consul recommends a
 /// time that is much longer than any outage after which the service returns.
 pub const DEREGISTER_AFTER: &str = "1h";
 
-/// Registers one service at an agent.
+/// Registers one service at one of the agents.
 #[derive(Debug)]
 pub struct ConsulRegistrar {
-    client: ConsulClient,
+    agents: Vec<RegistryAgent>,
+    /// Position of the agent that has the service.
+    current: usize,
     /// What the check says.
     state: RegisteredState,
+}
+
+#[derive(Debug)]
+struct RegistryAgent {
+    client: ConsulClient,
+    /// A registration was sent, and no answer says that the agent does not have it.
+    may_hold: bool,
 }
 
 /// Body of `PUT /v1/agent/service/register`.
@@ -63,13 +74,18 @@ struct ConsulTtlCheck {
 // === impl ConsulRegistrar ===
 
 impl ConsulRegistrar {
-    /// Registers at the agent of this registry.
+    /// Registers at the first agent of this registry that answers.
     pub fn new(registry: &RegistryConfig, resolver: Resolver) -> ConsulRegistrar {
-        let client = ConsulClient::new(registry, resolver);
-        ConsulRegistrar { client, state: RegisteredState::Ready }
+        let agent = |server: &ServerAddr| {
+            let one = RegistryConfig { servers: vec![server.clone()], ..registry.clone() };
+            let client = ConsulClient::new(&one, resolver.clone());
+            RegistryAgent { client, may_hold: false }
+        };
+        let agents = registry.servers.iter().map(agent).collect();
+        ConsulRegistrar { agents, current: 0, state: RegisteredState::Ready }
     }
 
-    /// Reports the state, which starts the TTL again.
+    /// Reports the state to the current agent, which starts the TTL again.
     async fn report(&self, registration: &Registration) -> Result<(), HttpFailure> {
         let (verb, note) = match self.state {
             RegisteredState::Ready => ("pass", "the service answers"),
@@ -79,8 +95,54 @@ impl ConsulRegistrar {
         self.put(format!("/v1/agent/check/{verb}/{id}?note={note}"), Vec::new()).await
     }
 
+    /// Sends a request to the current agent.
     async fn put(&self, target: String, body: Vec<u8>) -> Result<(), HttpFailure> {
-        self.client.put(target, body.into()).await.map(drop)
+        let agent = self.agents.get(self.current);
+        let agent = agent.ok_or_else(|| HttpFailure::local("the registry has no servers"))?;
+        agent.client.put(target, body.into()).await.map(drop)
+    }
+
+    fn hold(&mut self, may_hold: bool) {
+        if let Some(agent) = self.agents.get_mut(self.current) {
+            agent.may_hold = may_hold;
+        }
+    }
+
+    fn use_next_agent(&mut self) {
+        self.current = (self.current + 1) % self.agents.len().max(1);
+    }
+
+    async fn register(&mut self, registration: &Registration) -> Result<(), HttpFailure> {
+        let state = self.state;
+        let body = serde_json::to_vec(&service(registration, state)).map_err(HttpFailure::local)?;
+        let target = "/v1/agent/service/register?replace-existing-checks=true".to_owned();
+        let sent = self.put(target, body).await;
+        // Without a connection the agent has no registration.
+        if sent.as_ref().map_or_else(|failure| failure.why != SourceFailure::Connect, |()| true) {
+            self.hold(true);
+        }
+        sent?;
+        // An agent that knows the check keeps its status.
+        self.report(registration).await
+    }
+
+    /// Removes the service from one agent that was left. It repeats this at the next renewal if
+    /// the agent does not answer.
+    async fn clean_up(&mut self, registration: &Registration) -> Result<(), HttpFailure> {
+        let current = self.current;
+        let left = |(at, agent): &(usize, &mut RegistryAgent)| *at != current && agent.may_hold;
+        let Some((_, agent)) = self.agents.iter_mut().enumerate().find(left) else { return Ok(()) };
+        deregister(&agent.client, registration).await?;
+        agent.may_hold = false;
+        Ok(())
+    }
+}
+
+async fn deregister(client: &ConsulClient, registration: &Registration) -> Result<(), HttpFailure> {
+    let target = format!("/v1/agent/service/deregister/{}", encoded(&registration.id));
+    match client.put(target, Vec::new().into()).await {
+        Err(failure) if !is_unknown(&failure) => Err(failure),
+        _ => Ok(()),
     }
 }
 
@@ -91,27 +153,44 @@ impl Registrar for ConsulRegistrar {
         state: RegisteredState,
     ) -> Result<(), HttpFailure> {
         self.state = state;
-        let body = serde_json::to_vec(&service(registration, state)).map_err(HttpFailure::local)?;
-        let target = "/v1/agent/service/register?replace-existing-checks=true".to_owned();
-        self.put(target, body).await?;
-        // An agent that knows the check keeps its status.
-        self.report(registration).await
+        let mut failed = HttpFailure::local("the registry has no servers");
+        for _ in 0..self.agents.len() {
+            match self.register(registration).await {
+                Ok(()) => return Ok(()),
+                Err(failure) => failed = failure,
+            }
+            self.use_next_agent();
+        }
+        Err(failed)
     }
 
     async fn renew(&mut self, registration: &Registration) -> Result<RenewalResult, HttpFailure> {
         match self.report(registration).await {
-            Ok(()) => Ok(RenewalResult::Renewed),
-            Err(failure) if is_unknown(&failure) => Ok(RenewalResult::Lost),
-            Err(failure) => Err(failure),
+            Ok(()) => {
+                // The service is announced, whatever the agents say that were left.
+                let _ = self.clean_up(registration).await;
+                Ok(RenewalResult::Renewed)
+            }
+            Err(failure) if is_unknown(&failure) => {
+                self.hold(false);
+                Ok(RenewalResult::Lost)
+            }
+            Err(failure) => {
+                self.use_next_agent();
+                Err(failure)
+            }
         }
     }
 
     async fn remove(&mut self, registration: &Registration) -> Result<(), HttpFailure> {
-        let target = format!("/v1/agent/service/deregister/{}", encoded(&registration.id));
-        match self.put(target, Vec::new()).await {
-            Err(failure) if !is_unknown(&failure) => Err(failure),
-            _ => Ok(()),
+        let mut removed = Ok(());
+        for agent in self.agents.iter_mut().filter(|agent| agent.may_hold) {
+            match deregister(&agent.client, registration).await {
+                Ok(()) => agent.may_hold = false,
+                Err(failure) => removed = Err(failure),
+            }
         }
+        removed
     }
 }
 

@@ -10,6 +10,7 @@ pub mod consul;
 pub mod etcd;
 pub mod zookeeper;
 
+use crate::backoff::Pause;
 use crate::client::HttpFailure;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -28,9 +29,6 @@ pub const TTL_MAX: Duration = Duration::from_secs(3600);
 
 /// Longest time for the removal before the process exits.
 const REMOVE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Longest delay after a failure.
-const RETRY_MAX: Duration = Duration::from_secs(2);
 
 /// A service of this host, as the registry announces it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -143,8 +141,14 @@ pub async fn keep<R: Registrar>(
     note: &mut impl FnMut(RegisterNote),
 ) -> bool {
     let next = clock::now();
-    let mut kept =
-        Kept { registrar, registration, announced: None, may_exist: false, failures: 0, next };
+    let mut kept = Kept {
+        registrar,
+        registration,
+        announced: None,
+        may_exist: false,
+        pause: Pause::new(),
+        next,
+    };
     let mut stop = std::pin::pin!(stop);
     loop {
         let wanted = registration.state_of(*health.borrow_and_update());
@@ -175,7 +179,7 @@ struct Kept<'a, R> {
     announced: Option<RegisteredState>,
     /// The registry can have a registration: a request that failed can have succeeded.
     may_exist: bool,
-    failures: u32,
+    pause: Pause,
     /// Time of the next request.
     next: Instant,
 }
@@ -198,6 +202,7 @@ impl Registration {
 impl<R: Registrar> Kept<'_, R> {
     /// Sends what the state needs: an announcement, a renewal, a removal or nothing.
     async fn step(&mut self, wanted: Option<RegisteredState>, note: &mut impl FnMut(RegisterNote)) {
+        self.pause.begin();
         let result = match wanted {
             Some(state) if self.announced == wanted => self.renew(state, note).await,
             Some(state) => self.announce(state, note).await,
@@ -206,20 +211,25 @@ impl<R: Registrar> Kept<'_, R> {
         };
         match result {
             Ok(()) => {
-                if std::mem::take(&mut self.failures) > 0 {
+                if self.pause.failures() > 0 {
                     note(RegisterNote::Recovered);
                 }
+                self.pause.succeeded();
                 self.next = clock::now() + self.registration.ttl / 3;
             }
             Err(failure) => {
                 // The log has the first of several failures in a row.
-                if self.failures == 0 {
+                if self.pause.failures() == 0 {
                     note(RegisterNote::Failed(failure));
                 }
-                self.failures += 1;
-                self.next = clock::now() + retry_delay(self.failures);
+                self.next = clock::now() + self.pause.delay_after_failure().min(self.retry_max());
             }
         }
+    }
+
+    /// Longest delay after a failure: several attempts fit into a TTL.
+    fn retry_max(&self) -> Duration {
+        self.registration.ttl / 6
     }
 
     async fn announce(
@@ -260,14 +270,15 @@ impl<R: Registrar> Kept<'_, R> {
         if !self.may_exist {
             return true;
         }
-        let mut failure = None;
+        let (mut failure, mut pause) = (None, Pause::new());
         let removal = async {
-            for attempt in 1.. {
+            loop {
+                pause.begin();
                 match self.registrar.remove(self.registration).await {
                     Ok(()) => break,
                     Err(why) => failure = Some(why),
                 }
-                tokio::time::sleep(retry_delay(attempt)).await;
+                pause.failed().await;
             }
         };
         if timeout(REMOVE_TIMEOUT, removal).await.is_ok() {
@@ -278,12 +289,6 @@ impl<R: Registrar> Kept<'_, R> {
         note(RegisterNote::Stays(failure.unwrap_or_else(timed_out)));
         false
     }
-}
-
-/// Full jitter up to a limit that doubles with each failure in a row, plus 100 ms.
-fn retry_delay(failures: u32) -> Duration {
-    let limit = Duration::from_millis(100 << failures.min(5)).min(RETRY_MAX);
-    Duration::from_millis(100) + limit.mul_f64(fastrand::f64())
 }
 
 // === impl RegisteredState ===

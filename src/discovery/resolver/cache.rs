@@ -26,6 +26,9 @@ const PAUSES: [Duration; 4] = [
 ];
 /// Most that is added to a TTL, so that names with one TTL are not all asked at one time.
 const SPREAD_MAX: Duration = Duration::from_millis(500);
+/// Answers become due at multiples of this time. Names that are due together cost one wake-up
+/// of the thread instead of one each.
+const DUE_STEP: Duration = Duration::from_millis(50);
 
 /// What is known about one question.
 #[derive(Debug, Clone)]
@@ -67,6 +70,8 @@ pub(super) type AnswerSlot = watch::Sender<Option<Arc<RecordAnswer>>>;
 pub(super) struct AnswerCache {
     entries: HashMap<RecordQuestion, CachedAnswer>,
     pruned: Option<Instant>,
+    /// The first answer; the steps of [`DUE_STEP`] count from it.
+    first: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -123,6 +128,7 @@ impl AnswerCache {
         now: Instant,
         config: &DnsConfig,
     ) -> Arc<RecordAnswer> {
+        let first = *self.first.get_or_insert(now);
         let entry = self.entries.entry(question.clone()).or_insert_with(|| CachedAnswer::new(now));
         entry.asked = None;
         let before = entry.answer.take().and_then(|answer| answer.known.clone());
@@ -138,7 +144,8 @@ impl AnswerCache {
             RecordOutcome::Records(set) => {
                 entry.vain = 0;
                 let ttl = set.ttl.clamp(config.ttl_min, config.ttl_max.max(config.ttl_min));
-                now + ttl + (ttl / 20).min(SPREAD_MAX).mul_f64(fastrand::f64())
+                let spread = (ttl / 20).min(SPREAD_MAX).mul_f64(fastrand::f64());
+                next_step(first, now + ttl + spread)
             }
             _ => {
                 entry.vain += 1;
@@ -149,6 +156,11 @@ impl AnswerCache {
         let answer = Arc::new(RecordAnswer { outcome, asked, until, known });
         entry.answer = Some(Arc::clone(&answer));
         answer
+    }
+
+    /// Returns the number of questions.
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
     }
 
     /// Returns the last known addresses.
@@ -178,6 +190,13 @@ impl AnswerCache {
         }
         self.entries.len() < QUESTIONS_MAX
     }
+}
+
+/// Returns the first step at or after `at`.
+fn next_step(first: Instant, at: Instant) -> Instant {
+    let since = at.saturating_duration_since(first);
+    let steps = since.as_nanos().div_ceil(DUE_STEP.as_nanos());
+    first + DUE_STEP.saturating_mul(u32::try_from(steps).unwrap_or(u32::MAX))
 }
 
 // === impl CachedAnswer ===

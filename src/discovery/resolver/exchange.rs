@@ -1,11 +1,13 @@
-//! One question to one DNS server: over UDP, and over TCP if the answer does not fit.
+//! One exchange with one DNS server: the questions of a lookup over one UDP socket, and over
+//! TCP each whose answer does not fit.
 //!
-//! `lookup` calls it for each server and round. Every question has its own connected
-//! socket, so the kernel chooses a random port and drops datagrams of other hosts. A
-//! datagram with another id or another question is counted and ignored.
+//! `lookup` calls it for each server and round. Every exchange has its own connected socket,
+//! so the kernel chooses a random port and drops datagrams of other hosts. Each question has
+//! its own random id. A datagram with another id or another question is counted and ignored.
 
-use super::ResolverCounters;
+use super::counters::{QuestionResult, ResolverCounters};
 use super::wire::{self, BadMessage, DnsReply, RecordQuestion, ReplyCode};
+use crate::tasks;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType};
 use std::io;
@@ -17,7 +19,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::timeout;
 
-/// Foreign datagrams after which the question is asked over TCP: they are a sign of forgery.
+/// Foreign datagrams after which the questions are asked over TCP: they are a sign of forgery.
 const FOREIGN_MAX: u32 = 16;
 /// Larger than the size that the question allows. A longer datagram is cut and thus
 /// unreadable, and TCP brings the answer.
@@ -26,73 +28,153 @@ const DATAGRAM_BUFFER: usize = 2048;
 const READ_HERE_MAX: usize = 16 * 1024;
 
 /// Why one server gave no answer.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct ExchangeFailure {
     pub(super) why: SourceFailure,
     pub(super) what: String,
 }
 
-/// An answer over UDP, or the reason to use TCP.
-enum OverUdp {
-    Answer(DnsReply),
-    Incomplete,
+/// What one server said to one question.
+pub(super) type ExchangeResult = Result<DnsReply, ExchangeFailure>;
+
+/// The questions over UDP.
+struct UdpExchange<'a> {
+    counters: &'a ResolverCounters,
+    /// Those without an answer.
+    open: Vec<SentQuestion<'a>>,
+    /// Positions of those that need TCP.
+    incomplete: Vec<usize>,
+    foreign: u32,
+}
+
+#[derive(Clone, Copy)]
+struct SentQuestion<'a> {
+    /// Position in the list of the caller.
+    at: usize,
+    question: &'a RecordQuestion,
+    id: u16,
+    edns: bool,
 }
 
 /// Asks `server`. Over UDP and over TCP it waits for at most `limit` each. With `edns` it
-/// allows large datagrams, and it repeats the question without EDNS after FORMERR.
+/// allows large datagrams, and it repeats a question without EDNS after FORMERR. It calls
+/// `ended` once for each question, with its position, as soon as the result is known.
 pub(super) async fn ask(
     server: SocketAddr,
-    question: &RecordQuestion,
+    questions: &[&RecordQuestion],
     edns: bool,
     limit: Duration,
     counters: &ResolverCounters,
-) -> Result<DnsReply, ExchangeFailure> {
-    let udp = timeout(limit, over_udp(server, question, edns, counters));
-    let reply = match udp.await.map_err(|_| no_answer(limit))?? {
-        OverUdp::Answer(reply) => reply,
-        OverUdp::Incomplete => {
-            counters.add(&counters.over_tcp);
-            let tcp = timeout(limit, over_tcp(server, question, counters));
-            tcp.await.map_err(|_| no_answer(limit))??
-        }
+    mut ended: impl FnMut(usize, ExchangeResult),
+) {
+    let mut ended = |at: usize, result: ExchangeResult| {
+        let counted = match &result {
+            Ok(reply) => Some(QuestionResult::of_reply(reply)),
+            Err(failure) => QuestionResult::of_failure(failure.why),
+        };
+        counted.into_iter().for_each(|result| counters.note(result));
+        ended(at, result);
     };
-    Ok(reply)
+    let sent = |(at, question): (usize, &&'_ _)| SentQuestion { at, question, id: 0, edns };
+    let open = questions.iter().enumerate().map(sent).collect();
+    let mut udp = UdpExchange { counters, open, incomplete: Vec::new(), foreign: 0 };
+    let answered = timeout(limit, udp.run(server, &mut ended)).await;
+    if let Err(failure) = answered.unwrap_or_else(|_| Err(no_answer(limit))) {
+        udp.open.iter().for_each(|sent| ended(sent.at, Err(failure.clone())));
+    }
+    let tcp = async |at: usize| {
+        counters.add(&counters.over_tcp);
+        let reply = timeout(limit, over_tcp(server, questions[at], counters)).await;
+        (at, reply.unwrap_or_else(|_| Err(no_answer(limit))))
+    };
+    for pair in udp.incomplete.chunks(2) {
+        match *pair {
+            [first, second] => {
+                let (first, second) = tokio::join!(tcp(first), tcp(second));
+                ended(first.0, first.1);
+                ended(second.0, second.1);
+            }
+            _ => {
+                let (at, reply) = tcp(pair[0]).await;
+                ended(at, reply);
+            }
+        }
+    }
 }
 
-async fn over_udp(
-    server: SocketAddr,
-    question: &RecordQuestion,
-    edns: bool,
-    counters: &ResolverCounters,
-) -> Result<OverUdp, ExchangeFailure> {
-    let socket = connected(server)?;
-    let (mut edns, mut foreign) = (edns, 0);
-    let mut id = send(&socket, question, edns, counters)?;
-    // The first question leaves before the runtime knows the socket, which saves a wake-up.
-    let socket = UdpSocket::from_std(socket.into())?;
-    let mut datagram = Vec::with_capacity(DATAGRAM_BUFFER);
-    loop {
-        datagram.clear();
-        socket.recv_buf(&mut datagram).await?;
-        match wire::decode(&datagram, id, question) {
-            Ok(reply) if edns && reply.code == ReplyCode::FORMAT_ERROR => {
-                edns = false;
-                id = send(&socket, question, edns, counters)?;
+// === impl UdpExchange ===
+
+impl UdpExchange<'_> {
+    /// Returns when each question has an answer or needs TCP.
+    async fn run(
+        &mut self,
+        server: SocketAddr,
+        ended: &mut impl FnMut(usize, ExchangeResult),
+    ) -> Result<(), ExchangeFailure> {
+        let socket = connected(server)?;
+        for sent in &mut self.open {
+            sent.send(&socket, self.counters)?;
+        }
+        // The questions leave before the runtime knows the socket, which saves a wake-up.
+        let socket = UdpSocket::from_std(socket.into())?;
+        let mut datagram = Vec::with_capacity(DATAGRAM_BUFFER);
+        while !self.open.is_empty() {
+            datagram.clear();
+            socket.recv_buf(&mut datagram).await?;
+            self.take(&datagram, &socket, ended)?;
+        }
+        Ok(())
+    }
+
+    fn take(
+        &mut self,
+        datagram: &[u8],
+        socket: impl AsFd,
+        ended: &mut impl FnMut(usize, ExchangeResult),
+    ) -> Result<(), ExchangeFailure> {
+        let of = |sent: &SentQuestion<'_>| match wire::decode(datagram, sent.id, sent.question) {
+            Err(BadMessage::Foreign) => None,
+            read => Some(read),
+        };
+        let found = self.open.iter().enumerate().find_map(|(at, sent)| Some((at, of(sent)?)));
+        let Some((at, read)) = found else {
+            self.counters.note(QuestionResult::Foreign);
+            self.foreign += 1;
+            if self.foreign >= FOREIGN_MAX {
+                self.incomplete.extend(self.open.drain(..).map(|sent| sent.at));
             }
-            Ok(reply) => return Ok(OverUdp::Answer(reply)),
-            Err(BadMessage::Foreign) => {
-                counters.add(&counters.ignored);
-                foreign += 1;
-                if foreign >= FOREIGN_MAX {
-                    return Ok(OverUdp::Incomplete);
-                }
+            return Ok(());
+        };
+        match read {
+            Ok(reply) if self.open[at].edns && reply.code == ReplyCode::FORMAT_ERROR => {
+                self.open[at].edns = false;
+                self.open[at].send(socket, self.counters)?;
             }
-            Err(BadMessage::Truncated) => return Ok(OverUdp::Incomplete),
-            Err(BadMessage::Malformed(_)) => {
-                counters.add(&counters.malformed);
-                return Ok(OverUdp::Incomplete);
+            Ok(reply) => ended(self.open.swap_remove(at).at, Ok(reply)),
+            Err(bad) => {
+                self.counters.note(bad.result());
+                self.incomplete.push(self.open.swap_remove(at).at);
             }
         }
+        Ok(())
+    }
+}
+
+// === impl SentQuestion ===
+
+impl SentQuestion<'_> {
+    /// Sends the question with a new id. A full send buffer is an error, because the socket
+    /// is new.
+    fn send(
+        &mut self,
+        socket: impl AsFd,
+        counters: &ResolverCounters,
+    ) -> Result<(), ExchangeFailure> {
+        self.id = fastrand::u16(..);
+        counters.add(&counters.questions);
+        let message = encode(self.question, self.id, self.edns)?;
+        rustix::net::send(socket, &message, SendFlags::empty())?;
+        Ok(())
     }
 }
 
@@ -106,19 +188,6 @@ fn connected(server: SocketAddr) -> Result<OwnedFd, Errno> {
     let socket = rustix::net::socket_with(family, SocketType::DGRAM, flags, None)?;
     rustix::net::connect(&socket, &server)?;
     Ok(socket)
-}
-
-/// Sends the question. A full send buffer is an error, because the socket is new.
-fn send(
-    socket: impl AsFd,
-    question: &RecordQuestion,
-    edns: bool,
-    counters: &ResolverCounters,
-) -> Result<u16, ExchangeFailure> {
-    let id = fastrand::u16(..);
-    counters.add(&counters.questions);
-    rustix::net::send(socket, &encode(question, id, edns)?, SendFlags::empty())?;
-    Ok(id)
 }
 
 async fn over_tcp(
@@ -138,11 +207,11 @@ async fn over_tcp(
         _ => {
             let question = question.clone();
             let read = move || wire::decode(&answer, id, &question);
-            tokio::task::spawn_blocking(read).await.map_err(|_| protocol("the reader panicked"))?
+            tasks::blocking(read).await.map_err(|_| protocol("the reader panicked"))?
         }
     };
     read.map_err(|bad| {
-        counters.add(&counters.malformed);
+        counters.note(bad.result());
         match bad {
             BadMessage::Foreign => protocol("the answer over TCP belongs to another question"),
             BadMessage::Truncated => protocol("the answer over TCP is truncated"),
@@ -187,5 +256,17 @@ impl From<io::Error> for ExchangeFailure {
             _ => SourceFailure::Local,
         };
         ExchangeFailure { why, what: error.to_string() }
+    }
+}
+
+// === impl BadMessage ===
+
+impl BadMessage {
+    fn result(&self) -> QuestionResult {
+        match self {
+            BadMessage::Foreign => QuestionResult::Foreign,
+            BadMessage::Truncated => QuestionResult::Truncated,
+            BadMessage::Malformed(_) => QuestionResult::Malformed,
+        }
     }
 }

@@ -1,12 +1,14 @@
-//! One question about records: the servers in turn, in rounds, until one of them knows.
+//! The questions of one lookup, A and AAAA: the servers in turn, in rounds, until one of them
+//! knows.
 //!
 //! The resolver runs it as a task of its own, so that the end of one caller does not end
-//! the question for the others.
+//! the questions for the others.
 
+use super::ResolveFailure;
 use super::cache::RecordOutcome;
-use super::exchange::{self, ExchangeFailure};
+use super::counters::ResolverCounters;
+use super::exchange::{self, ExchangeFailure, ExchangeResult};
 use super::wire::{DnsReply, RecordQuestion, ReplyCode};
-use super::{ResolveFailure, ResolverCounters};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -36,6 +38,18 @@ pub(super) struct ServerPlan {
     pub(super) rounds: u32,
 }
 
+/// A question that no server has answered yet.
+struct OpenQuestion<'a> {
+    /// Position in the list of the caller.
+    at: usize,
+    question: &'a RecordQuestion,
+    /// The last failure of each server.
+    failures: Vec<(SocketAddr, ExchangeFailure)>,
+    /// A server did not answer in this round.
+    unanswered: bool,
+    known: bool,
+}
+
 // === impl ServerUse ===
 
 impl Default for ServerUse {
@@ -45,43 +59,69 @@ impl Default for ServerUse {
 }
 
 impl ServerUse {
-    /// Asks the servers until one knows the answer. A second round asks without EDNS, in
-    /// case that something on the way drops such datagrams; it takes place only if a server
-    /// did not answer, because a datagram can be lost.
+    /// Asks the servers until one knows each answer, and calls `done` once for each question,
+    /// with its position. A second round asks without EDNS, in case that something on the way
+    /// drops such datagrams; it asks only what a server did not answer, because a datagram can
+    /// be lost.
     pub(super) async fn ask(
         &self,
-        question: &RecordQuestion,
+        questions: &[RecordQuestion],
         plan: &ServerPlan,
         counters: &ResolverCounters,
-    ) -> RecordOutcome {
-        let mut failures: Vec<(SocketAddr, ExchangeFailure)> = Vec::new();
+        mut done: impl FnMut(usize, RecordOutcome),
+    ) {
+        let mut open: Vec<_> = questions.iter().enumerate().map(OpenQuestion::new).collect();
         for round in 0..plan.rounds {
-            let mut unanswered = false;
             for server in self.in_order(&plan.servers) {
-                let permit = self.exchanges.acquire().await;
-                let asked = exchange::ask(server, question, round == 0, plan.timeout, counters);
-                let ended = asked.await;
-                drop(permit);
-                let failure = match ended.map(outcome) {
-                    Ok(Ok(known)) => {
-                        self.note(server, false);
-                        return known;
-                    }
-                    Ok(Err(failure)) | Err(failure) => failure,
-                };
-                unanswered |= failure.why == SourceFailure::Timeout;
-                let silent =
-                    [SourceFailure::Timeout, SourceFailure::Connect].contains(&failure.why);
-                self.note(server, silent);
-                failures.retain(|(failed, _)| *failed != server);
-                failures.push((server, failure));
+                if open.is_empty() {
+                    return;
+                }
+                let with_edns = round == 0;
+                self.ask_one(server, with_edns, &mut open, plan.timeout, counters, &mut done).await;
             }
-            if !unanswered {
-                break;
+            let failed = |asked: &mut OpenQuestion<'_>| !std::mem::take(&mut asked.unanswered);
+            for asked in open.extract_if(.., failed) {
+                done(asked.at, asked.failed(counters));
             }
         }
-        counters.add(&counters.failures);
-        RecordOutcome::Failed(summary(question, &failures))
+        for asked in open {
+            done(asked.at, asked.failed(counters));
+        }
+    }
+
+    /// Asks one server all open questions, and keeps those that it does not know.
+    async fn ask_one(
+        &self,
+        server: SocketAddr,
+        with_edns: bool,
+        open: &mut Vec<OpenQuestion<'_>>,
+        limit: Duration,
+        counters: &ResolverCounters,
+        done: &mut impl FnMut(usize, RecordOutcome),
+    ) {
+        let permit = self.exchanges.acquire().await;
+        let asked: Vec<&RecordQuestion> = open.iter().map(|asked| asked.question).collect();
+        let (mut answered, mut silent) = (false, false);
+        let ended = |at: usize, reply: ExchangeResult| match reply.map(outcome) {
+            Ok(known) => {
+                answered = true;
+                match known {
+                    Ok(known) => {
+                        open[at].known = true;
+                        done(open[at].at, known);
+                    }
+                    Err(failure) => open[at].note(server, failure),
+                }
+            }
+            Err(failure) => {
+                silent |= [SourceFailure::Timeout, SourceFailure::Connect].contains(&failure.why);
+                open[at].note(server, failure);
+            }
+        };
+        exchange::ask(server, &asked, with_edns, limit, counters, ended).await;
+        drop(permit);
+        open.retain(|asked| !asked.known);
+        self.note(server, silent && !answered);
     }
 
     /// The configured order, servers that did not answer in the last seconds at the end.
@@ -103,13 +143,31 @@ impl ServerUse {
     }
 }
 
+// === impl OpenQuestion ===
+
+impl<'a> OpenQuestion<'a> {
+    fn new((at, question): (usize, &'a RecordQuestion)) -> OpenQuestion<'a> {
+        OpenQuestion { at, question, failures: Vec::new(), unanswered: false, known: false }
+    }
+
+    fn note(&mut self, server: SocketAddr, failure: ExchangeFailure) {
+        self.unanswered |= failure.why == SourceFailure::Timeout;
+        self.failures.retain(|(failed, _)| *failed != server);
+        self.failures.push((server, failure));
+    }
+
+    fn failed(&self, counters: &ResolverCounters) -> RecordOutcome {
+        counters.add(&counters.failures);
+        RecordOutcome::Failed(summary(self.question, &self.failures))
+    }
+}
+
 fn outcome(reply: DnsReply) -> Result<RecordOutcome, ExchangeFailure> {
     let why = match reply.code {
         ReplyCode::NO_NAME => return Ok(RecordOutcome::NoName),
         ReplyCode::NO_ERROR => {
             let records = reply.records;
-            let nothing = records.addresses.is_empty() && records.services.is_empty();
-            return Ok(match nothing {
+            return Ok(match records.is_empty() {
                 true => RecordOutcome::Nothing,
                 false => RecordOutcome::Records(Arc::new(records)),
             });

@@ -6,6 +6,7 @@
 
 mod addresses;
 mod cache;
+mod counters;
 mod exchange;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -17,12 +18,13 @@ mod system;
 pub(crate) mod tests;
 mod wire;
 
+use crate::tasks::{self, TaskKind};
 pub(crate) use addresses::{AddressAnswer, AddressOutcome, AnswerDates, PartialAnswer};
-use cache::{AnswerCache, PendingAnswer, RecordAnswer, RecordOutcome};
+use cache::{AnswerCache, AnswerSlot, PendingAnswer, RecordAnswer, RecordOutcome};
+pub use counters::{QuestionResult, ResolverCounters};
 use lookup::{ServerPlan, ServerUse};
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 pub use system::ResolverFiles;
@@ -52,21 +54,6 @@ pub struct ResolveFailure {
     pub why: SourceFailure,
     /// The name, the servers and what they answered.
     pub detail: String,
-}
-
-/// Counters of the resolver.
-#[derive(Debug, Default)]
-pub struct ResolverCounters {
-    /// Questions sent over UDP.
-    pub questions: AtomicU64,
-    /// Questions repeated over TCP.
-    pub over_tcp: AtomicU64,
-    /// Datagrams ignored because of a wrong id or a wrong question.
-    pub ignored: AtomicU64,
-    /// Answers that cannot be read.
-    pub malformed: AtomicU64,
-    /// Questions that no server answered.
-    pub failures: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -148,6 +135,11 @@ impl Resolver {
         &self.0.counters
     }
 
+    /// Questions in the cache, answered or not.
+    pub fn cached(&self) -> usize {
+        self.cache().len()
+    }
+
     /// Returns the addresses of a name, at least one, IPv4 first. An IP address resolves to
     /// itself. If no server answers within 1 s, the last known addresses count.
     ///
@@ -218,7 +210,10 @@ impl Resolver {
         let mut answers = Vec::new();
         for name in candidates {
             let question = RecordQuestion { name, kind: RecordKind::Srv };
-            let answer = self.start(&question, newer_than).answer().await;
+            let mut asked = Vec::new();
+            let pending = self.find(question, newer_than, &mut asked);
+            self.start(asked);
+            let answer = pending.answer().await;
             let dates = AnswerDates::of(std::slice::from_ref(&answer), now);
             match &answer.outcome {
                 RecordOutcome::Records(records) => {
@@ -268,42 +263,72 @@ impl Resolver {
             NameFamily::Ipv4 => &[RecordKind::A],
             NameFamily::Ipv6 => &[RecordKind::Aaaa],
         };
-        let start = |kind: &RecordKind| {
+        let mut asked = Vec::new();
+        let pending = |kind: &RecordKind| {
             let additional = services.and_then(|services| services.additional(name, *kind));
             additional.map_or_else(
-                || self.start(&RecordQuestion { name: name.clone(), kind: *kind }, newer_than),
+                || {
+                    self.find(
+                        RecordQuestion { name: name.clone(), kind: *kind },
+                        newer_than,
+                        &mut asked,
+                    )
+                },
                 PendingAnswer::Known,
             )
         };
-        PendingAddresses { local: None, asked: kinds.iter().map(start).collect() }
+        let pending = kinds.iter().map(pending).collect();
+        self.start(asked);
+        PendingAddresses { local: None, asked: pending }
     }
 
-    /// Returns the answer of the cache, or joins the question that is on its way, or asks.
-    fn start(&self, question: &RecordQuestion, newer_than: Option<Instant>) -> PendingAnswer {
+    /// Returns the answer of the cache, or joins the question that is on its way, or adds the
+    /// question to those that must be asked.
+    fn find(
+        &self,
+        question: RecordQuestion,
+        newer_than: Option<Instant>,
+        to_ask: &mut Vec<(RecordQuestion, AnswerSlot)>,
+    ) -> PendingAnswer {
         let ttl_max = self.0.config.borrow().ttl_max;
-        let (pending, slot) = self.cache().find(question, newer_than, clock::now(), ttl_max);
-        if let Some(slot) = slot {
-            let (resolver, question) = (self.clone(), question.clone());
-            tokio::spawn(async move {
-                let answer = resolver.ask(&question).await;
-                let _ = slot.send(Some(answer));
-            });
-        }
+        let (pending, slot) = self.cache().find(&question, newer_than, clock::now(), ttl_max);
+        to_ask.extend(slot.map(|slot| (question, slot)));
         pending
     }
 
-    async fn ask(&self, question: &RecordQuestion) -> Arc<RecordAnswer> {
-        loop {
+    /// Asks the questions of one lookup.
+    fn start(&self, to_ask: Vec<(RecordQuestion, AnswerSlot)>) {
+        if !to_ask.is_empty() {
+            self.counters().add(&self.counters().lookups);
+            let resolver = self.clone();
+            let lookup = async move { resolver.ask(to_ask).await };
+            tokio::spawn(tasks::caught(TaskKind::Lookup, lookup));
+        }
+    }
+
+    /// Puts each answer into its slot as soon as it is known.
+    async fn ask(&self, mut open: Vec<(RecordQuestion, AnswerSlot)>) {
+        while !open.is_empty() {
             let asked = clock::now();
             let config = Arc::clone(&self.0.config.borrow());
             let conf = self.settings(asked).resolv_conf;
             let servers = config.servers.as_ref().unwrap_or(&conf.servers).clone();
             let plan = ServerPlan { servers, timeout: conf.timeout, rounds: conf.attempts };
-            let outcome = self.0.servers.ask(question, &plan, &self.0.counters).await;
-            // An answer to older settings does not count.
-            if Arc::ptr_eq(&config, &self.0.config.borrow()) {
-                return self.cache().put(question, outcome, asked, clock::now(), &config);
-            }
+            let (questions, slots): (Vec<_>, Vec<_>) = open.into_iter().unzip();
+            let mut slots: Vec<Option<AnswerSlot>> = slots.into_iter().map(Some).collect();
+            let done = |at: usize, outcome| {
+                // An answer to older settings does not count.
+                if Arc::ptr_eq(&config, &self.0.config.borrow())
+                    && let Some(slot) = slots[at].take()
+                {
+                    let now = clock::now();
+                    let answer = self.cache().put(&questions[at], outcome, asked, now, &config);
+                    let _ = slot.send(Some(answer));
+                }
+            };
+            self.0.servers.ask(&questions, &plan, self.counters(), done).await;
+            let left = questions.into_iter().zip(slots);
+            open = left.filter_map(|(question, slot)| Some((question, slot?))).collect();
         }
     }
 
@@ -359,14 +384,6 @@ impl Resolver {
 
     fn cache(&self) -> MutexGuard<'_, AnswerCache> {
         self.0.cache.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-// === impl ResolverCounters ===
-
-impl ResolverCounters {
-    fn add(&self, counter: &AtomicU64) {
-        counter.fetch_add(1, Ordering::Relaxed);
     }
 }
 

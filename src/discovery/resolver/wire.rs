@@ -226,6 +226,11 @@ fn usable_address(data: &RData<'_>) -> Option<IpAddr> {
 // === impl RecordSet ===
 
 impl RecordSet {
+    /// Whether no record can be used.
+    pub(super) fn is_empty(&self) -> bool {
+        self.addresses.is_empty() && self.services.is_empty()
+    }
+
     fn add(&mut self, data: &RData<'_>) {
         let service = match data {
             RData::SRV(srv) => ServiceRecord::read(srv),
@@ -338,6 +343,7 @@ impl fmt::Display for RecordQuestion {
 impl ReplyCode {
     pub(super) const NO_ERROR: ReplyCode = ReplyCode(0);
     pub(super) const FORMAT_ERROR: ReplyCode = ReplyCode(1);
+    pub(super) const SERVER_FAILURE: ReplyCode = ReplyCode(2);
     pub(super) const NO_NAME: ReplyCode = ReplyCode(3);
     pub(super) const REFUSED: ReplyCode = ReplyCode(5);
 

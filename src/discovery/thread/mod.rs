@@ -2,13 +2,14 @@
 //!
 //! The daemon starts it once and gives it the questions of each configuration. A question
 //! that did not change keeps running. All questions to one registry share its connections.
-//! A source that panics restarts. The thread decides nothing about members: it tells
-//! [`Answers`].
+//! A source that panics restarts. If the thread itself ends, [`DiscoveryThread::ended`] says so
+//! and the daemon restarts it. The thread decides nothing about members: it tells [`Answers`].
 
 mod runner;
 
 use crate::backoff::Pause;
 use crate::resolver::Resolver;
+use crate::tasks::{self, TaskKind, TaskPanicked};
 use crate::tell::{Answers, SourceCounters, Teller};
 use runner::{Runner, SourceStart, ThreadCommand};
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,8 +22,8 @@ use std::time::Duration;
 use tidegate_core::discovery::{SourceFailure, Told};
 use tidegate_core::model::{DnsConfig, SourceKey, SourceQuestion};
 use tokio::runtime::{Builder, Runtime};
+use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
-use tokio::task::JoinSet;
 
 /// Most questions of a process. Further ones are told as failed.
 pub const QUESTIONS_MAX: usize = 4096;
@@ -40,9 +41,18 @@ pub struct DiscoveryThread {
     resolver: Resolver,
     asked: Mutex<AskedQuestions>,
     /// `None`: the thread ends.
-    commands: Option<UnboundedSender<ThreadCommand>>,
-    thread: Option<JoinHandle<()>>,
+    running: Option<RunningThread>,
+    ended: Arc<Notify>,
 }
+
+#[derive(Debug)]
+struct RunningThread {
+    commands: UnboundedSender<ThreadCommand>,
+    handle: JoinHandle<()>,
+}
+
+/// Says that the thread ends, also by a panic.
+struct EndNotice(Arc<Notify>);
 
 /// The questions of the last configuration.
 #[derive(Debug, Default)]
@@ -66,24 +76,50 @@ impl DiscoveryThread {
     /// # Errors
     /// This host has no thread or no descriptor left.
     pub fn start(answers: Answers) -> io::Result<DiscoveryThread> {
-        let runtime = runtime()?;
-        let (commands, mut received) = unbounded_channel();
-        let resolver = Resolver::new(DnsConfig::default());
-        let shared = resolver.clone();
-        let run = move || {
-            runtime.block_on(async {
-                let mut runner = Runner::new(shared);
-                while let Some(command) = received.recv().await {
-                    runner.apply(command);
-                }
-            });
-            // Ends the tasks. A read from a dead network file system must not delay the end.
-            runtime.shutdown_timeout(END_WAIT);
+        let (resolver, ended) = (Resolver::new(DnsConfig::default()), Arc::<Notify>::default());
+        let running = Some(RunningThread::start(resolver.clone(), Arc::clone(&ended))?);
+        Ok(DiscoveryThread { answers, resolver, asked: Mutex::default(), running, ended })
+    }
+
+    /// Waits until the thread ends because of a panic outside of all sources. Dropping the
+    /// future loses nothing.
+    pub async fn ended(&self) {
+        self.ended.notified().await;
+    }
+
+    /// Tells a failure of every source, because the thread has ended.
+    pub fn tell_ended(&self) {
+        let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        for (key, source) in &asked.sources {
+            let detail = "the thread of the member sources panicked and restarts".to_owned();
+            let told = Told::Failed { why: SourceFailure::Local, detail };
+            self.answers.teller(key.clone(), Arc::clone(&source.counters)).tell(told);
+        }
+    }
+
+    /// Starts another thread with the questions of the last configuration. It does not wait for
+    /// the thread before, which has ended.
+    ///
+    /// # Errors
+    /// This host has no thread or no descriptor left.
+    pub fn restart(&mut self) -> io::Result<()> {
+        let running = RunningThread::start(self.resolver.clone(), Arc::clone(&self.ended))?;
+        self.running = Some(running);
+        let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let start = |(key, source): (&SourceKey, &AskedSource)| SourceStart {
+            key: key.clone(),
+            question: source.question.clone(),
+            teller: self.answers.teller(key.clone(), Arc::clone(&source.counters)),
         };
-        let thread = std::thread::Builder::new().name("discovery".to_owned()).spawn(run)?;
-        let (commands, thread) = (Some(commands), Some(thread));
-        let asked = Mutex::default();
-        Ok(DiscoveryThread { answers, resolver, asked, commands, thread })
+        let start = asked.sources.iter().map(start).collect();
+        self.send(ThreadCommand::Apply { gone: Vec::new(), start });
+        Ok(())
+    }
+
+    /// Makes the thread panic outside of all sources.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn panic_on_purpose(&self) {
+        self.send(ThreadCommand::Panic);
     }
 
     /// Sets the questions. It does not wait: sources start and end on the thread. When it
@@ -128,23 +164,51 @@ impl DiscoveryThread {
 
     /// Whether the thread runs. A panic outside of all sources ends it.
     pub fn is_running(&self) -> bool {
-        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+        self.running.as_ref().is_some_and(|running| !running.handle.is_finished())
     }
 
     fn send(&self, command: ThreadCommand) {
-        if let Some(commands) = &self.commands {
-            // Fails only if the thread panicked; see `is_running`.
-            let _ = commands.send(command);
+        if let Some(running) = &self.running {
+            // Fails only if the thread has ended. Its successor gets all questions.
+            let _ = running.commands.send(command);
         }
     }
 }
 
 impl Drop for DiscoveryThread {
     fn drop(&mut self) {
-        self.commands = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+        if let Some(RunningThread { commands, handle }) = self.running.take() {
+            drop(commands);
+            let _ = handle.join();
         }
+    }
+}
+
+// === impl RunningThread, EndNotice ===
+
+impl RunningThread {
+    fn start(resolver: Resolver, ended: Arc<Notify>) -> io::Result<RunningThread> {
+        let runtime = runtime()?;
+        let (commands, mut received) = unbounded_channel();
+        let run = move || {
+            let _notice = EndNotice(ended);
+            runtime.block_on(async {
+                let mut runner = Runner::new(resolver);
+                while let Some(command) = received.recv().await {
+                    runner.apply(command);
+                }
+            });
+            // Ends the tasks. A read from a dead network file system must not delay the end.
+            runtime.shutdown_timeout(END_WAIT);
+        };
+        let handle = std::thread::Builder::new().name("discovery".to_owned()).spawn(run)?;
+        Ok(RunningThread { commands, handle })
+    }
+}
+
+impl Drop for EndNotice {
+    fn drop(&mut self) {
+        self.0.notify_one();
     }
 }
 
@@ -245,16 +309,13 @@ async fn supervise<S: Future<Output = Infallible> + Send + 'static>(
     let mut pause = Pause::new();
     loop {
         pause.begin();
-        // Dropping the set ends its task.
-        let mut task = JoinSet::new();
-        task.spawn(source());
-        let _panicked = task.join_next().await;
+        let Err(TaskPanicked) = tasks::caught(TaskKind::Source, async { source().await }).await;
         teller.counters().panics.fetch_add(1, Ordering::Relaxed);
         let SourceKey { pool, backend } = teller.key();
         let backend = backend.as_deref();
         tracing::error!(%pool, backend, "member source panicked; restarting it");
-        let detail = "the source panicked and restarts; please report this".to_owned();
-        teller.tell(Told::Failed { why: SourceFailure::Local, detail });
+        let why = SourceFailure::Local;
+        teller.tell(Told::Failed { why, detail: tasks::PANICKED.to_owned() });
         pause.failed().await;
     }
 }

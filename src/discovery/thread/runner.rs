@@ -24,6 +24,8 @@ pub(super) enum ThreadCommand {
     },
     /// Restart all, with new connections.
     Refresh,
+    #[cfg(any(test, feature = "testing"))]
+    Panic,
 }
 
 /// A question that starts.
@@ -65,6 +67,8 @@ impl Runner {
                 self.forget_registries();
             }
             ThreadCommand::Refresh => self.restart(),
+            #[cfg(any(test, feature = "testing"))]
+            ThreadCommand::Panic => panic!("on purpose"),
         }
     }
 

@@ -190,13 +190,35 @@ async fn panicked_source_tells_a_failure_and_restarts() {
     let counters = Arc::<SourceCounters>::default();
     let teller = answers.teller(key("a"), Arc::clone(&counters));
     let panicking = || async { panic!("on purpose") };
-    let mut task = JoinSet::new();
+    let mut task = tokio::task::JoinSet::new();
     task.spawn(supervise(panicking, teller));
     while counters.panics.load(Ordering::Relaxed) < 2 {
         answers.arrived().await;
         let [answer] = &answers.take()[..] else { panic!() };
         assert!(matches!(answer.told, Told::Failed { why: SourceFailure::Local, .. }));
     }
+}
+
+#[tokio::test]
+async fn thread_that_ended_is_reported_and_restarts_with_all_questions() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("list");
+    std::fs::write(&path, r#"["10.0.0.1:80"]"#).unwrap();
+    let answers = Answers::default();
+    let mut thread = DiscoveryThread::start(answers.clone()).unwrap();
+    thread.configure(vec![(key("a"), file(path.to_str().unwrap()))], DnsConfig::default());
+    answer_of(&answers, "a", is_whole);
+    thread.panic_on_purpose();
+    tokio::time::timeout(PATIENCE, thread.ended()).await.unwrap();
+    thread.tell_ended();
+    answer_of(&answers, "a", |told| matches!(told, Told::Failed { why: SourceFailure::Local, .. }));
+    // A question that comes meanwhile starts, too.
+    let questions = ["a", "b"].map(|name| (key(name), file(path.to_str().unwrap())));
+    thread.configure(questions.to_vec(), DnsConfig::default());
+    thread.restart().unwrap();
+    answer_of(&answers, "b", is_whole);
+    answer_of(&answers, "a", |_| true);
+    assert!(thread.is_running());
 }
 
 /// Returns the longest delay of a tick of 1 ms on this thread, while `work` runs.

@@ -3,11 +3,12 @@
 //!
 //! The source calls it for each child. Nothing here reads a socket, and no input panics.
 
-use crate::listing::{LISTED_NAME_BYTES_MAX, decode_member};
+use crate::listing::{check_name, decode_member};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use tidegate_core::discovery::labels::MemberLabels;
 use tidegate_core::discovery::{Announced, Wish};
 use tidegate_core::model::ZookeeperFormat;
 
@@ -47,11 +48,8 @@ pub(crate) fn member(
         }
         ZookeeperFormat::Curator => curator(child, content),
     }?;
-    // The name of a node can be longer than that of a backend, and can have any character.
-    let unusable = |c: char| c.is_control() || c.is_whitespace();
-    if member.name.len() > LISTED_NAME_BYTES_MAX || member.name.contains(unusable) {
-        return Err(format!("its name has a space, or more than {LISTED_NAME_BYTES_MAX} bytes"));
-    }
+    // The id in a document of Curator can have any character.
+    check_name(&member.name)?;
     Ok(member)
 }
 
@@ -77,6 +75,7 @@ fn curator(child: &str, content: &[u8]) -> Result<Announced, String> {
         backup: false,
         wish: if enabled { Wish::Sessions } else { Wish::Draining },
         raw: if enabled { Arc::from("") } else { Arc::from("disabled") },
+        labels: MemberLabels::default(),
     })
 }
 

@@ -1,8 +1,13 @@
 //! The source against servers that break the protocol. No lie panics, blocks the source or
 //! becomes a set of members.
 
+use super::session::ZkProblem;
 use super::tests::{ask, registry};
+use super::wire::ZkRequest;
 use super::*;
+use crate::resolver::Resolver;
+use crate::tasks::TaskKind;
+use crate::tasks::points::panic_next;
 use bytes::BufMut;
 use std::net::SocketAddr;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -119,4 +124,21 @@ async fn a_storm_of_events_costs_one_read_for_each_pause() {
     // The server answers no second list.
     asked.until("a failure", |asked| asked.failures.len() == 1).await;
     assert_eq!(asked.failures[0].0, SourceFailure::Timeout);
+}
+
+#[tokio::test]
+async fn a_session_that_panicked_fails_its_calls_and_serves_the_next_ones() {
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let session = ZkSession::open(Arc::new(registry(&[closed])), Resolver::new(Default::default()));
+    let call = || session.call(ZkRequest::Sync { path: "/".to_owned() });
+    let why = |answer| match answer {
+        Err(ZkProblem::Failed(failure)) => failure.why,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(why(call().await), SourceFailure::Connect);
+    let panics = TaskKind::Session.panics();
+    panic_next(TaskKind::Session);
+    assert_eq!(why(call().await), SourceFailure::Local);
+    assert_eq!(TaskKind::Session.panics(), panics + 1);
+    assert_eq!(why(call().await), SourceFailure::Connect);
 }

@@ -9,8 +9,10 @@
 use super::link::ZkLink;
 use super::watches::{ZkWatch, ZkWatches};
 use super::wire::{self, ZkHeader, ZkIdentity, ZkReply, ZkRequest};
+use crate::backoff::Pause;
 use crate::client::{HttpEndpoint, HttpFailure};
 use crate::resolver::Resolver;
+use crate::tasks::{self, TaskKind, panic_point};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -150,8 +152,24 @@ impl ZkSession {
 // === impl SessionTask ===
 
 impl SessionTask {
+    /// Runs until no handle is left. A panic fails all calls.
     async fn run(mut self) {
+        let mut pause = Pause::new();
+        loop {
+            pause.begin();
+            if tasks::caught(TaskKind::Session, self.serve_calls()).await.is_ok() {
+                return;
+            }
+            let registry = &self.registry.name;
+            tracing::error!(%registry, "session of a ZooKeeper registry panicked; restarting it");
+            self.fail_all(&HttpFailure::local(tasks::PANICKED));
+            pause.failed().await;
+        }
+    }
+
+    async fn serve_calls(&mut self) {
         while let Some(call) = self.calls.recv().await {
+            panic_point(TaskKind::Session);
             let failure = match self.connect().await {
                 Ok(mut link) => match self.serve(&mut link, call).await {
                     Ok(()) => return link.close(self.xid).await,

@@ -5,6 +5,7 @@
 
 use super::offers::OfferedMember;
 use crate::discovery::Wish;
+use crate::discovery::labels::MemberLabels;
 use crate::model::CriticalRule;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -27,6 +28,8 @@ pub struct ViewMember {
     pub wish: MemberWish,
     /// The state in the words of the source, at most [`RAW_BYTES_MAX`]; empty if it has none.
     pub raw: Arc<str>,
+    /// As announced. They are not saved: the next answer has them.
+    pub labels: MemberLabels,
     /// When it joined with this name and this address.
     pub since: Instant,
     /// The last answer lacks the member, and it stays for this reason.
@@ -189,6 +192,7 @@ impl Entry {
             backup: offer.from.backup,
             wish: MemberWish::Starting,
             raw: offer.raw(),
+            labels: offer.from.labels.clone(),
             since: now,
             held: None,
         };
@@ -211,6 +215,8 @@ impl Entry {
         let member = &mut self.member;
         let mut changed = set(&mut member.weight, offer.weight);
         changed |= set(&mut member.backup, offer.from.backup);
+        // They change no table.
+        set(&mut member.labels, offer.from.labels.clone());
         if *member.raw != *offer.raw_text() {
             member.raw = offer.raw();
             changed = true;

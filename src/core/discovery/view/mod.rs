@@ -34,6 +34,7 @@ mod wishes;
 
 pub use member::{HeldReason, HeldRemoval, MemberWish, RAW_BYTES_MAX, ViewMember};
 pub use notices::{NOTICE_INTERVAL, NoticeKind, ViewNotice};
+pub use offers::canonical;
 pub use saved::{SavedView, SavedViewMember};
 pub use status::{AnswerCounts, AnswerResult, HeldAnswer, LastWord, RefusedCounts, ViewStatus};
 pub use wishes::BURST_TIME;

@@ -93,7 +93,7 @@ fn has_valid_name(name: &str, address: SocketAddr) -> bool {
 }
 
 /// Returns the address with IPv4-mapped IPv6 as IPv4, and without a flow label.
-pub(super) fn canonical(address: SocketAddr) -> SocketAddr {
+pub fn canonical(address: SocketAddr) -> SocketAddr {
     match address {
         SocketAddr::V4(_) => address,
         SocketAddr::V6(mut v6) => match v6.ip().to_ipv4_mapped() {

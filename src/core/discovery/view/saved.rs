@@ -9,6 +9,7 @@ use super::member::{
 };
 use super::offers::{canonical, is_usable, member_name};
 use super::{View, cut};
+use crate::discovery::labels::MemberLabels;
 use crate::discovery::{MEMBERS_MAX, Wish};
 use crate::model::ViewGuards;
 use serde::{Deserialize, Serialize};
@@ -214,6 +215,7 @@ impl SavedViewMember {
             backup: self.backup,
             wish: self.in_use,
             raw: cut(&self.raw, RAW_BYTES_MAX).into(),
+            labels: MemberLabels::default(),
             since: ago(now, self.since_ms),
             held: self.held.map(|reason| HeldRemoval { reason, until: until(reason) }),
         };

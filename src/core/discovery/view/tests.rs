@@ -85,6 +85,7 @@ pub(super) fn one(number: u8) -> Announced {
         backup: false,
         wish: Wish::Sessions,
         raw: "".into(),
+        labels: Default::default(),
     }
 }
 

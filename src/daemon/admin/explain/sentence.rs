@@ -322,6 +322,7 @@ mod tests {
             source: consul(),
             wish,
             raw: raw.into(),
+            labels: Default::default(),
             weight: 2,
             listed_for: Duration::from_secs(90),
             held: None,

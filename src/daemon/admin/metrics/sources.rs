@@ -9,6 +9,8 @@ use crate::admin::snapshot::AdminSnapshot;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tidegate_core::control::{PoolStatus, SourceStatus};
 use tidegate_core::discovery::SourceFailure;
+use tidegate_discovery::resolver::QuestionResult;
+use tidegate_discovery::tasks::TaskKind;
 use tidegate_discovery::tell::SourceCounters;
 
 #[rustfmt::skip]
@@ -22,6 +24,13 @@ mod families {
     pub(super) const FAILURES: Family = counter("tidegate_discovery_failures_total", "Failures of the member source, by reason.");
     pub(super) const RESTARTS: Family = counter("tidegate_discovery_watch_restarts_total", "Watches of the member source that began again.");
     pub(super) const RELISTS: Family = counter("tidegate_discovery_relists_total", "Complete lists of the member source after the first.");
+    pub(super) const PANICS: Family = counter("tidegate_discovery_panics_total", "Panics of tasks of the member sources, by kind of task.");
+    pub(super) const THREAD_RESTARTS: Family = counter("tidegate_discovery_thread_restarts_total", "Restarts of the thread of the member sources after a panic.");
+    pub(super) const LOOKUPS: Family = counter("tidegate_resolver_lookups_total", "Lookups of names for which DNS servers were asked.");
+    pub(super) const QUESTIONS: Family = counter("tidegate_resolver_questions_total", "Questions sent to DNS servers, by transport.");
+    pub(super) const DNS_ANSWERS: Family = counter("tidegate_resolver_answers_total", "Answers of DNS servers and missing answers, by result.");
+    pub(super) const UNANSWERED: Family = counter("tidegate_resolver_unanswered_total", "Questions that no DNS server answered.");
+    pub(super) const CACHED: Family = gauge("tidegate_resolver_cache_questions", "Questions in the cache of the resolver, one per name and record type.");
     pub(super) const IGNORED: Family = counter("tidegate_members_ignored_total", "Members of sources that were ignored, by reason.");
 }
 
@@ -33,6 +42,8 @@ pub(super) fn render(out: &mut Encoder, snapshot: &AdminSnapshot) {
     gauges(out, snapshot);
     answers(out, snapshot);
     counters(out, snapshot);
+    tasks(out, snapshot);
+    resolver(out, snapshot);
     let mut samples = out.family(&families::IGNORED);
     for (why, count) in &snapshot.ignored_members {
         samples.count(&[("reason", why.name())], *count);
@@ -117,4 +128,29 @@ fn counters(out: &mut Encoder, snapshot: &AdminSnapshot) {
             samples.count(&labels, of(counters).load(Ordering::Relaxed));
         }
     }
+}
+
+fn tasks(out: &mut Encoder, snapshot: &AdminSnapshot) {
+    let mut samples = out.family(&families::PANICS);
+    for kind in TaskKind::ALL {
+        samples.count(&[("task", kind.name())], kind.panics());
+    }
+    out.family(&families::THREAD_RESTARTS).count(&[], snapshot.source_restarts);
+}
+
+fn resolver(out: &mut Encoder, snapshot: &AdminSnapshot) {
+    let Some(resolver) = &snapshot.resolver else { return };
+    let counters = resolver.counters();
+    let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    out.family(&families::LOOKUPS).count(&[], of(&counters.lookups));
+    let mut samples = out.family(&families::QUESTIONS);
+    for (transport, counter) in [("udp", &counters.questions), ("tcp", &counters.over_tcp)] {
+        samples.count(&[("transport", transport)], of(counter));
+    }
+    let mut samples = out.family(&families::DNS_ANSWERS);
+    for result in QuestionResult::ALL {
+        samples.count(&[("result", result.name())], counters.results(result));
+    }
+    out.family(&families::UNANSWERED).count(&[], of(&counters.failures));
+    out.family(&families::CACHED).count(&[], resolver.cached() as u64);
 }

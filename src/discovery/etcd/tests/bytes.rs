@@ -90,7 +90,11 @@ fn values_have_the_form_of_listed_members() {
     let member = read("a", full).unwrap();
     assert_eq!((member.weight, member.backup, member.wish), (Some(5), true, Wish::Draining));
     assert_eq!((&*member.name, &*member.raw), ("a", "draining"));
+    assert_eq!(member.labels.iter().collect::<Vec<_>>(), [("zone", "a")]);
     assert_eq!(read("a", &value(80)).unwrap().wish, Wish::Sessions);
+    assert_eq!(&*read("a", r#""10.0.0.1:80""#).unwrap().name, "a");
+    let named = r#"{"address":"10.0.0.1:80","name":"own"}"#;
+    assert_eq!(&*read("a", named).unwrap().name, "own");
     for wrong in [
         r#"{"address":"10.0.0.1:0"}"#,
         r#"{"address":"0.0.0.0:80"}"#,
@@ -132,6 +136,18 @@ fn list_beyond_the_bound_is_cut_and_counted() {
     assert!(contents.replace(answer.kvs, answer.count, 9));
     let set = contents.whole(true);
     assert_eq!((set.members.len(), set.unreadable, contents.is_cut()), (10_000, 2000, true));
+    // The watch adds an entry to a full set.
+    let entries = (0..10_000).map(entry).collect::<Vec<_>>().join(",");
+    let answer: RangeAnswer = serde_json::from_str(&format!("{{\"kvs\":[{entries}]}}")).unwrap();
+    contents.replace(answer.kvs, 10_000, 10);
+    let (name, value) = (b64(&key("one-more")), b64(&value(80)));
+    let put = format!(
+        r#"{{"result":{{"events":[{{"kv":{{"key":"{name}","value":"{value}","mod_revision":"{}"}}}}]}}}}"#,
+        i64::MAX
+    );
+    assert!(!contents.is_cut() && contents.apply(message(&put).events));
+    let set = contents.whole(true);
+    assert_eq!((set.members.len(), set.unreadable, contents.is_cut()), (10_000, 1, true));
 }
 
 fn b64(text: &str) -> String {

@@ -118,20 +118,38 @@ fn answering(body: &'static str) -> SocketAddr {
 #[test]
 fn answers_of_another_program_are_never_an_empty_set() {
     for body in ["{}", "[]", "null", "", "<html></html>", r#"{"header":{},"kvs":[]}"#] {
-        let registry = RegistryConfig {
-            name: "main".into(),
-            kind: RegistryKind::Etcd,
-            servers: vec![ServerAddr::Ip(answering(body))],
-            timeout: secs(1),
-            tls: None,
-            token_file: None,
-            user: None,
-            password_file: None,
-            kubeconfig: None,
-        };
+        let registry = registry_of(&[answering(body)]);
         let mut asked = AskedEtcd::start_as(&registry, WEB);
         asked.wait_until("three failures", secs(10), |asked| asked.failures.len() >= 3);
         assert!(asked.failures.iter().all(|(why, _)| *why == SourceFailure::Protocol), "{body}");
         assert_eq!(asked.set, None, "{body}");
     }
+}
+
+#[tokio::test]
+async fn follower_that_panicked_is_a_failure_and_another_one_begins() {
+    use crate::tasks::{TaskKind, points::panic_next};
+    let registry = registry_of(&[answering("{}")]);
+    let answers = Answers::default();
+    let teller = answers.teller(SourceKey { pool: "web".into(), backend: None }, Arc::default());
+    let share = EtcdShare::start(&registry, Resolver::new(DnsConfig::default()));
+    let task = tokio::spawn(run(WEB.into(), share, teller));
+    let failed = async |wanted: SourceFailure| {
+        loop {
+            answers.arrived().await;
+            for answer in answers.take() {
+                let Told::Failed { why, .. } = answer.told else { panic!("{answer:?}") };
+                if why == wanted {
+                    return;
+                }
+            }
+        }
+    };
+    failed(SourceFailure::Protocol).await;
+    let panics = TaskKind::Follower.panics();
+    panic_next(TaskKind::Follower);
+    failed(SourceFailure::Local).await;
+    assert_eq!(TaskKind::Follower.panics(), panics + 1);
+    failed(SourceFailure::Protocol).await;
+    task.abort();
 }

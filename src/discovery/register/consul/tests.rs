@@ -130,6 +130,36 @@ async fn an_agent_that_forgot_the_service_gets_it_again() {
 }
 
 #[tokio::test]
+async fn the_next_agent_gets_the_service_and_the_first_loses_it_when_it_is_back() {
+    let (first, second) = (ConsulDouble::start().unwrap(), ConsulDouble::start().unwrap());
+    let servers = vec![ServerAddr::Ip(first.address()), ServerAddr::Ip(second.address())];
+    let both = RegistryConfig { servers, ..registry(&first) };
+    let mut kept = KeptAtDouble::start(&first, &both);
+    kept.health.send(ServiceHealth::Up).unwrap();
+    kept.wait_for("registered as ready").await;
+    assert!(kept.answer().await.contains("10.0.0.1"));
+    first.set_fault(ConsulFault::Reset);
+    kept.wait_for("cannot update the registry").await;
+    kept.wait_for("registered as ready").await;
+    let reader = ConsulClient::new(&registry(&second), resolver());
+    let path = || "/v1/health/service/web".to_owned();
+    let found = async |reader: &ConsulClient| {
+        let body = reader.get(path(), Duration::ZERO).await.unwrap().body;
+        String::from_utf8_lossy(&body).contains("10.0.0.1")
+    };
+    assert!(found(&reader).await);
+    first.set_fault(ConsulFault::None);
+    let start = tidegate_net::clock::now();
+    while found(&kept.reader).await {
+        assert!(tidegate_net::clock::now() - start < Duration::from_secs(10));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(found(&reader).await);
+    assert!(kept.stop().await);
+    assert!(!found(&reader).await);
+}
+
+#[tokio::test]
 async fn a_registrar_that_was_killed_leaves_a_critical_service() {
     let double = ConsulDouble::start().unwrap();
     let mut kept = KeptAtDouble::start(&double, &registry(&double));
