@@ -75,8 +75,8 @@ pub(super) async fn ask(
         counted.into_iter().for_each(|result| counters.note(result));
         ended(at, result);
     };
-    let sent = |(at, question): (usize, &&'_ _)| SentQuestion { at, question, id: 0, edns };
-    let open = questions.iter().enumerate().map(sent).collect();
+    let open = questions.iter().copied().enumerate();
+    let open = open.map(|(at, question)| SentQuestion { at, question, id: 0, edns }).collect();
     let mut udp = UdpExchange { counters, open, incomplete: Vec::new(), foreign: 0 };
     let answered = timeout(limit, udp.run(server, &mut ended)).await;
     if let Err(failure) = answered.unwrap_or_else(|_| Err(no_answer(limit))) {

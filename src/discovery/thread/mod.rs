@@ -2,8 +2,9 @@
 //!
 //! The daemon starts it once and gives it the questions of each configuration. A question
 //! that did not change keeps running. All questions to one registry share its connections.
-//! A source that panics restarts. If the thread itself ends, [`DiscoveryThread::ended`] says so
-//! and the daemon restarts it. The thread decides nothing about members: it tells [`Answers`].
+//! A source that panics restarts. [`DiscoveryThread::ended`] reports the end of the thread
+//! itself, and the daemon restarts it. The thread decides nothing about members: it tells
+//! [`Answers`].
 
 mod runner;
 

@@ -212,7 +212,7 @@ async fn thread_that_ended_is_reported_and_restarts_with_all_questions() {
     tokio::time::timeout(PATIENCE, thread.ended()).await.unwrap();
     thread.tell_ended();
     answer_of(&answers, "a", |told| matches!(told, Told::Failed { why: SourceFailure::Local, .. }));
-    // A question that comes meanwhile starts, too.
+    // The next thread also gets a question that came after the end.
     let questions = ["a", "b"].map(|name| (key(name), file(path.to_str().unwrap())));
     thread.configure(questions.to_vec(), DnsConfig::default());
     thread.restart().unwrap();

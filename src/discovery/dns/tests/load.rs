@@ -7,7 +7,7 @@ use std::fmt::Write;
 use std::sync::atomic::Ordering;
 
 const NAMES: usize = 1000;
-const MEASURED: Duration = Duration::from_secs(30);
+const MEASURED: Duration = Duration::from_secs(20);
 
 /// Processor time of this thread, which runs the sources and the resolver.
 fn used() -> Duration {

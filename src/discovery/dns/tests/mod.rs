@@ -11,6 +11,7 @@ use crate::tell::Answers;
 use std::collections::VecDeque;
 use tidegate_core::model::{NameFamily, SourceKey};
 use tokio::task::JoinHandle;
+use tokio::time::sleep;
 
 /// A running source and what it told.
 struct RunningSource {

@@ -1,7 +1,7 @@
 //! Servers that answer wrongly, slowly or not at all.
 
 use super::*;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 const GOOD: &[&str] = &["192.0.2.1"];
 

@@ -7,6 +7,7 @@ mod names;
 use super::*;
 use crate::testing::dns_liar::*;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A resolver that asks only these servers, and whose files are in a directory of its own.
 pub(crate) struct TestResolver {
