@@ -70,8 +70,8 @@ pub(super) type AnswerSlot = watch::Sender<Option<Arc<RecordAnswer>>>;
 pub(super) struct AnswerCache {
     entries: HashMap<RecordQuestion, CachedAnswer>,
     pruned: Option<Instant>,
-    /// The first answer; the steps of [`DUE_STEP`] count from it.
-    first: Option<Instant>,
+    /// The time of the oldest answer; the steps of [`DUE_STEP`] count from it.
+    origin: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -128,7 +128,7 @@ impl AnswerCache {
         now: Instant,
         config: &DnsConfig,
     ) -> Arc<RecordAnswer> {
-        let first = *self.first.get_or_insert(now);
+        let origin = *self.origin.get_or_insert(now);
         let entry = self.entries.entry(question.clone()).or_insert_with(|| CachedAnswer::new(now));
         entry.asked = None;
         let before = entry.answer.take().and_then(|answer| answer.known.clone());
@@ -145,7 +145,7 @@ impl AnswerCache {
                 entry.vain = 0;
                 let ttl = set.ttl.clamp(config.ttl_min, config.ttl_max.max(config.ttl_min));
                 let spread = (ttl / 20).min(SPREAD_MAX).mul_f64(fastrand::f64());
-                next_step(first, now + ttl + spread)
+                next_step(origin, now + ttl + spread)
             }
             _ => {
                 entry.vain += 1;
@@ -193,10 +193,10 @@ impl AnswerCache {
 }
 
 /// Returns the first step at or after `at`.
-fn next_step(first: Instant, at: Instant) -> Instant {
-    let since = at.saturating_duration_since(first);
+fn next_step(origin: Instant, at: Instant) -> Instant {
+    let since = at.saturating_duration_since(origin);
     let steps = since.as_nanos().div_ceil(DUE_STEP.as_nanos());
-    first + DUE_STEP.saturating_mul(u32::try_from(steps).unwrap_or(u32::MAX))
+    origin + DUE_STEP.saturating_mul(u32::try_from(steps).unwrap_or(u32::MAX))
 }
 
 // === impl CachedAnswer ===

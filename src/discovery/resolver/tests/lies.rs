@@ -262,7 +262,7 @@ async fn last_known_addresses_count_after_a_second_of_silence() {
 }
 
 #[tokio::test]
-async fn each_question_has_another_port_and_another_id() {
+async fn each_lookup_has_another_port_and_each_question_another_id() {
     let (liar, test) = liar(|question| question.addresses(60, GOOD).send()).await;
     for name in 0..20 {
         test.host(&format!("web{name}.example")).await.unwrap();
@@ -271,5 +271,5 @@ async fn each_question_has_another_port_and_another_id() {
     let ports: std::collections::HashSet<u16> = seen.iter().map(|question| question.port).collect();
     let ids: std::collections::HashSet<u16> = seen.iter().map(|question| question.id).collect();
     assert_eq!(seen.len(), 40);
-    assert!(ports.len() > 30 && ids.len() > 35, "{} ports, {} ids", ports.len(), ids.len());
+    assert!(ports.len() > 15 && ids.len() > 35, "{} ports, {} ids", ports.len(), ids.len());
 }
