@@ -251,4 +251,15 @@ mod tests {
         let members = picture.show(now).members;
         assert_eq!((members.len(), members[0].address), (1, new.address));
     }
+
+    #[test]
+    fn slices_and_endpoints_beyond_the_bounds_are_refused() {
+        use super::super::{ENDPOINTS_MAX, SLICES_MAX, refuse_excess};
+        let slices: Vec<_> = (0..=SLICES_MAX).map(|n| slice(&n.to_string(), &[])).collect();
+        assert!(refuse_excess(&slices[1..]).is_ok());
+        assert!(refuse_excess(&slices).is_err());
+        let full = slice("a", &vec![endpoint(1, Ready); ENDPOINTS_MAX]);
+        assert!(refuse_excess([&full]).is_ok());
+        assert!(refuse_excess([&full, &slice("b", &[endpoint(2, Ready)])]).is_err());
+    }
 }
