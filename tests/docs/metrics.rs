@@ -17,7 +17,8 @@ struct Metric {
 }
 
 /// Labels with values from a fixed set. Every value has a sample from the start.
-const FIXED: [&str; 6] = ["reason", "result", "at", "direction", "layer", "state"];
+const FIXED: [&str; 8] =
+    ["reason", "result", "at", "direction", "layer", "state", "task", "transport"];
 
 const AREAS: [&str; 8] = [
     "Process",
@@ -97,7 +98,9 @@ impl Metric {
         match self.name.as_str() {
             name if name.starts_with("process_") => "Standard process metrics",
             name if name.contains("heartbeat") => "Heartbeats",
-            name if name.contains("discovery") || name.contains("members") => "Names and discovery",
+            name if ["discovery", "members", "resolver"].iter().any(|part| name.contains(part)) => {
+                "Names and discovery"
+            }
             _ if has("backend") => "Backends",
             _ if has("pool") => "Pools",
             _ if has("frontend") => "Frontends",
