@@ -8,7 +8,7 @@ use super::ports::free_port;
 use super::{eventually, proc, secs};
 use rustix::process::Signal;
 use std::net::{SocketAddr, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 /// Finds a program on the PATH and in the sbin directories, which a user's PATH often
@@ -72,29 +72,33 @@ pub struct Nginx {
     pub name: String,
     pub address: SocketAddr,
     running: Running,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Nginx {
     pub fn start(name: &str) -> Nginx {
+        Nginx::start_with(name, &format!("location / {{ return 200 \"{name}\"; }}"))
+    }
+
+    /// Starts nginx with these lines of its only server.
+    pub fn start_with(name: &str, lines: &str) -> Nginx {
         let dir = tempfile::Builder::new().prefix("tg-nginx-").tempdir_in("/tmp").expect("dir");
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
-        let config = dir.path().join("nginx.conf");
-        std::fs::write(&config, nginx_config(name, address)).expect("write nginx.conf");
-        let log = std::fs::File::create(dir.path().join("error.log")).expect("error log");
-        let running = Running::start(
-            Command::new(find("nginx").expect("the test checked for nginx"))
-                .arg("-p")
-                .arg(dir.path())
-                .arg("-c")
-                .arg(&config)
-                .args(["-e", "stderr"])
-                .stdout(Stdio::null())
-                .stderr(log),
-        );
-        let nginx = Nginx { name: name.into(), address, running, _dir: dir };
-        eventually(secs(10), "nginx answers", || super::http::over_tcp(address, "/").is_ok());
+        let running = start_nginx(dir.path(), &nginx_config(lines, address));
+        let nginx = Nginx { name: name.into(), address, running, dir };
+        nginx.wait_until_ready();
         nginx
+    }
+
+    /// Kills it and starts it again at its address, with other lines of its server.
+    pub fn restart_with(&mut self, lines: &str) {
+        self.kill();
+        self.running = start_nginx(self.dir.path(), &nginx_config(lines, self.address));
+        self.wait_until_ready();
+    }
+
+    fn wait_until_ready(&self) {
+        eventually(secs(10), "nginx answers", || super::http::over_tcp(self.address, "/").is_ok());
     }
 
     /// Stops its processes. The kernel continues to accept connections for it.
@@ -120,7 +124,23 @@ impl Nginx {
     }
 }
 
-fn nginx_config(name: &str, address: SocketAddr) -> String {
+fn start_nginx(dir: &Path, text: &str) -> Running {
+    let config = dir.join("nginx.conf");
+    std::fs::write(&config, text).expect("write nginx.conf");
+    let log = std::fs::File::create(dir.join("error.log")).expect("error log");
+    Running::start(
+        Command::new(find("nginx").expect("the test checked for nginx"))
+            .arg("-p")
+            .arg(dir)
+            .arg("-c")
+            .arg(&config)
+            .args(["-e", "stderr"])
+            .stdout(Stdio::null())
+            .stderr(log),
+    )
+}
+
+fn nginx_config(lines: &str, address: SocketAddr) -> String {
     let is_root = rustix::process::geteuid().is_root();
     let user = if is_root { "user root;" } else { "" };
     format!(
@@ -144,7 +164,7 @@ http {{
     server {{
         listen {address} backlog=4096;
         default_type text/plain;
-        location / {{ return 200 \"{name}\"; }}
+        {lines}
     }}
 }}
 "

@@ -187,6 +187,18 @@ impl EtcdCluster {
         revision_of(&self.ask("/v3/kv/deleterange", &range(key)))
     }
 
+    /// Deletes all keys with this prefix, which ends with `/`, in one step.
+    pub fn delete_below(&self, prefix: &str) {
+        self.ask("/v3/kv/deleterange", &below(prefix));
+    }
+
+    /// Returns the keys with this prefix, which ends with `/`.
+    pub fn keys(&self, prefix: &str) -> Vec<String> {
+        let answer = self.ask("/v3/kv/range", &below(prefix));
+        let keys = answer.split("\"key\":\"").skip(1).filter_map(|rest| rest.split('"').next());
+        keys.map(|key| String::from_utf8(STANDARD.decode(key).unwrap()).unwrap()).collect()
+    }
+
     /// Puts a value with a lease of `seconds` that nothing renews.
     pub fn put_with_lease(&self, key: &str, value: &str, seconds: u32) {
         let granted = self.ask("/v3/lease/grant", &format!("{{\"TTL\":{seconds}}}"));
@@ -246,11 +258,22 @@ impl EtcdCluster {
         self.ask("/v3/auth/user/revoke", r#"{"name":"reader","role":"reading"}"#);
     }
 
+    /// Changes the password of `reader`. Its tokens are worthless from now on.
+    pub fn change_password(&self, password: &str) {
+        let change = format!(r#"{{"name":"reader","password":"{password}"}}"#);
+        self.ask("/v3/auth/user/changepw", &change);
+    }
+
     /// Writes a backup.
     pub fn back_up(&self, name: &str) {
         let file = self.dir.path().join(name);
         let endpoint = self.nodes[0].client.to_string();
-        self.ctl(&["--endpoints", &endpoint, "snapshot", "save", file.to_str().unwrap()]);
+        let mut arguments = vec!["--endpoints", &endpoint, "snapshot", "save"];
+        arguments.push(file.to_str().unwrap());
+        if self.token.borrow().is_some() {
+            arguments.extend(["--user", "root:root"]);
+        }
+        self.ctl(&arguments);
     }
 
     /// Kills all nodes, restores a backup and starts them again.
@@ -359,6 +382,13 @@ fn free_port() -> SocketAddr {
 
 fn range(key: &str) -> String {
     format!(r#"{{"key":"{}"}}"#, STANDARD.encode(key))
+}
+
+/// All keys with a prefix: the end of the range is the prefix with its last byte, `/`, increased.
+fn below(prefix: &str) -> String {
+    let end = format!("{}0", prefix.trim_end_matches('/'));
+    let (key, end) = (STANDARD.encode(prefix), STANDARD.encode(end));
+    format!(r#"{{"key":"{key}","range_end":"{end}"}}"#)
 }
 
 fn put_body(key: &str, value: &str) -> String {

@@ -3,13 +3,16 @@
 //! It refuses what the real server refuses: wrong tokens (401), other namespaces (403),
 //! unknown paths (404), wrong parameters (400) and versions before its history (410). It
 //! ignores unknown parameters, as the real server does. kubectl and the watcher of kube-rs
-//! check that it is faithful. Tests script its faults. It runs on the runtime of the test.
+//! check that it is faithful. Tests script its faults. It runs on the runtime of the test, or
+//! on a thread that a test kills and stops ([`KubernetesThread`]).
 
 mod objects;
 mod requests;
 mod store;
+mod thread;
 
 pub use objects::{EndpointDocument, SliceDocument};
+pub use thread::KubernetesThread;
 
 use objects::{EventDocument, SliceListDocument, StatusDocument, discovery_document};
 use requests::{ApiRequest, Selection};
@@ -75,8 +78,7 @@ impl KubernetesDouble {
     /// # Errors
     /// No port is free.
     pub async fn start(tls: Option<TlsAcceptor>) -> io::Result<KubernetesDouble> {
-        let listener = TcpListener::bind("127.0.0.1:0").await?;
-        let address = listener.local_addr()?;
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
         let shared = Arc::new(ApiShared {
             store: Mutex::new(SliceStore::new()),
             faults: Mutex::default(),
@@ -84,8 +86,17 @@ impl KubernetesDouble {
             closed: Mutex::default(),
             requests: Mutex::default(),
         });
-        tokio::spawn(accept(listener, Arc::clone(&shared), tls));
-        Ok(KubernetesDouble { shared, address })
+        let mut double = KubernetesDouble { shared, address };
+        double.listen(tls).await?;
+        Ok(double)
+    }
+
+    /// Serves at its address from this runtime.
+    async fn listen(&mut self, tls: Option<TlsAcceptor>) -> io::Result<()> {
+        let listener = TcpListener::bind(self.address).await?;
+        self.address = listener.local_addr()?;
+        tokio::spawn(accept(listener, Arc::clone(&self.shared), tls));
+        Ok(())
     }
 
     /// Where clients connect.

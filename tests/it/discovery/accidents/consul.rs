@@ -1,0 +1,210 @@
+//! Accidents of the Consul double in a process of its own.
+
+use super::{Accident, MemberRegistry};
+use crate::common::proc;
+use crate::common::proxy::PROGRAM;
+use crate::discovery::registries::{deregister, register, write_secret};
+use rustix::process::Signal;
+use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use tempfile::TempDir;
+
+pub(super) struct ConsulRegistry {
+    agent: AgentProcess,
+    dir: TempDir,
+    /// The number of the last token.
+    token: u32,
+    announced: Vec<SocketAddr>,
+}
+
+/// The example `consul_double`, which reads commands.
+struct AgentProcess {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+    address: SocketAddr,
+    program: PathBuf,
+}
+
+// === impl ConsulRegistry ===
+
+impl ConsulRegistry {
+    pub(super) fn start() -> ConsulRegistry {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let agent = AgentProcess::start(program(), SocketAddr::from(([127, 0, 0, 1], 0)));
+        let mut registry = ConsulRegistry { agent, dir, token: 1, announced: Vec::new() };
+        registry.create_tokens();
+        registry.write_token();
+        registry
+    }
+
+    fn token_file(&self) -> PathBuf {
+        self.dir.path().join("token")
+    }
+
+    fn create_tokens(&mut self) {
+        self.agent.command("token operator rw");
+        self.agent.command(&format!("token reader-{} r", self.token));
+    }
+
+    fn write_token(&self) {
+        write_secret(&self.token_file(), &format!("reader-{}", self.token));
+    }
+
+    fn register_all(&self) {
+        for (number, member) in self.announced.iter().enumerate() {
+            register(self.agent.address, number, *member);
+        }
+    }
+
+    /// Begins a fault of every answer. A change ends the waiting query, which gets one.
+    fn fault(&mut self, name: &str) {
+        self.agent.command(&format!("fault {name}"));
+        self.agent.command("close");
+    }
+}
+
+impl MemberRegistry for ConsulRegistry {
+    fn name(&self) -> &'static str {
+        "consul"
+    }
+
+    fn tables(&self) -> String {
+        format!(
+            "[registry.consul]\nkind = \"consul\"\nservers = [\"{}\"]\ntimeout = \"2s\"\n\
+             token_file = \"{}\"",
+            self.agent.address,
+            self.token_file().display()
+        )
+    }
+
+    fn discover(&self, _: u16) -> String {
+        "from = \"consul\"\nservice = \"web\"".to_owned()
+    }
+
+    fn accidents(&self) -> &'static [Accident] {
+        &[
+            Accident::NoLeader,
+            Accident::EmptyWithoutLeader,
+            Accident::Failing,
+            Accident::HalfAnswer,
+            Accident::Reset,
+            Accident::Hung,
+            Accident::Killed,
+            Accident::Rotated,
+            Accident::Restored,
+            Accident::Emptied,
+        ]
+    }
+
+    fn announce(&mut self, members: &[SocketAddr]) {
+        let before = std::mem::replace(&mut self.announced, members.to_vec());
+        self.register_all();
+        for number in members.len()..before.len() {
+            deregister(self.agent.address, number);
+        }
+    }
+
+    fn begin(&mut self, accident: Accident) {
+        match accident {
+            Accident::NoLeader => self.fault("no-leader"),
+            Accident::EmptyWithoutLeader => self.fault("empty"),
+            Accident::Failing => self.fault("error"),
+            Accident::HalfAnswer => self.fault("half"),
+            Accident::Reset => self.fault("reset"),
+            Accident::Hung => self.agent.signal(Signal::STOP),
+            Accident::Killed => self.agent.kill(),
+            Accident::Rotated => {
+                self.agent.command(&format!("revoke reader-{}", self.token));
+                self.token += 1;
+                self.agent.command(&format!("token reader-{} r", self.token));
+            }
+            // One service at a time, as far as the source sees it.
+            Accident::Restored => {
+                self.agent.command("fault no-leader");
+                (1..self.announced.len()).for_each(|number| deregister(self.agent.address, number));
+                self.agent.command("indexes 1");
+                self.agent.command("fault none");
+            }
+            Accident::Emptied => {
+                self.agent.command("fault no-leader");
+                (0..self.announced.len()).for_each(|number| deregister(self.agent.address, number));
+                self.agent.command("fault none");
+            }
+            _ => unreachable!("{accident:?} is not in the list"),
+        }
+    }
+
+    fn end(&mut self, accident: Accident) {
+        match accident {
+            Accident::Hung => self.agent.signal(Signal::CONT),
+            Accident::Killed => {
+                self.agent = AgentProcess::start(self.agent.program.clone(), self.agent.address);
+                // An agent has its services when it starts, but the double has none.
+                self.agent.command("fault no-leader");
+                self.create_tokens();
+                self.register_all();
+            }
+            Accident::Rotated => self.write_token(),
+            _ => {}
+        }
+        self.agent.command("fault none");
+    }
+}
+
+// === impl AgentProcess ===
+
+impl AgentProcess {
+    fn start(program: PathBuf, address: SocketAddr) -> AgentProcess {
+        let mut child = Command::new(&program)
+            .arg(address.to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the double starts");
+        let input = child.stdin.take().expect("a pipe");
+        let output = BufReader::new(child.stdout.take().expect("a pipe"));
+        let mut agent = AgentProcess { child, input, output, address, program };
+        let line = agent.line();
+        let found = line.strip_prefix("listening at ").and_then(|found| found.parse().ok());
+        agent.address = found.unwrap_or_else(|| panic!("the double does not listen: {line}"));
+        agent
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.output.read_line(&mut line).expect("a line of the double");
+        line.trim_end().to_owned()
+    }
+
+    #[track_caller]
+    fn command(&mut self, command: &str) {
+        writeln!(self.input, "{command}").expect("the double reads");
+        assert_eq!(self.line(), "done", "{command}");
+    }
+
+    fn signal(&self, signal: Signal) {
+        proc::signal(self.child.id(), signal);
+    }
+
+    fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for AgentProcess {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Builds the double and returns its path. A run of some tests does not build examples.
+fn program() -> PathBuf {
+    let arguments = ["build", "-q", "-p", "tidegate-discovery", "--example", "consul_double"];
+    let built = Command::new(env!("CARGO")).args(arguments).status();
+    assert!(built.is_ok_and(|status| status.success()), "the double is not built");
+    Path::new(PROGRAM).parent().expect("a directory").join("examples/consul_double")
+}
