@@ -129,6 +129,7 @@ impl EtcdGateway {
             timeout(limit, self.call::<_, RangeAnswer>("/v3/kv/range", &request)).await
         else {
             self.fail_over();
+            self.forget_token();
             let text = format_args!("no answer to a linearizable read after {limit:.1?}");
             return Err(HttpFailure::new(SourceFailure::Timeout, text).into());
         };
@@ -151,14 +152,20 @@ impl EtcdGateway {
         }
         let mut request = self.request("/v3/watch", body.into()).await?;
         request.headers.push((HAS_LEADER, HeaderValue::from_static("true")));
-        let mut stream = self.0.client.open(&request).await?;
+        let opened = self.0.client.open(&request).await;
+        let mut stream = opened.inspect_err(|_| self.forget_token())?;
         match stream.failure(self.0.client.endpoint().timeout).await {
-            Some(failure) => Err(failure.into()),
+            Some(failure) => {
+                self.forget_token();
+                Err(failure.into())
+            }
             None => Ok(WatchStream::new(stream)),
         }
     }
 
-    /// The next request logs in again.
+    /// The next request logs in again. Each request without an answer calls it: a token names
+    /// a transaction, and a server that was restored from a backup answers no request with a
+    /// token until it has reached that transaction.
     pub fn forget_token(&self) {
         self.set_token(None);
     }
@@ -203,7 +210,8 @@ impl EtcdGateway {
         &self,
         request: &HttpRequest,
     ) -> Result<Result<Bytes, GatewayRefusal>, GatewayFailure> {
-        let answer = self.0.client.send(request).await?;
+        let answer = self.0.client.send(request).await;
+        let answer = answer.inspect_err(|_| self.forget_token())?;
         if answer.failure().is_none() {
             return Ok(Ok(answer.body));
         }

@@ -171,7 +171,7 @@ async fn a_closed_watch_continues_after_the_last_version() {
     heard.names(&["web-1", "web-2", "web-3"]).await;
     assert_eq!(lists(&double), 0);
     // A line that ends in the middle is no event.
-    double.script(|faults| faults.half_event = true);
+    double.script(|faults| faults.half_events = 1);
     double.put(slice("b", &[3, 4]));
     heard.names(&["web-1", "web-2", "web-3", "web-4"]).await;
     assert!(heard.counters.watch_restarts.load(Ordering::Relaxed) >= 2);

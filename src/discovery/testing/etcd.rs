@@ -302,7 +302,12 @@ impl EtcdCluster {
             ]);
         }
         (0..self.nodes.len()).for_each(|node| self.start_node(node));
+        // The server would wait until it reaches the transaction that the token names.
+        let has_users = self.token.replace(None).is_some();
         self.wait_until_healthy();
+        if has_users {
+            self.log_in();
+        }
     }
 
     /// Sends a request to the first node that answers it, and returns the answer.

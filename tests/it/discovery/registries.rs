@@ -61,7 +61,7 @@ pub fn entry(address: SocketAddr) -> String {
 }
 
 /// Registers an instance of `web` at a Consul agent.
-pub fn register(agent: SocketAddr, number: usize, address: SocketAddr) {
+pub fn register(agent: SocketAddr, number: u16, address: SocketAddr) {
     let body = format!(
         "{{\"ID\":\"web-{number}\",\"Name\":\"web\",\"Address\":\"{}\",\"Port\":{}}}",
         address.ip(),
@@ -71,7 +71,7 @@ pub fn register(agent: SocketAddr, number: usize, address: SocketAddr) {
 }
 
 /// Takes an instance out of a Consul agent.
-pub fn deregister(agent: SocketAddr, number: usize) {
+pub fn deregister(agent: SocketAddr, number: u16) {
     request(agent, &format!("/v1/agent/service/deregister/web-{number}"), "");
 }
 
@@ -107,7 +107,9 @@ fn start_without_a_registry_serves_from_the_state_directory(engine: Engine) {
     let state = format!("state = \"{}\"", dir.path().join("state").display());
     let registry = format!("kind = \"consul\"\nservers = [\"{}\"]", double.address());
     let mut site = RegistrySite::start(engine, &registry, "service = \"web\"", &state);
-    (0..2).for_each(|number| register(double.address(), number, site.backends.address(number)));
+    (0..2).for_each(|number| {
+        register(double.address(), number, site.backends.address(number.into()))
+    });
     site.wait_for(2);
     let saved = dir.path().join("state/views.json");
     eventually(secs(5), "both are saved", || {

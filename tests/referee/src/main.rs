@@ -107,7 +107,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("   errors: {errors}, 410 by status: {by_status}");
         let _ = tokio::time::timeout(Duration::from_millis(300), events.next()).await;
     }
-    double.script(|faults| faults.half_event = true);
+    double.script(|faults| faults.half_events = 1);
     double.take_requests();
     double.put(slice("c", &[7]));
     expect(&mut events, "an event that ends in its middle", &["put c 10.1.7.1"]).await;

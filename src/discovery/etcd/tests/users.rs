@@ -72,3 +72,30 @@ fn users_with_password_file() {
     asked.wait_for(&["a", "b", "c"], secs(8));
     assert_eq!(secret.set, None);
 }
+
+#[test]
+fn token_from_before_a_restored_backup_is_replaced() {
+    if !is_installed() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let password = dir.path().join("password");
+    write_secret(&password, "secret\n");
+    let mut cluster = EtcdCluster::start(1);
+    cluster.enable_users(WEB);
+    cluster.put(&key("a"), &value(80));
+    cluster.back_up("early");
+    // The token names a transaction that the restored server does not reach.
+    for _ in 0..100 {
+        cluster.put(&key("b"), &value(81));
+    }
+    let user = RegistryConfig {
+        user: Some("reader".to_owned()),
+        password_file: Some(password),
+        ..registry(&cluster)
+    };
+    let mut asked = AskedEtcd::start_as(&user, WEB);
+    asked.wait_for(&["a", "b"], secs(5));
+    cluster.restore("early");
+    asked.wait_for(&["a"], secs(10));
+}

@@ -46,8 +46,8 @@ pub struct ApiFaults {
     pub refuse: VecDeque<u16>,
     /// Watches send neither events nor bookmarks.
     pub silent: bool,
-    /// The next event ends in the middle, and with it the connection.
-    pub half_event: bool,
+    /// So many next events end in the middle, and with each its connection.
+    pub half_events: u32,
     /// A watch from before the history is refused by its status, not in its stream.
     pub gone_by_status: bool,
     /// Time between bookmarks; the real server sends one about once per minute.
@@ -158,7 +158,7 @@ impl Default for ApiFaults {
             forbidden: String::new(),
             refuse: VecDeque::new(),
             silent: false,
-            half_event: false,
+            half_events: 0,
             gone_by_status: false,
             bookmark: Duration::from_secs(60),
         }
@@ -397,7 +397,7 @@ async fn send_events(
             continue;
         }
         let line = json(&EventDocument { kind: write.kind, object: &write.slice });
-        if std::mem::take(&mut locked(&shared.faults).half_event) {
+        if take_one(&mut locked(&shared.faults).half_events) {
             let half = &line[..line.len() / 2];
             stream.write_all(format!("{:x}\r\n{half}", half.len()).as_bytes()).await?;
             return Err(io::ErrorKind::BrokenPipe.into());
@@ -405,6 +405,13 @@ async fn send_events(
         chunk(stream, &line).await?;
     }
     Ok(())
+}
+
+/// Counts down, and returns false at 0.
+fn take_one(count: &mut u32) -> bool {
+    let is_left = *count > 0;
+    *count = count.saturating_sub(1);
+    is_left
 }
 
 async fn chunk(stream: &mut Box<dyn ApiStream>, line: &str) -> io::Result<()> {

@@ -1,8 +1,8 @@
 //! Accidents of the Consul double in a process of its own.
 
-use super::{Accident, MemberRegistry};
-use crate::common::proc;
+use super::{Accident, MemberRegistry, number_of};
 use crate::common::proxy::PROGRAM;
+use crate::common::{ms, proc};
 use crate::discovery::registries::{deregister, register, write_secret};
 use rustix::process::Signal;
 use std::io::{BufRead, BufReader, Write};
@@ -10,6 +10,9 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use tempfile::TempDir;
+
+/// Number of a service that is no member.
+const EXTRA: u16 = 999;
 
 pub(super) struct ConsulRegistry {
     agent: AgentProcess,
@@ -54,15 +57,28 @@ impl ConsulRegistry {
     }
 
     fn register_all(&self) {
-        for (number, member) in self.announced.iter().enumerate() {
-            register(self.agent.address, number, *member);
+        for member in &self.announced {
+            register(self.agent.address, number_of(*member), *member);
         }
+    }
+
+    /// Takes all members out but the first ones, in one step as the sources see it: while the
+    /// agent has no leader, and for longer than the pause between two queries.
+    fn remove_after(&mut self, kept: usize, index: &str) {
+        self.agent.command("fault no-leader");
+        for member in &self.announced[kept..] {
+            deregister(self.agent.address, number_of(*member));
+        }
+        self.agent.command(index);
+        std::thread::sleep(ms(300));
+        self.agent.command("fault none");
     }
 
     /// Begins a fault of every answer. A change ends the waiting query, which gets one.
     fn fault(&mut self, name: &str) {
         self.agent.command(&format!("fault {name}"));
-        self.agent.command("close");
+        register(self.agent.address, EXTRA, self.announced[0]);
+        deregister(self.agent.address, EXTRA);
     }
 }
 
@@ -102,8 +118,8 @@ impl MemberRegistry for ConsulRegistry {
     fn announce(&mut self, members: &[SocketAddr]) {
         let before = std::mem::replace(&mut self.announced, members.to_vec());
         self.register_all();
-        for number in members.len()..before.len() {
-            deregister(self.agent.address, number);
+        for member in before.iter().filter(|member| !members.contains(member)) {
+            deregister(self.agent.address, number_of(*member));
         }
     }
 
@@ -113,7 +129,14 @@ impl MemberRegistry for ConsulRegistry {
             Accident::EmptyWithoutLeader => self.fault("empty"),
             Accident::Failing => self.fault("error"),
             Accident::HalfAnswer => self.fault("half"),
-            Accident::Reset => self.fault("reset"),
+            Accident::Reset => {
+                self.agent.command("fault reset");
+                // A source can be between two queries, and ask when the connections are closed.
+                for _ in 0..3 {
+                    self.agent.command("close");
+                    std::thread::sleep(ms(200));
+                }
+            }
             Accident::Hung => self.agent.signal(Signal::STOP),
             Accident::Killed => self.agent.kill(),
             Accident::Rotated => {
@@ -121,18 +144,8 @@ impl MemberRegistry for ConsulRegistry {
                 self.token += 1;
                 self.agent.command(&format!("token reader-{} r", self.token));
             }
-            // One service at a time, as far as the source sees it.
-            Accident::Restored => {
-                self.agent.command("fault no-leader");
-                (1..self.announced.len()).for_each(|number| deregister(self.agent.address, number));
-                self.agent.command("indexes 1");
-                self.agent.command("fault none");
-            }
-            Accident::Emptied => {
-                self.agent.command("fault no-leader");
-                (0..self.announced.len()).for_each(|number| deregister(self.agent.address, number));
-                self.agent.command("fault none");
-            }
+            Accident::Restored => self.remove_after(1, "indexes 1"),
+            Accident::Emptied => self.remove_after(0, "close"),
             _ => unreachable!("{accident:?} is not in the list"),
         }
     }

@@ -64,9 +64,6 @@ pub(super) fn run(all: &mut Announcing, proxies: &[TestProxy], hold: Duration) -
     let registry = &mut **registry;
     let pids: Vec<u32> = proxies.iter().map(TestProxy::service).collect();
     let name = registry.name();
-    registry.announce(&members.addresses[..1]);
-    registry.back_up();
-    registry.announce(&members.addresses[..STEADY]);
     eventually(secs(30), &format!("the members of {name} serve"), || {
         proxies.iter().all(|proxy| eligible(proxy, name).len() == STEADY)
     });
@@ -112,7 +109,7 @@ impl Scene<'_> {
         self.registry.end(accident);
         let back = Instant::now();
         self.steady += 1;
-        self.registry.announce(&self.members.addresses[..self.steady]);
+        self.registry.announce(self.members.first(self.steady));
         let newcomer = self.members.addresses[self.steady - 1].to_string();
         eventually(secs(30), &format!("{newcomer} serves after {accident:?}"), || {
             let must = accident.must_serve(began.elapsed(), self.steady - 1);
@@ -136,12 +133,17 @@ impl Scene<'_> {
     }
 
     /// Notes which of the first members do not serve, and whether the source has a problem.
-    fn look(&self, must: usize, lost: &mut BTreeSet<String>, shown: &mut [bool]) {
+    fn look(&self, must: Kept, lost: &mut BTreeSet<String>, shown: &mut [bool]) {
         for (proxy, shown) in self.proxies.iter().zip(shown) {
             let pool = pool(proxy, self.registry.name());
             let eligible = eligible_of(&pool);
-            let must = self.members.addresses[..must].iter().map(SocketAddr::to_string);
-            lost.extend(must.filter(|address| !eligible.contains(address)));
+            match must {
+                Kept::First(count) => {
+                    let must = self.members.first(count).iter().map(SocketAddr::to_string);
+                    lost.extend(must.filter(|address| !eligible.contains(address)));
+                }
+                Kept::One => lost.extend(eligible.is_empty().then(|| "all".to_owned())),
+            }
             let source = &pool["sources"][0];
             *shown |= !source["last_word"]["failure"].is_null() || !source["held_answer"].is_null();
         }
@@ -178,6 +180,13 @@ impl Scene<'_> {
     }
 }
 
+/// Members that the rules keep.
+#[derive(Debug, Clone, Copy)]
+enum Kept {
+    First(usize),
+    One,
+}
+
 // === impl Accident ===
 
 impl Accident {
@@ -187,16 +196,22 @@ impl Accident {
     fn is_failure(self) -> bool {
         !matches!(
             self,
-            Accident::Hung | Accident::SilentWatch | Accident::Compacted | Accident::LeaderKilled
+            Accident::Hung
+                | Accident::SilentWatch
+                | Accident::Compacted
+                | Accident::LeaderKilled
+                | Accident::RemovedOneByOne
         )
     }
 
-    /// How many of the first `steady` members the rules keep after this time. A restored
-    /// backup has the first member, and is believed once it is confirmed.
-    fn must_serve(self, since: Duration, steady: usize) -> usize {
+    /// What the rules keep of the first `steady` members after this time. A restored backup has
+    /// the first member, and is believed once it is confirmed.
+    fn must_serve(self, since: Duration, steady: usize) -> Kept {
         match self {
-            Accident::Restored if since >= CONFIRM_AFTER => 1,
-            _ => steady,
+            Accident::Restored if since >= CONFIRM_AFTER => Kept::First(1),
+            // `max_removed` judges each removal alone; the last eligible backend stays.
+            Accident::RemovedOneByOne => Kept::One,
+            _ => Kept::First(steady),
         }
     }
 }
@@ -230,6 +245,10 @@ impl Members {
         };
         let backends = addresses.iter().map(start).collect();
         Members { addresses, _backends: backends }
+    }
+
+    pub(super) fn first(&self, count: usize) -> &[SocketAddr] {
+        &self.addresses[..count]
     }
 
     pub(super) fn port(&self) -> u16 {

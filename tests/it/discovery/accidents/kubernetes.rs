@@ -1,6 +1,6 @@
 //! Accidents of the Kubernetes double on a thread of its own.
 
-use super::{Accident, MemberRegistry};
+use super::{Accident, MemberRegistry, number_of};
 use crate::discovery::registries::write_secret;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -52,12 +52,12 @@ impl KubernetesRegistry {
 
     fn slice(members: &[SocketAddr]) -> SliceDocument {
         let port = members.first().map_or(80, SocketAddr::port);
-        let endpoint = |(number, member): (usize, &SocketAddr)| {
-            let mut endpoint = EndpointDocument::ready(number as u16);
+        let endpoint = |member: &SocketAddr| {
+            let mut endpoint = EndpointDocument::ready(number_of(*member));
             endpoint.addresses = vec![member.ip().to_string()];
             endpoint
         };
-        let endpoints = members.iter().enumerate().map(endpoint).collect();
+        let endpoints = members.iter().map(endpoint).collect();
         SliceDocument::new("shop", "web", "web-1", endpoints).with_port(port)
     }
 }
@@ -114,8 +114,9 @@ impl MemberRegistry for KubernetesRegistry {
                 double.compact();
                 double.close_watches();
             }
+            // One for each process.
             Accident::HalfAnswer => {
-                double.script(|faults| faults.half_event = true);
+                double.script(|faults| faults.half_events = 2);
                 double.put(last);
             }
             Accident::Rotated => self.replace_token(),
@@ -143,6 +144,7 @@ impl MemberRegistry for KubernetesRegistry {
         }
         self.server.double().script(|faults| {
             faults.silent = false;
+            faults.half_events = 0;
             faults.forbidden.clear();
             faults.refuse.clear();
         });

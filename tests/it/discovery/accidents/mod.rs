@@ -17,9 +17,9 @@ mod zookeeper;
 
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
-use crate::common::{Engine, exclusive, io_uring_runs, ms, patience, secs};
+use crate::common::{Engine, exclusive, io_uring_runs, patience, secs};
 use driver::{Lateness, Members, Outcome};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 /// What happens to a registry.
@@ -29,8 +29,10 @@ enum Accident {
     Killed,
     /// Every server is stopped, as by SIGSTOP: its kernel still accepts and acknowledges.
     Hung,
-    /// The members are gone, the registry answers.
+    /// The members are gone at once, the registry answers.
     Emptied,
+    /// The members are removed one after another.
+    RemovedOneByOne,
     /// The registry continues with an old backup, which has one member.
     Restored,
     /// The history since the last answer is gone, and every connection is lost.
@@ -91,11 +93,19 @@ trait MemberRegistry: Send {
     fn end(&mut self, accident: Accident);
 }
 
+/// The number in the name of a member: the last one of its address.
+fn number_of(member: SocketAddr) -> u16 {
+    match member.ip() {
+        IpAddr::V4(ip) => ip.octets()[3].into(),
+        IpAddr::V6(_) => unreachable!("members have IPv4 addresses"),
+    }
+}
+
 /// Longest time from the return of the registry until a new member serves, on a quiet host.
 const RECOVERY_MAX: Duration = secs(5);
 
 /// Time of an accident in the tests.
-const HOLD: Duration = ms(2500);
+const HOLD: Duration = secs(2);
 
 /// A registry and the members that it announces.
 struct Announcing {
@@ -104,8 +114,12 @@ struct Announcing {
 }
 
 impl Announcing {
-    fn new(registry: impl MemberRegistry + 'static) -> Announcing {
+    /// Starts the members and announces the first ones.
+    fn new(mut registry: impl MemberRegistry + 'static) -> Announcing {
         let members = Members::start(driver::STEADY + registry.accidents().len());
+        registry.announce(members.first(1));
+        registry.back_up();
+        registry.announce(members.first(driver::STEADY));
         Announcing { registry: Box::new(registry), members }
     }
 }

@@ -51,7 +51,7 @@ impl MemberRegistry for ZookeeperRegistry {
     }
 
     fn accidents(&self) -> &'static [Accident] {
-        &[Accident::Killed, Accident::Hung, Accident::Restored, Accident::Emptied]
+        &[Accident::Killed, Accident::Hung, Accident::Restored, Accident::RemovedOneByOne]
     }
 
     fn announce(&mut self, members: &[SocketAddr]) {
@@ -68,7 +68,7 @@ impl MemberRegistry for ZookeeperRegistry {
             Accident::Killed => self.server.kill(),
             Accident::Hung => self.server.stop(),
             Accident::Restored => self.server.restore(),
-            Accident::Emptied => self.server.set_children(NODE, &BTreeMap::new()),
+            Accident::RemovedOneByOne => self.server.set_children(NODE, &BTreeMap::new()),
             _ => unreachable!("{accident:?} is not in the list"),
         }
     }
