@@ -1,4 +1,4 @@
-//! Runs the accidents of one registry, and watches sessions and backends meanwhile.
+//! Runs the accidents of one registry, and looks at sessions and backends during each.
 //!
 //! The tests of `accidents` call [`run`]. It knows no registry.
 
