@@ -101,6 +101,21 @@ fn failed_connects_are_repeated_at_growing_intervals() {
 }
 
 #[test]
+fn renamed_members_serve_without_another_connect() {
+    let mut bench = Bench::new(discovering(unprobed(&[])));
+    bench.list(&["b", "c"]);
+    bench.answer_for(PACE * 2, &[]);
+    assert_eq!(bench.serving(), ["b", "c"]);
+    let renamed = [("x", "b"), ("y", "c")]
+        .map(|(name, before)| Announced { address: announced(before).address, ..announced(name) });
+    let effects = bench.told(None, whole_of(renamed.to_vec()));
+    bench.pass(PACE);
+    assert_eq!(bench.serving(), ["x", "y"], "{:?}", logs(&effects));
+    let later = bench.answer_for(Duration::from_secs(10), &[]);
+    assert_eq!(probes(&effects) + probes(&later), 0);
+}
+
+#[test]
 fn connect_without_a_result_is_repeated() {
     let mut bench = Bench::new(discovering(unprobed(&["a"])));
     bench.list(&["b"]);

@@ -112,6 +112,13 @@ impl ControlState {
         }
     }
 
+    /// Lets a member serve without a connect, because its address was verified before.
+    pub(in crate::control) fn trust(&mut self, id: BackendId) {
+        let Some(entry) = self.backends.touch_later(id) else { return };
+        (entry.health.unverified, entry.health.fails_open) = (false, false);
+        self.schedule.end_verified(entry);
+    }
+
     /// Ends the verification without a result.
     pub(in crate::control) fn end_verification(&mut self, entry: &mut BackendEntry) {
         if entry.health.unverified {

@@ -201,6 +201,7 @@ impl Accident {
                 | Accident::Compacted
                 | Accident::LeaderKilled
                 | Accident::RemovedOneByOne
+                | Accident::Renamed
         )
     }
 

@@ -18,7 +18,10 @@ const LOCATIONS: &str = "
     location / { return 200 here; }";
 
 /// The list as a file of a directory.
-struct MemberList(TempDir);
+struct MemberList {
+    dir: TempDir,
+    announced: Vec<SocketAddr>,
+}
 
 pub(super) struct FileRegistry {
     list: MemberList,
@@ -32,8 +35,12 @@ pub(super) struct UrlRegistry {
 // === impl MemberList ===
 
 impl MemberList {
+    fn new() -> MemberList {
+        MemberList { dir: tempfile::tempdir().expect("temp dir"), announced: Vec::new() }
+    }
+
     fn path(&self) -> PathBuf {
-        self.0.path().join("members.json")
+        self.dir.path().join("members.json")
     }
 
     fn write(&self, text: &str) {
@@ -42,7 +49,8 @@ impl MemberList {
         fs::rename(fresh, self.path()).expect("a rename");
     }
 
-    fn announce(&self, members: &[SocketAddr]) {
+    fn announce(&mut self, members: &[SocketAddr]) {
+        self.announced = members.to_vec();
         let entries: Vec<String> = members.iter().map(|member| entry(*member)).collect();
         self.write(&format!("[{}]", entries.join(", ")));
     }
@@ -56,6 +64,13 @@ impl MemberList {
                 self.write(&text[..text.len() / 2]);
             }
             Accident::NoContent => self.write(""),
+            Accident::Renamed => {
+                let entry = |member: &SocketAddr| {
+                    format!("{{\"address\": \"{member}\", \"name\": \"n{}\"}}", member.ip())
+                };
+                let entries: Vec<String> = self.announced.iter().map(entry).collect();
+                self.write(&format!("[{}]", entries.join(", ")));
+            }
             Accident::Emptied => self.write("[]"),
             _ => unreachable!("{accident:?} is not in the list"),
         }
@@ -66,7 +81,7 @@ impl MemberList {
 
 impl FileRegistry {
     pub(super) fn start() -> FileRegistry {
-        FileRegistry { list: MemberList(tempfile::tempdir().expect("temp dir")) }
+        FileRegistry { list: MemberList::new() }
     }
 }
 
@@ -80,7 +95,13 @@ impl MemberRegistry for FileRegistry {
     }
 
     fn accidents(&self) -> &'static [Accident] {
-        &[Accident::Missing, Accident::HalfAnswer, Accident::NoContent, Accident::Emptied]
+        &[
+            Accident::Missing,
+            Accident::HalfAnswer,
+            Accident::NoContent,
+            Accident::Emptied,
+            Accident::Renamed,
+        ]
     }
 
     fn announce(&mut self, members: &[SocketAddr]) {
@@ -100,8 +121,8 @@ impl UrlRegistry {
     /// Returns `None` if nginx is not installed.
     pub(super) fn start() -> Option<UrlRegistry> {
         have(&["nginx"]).then(|| {
-            let list = MemberList(tempfile::tempdir().expect("temp dir"));
-            let server = Nginx::start_with("list", &locations(list.0.path(), "first"));
+            let list = MemberList::new();
+            let server = Nginx::start_with("list", &locations(list.dir.path(), "first"));
             let registry = UrlRegistry { server, list };
             registry.write_token("first");
             registry
@@ -109,16 +130,16 @@ impl UrlRegistry {
     }
 
     fn write_token(&self, token: &str) {
-        write_secret(&self.list.0.path().join("token"), token);
+        write_secret(&self.list.dir.path().join("token"), token);
     }
 
     /// Starts nginx again. The list needs this token.
     fn restart(&mut self, token: &str) {
-        self.server.restart_with(&locations(self.list.0.path(), token));
+        self.server.restart_with(&locations(self.list.dir.path(), token));
     }
 
     fn failing(&self) -> PathBuf {
-        self.list.0.path().join("failing")
+        self.list.dir.path().join("failing")
     }
 }
 
@@ -132,7 +153,7 @@ impl MemberRegistry for UrlRegistry {
             "kind = \"http\"\nurl = \"http://{}/members.json\"\ninterval = \"1s\"\n\
              token_file = \"{}\"",
             self.server.address,
-            self.list.0.path().join("token").display()
+            self.list.dir.path().join("token").display()
         )
     }
 

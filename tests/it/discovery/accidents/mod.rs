@@ -31,6 +31,8 @@ enum Accident {
     Hung,
     /// The members are gone at once, the registry answers.
     Emptied,
+    /// All members have other names, and their addresses stay.
+    Renamed,
     /// The members are removed one after another.
     RemovedOneByOne,
     /// The registry continues with an old backup, which has one member.
