@@ -81,6 +81,7 @@ impl PrefixContents {
     }
 
     /// Applies the events of a message in their order. Returns whether the members changed.
+    /// Entries beyond [`MEMBERS_MAX`] are counted and not kept.
     pub(super) fn apply(&mut self, events: Vec<WatchEvent>) -> bool {
         let (mut changed, mut beyond) = (false, 0);
         for WatchEvent { kind, kv } in events {

@@ -9,9 +9,10 @@
 mod access;
 mod codec;
 mod config;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 #[cfg(test)]
 mod kubectl_tests;
-mod lines;
 mod picture;
 #[cfg(test)]
 mod tests;
@@ -20,13 +21,13 @@ pub use access::{KubernetesAccess, files_of_kubeconfig};
 
 use crate::backoff::{CHANGED_MIN, Pause, UNCHANGED_MIN};
 use crate::client::{HttpFailure, HttpStream};
+use crate::lines::LineBuffer;
 use crate::parse::off_runtime;
 use crate::tell::Teller;
 use access::KubernetesServer;
 use codec::{SliceEvent, SliceFacts};
-use lines::JsonLines;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
-use picture::SlicePicture;
+use picture::{PARTS_MAX, SlicePicture, parts};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -119,7 +120,7 @@ struct KubernetesSource {
 /// A watch in progress.
 struct SliceWatch {
     stream: HttpStream,
-    lines: JsonLines,
+    lines: LineBuffer,
 }
 
 /// Why a watch ended without a failure.
@@ -128,21 +129,6 @@ enum WatchEnd {
     Closed,
     /// The time for another list has come.
     Old,
-}
-
-/// Bounds the memory of a service. What the server sends beyond it is a failure.
-fn refuse_excess<'a>(slices: impl IntoIterator<Item = &'a SliceFacts>) -> Result<(), HttpFailure> {
-    let (mut count, mut endpoints) = (0, 0);
-    for slice in slices {
-        count += 1;
-        endpoints += slice.endpoints.len();
-    }
-    if count <= SLICES_MAX && endpoints <= ENDPOINTS_MAX {
-        return Ok(());
-    }
-    Err(HttpFailure::protocol(format_args!(
-        "the service has more than {SLICES_MAX} slices or {ENDPOINTS_MAX} endpoints"
-    )))
 }
 
 // === impl KubernetesSource ===
@@ -180,10 +166,12 @@ impl KubernetesSource {
     async fn list(&mut self, server: &KubernetesServer, path: &str) -> Result<String, HttpFailure> {
         let mut slices = Vec::new();
         let mut next = String::new();
+        let mut read = 0;
         for _ in 0..PAGES_MAX {
             let (page, more) = self.page(server, path, PAGE_SLICES, &next).await?;
+            read += parts(&more);
+            check_size(read)?;
             slices.extend(more);
-            refuse_excess(&slices)?;
             next = page.next;
             if next.is_empty() {
                 self.check_version(&page.resource_version)?;
@@ -254,8 +242,8 @@ impl KubernetesSource {
                     let Some(line) = received? else { return Ok(WatchEnd::Closed) };
                     self.apply(&line, version)?;
                     // Events that arrived together are one answer.
-                    while let Some(line) = watch.lines.next()? {
-                        self.apply(&line, version)?;
+                    while let Some(line) = watch.lines.next_line() {
+                        self.apply(line, version)?;
                     }
                     let next = told + CHANGED_MIN;
                     due = Some(due.map_or(next, |due| due.min(next)));
@@ -273,7 +261,7 @@ impl KubernetesSource {
             Some(SliceEvent::Put(slice)) => {
                 let seen = slice.version.clone();
                 self.picture.put(slice);
-                refuse_excess(self.picture.slices())?;
+                check_size(self.picture.size())?;
                 seen
             }
             Some(SliceEvent::Deleted { name, version }) => {
@@ -334,21 +322,31 @@ impl SliceWatch {
         if let Some(failure) = stream.failure(times.silence.min(Duration::from_secs(5))).await {
             return Err(refusal(stream.status(), &failure.detail).unwrap_or(failure));
         }
-        Ok(SliceWatch { stream, lines: JsonLines::default() })
+        Ok(SliceWatch { stream, lines: LineBuffer::new(codec::EVENT_BYTES_MAX) })
     }
 
     /// Waits for a line. Returns `None` when the server closes the watch; the begin of a line
     /// is no event. Dropping the future loses nothing.
     async fn receive(&mut self, silence: Duration) -> Result<Option<Vec<u8>>, HttpFailure> {
         loop {
-            if let Some(line) = self.lines.next()? {
-                return Ok(Some(line));
+            if let Some(line) = self.lines.next_line() {
+                return Ok(Some(line.to_vec()));
             }
             match self.stream.chunk(silence).await? {
-                Some(chunk) => self.lines.push(&chunk),
+                Some(chunk) => self.lines.push(&chunk)?,
                 None => return Ok(None),
             }
         }
+    }
+}
+
+/// Refuses a service with too many endpoints. Its former members stay.
+fn check_size(size: usize) -> Result<(), HttpFailure> {
+    match size > PARTS_MAX {
+        true => Err(HttpFailure::protocol(format_args!(
+            "the service has more than {PARTS_MAX} endpoints and slices"
+        ))),
+        false => Ok(()),
     }
 }
 

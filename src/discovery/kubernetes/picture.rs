@@ -18,6 +18,10 @@ use tidegate_core::discovery::{Announced, Wish};
 /// change within milliseconds, unless its requests are throttled.
 pub(crate) const SETTLE: Duration = Duration::from_secs(1);
 
+/// Most endpoints and slices of a service, together. A slice without endpoints also costs
+/// memory.
+pub(crate) const PARTS_MAX: usize = 100_000;
+
 /// All slices of a service.
 #[derive(Debug, Default)]
 pub(crate) struct SlicePicture {
@@ -67,6 +71,11 @@ impl SlicePicture {
         self.slices.remove(name);
     }
 
+    /// Returns the number of slices and endpoints.
+    pub(crate) fn size(&self) -> usize {
+        parts(self.slices.values())
+    }
+
     /// Whether the service has no slice. Kubernetes keeps an empty slice for a service
     /// without endpoints, so such a service does not exist.
     pub(crate) fn is_absent(&self) -> bool {
@@ -94,8 +103,8 @@ impl SlicePicture {
         }
         self.shown = current;
         let (members, beyond) = self.members();
-        let unreadable = self.slices.values().map(|slice| slice.unreadable).sum::<u32>();
-        ShownMembers { members, unreadable: unreadable + beyond, until }
+        let unreadable = self.slices.values().map(|slice| slice.unreadable);
+        ShownMembers { members, unreadable: unreadable.fold(beyond, u32::saturating_add), until }
     }
 
     fn members(&self) -> (Vec<Announced>, u32) {
@@ -118,6 +127,11 @@ impl SlicePicture {
         let endpoints = by_name.into_values().take(MEMBERS_MAX);
         (endpoints.map(|endpoint| announced(endpoint, anything_ready)).collect(), beyond)
     }
+}
+
+/// Returns the number of slices and of their endpoints.
+pub(crate) fn parts<'s>(slices: impl IntoIterator<Item = &'s SliceFacts>) -> usize {
+    slices.into_iter().map(|slice| 1 + slice.endpoints.len()).sum()
 }
 
 /// Adds an endpoint. A target in several slices keeps its best state.
@@ -227,6 +241,16 @@ mod tests {
     }
 
     #[test]
+    fn slices_and_endpoints_count_towards_the_bound() {
+        let mut picture = SlicePicture::default();
+        picture.put(slice("a", &[endpoint(1, Ready), endpoint(2, Out)]));
+        picture.put(slice("b", &[]));
+        assert_eq!(picture.size(), 4);
+        picture.put(slice("a", &[]));
+        assert_eq!(picture.size(), 2);
+    }
+
+    #[test]
     fn a_pod_with_two_addresses_is_one_member() {
         let mut picture = SlicePicture::default();
         let mut six = endpoint(1, Ready);
@@ -250,16 +274,5 @@ mod tests {
         picture.replace(vec![slice("a", &[old, new.clone()])]);
         let members = picture.show(now).members;
         assert_eq!((members.len(), members[0].address), (1, new.address));
-    }
-
-    #[test]
-    fn slices_and_endpoints_beyond_the_bounds_are_refused() {
-        use super::super::{ENDPOINTS_MAX, SLICES_MAX, refuse_excess};
-        let slices: Vec<_> = (0..=SLICES_MAX).map(|n| slice(&n.to_string(), &[])).collect();
-        assert!(refuse_excess(&slices[1..]).is_ok());
-        assert!(refuse_excess(&slices).is_err());
-        let full = slice("a", &vec![endpoint(1, Ready); ENDPOINTS_MAX]);
-        assert!(refuse_excess([&full]).is_ok());
-        assert!(refuse_excess([&full, &slice("b", &[endpoint(2, Ready)])]).is_err());
     }
 }
