@@ -12,6 +12,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 use tidegate_core::control::{MEMBERS_MAX, SavedViews};
 use tidegate_core::discovery::view::{LocalSight, SavedView, View};
+use tidegate_core::discovery::labels::MemberLabels;
 use tidegate_core::discovery::{Announced, SourceFailure, Told, WholeSet};
 use tidegate_core::model::{AnnouncedWeights, CriticalRule, EmptyAnswer, ViewGuards};
 use tidegate_net::clock;
@@ -30,6 +31,14 @@ impl LocalSight for HalfUp {
     fn is_eligible(&self, address: SocketAddr) -> bool {
         self.is_up(address)
     }
+
+    fn is_listed_elsewhere(&self, address: SocketAddr) -> bool {
+        address.port().is_multiple_of(3)
+    }
+
+    fn has_eligible_outside(&self, lists: &dyn Fn(SocketAddr) -> bool) -> bool {
+        !lists(SocketAddr::from(([10, 0, 0, 1], 2)))
+    }
 }
 
 fn guards() -> ViewGuards {
@@ -37,6 +46,7 @@ fn guards() -> ViewGuards {
         empty: EmptyAnswer::Confirm,
         max_removed: 50,
         confirm_after: Duration::from_secs(10),
+        hold_empty: Duration::from_secs(5),
         min_backends: 1,
         missing: 2,
         overlap: Duration::from_secs(10),
@@ -92,6 +102,7 @@ fn check_later(mut view: View, saved: &SavedView, mut now: Instant) {
         backup: member.backup,
         wish: member.wish,
         raw: member.raw.clone(),
+        labels: MemberLabels::default(),
     });
     let (why, detail) = (SourceFailure::Timeout, String::new());
     let whole =

@@ -42,12 +42,6 @@ const PAGE_SLICES: usize = 100;
 /// Most pages of a list.
 const PAGES_MAX: usize = 1000;
 
-/// Most slices of a service.
-const SLICES_MAX: usize = 10_000;
-
-/// Most endpoints of all slices of a service.
-const ENDPOINTS_MAX: usize = 100_000;
-
 /// What is asked.
 #[derive(Debug, Clone)]
 pub struct ServiceQuestion {

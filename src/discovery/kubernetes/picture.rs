@@ -61,11 +61,6 @@ impl SlicePicture {
         self.slices.insert(Arc::clone(&slice.name), slice);
     }
 
-    /// Returns all slices.
-    pub(crate) fn slices(&self) -> impl Iterator<Item = &SliceFacts> {
-        self.slices.values()
-    }
-
     /// Removes a slice.
     pub(crate) fn delete(&mut self, name: &str) {
         self.slices.remove(name);
