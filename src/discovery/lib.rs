@@ -15,7 +15,10 @@ pub mod etcd;
 pub mod file;
 pub mod http;
 pub mod kubernetes;
+pub mod lines;
 pub mod listing;
+#[cfg(test)]
+mod mutated_inputs;
 pub mod parse;
 pub mod register;
 pub mod resolver;

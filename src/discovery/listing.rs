@@ -20,7 +20,7 @@ pub mod fuzz;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 use std::cell::Cell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::{Arc, LazyLock};
@@ -129,9 +129,9 @@ struct ListedName(Arc<str>);
 #[serde(try_from = "u64")]
 struct ListedWeight(u16);
 
-#[derive(Debug, Default, Deserialize)]
-#[serde(try_from = "BTreeMap<String, String>")]
-struct ListedLabels;
+/// Labels that were checked.
+#[derive(Debug, Default)]
+pub(crate) struct ListedLabels;
 
 /// `state`: the words of heartbeats, and those that registries use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
@@ -153,6 +153,8 @@ struct ListVisitor<'a> {
 }
 
 struct EntryVisitor;
+
+struct LabelsVisitor;
 
 impl<'de> Visitor<'de> for ListVisitor<'_> {
     type Value = Vec<Announced>;
@@ -231,7 +233,8 @@ impl ListedAddress {
         if address.port() == 0 {
             return Err(wrong("has port 0"));
         }
-        if address.ip().is_unspecified() || address.ip().is_multicast() {
+        let ip = address.ip().to_canonical();
+        if ip.is_unspecified() || ip.is_multicast() {
             return Err(wrong("is not the address of one host"));
         }
         Ok(ListedAddress(address))
@@ -264,13 +267,28 @@ impl TryFrom<u64> for ListedWeight {
     }
 }
 
-impl TryFrom<BTreeMap<String, String>> for ListedLabels {
-    type Error = String;
+impl<'de> Deserialize<'de> for ListedLabels {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<ListedLabels, D::Error> {
+        deserializer.deserialize_map(LabelsVisitor)
+    }
+}
 
-    fn try_from(labels: BTreeMap<String, String>) -> Result<ListedLabels, String> {
+impl<'de> Visitor<'de> for LabelsVisitor {
+    type Value = ListedLabels;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of texts")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut labels: A) -> Result<ListedLabels, A::Error> {
         let long = |text: &String| text.len() > LABEL_BYTES_MAX;
-        if labels.len() > LABELS_MAX || labels.iter().any(|(key, value)| long(key) || long(value)) {
-            return Err("labels are more than 32, or one is longer than 256 bytes".to_owned());
+        let mut count = 0;
+        while let Some((key, value)) = labels.next_entry::<String, String>()? {
+            count += 1;
+            if count > LABELS_MAX || long(&key) || long(&value) {
+                let most = "labels are more than 32, or one is longer than 256 bytes";
+                return Err(de::Error::custom(most));
+            }
         }
         Ok(ListedLabels)
     }

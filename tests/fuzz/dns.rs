@@ -2,4 +2,4 @@
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| tidegate_discovery::resolver::fuzz::check(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| tidegate_discovery::resolver::fuzz::check_answers(data));

@@ -6,6 +6,7 @@
 
 pub mod config;
 pub mod heartbeat;
+pub mod views;
 
 pub use super::admin::fuzz as admin;
 pub use super::upgrade::fuzz as handshake;

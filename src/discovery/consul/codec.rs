@@ -5,6 +5,7 @@
 //! clock, and no input panics. The documents are those of the Consul HTTP API, pages
 //! "Health" and "Blocking Queries".
 
+use crate::parse::AtMost;
 use percent_encoding::{AsciiSet, CONTROLS, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Deserialize, Deserializer};
 use std::borrow::Cow;
@@ -29,6 +30,9 @@ const SEGMENT: &AsciiSet = &CONTROLS
     .add(b'>')
     .add(b'?')
     .add(b'`');
+
+/// Most entries of an answer. Consul itself has no bound.
+const ENTRIES_MAX: usize = 100_000;
 
 /// Longest service id or node name, in bytes. Consul itself has no bound.
 const ID_MAX: usize = 512;
@@ -165,10 +169,10 @@ pub fn health_path(query: &RegistryQuery, index: u64, wait: Duration) -> Option<
 ///
 /// # Errors
 ///
-/// The body is no JSON document of this form, or a check has an unknown status. An entry
-/// whose address, port or id is of no use only counts as unreadable.
+/// The body is no JSON document of this form, a check has an unknown status, or there are
+/// more than 100,000 entries. An entry whose address, port or id is of no use only counts as unreadable.
 pub fn read_health(body: &[u8]) -> Result<HealthAnswer, String> {
-    let entries: Vec<HealthEntry<'_>> =
+    let AtMost::<HealthEntry<'_>, ENTRIES_MAX>(entries) =
         serde_json::from_slice(body).map_err(|error| error.to_string())?;
     let repeated = repeated_ids(&entries);
     let mut answer = HealthAnswer::default();
@@ -360,7 +364,9 @@ impl CheckStatus {
 /// An address, or a host name of permitted letters.
 fn host(text: &str) -> Option<InstanceHost> {
     if let Ok(ip) = text.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>() {
-        return Some(InstanceHost::Ip(ip.to_canonical())).filter(|_| !ip.is_unspecified());
+        let ip = ip.to_canonical();
+        let is_host = !ip.is_unspecified() && !ip.is_multicast();
+        return is_host.then_some(InstanceHost::Ip(ip));
     }
     let permitted = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
     let is_name = !text.is_empty() && text.len() <= 253 && text.bytes().all(permitted);

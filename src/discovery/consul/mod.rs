@@ -9,6 +9,8 @@
 
 mod client;
 pub mod codec;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod names;
 
 pub use client::ConsulClient;

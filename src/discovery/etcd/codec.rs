@@ -5,6 +5,7 @@
 //! keys and values in base64, and leaves out zeros (etcd API, `rpc.proto`, `kv.proto`).
 //! Nothing here does I/O.
 
+use crate::parse::at_most;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::de::{self, Deserializer, Visitor};
@@ -12,7 +13,18 @@ use serde::{Deserialize, Serialize, Serializer};
 use std::fmt;
 use std::marker::PhantomData;
 use std::str::FromStr;
+use tidegate_core::control::MEMBERS_MAX;
 use tidegate_core::discovery::SourceFailure;
+
+/// Most entries of an answer: one more than a set can have.
+pub const LISTED_MAX: usize = MEMBERS_MAX + 1;
+
+/// Most events of a message. A message has up to 1,000 revisions, and a revision has up to
+/// 128 events (`--max-txn-ops`).
+const EVENTS_MAX: usize = 1_000_000;
+
+/// Ranges in one transaction; servers accept 128 (`--max-txn-ops`).
+pub const RANGES_PER_TRANSACTION: usize = 64;
 
 /// Codes of gRPC that the gateway passes on in `code` and `grpc_code`.
 mod grpc {
@@ -75,6 +87,7 @@ pub struct RangeAnswer {
     /// Of the whole answer; within a transaction it has a revision only.
     pub header: EtcdHeader,
     /// In the order of the keys.
+    #[serde(deserialize_with = "at_most::<_, _, LISTED_MAX>")]
     pub kvs: Vec<KeyValue>,
     /// Entries of the range, also those that were left out.
     #[serde(deserialize_with = "number")]
@@ -83,17 +96,17 @@ pub struct RangeAnswer {
 
 /// An entry of the store.
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default)]
 pub struct KeyValue {
-    /// The whole key.
+    /// The whole key, which is never empty.
     pub key: Base64Bytes,
     /// Empty for deletions and with `keys_only`.
+    #[serde(default)]
     pub value: Base64Bytes,
     /// Revision of the last change.
-    #[serde(deserialize_with = "number")]
+    #[serde(default, deserialize_with = "number")]
     pub mod_revision: i64,
     /// The entry ends with this lease; 0: it has none.
-    #[serde(deserialize_with = "number")]
+    #[serde(default, deserialize_with = "number")]
     pub lease: i64,
 }
 
@@ -118,6 +131,7 @@ pub struct ReadTransactionAnswer {
     /// Of the whole answer.
     pub header: EtcdHeader,
     /// In the order of the reads.
+    #[serde(deserialize_with = "at_most::<_, _, RANGES_PER_TRANSACTION>")]
     pub responses: Vec<ReadStepAnswer>,
 }
 
@@ -177,15 +191,15 @@ pub struct WatchMessage {
     #[serde(deserialize_with = "number")]
     pub compact_revision: i64,
     /// In the order of the revisions; a message has all events of a revision.
+    #[serde(deserialize_with = "at_most::<_, _, EVENTS_MAX>")]
     pub events: Vec<WatchEvent>,
 }
 
 /// A change of an entry.
 #[derive(Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default)]
 pub struct WatchEvent {
     /// What happened.
-    #[serde(rename = "type")]
+    #[serde(default, rename = "type")]
     pub kind: StoreEventKind,
     /// A deletion has key and revision only.
     pub kv: KeyValue,
@@ -328,6 +342,20 @@ fn end_of_prefix(prefix: &[u8]) -> Vec<u8> {
         }
     }
     vec![0]
+}
+
+// === impl WatchMessage ===
+
+impl WatchMessage {
+    /// Position of the watch among those that were requested with the numbers 1, 2 and so on.
+    /// `created` of them exist: a refused watch has no number, and the server answers in the
+    /// order of the requests.
+    pub fn position(&self, created: usize) -> Option<usize> {
+        match self.created {
+            true => Some(created),
+            false => usize::try_from(self.watch_id).ok()?.checked_sub(1),
+        }
+    }
 }
 
 // === impl StreamLine ===

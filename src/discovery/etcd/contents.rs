@@ -4,7 +4,7 @@
 //! Each returns whether the set of members changed. Nothing here does I/O.
 
 use super::codec::{KeyValue, StoreEventKind, WatchEvent};
-use crate::listing::{LISTED_NAME_BYTES_MAX, ListedAddress, ListedState};
+use crate::listing::{LISTED_NAME_BYTES_MAX, ListedAddress, ListedLabels, ListedState};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
@@ -83,6 +83,7 @@ impl PrefixContents {
     }
 
     /// Applies the events of a message in their order. Returns whether the members changed.
+    /// Entries beyond [`MEMBERS_MAX`] are counted and not kept.
     pub(super) fn apply(&mut self, events: Vec<WatchEvent>) -> bool {
         let mut changed = false;
         for WatchEvent { kind, kv } in events {
@@ -105,6 +106,9 @@ impl PrefixContents {
             }
         }
         self.count = self.entries.len() as i64;
+        while self.entries.len() > MEMBERS_MAX {
+            self.entries.pop_last();
+        }
         changed
     }
 
@@ -157,7 +161,7 @@ struct StoredMember {
     backup: bool,
     /// For people and other programs.
     #[serde(default, rename = "labels")]
-    _labels: BTreeMap<String, String>,
+    _labels: ListedLabels,
 }
 
 /// Reads an entry. Its name is the key without the prefix.

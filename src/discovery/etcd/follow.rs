@@ -285,13 +285,9 @@ impl Follower {
         following: &mut Following,
         message: WatchMessage,
     ) -> Result<(), Broken> {
-        // A refused watch has no number. The server answers in the order of the requests.
-        let number = match message.created {
-            true => following.created,
-            false => usize::try_from(message.watch_id - 1).unwrap_or(usize::MAX),
-        };
+        let position = message.position(following.created);
         following.created += usize::from(message.created);
-        let Some(&at) = following.watches.get(number) else {
+        let Some(&at) = position.and_then(|position| following.watches.get(position)) else {
             let text = format_args!("a message of watch {}, which is unknown", message.watch_id);
             return Err(HttpFailure::protocol(text).into());
         };

@@ -128,7 +128,7 @@ impl Followed {
     /// The watch that continues the contents.
     pub(super) fn watch(&self, watch_id: i64) -> WatchCreate {
         let RangeRequest { key, range_end, .. } = RangeRequest::below(self.prefix());
-        WatchCreate { key, range_end, start_revision: self.contents.revision() + 1, watch_id }
+        WatchCreate { key, range_end, start_revision: self.next_revision(), watch_id }
     }
 
     /// Applies the events of a message.
@@ -145,6 +145,11 @@ impl Followed {
         self.contents.revision()
     }
 
+    /// The first revision that the contents do not have. A store never reaches the last one.
+    fn next_revision(&self) -> i64 {
+        self.revision().saturating_add(1)
+    }
+
     // === checks ===
 
     /// The cheap read that shows changes and deletions after the contents' revision.
@@ -152,7 +157,7 @@ impl Followed {
         let (revision, count) = (self.contents.revision(), self.contents.count());
         let request = RangeRequest {
             limit: 1,
-            min_mod_revision: revision + 1,
+            min_mod_revision: self.next_revision(),
             keys_only: true,
             ..RangeRequest::below(self.prefix())
         };

@@ -5,8 +5,9 @@
 //! else and keeps no state about the store.
 
 use super::codec::{
-    AuthenticateAnswer, AuthenticateRequest, EtcdHeader, GatewayRefusal, RangeAnswer, RangeRequest,
-    ReadStep, ReadTransaction, ReadTransactionAnswer, WatchCreate, WatchRequest,
+    AuthenticateAnswer, AuthenticateRequest, EtcdHeader, GatewayRefusal, LISTED_MAX,
+    RANGES_PER_TRANSACTION, RangeAnswer, RangeRequest, ReadStep, ReadTransaction,
+    ReadTransactionAnswer, WatchCreate, WatchRequest,
 };
 use super::watch::WatchStream;
 use crate::client::{HttpClient, HttpEndpoint, HttpFailure, HttpRequest};
@@ -20,16 +21,12 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tidegate_core::control::MEMBERS_MAX;
 use tidegate_core::discovery::SourceFailure;
 use tidegate_core::model::RegistryConfig;
 use tokio::time::timeout;
 
 /// Deadline of a ping. A member without a leader does not answer it.
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// Ranges in one transaction; servers accept 128 (`--max-txn-ops`).
-const RANGES_PER_TRANSACTION: usize = 64;
 
 /// Ends a watch if its member has no leader.
 const HAS_LEADER: HeaderName = HeaderName::from_static("grpc-metadata-hasleader");
@@ -83,7 +80,7 @@ impl EtcdGateway {
     /// # Errors
     /// No answer, or a refusal.
     pub async fn list(&self, prefix: &str) -> Result<RangeAnswer, GatewayFailure> {
-        let limit = MEMBERS_MAX as i64 + 1;
+        let limit = LISTED_MAX as i64;
         let request = RangeRequest { limit, ..RangeRequest::below(prefix) };
         let answer: RangeAnswer = self.call("/v3/kv/range", &request).await?;
         answer.header.check()?;

@@ -18,8 +18,9 @@ pub mod codec;
 mod contents;
 mod follow;
 mod followed;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod gateway;
-pub mod lines;
 mod watch;
 
 #[cfg(test)]

@@ -3,10 +3,13 @@
 //! The follower reads it. An end of the stream is a failure, because a watch has no end.
 
 use super::codec::{StreamLine, WatchMessage};
-use super::lines::{LINE_BYTES_MAX, LineBuffer};
 use crate::client::{HttpFailure, HttpStream};
+use crate::lines::LineBuffer;
 use std::time::Duration;
 use tidegate_core::discovery::SourceFailure;
+
+/// Longest line, in bytes. A line has at most 1,000 revisions of a watch.
+const LINE_BYTES_MAX: usize = 64 << 20;
 
 /// Deadline of a read. The follower lists again before it.
 const SILENCE_MAX: Duration = Duration::from_secs(900);
@@ -22,7 +25,7 @@ pub struct WatchStream {
 
 impl WatchStream {
     pub(super) fn new(stream: HttpStream) -> WatchStream {
-        WatchStream { stream, lines: LineBuffer::default() }
+        WatchStream { stream, lines: LineBuffer::new(LINE_BYTES_MAX) }
     }
 
     /// Waits for the next message. Dropping the future loses none.
@@ -38,9 +41,7 @@ impl WatchStream {
                 let text = format_args!("{}: the watch ended", self.stream.server());
                 return Err(HttpFailure::new(SourceFailure::Connect, text));
             };
-            self.lines.push(&bytes).map_err(|_| {
-                HttpFailure::protocol(format_args!("a line has more than {LINE_BYTES_MAX} bytes"))
-            })?;
+            self.lines.push(&bytes)?;
         }
     }
 }

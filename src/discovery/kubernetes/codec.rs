@@ -3,29 +3,47 @@
 //! The source calls it. The types follow discovery.k8s.io/v1 and meta/v1; fields that
 //! Tidegate does not use are skipped. Nothing here reads a socket, and no input panics.
 
+use crate::parse::AtMost;
 use serde::Deserialize;
+use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use std::borrow::Cow;
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 /// Largest event of a watch. The API server stores objects of at most 1.5 MiB.
 pub(crate) const EVENT_BYTES_MAX: usize = 8 << 20;
 
-/// A page of a list.
-#[derive(Debug, Deserialize)]
-pub(crate) struct SliceListPage {
-    #[serde(default)]
-    pub(crate) metadata: ListMetadata,
-    /// `null` in lists of some servers.
-    items: Option<Vec<SliceObject>>,
+/// Longest version and longest token of a next page, in bytes. Both go into a URL, which has
+/// a bound. Servers send some hundred bytes.
+const TOKEN_BYTES_MAX: usize = 8 << 10;
+
+/// Most endpoints and most ports of a slice. The API permits 1,000 and 20,000.
+const SLICE_ENDPOINTS_MAX: usize = 10_000;
+const SLICE_PORTS_MAX: usize = 20_000;
+
+/// A page of a list. Only the facts of a slice stay in memory.
+#[derive(Debug, Default)]
+struct SliceListPage {
+    metadata: ListMetadata,
+    slices: Vec<SliceFacts>,
 }
+
+/// Reads a page, or its items, for the configured port.
+#[derive(Clone, Copy)]
+struct PageReader<'p>(Option<&'p str>);
+
+#[derive(Clone, Copy)]
+struct ItemsReader<'p>(Option<&'p str>);
 
 /// Metadata of a list.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct ListMetadata {
+    #[serde(deserialize_with = "token")]
     pub(crate) resource_version: String,
     /// Empty after the last page.
-    #[serde(rename = "continue")]
+    #[serde(rename = "continue", deserialize_with = "token")]
     pub(crate) next: String,
 }
 
@@ -100,9 +118,9 @@ struct EventOf<T> {
 #[serde(rename_all = "camelCase")]
 struct SliceObject {
     metadata: ObjectMetadata,
-    /// Absent in a bookmark.
-    endpoints: Option<Vec<EndpointObject>>,
-    ports: Option<Vec<PortObject>>,
+    /// Absent in a bookmark, `null` in an empty slice.
+    endpoints: Option<AtMost<EndpointObject, SLICE_ENDPOINTS_MAX>>,
+    ports: Option<AtMost<PortObject, SLICE_PORTS_MAX>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -110,7 +128,7 @@ struct SliceObject {
 struct ObjectMetadata {
     #[serde(default)]
     name: Arc<str>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "token")]
     resource_version: String,
 }
 
@@ -118,10 +136,16 @@ struct ObjectMetadata {
 #[serde(rename_all = "camelCase")]
 struct EndpointObject {
     #[serde(default)]
-    addresses: Vec<String>,
+    addresses: FirstAddress,
     conditions: Option<ConditionsObject>,
     target_ref: Option<TargetObject>,
 }
+
+/// The first of the addresses. The API fixes that further ones are ignored.
+#[derive(Debug, Default)]
+struct FirstAddress(Option<IpAddr>);
+
+struct FirstAddressVisitor;
 
 #[derive(Debug, Default, Deserialize)]
 struct ConditionsObject {
@@ -143,14 +167,24 @@ struct PortObject {
     protocol: Option<String>,
 }
 
+/// Reads a text that is sent back to the server.
+fn token<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    match text.len() > TOKEN_BYTES_MAX {
+        true => Err(de::Error::custom("a version or a continue token has more than 8 KiB")),
+        false => Ok(text),
+    }
+}
+
 /// Reads a page of a list. `port` is the configured name or number.
 pub(crate) fn page(
     body: &[u8],
     port: Option<&str>,
 ) -> Result<(ListMetadata, Vec<SliceFacts>), serde_json::Error> {
-    let page: SliceListPage = serde_json::from_slice(body)?;
-    let items = page.items.unwrap_or_default();
-    Ok((page.metadata, items.into_iter().map(|slice| slice.facts(port)).collect()))
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let page = json.deserialize_map(PageReader(port))?;
+    json.end()?;
+    Ok((page.metadata, page.slices))
 }
 
 /// Reads the text of a refused request.
@@ -182,14 +216,88 @@ pub(crate) fn event(
     }))
 }
 
+// === impl PageReader, ItemsReader ===
+
+impl<'de> Visitor<'de> for PageReader<'_> {
+    type Value = SliceListPage;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of EndpointSlices")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<SliceListPage, A::Error> {
+        let mut page = SliceListPage::default();
+        while let Some(key) = map.next_key::<Cow<'de, str>>()? {
+            match &*key {
+                "metadata" => page.metadata = map.next_value()?,
+                "items" => page.slices = map.next_value_seed(ItemsReader(self.0))?,
+                _ => drop(map.next_value::<IgnoredAny>()?),
+            }
+        }
+        Ok(page)
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for ItemsReader<'_> {
+    type Value = Vec<SliceFacts>;
+
+    fn deserialize<D: Deserializer<'de>>(self, items: D) -> Result<Vec<SliceFacts>, D::Error> {
+        items.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for ItemsReader<'_> {
+    type Value = Vec<SliceFacts>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of EndpointSlices")
+    }
+
+    /// `null` in lists of some servers.
+    fn visit_unit<E: de::Error>(self) -> Result<Vec<SliceFacts>, E> {
+        Ok(Vec::new())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Vec<SliceFacts>, A::Error> {
+        let mut slices = Vec::new();
+        while let Some(slice) = items.next_element::<SliceObject>()? {
+            slices.push(slice.facts(self.0));
+        }
+        Ok(slices)
+    }
+}
+
+// === impl FirstAddress ===
+
+impl<'de> Deserialize<'de> for FirstAddress {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<FirstAddress, D::Error> {
+        deserializer.deserialize_seq(FirstAddressVisitor)
+    }
+}
+
+impl<'de> Visitor<'de> for FirstAddressVisitor {
+    type Value = FirstAddress;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of addresses")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<FirstAddress, A::Error> {
+        let first = list.next_element::<Cow<'de, str>>()?;
+        while list.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(FirstAddress(first.and_then(|text| text.parse().ok())))
+    }
+}
+
 // === impl SliceObject ===
 
 impl SliceObject {
     fn facts(self, port: Option<&str>) -> SliceFacts {
-        let port = chosen_port(self.ports.as_deref().unwrap_or_default(), port);
+        let ports = self.ports.map(|ports| ports.0).unwrap_or_default();
+        let port = chosen_port(&ports, port);
         let mut unreadable = 0;
         let mut facts = Vec::new();
-        for endpoint in self.endpoints.unwrap_or_default() {
+        for endpoint in self.endpoints.map(|endpoints| endpoints.0).unwrap_or_default() {
             match endpoint.facts(port) {
                 Some(endpoint) => facts.push(endpoint),
                 None => unreadable += 1,
@@ -220,8 +328,7 @@ fn chosen_port(ports: &[PortObject], wanted: Option<&str>) -> Option<u16> {
 
 impl EndpointObject {
     fn facts(self, port: Option<u16>) -> Option<EndpointFacts> {
-        // The API fixes that further addresses are ignored.
-        let ip: IpAddr = self.addresses.first()?.parse().ok()?;
+        let ip = self.addresses.0?.to_canonical();
         if ip.is_unspecified() || ip.is_multicast() {
             return None;
         }
@@ -319,6 +426,38 @@ mod tests {
         assert_eq!(read(&format!("{{\"type\":\"ERROR\",\"object\":{status}}}")), gone);
         assert_eq!(read(&format!("{{\"type\":\"LATER\",{meta}")), None);
         assert!(event(b"{\"type\":\"ADDED\"}", None).is_err());
+    }
+
+    #[test]
+    fn a_version_that_fits_in_no_url_is_refused() {
+        let long = "9".repeat(TOKEN_BYTES_MAX + 1);
+        for key in ["resourceVersion", "continue"] {
+            let list = |text: &str| format!(r#"{{"metadata":{{"{key}":"{text}"}},"items":null}}"#);
+            assert!(page(list(&long).as_bytes(), None).is_err());
+            assert!(page(list(&long[1..]).as_bytes(), None).is_ok());
+        }
+        let line = format!(
+            r#"{{"type":"BOOKMARK","object":{{"metadata":{{"resourceVersion":"{long}"}}}}}}"#
+        );
+        assert!(event(line.as_bytes(), None).is_err());
+    }
+
+    #[test]
+    fn only_usable_endpoints_cost_memory() {
+        let empty = vec!["{}"; SLICE_PORTS_MAX + 1].join(",");
+        let read = |slice: &str| {
+            let list = format!(r#"{{"kind":"List","items":[{{"metadata":{{}},{slice}}}]}}"#);
+            page(list.as_bytes(), None).map(|(_, slices)| slices[0].clone())
+        };
+        let error = read(&format!("\"ports\":[{empty}]")).unwrap_err();
+        assert!(error.to_string().contains("at most 20000 entries"), "{error}");
+        assert!(read(&format!("\"endpoints\":[{empty}]")).is_err());
+        // The API fixes that further addresses are ignored.
+        let many = vec!["\"10.1.2.3\""; 1000].join(",");
+        let slice = format!(r#""endpoints":[{{"addresses":[{many}]}}],"ports":[{{"port":80}}]"#);
+        assert_eq!(read(&slice).unwrap().endpoints.len(), 1);
+        let slice = r#""endpoints":[{"addresses":["::ffff:0.0.0.0"]}],"ports":[{"port":80}]"#;
+        assert_eq!(read(slice).unwrap().unreadable, 1);
     }
 
     proptest! {

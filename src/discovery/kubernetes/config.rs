@@ -4,6 +4,7 @@
 //! program: a kubeconfig that needs a program for its token is refused.
 
 use crate::client::InlinePem;
+use crate::parse::at_most;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
@@ -15,6 +16,9 @@ use zeroize::Zeroizing;
 
 /// Largest kubeconfig file, in bytes.
 pub(super) const KUBECONFIG_BYTES_MAX: u64 = 1 << 20;
+
+/// Most contexts, clusters and users of the file, each.
+const ENTRIES_MAX: usize = 1000;
 
 /// What a kubeconfig says about its current context.
 #[derive(Debug, Default)]
@@ -39,11 +43,11 @@ pub(super) enum KubeToken {
 struct KubeConfigFile {
     #[serde(default)]
     current_context: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "at_most::<_, _, ENTRIES_MAX>")]
     contexts: Vec<NamedContext>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "at_most::<_, _, ENTRIES_MAX>")]
     clusters: Vec<NamedCluster>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "at_most::<_, _, ENTRIES_MAX>")]
     users: Vec<NamedUser>,
 }
 

@@ -9,9 +9,10 @@
 mod access;
 mod codec;
 mod config;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 #[cfg(test)]
 mod kubectl_tests;
-mod lines;
 mod picture;
 #[cfg(test)]
 mod tests;
@@ -20,13 +21,13 @@ pub use access::KubernetesAccess;
 
 use crate::backoff::{CHANGED_MIN, Pause, UNCHANGED_MIN};
 use crate::client::{HttpFailure, HttpStream};
+use crate::lines::LineBuffer;
 use crate::parse::off_runtime;
 use crate::tell::Teller;
 use access::KubernetesServer;
 use codec::{SliceEvent, SliceFacts};
-use lines::JsonLines;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
-use picture::SlicePicture;
+use picture::{PARTS_MAX, SlicePicture, parts};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -113,7 +114,7 @@ struct KubernetesSource {
 /// A watch in progress.
 struct SliceWatch {
     stream: HttpStream,
-    lines: JsonLines,
+    lines: LineBuffer,
 }
 
 /// Why a watch ended without a failure.
@@ -159,8 +160,11 @@ impl KubernetesSource {
     async fn list(&mut self, server: &KubernetesServer, path: &str) -> Result<String, HttpFailure> {
         let mut slices = Vec::new();
         let mut next = String::new();
+        let mut read = 0;
         for _ in 0..PAGES_MAX {
             let (page, more) = self.page(server, path, PAGE_SLICES, &next).await?;
+            read += parts(&more);
+            check_size(read)?;
             slices.extend(more);
             next = page.next;
             if next.is_empty() {
@@ -232,8 +236,8 @@ impl KubernetesSource {
                     let Some(line) = received? else { return Ok(WatchEnd::Closed) };
                     self.apply(&line, version)?;
                     // Events that arrived together are one answer.
-                    while let Some(line) = watch.lines.next()? {
-                        self.apply(&line, version)?;
+                    while let Some(line) = watch.lines.next_line() {
+                        self.apply(line, version)?;
                     }
                     let next = told + CHANGED_MIN;
                     due = Some(due.map_or(next, |due| due.min(next)));
@@ -251,6 +255,7 @@ impl KubernetesSource {
             Some(SliceEvent::Put(slice)) => {
                 let seen = slice.version.clone();
                 self.picture.put(slice);
+                check_size(self.picture.size())?;
                 seen
             }
             Some(SliceEvent::Deleted { name, version }) => {
@@ -311,21 +316,31 @@ impl SliceWatch {
         if let Some(failure) = stream.failure(times.silence.min(Duration::from_secs(5))).await {
             return Err(refusal(stream.status(), &failure.detail).unwrap_or(failure));
         }
-        Ok(SliceWatch { stream, lines: JsonLines::default() })
+        Ok(SliceWatch { stream, lines: LineBuffer::new(codec::EVENT_BYTES_MAX) })
     }
 
     /// Waits for a line. Returns `None` when the server closes the watch; the begin of a line
     /// is no event. Dropping the future loses nothing.
     async fn receive(&mut self, silence: Duration) -> Result<Option<Vec<u8>>, HttpFailure> {
         loop {
-            if let Some(line) = self.lines.next()? {
-                return Ok(Some(line));
+            if let Some(line) = self.lines.next_line() {
+                return Ok(Some(line.to_vec()));
             }
             match self.stream.chunk(silence).await? {
-                Some(chunk) => self.lines.push(&chunk),
+                Some(chunk) => self.lines.push(&chunk)?,
                 None => return Ok(None),
             }
         }
+    }
+}
+
+/// Refuses a service with too many endpoints. Its former members stay.
+fn check_size(size: usize) -> Result<(), HttpFailure> {
+    match size > PARTS_MAX {
+        true => Err(HttpFailure::protocol(format_args!(
+            "the service has more than {PARTS_MAX} endpoints and slices"
+        ))),
+        false => Ok(()),
     }
 }
 

@@ -17,6 +17,10 @@ use tidegate_core::discovery::{Announced, Wish};
 /// change within milliseconds, unless its requests are throttled.
 pub(crate) const SETTLE: Duration = Duration::from_secs(1);
 
+/// Most endpoints and slices of a service, together. A slice without endpoints also costs
+/// memory.
+pub(crate) const PARTS_MAX: usize = 100_000;
+
 /// All slices of a service.
 #[derive(Debug, Default)]
 pub(crate) struct SlicePicture {
@@ -61,6 +65,11 @@ impl SlicePicture {
         self.slices.remove(name);
     }
 
+    /// Returns the number of slices and endpoints.
+    pub(crate) fn size(&self) -> usize {
+        parts(self.slices.values())
+    }
+
     /// Whether the service has no slice. Kubernetes keeps an empty slice for a service
     /// without endpoints, so such a service does not exist.
     pub(crate) fn is_absent(&self) -> bool {
@@ -88,8 +97,8 @@ impl SlicePicture {
         }
         self.shown = current;
         let (members, beyond) = self.members();
-        let unreadable = self.slices.values().map(|slice| slice.unreadable).sum::<u32>();
-        ShownMembers { members, unreadable: unreadable + beyond, until }
+        let unreadable = self.slices.values().map(|slice| slice.unreadable);
+        ShownMembers { members, unreadable: unreadable.fold(beyond, u32::saturating_add), until }
     }
 
     fn members(&self) -> (Vec<Announced>, u32) {
@@ -112,6 +121,11 @@ impl SlicePicture {
         let endpoints = by_name.into_values().take(MEMBERS_MAX);
         (endpoints.map(|endpoint| announced(endpoint, anything_ready)).collect(), beyond)
     }
+}
+
+/// Returns the number of slices and of their endpoints.
+pub(crate) fn parts<'s>(slices: impl IntoIterator<Item = &'s SliceFacts>) -> usize {
+    slices.into_iter().map(|slice| 1 + slice.endpoints.len()).sum()
 }
 
 /// Adds an endpoint. A target in several slices keeps its best state.
@@ -217,6 +231,16 @@ mod tests {
         assert_eq!(shown(&mut picture, now), [("web-2".to_owned(), Wish::Sessions)]);
         picture.put(slice("a", &[endpoint(1, Out), endpoint(2, Out)]));
         assert!(shown(&mut picture, now).is_empty());
+    }
+
+    #[test]
+    fn slices_and_endpoints_count_towards_the_bound() {
+        let mut picture = SlicePicture::default();
+        picture.put(slice("a", &[endpoint(1, Ready), endpoint(2, Out)]));
+        picture.put(slice("b", &[]));
+        assert_eq!(picture.size(), 4);
+        picture.put(slice("a", &[]));
+        assert_eq!(picture.size(), 2);
     }
 
     #[test]

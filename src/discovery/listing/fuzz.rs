@@ -3,22 +3,35 @@
 //! Built only for tests and for the fuzzer. It panics if the decoder violates a guarantee:
 //! the members of a list are unique and usable, and a refused list has a reason.
 
-use super::{decode_list, decode_member};
+use super::{LISTED_NAME_BYTES_MAX, decode_list, decode_member};
 use std::collections::BTreeSet;
 use tidegate_core::control::MEMBERS_MAX;
+use tidegate_core::discovery::Announced;
 
 /// See the module's documentation.
 pub fn check(data: &[u8]) {
-    match decode_list(data) {
+    let decoded = decode_list(data);
+    assert_eq!(decoded, decode_list(data));
+    match decoded {
         Ok(members) => {
             assert!(members.len() <= MEMBERS_MAX);
             let names: BTreeSet<&str> = members.iter().map(|member| &*member.name).collect();
             let addresses: BTreeSet<_> = members.iter().map(|member| member.address).collect();
             assert_eq!((names.len(), addresses.len()), (members.len(), members.len()));
-            assert!(members.iter().all(|member| member.address.port() > 0));
-            assert!(members.iter().all(|member| member.weight != Some(0)));
+            members.iter().for_each(assert_usable);
         }
         Err(problem) => assert!(!problem.message.is_empty()),
     }
-    let _ = decode_member(data, "a");
+    if let Ok(member) = decode_member(data, "a") {
+        assert_usable(&member);
+    }
+}
+
+/// Panics if no decoder of one-member values may give this member.
+pub(crate) fn assert_usable(member: &Announced) {
+    let ip = member.address.ip();
+    assert!(member.address.port() > 0 && member.weight != Some(0), "{member:?}");
+    assert!(!ip.to_canonical().is_unspecified() && !ip.to_canonical().is_multicast(), "{member:?}");
+    assert!((1..=LISTED_NAME_BYTES_MAX).contains(&member.name.len()), "{member:?}");
+    assert!(!member.name.contains(|c: char| c.is_control() || c.is_whitespace()), "{member:?}");
 }

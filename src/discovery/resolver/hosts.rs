@@ -6,6 +6,9 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
+/// Addresses of a name that count. A further line costs a comparison with each of them.
+pub(super) const ADDRESSES_MAX: usize = 256;
+
 /// Addresses by name in lower case.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct HostsTable(HashMap<String, Vec<IpAddr>>);
@@ -22,7 +25,7 @@ impl HostsTable {
             let Some(Ok(address)) = words.next().map(str::parse) else { continue };
             for name in words {
                 let known = table.0.entry(plain(name)).or_default();
-                if !known.contains(&address) {
+                if known.len() < ADDRESSES_MAX && !known.contains(&address) {
                     known.push(address);
                 }
             }
@@ -58,6 +61,14 @@ mod tests {
         assert_eq!(web, ["192.0.2.1", "2001:db8::1"]);
         assert_eq!(table.addresses("web.example").len(), 1);
         assert!(table.addresses("note").is_empty() && table.addresses("").is_empty());
+    }
+
+    #[test]
+    fn a_name_with_100_000_addresses_costs_no_seconds() {
+        let line =
+            |number: u32| format!("{} web\n", std::net::Ipv4Addr::from(0x0a00_0000 + number));
+        let table = HostsTable::parse(&(0..100_000).map(line).collect::<String>());
+        assert_eq!(table.addresses("web").len(), ADDRESSES_MAX);
     }
 
     proptest! {

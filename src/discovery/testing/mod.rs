@@ -11,6 +11,7 @@ pub mod etcd;
 #[cfg(test)]
 pub(crate) mod heard;
 pub mod kubernetes;
+pub mod mutations;
 pub mod zookeeper;
 
 /// Whether the long versions of the tests are requested (`TIDEGATE_LONG=1`).

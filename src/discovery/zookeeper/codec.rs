@@ -62,6 +62,7 @@ fn curator(child: &str, content: &[u8]) -> Result<Announced, String> {
         .address
         .parse()
         .map_err(|_| format!("address {:?} is not an IP address", instance.address))?;
+    let ip = ip.to_canonical();
     if ip.is_unspecified() || ip.is_multicast() {
         return Err(format!("address {ip} is not the address of one host"));
     }
@@ -72,7 +73,7 @@ fn curator(child: &str, content: &[u8]) -> Result<Announced, String> {
     let enabled = instance.enabled.unwrap_or(true);
     Ok(Announced {
         name: instance.id.filter(|id| !id.is_empty()).unwrap_or_else(|| child.to_owned()).into(),
-        address: SocketAddr::new(ip.to_canonical(), port),
+        address: SocketAddr::new(ip, port),
         weight: None,
         backup: false,
         wish: if enabled { Wish::Sessions } else { Wish::Draining },
@@ -111,6 +112,7 @@ mod tests {
             (r#"{"address":"web.example","port":1}"#, "\"web.example\" is not an IP address"),
             (r#"{"address":"10.0.0.4"}"#, "neither port nor sslPort"),
             (r#"{"address":"0.0.0.0","port":1}"#, "is not the address of one host"),
+            (r#"{"address":"::ffff:0.0.0.0","port":1}"#, "is not the address of one host"),
             (r#"{"address":"10.0.0.4","port":70000}"#, "invalid value"),
             (r#"{"port":1}"#, "missing field `address`"),
             (r#"{"id":"a b","address":"10.0.0.4","port":1}"#, "its name has a space"),

@@ -4,6 +4,7 @@
 //! connection, and again after the server denied access. Nothing here knows what a request
 //! means.
 
+use super::frames::FrameBuffer;
 use super::wire::{self, ZkIdentity};
 use crate::client::{ByteStream, HttpEndpoint, HttpFailure, failure_of_io, open_stream};
 use crate::secret::SecretFile;
@@ -17,17 +18,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 use zeroize::Zeroizing;
 
-/// Bytes that one read asks for.
-const READ_BYTES: usize = 64 * 1024;
-
 /// A connection with a session.
 pub(super) struct ZkLink {
     registry: Arc<RegistryConfig>,
     server: ServerAddr,
     stream: Box<dyn ByteStream>,
-    received: Vec<u8>,
-    /// Bytes of `received` that were read as frames.
-    taken: usize,
+    frames: FrameBuffer,
     /// The session timeout that the server grants.
     session_timeout: Duration,
     /// When the last bytes were sent.
@@ -75,8 +71,7 @@ impl ZkLink {
             registry: Arc::clone(registry),
             server: server.clone(),
             stream,
-            received: Vec::new(),
-            taken: 0,
+            frames: FrameBuffer::default(),
             session_timeout,
             sent: now,
             heard: now,
@@ -134,9 +129,7 @@ impl ZkLink {
 
     /// Waits for bytes. Dropping the future loses none.
     pub(super) async fn receive(&mut self) -> Result<(), HttpFailure> {
-        self.received.drain(..std::mem::take(&mut self.taken));
-        self.received.reserve(READ_BYTES);
-        match self.stream.read_buf(&mut self.received).await {
+        match self.stream.read_buf(self.frames.space()).await {
             Ok(0) => {
                 Err(HttpFailure::new(SourceFailure::Connect, "the server closed the connection"))
             }
@@ -147,14 +140,11 @@ impl ZkLink {
 
     /// Returns the next complete frame.
     pub(super) fn next_frame(&mut self) -> Result<Option<Vec<u8>>, HttpFailure> {
-        let rest = &self.received[self.taken..];
-        let length = wire::frame_length(rest).map_err(HttpFailure::protocol)?;
-        let Some(frame) = length.and_then(|length| rest.get(4..4 + length)) else {
-            return Ok(None);
-        };
-        self.taken += 4 + frame.len();
-        self.heard = clock::now();
-        Ok(Some(frame.to_vec()))
+        let frame = self.frames.next().map_err(HttpFailure::protocol)?;
+        if frame.is_some() {
+            self.heard = clock::now();
+        }
+        Ok(frame)
     }
 
     /// When [`keep_alive`](ZkLink::keep_alive) must be called: a ping after a third of the

@@ -8,6 +8,9 @@
 //! again.
 
 mod codec;
+mod frames;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 #[cfg(test)]
 mod liar_tests;
 mod link;

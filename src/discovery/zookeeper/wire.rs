@@ -11,6 +11,9 @@ use std::fmt;
 /// Largest frame of a server that is read.
 pub(crate) const FRAME_BYTES_MAX: usize = 64 * 1024 * 1024;
 
+/// Most names in a list of children. A name of one byte is a value of 40 bytes or more.
+pub(crate) const CHILDREN_MAX: usize = 100_000;
+
 /// Request numbers that ZooKeeper reserves for frames that answer no numbered request.
 pub(crate) const XID_EVENT: i32 = -1;
 pub(crate) const XID_PING: i32 = -2;
@@ -252,6 +255,9 @@ pub(crate) fn read_reply(request: &ZkRequest, rest: &[u8]) -> Result<ZkReply, Ba
     Ok(match request {
         ZkRequest::Children { .. } => {
             let count = rest.length()?;
+            if count > CHILDREN_MAX {
+                return Err(BadFrame("a node has more than 100,000 children"));
+            }
             // Each name has four bytes of length.
             let mut names = Vec::with_capacity(count.min(rest.0.len() / 4));
             for _ in 0..count {
@@ -383,9 +389,12 @@ mod tests {
         assert_eq!(frame_length(b"\0\0\0"), Ok(None));
         assert!(frame_length(b"\x7f\xff\xff\xff").is_err());
         assert!(frame_length(b"\xff\xff\xff\xff").is_err());
-        // A list of 2^31 - 1 names reserves no memory for them.
-        let frame = b"\x7f\xff\xff\xff\0\0\0\x01a";
+        // A list of names that are not there reserves no memory for them.
+        let frame = b"\0\x01\x86\xa0\0\0\0\x01a";
         assert_eq!(read_reply(&children(), frame), Err(BadFrame("it ends early")));
+        let frame = b"\0\x01\x86\xa1\0\0\0\x01a";
+        let many = BadFrame("a node has more than 100,000 children");
+        assert_eq!(read_reply(&children(), frame), Err(many));
     }
 
     #[test]

@@ -228,3 +228,19 @@ proptest! {
         let _ = read_health(&SAMPLE.as_bytes()[..at]);
     }
 }
+
+#[test]
+fn an_answer_of_more_entries_than_there_can_be_is_refused() {
+    let entry = r#"{"Service":{"ID":"a"}}"#;
+    let answer = format!("[{}]", vec![entry; ENTRIES_MAX + 1].join(","));
+    assert!(read_health(answer.as_bytes()).unwrap_err().contains("at most 100000 entries"));
+}
+
+#[test]
+fn an_address_of_no_host_is_unreadable_in_any_spelling() {
+    for address in ["0.0.0.0", "::", "::ffff:0.0.0.0", "224.0.0.1", "ff02::1", "::ffff:224.0.0.1"] {
+        let answer = format!(r#"[{{"Service":{{"ID":"a","Port":1,"Address":"{address}"}}}}]"#);
+        let read = read_health(answer.as_bytes()).unwrap();
+        assert_eq!((read.instances.len(), read.unreadable), (0, 1), "{address}");
+    }
+}

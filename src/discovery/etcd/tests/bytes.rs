@@ -5,8 +5,9 @@ use super::super::codec::{
     WatchMessage,
 };
 use super::super::contents::PrefixContents;
-use super::super::lines::LineBuffer;
+use super::super::followed::Followed;
 use super::*;
+use crate::lines::LineBuffer;
 use proptest::prelude::*;
 
 const MESSAGE: &str = r#"{"result":{"header":{"cluster_id":"9","revision":"7","raft_term":"2"},
@@ -134,6 +135,42 @@ fn list_beyond_the_bound_is_cut_and_counted() {
     assert_eq!((set.members.len(), set.unreadable, contents.is_cut()), (10_000, 2000, true));
 }
 
+#[test]
+fn events_beyond_the_bound_are_counted_and_not_kept() {
+    let event = |at: usize| {
+        let (key, value) = (b64(&key(&format!("{at:05}"))), b64(&value(80)));
+        format!("{{\"kv\":{{\"key\":\"{key}\",\"value\":\"{value}\"}}}}")
+    };
+    let events = (0..10_005).map(event).collect::<Vec<_>>().join(",");
+    let mut contents = PrefixContents::new(WEB.into());
+    contents.apply(message(&format!("{{\"result\":{{\"events\":[{events}]}}}}")).events);
+    let set = contents.whole(true);
+    assert_eq!((set.members.len(), set.unreadable, contents.is_cut()), (10_000, 5, true));
+}
+
+#[test]
+fn entries_of_two_bytes_cost_no_memory() {
+    let many = vec!["{}"; 20_000].join(",");
+    assert!(serde_json::from_str::<RangeAnswer>(&format!("{{\"kvs\":[{many}]}}")).is_err());
+    assert!(StreamLine::parse(br#"{"result":{"events":[{}]}}"#).is_err());
+    assert!(StreamLine::parse(br#"{"result":{"events":[{"kv":{}}]}}"#).is_err());
+    let keys = vec![r#"{"key":"YQ=="}"#; 10_002].join(",");
+    let error = serde_json::from_str::<RangeAnswer>(&format!("{{\"kvs\":[{keys}]}}"));
+    assert!(error.unwrap_err().to_string().contains("at most 10001 entries"));
+}
+
+#[test]
+fn numbers_at_their_ends_do_not_overflow() {
+    let number = i64::MIN;
+    let read = message(&format!(r#"{{"result":{{"watch_id":"{number}"}}}}"#));
+    assert_eq!(read.position(3), None);
+    assert_eq!(message(r#"{"result":{"watch_id":"2"}}"#).position(3), Some(1));
+    let mut followed = Followed::new(WEB.into());
+    followed.take_list(Vec::new(), 0, i64::MAX);
+    assert_eq!(followed.watch(1).start_revision, i64::MAX);
+    assert_eq!(followed.check().0.min_mod_revision, i64::MAX);
+}
+
 fn b64(text: &str) -> String {
     serde_json::to_string(&Base64Bytes(text.as_bytes().to_vec())).unwrap().replace('"', "")
 }
@@ -146,7 +183,7 @@ proptest! {
     ) {
         let bytes = lines.iter().flat_map(|line| format!("{line}\n").into_bytes());
         let bytes = bytes.collect::<Vec<u8>>();
-        let (mut buffer, mut found, mut at) = (LineBuffer::default(), Vec::new(), 0);
+        let (mut buffer, mut found, mut at) = (LineBuffer::new(1 << 20), Vec::new(), 0);
         for size in cuts.iter().cycle() {
             if at == bytes.len() {
                 break;

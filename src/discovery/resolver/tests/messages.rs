@@ -170,13 +170,13 @@ fn counts_in_the_header_cost_no_memory() {
 proptest! {
     #[test]
     fn any_bytes_are_read_or_refused(mut bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
-        fuzz::check(&bytes);
+        fuzz::check_answers(&bytes);
         // Past the checks of the header.
         if bytes.len() >= 13 {
             bytes[1..5].copy_from_slice(&[0, 7, 0x81, 0x80]);
             bytes[5..13].iter_mut().step_by(2).for_each(|byte| *byte = 0);
         }
-        fuzz::check(&bytes);
+        fuzz::check_answers(&bytes);
     }
 
     #[test]
@@ -197,7 +197,7 @@ proptest! {
             bytes[at] = byte;
         }
         bytes.insert(0, 2);
-        fuzz::check(&bytes);
-        fuzz::check(&bytes[..cut.index(bytes.len())]);
+        fuzz::check_answers(&bytes);
+        fuzz::check_answers(&bytes[..cut.index(bytes.len())]);
     }
 }
