@@ -114,7 +114,7 @@ mod tests {
             (r#"{"address":"::ffff:0.0.0.0","port":1}"#, "is not the address of one host"),
             (r#"{"address":"10.0.0.4","port":70000}"#, "invalid value"),
             (r#"{"port":1}"#, "missing field `address`"),
-            (r#"{"id":"a b","address":"10.0.0.4","port":1}"#, "its name has a space"),
+            (r#"{"id":"a b","address":"10.0.0.4","port":1}"#, "contains a space"),
             ("", "EOF"),
         ] {
             let said = curator(text).unwrap_err();

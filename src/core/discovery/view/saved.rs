@@ -81,6 +81,9 @@ pub struct SavedViewMember {
     /// The first answer in a row that lacks it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub absent_ms: Option<u64>,
+    /// Time from that answer until another one can confirm the removal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub confirm_ms: Option<u64>,
     /// Number of these answers.
     #[serde(default)]
     pub absent_answers: u32,
@@ -205,7 +208,8 @@ impl SavedViewMember {
             | HeldReason::MaxRemoved
             | HeldReason::Unreadable
             | HeldReason::LastEligible => {
-                absence.map(|absence| super::removal::later(absence.since, confirm_after))
+                let after = self.confirm_ms.map_or(confirm_after, Duration::from_millis);
+                absence.map(|absence| super::removal::later(absence.since, after))
             }
         };
         let member = ViewMember {
@@ -248,6 +252,13 @@ impl SavedViewMember {
 // === impl Entry ===
 
 impl Entry {
+    /// Returns the time from the first answer that lacks the member until another one can
+    /// confirm its removal.
+    fn confirm_after(&self) -> Option<Duration> {
+        let held = self.member.held.filter(|held| held.reason != HeldReason::Overlap)?;
+        Some(held.until?.saturating_duration_since(self.absence?.since))
+    }
+
     fn save(&self, now: Instant) -> SavedViewMember {
         let since = |at: Instant| millis(now.saturating_duration_since(at));
         let leaving = self.leaving.map(|until| until.saturating_duration_since(now));
@@ -266,6 +277,7 @@ impl Entry {
             excused: self.excused,
             held: self.member.held.map(|held| held.reason),
             absent_ms: self.absence.map(|absence| since(absence.since)),
+            confirm_ms: self.confirm_after().map(millis),
             absent_answers: self.absence.map_or(0, |absence| absence.answers),
             absent_sure: self.absence.is_some_and(|absence| absence.sure),
             leaves_in_ms: leaving.map(millis),
