@@ -145,7 +145,9 @@ impl Scene<'_> {
                 Kept::One => lost.extend(eligible.is_empty().then(|| "all".to_owned())),
             }
             let source = &pool["sources"][0];
-            *shown |= !source["last_word"]["failure"].is_null() || !source["held_answer"].is_null();
+            *shown |= !source["last_word"]["failure"].is_null()
+                || !source["held_answer"].is_null()
+                || source["trusted"] == false;
         }
     }
 
@@ -190,13 +192,14 @@ enum Kept {
 // === impl Accident ===
 
 impl Accident {
-    /// Whether `status` must show the accident: the source fails, or holds an answer. Stopped
-    /// servers and silent streams show only after timeouts, and a lost leader or history
-    /// may not be seen at all.
+    /// Whether `status` must show the accident: the source fails, its answer is held or not
+    /// trusted. Stopped servers and silent streams show only after timeouts. A lost leader,
+    /// a lost history and a cut event of a stream may not be seen at all.
     fn is_failure(self) -> bool {
         !matches!(
             self,
             Accident::Hung
+                | Accident::HalfAnswer
                 | Accident::SilentWatch
                 | Accident::Compacted
                 | Accident::LeaderKilled
