@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 
 /// Row of the table of bounds, folder or file below `src`, name of the constant.
-const BOUNDS: [(&str, &str, &str); 49] = [
+const BOUNDS: [(&str, &str, &str); 48] = [
     ("[process] connections_max", "config", "PROCESS_CONNECTIONS"),
     ("counts shared over an upgrade", "net", "CELLS_MAX"),
     ("processes that share counts", "net/cells.rs", "PROCESSES_MAX"),
@@ -45,8 +45,7 @@ const BOUNDS: [(&str, &str, &str); 49] = [
     ("bytes of a file of trusted certificates of a source", "discovery/client", "PEM_BYTES_MAX"),
     ("labels of a listed backend", "discovery/listing.rs", "LABELS_MAX"),
     ("labels of a backend that are kept", "core/discovery/labels.rs", "LABELS_KEPT_MAX"),
-    ("slices of a Kubernetes service", "discovery/kubernetes", "SLICES_MAX"),
-    ("endpoints of a Kubernetes service", "discovery/kubernetes", "ENDPOINTS_MAX"),
+    ("slices and endpoints of a Kubernetes service, together", "discovery/kubernetes", "PARTS_MAX"),
     ("host names in an answer of Consul", "discovery/consul", "NAMES_MAX"),
     ("bytes of the data of a ZooKeeper child", "discovery/zookeeper", "CONTENT_BYTES_MAX"),
     ("bytes of a kubeconfig file", "discovery/kubernetes", "KUBECONFIG_BYTES_MAX"),
