@@ -56,8 +56,16 @@ impl SlicePicture {
         self.slices = slices.into_iter().map(|slice| (Arc::clone(&slice.name), slice)).collect();
     }
 
-    /// Adds or replaces a slice.
+    /// Adds or replaces a slice. An endpoint that vanishes before the next set keeps the
+    /// state that the slice had last.
     pub(crate) fn put(&mut self, slice: SliceFacts) {
+        for endpoint in &slice.endpoints {
+            let shown = self.shown.get_mut(&EndpointIdentity::of(endpoint));
+            // A pod with two addresses is in two slices and shown with one of them.
+            if let Some((shown, _)) = shown.filter(|(shown, _)| shown.address == endpoint.address) {
+                shown.state = endpoint.state;
+            }
+        }
         self.slices.insert(Arc::clone(&slice.name), slice);
     }
 
@@ -124,6 +132,17 @@ impl SlicePicture {
     }
 }
 
+// === impl EndpointIdentity ===
+
+impl EndpointIdentity {
+    fn of(endpoint: &EndpointFacts) -> EndpointIdentity {
+        match &endpoint.target {
+            Some(target) => EndpointIdentity::Target(Arc::clone(target)),
+            None => EndpointIdentity::Address(endpoint.address),
+        }
+    }
+}
+
 /// Returns the number of slices and of their endpoints.
 pub(crate) fn parts<'s>(slices: impl IntoIterator<Item = &'s SliceFacts>) -> usize {
     slices.into_iter().map(|slice| 1 + slice.endpoints.len()).sum()
@@ -134,11 +153,7 @@ fn keep_better(
     all: &mut BTreeMap<EndpointIdentity, (EndpointFacts, Option<Instant>)>,
     endpoint: &EndpointFacts,
 ) {
-    let identity = match &endpoint.target {
-        Some(target) => EndpointIdentity::Target(Arc::clone(target)),
-        None => EndpointIdentity::Address(endpoint.address),
-    };
-    match all.entry(identity) {
+    match all.entry(EndpointIdentity::of(endpoint)) {
         Entry::Vacant(free) => {
             free.insert((endpoint.clone(), None));
         }
@@ -197,6 +212,23 @@ mod tests {
     fn shown(picture: &mut SlicePicture, now: Instant) -> Vec<(String, Wish)> {
         let members = picture.show(now).members.into_iter();
         members.map(|member| (member.name.to_string(), member.wish)).collect()
+    }
+
+    #[test]
+    fn an_endpoint_that_terminates_and_vanishes_between_two_sets_gets_no_sessions() {
+        let now = clock::now();
+        let mut picture = SlicePicture::default();
+        let (one, two) = (endpoint(1, Ready), endpoint(2, Ready));
+        picture.replace(vec![slice("a", &[one.clone(), two.clone()])]);
+        shown(&mut picture, now);
+        picture.put(slice("a", &[endpoint(1, Leaving), two.clone()]));
+        picture.put(slice("a", std::slice::from_ref(&two)));
+        let wishes = shown(&mut picture, now);
+        let expected = [("web-1", Wish::Draining), ("web-2", Wish::Sessions)];
+        assert_eq!(wishes, expected.map(|(name, wish)| (name.to_owned(), wish)));
+        picture.put(slice("a", &[endpoint(2, Out)]));
+        picture.put(slice("a", &[]));
+        assert_eq!(shown(&mut picture, now).len(), 1, "only the pod that terminates");
     }
 
     #[test]

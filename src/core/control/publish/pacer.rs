@@ -107,16 +107,20 @@ impl PublishPacer {
 
 impl Publisher {
     /// Notes that the last events took this long, until `now`. If they include paced work,
-    /// the next such work waits, so that all of it uses at most 1/[`SHARE`] of the time.
+    /// the next such work waits, so that all of it uses at most 1/[`SHARE`] of the time. After
+    /// an answer of a member source, the next answer waits. The table of the answer does not,
+    /// because its members would wait for it.
     pub(in crate::control) fn took(
         &mut self,
         state: &mut ControlState,
         took: Duration,
         now: Instant,
     ) {
-        let has_applied = state.views.take_applied();
-        if std::mem::take(&mut self.pacer.unmeasured) || has_applied {
-            let at = now + took.saturating_mul(SHARE - 1);
+        let at = now + took.saturating_mul(SHARE - 1);
+        let has_table = std::mem::take(&mut self.pacer.unmeasured);
+        if state.views.take_applied() {
+            state.views.wait_until(at);
+        } else if has_table {
             self.pacer.wait_until(at);
             state.views.wait_until(at);
         }
