@@ -17,6 +17,27 @@ pub struct LineBuffer {
     searched: usize,
 }
 
+/// Returns the lines of a stream, and checks that they do not depend on how the network cuts
+/// it: into one part, or into parts of `step` bytes. For the fuzz targets of the streams.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn lines_of(data: &[u8], step: usize) -> Vec<Vec<u8>> {
+    let cut = |step: usize| {
+        let mut buffer = LineBuffer::new(1 << 20);
+        let mut lines = Vec::new();
+        for part in data.chunks(step) {
+            buffer.push(part).expect("the input is shorter than the longest line");
+            while let Some(line) = buffer.next_line() {
+                lines.push(line.to_vec());
+            }
+        }
+        lines
+    };
+    let lines = cut(data.len().max(1));
+    assert_eq!(lines, cut(step));
+    assert!(lines.iter().all(|line| !line.is_empty() && !line.contains(&b'\n')));
+    lines
+}
+
 // === impl LineBuffer ===
 
 impl LineBuffer {

@@ -7,7 +7,7 @@
 use super::codec::{GatewayRefusal, RangeAnswer, ReadTransactionAnswer, StreamLine, WatchMessage};
 use super::contents::PrefixContents;
 use super::followed::Followed;
-use crate::lines::LineBuffer;
+use crate::lines::lines_of;
 use crate::listing::fuzz::assert_usable;
 use tidegate_core::control::MEMBERS_MAX;
 use tidegate_net::clock;
@@ -30,8 +30,7 @@ pub fn check(data: &[u8]) {
 
 /// `step` is the number of bytes that the network gives at once.
 fn check_stream(data: &[u8], step: usize) {
-    let lines = lines(data, data.len().max(1));
-    assert_eq!(lines, self::lines(data, step));
+    let lines = lines_of(data, step);
     let mut contents = PrefixContents::new(PREFIX.into());
     let mut followed = Followed::new(PREFIX.into());
     for (line, created) in lines.iter().zip(0..) {
@@ -47,19 +46,6 @@ fn check_stream(data: &[u8], step: usize) {
         followed.take_events(message);
         check_followed(&mut followed);
     }
-}
-
-fn lines(data: &[u8], step: usize) -> Vec<Vec<u8>> {
-    let mut buffer = LineBuffer::new(1 << 20);
-    let mut lines = Vec::new();
-    for part in data.chunks(step) {
-        buffer.push(part).expect("the input is shorter than the longest line");
-        while let Some(line) = buffer.next_line() {
-            lines.push(line.to_vec());
-        }
-    }
-    assert!(lines.iter().all(|line| !line.is_empty() && !line.contains(&b'\n')));
-    lines
 }
 
 /// Parses a line twice.

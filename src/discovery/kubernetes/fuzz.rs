@@ -6,7 +6,7 @@
 use super::codec::{self, SliceEvent, SliceFacts};
 use super::config;
 use super::picture::{SETTLE, SlicePicture, parts};
-use crate::lines::LineBuffer;
+use crate::lines::lines_of;
 use std::collections::BTreeSet;
 use std::path::Path;
 use tidegate_core::control::MEMBERS_MAX;
@@ -40,8 +40,7 @@ fn check_page(data: &[u8], port: Option<&str>) {
 
 /// `step` is the number of bytes that the network gives at once.
 fn check_watch(data: &[u8], step: usize, port: Option<&str>) {
-    let lines = lines(data, data.len().max(1));
-    assert_eq!(lines, self::lines(data, step));
+    let lines = lines_of(data, step);
     let mut picture = SlicePicture::default();
     for line in &lines {
         let event = codec::event(line, port);
@@ -57,18 +56,6 @@ fn check_watch(data: &[u8], step: usize, port: Option<&str>) {
         }
     }
     check_picture(&mut picture);
-}
-
-fn lines(data: &[u8], step: usize) -> Vec<Vec<u8>> {
-    let mut buffer = LineBuffer::new(1 << 20);
-    let mut lines = Vec::new();
-    for part in data.chunks(step) {
-        buffer.push(part).expect("the input is shorter than the longest line");
-        while let Some(line) = buffer.next_line() {
-            lines.push(line.to_vec());
-        }
-    }
-    lines
 }
 
 fn check_slice(slice: &SliceFacts) {
