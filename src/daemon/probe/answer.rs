@@ -22,6 +22,8 @@ pub(super) struct AnswerReader<'s, S> {
     stream: &'s mut S,
     /// Bytes that no step has matched.
     received: Vec<u8>,
+    /// Bytes of the answer that hold no match.
+    searched: usize,
     /// All bytes that were received.
     total: usize,
     decode: Option<Decode>,
@@ -37,7 +39,8 @@ enum Match {
     Open,
 }
 
-fn check(expect: &Expect, answer: &[u8]) -> Match {
+/// The first `searched` bytes of the answer hold no match.
+fn check(expect: &Expect, answer: &[u8], searched: usize) -> Match {
     let found = match expect {
         Expect::Starts(with) => {
             let with = &with.0;
@@ -50,8 +53,10 @@ fn check(expect: &Expect, answer: &[u8]) -> Match {
         }
         Expect::Contains(what) => {
             let what = &what.0;
-            let at = answer.windows(what.len().max(1)).position(|window| window == what);
-            at.map(|at| at + what.len())
+            // A match that was not found before includes a new byte.
+            let from = searched.saturating_sub(what.len());
+            let at = answer[from..].windows(what.len().max(1)).position(|window| window == what);
+            at.map(|at| from + at + what.len())
         }
         Expect::Regex(pattern) => pattern.0.find(answer).map(|found| found.end()),
     };
@@ -78,7 +83,7 @@ impl<'s, S: AsyncRead + Unpin> AnswerReader<'s, S> {
     /// Reads the answer of a stream of which `begun` was read before.
     pub(super) fn new(stream: &'s mut S, begun: Vec<u8>, decode: Option<Decode>) -> Self {
         let total = begun.len();
-        AnswerReader { stream, received: begun, total, decode }
+        AnswerReader { stream, received: begun, searched: 0, total, decode }
     }
 
     /// Returns the stream, to send the next bytes.
@@ -99,9 +104,10 @@ impl<'s, S: AsyncRead + Unpin> AnswerReader<'s, S> {
                 }
             };
             let answer = decoded.as_deref().unwrap_or(&self.received);
-            match check(expect, answer) {
+            match check(expect, answer, self.searched) {
                 Match::Ends(end) => {
                     self.received.drain(..end.min(self.received.len()));
+                    self.searched = 0;
                     return Ok(());
                 }
                 Match::Wrong => {
@@ -109,7 +115,7 @@ impl<'s, S: AsyncRead + Unpin> AnswerReader<'s, S> {
                     let reason = format!("wrong answer: got {got}, {}", wanted(expect));
                     return Err(ProbeError::Backend(reason));
                 }
-                Match::Open => {}
+                Match::Open => self.searched = answer.len(),
             }
             if self.total >= ANSWER_BYTES_MAX {
                 return Err(ProbeError::Backend(format!(
