@@ -118,11 +118,12 @@ impl Publisher {
     ) {
         let at = now + took.saturating_mul(SHARE - 1);
         let has_table = std::mem::take(&mut self.pacer.unmeasured);
-        if state.views.take_applied() {
+        let has_answer = state.views.take_applied();
+        if has_table || has_answer {
             state.views.wait_until(at);
-        } else if has_table {
+        }
+        if has_table && !has_answer {
             self.pacer.wait_until(at);
-            state.views.wait_until(at);
         }
     }
 
