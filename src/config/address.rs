@@ -6,7 +6,9 @@
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use super::source;
 use super::value::{ValueError, cut, shown};
@@ -17,6 +19,9 @@ use tidegate_core::model::{
 
 /// `sun_path` is 108 bytes with its final NUL (unix(7)).
 const UNIX_PATH_BYTES_MAX: usize = 107;
+
+/// A name of an interface is 16 bytes with its final NUL (netdevice(7), IFNAMSIZ).
+const INTERFACE_BYTES_MAX: usize = 15;
 
 /// Where a backend is.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -33,17 +38,50 @@ enum Endpoint<'t> {
     Name(&'t str, u16),
 }
 
-/// Parses an address to listen on.
-///
-/// `*:PORT` gives two: every IPv4 and every IPv6 address of this host.
-pub(super) fn bind_addresses(text: &str) -> Result<Vec<SocketAddr>, ValueError> {
-    match text.strip_prefix("*:") {
+/// The addresses of one text of `bind`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct BindAddresses {
+    /// One address, or the IPv4 and the IPv6 wildcard for `*`.
+    pub(super) hosts: Vec<SocketAddr>,
+    /// The ports at each address.
+    pub(super) ports: RangeInclusive<u16>,
+}
+
+/// Parses addresses to listen on: `IP:PORT`, `[IPV6]:PORT` or `*:PORT`, with one port or a
+/// range such as `8000-8010`.
+pub(super) fn bind_addresses(text: &str) -> Result<BindAddresses, ValueError> {
+    let range =
+        text.rsplit_once(':').and_then(|(host, ports)| Some((host, ports.split_once('-')?)));
+    let (text, last) = match range {
+        Some((host, (first, last))) => {
+            (&format!("{host}:{first}")[..], Some(port_number(text, last)?))
+        }
+        None => (text, None),
+    };
+    let hosts = match text.strip_prefix("*:") {
         Some(port) => {
             let port = port_number(text, port)?;
-            Ok(vec![(Ipv4Addr::UNSPECIFIED, port).into(), (Ipv6Addr::UNSPECIFIED, port).into()])
+            vec![(Ipv4Addr::UNSPECIFIED, port).into(), (Ipv6Addr::UNSPECIFIED, port).into()]
         }
-        None => bind_address(text).map(|address| vec![address]),
+        None => vec![bind_address(text)?],
+    };
+    let first = hosts.first().map_or(0, SocketAddr::port);
+    let last = last.unwrap_or(first);
+    if last < first {
+        return Err(ValueError::new(format!("the range {first}-{last} ends before it starts"))
+            .help(format!("write \"{last}-{first}\"")));
     }
+    Ok(BindAddresses { hosts, ports: first..=last })
+}
+
+/// Parses the name of a network interface.
+pub(super) fn interface_name(text: &str) -> Result<Arc<str>, ValueError> {
+    let allowed = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | ':' | '%' | ']');
+    if text.is_empty() || text.len() > INTERFACE_BYTES_MAX || !text.chars().all(allowed) {
+        return Err(ValueError::new(format!("{} is not the name of an interface", shown(text)))
+            .help("`ip link` shows the names, such as \"eth0\""));
+    }
+    Ok(text.into())
 }
 
 /// Parses `IP:PORT` or `[IPV6]:PORT` to listen on.

@@ -9,6 +9,7 @@ use super::binds::{BindSockets, SocketOwner};
 use crate::admin::{self, AdminListener};
 use socket2::Socket;
 use std::collections::{BTreeMap, HashSet};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use tidegate_core::model::{AdminListen, BindKey, Config};
@@ -83,10 +84,10 @@ impl PassedSockets {
         let mut unmatched = Vec::new();
         for passed in self.0 {
             match passed.address {
-                AdminListen::Tcp(address) if wanted.contains(&BindKey::tcp(address)) => {
+                AdminListen::Tcp(address) if wanted.contains(&passed.key(address)) => {
                     let empty =
                         || BindSockets { sockets: Vec::new(), holder: SocketOwner::ServiceManager };
-                    let group = groups.entry(BindKey::tcp(address)).or_insert_with(empty);
+                    let group = groups.entry(passed.key(address)).or_insert_with(empty);
                     group.sockets.push(Arc::new(passed.socket));
                 }
                 other => unmatched.push(format!("{other} ({})", passed.name)),
@@ -105,6 +106,13 @@ impl PassedSockets {
 // === impl PassedSocket ===
 
 impl PassedSocket {
+    /// Returns the key of a bind that this socket can serve.
+    fn key(&self, address: SocketAddr) -> BindKey {
+        let interface = self.socket.device().ok().flatten();
+        let interface = interface.and_then(|name| String::from_utf8(name).ok());
+        BindKey::tcp(address).on(interface.map(Into::into))
+    }
+
     fn of(socket: Socket, name: String) -> Result<PassedSocket, String> {
         let stream = socket.r#type().is_ok_and(|kind| kind == socket2::Type::STREAM);
         if !stream || !socket.is_listener().unwrap_or(false) {

@@ -22,7 +22,7 @@ use tidegate_core::model::{Bind, BindKey, Config, FrontendConfig};
 use tidegate_dataplane::worker::{Worker, WorkerCommand};
 use tidegate_net::clock;
 use tidegate_net::holders::{self, ListeningSocket, overlap};
-use tidegate_net::listen;
+use tidegate_net::listen::{self, ListenPlace};
 
 /// Time between two checks whether retired addresses can be closed. Until an address is
 /// closed, new clients get no answer instead of a refused connection.
@@ -66,7 +66,7 @@ pub(super) struct Binds {
 pub(super) struct NewBinds {
     groups: BTreeMap<BindKey, BindSockets>,
     /// Sockets that do not listen yet.
-    not_listening: Vec<(BindKey, Arc<Socket>)>,
+    not_listening: Vec<(Bind, Arc<Socket>)>,
 }
 
 impl Binds {
@@ -93,18 +93,23 @@ impl Binds {
         let foreign = self.foreign(config);
         for frontend in &config.frontends {
             for bind in &frontend.binds {
-                if self.active.contains_key(&bind.key) {
+                if let Some(group) = self.active.get(&bind.key) {
+                    let tried = group
+                        .sockets
+                        .first()
+                        .map(|socket| listen::try_mark(socket, bind.options.mark));
+                    tried.unwrap_or(Ok(())).map_err(|error| BindError::new(&bind.key, error))?;
                     continue;
                 }
                 let address = bind.key.socket_addr();
                 if let Some(other) = foreign.iter().find(|other| overlap(other.address, address)) {
-                    return Err(BindError::taken(address, *other));
+                    return Err(BindError::taken(&bind.key, *other));
                 }
                 match self.reserve(bind, frontend, &mut fresh) {
                     Err(error) if bind.options.if_ipv6 && no_ipv6(&error) => {
-                        tracing::info!(%address, %error, "no IPv6 on this host; listening on IPv4 only");
+                        tracing::info!(address = %bind.key, %error, "no IPv6 on this host; listening on IPv4 only");
                     }
-                    done => done.map_err(|error| BindError::new(address, error))?,
+                    done => done.map_err(|error| BindError::new(&bind.key, error))?,
                 }
             }
         }
@@ -117,38 +122,43 @@ impl Binds {
         frontend: &FrontendConfig,
         fresh: &mut NewBinds,
     ) -> io::Result<()> {
-        let (address, freebind) = (bind.key.socket_addr(), bind.options.freebind);
+        let place = place_of(bind);
         let mut group = match self.inherited.get(&bind.key) {
             Some(group) => group.clone(),
             None => {
                 // An overlapping socket of this process would fail this check. `foreign`
                 // has checked for sockets of other processes.
-                if !self.overlaps(address) {
-                    listen::check_unused(address, freebind)?;
+                if !self.overlaps(&bind.key) {
+                    listen::check_unused(place)?;
                 }
                 BindSockets { sockets: Vec::new(), holder: SocketOwner::Process }
             }
         };
         if group.can_add_sockets()? {
             let missing = self.workers.saturating_sub(group.sockets.len());
-            for socket in listen::reserve(address, missing, freebind)? {
+            for socket in listen::reserve(place, missing)? {
                 let socket = Arc::new(socket);
-                fresh.not_listening.push((bind.key.clone(), Arc::clone(&socket)));
+                fresh.not_listening.push((bind.clone(), Arc::clone(&socket)));
                 group.sockets.push(socket);
             }
         }
         for socket in &group.sockets {
             listen::prepare(socket)?;
-            listen::tune(socket, frontend.keepalive, frontend.user_timeout)?;
+            tune(socket, bind, frontend)?;
         }
         fresh.groups.insert(bind.key.clone(), group);
         Ok(())
     }
 
-    /// Returns whether this process holds a socket that overlaps `address`.
-    fn overlaps(&self, address: SocketAddr) -> bool {
+    /// Returns whether this process holds a socket that overlaps `key`.
+    fn overlaps(&self, key: &BindKey) -> bool {
         let mut held = self.active.keys().chain(self.inherited.keys());
-        held.any(|held| overlap(held.socket_addr(), address))
+        held.any(|held| {
+            let apart = held.interface.is_some()
+                && key.interface.is_some()
+                && held.interface != key.interface;
+            !apart && overlap(held.socket_addr(), key.socket_addr())
+        })
     }
 
     /// Returns listening sockets of other processes that overlap new addresses of
@@ -159,8 +169,8 @@ impl Binds {
         let binds = config.frontends.iter().flat_map(|frontend| &frontend.binds);
         let unsure: Vec<SocketAddr> = binds
             .filter(|bind| !self.active.contains_key(&bind.key))
+            .filter(|bind| self.overlaps(&bind.key))
             .map(|bind| bind.key.socket_addr())
-            .filter(|address| self.overlaps(*address))
             .collect();
         if unsure.is_empty() {
             return Vec::new();
@@ -209,14 +219,12 @@ impl Binds {
         }
         let mut removed: BTreeSet<BindKey> = self.active.keys().cloned().collect();
         for frontend in &config.frontends {
-            for Bind { key, .. } in &frontend.binds {
-                removed.remove(key);
-                for socket in self.active.get(key).into_iter().flat_map(|g| &g.sockets) {
-                    if let Err(error) =
-                        listen::tune(socket, frontend.keepalive, frontend.user_timeout)
-                    {
-                        tracing::warn!(address = %key, %error, "cannot change socket options; the old values stay in effect");
-                    }
+            for bind in &frontend.binds {
+                removed.remove(&bind.key);
+                if let Some(group) = self.active.get(&bind.key)
+                    && let Err(error) = group.set_options(bind, frontend)
+                {
+                    tracing::warn!(address = %bind.key, %error, "cannot change socket options; the old values stay in effect");
                 }
             }
         }
@@ -322,6 +330,21 @@ impl Binds {
     }
 }
 
+/// Returns where the sockets of a bind listen.
+pub(super) fn place_of(bind: &Bind) -> ListenPlace<'_> {
+    ListenPlace {
+        address: bind.key.socket_addr(),
+        freebind: bind.options.freebind,
+        interface: bind.key.interface.as_deref(),
+    }
+}
+
+/// Sets the options that connections inherit.
+fn tune(socket: &Socket, bind: &Bind, frontend: &FrontendConfig) -> io::Result<()> {
+    listen::tune(socket, frontend.keepalive, frontend.user_timeout)?;
+    listen::set_marks(socket, bind.options.mark, bind.options.dscp)
+}
+
 /// Returns whether the error means that this host has no IPv6, or not this address.
 fn no_ipv6(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))
@@ -333,6 +356,18 @@ impl BindSockets {
     /// Returns whether more sockets can listen on the same address.
     fn can_add_sockets(&self) -> io::Result<bool> {
         self.sockets.iter().try_fold(true, |all, socket| Ok(all && socket.reuse_port()?))
+    }
+
+    /// Sets the options of a bind that can change while clients connect.
+    fn set_options(&self, bind: &Bind, frontend: &FrontendConfig) -> io::Result<()> {
+        for socket in &self.sockets {
+            tune(socket, bind, frontend)?;
+            // A service manager sets the listen queues of its sockets.
+            if self.holder == SocketOwner::Process {
+                listen::start(socket, bind.options.backlog)?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes every worker accept from its sockets.
@@ -361,8 +396,9 @@ impl BindSockets {
 impl NewBinds {
     /// Starts to listen. Clients wait in the listen queue until a worker accepts.
     pub(super) fn start(&mut self) -> Result<(), BindError> {
-        for (key, socket) in self.not_listening.drain(..) {
-            listen::start(&socket).map_err(|error| BindError::new(key.socket_addr(), error))?;
+        for (bind, socket) in self.not_listening.drain(..) {
+            listen::start(&socket, bind.options.backlog)
+                .map_err(|error| BindError::new(&bind.key, error))?;
         }
         Ok(())
     }
@@ -373,8 +409,8 @@ mod tests {
     use super::*;
 
     fn group(sockets: usize) -> BindSockets {
-        let address = "127.0.0.1:0".parse().unwrap();
-        let socket = || listen::reserve(address, 1, false).unwrap().pop().unwrap();
+        let address: SocketAddr = "127.0.0.1:0".parse().unwrap();
+        let socket = || listen::reserve(address.into(), 1).unwrap().pop().unwrap();
         let sockets = (0..sockets).map(|_| Arc::new(socket())).collect();
         BindSockets { sockets, holder: SocketOwner::Process }
     }

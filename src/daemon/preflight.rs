@@ -5,6 +5,7 @@
 //! texts. It changes nothing: it closes each socket that it binds, and it creates no
 //! file.
 
+use super::binds::place_of;
 use super::refused::BindError;
 use super::state_directory;
 use crate::admin::Token;
@@ -170,16 +171,15 @@ fn admin_socket(config: &Config, origin: &Origin) -> Option<Problem> {
 /// runs.
 fn binds(config: &Config, origin: &Origin, found: &mut Vec<Problem>) {
     for frontend in &config.frontends {
-        for Bind { key, options } in &frontend.binds {
-            let address = key.socket_addr();
-            let Err(error) = listen::check_unused(address, options.freebind) else { continue };
+        for bind @ Bind { key, options } in &frontend.binds {
+            let Err(error) = try_bind(bind) else { continue };
             let missing =
                 matches!(error.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT));
             if missing && options.if_ipv6 {
                 continue;
             }
             let privileged = error.kind() == ErrorKind::PermissionDenied;
-            let refused = BindError::new(address, error);
+            let refused = BindError::new(key, error);
             if refused.is_held_by_this_program() {
                 continue;
             }
@@ -191,6 +191,11 @@ fn binds(config: &Config, origin: &Origin, found: &mut Vec<Problem>) {
             found.push(problem);
         }
     }
+}
+
+fn try_bind(bind: &Bind) -> std::io::Result<()> {
+    let socket = listen::check_unused(place_of(bind))?;
+    listen::try_mark(&socket, bind.options.mark)
 }
 
 /// Checks that the addresses for heartbeats exist on this host.

@@ -13,7 +13,7 @@ use tidegate_net::holders::{self, Holder, ListeningSocket};
 /// An address that could not be bound.
 #[derive(Debug)]
 pub(super) struct BindError {
-    pub(super) address: SocketAddr,
+    pub(super) key: BindKey,
     pub(super) error: io::Error,
     /// A socket that already listens on this address.
     pub(super) other: Option<ListeningSocket>,
@@ -40,7 +40,8 @@ const HOLDERS_MAX: usize = 16;
 
 impl BindError {
     /// Creates the error and looks up the socket that uses the address.
-    pub(super) fn new(address: SocketAddr, error: io::Error) -> BindError {
+    pub(super) fn new(key: &BindKey, error: io::Error) -> BindError {
+        let address = key.socket_addr();
         let taken = error.kind() == ErrorKind::AddrInUse;
         let all = if taken { holders::listening().unwrap_or_default() } else { Vec::new() };
         let exact = all.iter().find(|other| other.address == address);
@@ -51,13 +52,18 @@ impl BindError {
         });
         let other = exact.or(wide).or(both).copied();
         let holder = other.and_then(|other| holders::holder(other.socket));
-        BindError { address, error, other, holder }
+        BindError { key: key.clone(), error, other, holder }
     }
 
     /// Creates the error for an address that `other` uses.
-    pub(super) fn taken(address: SocketAddr, other: ListeningSocket) -> BindError {
+    pub(super) fn taken(key: &BindKey, other: ListeningSocket) -> BindError {
         let holder = holders::holder(other.socket);
-        BindError { address, error: ErrorKind::AddrInUse.into(), other: Some(other), holder }
+        BindError {
+            key: key.clone(),
+            error: ErrorKind::AddrInUse.into(),
+            other: Some(other),
+            holder,
+        }
     }
 
     /// Adds the process from an earlier lookup.
@@ -80,13 +86,14 @@ impl BindError {
         if let Some(name) = &backend {
             message.push_str(&format!("; it is backend {name} of this file"));
         }
-        origin.error(&Spot::Bind(BindKey::tcp(self.address)), message, self.help(backend.is_some()))
+        origin.error(&Spot::Bind(self.key.clone()), message, self.help(backend.is_some()))
     }
 
     fn help(&self, backend: bool) -> Option<String> {
-        let port = self.address.port();
+        let address = self.key.socket_addr();
+        let port = address.port();
         let help = match self.error.raw_os_error() {
-            _ if backend && self.address.ip().is_unspecified() => {
+            _ if backend && address.ip().is_unspecified() => {
                 "bind one address of this host instead of the wildcard, or use another port for the frontend or the backend"
             }
             Some(libc::EACCES) if port < 1024 => {
@@ -116,13 +123,15 @@ fn backend_at(config: &Config, address: SocketAddr) -> Option<String> {
 
 impl std::fmt::Display for BindError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let BindError { address, error, other, holder } = self;
+        let BindError { key, error, other, holder } = self;
         // `error` has no errno if `foreign` found the socket before bind(2).
         let why = match error.raw_os_error() {
-            Some(_) => error.to_string(),
-            None => io::Error::from_raw_os_error(libc::EADDRINUSE).to_string(),
+            None if error.get_ref().is_none() => {
+                io::Error::from_raw_os_error(libc::EADDRINUSE).to_string()
+            }
+            _ => error.to_string(),
         };
-        write!(f, "cannot listen on {address}: {why}")?;
+        write!(f, "cannot listen on {key}: {why}")?;
         let Some(ListeningSocket { address, user, .. }) = other else {
             let missing = error.raw_os_error() == Some(libc::EADDRNOTAVAIL);
             let hint = if missing { ": no interface of this host has that address" } else { "" };
@@ -146,7 +155,7 @@ mod tests {
 
     fn refused(errno: i32, address: &str) -> BindError {
         let error = io::Error::from_raw_os_error(errno);
-        BindError { address: address.parse().unwrap(), error, other: None, holder: None }
+        BindError { key: address.parse().unwrap(), error, other: None, holder: None }
     }
 
     #[test]

@@ -103,8 +103,9 @@ const FOR_A_USER: CapabilitySet = CapabilitySet::NET_BIND_SERVICE;
 const FOR_ROOT: CapabilitySet =
     CapabilitySet::DAC_OVERRIDE.union(CapabilitySet::SYS_RESOURCE).union(CapabilitySet::IPC_LOCK);
 
-/// Capability for a large receive buffer for heartbeats (socket(7), SO_RCVBUFFORCE).
-const FOR_HEARTBEATS: CapabilitySet = CapabilitySet::NET_ADMIN;
+/// Capability for a large receive buffer for heartbeats (socket(7), SO_RCVBUFFORCE) and for
+/// marks of binds (SO_MARK).
+const FOR_SOCKET_OPTIONS: CapabilitySet = CapabilitySet::NET_ADMIN;
 
 impl Default for AppliedSandbox {
     /// Returns the state inside another program, which is responsible for its own sandbox.
@@ -275,9 +276,10 @@ fn kept(config: &Config) -> CapabilitySet {
 }
 
 fn for_a_user(config: &Config) -> CapabilitySet {
-    match config.heartbeat {
-        Some(_) => FOR_A_USER | FOR_HEARTBEATS,
-        None => FOR_A_USER,
+    let mut binds = config.frontends.iter().flat_map(|frontend| &frontend.binds);
+    match config.heartbeat.is_some() || binds.any(|bind| bind.options.mark != 0) {
+        true => FOR_A_USER | FOR_SOCKET_OPTIONS,
+        false => FOR_A_USER,
     }
 }
 

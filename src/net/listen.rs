@@ -13,18 +13,30 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// Length of the listen queue of each listener. The kernel lowers it to
+/// Listen queue of sockets that [`bind`] makes. The kernel lowers it to
 /// `net.core.somaxconn`.
-const BACKLOG: i32 = 65_535;
+const BACKLOG: u16 = u16::MAX;
 
-/// Checks that no other socket listens on the address.
+/// Where a socket listens.
+#[derive(Debug, Clone, Copy)]
+pub struct ListenPlace<'a> {
+    /// Its local address.
+    pub address: SocketAddr,
+    /// The address need not be configured on an interface (ip(7), IP_FREEBIND).
+    pub freebind: bool,
+    /// The only interface whose packets the socket gets (socket(7), SO_BINDTODEVICE).
+    pub interface: Option<&'a str>,
+}
+
+/// Checks that no other socket listens on the address. Returns a socket that listens there.
 ///
 /// With SO_REUSEPORT alone, two processes of one user could share the traffic without an
 /// error.
-pub fn check_unused(address: SocketAddr, freebind: bool) -> io::Result<()> {
-    let socket = unbound(address, freebind)?;
-    socket.bind(&SockAddr::from(address))?;
-    socket.listen(1)
+pub fn check_unused(place: ListenPlace<'_>) -> io::Result<Socket> {
+    let socket = unbound(place)?;
+    socket.bind(&SockAddr::from(place.address))?;
+    socket.listen(1)?;
+    Ok(socket)
 }
 
 /// Makes `count` listening sockets that share `address`. The kernel distributes new
@@ -32,30 +44,30 @@ pub fn check_unused(address: SocketAddr, freebind: bool) -> io::Result<()> {
 pub fn bind(address: SocketAddr, count: usize) -> io::Result<Vec<Socket>> {
     // All sockets are bound before the first listens, so that the first does not get all
     // connections.
-    let sockets = reserve(address, count, false)?;
-    sockets.iter().try_for_each(start)?;
+    let sockets = reserve(address.into(), count)?;
+    sockets.iter().try_for_each(|socket| start(socket, BACKLOG))?;
     Ok(sockets)
 }
 
-/// Binds `count` sockets that share `address`. No client can connect before [`start`].
+/// Binds `count` sockets that share a place. No client can connect before [`start`].
 ///
-/// With `freebind`, the address need not be configured on an interface (ip(7),
-/// IP_FREEBIND).
-pub fn reserve(address: SocketAddr, count: usize, freebind: bool) -> io::Result<Vec<Socket>> {
+/// # Errors
+/// The error of the kernel, or an error without a number if the interface cannot be used.
+pub fn reserve(place: ListenPlace<'_>, count: usize) -> io::Result<Vec<Socket>> {
     (0..count)
         .map(|_| {
-            let socket = unbound(address, freebind)?;
+            let socket = unbound(place)?;
             socket.set_reuse_port(true)?;
             prepare(&socket)?;
-            socket.bind(&SockAddr::from(address))?;
+            socket.bind(&SockAddr::from(place.address))?;
             Ok(socket)
         })
         .collect()
 }
 
-/// Starts listening.
-pub fn start(socket: &Socket) -> io::Result<()> {
-    socket.listen(BACKLOG)
+/// Starts listening. On a socket that listens already, changes the length of its queue.
+pub fn start(socket: &Socket, backlog: u16) -> io::Result<()> {
+    socket.listen(i32::from(backlog))
 }
 
 /// Sets the options of a listener that accepted connections inherit, so that no call per
@@ -67,7 +79,8 @@ pub fn prepare(socket: &Socket) -> io::Result<()> {
     socket.set_out_of_band_inline(true)
 }
 
-fn unbound(address: SocketAddr, freebind: bool) -> io::Result<Socket> {
+fn unbound(place: ListenPlace<'_>) -> io::Result<Socket> {
+    let ListenPlace { address, freebind, interface } = place;
     let kind = Type::STREAM.nonblocking().cloexec();
     let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
@@ -79,7 +92,25 @@ fn unbound(address: SocketAddr, freebind: bool) -> io::Result<Socket> {
         SocketAddr::V6(_) if freebind => socket.set_freebind_v6(true)?,
         _ => {}
     }
+    if let Some(interface) = interface {
+        socket
+            .bind_device(Some(interface.as_bytes()))
+            .map_err(|error| interface_error(interface, &error))?;
+    }
     Ok(socket)
+}
+
+/// Names the interface in the error.
+fn interface_error(interface: &str, error: &io::Error) -> io::Error {
+    let why = match error.raw_os_error() {
+        Some(libc::ENODEV) => format!("there is no interface {interface}"),
+        // Kernels before 5.7 allow it only with this capability.
+        Some(libc::EPERM) => {
+            format!("listening on interface {interface} needs CAP_NET_RAW on this kernel")
+        }
+        _ => format!("cannot use interface {interface}: {error}"),
+    };
+    io::Error::new(error.kind(), why)
 }
 
 /// Sets the timers that connections inherit if they are accepted after this call.
@@ -89,6 +120,43 @@ pub fn tune(
     user_timeout: Option<Duration>,
 ) -> io::Result<()> {
     super::stream::set_liveness(listener, keepalive, user_timeout)
+}
+
+/// Sets mark and differentiated services code point of the packets to clients. Connections
+/// inherit both if they are accepted after this call.
+///
+/// # Errors
+/// CAP_NET_ADMIN is missing for another mark than the present one; see [`try_mark`].
+pub fn set_marks(listener: &Socket, mark: u32, dscp: u8) -> io::Result<()> {
+    if listener.mark()? != mark {
+        listener.set_mark(mark).map_err(|error| mark_error(mark, &error))?;
+    }
+    // The two lower bits of the field are for congestion notification (RFC 3168).
+    let field = u32::from(dscp) << 2;
+    match listener.local_addr()?.is_ipv6() {
+        false => listener.set_tos_v4(field),
+        true => listener.set_tclass_v6(field),
+    }
+}
+
+/// Checks that [`set_marks`] can change the mark of `listener`. It changes nothing.
+///
+/// # Errors
+/// CAP_NET_ADMIN is missing.
+pub fn try_mark(listener: &Socket, mark: u32) -> io::Result<()> {
+    if listener.mark()? == mark {
+        return Ok(());
+    }
+    let socket = Socket::new(Domain::IPV4, Type::STREAM.cloexec(), None)?;
+    socket.set_mark(mark).map_err(|error| mark_error(mark, &error))
+}
+
+fn mark_error(mark: u32, error: &io::Error) -> io::Error {
+    let why = match error.raw_os_error() {
+        Some(libc::EPERM) => format!("mark {mark} needs the capability CAP_NET_ADMIN"),
+        _ => format!("cannot set mark {mark}: {error}"),
+    };
+    io::Error::new(error.kind(), why)
 }
 
 /// Accepts one connection. Returns `WouldBlock` if the listen queue is empty.
@@ -188,6 +256,14 @@ fn drop_bare_syns(listener: &Socket) -> io::Result<()> {
     ])
 }
 
+// === impl ListenPlace ===
+
+impl From<SocketAddr> for ListenPlace<'_> {
+    fn from(address: SocketAddr) -> Self {
+        ListenPlace { address, freebind: false, interface: None }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -203,9 +279,34 @@ mod tests {
     #[test]
     fn address_with_a_listener_is_in_use() {
         let (address, socket) = any_port();
-        assert_eq!(check_unused(address, false).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(check_unused(address.into()).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         drop(socket);
-        check_unused(address, false).unwrap();
+        check_unused(address.into()).unwrap();
+    }
+
+    #[test]
+    fn error_names_an_interface_that_does_not_exist() {
+        let address: SocketAddr = "127.0.0.1:0".parse().unwrap();
+        let place = ListenPlace { interface: Some("absent0"), ..ListenPlace::from(address) };
+        let error = reserve(place, 1).unwrap_err().to_string();
+        assert_eq!(error, "there is no interface absent0");
+        reserve(ListenPlace { interface: Some("lo"), ..place }, 2).unwrap();
+    }
+
+    #[test]
+    fn accepted_connections_inherit_the_code_point() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = bind(address.parse().unwrap(), 1).unwrap().remove(0);
+            set_marks(&listener, 0, 46).unwrap();
+            let address = listener.local_addr().unwrap().as_socket().unwrap();
+            let _client = TcpStream::connect(address).unwrap();
+            let socket = Socket::from(accept(&listener).unwrap().0);
+            let field = match address.is_ipv6() {
+                false => socket.tos_v4(),
+                true => socket.tclass_v6(),
+            };
+            assert_eq!(field.unwrap(), 46 << 2);
+        }
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Binds on separate hosts: addresses that no interface has yet, hosts without IPv6, and a
-//! backend on the port of a wildcard.
+//! Binds on separate hosts: addresses that no interface has yet, hosts without IPv6, single
+//! interfaces, socket options, and a backend on the port of a wildcard.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client;
@@ -13,6 +13,8 @@ use std::process::Command;
 on_every_engine!(
     absent_address_is_bound_with_freebind,
     star_bind_is_ipv4_only_on_a_host_without_ipv6,
+    bind_of_an_interface_gets_only_its_connections,
+    options_of_a_bind_change_without_closing_it,
 );
 
 /// A host with one Tidegate process, whose configuration file can be rewritten.
@@ -96,6 +98,54 @@ fn star_bind_is_ipv4_only_on_a_host_without_ipv6(engine: Engine) {
     let answer = host.rebind("\"*:8081\"");
     assert_eq!(answer.status, 200, "{}", answer.body);
     assert_eq!(host.ask("127.0.0.1:8081").unwrap(), "a");
+    host.proxy.rebaseline();
+}
+
+fn bind_of_an_interface_gets_only_its_connections(engine: Engine) {
+    if !networks_run() {
+        return;
+    }
+    let mut host = Host::new(engine, |namespace| {
+        namespace.ip("link add eth1 type veth peer name eth2\nlink set eth1 up\nlink set eth2 up");
+    });
+    let answer = host.rebind("{ address = \"127.0.0.1:8081\", interface = \"eth9\" }");
+    assert_eq!(answer.status, 422, "{}", answer.body);
+    let problem = "cannot listen on 127.0.0.1:8081%eth9: there is no interface eth9";
+    assert!(answer.body.contains(problem), "{}", answer.body);
+
+    let both = "{ address = \"*:8081\", interface = \"eth1\" }, \
+                { address = \"*:8082\", interface = \"eth1\" }, \
+                { address = \"*:8082\", interface = \"lo\" }";
+    let answer = host.rebind(both);
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    host.ask("127.0.0.1:8081").expect_err("this connection arrives on lo");
+    for _ in 0..10 {
+        assert_eq!(host.ask("127.0.0.1:8082").unwrap(), "a");
+        assert_eq!(host.ask("[::1]:8082").unwrap(), "a");
+    }
+    let binds = host.proxy.admin_request("GET", "/v1/status").body;
+    assert!(binds.contains("0.0.0.0:8082%lo") && binds.contains("[::]:8082%eth1"), "{binds}");
+    host.proxy.rebaseline();
+}
+
+fn options_of_a_bind_change_without_closing_it(engine: Engine) {
+    if !networks_run() {
+        return;
+    }
+    let mut host = Host::new(engine, |_| {});
+    let open = host.namespace.run(|| client::connect(([127, 0, 0, 1], 8080).into()));
+    let options = "{ address = \"127.0.0.1:8080\", backlog = 7, mark = 9, dscp = 46 }";
+    let answer = host.rebind(options);
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    let listeners = host.namespace.run(|| {
+        let output = Command::new("ss").args(["-ltn", "sport = :8080"]).output().unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    });
+    let queues: Vec<_> =
+        listeners.lines().skip(1).map(|line| line.split_whitespace().nth(2)).collect();
+    assert!(!queues.is_empty() && queues.iter().all(|queue| *queue == Some("7")), "{listeners}");
+    assert_eq!(host.ask("127.0.0.1:8080").unwrap(), "a");
+    assert_eq!(client::read_text(&open).unwrap(), "a", "the open connection continues");
     host.proxy.rebaseline();
 }
 

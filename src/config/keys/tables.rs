@@ -43,7 +43,8 @@ pub const TABLES: &[KeyTable] = &[
     KeyTable {
         header: "bind",
         about: "An element of `bind` can be a table such as \
-                `{ address = \"192.0.2.1:443\", freebind = true }`.",
+                `{ address = \"192.0.2.1:443\", freebind = true }`. `status` and the log show an \
+                interface after the address: `192.0.2.1:443%eth1`.",
         keys: BIND,
     },
     KeyTable {
@@ -348,7 +349,21 @@ const FRONTEND: &[ConfigKey] = &[
 ];
 
 const BIND: &[ConfigKey] = &[
-    key("address", Form("an address"), Required, Reload, "Address to listen on."),
+    key(
+        "address",
+        Form("an address"),
+        Required,
+        Reload,
+        "Address to listen on, with one port or a range of ports.",
+    ),
+    key(
+        "interface",
+        Form("the name of an interface"),
+        Described("any interface"),
+        Reload,
+        "Accept only connections that arrive on this interface. Binds with the same address can \
+         differ in their interface.",
+    ),
     key(
         "freebind",
         Flag,
@@ -356,6 +371,28 @@ const BIND: &[ConfigKey] = &[
         Reload,
         "Listen before an interface has the address, for addresses that move between hosts. \
          Wildcard addresses reject `true`.",
+    ),
+    key(
+        "backlog",
+        Integer(1, 65_535),
+        Value("65_535"),
+        Reload,
+        "Length of the listen queue of each worker. The kernel lowers it to \
+         `net.core.somaxconn`.",
+    ),
+    key(
+        "mark",
+        Integer(0, 4_294_967_295),
+        Value("0"),
+        Reload,
+        "Firewall mark of the packets to clients (`SO_MARK`, needs `CAP_NET_ADMIN`). `0`: none.",
+    ),
+    key(
+        "dscp",
+        Integer(0, 63),
+        Value("0"),
+        Reload,
+        "Differentiated services code point of the packets to clients.",
     ),
 ];
 

@@ -484,7 +484,10 @@ fn forms(header: &str, name: &str) -> (Vec<String>, Vec<String>) {
         "address" if header.contains("probe") => {
             (&["'192.0.2.7'", "'::1'"], &["'192.0.2.7:1'", "'localhost'"])
         }
-        "address" if header == "bind" => (&["'192.0.2.7:1'", "'[::1]:1'"], &["'localhost:1'"]),
+        "address" if header == "bind" => {
+            (&["'192.0.2.7:1'", "'[::1]:1-9'", "'*:1-9'"], &["'localhost:1'", "'192.0.2.7:9-1'"])
+        }
+        "interface" => (&["'lo'"], &["''", "'a b'", "'0123456789abcdef'"]),
         "address" => (
             &["'192.0.2.7:1'", "'[::1]:1'", "'localhost:1'", "'srv:_a._tcp.b'", "'unix:@a'"],
             &["'192.0.2.7'", "'192.0.2.256:1'", "'a'", "'srv:a:1'", "'a b:1'"],

@@ -7,26 +7,28 @@
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
+use std::sync::Arc;
 
+use super::binds::BindCount;
 use super::frontend::FrontendRead;
 use super::globals::AdminRead;
 use super::pool::PoolRead;
 use super::{BACKENDS_MAX, BINDS_MAX, FRONTENDS_MAX, POOLS_MAX};
 use crate::diagnose::ProblemCollector;
 use crate::value::{ValueError, did_you_mean_or, shown};
-use tidegate_core::model::{AdminListen, BackendAddr};
+use tidegate_core::model::{AdminListen, BackendAddr, BindKey};
 
 /// Makes all checks. `all_pools`: no pool is missing in `pools` because of an error in the
 /// file that is reported elsewhere.
 pub(super) fn check(
     report: &ProblemCollector<'_>,
     admin: &AdminRead,
-    frontends: &[FrontendRead],
+    (frontends, bind_count): (&[FrontendRead], BindCount),
     pools: &[PoolRead],
     all_pools: bool,
 ) {
     routes(report, frontends, pools, all_pools);
-    counts(report, frontends, pools);
+    counts(report, frontends, bind_count, pools);
     let taken = binds(report, frontends);
     admin_address(report, admin, &taken);
     loops(report, admin, pools, &taken);
@@ -77,7 +79,12 @@ fn unknown_pool(name: &str, pools: &[PoolRead]) -> ValueError {
     }))
 }
 
-fn counts(report: &ProblemCollector<'_>, frontends: &[FrontendRead], pools: &[PoolRead]) {
+fn counts(
+    report: &ProblemCollector<'_>,
+    frontends: &[FrontendRead],
+    binds: BindCount,
+    pools: &[PoolRead],
+) {
     let too_many = |place: Range<usize>, what: &str, max: usize, count: usize| {
         report.error(
             place,
@@ -88,9 +95,8 @@ fn counts(report: &ProblemCollector<'_>, frontends: &[FrontendRead], pools: &[Po
         let place = first.pool.clone().unwrap_or(0..0);
         too_many(place, "frontends", FRONTENDS_MAX, frontends.len());
     }
-    let binds = frontends.iter().flat_map(|frontend| &frontend.bind_places);
-    if let Some(first) = binds.clone().nth(BINDS_MAX) {
-        too_many(first.clone(), "bind addresses", BINDS_MAX, binds.count());
+    if let Some(first) = binds.beyond {
+        too_many(first, "bind addresses", BINDS_MAX, binds.total);
     }
     if let Some(first) = pools.get(POOLS_MAX) {
         too_many(first.place.clone(), "pools", POOLS_MAX, pools.len());
@@ -103,12 +109,22 @@ fn counts(report: &ProblemCollector<'_>, frontends: &[FrontendRead], pools: &[Po
 }
 
 /// The bind that uses an address.
+#[derive(Clone)]
 struct TakenBy<'f> {
     frontend: &'f str,
     place: Range<usize>,
 }
 
-/// The TCP addresses of all binds, indexed by address and by port.
+/// The addresses of all binds.
+#[derive(Default)]
+struct AllAddresses<'f> {
+    /// Whatever the interface.
+    all: OwnAddresses<'f>,
+    /// The addresses on one interface; `None`: on every interface.
+    by_interface: HashMap<Option<Arc<str>>, OwnAddresses<'f>>,
+}
+
+/// TCP addresses of binds, indexed by address and by port.
 #[derive(Default)]
 struct OwnAddresses<'f> {
     exact: HashMap<SocketAddr, TakenBy<'f>>,
@@ -118,23 +134,28 @@ struct OwnAddresses<'f> {
     specific: HashMap<(u16, bool), SocketAddr>,
 }
 
-fn binds<'f>(report: &ProblemCollector<'_>, frontends: &'f [FrontendRead]) -> OwnAddresses<'f> {
-    let mut taken = OwnAddresses::default();
+fn binds<'f>(report: &ProblemCollector<'_>, frontends: &'f [FrontendRead]) -> AllAddresses<'f> {
+    let mut taken = AllAddresses::default();
+    // Two ranges clash at many ports. The first one says enough.
+    let mut reported = None;
     for frontend in frontends {
         for (bind, place) in frontend.model.binds.iter().zip(&frontend.bind_places) {
-            let address = bind.key.socket_addr();
-            if let Some(other) = taken.clash(address) {
-                report.error_with(place.clone(), || taken.clash_complaint(report, address, other));
+            if let Some((other, set)) = taken.clash(&bind.key) {
+                if reported.replace(place.clone()).as_ref() != Some(place) {
+                    report.error_with(place.clone(), || {
+                        set.clash_complaint(report, bind.key.socket_addr(), other)
+                    });
+                }
                 continue;
             }
-            let by = TakenBy { frontend: &frontend.model.name, place: place.clone() };
-            taken.insert(address, by);
+            taken.insert(&bind.key, &frontend.model.name, place);
         }
     }
     taken
 }
 
-fn admin_address(report: &ProblemCollector<'_>, admin: &AdminRead, taken: &OwnAddresses<'_>) {
+fn admin_address(report: &ProblemCollector<'_>, admin: &AdminRead, taken: &AllAddresses<'_>) {
+    let taken = &taken.all;
     if let (AdminListen::Tcp(address), Some(place)) = (&admin.model.listen, &admin.listen)
         && let Some(other) = taken.clash(*address)
     {
@@ -149,12 +170,14 @@ fn loops(
     report: &ProblemCollector<'_>,
     admin: &AdminRead,
     pools: &[PoolRead],
-    taken: &OwnAddresses<'_>,
+    taken: &AllAddresses<'_>,
 ) {
+    // A socket on one interface gets no connection of this host to itself.
+    let taken = taken.by_interface.get(&None);
     for pool in pools {
         for (backend, place) in pool.model.backends.iter().zip(&pool.address_places) {
             let tcp = match &backend.address {
-                BackendAddr::Tcp(address) => taken.reaches(*address),
+                BackendAddr::Tcp(address) => taken.and_then(|taken| taken.reaches(*address)),
                 BackendAddr::Unix(_) => None,
             };
             if let Some(bind) = tcp {
@@ -196,6 +219,30 @@ fn family_port(address: SocketAddr) -> (u16, bool) {
     (address.port(), matches!(address.ip(), IpAddr::V4(_)))
 }
 
+// === impl AllAddresses ===
+
+impl<'f> AllAddresses<'f> {
+    fn insert(&mut self, key: &BindKey, frontend: &'f str, place: &Range<usize>) {
+        let by = TakenBy { frontend, place: place.clone() };
+        self.all.insert(key.socket_addr(), by.clone());
+        let set = self.by_interface.entry(key.interface.clone()).or_default();
+        set.insert(key.socket_addr(), by);
+    }
+
+    /// Returns the earlier bind that `key` repeats or overlaps, and the set it is in.
+    /// Sockets on different interfaces can have the same address.
+    fn clash(&self, key: &BindKey) -> Option<(SocketAddr, &OwnAddresses<'f>)> {
+        let sets = match &key.interface {
+            None => [Some(&self.all), None],
+            interface => {
+                [None, interface.clone()].map(|interface| self.by_interface.get(&interface))
+            }
+        };
+        let clash = |set: &'_ OwnAddresses<'f>| set.clash(key.socket_addr());
+        sets.into_iter().flatten().find_map(|set| Some((clash(set)?, set)))
+    }
+}
+
 // === impl OwnAddresses ===
 
 impl<'f> OwnAddresses<'f> {
@@ -203,7 +250,7 @@ impl<'f> OwnAddresses<'f> {
         let side =
             if address.ip().is_unspecified() { &mut self.wildcard } else { &mut self.specific };
         side.entry(family_port(address)).or_insert(address);
-        self.exact.insert(address, by);
+        self.exact.entry(address).or_insert(by);
     }
 
     /// Returns the earlier bind that `address` repeats or overlaps.

@@ -11,12 +11,13 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::DeValue;
 
+use super::binds::{self, BindCount};
 use super::{CONNECTIONS_MAX, routes, sources};
+use crate::NamedFiles;
 use crate::address;
 use crate::file::{Field, NamedSection, Section};
 use crate::value::{self, STALLED, TIME, USER_TIMEOUT, ValueError};
-use crate::{NamedFiles, Spot};
-use tidegate_core::model::{Bind, BindKey, BindOptions, FrontendConfig, show_duration};
+use tidegate_core::model::{Bind, FrontendConfig, show_duration};
 
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(30);
@@ -35,10 +36,14 @@ pub(super) struct FrontendRead {
     pub(super) route_pools: Vec<(Arc<str>, Range<usize>)>,
 }
 
-pub(super) fn read(named: NamedSection<'_, '_>, files: NamedFiles<'_>) -> FrontendRead {
+pub(super) fn read(
+    named: NamedSection<'_, '_>,
+    files: NamedFiles<'_>,
+    count: &mut BindCount,
+) -> FrontendRead {
     let NamedSection { name, section, .. } = named;
     let before = section.report.errors();
-    let (binds, bind_places): (Vec<Bind>, _) = binds(&section).into_iter().unzip();
+    let (binds, bind_places): (Vec<Bind>, _) = binds::read(&section, count).into_iter().unzip();
     let all_binds = if section.report.errors() == before { &binds[..] } else { &[] };
     let (routes, route_pools) = routes::read(&section, name, all_binds);
     let pool = section.text("pool", "the name of a pool", |text| Ok(Arc::<str>::from(text)));
@@ -73,89 +78,6 @@ pub(super) fn read(named: NamedSection<'_, '_>, files: NamedFiles<'_>) -> Fronte
     warn_of_timers(&section, &model);
     section.finish();
     FrontendRead { model, bind_places, pool: pool_place, route_pools }
-}
-
-/// Reads `bind`: an address, a table of an address and its options, or a list of both.
-/// Each result has its place.
-fn binds(section: &Section<'_, '_>) -> Vec<(Bind, Range<usize>)> {
-    let (key, example) = ("bind", "[\"0.0.0.0:8080\"]");
-    let Some(node) = section.node(key) else {
-        section.missing(key, example);
-        return Vec::new();
-    };
-    let nodes = match node.get_ref() {
-        DeValue::String(_) | DeValue::Table(_) => std::slice::from_ref(node),
-        DeValue::Array(array) => {
-            if array.is_empty() {
-                let complaint = ValueError::new("bind lists no address");
-                section
-                    .report
-                    .error(node.span(), complaint.help(format!("write bind = {example}")));
-            }
-            array
-        }
-        _ => {
-            let _: Field<()> = section.wrong_type(
-                key,
-                node,
-                "an address such as \"0.0.0.0:8080\", or a list of addresses",
-            );
-            return Vec::new();
-        }
-    };
-    let mut binds = Vec::with_capacity(nodes.len());
-    for node in nodes {
-        let (addresses, freebind, place) = match node.get_ref() {
-            DeValue::String(text) => match address::bind_addresses(text) {
-                Ok(addresses) => (addresses, false, node.span()),
-                Err(complaint) => {
-                    section.report.error(node.span(), complaint.named(key));
-                    continue;
-                }
-            },
-            DeValue::Table(table) => {
-                let label = "a table of bind".to_owned();
-                let table = Section::new(section.report, table, label, node.span());
-                let Some(found) = bind_table(table) else { continue };
-                found
-            }
-            _ => {
-                let wants = "addresses such as \"0.0.0.0:8080\", or tables with an address";
-                let _: Field<()> = section.wrong_type(key, node, wants);
-                continue;
-            }
-        };
-        let pair = addresses.len() == 2;
-        for address in addresses {
-            let options = BindOptions { freebind, if_ipv6: pair && address.is_ipv6() };
-            let bind = Bind { key: BindKey::tcp(address), options };
-            section.report.keep(Spot::Bind(bind.key.clone()), Some(place.clone()));
-            binds.push((bind, place.clone()));
-        }
-    }
-    binds
-}
-
-/// Reads `{ address = "...", freebind = true }`.
-fn bind_table(table: Section<'_, '_>) -> Option<(Vec<SocketAddr>, bool, Range<usize>)> {
-    let wants = "an address such as \"0.0.0.0:8080\"";
-    let addresses = table.text("address", wants, address::bind_addresses);
-    if addresses.is_absent() {
-        table.missing("address", "\"0.0.0.0:8080\"");
-    }
-    let freebind = table.boolean("freebind");
-    if let (Field::Good(addresses), Field::Good(free)) = (&addresses, &freebind)
-        && addresses.get_ref().iter().any(|address| address.ip().is_unspecified())
-        && *free.get_ref()
-    {
-        let complaint = ValueError::new("freebind has no effect on a wildcard address");
-        let help = "remove it: a wildcard address always exists";
-        table.report.error(free.span(), complaint.help(help));
-    }
-    table.finish();
-    let addresses = addresses.good()?;
-    let place = addresses.span();
-    Some((addresses.into_inner(), freebind.or(false), place))
 }
 
 /// Reads an address to listen on, or a list of addresses.

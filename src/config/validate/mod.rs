@@ -5,6 +5,7 @@
 //! document and the files that the document names.
 
 mod backends;
+mod binds;
 mod cross;
 mod discover;
 mod dns;
@@ -36,6 +37,7 @@ use super::NamedFiles;
 use super::diagnose::ProblemCollector;
 use super::file::Section;
 use super::value::ValueError;
+use binds::BindCount;
 use discover::KnownRegistries;
 use tidegate_core::model::Config;
 
@@ -69,10 +71,11 @@ pub(super) fn config<'a>(
     let process = globals::process(&top);
     let admin = globals::admin(&top);
     let log = globals::log(&top);
+    let mut bind_count = BindCount::default();
     let frontends: Vec<_> = top
         .named_tables("frontend")
         .into_iter()
-        .map(|named| frontend::read(named, files))
+        .map(|named| frontend::read(named, files, &mut bind_count))
         .collect();
     let registries: Vec<_> = top
         .named_tables("registry")
@@ -87,7 +90,7 @@ pub(super) fn config<'a>(
     let heartbeat = heartbeat::read(&top, files);
     require_something(&top, document, frontends.len(), pools.len());
     let all_pools = top.has_all_named_tables("pool");
-    cross::check(report, &admin, &frontends, &pools, all_pools);
+    cross::check(report, &admin, (&frontends, bind_count), &pools, all_pools);
     heartbeat::check(report, heartbeat.as_ref(), &pools);
     report.warn_of_idle_limits(process.connections_max);
     top.finish();

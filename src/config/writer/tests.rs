@@ -53,7 +53,7 @@ fn every_kind_of_value_has_its_form() {
         buffers_max = "1GiB"
 
         [frontend.web]
-        bind = ["*:80", { address = "192.0.2.1:443", freebind = true }, "[fe80::1%3]:81"]
+        bind = ["*:80", { address = "192.0.2.1:443", interface = "eth1", freebind = true, backlog = 7, mark = 9, dscp = 46 }, "[fe80::1%3]:81-83"]
         pool = "db.main"
         idle_timeout = "off"
         keepalive = "1m30s"
@@ -101,7 +101,7 @@ fn every_kind_of_value_has_its_form() {
     .assert_eq(&written_from(
         r#"
         process = { workers = 4, spin = "50us", buffers_max = "1024MiB", pin = true }
-        frontend.web.bind = ["*:80", { address = "192.0.2.1:443", freebind = true }, "[fe80::1%3]:81"]
+        frontend.web.bind = ["*:80", { address = "192.0.2.1:443", freebind = true, interface = "eth1", backlog = 7, mark = 9, dscp = 46 }, "[fe80::1%3]:81-82", "[fe80::1%3]:83"]
         frontend.web.pool = "db.main"
         frontend.web.idle_timeout = "off"
         frontend.web.keepalive = "90s"

@@ -9,6 +9,7 @@ use std::fmt;
 use std::net::{AddrParseError, IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// Address of the client of a session; used for limits, hashing and the access log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -45,8 +46,11 @@ pub enum BackendAddr {
 pub struct BindKey {
     /// TCP and UDP ports are separate.
     pub protocol: Protocol,
-    /// Unique among the binds of a protocol.
+    /// Unique among the binds of a protocol and an interface.
     pub address: BindAddr,
+    /// The only interface whose packets the socket gets (socket(7), SO_BINDTODEVICE).
+    /// `None`: every interface.
+    pub interface: Option<Arc<str>>,
 }
 
 /// Transport protocol of a bind.
@@ -138,9 +142,15 @@ impl fmt::Display for BackendAddr {
 // === impl BindKey ===
 
 impl BindKey {
-    /// Returns the key of a TCP bind.
+    /// Returns the key of a TCP bind on every interface.
     pub fn tcp(address: SocketAddr) -> BindKey {
-        BindKey { protocol: Protocol::Tcp, address: BindAddr::Ip(address) }
+        BindKey { protocol: Protocol::Tcp, address: BindAddr::Ip(address), interface: None }
+    }
+
+    /// Returns the same bind on one interface.
+    #[must_use]
+    pub fn on(self, interface: Option<Arc<str>>) -> BindKey {
+        BindKey { interface, ..self }
     }
 
     /// Returns the address for bind(2).
@@ -151,12 +161,14 @@ impl BindKey {
     }
 }
 
-/// Prints only the address of a TCP bind, as older versions print and read it.
+/// Prints only the address of a TCP bind, as older versions print and read it. The name of
+/// an interface follows after `%`.
 impl fmt::Display for BindKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.protocol, &self.address) {
-            (Protocol::Tcp, BindAddr::Ip(address)) => address.fmt(f),
+            (Protocol::Tcp, BindAddr::Ip(address)) => address.fmt(f)?,
         }
+        self.interface.as_ref().map_or(Ok(()), |interface| write!(f, "%{interface}"))
     }
 }
 
@@ -164,7 +176,13 @@ impl FromStr for BindKey {
     type Err = AddrParseError;
 
     fn from_str(text: &str) -> Result<BindKey, AddrParseError> {
-        text.parse().map(BindKey::tcp)
+        // A scope id is before the bracket, not after it.
+        let interface = text.rsplit_once('%').filter(|(_, after)| !after.contains(']'));
+        let (address, interface) = match interface {
+            Some((address, interface)) => (address, Some(interface.into())),
+            None => (text, None),
+        };
+        address.parse().map(|address| BindKey::tcp(address).on(interface))
     }
 }
 
@@ -197,6 +215,15 @@ mod tests {
             assert_eq!((key.to_string(), key.socket_addr()), (text.to_owned(), address));
         }
         assert!(serde_json::from_str::<BindKey>("\"udp:127.0.0.1:80\"").is_err());
+    }
+
+    #[test]
+    fn bind_key_of_an_interface_is_read_as_printed() {
+        for text in ["127.0.0.1:80%eth1", "[fe80::1%3]:443%eth1", "[::]:80%br-0.7"] {
+            let key: BindKey = text.parse().unwrap();
+            assert_eq!(key.to_string(), text);
+            assert_ne!(key, BindKey::tcp(key.socket_addr()));
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! value.
 
 mod addresses;
+mod bind_form;
 mod discovery;
 mod ids;
 mod probe;
@@ -108,7 +109,7 @@ pub struct FrontendConfig {
     #[serde(skip)]
     pub name: Arc<str>,
     /// At least one; IPv6 wildcards are v6-only.
-    #[serde(rename = "bind", serialize_with = "text_forms::binds")]
+    #[serde(rename = "bind", serialize_with = "bind_form::binds")]
     pub binds: Vec<Bind>,
     /// Checked in order before `pool`; at most `config::ROUTES_MAX`.
     #[serde(rename = "route")]
@@ -181,13 +182,23 @@ pub struct Bind {
 }
 
 /// Options of a bind. A change does not need a new socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BindOptions {
     /// Listen even if no interface has the address (ip(7), `IP_FREEBIND`).
     pub freebind: bool,
     /// The IPv6 part of `*:PORT`: skipped on a host without IPv6.
     pub if_ipv6: bool,
+    /// Length of the listen queue of each socket, 1..=[`BACKLOG_MAX`]. The kernel lowers
+    /// it to `net.core.somaxconn`.
+    pub backlog: u16,
+    /// Mark of the packets to clients (socket(7), SO_MARK); 0: none.
+    pub mark: u32,
+    /// Differentiated services code point of the packets to clients (RFC 2474), 0..=63.
+    pub dscp: u8,
 }
+
+/// Longest listen queue of a socket, and the default.
+pub const BACKLOG_MAX: u16 = u16::MAX;
 
 /// `[frontend.NAME.sources]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -406,6 +417,14 @@ words!(
     "source-hash" => SourceHash,
 );
 words!(WhenNoneEligible: "refuse" => Refuse, "try-all" => TryAll);
+
+// === impl BindOptions ===
+
+impl Default for BindOptions {
+    fn default() -> BindOptions {
+        BindOptions { freebind: false, if_ipv6: false, backlog: BACKLOG_MAX, mark: 0, dscp: 0 }
+    }
+}
 
 // === impl Bind ===
 

@@ -4,12 +4,10 @@
 //! Used by the model's `Serialize` implementations and by the messages of `config`,
 //! which parses the same forms. Nothing here parses.
 
-use super::{
-    Bind, FrontendConfig, OnRemoval, PoolConfig, RegistryConfig, RouteTarget, TlsClientConfig,
-};
+use super::{FrontendConfig, OnRemoval, PoolConfig, RegistryConfig, RouteTarget, TlsClientConfig};
 use ipnet::IpNet;
 use serde::Serialize;
-use serde::ser::{SerializeStruct, Serializer};
+use serde::ser::Serializer;
 use std::fmt::Display;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
@@ -198,24 +196,6 @@ pub(super) fn route_target<S: Serializer>(
     }
 }
 
-/// Addresses, with their options if any are set; `*:PORT` for a pair of wildcards.
-pub(super) fn binds<S: Serializer>(binds: &[Bind], serializer: S) -> Result<S::Ok, S::Error> {
-    let firsts = binds.iter().enumerate().filter(|(_, bind)| !bind.options.if_ipv6);
-    serializer.collect_seq(firsts.map(|(index, bind)| BindForm {
-        address: match binds.get(index + 1).is_some_and(|next| next.options.if_ipv6) {
-            true => format!("*:{}", bind.key.socket_addr().port()),
-            false => bind.key.to_string(),
-        },
-        freebind: bind.options.freebind,
-    }))
-}
-
-/// One element of `bind`.
-struct BindForm {
-    address: String,
-    freebind: bool,
-}
-
 /// `[frontend.NAME]`
 pub(super) fn frontends<S: Serializer>(
     frontends: &[FrontendConfig],
@@ -246,20 +226,6 @@ pub(super) fn shown<T: Display, S: Serializer>(
     serializer: S,
 ) -> Result<S::Ok, S::Error> {
     serializer.collect_str(value)
-}
-
-// === impl BindForm ===
-
-impl Serialize for BindForm {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        if !self.freebind {
-            return serializer.serialize_str(&self.address);
-        }
-        let mut table = serializer.serialize_struct("bind", 2)?;
-        table.serialize_field("address", &self.address)?;
-        table.serialize_field("freebind", &true)?;
-        table.end()
-    }
 }
 
 // === impl OnRemoval ===

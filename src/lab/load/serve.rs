@@ -68,7 +68,7 @@ pub fn serve(service: Service) -> io::Result<(LoadThreads<ServeReport>, Vec<Sock
             io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"))
         };
         if address.port() != 0 {
-            listen::check_unused(*address, false).map_err(named)?;
+            listen::check_unused((*address).into()).map_err(named)?;
         }
         let mut sockets = bind_all(*address, service.threads).map_err(named)?;
         let local = sockets[0].local_addr()?.as_socket();

@@ -1,0 +1,108 @@
+//! The text form of `bind`, as in a configuration file.
+//!
+//! Used by the model's `Serialize` implementation. `config` parses the same form. Nothing
+//! here parses.
+
+use super::{BACKLOG_MAX, Bind, BindAddr, BindOptions};
+use serde::Serialize;
+use serde::ser::Serializer;
+use std::sync::Arc;
+
+/// One element of `bind`, before it is written.
+struct Run<'b> {
+    first: &'b Bind,
+    /// Whether the IPv6 wildcard belongs to it.
+    both_families: bool,
+    last_port: u16,
+}
+
+/// One element of `bind` with options.
+#[derive(Serialize)]
+struct BindForm<'b> {
+    address: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    interface: Option<&'b Arc<str>>,
+    #[serde(skip_serializing_if = "is_default")]
+    freebind: bool,
+    #[serde(skip_serializing_if = "is_longest")]
+    backlog: u16,
+    #[serde(skip_serializing_if = "is_default")]
+    mark: u32,
+    #[serde(skip_serializing_if = "is_default")]
+    dscp: u8,
+}
+
+/// An element of `bind`: the address alone if no option is set.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Element<'b> {
+    Address(String),
+    Table(BindForm<'b>),
+}
+
+/// Writes addresses with their options, ports in a row as a range, and pairs of wildcards
+/// as `*:PORT`.
+pub(super) fn binds<S: Serializer>(binds: &[Bind], serializer: S) -> Result<S::Ok, S::Error> {
+    let mut runs: Vec<Run<'_>> = Vec::new();
+    for (index, bind) in binds.iter().enumerate().filter(|(_, bind)| !bind.options.if_ipv6) {
+        let both_families = binds.get(index + 1).is_some_and(|next| next.options.if_ipv6);
+        match runs.last_mut().filter(|run| run.continues_with(bind, both_families)) {
+            Some(run) => run.last_port = port(bind),
+            None => runs.push(Run { first: bind, both_families, last_port: port(bind) }),
+        }
+    }
+    serializer.collect_seq(runs.iter().map(Run::element))
+}
+
+fn port(bind: &Bind) -> u16 {
+    match bind.key.address {
+        BindAddr::Ip(address) => address.port(),
+    }
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+fn is_longest(backlog: &u16) -> bool {
+    *backlog == BACKLOG_MAX
+}
+
+// === impl Run ===
+
+impl<'b> Run<'b> {
+    fn continues_with(&self, bind: &Bind, both_families: bool) -> bool {
+        let next = self.last_port.checked_add(1);
+        let BindAddr::Ip(address) = self.first.key.address;
+        let expected = next.map(|port| {
+            let mut address = address;
+            address.set_port(port);
+            BindAddr::Ip(address)
+        });
+        expected.as_ref() == Some(&bind.key.address)
+            && self.first.key.interface == bind.key.interface
+            && self.first.options == bind.options
+            && self.both_families == both_families
+    }
+
+    fn element(&self) -> Element<'b> {
+        let BindOptions { freebind, backlog, mark, dscp, if_ipv6: _ } = self.first.options;
+        let (address, interface) = (self.address(), self.first.key.interface.as_ref());
+        if interface.is_none() && self.first.options == BindOptions::default() {
+            return Element::Address(address);
+        }
+        Element::Table(BindForm { address, interface, freebind, backlog, mark, dscp })
+    }
+
+    fn address(&self) -> String {
+        let BindAddr::Ip(address) = self.first.key.address;
+        let host = match address {
+            _ if self.both_families => format!("*:{}", address.port()),
+            address => address.to_string(),
+        };
+        match address.port() == self.last_port {
+            true => host,
+            false => format!("{host}-{}", self.last_port),
+        }
+    }
+}
