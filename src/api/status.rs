@@ -138,8 +138,8 @@ pub struct RejectedDoc {
 pub struct FrontendDoc {
     /// Its name.
     pub name: String,
-    /// Its bind addresses.
-    pub binds: Vec<SocketAddr>,
+    /// Its bind addresses: `IP:PORT`, and `%` with the interface if it has one.
+    pub binds: Vec<String>,
     /// Name of its pool.
     pub pool: String,
     /// Cap on its sessions; 0 means none.

@@ -99,6 +99,10 @@ impl BindError {
             Some(libc::EACCES) if port < 1024 => {
                 "use a port above 1023, or start as root with [process] user, or use config/tidegate.service, or set the capability: setcap cap_net_bind_service=ep PROGRAM"
             }
+            None if self.error.kind() == ErrorKind::PermissionDenied => {
+                "Tidegate keeps capabilities only for what the file has at the start; \
+                 start again, as root or with the capability"
+            }
             Some(libc::EADDRNOTAVAIL) => {
                 "to listen on an address that an interface gets later, write { address = \"...\", freebind = true }"
             }

@@ -106,7 +106,7 @@ fn frontend(status: &FrontendStatus) -> FrontendDoc {
     let sum = |read: fn(&FrontendCounters) -> u64| status.state.counters.sum(read);
     FrontendDoc {
         name: status.state.name.to_string(),
-        binds: status.binds.iter().map(BindKey::socket_addr).collect(),
+        binds: status.binds.iter().map(BindKey::to_string).collect(),
         pool: status.pool.to_string(),
         connections_max: status.connections_max,
         sessions_active: status.state.in_flight.get(),
