@@ -13,7 +13,7 @@ use tidegate_net::holders::{self, Holder, ListeningSocket};
 /// An address that could not be bound.
 #[derive(Debug)]
 pub(super) struct BindError {
-    pub(super) key: BindKey,
+    pub(super) key: Box<BindKey>,
     pub(super) error: io::Error,
     /// A socket that already listens on this address.
     pub(super) other: Option<ListeningSocket>,
@@ -52,14 +52,14 @@ impl BindError {
         });
         let other = exact.or(wide).or(both).copied();
         let holder = other.and_then(|other| holders::holder(other.socket));
-        BindError { key: key.clone(), error, other, holder }
+        BindError { key: Box::new(key.clone()), error, other, holder }
     }
 
     /// Creates the error for an address that `other` uses.
     pub(super) fn taken(key: &BindKey, other: ListeningSocket) -> BindError {
         let holder = holders::holder(other.socket);
         BindError {
-            key: key.clone(),
+            key: Box::new(key.clone()),
             error: ErrorKind::AddrInUse.into(),
             other: Some(other),
             holder,
@@ -86,7 +86,7 @@ impl BindError {
         if let Some(name) = &backend {
             message.push_str(&format!("; it is backend {name} of this file"));
         }
-        origin.error(&Spot::Bind(self.key.clone()), message, self.help(backend.is_some()))
+        origin.error(&Spot::Bind((*self.key).clone()), message, self.help(backend.is_some()))
     }
 
     fn help(&self, backend: bool) -> Option<String> {
@@ -159,7 +159,7 @@ mod tests {
 
     fn refused(errno: i32, address: &str) -> BindError {
         let error = io::Error::from_raw_os_error(errno);
-        BindError { key: address.parse().unwrap(), error, other: None, holder: None }
+        BindError { key: Box::new(address.parse().unwrap()), error, other: None, holder: None }
     }
 
     #[test]
