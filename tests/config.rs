@@ -18,6 +18,8 @@ use tidegate_core::model::Config;
 
 #[path = "config/discovery.rs"]
 mod discovery;
+#[path = "config/includes.rs"]
+mod includes;
 #[path = "config/rules.rs"]
 mod rules;
 

@@ -114,6 +114,9 @@ pub(super) fn backend_place(text: &str) -> Result<BackendPlace, ValueError> {
     if let Some(complaint) = name_without_port(text) {
         return Err(complaint);
     }
+    if let Some(place) = client_port(text) {
+        return place.map(BackendPlace::Address);
+    }
     match endpoint(text)? {
         Endpoint::Ip(address) => {
             connectable(address).map(|address| BackendPlace::Address(BackendAddr::Tcp(address)))
@@ -125,6 +128,37 @@ pub(super) fn backend_place(text: &str) -> Result<BackendPlace, ValueError> {
             family: NameFamily::Both,
         })),
     }
+}
+
+/// Parses the address of a backend at the client's port: an IP address alone, or with an
+/// offset such as `10.0.0.7:+1000`. `None`: the text has another form.
+fn client_port(text: &str) -> Option<Result<BackendAddr, ValueError>> {
+    let offset = text.rsplit_once(':').filter(|(_, offset)| offset.starts_with(['+', '-']));
+    let (host, offset) = match offset {
+        Some((host, offset)) => (host, Some(offset)),
+        None => (text, None),
+    };
+    let bare_v4 = host.parse::<Ipv4Addr>().is_ok();
+    let v6 = host.starts_with('[') && host.ends_with(']');
+    if !bare_v4 && !v6 {
+        return None;
+    }
+    let digits =
+        |text: &str| (1..=5).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_digit());
+    let number = match offset {
+        None => 0,
+        Some(text) if digits(&text[1..]) => text.parse::<i32>().unwrap_or(0),
+        Some(text) => {
+            return Some(Err(ValueError::new(format!("{} is not an offset", shown(text)))
+                .help("write a sign and at most five digits, such as \"10.0.0.7:+1000\"")));
+        }
+    };
+    // Any port: only the address is checked.
+    let place = socket_address(&format!("{host}:1")).and_then(connectable);
+    Some(place.map(|mut address| {
+        address.set_port(0);
+        BackendAddr::ClientPort(address, number)
+    }))
 }
 
 /// Parses the name after `srv:`.

@@ -103,9 +103,9 @@ impl Problem {
         severity: Severity,
         what: ValueError,
     ) -> Self {
-        let (line, column) = source.locate(place.start);
+        let (file, line, column) = source.locate(place.start);
         Problem {
-            file: Arc::clone(&source.file),
+            file,
             line,
             column,
             message: what.message,
@@ -296,8 +296,7 @@ impl<'s> ProblemCollector<'s> {
 
     /// Returns `FILE:LINE:COLUMN`, which names another place in a message.
     pub(super) fn place_name(&self, place: &Range<usize>) -> String {
-        let (line, column) = self.source.locate(place.start);
-        format!("{}:{line}:{column}", self.source.file)
+        self.source.place_name(place.start)
     }
 
     /// Returns the warnings and the places of values, or the errors if any was reported.
@@ -326,6 +325,8 @@ impl CollectedProblems {
 
     fn into_problems(mut self, source: &SourceText<'_>, severity: Severity) -> Vec<Problem> {
         self.list.sort_by_key(|(place, _)| place.start);
+        // Each section that takes a wrong default reports it.
+        self.list.dedup();
         let list = self.list.into_iter();
         list.map(|(place, what)| Problem::new(source, &place, severity, what)).collect()
     }

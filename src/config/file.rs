@@ -19,6 +19,7 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::defaults::SectionDefaults;
 use super::diagnose::ProblemCollector;
 use super::value::{DurationRange, ValueError, did_you_mean_or, shown};
 use crate::{keys, value};
@@ -43,6 +44,10 @@ pub(super) struct Section<'r, 'a> {
     /// Place of the table's header. Messages about missing keys point at it.
     pub(super) header: Range<usize>,
     known: RefCell<Vec<&'static str>>,
+    /// Values of keys that the table does not have.
+    defaults: Option<&'r SectionDefaults<'r, 'a>>,
+    /// The keys whose value is a default.
+    defaulted: RefCell<Vec<&'static str>>,
 }
 
 /// A named table inside a section: `[frontend.NAME]`.
@@ -137,24 +142,46 @@ impl<'r, 'a> Section<'r, 'a> {
         label: String,
         header: Range<usize>,
     ) -> Self {
-        Section { report, table, label, header, known: RefCell::default() }
+        let (known, defaulted) = (RefCell::default(), RefCell::default());
+        Section { report, table, label, header, known, defaults: None, defaulted }
     }
 
-    /// Returns the raw value of a key and adds the key to the known keys.
+    /// Returns the same section, with defaults for keys that it does not have.
+    pub(super) fn with_defaults(self, defaults: &'r SectionDefaults<'r, 'a>) -> Self {
+        Section { defaults: Some(defaults), ..self }
+    }
+
+    /// Returns the raw keys and values.
+    pub(super) fn keys(&self) -> &'r DeTable<'a> {
+        self.table
+    }
+
+    /// Returns the raw value of a key, or its default in the file, and adds the key to the
+    /// known keys.
     pub(super) fn node(&self, key: &'static str) -> Option<&'r ValueNode<'a>> {
         let mut known = self.known.borrow_mut();
         if !known.contains(&key) {
             known.push(key);
         }
-        self.table.get(key)
+        self.table.get(key).or_else(|| {
+            let default = self.defaults.and_then(|defaults| defaults.node(key))?;
+            self.defaulted.borrow_mut().push(key);
+            Some(default)
+        })
     }
 
-    /// Returns the place of the key's value, if the key is in the file.
-    pub(super) fn value_place(&self, key: &str) -> Option<Range<usize>> {
-        self.table.get(key).map(Spanned::span)
+    /// Notes that the default of a key has no effect in this section.
+    pub(super) fn ignore_default(&self, key: &str) {
+        self.defaulted.borrow_mut().retain(|one| *one != key);
     }
 
-    /// Returns the place of the key's name, if the key is in the file.
+    /// Returns the place of the key's value, or of its default in the file.
+    pub(super) fn value_place(&self, key: &'static str) -> Option<Range<usize>> {
+        let default = || self.defaults.and_then(|defaults| defaults.node(key));
+        self.table.get(key).or_else(default).map(Spanned::span)
+    }
+
+    /// Returns the place of the key's name, if the key is in this section.
     pub(super) fn key_place(&self, key: &str) -> Option<Range<usize>> {
         self.table.get_key_value(key).map(|(key, _)| key.span())
     }
@@ -386,6 +413,9 @@ impl<'r, 'a> Section<'r, 'a> {
     /// Reports every key that was not read.
     pub(super) fn finish(self) {
         let known = self.known.into_inner();
+        if let Some(defaults) = self.defaults {
+            defaults.note(&known, &self.defaulted.into_inner());
+        }
         for (key, node) in self.table.iter() {
             let name = key.get_ref().as_ref();
             if known.contains(&name) {

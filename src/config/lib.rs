@@ -10,9 +10,11 @@
 //! 4. The result is a [`Config`], or every problem found (`diagnose`).
 
 mod address;
+mod defaults;
 mod diagnose;
 mod file;
 mod host_name;
+mod include;
 pub mod keys;
 mod origin;
 pub mod source;
@@ -23,9 +25,11 @@ mod writer;
 
 use std::path::Path;
 
+use toml::Spanned;
 use toml::de::DeTable;
 
 pub use diagnose::{PROBLEMS_MAX, Problem, Problems, Severity};
+pub use include::INCLUDED_FILES_MAX;
 pub use origin::{Origin, Spot};
 pub use source::FILE_BYTES_MAX;
 pub use texts::Texts;
@@ -35,6 +39,7 @@ pub use validate::{
 pub use writer::write;
 
 use diagnose::ProblemCollector;
+use include::IncludedFrom;
 use source::SourceText;
 use tidegate_core::model::Config;
 use value::ValueError;
@@ -76,7 +81,7 @@ enum NamedFiles<'t> {
 /// unreadable, a directory, larger than [`FILE_BYTES_MAX`]) is at line 1, column 1.
 pub fn load(path: &Path) -> Result<Loaded, Problems> {
     let file = path.display().to_string();
-    loaded(text_of(path, &file)?, &file, NamedFiles::Read)
+    loaded(text_of(path, &file)?, &file, NamedFiles::Read, IncludedFrom::Disk(path))
 }
 
 /// Validates a configuration from texts that were kept. Reads a named file from disk if it
@@ -86,12 +91,17 @@ pub fn load(path: &Path) -> Result<Loaded, Problems> {
 /// As [`load`]'s.
 pub fn load_kept(texts: &Texts) -> Result<Loaded, Problems> {
     let file = texts.path().display().to_string();
-    loaded(texts.text().to_owned(), &file, NamedFiles::Kept(texts))
+    let (files, from) = (NamedFiles::Kept(texts), IncludedFrom::Kept(texts));
+    loaded(texts.text().to_owned(), &file, files, from)
 }
 
-fn loaded(text: String, file: &str, files: NamedFiles<'_>) -> Result<Loaded, Problems> {
-    let digest = xxhash_rust::xxh3::xxh3_64(text.as_bytes());
-    let (config, warnings, origin) = read(&text, file, files)?;
+fn loaded(
+    text: String,
+    file: &str,
+    files: NamedFiles<'_>,
+    from: IncludedFrom<'_>,
+) -> Result<Loaded, Problems> {
+    let ReadText { config, digest, warnings, origin } = read(&text, file, files, from)?;
     Ok(Loaded { config, text, digest, warnings, origin })
 }
 
@@ -105,7 +115,8 @@ fn loaded(text: String, file: &str, files: NamedFiles<'_>) -> Result<Loaded, Pro
 pub fn outline(path: &Path) -> Result<(Config, Origin), Problems> {
     let file = path.display().to_string();
     let text = text_of(path, &file)?;
-    read(&text, &file, NamedFiles::Ignore).map(|(config, _, origin)| (config, origin))
+    let read = read(&text, &file, NamedFiles::Ignore, IncludedFrom::Disk(path))?;
+    Ok((read.config, read.origin))
 }
 
 /// Validates a configuration from texts that were kept, without the files that it names.
@@ -114,10 +125,12 @@ pub fn outline(path: &Path) -> Result<(Config, Origin), Problems> {
 /// As [`load`]'s.
 pub fn outline_kept(texts: &Texts) -> Result<(Config, Origin), Problems> {
     let file = texts.path().display().to_string();
-    read(texts.text(), &file, NamedFiles::Ignore).map(|(config, _, origin)| (config, origin))
+    let read = read(texts.text(), &file, NamedFiles::Ignore, IncludedFrom::Kept(texts))?;
+    Ok((read.config, read.origin))
 }
 
-/// Validates the text of a configuration without the files that it names.
+/// Validates the text of a configuration without the files that it names. It includes no
+/// files.
 ///
 /// `file` is only its name in messages. A byte order mark before the first character is
 /// skipped and is not a column. Line ends are LF or CRLF.
@@ -126,21 +139,59 @@ pub fn outline_kept(texts: &Texts) -> Result<(Config, Origin), Problems> {
 /// The first TOML syntax error, or every semantic problem, ordered by place, at most
 /// [`PROBLEMS_MAX`]. A text over [`FILE_BYTES_MAX`] is rejected before it is parsed.
 pub fn parse(text: &str, file: &str) -> Result<Config, Problems> {
-    read(text, file, NamedFiles::Ignore).map(|(config, ..)| config)
+    read(text, file, NamedFiles::Ignore, IncludedFrom::Nowhere).map(|read| read.config)
 }
 
-/// Returns the model, the warnings and the places of values.
+/// The result of reading a text.
+struct ReadText {
+    config: Config,
+    /// Of the text and all included texts.
+    digest: u64,
+    warnings: Vec<Problem>,
+    origin: Origin,
+}
+
+/// Reads a main file and the files that it includes.
 fn read(
     text: &str,
     file: &str,
     files: NamedFiles<'_>,
-) -> Result<(Config, Vec<Problem>, Origin), Problems> {
+    from: IncludedFrom<'_>,
+) -> Result<ReadText, Problems> {
+    let digest = |text: &str| xxhash_rust::xxh3::xxh3_64(text.as_bytes());
     if text.len() > FILE_BYTES_MAX {
         return Err(Problems::of_file(file, source::too_large()));
     }
+    let original = text;
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let source = SourceText::new(file, text);
-    let at = |offset: usize, complaint| Problems::one(&source, &(offset..offset + 1), complaint);
+    let document = parse_toml(&source)?;
+    let Some(joined) = include::join(&source, document.get_ref(), from)? else {
+        return validated(&source, document.get_ref(), files, digest(original));
+    };
+    let source = SourceText::of_files(&joined.files, &joined.text);
+    let document = parse_toml(&source)?;
+    let mut read = validated(&source, document.get_ref(), files, digest(&joined.text))?;
+    read.config.includes = joined.includes;
+    Ok(read)
+}
+
+fn validated(
+    source: &SourceText<'_>,
+    document: &DeTable<'_>,
+    files: NamedFiles<'_>,
+    digest: u64,
+) -> Result<ReadText, Problems> {
+    let report = ProblemCollector::new(source);
+    let config = validate::config(document, files, &report);
+    let (warnings, origin) = report.finish()?;
+    Ok(ReadText { config, digest, warnings, origin })
+}
+
+/// Parses a text.
+fn parse_toml<'t>(source: &SourceText<'t>) -> Result<Spanned<DeTable<'t>>, Problems> {
+    let text = source.text;
+    let at = |offset: usize, complaint| Problems::one(source, &(offset..offset + 1), complaint);
     if let Some(nul) = text.find('\0') {
         let complaint = ValueError::new("the file holds a NUL byte");
         return Err(at(
@@ -151,10 +202,7 @@ fn read(
     if let Some(deep) = file::too_deep_key(text) {
         return Err(at(deep, ValueError::new("this dotted key has too many parts")));
     }
-    let document = DeTable::parse(text).map_err(|error| syntax_error(&source, &error))?;
-    let report = ProblemCollector::new(&source);
-    let config = validate::config(document.get_ref(), files, &report);
-    report.finish().map(|(warnings, origin)| (config, warnings, origin))
+    DeTable::parse(text).map_err(|error| syntax_error(source, &error))
 }
 
 fn text_of(path: &Path, file: &str) -> Result<String, Problems> {
@@ -180,8 +228,10 @@ fn syntax_error(source: &SourceText<'_>, error: &toml::de::Error) -> Problems {
     let complaint = match said {
         "duplicate key" => {
             let name = source.text.get(place.clone()).unwrap_or_default();
-            ValueError::new(format!("{} is already defined above", value::shown(name)))
-                .help("write each key and each [table] only once")
+            include::defined_twice(source, &place).unwrap_or_else(|| {
+                ValueError::new(format!("{} is already defined above", value::shown(name)))
+                    .help("write each key and each [table] only once")
+            })
         }
         _ if source.text.trim_start().starts_with('{') => {
             syntax("this is JSON").help("write the configuration in TOML: [TABLE] and KEY = VALUE")

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::diagnose::{Problem, Severity};
-use super::source::SourceText;
+use super::source::{LineIndex, SourceText};
 use super::value::ValueError;
 use tidegate_core::model::{BindKey, ServerAddr, SourceAddr, SourceKey};
 
@@ -48,14 +48,14 @@ pub enum Spot {
 pub struct Origin {
     file: Arc<str>,
     text: Arc<str>,
-    line_starts: Arc<[usize]>,
+    index: Arc<LineIndex>,
     spots: HashMap<Spot, Range<usize>>,
 }
 
 impl Origin {
     pub(super) fn new(source: &SourceText<'_>, spots: HashMap<Spot, Range<usize>>) -> Origin {
-        let (file, line_starts) = (Arc::clone(&source.file), Arc::clone(&source.line_starts));
-        Origin { file, text: source.text.into(), line_starts, spots }
+        let (file, index) = (Arc::clone(&source.file), Arc::clone(&source.index));
+        Origin { file, text: source.text.into(), index, spots }
     }
 
     /// Makes an error at the spot, or at the first character if the file does not set that
@@ -83,8 +83,8 @@ impl Origin {
     ) -> Problem {
         match self.spots.get(spot) {
             Some(place) => {
-                let (file, line_starts) = (Arc::clone(&self.file), Arc::clone(&self.line_starts));
-                let source = SourceText { file, text: &self.text, line_starts };
+                let (file, index) = (Arc::clone(&self.file), Arc::clone(&self.index));
+                let source = SourceText { file, text: &self.text, index };
                 Problem::new(&source, place, severity, ValueError { message, help })
             }
             None => Problem::of_file(&self.file, severity, message, help),

@@ -24,13 +24,23 @@ const BEFORE_CARET_CHARS_MAX: usize = 40;
 /// Replaces the part of a long line that was cut off.
 const CUT: &str = "...";
 
-/// A text with its name and the offsets at which its lines start.
+/// A text with its name and the offsets at which its lines start. It can be several files in
+/// a row.
 #[derive(Debug)]
 pub(crate) struct SourceText<'t> {
+    /// Name of the first file.
     pub(crate) file: Arc<str>,
     pub(crate) text: &'t str,
-    /// Ascending; the first is 0.
-    pub(crate) line_starts: Arc<[usize]>,
+    pub(crate) index: Arc<LineIndex>,
+}
+
+/// Where the lines and files of a text start.
+#[derive(Debug, PartialEq)]
+pub(crate) struct LineIndex {
+    /// Offsets, ascending; the first is 0.
+    line_starts: Vec<usize>,
+    /// The files after the first: offset and name. Each starts at the start of a line.
+    further_files: Vec<(usize, Arc<str>)>,
 }
 
 /// A part of one source line, short enough to show, and the byte range that the caret
@@ -106,17 +116,62 @@ impl<'t> SourceText<'t> {
     pub(crate) fn new(file: &str, text: &'t str) -> Self {
         let newlines = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n');
         let line_starts = std::iter::once(0).chain(newlines.map(|(at, _)| at + 1)).collect();
-        SourceText { file: file.into(), text, line_starts }
+        let index = LineIndex { line_starts, further_files: Vec::new() };
+        SourceText { file: file.into(), text, index: Arc::new(index) }
     }
 
-    /// Returns line and column of a byte offset, both from 1, columns in characters.
+    /// Creates a text of several files. Each starts at an offset; the first is 0.
+    pub(crate) fn of_files(files: &[(usize, String)], text: &'t str) -> Self {
+        let file = files.first().map_or("", |(_, name)| name);
+        let mut source = SourceText::new(file, text);
+        let further = files.iter().skip(1).map(|(at, name)| (*at, name.as_str().into()));
+        if let Some(index) = Arc::get_mut(&mut source.index) {
+            index.further_files = further.collect();
+        }
+        source
+    }
+
+    /// Returns the file, and line and column of a byte offset, both from 1, columns in
+    /// characters.
     ///
     /// The end of the file counts as the end of its last line.
-    pub(crate) fn locate(&self, offset: usize) -> (usize, usize) {
+    pub(crate) fn locate(&self, offset: usize) -> (Arc<str>, usize, usize) {
         let offset = self.clamp(offset);
-        let line = self.line_starts.partition_point(|start| *start <= offset);
-        let start = self.line_starts[line - 1];
-        (line, self.text[start..offset].chars().count() + 1)
+        let starts = &self.index.line_starts;
+        let line = starts.partition_point(|start| *start <= offset);
+        let start_of_file = self.start_of_file(offset);
+        let first_line = starts.partition_point(|start| *start < start_of_file);
+        let start = starts[line - 1];
+        (self.file_at(offset), line - first_line, self.text[start..offset].chars().count() + 1)
+    }
+
+    /// Returns `FILE:LINE:COLUMN`.
+    pub(crate) fn place_name(&self, offset: usize) -> String {
+        let (file, line, column) = self.locate(offset);
+        format!("{file}:{line}:{column}")
+    }
+
+    /// Returns the number of files that start before or at the offset, without the first.
+    fn files_before(&self, offset: usize) -> usize {
+        self.index.further_files.partition_point(|(start, _)| *start <= offset)
+    }
+
+    fn file_at(&self, offset: usize) -> Arc<str> {
+        let last = self.files_before(offset).checked_sub(1);
+        let further = last.and_then(|last| self.index.further_files.get(last));
+        further.map_or_else(|| Arc::clone(&self.file), |(_, file)| Arc::clone(file))
+    }
+
+    /// Returns the offset at which the file that contains an offset starts.
+    pub(crate) fn start_of_file(&self, offset: usize) -> usize {
+        let last = self.files_before(offset).checked_sub(1);
+        last.and_then(|last| self.index.further_files.get(last)).map_or(0, |(start, _)| *start)
+    }
+
+    /// Returns the offset at which the file that contains an offset ends.
+    pub(crate) fn end_of_file(&self, offset: usize) -> usize {
+        let next = self.index.further_files.get(self.files_before(offset));
+        next.map_or(self.text.len(), |(start, _)| *start)
     }
 
     /// Returns the line that holds the start of `place`, cut to [`LINE_CHARS_MAX`].
@@ -147,9 +202,10 @@ impl<'t> SourceText<'t> {
 
     /// Returns the byte range of the line that holds `offset`, without its line end.
     fn line(&self, offset: usize) -> Range<usize> {
-        let line = self.line_starts.partition_point(|start| *start <= offset);
-        let start = self.line_starts[line - 1];
-        let end = self.line_starts.get(line).map_or(self.text.len(), |next| next - 1);
+        let starts = &self.index.line_starts;
+        let line = starts.partition_point(|start| *start <= offset);
+        let start = starts[line - 1];
+        let end = starts.get(line).map_or(self.text.len(), |next| next - 1);
         let end = if self.text[start..end].ends_with('\r') { end - 1 } else { end };
         start..end
     }
@@ -178,7 +234,7 @@ mod tests {
     #[test]
     fn columns_count_characters_and_offsets_beyond_the_end_are_clamped() {
         let source = SourceText::new("t", "aé\tx\r\nb\n");
-        let places: Vec<_> = (0..12).map(|offset| source.locate(offset)).collect();
+        let places: Vec<_> = (0..12).map(|offset| place(&source, offset)).collect();
         let expected = [
             (1, 1),
             (1, 2),
@@ -194,7 +250,21 @@ mod tests {
             (2, 2),
         ];
         assert_eq!(places, expected);
-        assert_eq!(SourceText::new("t", "").locate(7), (1, 1));
+        assert_eq!(place(&SourceText::new("t", ""), 7), (1, 1));
+    }
+
+    fn place(source: &SourceText<'_>, offset: usize) -> (usize, usize) {
+        let (_, line, column) = source.locate(offset);
+        (line, column)
+    }
+
+    #[test]
+    fn each_file_of_a_text_counts_its_own_lines() {
+        let files = [(0, "a".to_owned()), (4, "b".to_owned()), (4, "c".to_owned())];
+        let source = SourceText::of_files(&files, "1\n2\n1\n23\n");
+        let places: Vec<_> = [0, 2, 4, 7].map(|at| source.place_name(at)).into();
+        assert_eq!(places, ["a:1:1", "a:2:1", "c:1:1", "c:2:2"]);
+        assert_eq!((source.start_of_file(7), source.end_of_file(1)), (4, 4));
     }
 
     #[test]

@@ -57,6 +57,11 @@ impl Texts {
         self.named.get(path).map(|bytes| bytes.as_slice())
     }
 
+    /// Returns the paths of the named files.
+    pub(super) fn paths(&self) -> impl Iterator<Item = &PathBuf> {
+        self.named.keys()
+    }
+
     /// Encodes the texts for another process: each path and each text after its length.
     pub fn encode(&self) -> Zeroizing<Vec<u8>> {
         let mut all = Zeroizing::new(Vec::new());

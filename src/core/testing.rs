@@ -83,6 +83,7 @@ pub fn config(frontends: Vec<FrontendConfig>, pools: Vec<Arc<PoolConfig>>) -> Co
         heartbeat: None,
         registries: Vec::new(),
         dns: DnsConfig::default(),
+        includes: crate::model::Includes::default(),
     }
 }
 

@@ -10,6 +10,7 @@
 //!   later, when its writer closes it.
 
 use super::due;
+use super::include_watch::IncludeWatch;
 use super::session_cap::SessionCap;
 use crate::admin::{ReloadCounts, ReloadDoc, ReloadError};
 use std::fs::File;
@@ -55,6 +56,10 @@ pub(super) struct ConfigReloads {
     watcher: Option<FileWatcher>,
     /// Signalled by the watcher.
     changed: Arc<Notify>,
+    /// `None` until the configuration includes files.
+    includes: Option<IncludeWatch>,
+    /// Signalled by `includes`.
+    includes_changed: Arc<Notify>,
     waiting: Vec<RequestReply>,
     /// Since when the oldest request waits.
     waiting_since: Option<Instant>,
@@ -67,6 +72,8 @@ pub(super) struct ConfigReloads {
 pub(super) enum ReloadEvent {
     /// The file is complete. It has changed, or a request waits for it.
     FileComplete,
+    /// An included file was changed, added or removed.
+    IncludesChanged,
     /// A request has waited for [`HELD_MAX`].
     WaitTimeout,
     /// A retry after a local error is due.
@@ -89,6 +96,8 @@ impl ConfigReloads {
             counts: ReloadCounts::default(),
             watcher: None,
             changed: Arc::default(),
+            includes: None,
+            includes_changed: Arc::default(),
             waiting: Vec::new(),
             waiting_since: None,
             retry_at: None,
@@ -100,6 +109,7 @@ impl ConfigReloads {
         let held_until = self.waiting_since.map(|since| since + HELD_MAX);
         tokio::select! {
             () = self.changed.notified() => ReloadEvent::FileComplete,
+            () = self.includes_changed.notified() => ReloadEvent::IncludesChanged,
             () = due::reached(held_until) => ReloadEvent::WaitTimeout,
             () = due::reached(self.retry_at) => ReloadEvent::Retry,
         }
@@ -117,8 +127,23 @@ impl ConfigReloads {
         self.watch_named_files();
     }
 
-    /// Also waits for writers of the files that the configuration names.
-    fn watch_named_files(&self) {
+    /// Also waits for writers of the files that the configuration names, and watches included
+    /// files.
+    fn watch_named_files(&mut self) {
+        let includes = &self.config.includes;
+        match &self.includes {
+            Some(watch) => watch.set(includes),
+            None if includes.patterns.is_empty() => {}
+            None => {
+                let notify = Arc::clone(&self.includes_changed);
+                match IncludeWatch::start(includes.clone(), move || notify.notify_one()) {
+                    Ok(watch) => self.includes = Some(watch),
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot watch included configuration files; reload with SIGHUP or tidegate reload");
+                    }
+                }
+            }
+        }
         if let Some(watcher) = &self.watcher {
             watcher.wait_for_writers_of(self.config.named_files());
         }

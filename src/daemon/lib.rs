@@ -43,6 +43,7 @@ mod given_sockets;
 pub mod heartbeat;
 mod heartbeats;
 mod in_force;
+mod include_watch;
 mod lifecycle;
 mod listeners;
 mod logging;

@@ -44,6 +44,8 @@ impl Control {
     pub(super) async fn reload_event(&mut self, event: ReloadEvent) {
         match event {
             ReloadEvent::FileComplete => self.file_is_complete().await,
+            ReloadEvent::IncludesChanged if self.lifecycle.is_draining() => {}
+            ReloadEvent::IncludesChanged => self.request_reload(None).await,
             ReloadEvent::WaitTimeout => self.reject_waiting(),
             // The process that serves after an upgrade reads the file, and a draining
             // process binds nothing.

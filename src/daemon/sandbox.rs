@@ -383,7 +383,8 @@ fn paths(config_path: &Path, pid_file: Option<&Path>, config: &Config) -> Paths 
     let named = config.named_files();
     let within = config.registries.iter().filter_map(|registry| registry.kubeconfig.as_deref());
     let within: Vec<PathBuf> = within.flat_map(files_of_kubeconfig).collect();
-    let read = named.iter().chain(&within).map(PathBuf::as_path).chain(files_of_sources(config));
+    let named = named.iter().chain(&config.includes.patterns).chain(&within);
+    let read = named.map(PathBuf::as_path).chain(files_of_sources(config));
     for file in read.chain([config_path]) {
         paths.read.extend(directories_of(file));
     }

@@ -9,7 +9,8 @@ use std::fs;
 use std::path::Path;
 
 /// Row of the table of bounds, folder or file below `src`, name of the constant.
-const BOUNDS: [(&str, &str, &str); 48] = [
+const BOUNDS: [(&str, &str, &str); 49] = [
+    ("files that a configuration includes", "config", "INCLUDED_FILES_MAX"),
     ("[process] connections_max", "config", "PROCESS_CONNECTIONS"),
     ("counts shared over an upgrade", "net", "CELLS_MAX"),
     ("processes that share counts", "net/cells.rs", "PROCESSES_MAX"),

@@ -33,6 +33,7 @@ mod heartbeats_flood;
 mod heartbeats_rejected;
 mod hostile;
 mod idle;
+mod includes;
 mod limits;
 mod logs;
 mod ordinary_user;

@@ -15,6 +15,7 @@ on_every_engine!(
     star_bind_is_ipv4_only_on_a_host_without_ipv6,
     bind_of_an_interface_gets_only_its_connections,
     options_of_a_bind_change_without_closing_it,
+    range_of_ports_leads_to_the_same_ports_of_a_backend,
 );
 
 /// A host with one Tidegate process, whose configuration file can be rewritten.
@@ -151,6 +152,45 @@ fn options_of_a_bind_change_without_closing_it(engine: Engine) {
     assert!(!queues.is_empty() && queues.iter().all(|queue| *queue == Some("7")), "{listeners}");
     assert_eq!(host.ask("127.0.0.1:8080").unwrap(), "a");
     assert_eq!(client::read_text(&open).unwrap(), "a", "the open connection continues");
+    host.proxy.rebaseline();
+}
+
+fn range_of_ports_leads_to_the_same_ports_of_a_backend(engine: Engine) {
+    if !networks_run() {
+        return;
+    }
+    let mut host = Host::new(engine, |_| {});
+    let ports = 21_000..=21_010_u16;
+    let _backends: Vec<ScriptedBackend> = host.namespace.run(|| {
+        let at = |port: u16| SocketAddr::from(([127, 0, 0, 2], port));
+        let start =
+            |port: u16| ScriptedBackend::start_on(at(port), backend::name(&port.to_string()));
+        ports.clone().map(start).collect()
+    });
+    let text = host.proxy.render(&host.proxy.conf());
+    let old = host.proxy.conf().pools[0].backends[0].address.clone();
+    let with = |binds: &str, backend: &str| {
+        let text = text.replace("127.0.0.1:8080", binds).replace(&old, backend);
+        host.proxy.rewrite_by_rename(&text);
+        let answer = host.proxy.admin_request("POST", "/v1/reload");
+        assert_eq!(answer.status, 200, "{}", answer.body);
+    };
+    with("127.0.0.1:21000-21010", "127.0.0.2");
+    let open = host.namespace.run(|| client::connect(([127, 0, 0, 1], 21_003).into()));
+    for port in ports.clone() {
+        assert_eq!(host.ask(&format!("127.0.0.1:{port}")).unwrap(), port.to_string());
+    }
+    let shown = host.proxy.admin_request("GET", "/v1/status").body;
+    assert!(shown.contains("\"address\":\"127.0.0.2\""), "{shown}");
+    with("127.0.0.1:21001-21009", "127.0.0.2:+1");
+    for port in 21_001..=21_009 {
+        assert_eq!(host.ask(&format!("127.0.0.1:{port}")).unwrap(), (port + 1).to_string());
+    }
+    assert_eq!(client::read_text(&open).unwrap(), "21003", "the open connection continues");
+    host.proxy.upgrade();
+    for port in 21_001..=21_009 {
+        assert_eq!(host.ask(&format!("127.0.0.1:{port}")).unwrap(), (port + 1).to_string());
+    }
     host.proxy.rebaseline();
 }
 

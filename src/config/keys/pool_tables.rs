@@ -425,6 +425,13 @@ pub(super) const BACKEND: &[ConfigKey] = &[
     ),
     key("backup", Flag, Value("false"), Reload, "Used only while no other backend is eligible."),
     key(
+        "enabled",
+        Flag,
+        Value("true"),
+        Reload,
+        "`false`: as if the file did not have this backend. Its keys are still checked.",
+    ),
+    key(
         "connections_max",
         CONNECTIONS,
         Value("0"),

@@ -293,6 +293,13 @@ const FRONTEND: &[ConfigKey] = &[
         "Pool for clients that match no route.",
     ),
     key(
+        "enabled",
+        Flag,
+        Value("true"),
+        Reload,
+        "`false`: as if the file did not have this frontend. Its keys are still checked.",
+    ),
+    key(
         "first_byte_timeout",
         TIME_OR_OFF,
         Value("\"off\""),

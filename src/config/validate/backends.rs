@@ -45,6 +45,12 @@ pub(super) fn read(pool: &Section<'_, '_>, pool_name: &str, may_be_empty: bool) 
     for section in sections {
         backend(section, pool_name, &mut seen, &mut read);
     }
+    let none = read.backends.is_empty() && read.named.is_empty();
+    if !may_be_empty && none && seen.disabled > 0 {
+        let message = format!("every backend of pool {} is disabled", shown(pool_name));
+        let help = "a pool needs a backend; to keep one out of rotation, drain it";
+        pool.report.error(pool.header.clone(), ValueError::new(message).help(help));
+    }
     let backups = read.backends.iter().map(|backend| backend.backup);
     let mut backups = backups.chain(read.named.iter().map(|named| named.backup)).peekable();
     // A source can announce primaries.
@@ -66,6 +72,8 @@ fn is_empty_array(pool: &Section<'_, '_>) -> bool {
 struct SeenBackends {
     names: HashMap<Arc<str>, Range<usize>>,
     addresses: HashMap<BackendPlace, Range<usize>>,
+    /// Number of backends with `enabled = false`.
+    disabled: usize,
 }
 
 fn backend(section: Section<'_, '_>, pool: &str, seen: &mut SeenBackends, read: &mut BackendsRead) {
@@ -76,11 +84,13 @@ fn backend(section: Section<'_, '_>, pool: &str, seen: &mut SeenBackends, read: 
     if address.is_absent() {
         section.missing("address", "\"IP:PORT\"");
     }
+    let enabled = section.boolean("enabled").or(true);
     let weight = section.integer("weight", 1..=WEIGHT_MAX).or(1);
     let backup = section.boolean("backup").or(false);
     let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX);
     section.report.limit("connections_max of this backend", &connections_max);
     let connections_max = connections_max.or(0);
+    seen.disabled += usize::from(!enabled);
     if let Field::Good(name) = &name {
         seen.name(&section, name);
     }
@@ -94,6 +104,7 @@ fn backend(section: Section<'_, '_>, pool: &str, seen: &mut SeenBackends, read: 
         // and never to NAME@IP:PORT, the name of a member of a named backend.
         let name = name.good().map_or_else(|| address.to_string().into(), Spanned::into_inner);
         match address {
+            _ if !enabled => {}
             BackendPlace::Address(address) => {
                 read.backends.push(BackendConfig {
                     name,

@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::binds::BindCount;
+use super::client_port;
 use super::frontend::FrontendRead;
 use super::globals::AdminRead;
 use super::pool::PoolRead;
@@ -32,6 +33,12 @@ pub(super) fn check(
     let taken = binds(report, frontends);
     admin_address(report, admin, &taken);
     loops(report, admin, pools, &taken);
+    // A socket on one interface gets no connection of this host to itself.
+    let everywhere = taken.by_interface.get(&None);
+    client_port::check(report, frontends, pools, |backend, address, place| {
+        let bind = everywhere.and_then(|taken| taken.reaches(address));
+        bind.inspect(|bind| loop_error(report, backend, bind, place)).is_some()
+    });
 }
 
 /// Reports unknown pools that frontends and routes name. Warns of unused pools.
@@ -178,23 +185,31 @@ fn loops(
         for (backend, place) in pool.model.backends.iter().zip(&pool.address_places) {
             let tcp = match &backend.address {
                 BackendAddr::Tcp(address) => taken.and_then(|taken| taken.reaches(*address)),
-                BackendAddr::Unix(_) => None,
+                BackendAddr::ClientPort(..) | BackendAddr::Unix(_) => None,
             };
             if let Some(bind) = tcp {
-                report.error_with(place.clone(), || {
-                    let (address, frontend) = (&backend.address, shown(bind.frontend));
-                    let first = report.place_name(&bind.place);
-                    ValueError::new(format!(
-                        "backend {address} is frontend {frontend} of this file, bound at {first}"
-                    ))
-                    .help("Tidegate would connect to itself; give the address of a service")
-                });
+                loop_error(report, &backend.address, bind, place);
             } else if is_admin(&backend.address, &admin.model.listen) {
                 let complaint = ValueError::new("this backend is the admin API of this process");
                 report.error(place.clone(), complaint);
             }
         }
     }
+}
+
+fn loop_error(
+    report: &ProblemCollector<'_>,
+    backend: &BackendAddr,
+    bind: &TakenBy<'_>,
+    place: &Range<usize>,
+) {
+    report.error_with(place.clone(), || {
+        let (frontend, first) = (shown(bind.frontend), report.place_name(&bind.place));
+        ValueError::new(format!(
+            "backend {backend} is frontend {frontend} of this file, bound at {first}"
+        ))
+        .help("Tidegate would connect to itself; give the address of a service")
+    });
 }
 
 fn is_admin(backend: &BackendAddr, admin: &AdminListen) -> bool {

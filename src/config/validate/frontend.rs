@@ -15,6 +15,7 @@ use super::binds::{self, BindCount};
 use super::{CONNECTIONS_MAX, routes, sources};
 use crate::NamedFiles;
 use crate::address;
+use crate::defaults::Defaults;
 use crate::file::{Field, NamedSection, Section};
 use crate::value::{self, STALLED, TIME, USER_TIMEOUT, ValueError};
 use tidegate_core::model::{Bind, FrontendConfig, show_duration};
@@ -28,6 +29,8 @@ const USER_TIMEOUT_DEFAULT: Duration = Duration::from_secs(120);
 /// A frontend with the places that checks across sections point at.
 pub(super) struct FrontendRead {
     pub(super) model: FrontendConfig,
+    /// Whether the frontend is a part of the configuration.
+    pub(super) enabled: bool,
     /// As many as `model.binds`.
     pub(super) bind_places: Vec<Range<usize>>,
     /// Place of `pool`, if the key is given.
@@ -36,12 +39,15 @@ pub(super) struct FrontendRead {
     pub(super) route_pools: Vec<(Arc<str>, Range<usize>)>,
 }
 
-pub(super) fn read(
-    named: NamedSection<'_, '_>,
+pub(super) fn read<'r, 'a>(
+    named: NamedSection<'r, 'a>,
+    defaults: &'r Defaults<'r, 'a>,
     files: NamedFiles<'_>,
     count: &mut BindCount,
 ) -> FrontendRead {
     let NamedSection { name, section, .. } = named;
+    let section = section.with_defaults(&defaults.frontend);
+    let enabled = section.boolean("enabled").or(true);
     let before = section.report.errors();
     let (binds, bind_places): (Vec<Bind>, _) = binds::read(&section, count).into_iter().unzip();
     let all_binds = if section.report.errors() == before { &binds[..] } else { &[] };
@@ -77,7 +83,12 @@ pub(super) fn read(
     };
     warn_of_timers(&section, &model);
     section.finish();
-    FrontendRead { model, bind_places, pool: pool_place, route_pools }
+    let mut read = FrontendRead { model, enabled, bind_places, pool: pool_place, route_pools };
+    if !enabled {
+        // It binds nothing, so its addresses clash with no others.
+        (read.model.binds, read.bind_places) = (Vec::new(), Vec::new());
+    }
+    read
 }
 
 /// Reads an address to listen on, or a list of addresses.
@@ -164,7 +175,7 @@ fn nothing(key: &str) -> &'static str {
 /// `keepalive`, the kernel ends an idle session after one lost keepalive probe instead of
 /// several (tcp(7), `TCP_USER_TIMEOUT`).
 fn warn_of_timers(section: &Section<'_, '_>, model: &FrontendConfig) {
-    let warn = |key: &str, message: String| {
+    let warn = |key: &'static str, message: String| {
         if let Some(place) = section.value_place(key) {
             section.report.warning(place, ValueError::new(message));
         }

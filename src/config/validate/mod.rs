@@ -6,6 +6,7 @@
 
 mod backends;
 mod binds;
+mod client_port;
 mod cross;
 mod discover;
 mod dns;
@@ -34,12 +35,13 @@ pub use registry::REGISTRIES_MAX;
 pub use routes::ROUTES_MAX;
 
 use super::NamedFiles;
+use super::defaults::Defaults;
 use super::diagnose::ProblemCollector;
 use super::file::Section;
 use super::value::ValueError;
 use binds::BindCount;
 use discover::KnownRegistries;
-use tidegate_core::model::Config;
+use tidegate_core::model::{Config, Includes};
 
 /// Most frontends. Each costs a listener per bind and worker.
 pub const FRONTENDS_MAX: usize = 4_096;
@@ -68,14 +70,17 @@ pub(super) fn config<'a>(
     report: &ProblemCollector<'_>,
 ) -> Config {
     let top = Section::new(report, document, "the file".to_owned(), 0..0);
+    // `include` has read it.
+    let _ = top.node("include");
     let process = globals::process(&top);
     let admin = globals::admin(&top);
     let log = globals::log(&top);
+    let defaults = Defaults::read(&top);
     let mut bind_count = BindCount::default();
     let frontends: Vec<_> = top
         .named_tables("frontend")
         .into_iter()
-        .map(|named| frontend::read(named, files, &mut bind_count))
+        .map(|named| frontend::read(named, &defaults, files, &mut bind_count))
         .collect();
     let registries: Vec<_> = top
         .named_tables("registry")
@@ -83,12 +88,17 @@ pub(super) fn config<'a>(
         .map(|named| registry::read(named, files))
         .collect();
     let known = KnownRegistries { list: &registries, all: top.has_all_named_tables("registry") };
-    let pools: Vec<_> =
-        top.named_tables("pool").into_iter().map(|named| pool::read(named, known, files)).collect();
+    let pools: Vec<_> = top
+        .named_tables("pool")
+        .into_iter()
+        .map(|named| pool::read(named, &defaults, known, files))
+        .collect();
+    defaults.finish(report);
     registry::check(report, &registries, pools.iter().filter_map(|pool| pool.registry.as_deref()));
     let dns = dns::read(&top);
     let heartbeat = heartbeat::read(&top, files);
-    require_something(&top, document, frontends.len(), pools.len());
+    let enabled = frontends.iter().filter(|frontend| frontend.enabled).count();
+    require_something(&top, document, (frontends.len(), enabled), pools.len());
     let all_pools = top.has_all_named_tables("pool");
     cross::check(report, &admin, (&frontends, bind_count), &pools, all_pools);
     heartbeat::check(report, heartbeat.as_ref(), &pools);
@@ -98,18 +108,23 @@ pub(super) fn config<'a>(
         process,
         admin: admin.model,
         log,
-        frontends: frontends.into_iter().map(|frontend| frontend.model).collect(),
+        frontends: frontends
+            .into_iter()
+            .filter(|frontend| frontend.enabled)
+            .map(|frontend| frontend.model)
+            .collect(),
         pools: pools.into_iter().map(|pool| Arc::new(pool.model)).collect(),
         heartbeat: heartbeat.map(|heartbeat| heartbeat.model),
         registries: registries.into_iter().map(|registry| registry.model).collect(),
         dns,
+        includes: Includes::default(),
     }
 }
 
 fn require_something(
     top: &Section<'_, '_>,
     document: &DeTable<'_>,
-    frontends: usize,
+    (frontends, enabled): (usize, usize),
     pools: usize,
 ) {
     let say = |message: &str, help: &str| {
@@ -124,6 +139,9 @@ fn require_something(
     let absent = |key: &'static str| {
         top.key_place(key).is_none_or(|_| is_empty_table(document, key)) && !top.misspells(key)
     };
+    if frontends > 0 && enabled == 0 {
+        say("every frontend is disabled", "remove enabled = false from a [frontend.NAME]");
+    }
     if frontends == 0 && absent("frontend") {
         say("there is no frontend", "add [frontend.NAME] with bind and pool");
     }

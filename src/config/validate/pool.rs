@@ -12,6 +12,7 @@ use toml::de::DeValue;
 use super::backends::{self, BackendsRead};
 use super::discover::{self, KnownRegistries};
 use super::{POOL_SOURCES_MAX, frontend, heartbeat, probe};
+use crate::defaults::Defaults;
 use crate::file::{Field, NamedSection, Section};
 use crate::value::{self, SLOW_FIRST_BYTE, SLOW_START, TIME, ValueError, shown};
 use crate::{NamedFiles, Spot, address};
@@ -52,12 +53,14 @@ pub(super) struct PoolRead {
     pub(super) registry: Option<Arc<str>>,
 }
 
-pub(super) fn read(
-    named: NamedSection<'_, '_>,
+pub(super) fn read<'r, 'a>(
+    named: NamedSection<'r, 'a>,
+    defaults: &'r Defaults<'r, 'a>,
     registries: KnownRegistries<'_>,
     files: NamedFiles<'_>,
 ) -> PoolRead {
     let NamedSection { name, place, section } = named;
+    let section = section.with_defaults(&defaults.pool);
     let balance = section.choice("balance").or(Policy::WeightedRoundRobin);
     let slots = hash_slots(&section, balance);
     let connect_timeout = section.duration("connect_timeout", "5s", TIME);
@@ -91,7 +94,7 @@ pub(super) fn read(
         when_none_eligible: section.choice("when_none_eligible").or(WhenNoneEligible::Refuse),
         startup_grace: section.duration("startup_grace", "5s", TIME).or(STARTUP_GRACE),
         on_removal: section.text("on_removal", "a string", value::on_removal).or(OnRemoval::Keep),
-        probe: probe::read(&section, name, source, files).map(Arc::new),
+        probe: probe::read(&section, &defaults.probe, name, source, files).map(Arc::new),
         ejection: ejection(&section, name),
         heartbeat: heartbeat.map(Arc::new),
         slow_start: section.timer("slow_start", "10s", SLOW_START).or(None),
@@ -193,7 +196,9 @@ fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &PoolConfig) {
     }
     for v4 in [true, false] {
         let is_of = |backend: &BackendConfig| match backend.address {
-            BackendAddr::Tcp(address) => address.is_ipv4() == v4,
+            BackendAddr::Tcp(address) | BackendAddr::ClientPort(address, _) => {
+                address.is_ipv4() == v4
+            }
             BackendAddr::Unix(_) => false,
         };
         let source = model.source.iter().find(|source| source.ip().is_ipv4() == v4);

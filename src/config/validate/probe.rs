@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::NamedFiles;
+use crate::defaults::SectionDefaults;
 use crate::file::{Field, Section};
 use crate::value::{self, TIME, ValueError};
 use http::HttpKeys;
@@ -67,14 +68,15 @@ const OWNED: &[(&str, &[ProbeKindKey])] = &[
     ("status", &[ProbeKindKey::Http]),
 ];
 
-pub(super) fn read(
-    pool: &Section<'_, '_>,
+pub(super) fn read<'r, 'a>(
+    pool: &Section<'r, 'a>,
+    defaults: &'r SectionDefaults<'r, 'a>,
     name: &str,
     source: Arc<[SourceAddr]>,
     files: NamedFiles<'_>,
 ) -> Option<ProbeSpec> {
     let label = format!("[pool.{}.probe]", value::cut(name));
-    let section = pool.table("probe", label)?;
+    let section = pool.table("probe", label)?.with_defaults(defaults);
     let kind = section.choice("kind");
     let keys = KindKeys {
         send: answer::send(&section),
@@ -105,6 +107,9 @@ pub(super) fn read(
 
 fn refuse_foreign_keys(section: &Section<'_, '_>, kind: ProbeKindKey) {
     for (key, owners) in OWNED {
+        if !owners.contains(&kind) {
+            section.ignore_default(key);
+        }
         if !owners.contains(&kind)
             && let Some(place) = section.key_place(key)
         {

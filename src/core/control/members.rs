@@ -348,7 +348,8 @@ impl ControlState {
     pub(super) fn is_own(&self, address: &BackendAddr) -> bool {
         match address {
             BackendAddr::Tcp(address) => self.frontends.listens_at(*address),
-            BackendAddr::Unix(_) => false,
+            // The configuration is checked for loops of these.
+            BackendAddr::ClientPort(..) | BackendAddr::Unix(_) => false,
         }
     }
 

@@ -153,8 +153,5 @@ fn added(sessions: u32, shared: bool) -> u32 {
 
 /// Parses an address as spelled in the file.
 pub(super) fn address_of(text: &str) -> Option<BackendAddr> {
-    match text.strip_prefix("unix:") {
-        Some(path) => Some(BackendAddr::Unix(path.into())),
-        None => text.parse().ok().map(BackendAddr::Tcp),
-    }
+    text.parse().ok()
 }

@@ -164,7 +164,7 @@ impl PortWatch {
 
 /// Whether connections to the backend need a local port.
 pub fn has_ports(backend: &BackendState) -> bool {
-    matches!(backend.address, BackendAddr::Tcp(_))
+    !matches!(backend.address, BackendAddr::Unix(_))
 }
 
 /// Returns the warning as text, for `status`.
@@ -228,7 +228,9 @@ fn ports_in_time_wait(backend: &BackendState, source: &CountedSource) -> u64 {
 fn reuses(backend: &BackendState, reuse: Reuse) -> bool {
     match (&backend.address, reuse) {
         (_, Reuse::Always) => true,
-        (BackendAddr::Tcp(to), Reuse::Loopback) => to.ip().is_loopback(),
+        (BackendAddr::Tcp(to) | BackendAddr::ClientPort(to, _), Reuse::Loopback) => {
+            to.ip().is_loopback()
+        }
         _ => false,
     }
 }

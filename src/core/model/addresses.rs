@@ -32,6 +32,9 @@ pub struct SourceAddr(IpAddr);
 pub enum BackendAddr {
     /// IPv4 or IPv6.
     Tcp(SocketAddr),
+    /// An IPv4 or IPv6 address without a port (the port here is 0), and what is added to the
+    /// port that the client connected to.
+    ClientPort(SocketAddr, i32),
     /// A Unix stream socket.
     Unix(PathBuf),
 }
@@ -130,10 +133,53 @@ impl fmt::Display for SourceAddr {
 
 // === impl BackendAddr ===
 
+impl BackendAddr {
+    /// Returns the address for connect(2), for a client that connected to `port`. `None`: a
+    /// Unix socket, or the offset leads to no port.
+    pub fn tcp(&self, port: u16) -> Option<SocketAddr> {
+        match self {
+            BackendAddr::Tcp(address) => Some(*address),
+            BackendAddr::ClientPort(address, offset) => {
+                let port = u16::try_from(i32::from(port) + offset).ok().filter(|port| *port > 0)?;
+                let mut address = *address;
+                address.set_port(port);
+                Some(address)
+            }
+            BackendAddr::Unix(_) => None,
+        }
+    }
+}
+
+/// Parses the printed form.
+impl FromStr for BackendAddr {
+    type Err = AddrParseError;
+
+    fn from_str(text: &str) -> Result<BackendAddr, AddrParseError> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            return Ok(BackendAddr::Unix(path.into()));
+        }
+        let complete = text.parse().map(BackendAddr::Tcp);
+        let offset = text.rsplit_once(':').filter(|(_, offset)| offset.starts_with(['+', '-']));
+        let (host, offset) = match offset.map(|(host, offset)| (host, offset.parse())) {
+            Some((host, Ok(offset))) => (host, offset),
+            Some((_, Err(_))) => return complete,
+            None => (text, 0),
+        };
+        complete.or_else(|_| {
+            format!("{host}:0").parse().map(|address| BackendAddr::ClientPort(address, offset))
+        })
+    }
+}
+
 impl fmt::Display for BackendAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             BackendAddr::Tcp(address) => address.fmt(f),
+            BackendAddr::ClientPort(address, offset) => {
+                let text = address.to_string();
+                f.write_str(text.strip_suffix(":0").unwrap_or(&text))?;
+                if *offset == 0 { Ok(()) } else { write!(f, ":{offset:+}") }
+            }
             BackendAddr::Unix(path) => write!(f, "unix:{}", path.display()),
         }
     }
@@ -223,6 +269,28 @@ mod tests {
             let key: BindKey = text.parse().unwrap();
             assert_eq!(key.to_string(), text);
             assert_ne!(key, BindKey::tcp(key.socket_addr()));
+        }
+    }
+
+    #[test]
+    fn backend_address_is_read_as_printed() {
+        for text in [
+            "10.0.0.7",
+            "10.0.0.7:80",
+            "10.0.0.7:+1000",
+            "10.0.0.7:-1",
+            "[fe80::1%3]",
+            "[::1]:+7",
+            "unix:@a",
+        ] {
+            let address: BackendAddr = text.parse().unwrap();
+            assert_eq!(address.to_string(), text);
+        }
+        let port = |text: &str, port| text.parse::<BackendAddr>().unwrap().tcp(port);
+        assert_eq!(port("10.0.0.7:+1000", 80), Some(([10, 0, 0, 7], 1080).into()));
+        assert_eq!(port("10.0.0.7", 80), Some(([10, 0, 0, 7], 80).into()));
+        for (text, local) in [("10.0.0.7:+1", u16::MAX), ("10.0.0.7:-80", 80), ("unix:@a", 80)] {
+            assert_eq!(port(text, local), None);
         }
     }
 

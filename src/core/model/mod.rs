@@ -69,6 +69,18 @@ pub struct Config {
     pub registries: Vec<Arc<RegistryConfig>>,
     /// Name resolution.
     pub dns: DnsConfig,
+    /// The other files that it was read from.
+    #[serde(skip)]
+    pub includes: Includes,
+}
+
+/// Files that the main file includes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Includes {
+    /// Paths that can have `*` in their last part.
+    pub patterns: Vec<PathBuf>,
+    /// The files that they matched, in the order in which they were read.
+    pub files: Vec<PathBuf>,
 }
 
 /// `[heartbeat]`: where heartbeats are received, and the keys that are accepted. A
@@ -450,6 +462,8 @@ impl Config {
         let probes = self.pools.iter().filter_map(|pool| pool.probe.as_ref());
         let trusted = probes.filter_map(|spec| spec.target.trusted_file());
         let all = token.chain(keys.map(|key| &key.file)).chain(lists);
+        // First, because only some of the files are watched for writers.
+        let all = self.includes.files.iter().chain(all);
         all.chain(registries).chain(urls).chain(trusted).cloned().collect()
     }
 }

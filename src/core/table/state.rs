@@ -163,7 +163,7 @@ impl BackendState {
     /// Sets the source addresses of new connections; see [`SourceAddrs::new`].
     pub fn start_from(&self, sources: &[SourceAddr], workers: usize) {
         let to = match &self.address {
-            BackendAddr::Tcp(to) => Some(*to),
+            BackendAddr::Tcp(to) | BackendAddr::ClientPort(to, _) => Some(*to),
             BackendAddr::Unix(_) => None,
         };
         let before = self.source_addrs.load();

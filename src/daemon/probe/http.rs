@@ -73,7 +73,7 @@ fn request(probe: &HttpProbe, to: &BackendAddr) -> String {
 
 fn default_host(to: &BackendAddr) -> String {
     match to {
-        BackendAddr::Tcp(address) => address.to_string(),
+        BackendAddr::Tcp(_) | BackendAddr::ClientPort(..) => to.to_string(),
         BackendAddr::Unix(_) => "localhost".to_owned(),
     }
 }

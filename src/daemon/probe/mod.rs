@@ -130,7 +130,7 @@ async fn connect_and_exchange(
     let reset = spec.kind == ProbeKind::Tcp && target.tls.is_none();
     let to = destination(address, target);
     match &to {
-        BackendAddr::Tcp(socket) => {
+        BackendAddr::Tcp(socket) | BackendAddr::ClientPort(socket, _) => {
             let stream = sources::connect((&target.source, turn), *socket, reset).await?;
             exchange_over(stream, spec, &to, configs, stage).await
         }
@@ -144,7 +144,8 @@ async fn connect_and_exchange(
 /// Where the probe of a backend connects.
 fn destination(backend: &BackendAddr, target: &ProbeTarget) -> BackendAddr {
     match backend {
-        BackendAddr::Tcp(own) => {
+        // The reader of the configuration rejects probes of `ClientPort` without a port.
+        BackendAddr::Tcp(own) | BackendAddr::ClientPort(own, _) => {
             let ip = target.address.unwrap_or(own.ip());
             BackendAddr::Tcp(SocketAddr::new(ip, target.port.unwrap_or(own.port())))
         }

@@ -63,7 +63,9 @@ fn server_name(tls: &ProbeTls, backend: &BackendAddr) -> Result<ServerName<'stat
     match (&tls.name, backend) {
         (Some(name), _) => ServerName::try_from(name.clone())
             .map_err(|_| local(format!("{name:?} is no name of a TLS server"))),
-        (None, BackendAddr::Tcp(address)) => Ok(ServerName::IpAddress(address.ip().into())),
+        (None, BackendAddr::Tcp(address) | BackendAddr::ClientPort(address, _)) => {
+            Ok(ServerName::IpAddress(address.ip().into()))
+        }
         (None, BackendAddr::Unix(_)) => ServerName::try_from("localhost")
             .map_err(|_| local("localhost is no name of a TLS server".to_owned())),
     }

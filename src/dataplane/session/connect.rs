@@ -132,7 +132,7 @@ impl Session {
 
     async fn attempt(&self, slot: &mut BackendSlot) -> Result<(), AttemptFailure> {
         let deadline = slot.since + self.pool().spec.connect_timeout;
-        let ((upstream, progress), source) = start(self.ctx(), &slot.backend)
+        let ((upstream, progress), source) = start(self.ctx(), &slot.backend, self.local_port)
             .map_err(|e| classify_failure(&e, local_errors::local_error_now(&e)))?;
         slot.source = source;
         if progress == Connecting::Done {
@@ -204,13 +204,16 @@ impl Session {
 type StartedConnect = ((OwnedFd, Connecting), Option<Arc<CountedSource>>);
 
 /// Starts a connect from the next source address (round robin) that has a free port.
-fn start(ctx: &WorkerContext, backend: &BackendState) -> io::Result<StartedConnect> {
-    let peer = match &backend.address {
-        BackendAddr::Tcp(address) => ConnectTarget::Tcp(*address),
-        BackendAddr::Unix(path) => return Ok((stream::connect(ConnectTarget::Unix(path))?, None)),
-    };
-    let now = clock::millis(clock::now());
+///
+/// `port`: the port that the client connected to.
+fn start(ctx: &WorkerContext, backend: &BackendState, port: u16) -> io::Result<StartedConnect> {
+    if let BackendAddr::Unix(path) = &backend.address {
+        return Ok((stream::connect(ConnectTarget::Unix(path))?, None));
+    }
     let mut ended = io::Error::from_raw_os_error(libc::EADDRNOTAVAIL);
+    // The reader of the configuration rejects offsets that lead to no port.
+    let Some(peer) = backend.address.tcp(port).map(ConnectTarget::Tcp) else { return Err(ended) };
+    let now = clock::millis(clock::now());
     for source in backend.source_addrs.load().round_robin(now) {
         match stream::connect_checking_result(source.source().map(SourceAddr::ip), peer) {
             Err(error) if local_errors::local_error_kind(&error) == Some(LocalErrorKind::Ports) => {

@@ -53,6 +53,8 @@ pub(crate) struct Session {
     started: Instant,
     number: u64,
     client: ClientAddr,
+    /// The port that the client connected to.
+    local_port: u16,
     /// The table that routed the session.
     table: TableNumbers,
     route: Arc<FrontendRoute>,
@@ -98,7 +100,7 @@ pub(crate) fn start(
     let ctx = Rc::clone(&permit.ctx);
     ctx.admitting.set(true);
     let facts = ConnectionFacts { client: ClientAddr::of_peer(peer), local };
-    let mut session = Session::new(permit, route, table, socket, facts.client);
+    let mut session = Session::new(permit, route, table, socket, &facts);
     session.log_accepted();
     ctx.faults.pass(FaultPoint::Listener);
     let admitted = session.permit.admit_source(&route.spec, session.client);
@@ -149,7 +151,7 @@ impl Session {
         route: &Arc<FrontendRoute>,
         table: TableNumbers,
         socket: OwnedFd,
-        client: ClientAddr,
+        facts: &ConnectionFacts,
     ) -> Session {
         let ctx = &permit.ctx;
         ctx.counters.accepted.add(1);
@@ -157,7 +159,8 @@ impl Session {
         Session {
             started: clock::now(),
             number: ctx.next_session(),
-            client,
+            client: facts.client,
+            local_port: facts.local.port(),
             table,
             route: Arc::clone(route),
             backend: None,
