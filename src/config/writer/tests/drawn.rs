@@ -127,6 +127,7 @@ fn frontend(number_of_it: usize) -> Drawn {
         "{ address = \"192.0.2.1:N1\", freebind = true }",
         "[\"[::]:N1\", \"127.0.0.1:N2\", \"127.0.0.1:N1\", \"*:N3\"]",
         "[{ address = \"*:N1\" }, { address = \"[fe80::1%3]:N2\", freebind = true }]",
+        "{ address = \"*:N1-N5\", interface = \"eth0\", backlog = 7, mark = 4294967295, dscp = 63 }",
     ]);
     let keys = keys(vec![
         ("first_byte_timeout", timer(1, 30 * DAY)),
@@ -136,6 +137,8 @@ fn frontend(number_of_it: usize) -> Drawn {
         ("keepalive", quoted(&["off", "1s", "1m", "32767s"])),
         ("user_timeout", timer(1, 24 * DAY)),
         ("connections_max", number(COUNT)),
+        // The model has no disabled parts, so nothing writes `false`.
+        ("enabled", one_of(&["true"])),
     ]);
     let sources = prop::option::of(sources());
     let routes = prop::sample::subsequence(&ROUTES[..], 0..=ROUTES.len());
@@ -241,6 +244,7 @@ fn backend() -> Drawn {
         ("weight", number(1..=1000)),
         ("backup", flag()),
         ("connections_max", number(COUNT)),
+        ("enabled", one_of(&["true"])),
     ]);
     let address = one_of(&[
         "192.0.2.N:80",
