@@ -22,7 +22,7 @@ const LONGER_FILES: [(&str, usize); 0] = [];
 
 /// The members and their floors. A member depends on members of lower floors alone;
 /// Cargo forbids circles, this list says which way is up.
-const FLOORS: [(&str, u8); 13] = [
+const FLOORS: [(&str, u8); 14] = [
     ("net", 0),
     ("logging", 0),
     ("heartbeat", 1),
@@ -34,6 +34,7 @@ const FLOORS: [(&str, u8); 13] = [
     ("discovery", 3),
     ("daemon", 4),
     ("client", 4),
+    ("import", 4),
     ("lab", 5),
     ("cli", 6),
 ];

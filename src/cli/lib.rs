@@ -7,6 +7,7 @@ pub mod check;
 pub mod drain;
 pub mod explain;
 pub mod heartbeat;
+pub mod import;
 pub mod ready;
 pub mod register;
 pub mod reload;
@@ -68,6 +69,9 @@ pub enum Command {
         after_help = "Example:\n  tidegate check /etc/tidegate/tidegate.toml"
     )]
     Check(CheckArgs),
+    /// Translate a configuration of another balancer.
+    #[command(after_help = import::HELP)]
+    Import(import::ImportArgs),
     /// Demonstrate failover, reload and upgrade with built-in backends.
     #[command(after_help = "Example:\n  tidegate demo --backends 4 --play 5m")]
     Demo(DemoArgs),
@@ -214,6 +218,7 @@ fn dispatch(command: Command) -> Exit {
     match command {
         Command::Run(args) => run::main(args),
         Command::Check(args) => check::main(&args),
+        Command::Import(args) => import::main(&args),
         Command::Demo(args) => tidegate_lab::cli::demo::main(args),
         Command::Ready(args) => ready::main(&args),
         Command::Reload(args) => reload::main(&args),
@@ -305,6 +310,8 @@ mod tests {
             "status --config f",
             "check --config f",
             "check f",
+            "import haproxy.cfg",
+            "import f --from haproxy -o t --report json --env A=1 --env B= --strict --force",
             "demo",
             "demo --backends 5 --for 1m",
             "demo --for 5s --play 10m",
@@ -348,6 +355,9 @@ mod tests {
             "status --admin unix:",
             "status --admin 127.0.0.1",
             "status --admin 127.0.0.1:0",
+            "import",
+            "import f --from squid",
+            "import f --env A",
             "demo --for 0s",
             "demo --for soon",
             "demo --backends 0",
