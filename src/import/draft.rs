@@ -43,6 +43,8 @@ pub(crate) struct DraftFrontend {
     pub(crate) sources: DraftKeys,
     /// Binds that read a PROXY header.
     pub(crate) accept_proxy: Vec<SourceLine>,
+    /// TOML list of the clients that send a PROXY header; empty: none.
+    pub(crate) proxy: String,
     pub(crate) routes: Vec<DraftRoute>,
 }
 

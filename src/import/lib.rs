@@ -12,6 +12,8 @@ mod available;
 mod draft;
 mod haproxy;
 mod report;
+#[cfg(test)]
+mod tests;
 mod times;
 mod write;
 

@@ -69,7 +69,7 @@ pub struct ReportRow {
     pub lines: usize,
     /// The verdict.
     pub verdict: LineVerdict,
-    /// The directive, what became of it, and why.
+    /// The directive, its result, and the reason.
     pub text: String,
     /// True if the line decides which clients or backends are served, and that is lost.
     pub lost: bool,

@@ -75,17 +75,19 @@ fn remove(
             gone_tables.insert(table);
         }
     }
-    let mut number = 0;
+    let (mut number, mut gone) = (0, BTreeSet::new());
     lines.retain(|line| {
         number += 1;
         let goes = gone_lines.contains(&(number - 1)) || gone_tables.contains(&line.table);
         if goes {
-            for at in &line.at {
-                report.lose(*at, LineVerdict::NotPossible, "a part that it needs is left out");
-            }
+            gone.extend(line.at.iter().copied());
         }
         !goes
     });
+    let used: BTreeSet<SourceLine> = lines.iter().flat_map(|line| &line.at).copied().collect();
+    for at in gone.difference(&used) {
+        report.note(*at, LineVerdict::Dropped, "the part that needs it is left out");
+    }
 }
 
 fn joined(lines: &[OutLine]) -> String {
@@ -130,6 +132,11 @@ impl Output<'_> {
         self.line(table, true, &frontend.at, format!("pool = {}", quoted(&frontend.pool)));
         self.keys(table, &frontend.keys, &frontend.at);
         self.keys_table(&format!("[{path}.sources]"), &frontend.sources, Some(table), &frontend.at);
+        if !frontend.proxy.is_empty() {
+            let at = &frontend.accept_proxy;
+            let part = self.table(&format!("[{path}.proxy_protocol]"), Some(table), at);
+            self.line(part, true, at, format!("from = {}", frontend.proxy));
+        }
         for route in &frontend.routes {
             let at = route.at.clone();
             let part = self.table(&format!("[[{path}.route]]"), Some(table), &at);

@@ -8,10 +8,7 @@ use crate::draft::{DraftFrontend, quoted};
 use crate::report::LineVerdict::{
     self, Approximated, Dropped, NotPossible, NotUnderstood, Translated, WithoutEffect,
 };
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-
-/// Most ports of one range.
-const RANGE_MAX: u16 = 8_192;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Parameters without argument: verdict and reason.
 const FLAGS: &[(&str, LineVerdict, &str)] = &[
@@ -20,7 +17,6 @@ const FLAGS: &[(&str, LineVerdict, &str)] = &[
     ("v6only", Translated, ""),
     ("v4v6", Translated, ""),
     ("expose-fd", WithoutEffect, ""),
-    ("ssl", NotPossible, "Tidegate does not decrypt TLS"),
     ("accept-netscaler-cip", NotPossible, "Tidegate does not read this header"),
     ("generate-certificates", WithoutEffect, ""),
     ("strict-sni", WithoutEffect, ""),
@@ -30,7 +26,6 @@ const FLAGS: &[(&str, LineVerdict, &str)] = &[
 
 /// Parameters with an argument: verdict and reason.
 const WITH_ARGUMENT: &[(&str, LineVerdict, &str)] = &[
-    ("backlog", Dropped, "Tidegate chooses the length of the listen queue"),
     ("mss", Dropped, "it has no counterpart"),
     ("tcp-ut", Dropped, "see user_timeout"),
     ("nice", Dropped, "it tunes HAProxy"),
@@ -49,7 +44,6 @@ const WITH_ARGUMENT: &[(&str, LineVerdict, &str)] = &[
     ("level", WithoutEffect, ""),
     ("severity-output", WithoutEffect, ""),
     ("maxconn", Approximated, "connections_max is for all binds of a frontend: not written"),
-    ("interface", NotPossible, "choose an address of the interface"),
     ("namespace", NotPossible, "Tidegate uses one network namespace"),
     ("crt", WithoutEffect, ""),
     ("crt-list", WithoutEffect, ""),
@@ -72,26 +66,32 @@ const WITH_ARGUMENT: &[(&str, LineVerdict, &str)] = &[
 #[derive(Default)]
 struct BindParameters {
     v6only: bool,
-    freebind: bool,
-    accept_proxy: bool,
+    /// Keys of the table of a bind.
+    keys: Vec<String>,
+    /// Tidegate would not understand the clients.
+    impossible: bool,
 }
 
 impl Translator<'_> {
-    /// Adds the addresses of a line to the frontend. Returns the ports.
-    pub(super) fn bind(&mut self, line: &Directive, frontend: &mut DraftFrontend) -> Vec<u16> {
+    /// Adds the addresses of a line to the frontend. Returns the ports: `None` for a range.
+    pub(super) fn bind(
+        &mut self,
+        line: &Directive,
+        frontend: &mut DraftFrontend,
+    ) -> Vec<Option<u16>> {
         let parameters = self.bind_parameters(line, frontend);
         let mut ports = Vec::new();
         if line.words.len() < 2 {
             self.report.note(line.at, NotUnderstood, "it has no address");
         }
-        for text in line.word(1).split(',').filter(|_| line.words.len() > 1) {
-            match bind_addresses(text, parameters.v6only) {
-                Ok(addresses) => {
-                    for (address, port) in addresses {
-                        frontend.binds.push((written(&address, &parameters), line.at));
-                        ports.push(port);
-                    }
-                    self.report.note(line.at, Translated, "bind");
+        let wanted = line.words.len() > 1 && !parameters.impossible;
+        for text in line.word(1).split(',').filter(|_| wanted) {
+            match bind_address(text, parameters.v6only) {
+                Ok((address, port)) => {
+                    let bind = written(&address, &parameters.keys);
+                    self.report.note(line.at, Translated, format!("bind = {bind}"));
+                    frontend.binds.push((bind, line.at));
+                    ports.push(port);
                 }
                 Err(why) => self.report.lose(line.at, NotPossible, why),
             }
@@ -111,22 +111,36 @@ impl Translator<'_> {
                 "transparent" => {
                     let why = "freebind = true: it listens before an interface has the address";
                     self.report.note(line.at, Approximated, why);
-                    parameters.freebind = true;
+                    parameters.keys.push("freebind = true".to_owned());
                 }
                 "accept-proxy" if self.can.proxy_in => {
-                    parameters.accept_proxy = true;
-                    let why = "every client can send a PROXY header, as in HAProxy; narrow \
-                               proxy_protocol.from to the balancers in front";
+                    parameters.keys.push("proxy_protocol = true".to_owned());
+                    let why = "proxy_protocol.from is every address, as in HAProxy; narrow it to \
+                               the balancers in front";
                     self.report.note(line.at, Approximated, why);
                     frontend.accept_proxy.push(line.at);
                 }
                 "accept-proxy" => {
-                    let why = "Tidegate reads no PROXY header";
-                    self.report.lose(line.at, NotPossible, why);
+                    self.report.lose(line.at, NotPossible, "Tidegate reads no PROXY header");
+                    parameters.impossible = true;
                 }
+                "ssl" => {
+                    self.report.lose(line.at, NotPossible, "Tidegate does not decrypt TLS");
+                    parameters.impossible = true;
+                }
+                "interface" => {
+                    let name = words.next().cloned().unwrap_or_default();
+                    parameters.keys.push(format!("interface = {}", quoted(&name)));
+                }
+                "backlog" => match words.next().map(|length| length.parse::<u64>()) {
+                    Some(Ok(length)) => {
+                        parameters.keys.push(format!("backlog = {}", length.clamp(1, 65_535)));
+                    }
+                    _ => self.report.note(line.at, NotUnderstood, "backlog is not a number"),
+                },
+                "v6only" => parameters.v6only = true,
                 word => self.bind_parameter(line, word, &mut words),
             }
-            parameters.v6only |= word == "v6only";
         }
         parameters
     }
@@ -157,29 +171,22 @@ impl Translator<'_> {
     }
 }
 
-fn written(address: &str, parameters: &BindParameters) -> String {
-    let mut table = format!("address = {}", quoted(address));
-    if parameters.freebind {
-        table.push_str(", freebind = true");
-    }
-    if parameters.accept_proxy {
-        table.push_str(", proxy_protocol = true");
-    }
-    match parameters.freebind || parameters.accept_proxy {
-        true => format!("{{ {table} }}"),
-        false => quoted(address),
+fn written(address: &str, keys: &[String]) -> String {
+    match keys {
+        [] => quoted(address),
+        keys => format!("{{ address = {}, {} }}", quoted(address), keys.join(", ")),
     }
 }
 
-/// Translates `[ADDRESS]:PORT[-PORT]` to Tidegate's form, with the port.
+/// Translates `[ADDRESS]:PORT[-PORT]` to Tidegate's form. Also returns the port, if it is one.
 ///
 /// # Errors
 /// What Tidegate cannot listen on.
-fn bind_addresses(text: &str, v6only: bool) -> Result<Vec<(String, u16)>, String> {
+fn bind_address(text: &str, v6only: bool) -> Result<(String, Option<u16>), String> {
     if text.starts_with('/') || text.starts_with("unix@") || text.starts_with("abns@") {
         return Err("frontends listen on IP addresses".to_owned());
     }
-    let (only_v4, only_v6) = (text.starts_with("ipv4@"), text.starts_with("ipv6@"));
+    let only_v6 = text.starts_with("ipv6@");
     let text = text.strip_prefix("ipv4@").or(text.strip_prefix("ipv6@")).unwrap_or(text);
     if let Some((kind, _)) = text.split_once('@') {
         return Err(format!("frontends cannot listen on {kind}@"));
@@ -188,24 +195,21 @@ fn bind_addresses(text: &str, v6only: bool) -> Result<Vec<(String, u16)>, String
         return Err("the port is missing".to_owned());
     };
     let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-    let number = |text: &str| text.parse::<u16>().map_err(|_| format!("{text} is not a port"));
-    let (first, last) = match ports.split_once('-') {
-        Some((first, last)) => (number(first)?, number(last)?),
-        None => (number(ports)?, number(ports)?),
-    };
-    if first > last || first == 0 || last - first >= RANGE_MAX {
-        return Err(format!("{ports} is not a range of ports"));
+    let one = ports.parse::<u16>().ok();
+    if one.is_none() && !ports.split('-').all(|port| port.parse::<u16>().is_ok()) {
+        return Err(format!("{ports} is not a port"));
     }
     let host: IpAddr = match host {
         "" | "*" if only_v6 => Ipv6Addr::UNSPECIFIED.into(),
-        "" | "*" => [0, 0, 0, 0].into(),
+        "" | "*" => Ipv4Addr::UNSPECIFIED.into(),
         host => host.parse().map_err(|_| format!("{host} is a name; give an address"))?,
     };
-    // HAProxy leaves the choice to the kernel, and the usual default of Linux is both families.
-    let both = host == IpAddr::V6(Ipv6Addr::UNSPECIFIED) && !v6only && !only_v6 && !only_v4;
-    let one = |port| match both {
-        true => (format!("*:{port}"), port),
-        false => (SocketAddr::new(host, port).to_string(), port),
+    // The usual setting of Linux gives `::` both families.
+    let both = host == IpAddr::V6(Ipv6Addr::UNSPECIFIED) && !v6only && !only_v6;
+    let host = match host {
+        _ if both => "*".to_owned(),
+        IpAddr::V4(host) => host.to_string(),
+        IpAddr::V6(host) => format!("[{host}]"),
     };
-    Ok((first..=last).map(one).collect())
+    Ok((format!("{host}:{ports}"), one))
 }

@@ -2,7 +2,7 @@
 //!
 //! Called by `pool`.
 
-use super::lines::{Directive, InForce};
+use super::lines::{Directive, ProxyLines};
 use super::server::HaproxyServer;
 use crate::available::Available;
 use crate::draft::{DraftKeys, quoted};
@@ -17,7 +17,7 @@ const TIMEOUT_LEAST: u64 = 1_000;
 
 /// Translates the checks of a pool. Without `check` on a server there are none.
 pub(super) fn probe(
-    in_force: &InForce<'_>,
+    in_force: &ProxyLines<'_>,
     servers: &[HaproxyServer],
     can: Available,
     report: &mut ImportReport,
@@ -44,7 +44,7 @@ pub(super) fn probe(
 }
 
 /// Returns the lines that describe checks.
-fn check_lines<'s>(in_force: &InForce<'s>) -> Vec<&'s Directive> {
+fn check_lines<'s>(in_force: &ProxyLines<'s>) -> Vec<&'s Directive> {
     let options = [
         "option tcp-check",
         "option httpchk",
@@ -64,7 +64,7 @@ fn check_lines<'s>(in_force: &InForce<'s>) -> Vec<&'s Directive> {
 }
 
 pub(super) struct Checks<'c, 's> {
-    pub(super) in_force: &'c InForce<'s>,
+    pub(super) in_force: &'c ProxyLines<'s>,
     pub(super) report: &'c mut ImportReport,
     keys: &'c mut DraftKeys,
     /// Where the pool has its check.

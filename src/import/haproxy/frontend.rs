@@ -4,9 +4,9 @@
 
 use super::Translator;
 use super::acl::Acls;
-use super::lines::{Directive, HaproxySection, InForce};
+use super::lines::{Directive, HaproxySection, ProxyLines};
 use crate::draft::{DraftFrontend, DraftRoute, quoted, quoted_list};
-use crate::report::LineVerdict::{Approximated, NotPossible, Translated, WithoutEffect};
+use crate::report::LineVerdict::{Approximated, Dropped, NotPossible, Translated, WithoutEffect};
 use crate::report::SourceLine;
 use crate::times::{LONGEST, toml_time};
 
@@ -18,23 +18,31 @@ impl Translator<'_> {
     pub(super) fn frontend(&mut self, index: usize) {
         let sections = self.sections;
         let section = &sections[index];
-        let in_force = InForce::of(section, sections);
+        let in_force = ProxyLines::of(section, sections);
         let acls = Acls::read(in_force.all("acl"));
         let at = section.header.at;
         let name = self.frontend_names.take(&section.name);
         let mut frontend = DraftFrontend { name, at: vec![at], ..Default::default() };
         let binds = in_force.all("bind").iter();
-        let ports: Vec<u16> = binds.flat_map(|line| self.bind(line, &mut frontend)).collect();
+        let ports: Vec<Option<u16>> =
+            binds.flat_map(|line| self.bind(line, &mut frontend)).collect();
         if frontend.binds.is_empty() {
             self.report.lose(at, NotPossible, "no address is left to listen on");
         }
         self.report.note(at, Translated, format!("[frontend.{}]", frontend.name));
-        let port = ports.first().copied().filter(|first| ports.iter().all(|port| port == first));
+        let port = ports.first().copied().flatten();
+        let port = port.filter(|port| ports.iter().all(|other| *other == Some(*port)));
         self.rules(&in_force, &acls, &mut frontend);
         self.routes(&in_force, &acls, port, &mut frontend);
         self.default_pool(index, &in_force, port, &mut frontend);
         self.cap(&in_force, &mut frontend);
         self.unused_acls(&in_force);
+        if !frontend.accept_proxy.is_empty() {
+            frontend.proxy = quoted_list(["0.0.0.0/0", "::/0"]);
+        }
+        if let Some(line) = in_force.last("backlog") {
+            self.report.note(line.at, Dropped, "backlog is a key of a bind; its default is 65,535");
+        }
         if frontend.pool.is_empty() {
             let why = "no backend of this frontend can be translated";
             self.report.lose(at, NotPossible, why);
@@ -46,7 +54,7 @@ impl Translator<'_> {
     /// Adds a route per `use_backend`.
     fn routes(
         &mut self,
-        in_force: &InForce<'_>,
+        in_force: &ProxyLines<'_>,
         acls: &Acls,
         port: Option<u16>,
         frontend: &mut DraftFrontend,
@@ -107,7 +115,7 @@ impl Translator<'_> {
     fn default_pool(
         &mut self,
         index: usize,
-        in_force: &InForce<'_>,
+        in_force: &ProxyLines<'_>,
         port: Option<u16>,
         frontend: &mut DraftFrontend,
     ) {
@@ -130,7 +138,7 @@ impl Translator<'_> {
             let backend = sections.iter().find(|section| {
                 matches!(&*section.kind, "backend" | "listen") && section.name == line.word(1)
             });
-            let backend = backend.map(|backend| InForce::of(backend, sections));
+            let backend = backend.map(|backend| ProxyLines::of(backend, sections));
             return self.timeouts(in_force, backend.as_ref().unwrap_or(in_force), frontend);
         }
         // HAProxy closes clients that no rule takes.
@@ -151,8 +159,8 @@ impl Translator<'_> {
     /// either direction. `tunnel` replaces both.
     fn timeouts(
         &mut self,
-        clients: &InForce<'_>,
-        servers: &InForce<'_>,
+        clients: &ProxyLines<'_>,
+        servers: &ProxyLines<'_>,
         frontend: &mut DraftFrontend,
     ) {
         let both = [clients.timeout("client"), servers.timeout("server")];
@@ -174,7 +182,7 @@ impl Translator<'_> {
         }
         if let Some((_, at)) = tunnel {
             for (_, replaced) in both.iter().flatten() {
-                self.report.note(*replaced, Approximated, "timeout tunnel replaces it");
+                self.report.note(*replaced, WithoutEffect, "timeout tunnel replaces it");
             }
             self.report.note(at, Translated, text);
         }
@@ -201,7 +209,7 @@ impl Translator<'_> {
         }
     }
 
-    fn cap(&mut self, in_force: &InForce<'_>, frontend: &mut DraftFrontend) {
+    fn cap(&mut self, in_force: &ProxyLines<'_>, frontend: &mut DraftFrontend) {
         if let Some(line) = in_force.last("maxconn") {
             match line.word(1).parse::<u64>() {
                 Ok(cap) => {
@@ -220,7 +228,7 @@ impl Translator<'_> {
         }
     }
 
-    fn unused_acls(&mut self, in_force: &InForce<'_>) {
+    fn unused_acls(&mut self, in_force: &ProxyLines<'_>) {
         let undecided = self.report.undecided();
         for line in in_force.all("acl") {
             if undecided.contains(&line.at) {

@@ -79,8 +79,11 @@ impl Translator<'_> {
             self.draft.log.set("access", "\"stdout\"", &lines);
         }
         let text = if lines.is_empty() { "there is no log" } else { "see [log] access" };
+        let verdict = if lines.is_empty() { WithoutEffect } else { Translated };
+        for at in std::mem::take(&mut self.tcplogs) {
+            self.report.note(at, verdict, text);
+        }
         for line in logs {
-            let verdict = if lines.is_empty() { WithoutEffect } else { Translated };
             if line.word(1) == "global" || line.words[0] == "no" {
                 self.report.note(line.at, verdict, text);
             }

@@ -35,7 +35,7 @@ pub(super) struct HaproxySection {
 ///
 /// The keyword is the first word. For `option`, `timeout` and similar words it is the first two. Directives of `defaults` come first.
 #[derive(Debug, Default)]
-pub(super) struct InForce<'s> {
+pub(super) struct ProxyLines<'s> {
     by_keyword: BTreeMap<String, Vec<&'s Directive>>,
 }
 
@@ -302,9 +302,9 @@ fn truth_of_one(condition: &str, environment: &Environment) -> Option<bool> {
     value.map(|value| value != (negated % 2 == 1))
 }
 
-// === impl InForce ===
+// === impl ProxyLines ===
 
-impl<'s> InForce<'s> {
+impl<'s> ProxyLines<'s> {
     /// Returns the directives of a section, after those of its chain of `defaults`.
     pub(super) fn of(section: &'s HaproxySection, all: &'s [HaproxySection]) -> Self {
         let mut chain = vec![section];
@@ -315,7 +315,7 @@ impl<'s> InForce<'s> {
             chain.push(defaults);
             next = defaults.defaults;
         }
-        let mut in_force = InForce::default();
+        let mut in_force = ProxyLines::default();
         for directive in chain.iter().rev().flat_map(|section| &section.directives) {
             let keyword = keyword(&directive.words);
             in_force.by_keyword.entry(keyword).or_default().push(directive);

@@ -24,7 +24,7 @@ use crate::available::Available;
 use crate::draft::{Draft, UsedNames};
 use crate::report::LineVerdict::{Approximated, Dropped, NotUnderstood, Translated, WithoutEffect};
 use crate::report::{ImportReport, SourceLine};
-use lines::{Directive, HaproxySection, InForce};
+use lines::{Directive, HaproxySection, ProxyLines};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Keywords that a frontend translates.
@@ -42,6 +42,7 @@ const OF_FRONTENDS: &[&str] = &[
     "timeout client-fin",
     "disabled",
     "stick-table",
+    "backlog",
 ];
 
 /// Keywords that a pool translates.
@@ -99,6 +100,8 @@ struct Translator<'t> {
     /// The only port of the clients of a pool, by the number of its section.
     client_ports: BTreeMap<usize, Option<u16>>,
     global_logs: Vec<Directive>,
+    /// Lines of `option tcplog`.
+    tcplogs: BTreeSet<SourceLine>,
 }
 
 /// Reads a file and fills the report.
@@ -117,6 +120,7 @@ pub(crate) fn read(request: &ImportRequest<'_>, report: &mut ImportReport) -> Dr
         pools: BTreeMap::new(),
         client_ports: BTreeMap::new(),
         global_logs: Vec::new(),
+        tcplogs: BTreeSet::new(),
     };
     translator.run();
     translator.draft
@@ -131,7 +135,7 @@ impl Translator<'_> {
         let mut logs: Vec<&Directive> = Vec::new();
         let is_client_side = |kind: &str| kind == "frontend" || kind == "listen";
         for (index, section) in sections.iter().enumerate() {
-            let in_force = InForce::of(section, sections);
+            let in_force = ProxyLines::of(section, sections);
             if !is_client_side(&section.kind) {
                 continue;
             }
@@ -146,8 +150,8 @@ impl Translator<'_> {
                 self.notes(section, &in_force);
             }
         }
-        self.logs(&logs);
         self.other_sections();
+        self.logs(&logs);
         self.undecided();
     }
 
@@ -158,7 +162,7 @@ impl Translator<'_> {
         for (index, section) in sections.iter().enumerate() {
             match &*section.kind {
                 "backend" | "listen" if self.pools.contains_key(&index) => {
-                    self.notes(section, &InForce::of(section, sections));
+                    self.notes(section, &ProxyLines::of(section, sections));
                 }
                 "backend" if self.is_http(section) => {
                     self.whole(section, Dropped, "it is for HTTP");
@@ -182,7 +186,7 @@ impl Translator<'_> {
     fn used_resolvers(&self) -> BTreeSet<String> {
         let mut used = BTreeSet::new();
         for index in self.pools.keys() {
-            let in_force = InForce::of(&self.sections[*index], self.sections);
+            let in_force = ProxyLines::of(&self.sections[*index], self.sections);
             for keyword in ["server", "default-server", "server-template"] {
                 for line in in_force.all(keyword) {
                     let names = line.words.windows(2).filter(|pair| pair[0] == "resolvers");
@@ -194,11 +198,11 @@ impl Translator<'_> {
     }
 
     fn is_http(&self, section: &HaproxySection) -> bool {
-        !self.http_as_tcp && InForce::of(section, self.sections).mode() == "http"
+        !self.http_as_tcp && ProxyLines::of(section, self.sections).mode() == "http"
     }
 
     /// Drops a section for HTTP as a whole.
-    fn http_section(&mut self, section: &HaproxySection, in_force: &InForce<'_>) {
+    fn http_section(&mut self, section: &HaproxySection, in_force: &ProxyLines<'_>) {
         let has = |keyword: &str| !in_force.all(keyword).is_empty();
         let serves = ["server", "server-template", "use_backend", "default_backend"];
         let statistics = ["stats enable", "stats uri", "http-request"].iter().any(|word| has(word));
@@ -212,7 +216,7 @@ impl Translator<'_> {
     }
 
     /// Notes every keyword of a translated section that nothing translates.
-    fn notes(&mut self, section: &HaproxySection, in_force: &InForce<'_>) {
+    fn notes(&mut self, section: &HaproxySection, in_force: &ProxyLines<'_>) {
         let mode = in_force.last("mode");
         for line in in_force.all("mode") {
             let last = mode.is_some_and(|mode| mode.at == line.at);
@@ -236,9 +240,7 @@ impl Translator<'_> {
                 self.report.note(line.at, verdict, why);
             }
         }
-        if let Some(line) = in_force.last("option tcplog") {
-            self.report.note(line.at, Translated, "the access log has one line per session");
-        }
+        self.tcplogs.extend(in_force.last("option tcplog").map(|line| line.at));
         self.misplaced(section);
     }
 
@@ -249,7 +251,7 @@ impl Translator<'_> {
             "backend" => (OF_FRONTENDS, OF_POOLS),
             _ => return,
         };
-        let in_force = InForce::of(section, std::slice::from_ref(section));
+        let in_force = ProxyLines::of(section, std::slice::from_ref(section));
         for keyword in in_force.keywords() {
             if foreign.contains(&keyword) && !own.contains(&keyword) {
                 for line in in_force.all(keyword) {
@@ -272,10 +274,10 @@ impl Translator<'_> {
     }
 }
 
-/// Returns the directive if the section itself has it.
+/// Returns the directive if it is in the section itself.
 fn own<'s>(
     section: &HaproxySection,
-    in_force: &InForce<'s>,
+    in_force: &ProxyLines<'s>,
     keyword: &str,
 ) -> Option<&'s Directive> {
     in_force.last(keyword).filter(|line| section.directives.iter().any(|one| one.at == line.at))

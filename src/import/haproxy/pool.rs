@@ -2,7 +2,7 @@
 //!
 //! Called by `haproxy::Translator` once per section that a frontend uses.
 
-use super::lines::{Directive, HaproxySection, InForce};
+use super::lines::{Directive, HaproxySection, ProxyLines};
 use super::server::{self, HaproxyServer, ServerAddress};
 use super::{Translator, checks, sticky};
 use crate::draft::{DraftBackend, DraftPool, UsedNames, quoted};
@@ -24,7 +24,7 @@ impl Translator<'_> {
         }
         let sections = self.sections;
         let section = &sections[index];
-        let in_force = InForce::of(section, sections);
+        let in_force = ProxyLines::of(section, sections);
         let name = self.pool_names.take(&section.name);
         self.pools.insert(index, name.clone());
         let mut pool = DraftPool { name, at: vec![section.header.at], ..Default::default() };
@@ -44,7 +44,7 @@ impl Translator<'_> {
         used
     }
 
-    fn balance(&mut self, in_force: &InForce<'_>, pool: &mut DraftPool) {
+    fn balance(&mut self, in_force: &ProxyLines<'_>, pool: &mut DraftPool) {
         let hash = in_force.last("hash-type");
         let line = in_force.last("balance");
         if let Some(line) = line {
@@ -77,7 +77,7 @@ impl Translator<'_> {
     /// Sets the timeouts and the number of attempts.
     fn connecting(
         &mut self,
-        in_force: &InForce<'_>,
+        in_force: &ProxyLines<'_>,
         pool: &mut DraftPool,
         section: &HaproxySection,
     ) {
@@ -119,6 +119,10 @@ impl Translator<'_> {
                 }
             }
         }
+        if lines.is_empty() {
+            let why = format!("{text}: HAProxy tries the same server 3 more times, 1 s apart");
+            self.report.note(section.header.at, LineVerdict::Approximated, why);
+        }
         for off in in_force.all("option redispatch").iter().filter(|line| line.words[0] == "no") {
             self.report.note(off.at, LineVerdict::Translated, text.clone());
         }
@@ -126,7 +130,12 @@ impl Translator<'_> {
     }
 
     /// Sets the local addresses: `source` of the section, or of all servers alike.
-    fn source(&mut self, in_force: &InForce<'_>, servers: &[HaproxyServer], pool: &mut DraftPool) {
+    fn source(
+        &mut self,
+        in_force: &ProxyLines<'_>,
+        servers: &[HaproxyServer],
+        pool: &mut DraftPool,
+    ) {
         let own = in_force.last("source").map(|line| (line.words[1..].join(" "), line.at));
         let first = servers.iter().find(|server| server.has("source"));
         let of_servers = first.map(|server| {
@@ -153,7 +162,12 @@ impl Translator<'_> {
     }
 
     /// Sets the queue: `maxqueue` of the servers, `timeout queue`.
-    fn queue(&mut self, in_force: &InForce<'_>, servers: &[HaproxyServer], pool: &mut DraftPool) {
+    fn queue(
+        &mut self,
+        in_force: &ProxyLines<'_>,
+        servers: &[HaproxyServer],
+        pool: &mut DraftPool,
+    ) {
         let capped: Vec<_> = servers.iter().filter(|one| one.number("maxconn") > Some(0)).collect();
         let timeout = in_force.timeout("queue").filter(|(time, _)| *time > 0);
         let Some(first) = capped.first() else {
@@ -220,7 +234,7 @@ impl Translator<'_> {
         // The position of the backend with an address.
         let mut known: HashMap<String, usize> = HashMap::new();
         for server in servers {
-            let address = match server::address(&server.address, port) {
+            let address = match server::address(&server.address, port, self.can) {
                 Ok(address) => address,
                 Err(why) => {
                     self.report.lose(server.at, LineVerdict::NotPossible, why);
@@ -228,20 +242,20 @@ impl Translator<'_> {
                 }
             };
             let weight = server.number("weight").unwrap_or(1);
-            if server.has("disabled") || weight == 0 {
+            let disabled = server.has("disabled");
+            if (disabled || weight == 0) && !(self.can.enabled && server.copies == 1) {
                 let what = if weight == 0 { "its weight is 0" } else { "it is disabled" };
                 let why = format!("{what}: left out; add it when it is needed");
                 self.report.note(server.at, LineVerdict::Approximated, why);
                 continue;
             }
+            let by_name = matches!(address, ServerAddress::Named(_));
             let (ServerAddress::Written(address) | ServerAddress::Named(address)) = &address;
             let total = weight.saturating_mul(server.copies).min(WEIGHT_MAX);
             if let Some(twin) = known.get(address) {
                 self.twin(server, &mut pool.backends[*twin], total);
                 continue;
             }
-            let named = server::address(&server.address, port);
-            let by_name = matches!(named, Ok(ServerAddress::Named(_)));
             let backend = self.backend(server, address, by_name, total, &mut names, &pool.name);
             known.insert(address.clone(), pool.backends.len());
             pool.backends.push(backend);
@@ -272,9 +286,13 @@ impl Translator<'_> {
             let why = format!("{} servers with one address are one backend", server.copies);
             self.report.note(server.at, LineVerdict::Approximated, why);
         }
+        if server.has("disabled") || server.number("weight") == Some(0) {
+            backend.keys.set("enabled", "false", &[server.at]);
+            text += ", enabled = false";
+        }
         // A name has its weight per address.
         let weight = if by_name { server.number("weight").unwrap_or(1) } else { weight };
-        if weight != 1 {
+        if weight > 1 {
             backend.keys.set("weight", weight.to_string(), &[server.line_of("weight")]);
         }
         if server.has("backup") {

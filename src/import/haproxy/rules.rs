@@ -5,7 +5,7 @@
 use super::Translator;
 use super::acl::{AclTerm, AclTest, Acls};
 use super::frontend::list;
-use super::lines::{Directive, InForce};
+use super::lines::{Directive, ProxyLines};
 use crate::draft::{DraftFrontend, DraftRoute, quoted};
 use crate::report::LineVerdict::{Approximated, Dropped, NotPossible, Translated, WithoutEffect};
 use crate::report::SourceLine;
@@ -40,11 +40,15 @@ impl Translator<'_> {
         let alternatives = acls.condition(line.from(start))?;
         let routes: Result<Vec<DraftRoute>, String> =
             alternatives.iter().map(|terms| route(terms, line.at)).collect();
-        let lines = alternatives.iter().flatten().flat_map(|term| &term.at);
-        for at in lines {
-            match &routes {
-                Ok(_) => self.report.note(*at, Translated, "condition of a route"),
-                Err(why) => self.report.lose(*at, NotPossible, why.clone()),
+        for term in alternatives.iter().flatten() {
+            for at in &term.at {
+                match (&routes, &term.test) {
+                    (_, AclTest::Unknown(why)) => self.report.lose(*at, NotPossible, why.clone()),
+                    (Ok(_), _) => self.report.note(*at, Translated, "condition of a route"),
+                    (Err(_), _) => {
+                        self.report.note(*at, Dropped, "the rule that needs it is left out");
+                    }
+                }
             }
         }
         routes
@@ -53,7 +57,7 @@ impl Translator<'_> {
     /// Translates the `tcp-request` rules of a frontend.
     pub(super) fn rules(
         &mut self,
-        in_force: &InForce<'_>,
+        in_force: &ProxyLines<'_>,
         acls: &Acls,
         frontend: &mut DraftFrontend,
     ) {
@@ -93,7 +97,7 @@ impl Translator<'_> {
 
     fn reject(
         &mut self,
-        in_force: &InForce<'_>,
+        in_force: &ProxyLines<'_>,
         acls: &Acls,
         rule: &Directive,
         state: &mut RuleState,
@@ -132,7 +136,7 @@ impl Translator<'_> {
     /// Translates a rule with one test.
     fn reject_one(
         &mut self,
-        in_force: &InForce<'_>,
+        in_force: &ProxyLines<'_>,
         rule: &Directive,
         term: &AclTerm,
         unless: bool,
@@ -238,7 +242,7 @@ impl Translator<'_> {
     /// Sets `rate` from a number of connections in the period of the table.
     fn rate(
         &mut self,
-        in_force: &InForce<'_>,
+        in_force: &ProxyLines<'_>,
         at: SourceLine,
         number: u64,
         frontend: &mut DraftFrontend,
@@ -265,7 +269,7 @@ impl Translator<'_> {
     }
 
     /// Notes a table that only counts clients.
-    fn table(&mut self, in_force: &InForce<'_>, frontend: &DraftFrontend) {
+    fn table(&mut self, in_force: &ProxyLines<'_>, frontend: &DraftFrontend) {
         let limits = ["connections_max", "rate"];
         let used = limits.iter().any(|key| frontend.sources.get(key).is_some());
         if let (Some(table), true) = (in_force.last("stick-table"), used) {

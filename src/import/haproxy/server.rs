@@ -2,7 +2,8 @@
 //!
 //! Called by `pool`.
 
-use super::lines::{Directive, InForce};
+use super::lines::{Directive, ProxyLines};
+use crate::available::Available;
 use crate::report::{ImportReport, LineVerdict, SourceLine};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -122,7 +123,7 @@ const WITH_ARGUMENT: &[&str] = &[
 ];
 
 /// Returns the servers of a section, with `default-server` applied in the order of the lines.
-pub(super) fn servers(in_force: &InForce<'_>, report: &mut ImportReport) -> Vec<HaproxyServer> {
+pub(super) fn servers(in_force: &ProxyLines<'_>, report: &mut ImportReport) -> Vec<HaproxyServer> {
     let mut lines: Vec<(&Directive, &str)> = Vec::new();
     for keyword in ["default-server", "server", "server-template"] {
         lines.extend(in_force.all(keyword).iter().map(|line| (*line, keyword)));
@@ -231,7 +232,11 @@ pub(super) enum ServerAddress {
 ///
 /// # Errors
 /// What Tidegate cannot express.
-pub(super) fn address(text: &str, client_port: Option<u16>) -> Result<ServerAddress, String> {
+pub(super) fn address(
+    text: &str,
+    client_port: Option<u16>,
+    can: Available,
+) -> Result<ServerAddress, String> {
     let unix = |path: &str| Ok(ServerAddress::Written(format!("unix:{path}")));
     if let Some(path) = text.strip_prefix("unix@") {
         return unix(path);
@@ -251,10 +256,18 @@ pub(super) fn address(text: &str, client_port: Option<u16>) -> Result<ServerAddr
         Some((host, port)) => (host, port.strip_prefix(':').unwrap_or(port)),
         None => text.rsplit_once(':').unwrap_or((text, "")),
     };
-    let port = port_of(port, client_port)?;
     if matches!(host, "" | "*" | "0.0.0.0" | "::") {
         return Err("Tidegate connects to the backends of a pool only".to_owned());
     }
+    let relative = client_port.is_none() && (port.is_empty() || port.starts_with(['+', '-']));
+    if relative && host.parse::<IpAddr>().is_ok() {
+        return match port {
+            "" if can.client_port => Ok(ServerAddress::Written(host.to_owned())),
+            port if can.port_offset => Ok(ServerAddress::Written(format!("{host}:{port}"))),
+            _ => Err("its port depends on the port of the client".to_owned()),
+        };
+    }
+    let port = port_of(port, client_port)?;
     if let Ok(ip) = host.parse::<IpAddr>() {
         return Ok(ServerAddress::Written(SocketAddr::new(ip, port).to_string()));
     }

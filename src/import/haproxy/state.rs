@@ -4,7 +4,7 @@
 //! Called by `pool`.
 
 use super::Translator;
-use super::lines::InForce;
+use super::lines::ProxyLines;
 use super::server::HaproxyServer;
 use crate::draft::{DraftPool, quoted};
 use crate::report::LineVerdict::{
@@ -52,7 +52,7 @@ impl Translator<'_> {
     /// HAProxy sends all clients to the first backup; Tidegate balances over all of them.
     pub(super) fn backups(
         &mut self,
-        in_force: &InForce<'_>,
+        in_force: &ProxyLines<'_>,
         servers: &[HaproxyServer],
         pool: &mut DraftPool,
     ) {
@@ -81,7 +81,7 @@ impl Translator<'_> {
     /// Translates what happens when the state of a server changes.
     pub(super) fn state_changes(
         &mut self,
-        in_force: &InForce<'_>,
+        in_force: &ProxyLines<'_>,
         servers: &[HaproxyServer],
         pool: &mut DraftPool,
     ) {

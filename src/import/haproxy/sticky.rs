@@ -3,12 +3,16 @@
 //! Called by `pool`. Tidegate has no tables of clients; `source-hash` sends a client to the same
 //! backend while the backend is eligible.
 
-use super::lines::InForce;
+use super::lines::ProxyLines;
 use crate::draft::DraftPool;
 use crate::report::{ImportReport, LineVerdict};
 
 /// Replaces the policy by `source-hash` if the section has `stick` rules.
-pub(super) fn translate(in_force: &InForce<'_>, pool: &mut DraftPool, report: &mut ImportReport) {
+pub(super) fn translate(
+    in_force: &ProxyLines<'_>,
+    pool: &mut DraftPool,
+    report: &mut ImportReport,
+) {
     let keywords = ["stick on", "stick match", "stick store-request", "stick store-response"];
     let rules: Vec<_> =
         keywords.iter().flat_map(|keyword| in_force.all(keyword).iter().copied()).collect();

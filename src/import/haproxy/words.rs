@@ -95,7 +95,6 @@ const PROXY: &[KeywordRow] = &[
     ("dispatch", NotPossible, "write a server line"),
     ("rate-limit", NotPossible, "Tidegate has no rate limit for a whole frontend"),
     ("fullconn", Dropped, "it is for minconn"),
-    ("backlog", Dropped, "Tidegate chooses the length of the listen queue"),
     ("description", WithoutEffect, ""),
     ("id", WithoutEffect, ""),
     ("guid", WithoutEffect, ""),

@@ -1,14 +1,11 @@
 //! Imports: every configuration of another balancer in `tests/import` gives exactly the expected
 //! report and output next to it. `UPDATE_EXPECT=1` rewrites them. Review them afterwards.
 
-// A failed unwrap fails the test, outside of test functions too.
-#![allow(clippy::unwrap_used)]
-
+use super::{ImportRequest, Imported};
 use std::path::{Path, PathBuf};
-use tidegate_import::{ImportRequest, Imported};
 
 fn cases() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/import");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/import");
     let mut cases: Vec<PathBuf> = std::fs::read_dir(root)
         .unwrap()
         .map(|entry| entry.unwrap().path())
@@ -28,9 +25,9 @@ fn imported(case: &Path) -> Imported {
     let path = source(case);
     let name = path.file_name().unwrap().to_string_lossy().into_owned();
     let text = std::fs::read_to_string(&path).unwrap();
-    let kind = tidegate_import::guess(&name, &text).unwrap();
+    let kind = super::guess(&name, &text).unwrap();
     let request = ImportRequest { name: &name, text: &text, ..Default::default() };
-    tidegate_import::import(kind, &request)
+    super::import(kind, &request)
 }
 
 /// Compares a text with a file, or writes the file.
