@@ -11,6 +11,7 @@
 mod available;
 mod draft;
 mod haproxy;
+mod prefix;
 mod report;
 #[cfg(test)]
 mod tests;

@@ -146,7 +146,7 @@ fn test(words: &[String]) -> AclTest {
     if let ["-m", "ip" | "int", ..] = values[..] {
         values.drain(..2);
     }
-    if values.iter().any(|value| *value == "-f") {
+    if values.contains(&"-f") {
         return AclTest::Unknown("copy the values of the file into the configuration".to_owned());
     }
     let name = criterion.split(['(', ',']).next().unwrap_or_default();

@@ -7,6 +7,7 @@ use super::acl::{AclTerm, AclTest, Acls};
 use super::frontend::list;
 use super::lines::{Directive, ProxyLines};
 use crate::draft::{DraftFrontend, DraftRoute, quoted};
+use crate::prefix::AddressPrefix;
 use crate::report::LineVerdict::{Approximated, Dropped, NotPossible, Translated, WithoutEffect};
 use crate::report::SourceLine;
 use crate::times::toml_time;
@@ -84,6 +85,7 @@ impl Translator<'_> {
         for delay in rules.iter().filter(|rule| rule.word(1) == "inspect-delay") {
             self.inspect_delay(delay, &state, frontend);
         }
+        self.consistent(&mut state, frontend);
         let lists = [("allow", &state.allow), ("deny", &state.deny)];
         for (key, entries) in lists {
             if !entries.is_empty() {
@@ -93,6 +95,30 @@ impl Translator<'_> {
             }
         }
         self.table(in_force, frontend);
+    }
+
+    /// Makes the lists mean the same as the rules. Rules that reject add up in HAProxy, and the
+    /// longest prefix decides in Tidegate.
+    fn consistent(&mut self, state: &mut RuleState, frontend: &DraftFrontend) {
+        let denied: Vec<AddressPrefix> =
+            state.deny.iter().filter_map(|entry| AddressPrefix::parse(&entry.0)).collect();
+        let before = state.allow.len();
+        state.allow.retain(|(text, _)| {
+            AddressPrefix::parse(text)
+                .is_none_or(|allowed| !denied.iter().any(|denied| denied.contains(allowed)))
+        });
+        let rejects = !denied.is_empty() || !frontend.sources.is_empty();
+        for (_, at) in &state.accepted {
+            if rejects || !frontend.routes.is_empty() {
+                let why = "a rule that accepts before others reject has no counterpart";
+                self.report.lose(*at, NotPossible, why);
+            }
+        }
+        if before > 0 && state.allow.is_empty() {
+            for (_, at) in &state.deny {
+                self.report.lose(*at, NotPossible, "the rules reject every client");
+            }
+        }
     }
 
     fn reject(
