@@ -22,6 +22,10 @@ pub struct MemberSourceDoc {
     pub held: u32,
     /// Announcements of the last answer that were refused or changed.
     pub refused: RefusedAnnouncementsDoc,
+    /// Keys at the source of the announcements of the last answer that it could not read, in
+    /// order; at most 64. Some sources know none.
+    #[serde(default)]
+    pub unreadable: Vec<String>,
     /// Answers of this process, by result.
     pub answers: SourceAnswersDoc,
     /// Version of the last complete answer, in the words of the source; empty without one.

@@ -19,7 +19,7 @@ pub(super) fn describe(source: &MemberSourceDoc) -> String {
             "\n  more than half of the members turned critical at once; local probes decide",
         );
     }
-    let refused = refused(&source.refused);
+    let refused = refused(&source.refused, &source.unreadable);
     if !refused.is_empty() {
         text.push_str(&format!("\n  refused: {refused}"));
     }
@@ -42,6 +42,9 @@ pub(super) fn announced(announced: &AnnouncementDoc) -> String {
         let labels: Vec<String> =
             labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
         text.push_str(&format!("\n{}: labels {}", name(from), cell_text(&labels.join(", "))));
+    }
+    if let Some(unread) = unread(from.refused.unreadable, &from.unreadable) {
+        text.push_str(&format!("\n{}: {unread}", name(from)));
     }
     if let Some(held) = held {
         text.push_str(&format!(
@@ -120,17 +123,35 @@ fn held_removal(held: &HeldRemovalDoc) -> String {
     }
 }
 
-fn refused(refused: &RefusedAnnouncementsDoc) -> String {
+/// Most keys of unreadable announcements in a line.
+const KEYS_SHOWN_MAX: usize = 3;
+
+fn refused(refused: &RefusedAnnouncementsDoc, unreadable: &[String]) -> String {
     let counts = [
         (refused.addresses, "outside of addresses"),
         (refused.too_many, "beyond backends_max"),
         (refused.duplicate, "with the address of another one"),
-        (refused.unreadable, "unreadable"),
         (refused.bad_name, "named by address, because the name is not valid"),
         (refused.weight_clamped, "lowered to weight_max"),
     ];
     let counts = counts.iter().filter(|(count, _)| *count > 0);
-    counts.map(|(count, what)| format!("{count} {what}")).collect::<Vec<_>>().join(", ")
+    let mut texts: Vec<String> = counts.map(|(count, what)| format!("{count} {what}")).collect();
+    texts.extend(unread(refused.unreadable, unreadable));
+    texts.join(", ")
+}
+
+/// Describes the announcements that the source could not read: the first keys, and how many
+/// more there are.
+fn unread(count: u32, keys: &[String]) -> Option<String> {
+    let shown: Vec<String> = keys.iter().take(KEYS_SHOWN_MAX).map(|key| cell_text(key)).collect();
+    let more = (count as usize).saturating_sub(shown.len());
+    let (shown, known) = (shown.join(", "), !shown.is_empty());
+    match (count, known, more) {
+        (0, ..) => None,
+        (_, false, _) => Some(format!("{count} unreadable")),
+        (_, true, 0) => Some(format!("{count} unreadable: {shown}")),
+        (_, true, _) => Some(format!("{count} unreadable: {shown} and {more} more")),
+    }
 }
 
 #[cfg(test)]
@@ -146,6 +167,7 @@ mod tests {
             announced: 10,
             held: 0,
             refused: RefusedAnnouncementsDoc::default(),
+            unreadable: Vec::new(),
             answers: SourceAnswersDoc::default(),
             version: "index 81".to_owned(),
             trusted: true,
@@ -177,6 +199,15 @@ mod tests {
             "consul: 10 members, NO ANSWER: connect (127.0.0.1:8500: connection refused), 1s \
              ago; last answer 2s ago"
         );
+    }
+
+    #[test]
+    fn unreadable_announcements_have_their_first_keys() {
+        let unreadable = ["a", "b\u{1b}", "c", "d"].map(str::to_owned).to_vec();
+        let refused = RefusedAnnouncementsDoc { unreadable: 5, ..consul().refused };
+        let text = describe(&MemberSourceDoc { refused, unreadable, ..consul() });
+        assert!(text.contains("\n  refused: 5 unreadable: a, b"), "{text}");
+        assert!(text.ends_with(", c and 2 more") && !text.contains('\u{1b}'), "{text}");
     }
 
     #[test]

@@ -125,9 +125,9 @@ pub(super) fn terminal_width() -> Option<usize> {
     (size.ws_col > 0).then_some(size.ws_col.into())
 }
 
-/// Returns the text as one line, or `-` if it is empty.
+/// Returns the text as one line without control characters, or `-` if it is empty.
 pub(super) fn cell_text(text: &str) -> String {
-    if text.is_empty() { "-".to_owned() } else { text.replace('\n', " ") }
+    if text.is_empty() { "-".to_owned() } else { text.replace(char::is_control, " ") }
 }
 
 /// Returns the value as text, or `-`.

@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::control::MEMBERS_MAX;
 use tidegate_core::discovery::labels::MemberLabels;
-use tidegate_core::discovery::{Announced, SourceFailure, Told, WholeSet, Wish};
+use tidegate_core::discovery::{Announced, SourceFailure, Told, Unreadable, WholeSet, Wish};
 use tidegate_core::model::{NameQuestion, NameRecord, WEIGHT_MAX};
 use tidegate_net::clock;
 use tokio::time::sleep_until;
@@ -227,8 +227,15 @@ impl NamedMembers {
     fn whole(self, trusted: bool) -> WholeSet {
         let refused = self.members.len().saturating_sub(MEMBERS_MAX);
         let members: Vec<Announced> = self.members.into_values().take(MEMBERS_MAX).collect();
-        let unreadable = self.unreadable.saturating_add(u32::try_from(refused).unwrap_or(u32::MAX));
-        WholeSet { members: members.into(), version: String::new(), trusted, unreadable }
+        let mut unreadable = Unreadable::unnamed(self.unreadable);
+        unreadable.add_unnamed(u32::try_from(refused).unwrap_or(u32::MAX));
+        WholeSet {
+            members: members.into(),
+            version: String::new(),
+            trusted,
+            unreadable,
+            keys: [].into(),
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use std::convert::Infallible;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tidegate_core::discovery::{Announced, Told, WholeSet};
+use tidegate_core::discovery::{Announced, Told, Unreadable, WholeSet};
 use tidegate_core::model::{ServerAddr, TlsClientConfig};
 
 /// Timeout of a connect and of an answer.
@@ -108,7 +108,13 @@ async fn read(answer: HttpResponse, last: &mut LastList) -> Result<Told, HttpFai
 
 /// A list is trusted: its server has no other state.
 pub(crate) fn whole(members: Vec<Announced>, version: String) -> Told {
-    Told::Whole(WholeSet { members: members.into(), version, trusted: true, unreadable: 0 })
+    Told::Whole(WholeSet {
+        members: members.into(),
+        version,
+        trusted: true,
+        unreadable: Unreadable::default(),
+        keys: [].into(),
+    })
 }
 
 /// Splits a URL into the endpoint and the target of requests.

@@ -157,7 +157,7 @@ impl AnswerSlots {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tidegate_core::discovery::WholeSet;
+    use tidegate_core::discovery::{Unreadable, WholeSet};
 
     fn key() -> SourceKey {
         SourceKey { pool: "web".into(), backend: None }
@@ -165,7 +165,13 @@ mod tests {
 
     fn whole(version: &str) -> Told {
         let version = version.to_owned();
-        Told::Whole(WholeSet { members: [].into(), version, trusted: true, unreadable: 0 })
+        Told::Whole(WholeSet {
+            members: [].into(),
+            version,
+            trusted: true,
+            unreadable: Unreadable::default(),
+            keys: [].into(),
+        })
     }
 
     fn versions(answers: &Answers) -> Vec<String> {

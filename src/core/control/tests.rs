@@ -148,7 +148,13 @@ fn whole(names: &[&str]) -> Told {
 
 fn whole_of(members: Vec<Announced>) -> Told {
     let (members, version) = (members.into(), String::new());
-    Told::Whole(WholeSet { members, version, trusted: true, unreadable: 0 })
+    Told::Whole(WholeSet {
+        members,
+        version,
+        trusted: true,
+        unreadable: Default::default(),
+        keys: [].into(),
+    })
 }
 
 /// A controller, its clock, and the probes it has requested.

@@ -6,7 +6,10 @@
 //! members is evidence, not an order. Nothing here asks a source or reads a clock.
 
 pub mod labels;
+mod unreadable;
 pub mod view;
+
+pub use unreadable::{KEY_BYTES_MAX, UNREADABLE_NAMED_MAX, Unreadable};
 
 use labels::MemberLabels;
 use serde::{Deserialize, Serialize};
@@ -81,7 +84,10 @@ pub struct WholeSet {
     /// Another answer can add members but not remove any.
     pub trusted: bool,
     /// Announcements that the source could not read.
-    pub unreadable: u32,
+    pub unreadable: Unreadable,
+    /// The address and the key of each member whose key at the source is not its name. Keys
+    /// longer than [`KEY_BYTES_MAX`] can be absent.
+    pub keys: Arc<[(SocketAddr, Arc<str>)]>,
 }
 
 /// Why a source gave no answer; the label of a metric.

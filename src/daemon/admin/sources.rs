@@ -24,6 +24,7 @@ pub(super) fn source(status: &SourceStatus) -> MemberSourceDoc {
         announced,
         held,
         refused: refused(view.refused),
+        unreadable: view.unreadable.keys().iter().map(ToString::to_string).collect(),
         answers: answers(view.answers),
         version: view.version.clone(),
         trusted,

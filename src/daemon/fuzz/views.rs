@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use tidegate_core::control::{MEMBERS_MAX, SavedViews};
 use tidegate_core::discovery::labels::MemberLabels;
 use tidegate_core::discovery::view::{LocalSight, SavedView, View};
-use tidegate_core::discovery::{Announced, SourceFailure, Told, WholeSet};
+use tidegate_core::discovery::{Announced, SourceFailure, Told, Unreadable, WholeSet};
 use tidegate_core::model::{AnnouncedWeights, CriticalRule, EmptyAnswer, ViewGuards};
 use tidegate_net::clock;
 
@@ -105,8 +105,13 @@ fn check_later(mut view: View, saved: &SavedView, mut now: Instant) {
         labels: MemberLabels::default(),
     });
     let (why, detail) = (SourceFailure::Timeout, String::new());
-    let whole =
-        WholeSet { members: half.collect(), version: String::new(), trusted: true, unreadable: 0 };
+    let whole = WholeSet {
+        members: half.collect(),
+        version: String::new(),
+        trusted: true,
+        unreadable: Unreadable::default(),
+        keys: [].into(),
+    };
     for told in [Told::Failed { why, detail }, Told::Whole(whole), Told::Alive, Told::Alive] {
         view.take(&told, now, &HalfUp);
         check_members(&view);

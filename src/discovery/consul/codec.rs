@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tidegate_core::control::MEMBERS_MAX;
 use tidegate_core::discovery::labels::MemberLabels;
-use tidegate_core::discovery::{Announced, Wish};
+use tidegate_core::discovery::{Announced, Unreadable, Wish};
 use tidegate_core::model::RegistryQuery;
 
 /// What a path segment may not contain.
@@ -70,7 +70,7 @@ pub struct HealthAnswer {
     /// Unique by name, sorted by name. At most [`MEMBERS_MAX`].
     pub instances: Vec<ConsulInstance>,
     /// Entries without a usable address, port or id, and entries beyond [`MEMBERS_MAX`].
-    pub unreadable: u32,
+    pub unreadable: Unreadable,
 }
 
 /// What the headers of an answer say of it.
@@ -180,12 +180,18 @@ pub fn read_health(body: &[u8]) -> Result<HealthAnswer, String> {
     let mut instances = BTreeMap::new();
     for entry in &entries {
         let status = entry.status()?;
-        let instance = entry.instance(status, &repeated);
-        let left_out = match instance {
-            Some(instance) => add(&mut instances, instance).is_some(),
-            None => true,
-        };
-        answer.unreadable = answer.unreadable.saturating_add(u32::from(left_out));
+        match entry.instance(status, &repeated) {
+            Some(instance) => {
+                if let Some(left_out) = add(&mut instances, instance) {
+                    answer.unreadable.add(&left_out.name);
+                }
+            }
+            // The name of a repeated id depends on the other entries.
+            None if repeated.contains(&*entry.service.id) || entry.service.id.is_empty() => {
+                answer.unreadable.add_unnamed(1);
+            }
+            None => answer.unreadable.add(&entry.service.id),
+        }
     }
     answer.instances = instances.into_values().collect();
     answer.limit(MEMBERS_MAX);
@@ -251,7 +257,7 @@ impl HealthAnswer {
         self.instances.sort_by(|a, b| (&a.host, a.port, &a.name).cmp(&(&b.host, b.port, &b.name)));
         self.instances.truncate(most);
         self.instances.sort_by(|a, b| a.name.cmp(&b.name));
-        self.unreadable = self.unreadable.saturating_add(u32::try_from(excess).unwrap_or(u32::MAX));
+        self.unreadable.add_unnamed(u32::try_from(excess).unwrap_or(u32::MAX));
     }
 }
 

@@ -25,21 +25,31 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use tidegate_core::discovery::{Announced, SourceFailure, Told, WholeSet};
+use tidegate_core::discovery::{Announced, SourceFailure, Told, Unreadable, WholeSet};
 use tidegate_core::model::RegistryQuery;
 use tidegate_net::clock;
 
-/// After an answer that lost instances or is not trusted, the waits are short for this
-/// time, so that a confirmation does not take a whole wait.
+/// After a failure, and after an answer that lost instances or is not trusted, the waits are
+/// short for this time. A confirmation then does not take a whole wait, and neither does the
+/// notice of a restore of the servers.
 const WATCHFUL: Duration = Duration::from_secs(60);
+
+/// A query that follows an answer within this time leaves no gap in which a restore of the
+/// servers can remain unnoticed.
+const GAP_MAX: Duration = Duration::from_millis(20);
 
 /// The times of a watch.
 #[derive(Debug, Clone, Copy)]
 pub struct ConsulPace {
     /// Longest time that a query waits for a change; up to a sixth is taken off at random.
     pub wait: Duration,
-    /// The same after an answer that lost instances or is not trusted.
+    /// The same for a minute after a failure, and after an answer that lost instances or is
+    /// not trusted.
     pub watchful_wait: Duration,
+    /// The same for a query that does not follow an answer at once. If the servers were
+    /// restored in between, its index can be above theirs, and Consul then waits to the end.
+    /// Longer than `unchanged`, so that the next query follows at once.
+    pub first_wait: Duration,
     /// Shortest time between the queries before and after an answer that changed nothing.
     pub unchanged: Duration,
     /// The same for an answer that changed something.
@@ -58,6 +68,8 @@ struct ConsulWatch {
     told: Option<ToldInstances>,
     names: HostNames,
     watchful_until: Option<Instant>,
+    /// When the last answer arrived.
+    answered: Option<Instant>,
     listed: bool,
 }
 
@@ -66,7 +78,7 @@ struct ConsulWatch {
 struct ToldInstances {
     members: Arc<[Announced]>,
     trusted: bool,
-    unreadable: u32,
+    unreadable: Unreadable,
 }
 
 /// What an answer did.
@@ -98,6 +110,7 @@ pub async fn run_at(
         told: None,
         names,
         watchful_until: None,
+        answered: None,
         listed: false,
     };
     let mut pause = Pause::paced(pace.changed, pace.unchanged);
@@ -124,6 +137,7 @@ impl ConsulWatch {
             .ok_or_else(|| HttpFailure::local("the question is none for Consul"))?;
         // The server adds up to a sixteenth.
         let response = self.client.get(path, wait + wait / 16).await?;
+        self.answered = Some(clock::now());
         let meta = read_meta(|name| response.headers.get(name)?.to_str().ok());
         if meta.index < self.index {
             self.restart();
@@ -144,7 +158,7 @@ impl ConsulWatch {
 
     /// Refuses answers that say nothing.
     fn check(&self, meta: &AnswerMeta, answer: &HealthAnswer) -> Result<(), HttpFailure> {
-        let empty = answer.instances.is_empty() && answer.unreadable == 0;
+        let empty = answer.instances.is_empty() && answer.unreadable.count() == 0;
         let (why, detail) = match (empty, meta.filtered, meta.known_leader) {
             (true, true, _) => (
                 SourceFailure::Auth,
@@ -163,9 +177,8 @@ impl ConsulWatch {
         meta.is_trusted(*max_stale, empty, self.client.is_anonymous())
     }
 
-    /// The members, the number of entries that are none, and whether each host name has an
-    /// address.
-    async fn members(&mut self, answer: HealthAnswer) -> (Arc<[Announced]>, u32, bool) {
+    /// The members, the entries that are none, and whether each host name has an address.
+    async fn members(&mut self, answer: HealthAnswer) -> (Arc<[Announced]>, Unreadable, bool) {
         let names = answer.instances.iter().filter_map(|instance| match &instance.host {
             InstanceHost::Name(name) => Some(Arc::clone(name)),
             InstanceHost::Ip(_) => None,
@@ -175,19 +188,21 @@ impl ConsulWatch {
             InstanceHost::Ip(ip) => Some(*ip),
             InstanceHost::Name(name) => self.names.address(name),
         };
-        let of = |instance: &codec::ConsulInstance| {
-            address(&instance.host).map(|ip| instance.announced(ip))
-        };
-        let members: Arc<[Announced]> = answer.instances.iter().filter_map(of).collect();
-        let unresolved = answer.instances.len() - members.len();
-        let unreadable = u32::try_from(unresolved).unwrap_or(u32::MAX);
-        (members, answer.unreadable.saturating_add(unreadable), unresolved == 0)
+        let (mut members, mut unreadable) = (Vec::new(), answer.unreadable);
+        for instance in &answer.instances {
+            match address(&instance.host) {
+                Some(ip) => members.push(instance.announced(ip)),
+                None => unreadable.add(&instance.name),
+            }
+        }
+        let resolved = members.len() == answer.instances.len();
+        (members.into(), unreadable, resolved)
     }
 
     fn tell(&mut self, now: ToldInstances, index: u64) -> AnswerEffect {
         let lost = self.told.as_ref().is_some_and(|told| told.members.len() > now.members.len());
         if lost || !now.trusted {
-            self.watchful_until = Some(clock::now() + WATCHFUL);
+            self.be_watchful();
         }
         if self.told.as_ref() == Some(&now) {
             self.teller.tell(Told::Alive);
@@ -197,7 +212,8 @@ impl ConsulWatch {
             members: Arc::clone(&now.members),
             version: format!("index {index}"),
             trusted: now.trusted,
-            unreadable: now.unreadable,
+            unreadable: now.unreadable.clone(),
+            keys: [].into(),
         }));
         self.told = Some(now);
         AnswerEffect::Changed
@@ -209,6 +225,7 @@ impl ConsulWatch {
             self.restart();
         }
         self.told = None;
+        self.be_watchful();
         self.teller.tell(failure.told());
     }
 
@@ -218,13 +235,23 @@ impl ConsulWatch {
         self.teller.counters().watch_restarts.fetch_add(1, Ordering::Relaxed);
     }
 
+    fn be_watchful(&mut self) {
+        self.watchful_until = Some(clock::now() + WATCHFUL);
+    }
+
     /// How long the server may wait for a change.
     fn wait(&self) -> Duration {
-        let watchful = self.watchful_until.is_some_and(|until| clock::now() < until);
-        let most = match (self.index, watchful) {
-            (0, _) => return Duration::ZERO,
-            (_, true) => self.pace.watchful_wait.min(self.pace.wait),
-            (_, false) => self.pace.wait,
+        let ConsulPace { wait, watchful_wait, first_wait, .. } = self.pace;
+        let now = clock::now();
+        let follows = |at: Instant| now.saturating_duration_since(at) <= GAP_MAX;
+        let most = if self.index == 0 {
+            return Duration::ZERO;
+        } else if !self.answered.is_some_and(follows) {
+            first_wait.min(wait)
+        } else if self.watchful_until.is_some_and(|until| now < until) {
+            watchful_wait.min(wait)
+        } else {
+            wait
         };
         most - most.mul_f64(fastrand::f64() / 6.0)
     }
@@ -243,6 +270,7 @@ impl Default for ConsulPace {
         ConsulPace {
             wait: Duration::from_secs(30),
             watchful_wait: Duration::from_secs(5),
+            first_wait: Duration::from_secs(2),
             unchanged: UNCHANGED_MIN,
             changed: CHANGED_MIN,
         }

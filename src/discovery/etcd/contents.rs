@@ -8,7 +8,7 @@ use crate::listing::decode_member;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use tidegate_core::control::MEMBERS_MAX;
-use tidegate_core::discovery::{Announced, WholeSet};
+use tidegate_core::discovery::{Announced, Unreadable, WholeSet};
 
 /// The entries below a prefix.
 #[derive(Debug)]
@@ -119,19 +119,37 @@ impl PrefixContents {
     /// Returns all members.
     pub(super) fn whole(&self, trusted: bool) -> WholeSet {
         let members = self.entries.values().filter_map(|entry| entry.announced.clone());
-        let unread = self.entries.values().filter(|entry| !entry.readable).count();
         let beyond = self.count.saturating_sub(self.entries.len() as i64).max(0);
+        let mut unreadable = Unreadable::unnamed(u32::try_from(beyond).unwrap_or(u32::MAX));
+        let mut keys = Vec::new();
+        for (key, entry) in &self.entries {
+            let key = std::str::from_utf8(self.rest(key)).ok();
+            match (entry.readable, key) {
+                (true, _) => {}
+                (false, Some(key)) => unreadable.add(key),
+                (false, None) => unreadable.add_unnamed(1),
+            }
+            let other =
+                entry.announced.as_ref().zip(key).filter(|(member, key)| *member.name != **key);
+            keys.extend(other.map(|(member, key)| (member.address, key.into())));
+        }
         WholeSet {
             members: members.take(MEMBERS_MAX).collect(),
             version: format!("revision {}", self.revision),
             trusted,
-            unreadable: u32::try_from(beyond.saturating_add(unread as i64)).unwrap_or(u32::MAX),
+            unreadable,
+            keys: keys.into(),
         }
+    }
+
+    /// Returns the key without the prefix.
+    fn rest<'k>(&self, key: &'k [u8]) -> &'k [u8] {
+        &key[self.prefix.len().min(key.len())..]
     }
 
     /// Reads a value. Returns the entry and whether it differs from the one before.
     fn read(&self, key: &[u8], value: &[u8], before: Option<PrefixEntry>) -> (PrefixEntry, bool) {
-        let rest = &key[self.prefix.len().min(key.len())..];
+        let rest = self.rest(key);
         // Some tools put an empty entry at the prefix itself, as a directory.
         if rest.is_empty() {
             return (PrefixEntry { announced: None, readable: true }, false);

@@ -90,6 +90,6 @@ fn check_followed(followed: &mut Followed) {
 fn check_contents(contents: &PrefixContents) {
     let whole = contents.whole(true);
     assert!(whole.members.len() <= MEMBERS_MAX && contents.count() >= 0);
-    assert!(i64::from(whole.unreadable) <= contents.count());
+    assert!(i64::from(whole.unreadable.count()) <= contents.count());
     whole.members.iter().for_each(assert_usable);
 }

@@ -10,6 +10,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use tidegate_core::discovery::Unreadable;
 
 /// Largest event of a watch. The API server stores objects of at most 1.5 MiB.
 pub(crate) const EVENT_BYTES_MAX: usize = 8 << 20;
@@ -77,7 +78,7 @@ pub(crate) struct SliceFacts {
     pub(crate) version: String,
     pub(crate) endpoints: Vec<EndpointFacts>,
     /// Endpoints without a usable address or port.
-    pub(crate) unreadable: u32,
+    pub(crate) unreadable: Unreadable,
 }
 
 /// An endpoint of a slice.
@@ -295,12 +296,13 @@ impl SliceObject {
     fn facts(self, port: Option<&str>) -> SliceFacts {
         let ports = self.ports.map(|ports| ports.0).unwrap_or_default();
         let port = chosen_port(&ports, port);
-        let mut unreadable = 0;
+        let mut unreadable = Unreadable::default();
         let mut facts = Vec::new();
         for endpoint in self.endpoints.map(|endpoints| endpoints.0).unwrap_or_default() {
             match endpoint.facts(port) {
-                Some(endpoint) => facts.push(endpoint),
-                None => unreadable += 1,
+                Ok(endpoint) => facts.push(endpoint),
+                Err(Some(pod)) => unreadable.add(&pod),
+                Err(None) => unreadable.add_unnamed(1),
             }
         }
         SliceFacts {
@@ -327,17 +329,18 @@ fn chosen_port(ports: &[PortObject], wanted: Option<&str>) -> Option<u16> {
 // === impl EndpointObject ===
 
 impl EndpointObject {
-    fn facts(self, port: Option<u16>) -> Option<EndpointFacts> {
-        let ip = self.addresses.0?.to_canonical();
-        if ip.is_unspecified() || ip.is_multicast() {
-            return None;
-        }
-        let address = SocketAddr::new(ip, port.filter(|port| *port != 0)?);
+    /// Returns the name of the pod, if it has one, without a usable address or port.
+    fn facts(self, port: Option<u16>) -> Result<EndpointFacts, Option<Arc<str>>> {
         let TargetObject { name, uid } =
             self.target_ref.unwrap_or(TargetObject { name: None, uid: None });
-        let name = name.filter(|name| is_name(name)).unwrap_or_else(|| address.to_string().into());
+        let pod = name.filter(|name| is_name(name));
+        let ip = self.addresses.0.map(|ip| ip.to_canonical());
+        let ip = ip.filter(|ip| !ip.is_unspecified() && !ip.is_multicast());
+        let Some((ip, port)) = ip.zip(port.filter(|port| *port != 0)) else { return Err(pod) };
+        let address = SocketAddr::new(ip, port);
+        let name = pod.unwrap_or_else(|| address.to_string().into());
         let state = self.conditions.unwrap_or_default().state();
-        Some(EndpointFacts { target: uid, name, address, state })
+        Ok(EndpointFacts { target: uid, name, address, state })
     }
 }
 
@@ -397,7 +400,7 @@ mod tests {
         let states: Vec<_> = slice.endpoints.iter().map(|endpoint| endpoint.state).collect();
         use EndpointState::{Leaving, Out, Ready};
         assert_eq!(states, [Ready, Ready, Leaving, Out]);
-        assert_eq!((slice.unreadable, &*slice.version, &*slice.name), (2, "41", "web-abc"));
+        assert_eq!((slice.unreadable.count(), &*slice.version, &*slice.name), (2, "41", "web-abc"));
         let names: Vec<_> = slice.endpoints.iter().map(|endpoint| &*endpoint.name).collect();
         assert_eq!(names[..2], ["web-0", "10.1.2.4:8080"]);
     }
@@ -410,7 +413,8 @@ mod tests {
         assert_eq!(port(Some("9090")), Some(9090));
         assert_eq!(port(Some("dns")), None);
         assert_eq!(port(Some("9999")), None);
-        assert_eq!(slice(Some("missing")).unreadable, 6);
+        let unreadable = slice(Some("missing")).unreadable;
+        assert_eq!(unreadable.text(), r#"6 unreadable: "web-0" and 5 more"#);
         assert_eq!(chosen_port(&[], Some("80")), Some(80));
         assert_eq!(chosen_port(&[], None), None);
     }
@@ -457,7 +461,7 @@ mod tests {
         let slice = format!(r#""endpoints":[{{"addresses":[{many}]}}],"ports":[{{"port":80}}]"#);
         assert_eq!(read(&slice).unwrap().endpoints.len(), 1);
         let slice = r#""endpoints":[{"addresses":["::ffff:0.0.0.0"]}],"ports":[{"port":80}]"#;
-        assert_eq!(read(slice).unwrap().unreadable, 1);
+        assert_eq!(read(slice).unwrap().unreadable.count(), 1);
     }
 
     proptest! {

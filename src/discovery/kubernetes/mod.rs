@@ -32,7 +32,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-use tidegate_core::discovery::{Announced, SourceFailure, Told, WholeSet};
+use tidegate_core::discovery::{Announced, SourceFailure, Told, Unreadable, WholeSet};
 use tidegate_net::clock;
 use tokio::time::sleep_until;
 
@@ -105,8 +105,8 @@ struct KubernetesSource {
     teller: Teller,
     picture: SlicePicture,
     port: Option<Arc<str>>,
-    /// The members of the last answer, and how many endpoints were unreadable.
-    last: Option<(Arc<[Announced]>, u32)>,
+    /// The members of the last answer, and which endpoints were unreadable.
+    last: Option<(Arc<[Announced]>, Unreadable)>,
     /// The newest version of a list as a number; 0 if it is none.
     version: u64,
 }
@@ -289,10 +289,11 @@ impl KubernetesSource {
             return Ok(shown.until);
         }
         let members: Arc<[Announced]> = shown.members.into();
-        self.last = Some((Arc::clone(&members), shown.unreadable));
-        let version = format!("resourceVersion {version}");
         let unreadable = shown.unreadable;
-        self.teller.tell(Told::Whole(WholeSet { members, version, trusted: true, unreadable }));
+        self.last = Some((Arc::clone(&members), unreadable.clone()));
+        let (version, keys) = (format!("resourceVersion {version}"), [].into());
+        let set = WholeSet { members, version, trusted: true, unreadable, keys };
+        self.teller.tell(Told::Whole(set));
         Ok(shown.until)
     }
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::control::MEMBERS_MAX;
 use tidegate_core::discovery::labels::MemberLabels;
-use tidegate_core::discovery::{Announced, Wish};
+use tidegate_core::discovery::{Announced, Unreadable, Wish};
 
 /// How long a missing endpoint stays. The controller of Kubernetes writes the slices of one
 /// change within milliseconds, unless its requests are throttled.
@@ -43,7 +43,7 @@ pub(crate) struct ShownMembers {
     /// Sorted by name; at most [`MEMBERS_MAX`].
     pub(crate) members: Vec<Announced>,
     /// Endpoints without address or port, and those beyond the bound.
-    pub(crate) unreadable: u32,
+    pub(crate) unreadable: Unreadable,
     /// When a missing endpoint leaves.
     pub(crate) until: Option<Instant>,
 }
@@ -106,8 +106,9 @@ impl SlicePicture {
         }
         self.shown = current;
         let (members, beyond) = self.members();
-        let unreadable = self.slices.values().map(|slice| slice.unreadable);
-        ShownMembers { members, unreadable: unreadable.fold(beyond, u32::saturating_add), until }
+        let mut unreadable = Unreadable::unnamed(beyond);
+        self.slices.values().for_each(|slice| unreadable.merge(&slice.unreadable));
+        ShownMembers { members, unreadable, until }
     }
 
     fn members(&self) -> (Vec<Announced>, u32) {
@@ -206,7 +207,12 @@ mod tests {
 
     fn slice(name: &str, endpoints: &[EndpointFacts]) -> SliceFacts {
         let version = String::new();
-        SliceFacts { name: name.into(), version, endpoints: endpoints.to_vec(), unreadable: 0 }
+        SliceFacts {
+            name: name.into(),
+            version,
+            endpoints: endpoints.to_vec(),
+            unreadable: Unreadable::default(),
+        }
     }
 
     fn shown(picture: &mut SlicePicture, now: Instant) -> Vec<(String, Wish)> {

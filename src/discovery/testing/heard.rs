@@ -18,6 +18,7 @@ pub(crate) struct HeardSource {
     /// The last set.
     pub(crate) members: Vec<Announced>,
     pub(crate) unreadable: u32,
+    pub(crate) unread_keys: Vec<String>,
     pub(crate) failures: Vec<(SourceFailure, String)>,
     /// Number of sets.
     pub(crate) sets: u32,
@@ -37,7 +38,16 @@ impl HeardSource {
         let teller = answers.teller(key, Arc::clone(&counters));
         let task = tokio::spawn(source(teller));
         let (members, failures) = (Vec::new(), Vec::new());
-        HeardSource { answers, counters, members, unreadable: 0, failures, sets: 0, task }
+        HeardSource {
+            answers,
+            counters,
+            members,
+            unreadable: 0,
+            unread_keys: Vec::new(),
+            failures,
+            sets: 0,
+            task,
+        }
     }
 
     pub(crate) fn take(&mut self) {
@@ -46,7 +56,9 @@ impl HeardSource {
                 Told::Whole(set) => {
                     assert!(set.trusted);
                     self.members = set.members.to_vec();
-                    self.unreadable = set.unreadable;
+                    self.unreadable = set.unreadable.count();
+                    self.unread_keys =
+                        set.unreadable.keys().iter().map(ToString::to_string).collect();
                     self.sets += 1;
                 }
                 Told::Failed { why, detail } => self.failures.push((why, detail)),

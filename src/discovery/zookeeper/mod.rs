@@ -29,11 +29,12 @@ use crate::tell::Teller;
 use session::{CALLS_AT_ONCE, ZkAnswer, ZkProblem};
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tidegate_core::control::MEMBERS_MAX;
-use tidegate_core::discovery::{Announced, SourceFailure, Told, WholeSet};
+use tidegate_core::discovery::{Announced, SourceFailure, Told, Unreadable, WholeSet};
 use tidegate_core::model::ZookeeperFormat;
 use tokio::time::{sleep, timeout};
 use watches::{ZkChanges, ZkWatch};
@@ -112,8 +113,8 @@ struct ZkSource {
     zxid: i64,
     /// The transaction that last added or removed a child.
     children_changed: i64,
-    /// The members of the last answer, and how many children were unreadable.
-    last: Option<(Arc<[Announced]>, u32)>,
+    /// The last answer.
+    last: Option<WholeSet>,
 }
 
 // === impl ZkSource ===
@@ -224,28 +225,32 @@ impl ZkSource {
 
     /// Tells the set, and returns whether it changed.
     fn tell(&mut self) -> bool {
-        let mut unreadable = self.beyond;
+        let mut unreadable = Unreadable::unnamed(self.beyond);
         let mut members: BTreeMap<&str, &Announced> = BTreeMap::new();
-        for child in self.children.values() {
-            match child {
+        let mut keys: Vec<(SocketAddr, Arc<str>)> = Vec::new();
+        for (child, member) in &self.children {
+            match member {
                 // Two children with one name: the first in order of the nodes counts.
                 Some(member) if !members.contains_key(&*member.name) => {
                     members.insert(&member.name, member);
+                    let differs = **child != *member.name;
+                    keys.extend(differs.then(|| (member.address, child.as_str().into())));
                 }
-                _ => unreadable += 1,
+                _ => unreadable.add(child),
             }
         }
-        if let Some((last, count)) = &self.last
-            && *count == unreadable
-            && last.iter().eq(members.values().copied())
+        if let Some(last) = &self.last
+            && (&last.unreadable, &*last.keys) == (&unreadable, &*keys)
+            && last.members.iter().eq(members.values().copied())
         {
             self.teller.tell(Told::Alive);
             return false;
         }
         let members: Arc<[Announced]> = members.into_values().cloned().collect();
-        self.last = Some((Arc::clone(&members), unreadable));
         let version = format!("zxid 0x{:x}", self.zxid);
-        self.teller.tell(Told::Whole(WholeSet { members, version, trusted: true, unreadable }));
+        let set = WholeSet { members, version, trusted: true, unreadable, keys: keys.into() };
+        self.last = Some(set.clone());
+        self.teller.tell(Told::Whole(set));
         true
     }
 

@@ -90,6 +90,7 @@ async fn members_come_change_and_leave_and_a_missing_node_is_a_failure() {
     eprintln!("its end was told after {:?}", asked.names(&["a"]).await);
     change(&client, "/web/a", "not JSON").await;
     asked.until("unreadable", |asked| asked.unreadable == 1 && asked.members.is_empty()).await;
+    assert_eq!(asked.unread_keys, ["a"]);
 
     // A vanished node is no empty set.
     change(&client, "/web/a", &at(1)).await;

@@ -6,8 +6,8 @@
 use super::ViewId;
 use crate::control::state::ControlState;
 use crate::control::{ControlEffect, Notice, NoticeFields, NoticeLevel};
-use crate::discovery::SourceFailure;
 use crate::discovery::view::{HeldReason, NoticeKind, RefusedCounts, ViewNotice};
+use crate::discovery::{SourceFailure, Unreadable};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -86,10 +86,10 @@ fn line(notice: &ViewNotice) -> (&'static str, NoticeFields) {
             "second answer of a member source confirms the removal of members",
             NoticeFields { removed: count(*removed), ..none() },
         ),
-        NoticeKind::Refused { counts } => (
+        NoticeKind::Refused { counts, unreadable } => (
             "announced members are ignored or changed",
             NoticeFields {
-                reason: Some(refused_text(counts)),
+                reason: Some(refused_text(counts, unreadable)),
                 help: "correct the announcements, or the keys addresses, backends_max and \
                        weight_max of the pool",
                 ..none()
@@ -179,17 +179,17 @@ fn held_help(reason: HeldReason) -> &'static str {
     }
 }
 
-/// Returns the counts as text: `2 not in addresses, 1 unreadable`.
-fn refused_text(counts: &RefusedCounts) -> String {
+/// Returns the counts as text: `2 not in addresses, 1 unreadable: "web-3"`.
+fn refused_text(counts: &RefusedCounts, unreadable: &Unreadable) -> String {
     let all = [
         (counts.addresses, "not in addresses"),
         (counts.too_many, "beyond backends_max"),
         (counts.duplicate, "with the address of another"),
-        (counts.unreadable, "unreadable"),
         (counts.bad_name, "with an invalid name"),
         (counts.weight_clamped, "above weight_max"),
     ];
     let texts = all.iter().filter(|(count, _)| *count > 0);
-    let texts: Vec<String> = texts.map(|(count, what)| format!("{count} {what}")).collect();
+    let mut texts: Vec<String> = texts.map(|(count, what)| format!("{count} {what}")).collect();
+    texts.extend((unreadable.count() > 0).then(|| unreadable.text()));
     texts.join(", ")
 }

@@ -76,8 +76,8 @@ pub enum HeldReason {
     Kept,
     /// The answer shrinks the view by more than `max_removed`.
     MaxRemoved,
-    /// The answer has announcements that the source could not read. One of them can be
-    /// this member.
+    /// The answer has announcements that the source could not read. One of them was this
+    /// member before, or its key is not known and it can be any member.
     Unreadable,
     /// The answer is not trusted.
     Untrusted,

@@ -18,10 +18,12 @@
 //! | `base` | what a share of removals is relative to |
 //! | `offers` | which announcements can become members |
 //! | `removal` | which members leave |
+//! | `keys` | which members an unreadable announcement can be |
 //! | `wishes` | which members get new sessions |
 //! | `notices`, `status`, `saved` | what the operator and the next process read |
 
 mod base;
+mod keys;
 mod member;
 mod notices;
 mod offers;
@@ -39,9 +41,10 @@ pub use saved::{SavedView, SavedViewMember};
 pub use status::{AnswerCounts, AnswerResult, HeldAnswer, LastWord, RefusedCounts, ViewStatus};
 pub use wishes::BURST_TIME;
 
-use super::{MEMBERS_MAX, SourceFailure, Told, WholeSet};
+use super::{MEMBERS_MAX, SourceFailure, Told, Unreadable, WholeSet};
 use crate::model::{EmptyAnswer, ViewGuards};
 use base::Base;
+use keys::MemberKeys;
 use member::{Entry, set};
 use notices::Notices;
 use offers::{OfferedMember, Offers};
@@ -106,7 +109,9 @@ pub struct View {
     word: Option<Word>,
     /// First failure after the last answer.
     failing: Option<Instant>,
+    keys: MemberKeys,
     refused: RefusedCounts,
+    unreadable: Unreadable,
     announced: u32,
     answers: AnswerCounts,
     notices: Notices,
@@ -123,7 +128,7 @@ struct Word {
 
 /// How an answer counts.
 #[derive(Debug, Clone, Copy)]
-struct Reading {
+struct Reading<'s> {
     now: Instant,
     /// When the source gave it.
     at: Instant,
@@ -131,7 +136,7 @@ struct Reading {
     /// The view looks at an old answer again, after a change of the guards. It is no
     /// further evidence.
     again: bool,
-    unreadable: u32,
+    unreadable: &'s Unreadable,
 }
 
 // === impl View ===
@@ -158,7 +163,9 @@ impl View {
             changed: false,
             word: None,
             failing: None,
+            keys: MemberKeys::default(),
             refused: RefusedCounts::default(),
+            unreadable: Unreadable::default(),
             announced: 0,
             answers: AnswerCounts::default(),
             notices: Notices::default(),
@@ -322,7 +329,12 @@ impl View {
     }
 
     /// Brings the view to a complete answer, as far as the guards permit.
-    fn read(&mut self, set: &WholeSet, reading: Reading, sight: &dyn LocalSight) -> AnswerResult {
+    fn read(
+        &mut self,
+        set: &WholeSet,
+        reading: Reading<'_>,
+        sight: &dyn LocalSight,
+    ) -> AnswerResult {
         let was_changed = std::mem::take(&mut self.changed);
         let offers = Offers::of(&set.members, &self.guards);
         let before = self.entries.len();
@@ -335,10 +347,11 @@ impl View {
             self.base.raise(self.base.size() + joined);
         }
         let mut refused = offers.refused;
-        refused.unreadable = set.unreadable;
+        refused.unreadable = set.unreadable.count();
         refused.too_many += (joining.len() - joined) as u32;
-        self.announced = (set.members.len() as u32).saturating_add(set.unreadable);
-        self.note_refused(refused, reading.now);
+        self.announced = (set.members.len() as u32).saturating_add(set.unreadable.count());
+        self.note_refused(refused, &set.unreadable, reading.now);
+        self.keys.note(set, &self.entries);
         self.restored = false;
         self.release(reading.now, sight);
         let left = (before + joined).saturating_sub(self.entries.len());
@@ -361,7 +374,7 @@ impl View {
     fn alter<'o, 's>(
         &mut self,
         offers: &'o Offers<'s>,
-        reading: Reading,
+        reading: Reading<'_>,
     ) -> Vec<&'o OfferedMember<'s>> {
         let mut joining = Vec::new();
         let mut offers = offers.list.iter().peekable();
@@ -443,9 +456,9 @@ impl View {
 
 // === impl Reading ===
 
-impl Reading {
-    fn of(set: &WholeSet, now: Instant) -> Reading {
-        let (trusted, unreadable) = (set.trusted, set.unreadable);
+impl Reading<'_> {
+    fn of(set: &WholeSet, now: Instant) -> Reading<'_> {
+        let (trusted, unreadable) = (set.trusted, &set.unreadable);
         Reading { now, at: now, trusted, again: false, unreadable }
     }
 }

@@ -6,7 +6,7 @@
 
 use super::member::HeldReason;
 use super::{RefusedCounts, View, bounded};
-use crate::discovery::SourceFailure;
+use crate::discovery::{SourceFailure, Unreadable};
 use std::mem::discriminant;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -68,10 +68,12 @@ pub enum NoticeKind {
         removed: u32,
     },
     /// An answer has announcements that are refused or changed. The notice is repeated only
-    /// if the counts change.
+    /// if the counts or the unreadable keys change.
     Refused {
         /// By reason.
         counts: RefusedCounts,
+        /// Those that the source could not read.
+        unreadable: Unreadable,
     },
     /// The source took more than half of the members out of rotation at once. It is not
     /// believed.
@@ -154,12 +156,19 @@ impl View {
         self.notices.add(NoticeKind::Held { reason, removes, members }, now);
     }
 
-    pub(super) fn note_refused(&mut self, counts: RefusedCounts, now: Instant) {
-        if counts != self.refused {
-            self.refused = counts;
-            if counts != RefusedCounts::default() {
-                self.notices.add(NoticeKind::Refused { counts }, now);
-            }
+    pub(super) fn note_refused(
+        &mut self,
+        counts: RefusedCounts,
+        unreadable: &Unreadable,
+        now: Instant,
+    ) {
+        if counts == self.refused && *unreadable == self.unreadable {
+            return;
+        }
+        (self.refused, self.unreadable) = (counts, unreadable.clone());
+        if counts != RefusedCounts::default() {
+            let unreadable = unreadable.clone();
+            self.notices.add(NoticeKind::Refused { counts, unreadable }, now);
         }
     }
 }

@@ -6,8 +6,9 @@
 //!
 //! 1. A trusted answer that lacks a member starts or continues its [`Absence`].
 //! 2. The answer as a whole can meet an objection: too small, too few left, unreadable
-//!    announcements. Then only members leave that were already absent `confirm_after`
-//!    earlier. Each member is confirmed by itself, so two answers need not be equal.
+//!    announcements without a key. Then only members leave that were already absent
+//!    `confirm_after` earlier. Each member is confirmed by itself, so two answers need not be
+//!    equal. An unreadable announcement with a key holds only what this key announced before.
 //! 3. A member whose removal is decided leaves at once, unless it serves for a newcomer
 //!    that is not up, or is the last eligible one of the pool and its removal is not
 //!    confirmed.
@@ -26,7 +27,10 @@ const FAR: Duration = Duration::from_secs(10 * 365 * 86_400);
 #[derive(Debug, Clone, Copy, Default)]
 struct Decided {
     leaving: usize,
+    /// By the objection to the answer.
     held: usize,
+    /// Only because their own announcements are unreadable.
+    unread: usize,
 }
 
 /// Returns a later time.
@@ -40,7 +44,7 @@ impl View {
     /// Decides which of the members leave that the answer lacks. `present` counts those
     /// that the answer contains. Returns whether the answer is held although no member
     /// waits: it is the first one, and it is small.
-    pub(super) fn judge_removal(&mut self, present: usize, reading: Reading) -> bool {
+    pub(super) fn judge_removal(&mut self, present: usize, reading: Reading<'_>) -> bool {
         let is_small = present < self.guards.min_backends.max(1) as usize;
         if !reading.trusted {
             self.answered |= !is_small;
@@ -81,7 +85,7 @@ impl View {
         }
     }
 
-    fn count_absences(&mut self, is_kept: bool, reading: Reading) {
+    fn count_absences(&mut self, is_kept: bool, reading: Reading<'_>) {
         for entry in &mut self.entries {
             if entry.present {
                 (entry.absence, entry.leaving) = (None, None);
@@ -93,7 +97,7 @@ impl View {
     }
 
     /// Whether a small answer waits for its confirmation, although no member does.
-    fn holds_first(&mut self, present: usize, reading: Reading) -> bool {
+    fn holds_first(&mut self, present: usize, reading: Reading<'_>) -> bool {
         match self.empty_rule(present) {
             EmptyAnswer::Accept => false,
             EmptyAnswer::Keep => true,
@@ -110,10 +114,13 @@ impl View {
         if is_limited { self.guards.confirm_after } else { Duration::ZERO }
     }
 
-    fn decide_all(&mut self, present: usize, is_small: bool, reading: Reading) -> Decided {
+    fn decide_all(&mut self, present: usize, is_small: bool, reading: Reading<'_>) -> Decided {
         loop {
             let objection = self.objection(present, is_small, reading);
             let decided = self.decide(objection, (present, is_small), reading);
+            if decided.unread > 0 {
+                self.note_held(HeldReason::Unreadable, decided.unread, reading.now);
+            }
             let Some(reason) = objection else { return decided };
             if decided.leaving > 0 {
                 let removed = decided.leaving as u32;
@@ -130,7 +137,12 @@ impl View {
     }
 
     /// Returns what speaks against an answer that lacks members.
-    fn objection(&self, present: usize, is_small: bool, reading: Reading) -> Option<HeldReason> {
+    fn objection(
+        &self,
+        present: usize,
+        is_small: bool,
+        reading: Reading<'_>,
+    ) -> Option<HeldReason> {
         if !self.entries.iter().any(Entry::is_pending) {
             return None;
         }
@@ -146,19 +158,23 @@ impl View {
         if shrinkage * 100 > usize::from(self.guards.max_removed) * base {
             return Some(HeldReason::MaxRemoved);
         }
-        (reading.unreadable > 0).then_some(HeldReason::Unreadable)
+        let unreadable = reading.unreadable;
+        let can_be_any = !unreadable.are_named() || !self.keys.are_known();
+        (unreadable.count() > 0 && can_be_any).then_some(HeldReason::Unreadable)
     }
 
     fn decide(
         &mut self,
         objection: Option<HeldReason>,
         (present, is_small): (usize, bool),
-        reading: Reading,
+        reading: Reading<'_>,
     ) -> Decided {
         let is_accepted = is_small && self.empty_rule(present) == EmptyAnswer::Accept;
         let (guards, confirm_after) = (&self.guards, self.confirm_after(present));
+        let keys = &self.keys;
         let mut decided = Decided::default();
         for entry in self.entries.iter_mut().filter(|entry| entry.is_pending()) {
+            let is_unread = keys.is_among(entry, reading.unreadable);
             let absence = entry.absence.as_mut().filter(|_| objection != Some(HeldReason::Kept));
             let Some(absence) = absence else {
                 self.changed |= entry.hold(HeldReason::Kept, None);
@@ -171,6 +187,10 @@ impl View {
                 Some(reason) if !absence.sure => {
                     self.changed |= entry.hold(reason, Some(confirmable));
                     decided.held += 1;
+                }
+                None if is_unread && !absence.sure => {
+                    self.changed |= entry.hold(HeldReason::Unreadable, Some(confirmable));
+                    decided.unread += 1;
                 }
                 _ if absence.answers < guards.missing => {
                     self.changed |= entry.hold(HeldReason::Missing, None);
@@ -288,7 +308,7 @@ impl Entry {
         super::set(&mut self.member.held, None)
     }
 
-    fn count_absence(&mut self, reading: Reading) {
+    fn count_absence(&mut self, reading: Reading<'_>) {
         match &mut self.absence {
             Some(_) if reading.again => {}
             Some(absence) => absence.answers = absence.answers.saturating_add(1),

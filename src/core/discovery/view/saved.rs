@@ -4,6 +4,7 @@
 //! holds no answer of the source, so it cannot judge changed guards before the next one.
 
 use super::base::Base;
+use super::keys::MemberKeys;
 use super::member::{
     Absence, Entry, HeldReason, HeldRemoval, MemberWish, RAW_BYTES_MAX, ViewMember, is_bad,
 };
@@ -39,6 +40,8 @@ pub struct SavedView {
     pub burst_ms: Option<u64>,
     /// The member that serves because no other one would be eligible.
     pub keeper: Option<SocketAddr>,
+    /// Whether the members were saved with their keys.
+    pub keyed: bool,
     /// In order of their addresses.
     pub members: Vec<SavedViewMember>,
 }
@@ -51,6 +54,9 @@ pub struct SavedViewMember {
     /// The name as announced; `None`: the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub announced: Option<Arc<str>>,
+    /// Its key at the source; `None`: the announced name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<Arc<str>>,
     /// Where it listens.
     pub address: SocketAddr,
     /// In use.
@@ -155,6 +161,8 @@ impl View {
         view.keeper = saved
             .keeper
             .filter(|address| entries.iter().any(|entry| entry.member.address == *address));
+        let keys = saved.members.iter().filter_map(|m| Some((m.address, m.key.clone()?)));
+        view.keys = MemberKeys::of(keys.take(MEMBERS_MAX), saved.keyed || entries.is_empty());
         view.entries = entries;
         view.plan(now);
         view
@@ -172,7 +180,8 @@ impl View {
             small_ms: self.small_since.map(since),
             burst_ms: self.burst.map(since),
             keeper: self.keeper,
-            members: self.entries.iter().map(|entry| entry.save(now)).collect(),
+            keyed: self.keys.are_known(),
+            members: self.entries.iter().map(|entry| entry.save(&self.keys, now)).collect(),
         }
     }
 }
@@ -259,13 +268,14 @@ impl Entry {
         Some(held.until?.saturating_duration_since(self.absence?.since))
     }
 
-    fn save(&self, now: Instant) -> SavedViewMember {
+    fn save(&self, keys: &MemberKeys, now: Instant) -> SavedViewMember {
         let since = |at: Instant| millis(now.saturating_duration_since(at));
         let leaving = self.leaving.map(|until| until.saturating_duration_since(now));
         let announced = Some(Arc::clone(&self.announced));
         SavedViewMember {
             name: Arc::clone(&self.member.name),
             announced: announced.filter(|name| *name != self.member.name),
+            key: keys.other(self.member.address).cloned(),
             address: self.member.address,
             weight: self.member.weight,
             backup: self.member.backup,

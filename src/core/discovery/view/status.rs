@@ -5,7 +5,7 @@
 use super::member::HeldReason;
 use super::removal::later;
 use super::{View, WholeSet};
-use crate::discovery::SourceFailure;
+use crate::discovery::{SourceFailure, Unreadable};
 use std::time::{Duration, Instant};
 
 /// The state of a view.
@@ -28,6 +28,8 @@ pub struct ViewStatus {
     pub held: u32,
     /// Announcements of the last answer that were refused or changed.
     pub refused: RefusedCounts,
+    /// Announcements of the last answer that the source could not read.
+    pub unreadable: Unreadable,
     /// Answers of this process.
     pub answers: AnswerCounts,
     /// The members drain, because `stale_for` is over.
@@ -136,6 +138,7 @@ impl View {
             announced: self.announced,
             held: held as u32,
             refused: self.refused,
+            unreadable: self.unreadable.clone(),
             answers: self.answers,
             stale: self.stale,
             restored: self.restored,

@@ -2,6 +2,7 @@
 
 mod bounds;
 mod kept;
+mod keys;
 mod model;
 mod overlap;
 mod pool;
@@ -95,7 +96,13 @@ pub(super) fn with_wish(number: u8, wish: Wish) -> Announced {
 
 pub(super) fn set_of(members: impl IntoIterator<Item = Announced>) -> WholeSet {
     let members = members.into_iter().collect();
-    WholeSet { members, version: "index 1".to_owned(), trusted: true, unreadable: 0 }
+    WholeSet {
+        members,
+        version: "index 1".to_owned(),
+        trusted: true,
+        unreadable: Unreadable::default(),
+        keys: [].into(),
+    }
 }
 
 impl Bench {

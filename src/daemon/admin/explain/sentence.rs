@@ -304,6 +304,7 @@ mod tests {
                 announced: 3,
                 held: 0,
                 refused: RefusedCounts::default(),
+                unreadable: Default::default(),
                 answers: AnswerCounts::default(),
                 stale: false,
                 restored: false,

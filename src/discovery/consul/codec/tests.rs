@@ -71,7 +71,10 @@ fn every_field_that_counts_is_read_from_a_full_answer() {
         wish: Wish::Sessions,
         raw: "warning",
     };
-    assert_eq!(answer, HealthAnswer { instances: vec![expected], unreadable: 0 });
+    assert_eq!(
+        answer,
+        HealthAnswer { instances: vec![expected], unreadable: Unreadable::default() }
+    );
 }
 
 #[test]
@@ -114,7 +117,7 @@ fn the_nodes_address_serves_for_a_service_without_one() {
         let found = answer.instances.first().map(|instance| instance.host.clone());
         let expected = expected.map(|ip| InstanceHost::Ip(ip.parse().unwrap()));
         assert_eq!(found, expected, "{own}");
-        assert_eq!(answer.unreadable, u32::from(expected.is_none()));
+        assert_eq!(answer.unreadable.count(), u32::from(expected.is_none()));
     }
 }
 
@@ -134,7 +137,7 @@ fn the_order_of_entries_does_not_matter() {
     let at = |port: u16| entry(NODE, &format!(r#""ID":"web","Port":{port}"#), "");
     let (one, other) = (read(&[at(1), at(2)]).unwrap(), read(&[at(2), at(1)]).unwrap());
     assert_eq!(one, other);
-    assert_eq!((one.instances.len(), one.instances[0].port, one.unreadable), (1, 1, 1));
+    assert_eq!((one.instances.len(), one.instances[0].port, one.unreadable.count()), (1, 1, 1));
 }
 
 #[test]
@@ -152,7 +155,7 @@ fn entries_without_a_usable_place_are_counted() {
     ]);
     let answer = answer.unwrap();
     let names: Vec<&str> = answer.instances.iter().map(|instance| &*instance.name).collect();
-    assert_eq!((names, answer.unreadable), (vec!["good", "name"], 6));
+    assert_eq!((names, answer.unreadable.count()), (vec!["good", "name"], 6));
     assert_eq!(answer.instances[1].host, InstanceHost::Name("db-1.example".into()));
 }
 
@@ -164,7 +167,7 @@ fn instances_beyond_the_bound_leave_by_address() {
     };
     let entries: Vec<String> = (0..10_005).rev().map(of).collect();
     let answer = read(&entries).unwrap();
-    assert_eq!((answer.instances.len(), answer.unreadable), (MEMBERS_MAX, 5));
+    assert_eq!((answer.instances.len(), answer.unreadable.count()), (MEMBERS_MAX, 5));
     assert!(answer.instances.iter().all(|instance| &*instance.name != "i10000"));
 }
 
@@ -241,6 +244,7 @@ fn an_address_of_no_host_is_unreadable_in_any_spelling() {
     for address in ["0.0.0.0", "::", "::ffff:0.0.0.0", "224.0.0.1", "ff02::1", "::ffff:224.0.0.1"] {
         let answer = format!(r#"[{{"Service":{{"ID":"a","Port":1,"Address":"{address}"}}}}]"#);
         let read = read_health(answer.as_bytes()).unwrap();
-        assert_eq!((read.instances.len(), read.unreadable), (0, 1), "{address}");
+        assert_eq!((read.instances.len(), read.unreadable.count()), (0, 1), "{address}");
+        assert!(read.unreadable.are_named() && read.unreadable.has("a"));
     }
 }

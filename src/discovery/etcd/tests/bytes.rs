@@ -112,6 +112,30 @@ fn values_have_the_form_of_listed_members() {
 }
 
 #[test]
+fn unreadable_entries_and_members_with_another_name_have_their_keys() {
+    let put = |name: &[u8], value: &str| {
+        let key = [WEB.as_bytes(), name].concat();
+        let (key, value) =
+            (base64::Engine::encode(&base64::engine::general_purpose::STANDARD, key), b64(value));
+        let line =
+            format!(r#"{{"result":{{"events":[{{"kv":{{"key":"{key}","value":"{value}"}}}}]}}}}"#);
+        message(&line).events
+    };
+    let mut contents = PrefixContents::new(WEB.into());
+    let named = r#"{"address":"10.0.0.7:80","name":"own"}"#;
+    for (name, value) in [("a", &*value(80)), ("b", named), ("c", "no JSON"), ("b", "no JSON")] {
+        contents.apply(put(name.as_bytes(), value));
+    }
+    let set = contents.whole(true);
+    assert_eq!(set.unreadable.text(), r#"2 unreadable: "b", "c""#);
+    assert_eq!(&*set.keys, [("10.0.0.7:80".parse().unwrap(), "b".into())], "b keeps its member");
+    assert!(set.unreadable.are_named());
+    contents.apply(put(b"\xff", "no JSON"));
+    let unreadable = contents.whole(true).unreadable;
+    assert_eq!((unreadable.count(), unreadable.are_named()), (3, false), "a key is no text");
+}
+
+#[test]
 fn ranges_end_after_the_prefix() {
     let end = |prefix: &str| RangeRequest::below(prefix).range_end.0;
     assert_eq!(end("/a/"), b"/a0");
@@ -136,7 +160,10 @@ fn list_beyond_the_bound_is_cut_and_counted() {
     let mut contents = PrefixContents::new(WEB.into());
     assert!(contents.replace(answer.kvs, answer.count, 9));
     let set = contents.whole(true);
-    assert_eq!((set.members.len(), set.unreadable, contents.is_cut()), (10_000, 2000, true));
+    assert_eq!(
+        (set.members.len(), set.unreadable.count(), contents.is_cut()),
+        (10_000, 2000, true)
+    );
     // The watch adds an entry to a full set.
     let entries = (0..10_000).map(entry).collect::<Vec<_>>().join(",");
     let answer: RangeAnswer = serde_json::from_str(&format!("{{\"kvs\":[{entries}]}}")).unwrap();
@@ -148,7 +175,7 @@ fn list_beyond_the_bound_is_cut_and_counted() {
     );
     assert!(!contents.is_cut() && contents.apply(message(&put).events));
     let set = contents.whole(true);
-    assert_eq!((set.members.len(), set.unreadable, contents.is_cut()), (10_000, 1, true));
+    assert_eq!((set.members.len(), set.unreadable.count(), contents.is_cut()), (10_000, 1, true));
 }
 
 #[test]
@@ -161,7 +188,7 @@ fn events_beyond_the_bound_are_counted_and_not_kept() {
     let mut contents = PrefixContents::new(WEB.into());
     contents.apply(message(&format!("{{\"result\":{{\"events\":[{events}]}}}}")).events);
     let set = contents.whole(true);
-    assert_eq!((set.members.len(), set.unreadable, contents.is_cut()), (10_000, 5, true));
+    assert_eq!((set.members.len(), set.unreadable.count(), contents.is_cut()), (10_000, 5, true));
 }
 
 #[test]

@@ -52,10 +52,10 @@ fn unreadable_value_keeps_the_former_announcement() {
     cluster.put(&key("b"), "no JSON");
     let mut asked = AskedEtcd::start(&cluster);
     asked.wait_for(&["a"], secs(5));
-    assert_eq!(asked.set.as_ref().unwrap().unreadable, 1);
+    assert_eq!(asked.set.as_ref().unwrap().unreadable.count(), 1);
     cluster.put(&key("a"), r#"{"address":"nowhere"}"#);
     asked.wait_until("the second unreadable value", secs(2), |asked| {
-        asked.set.as_ref().is_some_and(|set| set.unreadable == 2)
+        asked.set.as_ref().is_some_and(|set| set.unreadable.count() == 2)
     });
     asked.wait_for(&["a"], secs(1));
     cluster.put(&key("b"), &value(81));

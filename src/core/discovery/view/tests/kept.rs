@@ -107,14 +107,21 @@ fn refused_announcements_are_reported_when_their_number_changes() {
     let outside = || Announced { address: "192.0.2.1:80".parse().unwrap(), ..one(9) };
     let counts = RefusedCounts { addresses: 1, ..RefusedCounts::default() };
     bench.whole([one(1), outside()]);
-    assert!(bench.notices().contains(&NoticeKind::Refused { counts }));
+    assert!(
+        bench
+            .notices()
+            .contains(&NoticeKind::Refused { counts, unreadable: Unreadable::default() })
+    );
     bench.pass(secs(60));
     bench.whole([one(1), outside()]);
     assert!(bench.notices().is_empty());
     bench.whole([one(1)]);
     bench.pass(secs(60));
     bench.whole([one(1), outside()]);
-    assert_eq!(bench.notices(), [NoticeKind::Refused { counts }]);
+    assert_eq!(
+        bench.notices(),
+        [NoticeKind::Refused { counts, unreadable: Unreadable::default() }]
+    );
 }
 
 #[test]

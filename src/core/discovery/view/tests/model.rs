@@ -14,7 +14,7 @@ const ADDRESSES: u8 = 8;
 /// An event of a sequence.
 #[derive(Debug, Clone)]
 enum Event {
-    Whole { members: Vec<Announced>, trusted: bool, unreadable: u32 },
+    Whole { members: Vec<Announced>, trusted: bool, unreadable: Unreadable },
     Failed,
     Alive,
     Pass(u64),
@@ -70,6 +70,27 @@ fn drawn_member() -> impl Strategy<Value = Announced> {
     })
 }
 
+fn drawn_unreadable() -> impl Strategy<Value = Unreadable> {
+    let named = vec(1..=ADDRESSES, 1..3).prop_map(|numbers| {
+        let mut unreadable = Unreadable::default();
+        numbers.iter().for_each(|number| unreadable.add(&format!("s{number}")));
+        unreadable
+    });
+    prop_oneof![
+        5 => Just(Unreadable::default()),
+        1 => Just(Unreadable::unnamed(1)),
+        1 => named
+    ]
+}
+
+/// The keys of members whose name is that of another address.
+fn keys(members: &[Announced]) -> Arc<[(SocketAddr, Arc<str>)]> {
+    let own = (1..=ADDRESSES).map(one);
+    let own: BTreeMap<SocketAddr, Arc<str>> = own.map(|own| (own.address, own.name)).collect();
+    let key = |member: &Announced| Some((member.address, own.get(&member.address)?.clone()));
+    members.iter().filter_map(key).collect()
+}
+
 fn drawn_event() -> impl Strategy<Value = Event> {
     let members = prop_oneof![
         8 => vec(drawn_member(), 0..10),
@@ -77,7 +98,7 @@ fn drawn_event() -> impl Strategy<Value = Event> {
         3 => Just((1..=6).map(one).collect::<Vec<_>>())
     ];
     prop_oneof![
-        8 => (members, prop::bool::weighted(0.8), prop_oneof![6 => Just(0_u32), 1 => Just(1)])
+        8 => (members, prop::bool::weighted(0.8), drawn_unreadable())
             .prop_map(|(members, trusted, unreadable)| Event::Whole { members, trusted, unreadable }),
         1 => Just(Event::Failed),
         1 => Just(Event::Alive),
@@ -99,7 +120,12 @@ impl Bench {
         match event {
             Event::Whole { members, trusted, unreadable } => {
                 let set = set_of(members.clone());
-                let set = WholeSet { trusted: *trusted, unreadable: *unreadable, ..set };
+                let set = WholeSet {
+                    trusted: *trusted,
+                    unreadable: unreadable.clone(),
+                    keys: keys(members),
+                    ..set
+                };
                 self.check_change(|bench| bench.take(&Told::Whole(set)));
             }
             Event::Failed => self.check_change(Bench::fail),
@@ -170,6 +196,31 @@ impl Readings {
     }
 }
 
+/// The last complete answer, and the readings so far.
+#[derive(Debug, Default)]
+struct Answers {
+    /// The addresses that it lists, and whether it is trusted.
+    last: Option<(BTreeSet<u8>, bool)>,
+    readings: Readings,
+}
+
+impl Answers {
+    /// Notes an answer or a repetition of the last one. Returns false for other events.
+    fn note(&mut self, event: &Event, guards: &ViewGuards, now: Instant) -> bool {
+        match event {
+            Event::Whole { members, trusted, .. } => {
+                self.last = Some((listed(members, guards), *trusted));
+            }
+            Event::Alive => {}
+            _ => return false,
+        }
+        if let Some((set, true)) = &self.last {
+            self.readings.note(set, guards, now);
+        }
+        true
+    }
+}
+
 /// The trusted answers so far: when each was given, and the number of its members that no
 /// confirmed answer has removed.
 #[derive(Debug, Default)]
@@ -219,36 +270,20 @@ proptest! {
     ) {
         let guards = ViewGuards { critical: CriticalRule::Drain, ..guards };
         let mut bench = Bench::new(guards.clone());
-        let mut readings = Readings::default();
-        let mut last: Option<(BTreeSet<u8>, bool)> = None;
+        let mut answers = Answers::default();
         for event in &events {
-            match event {
-                Event::Whole { members, trusted, .. } => {
-                    last = Some((listed(members, &guards), *trusted));
-                }
-                Event::Alive => {}
-                _ => {
-                    let before = bench.set();
-                    bench.apply(event);
-                    for gone in before.difference(&bench.set()) {
-                        prop_assert!(readings.is_absent(*gone, guards.missing), "{gone}");
-                    }
-                    continue;
-                }
-            }
-            if let Some((set, true)) = &last {
-                readings.note(set, &guards, bench.now);
-            }
+            let is_answer = answers.note(event, &guards, bench.now);
+            let Answers { last, readings } = &answers;
             let before = bench.set();
             bench.apply(event);
             let after = bench.set();
-            let is_floor = after.len() < guards.min_backends as usize;
+            let is_floor = is_answer && after.len() < guards.min_backends as usize;
             for gone in before.difference(&after) {
                 prop_assert!(readings.is_absent(*gone, guards.missing), "{gone}");
                 let is_sure = readings.is_confirmed(*gone, guards.confirm_after);
                 prop_assert!(!is_floor || is_sure || guards.empty == EmptyAnswer::Accept);
             }
-            if let Some((set, _)) = &last {
+            if let Some((set, _)) = last.as_ref().filter(|_| is_answer) {
                 prop_assert!(set.is_subset(&after), "newcomers join at once");
             }
         }
@@ -267,27 +302,16 @@ proptest! {
             ..guards
         };
         let mut bench = Bench::new(guards.clone());
-        let (mut readings, mut window) = (Readings::default(), Window::default());
-        let mut last: Option<(BTreeSet<u8>, bool)> = None;
-        for event in &events {
-            match event {
-                Event::Whole { members, trusted, .. } => {
-                    last = Some((listed(members, &guards), *trusted));
-                }
-                Event::Alive => {}
-                // Without eligible members, none stays as the last one.
-                Event::Up(_) => continue,
-                _ => {
-                    bench.apply(event);
-                    continue;
-                }
-            }
-            let Some((set, trusted)) = &last else { continue };
-            if *trusted {
-                readings.note(set, &guards, bench.now);
-            }
+        let (mut answers, mut window) = (Answers::default(), Window::default());
+        // Without eligible members, none stays as the last one.
+        for event in events.iter().filter(|event| !matches!(event, Event::Up(_))) {
+            let is_answer = answers.note(event, &guards, bench.now);
             let before = bench.set();
             bench.apply(event);
+            let Answers { last: Some((set, trusted)), readings } = &answers else { continue };
+            if !is_answer {
+                continue;
+            }
             let left = bench.set();
             let gone = before.difference(&left);
             let is_sure = |number: &&u8| readings.is_confirmed(**number, guards.confirm_after);

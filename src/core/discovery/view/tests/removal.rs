@@ -202,7 +202,7 @@ fn a_rotating_part_of_the_addresses_changes_nothing() {
 #[test]
 fn an_unreadable_announcement_can_be_any_absent_member() {
     let mut bench = Bench::with(guards(), 3);
-    let set = WholeSet { unreadable: 1, ..set_of([1, 2].map(one)) };
+    let set = WholeSet { unreadable: Unreadable::unnamed(1), ..set_of([1, 2].map(one)) };
     bench.take(&Told::Whole(set.clone()));
     assert_eq!(bench.held(3), Some(HeldReason::Unreadable));
     assert_eq!(bench.status().refused.unreadable, 1);

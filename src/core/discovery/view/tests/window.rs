@@ -76,7 +76,7 @@ fn short_surge_counts_as_part_of_the_view() {
 #[test]
 fn members_that_join_with_a_held_answer_count() {
     let mut bench = Bench::with(guards(), 3);
-    let set = WholeSet { unreadable: 1, ..set_of((2..=10).map(one)) };
+    let set = WholeSet { unreadable: Unreadable::unnamed(1), ..set_of((2..=10).map(one)) };
     bench.take(&Told::Whole(set));
     assert_eq!(bench.held(1), Some(HeldReason::Unreadable));
     bench.tell([2, 3]);
