@@ -368,11 +368,8 @@ impl ControlState {
         for (member, spec) in alter {
             self.alter_member(member, spec, now);
         }
-        // A verified member that only has another name is no newcomer.
-        let leaving = leave.iter().filter_map(|member| self.backends.get(*member));
-        let verified = leaving.filter(|entry| !entry.health.unverified);
-        let verified: HashSet<BackendAddr> =
-            verified.map(|entry| entry.spec.address.clone()).collect();
+        // A member that only has another name is no newcomer.
+        let mut former = self.former_members(&leave);
         for member in &leave {
             let reason = self.backends.get(*member).map(|entry| self.views.left(entry));
             self.leave_quietly(heartbeats, *member, &reason.unwrap_or_default(), now);
@@ -382,14 +379,11 @@ impl ControlState {
         }
         let count = u32::try_from(join.len()).unwrap_or(u32::MAX);
         for (index, member) in (0..).zip(join) {
-            let is_renamed = verified.contains(&member.spec.address);
             let member = self.join(id, member, (index, count), now);
-            if is_renamed {
-                self.trust(member);
-            }
-            let joined = self.backends.get(member).map(|entry| self.views.joined(entry));
-            let reason = joined.unwrap_or_default();
-            self.record_lazily(member, ("new", "unknown"), reason, Duration::ZERO, now);
+            self.succeed_former(member, &mut former, now);
+            let Some(entry) = self.backends.get(member) else { continue };
+            let (reason, to) = (self.views.joined(entry), entry.health.observation().name());
+            self.record_lazily(member, ("new", to), reason, Duration::ZERO, now);
         }
         any
     }

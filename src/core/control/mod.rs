@@ -41,6 +41,7 @@ mod probing;
 mod publish;
 mod ramps;
 mod removal;
+mod renamed;
 mod schedule;
 pub mod sessions_elsewhere;
 mod settling;

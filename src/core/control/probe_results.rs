@@ -114,10 +114,8 @@ impl ControlState {
         let Some(detector) = &mut entry.health.detector else { return };
         let change = detector.observe(failure.is_none(), now);
         entry.health.fails_open = false;
-        if let Some(pool) = self.pools.observe(entry.pool) {
-            pool.startup = StartupGrace::Decided;
-            self.schedule.cancel(TimerKind::GraceEnds(pool.id));
-        }
+        let pool = entry.pool;
+        self.decided(pool);
         if let Some(change) = change {
             self.observed(id, before, change, &failure.unwrap_or_default(), now);
         }

@@ -104,13 +104,50 @@ fn renamed_members_serve_without_another_connect() {
     bench.list(&["b", "c"]);
     bench.answer_for(PACE * 2, &[]);
     assert_eq!(bench.serving(), ["b", "c"]);
-    let renamed = [("x", "b"), ("y", "c")]
-        .map(|(name, before)| Announced { address: announced(before).address, ..announced(name) });
-    let effects = bench.told(None, whole_of(renamed.to_vec()));
+    let effects = rename(&mut bench, &[("x", "b"), ("y", "c")]);
     bench.pass(PACE);
     assert_eq!(bench.serving(), ["x", "y"], "{:?}", logs(&effects));
     let later = bench.answer_for(Duration::from_secs(10), &[]);
     assert_eq!(probes(&effects) + probes(&later), 0);
+}
+
+/// Lists the addresses of these members under other names.
+fn rename(bench: &mut Bench, names: &[(&str, &str)]) -> Vec<ControlEffect> {
+    let renamed = names
+        .iter()
+        .map(|(name, before)| Announced { address: announced(before).address, ..announced(name) });
+    bench.told(None, whole_of(renamed.collect()))
+}
+
+#[test]
+fn members_that_are_renamed_together_keep_the_results_of_their_probes() {
+    let mut bench = Bench::new(discovering(pool(&[])));
+    bench.list(&["b", "c", "d"]);
+    bench.answer_for(Duration::from_secs(30), &["d"]);
+    assert_eq!(bench.serving(), ["b", "c"]);
+    let effects = rename(&mut bench, &[("x", "b"), ("y", "c"), ("z", "d")]);
+    bench.pass(PACE);
+    assert_eq!(bench.serving(), ["x", "y"], "{:?}", logs(&effects));
+    assert_eq!(bench.status("z").observation, Observation::Down);
+    bench.pass(Duration::from_secs(60));
+    assert_eq!(bench.serving(), ["x", "y"], "no grace makes z fail open");
+    let effects = bench.answer_for(Duration::from_secs(30), &[]);
+    assert!(probes(&effects) >= 3, "all are probed");
+    assert_eq!(bench.serving(), ["x", "y", "z"]);
+}
+
+#[test]
+fn renamed_member_that_is_ejected_stays_ejected() {
+    let mut bench = Bench::new(discovering(unprobed(&[])));
+    bench.list(&["b", "c", "d"]);
+    bench.answer_for(PACE * 2, &[]);
+    bench.refuse("b", 1, 5);
+    assert_eq!(bench.serving(), ["c", "d"]);
+    rename(&mut bench, &[("x", "b"), ("y", "c"), ("z", "d")]);
+    bench.pass(PACE);
+    assert_eq!(bench.serving(), ["y", "z"]);
+    bench.pass(Duration::from_secs(11));
+    assert_eq!(bench.serving(), ["x", "y", "z"], "it is on trial");
 }
 
 #[test]
