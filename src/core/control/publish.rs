@@ -17,7 +17,7 @@ use crate::table::build::{self, BackendInput, FrontendInput, PoolInput};
 use crate::table::state::{BackendId, BackendState};
 use crate::table::{PoolTable, Table};
 use detached_build::Builds;
-use pacer::{PublishPacer, PublishReason};
+use pacer::{PublishPacer, PublishReason, TableDue};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -269,21 +269,27 @@ impl Publisher {
 
     /// Returns the due table, if any.
     pub(super) fn publish(&mut self, state: &mut ControlState, now: Instant) -> Option<Arc<Table>> {
-        let reason = self.table_due(state, now)?;
-        let table = self.rebuild(state, reason);
-        self.table_made(state, reason, table.is_some(), now);
+        let due = self.table_due(state, now)?;
+        let table = self.rebuild(state, due);
+        match due {
+            TableDue::Changes(reason) => self.table_made(state, reason, table.is_some(), now),
+            TableDue::Parts(reason) => self.parts_published(reason, table.is_some()),
+        }
         table
     }
 
-    /// Builds the next table: the whole table after a reload, else the outdated pools.
-    /// Returns `None` if another thread builds these pools.
+    /// Builds the next table: the whole table after a reload, else the parts that are due.
+    /// Returns `None` if another thread builds them.
     pub(super) fn rebuild(
         &mut self,
         state: &mut ControlState,
-        reason: PublishReason,
+        due: TableDue,
     ) -> Option<Arc<Table>> {
         let table = if self.table.generation == self.generation {
-            let changed = self.rebuild_outdated(state, reason);
+            let mut changed = self.take_ready(state);
+            if let TableDue::Changes(reason) = due {
+                changed.extend(self.rebuild_outdated(state, reason));
+            }
             if changed.is_empty() {
                 self.reopen_removed();
                 return None;
@@ -304,7 +310,7 @@ impl Publisher {
         state: &mut ControlState,
         reason: PublishReason,
     ) -> Vec<(usize, Arc<PoolTable>)> {
-        let mut changed = self.take_ready(state);
+        let mut changed = Vec::new();
         for (id, moved) in self.outdated_pools(state) {
             let Some(place) = state.pools.place(id) else { continue };
             let members = state.pool(id).map_or(0, |pool| pool.members().len());

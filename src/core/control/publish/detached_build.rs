@@ -6,8 +6,8 @@
 //! 1. The controller returns a [`ControlEffect::Build`].
 //! 2. The daemon runs the build and reports it with
 //!    [`ControlEvent::Built`](crate::control::ControlEvent::Built).
-//! 3. The part goes into the next table. A pool has one build at a time. Changes during the
-//!    build cause another build.
+//! 3. The part is published at once. A pool has one build at a time. Changes during the build
+//!    cause another build, those of heartbeats and member sources at the time that `pacer` sets.
 //!
 //! A backend that is no longer eligible is shut at once: every pick checks a flag
 //! ([`InFlight::shut`]), so the backend gets no session before the next table.
@@ -50,7 +50,7 @@ pub(in crate::control) struct Builds {
     /// Outdated pools. A pool with a running build waits for its end.
     due: BTreeMap<PoolId, PublishReason>,
     /// Parts for the next table.
-    ready: Vec<(PoolId, Arc<PoolTable>)>,
+    ready: Vec<(PoolId, PublishReason, Arc<PoolTable>)>,
     /// End and duration of the last build. The other thread then pauses for that duration,
     /// so all builds together use at most half of its time.
     last: Option<(Instant, Duration)>,
@@ -204,7 +204,7 @@ impl Publisher {
             before.reopen();
         }
         self.builds.due.remove(&id);
-        self.builds.ready.retain(|(pool, _)| *pool != id);
+        self.builds.ready.retain(|(pool, ..)| *pool != id);
         if self.builds.is_detached(pool.members().len()) {
             pool.detached = Some(DetachedBuild::of(input, pool.members().to_vec()));
         }
@@ -279,8 +279,7 @@ impl Publisher {
             return;
         };
         detached.roster = Some(Roster { input: built.input, ids });
-        self.builds.ready.push((token.pool, built.table));
-        state.pending.rebuild.get_or_insert(reason);
+        self.builds.ready.push((token.pool, reason, built.table));
         self.builds.last = Some((now, took));
         if reason.is_paced() {
             self.pacer.wait_until(now + took * (SHARE - 1));
@@ -294,6 +293,11 @@ impl Publisher {
         });
     }
 
+    /// Returns why a table of complete parts is due; `None` if there is none.
+    pub(in crate::control) fn parts_due(&self) -> Option<PublishReason> {
+        self.builds.ready.first().map(|(_, reason, _)| *reason)
+    }
+
     /// Removes and returns the complete parts that differ from the table, by position.
     pub(in crate::control) fn take_ready(
         &mut self,
@@ -301,7 +305,7 @@ impl Publisher {
     ) -> Vec<(usize, Arc<PoolTable>)> {
         let ready = std::mem::take(&mut self.builds.ready);
         let placed =
-            ready.into_iter().filter_map(|(id, table)| Some((state.pools.place(id)?, table)));
+            ready.into_iter().filter_map(|(id, _, table)| Some((state.pools.place(id)?, table)));
         let is_new = |(place, table): &(usize, Arc<PoolTable>)| {
             self.table.pools.get(*place).is_some_and(|before| !Arc::ptr_eq(before, table))
         };

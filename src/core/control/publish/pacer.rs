@@ -37,6 +37,15 @@ pub enum PublishReason {
     Discovery,
 }
 
+/// What the next table has.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::control) enum TableDue {
+    /// All changes, and the parts that another thread has built.
+    Changes(PublishReason),
+    /// Only these parts; changes wait for their time.
+    Parts(PublishReason),
+}
+
 /// State of the rate limit.
 #[derive(Debug, Default)]
 pub(in crate::control) struct PublishPacer {
@@ -127,12 +136,12 @@ impl Publisher {
         }
     }
 
-    /// Returns why a table is due now; `None` if none is. Schedules delayed changes.
+    /// Returns which table is due now, and why; `None` if none is. Schedules delayed changes.
     pub(in crate::control) fn table_due(
         &mut self,
         state: &mut ControlState,
         now: Instant,
-    ) -> Option<PublishReason> {
+    ) -> Option<TableDue> {
         let touched = state.backends.take_touched();
         let reason = state.pending.rebuild.take();
         let mut health = false;
@@ -150,8 +159,15 @@ impl Publisher {
             }
         }
         if reason.is_some() || health {
-            return reason.or(state.pending.cause).or(Some(PublishReason::Health));
+            let reason = reason.or(state.pending.cause).unwrap_or(PublishReason::Health);
+            return Some(TableDue::Changes(reason));
         }
+        let delayed = self.delayed_due(state, now).map(TableDue::Changes);
+        delayed.or_else(|| self.parts_due().map(TableDue::Parts))
+    }
+
+    /// Returns why a table of delayed changes is due now; `None` if none is.
+    fn delayed_due(&mut self, state: &mut ControlState, now: Instant) -> Option<PublishReason> {
         if state.backends.waiting().is_empty() && state.pools.changed().is_empty() {
             return None;
         }
@@ -184,6 +200,13 @@ impl Publisher {
             outdated.entry(pool).or_default().insert(id);
         }
         outdated
+    }
+
+    /// Records that the parts which another thread has built were published, or that no part
+    /// was new. Their build has set the time of the next changes.
+    pub(in crate::control) fn parts_published(&mut self, reason: PublishReason, made: bool) {
+        self.pacer.published[reason as usize] += u64::from(made);
+        self.pacer.unmeasured |= reason.is_paced();
     }
 
     /// Records that a table was `made`, or that its parts are being built.

@@ -7,6 +7,7 @@ use crate::model;
 use tidegate_heartbeat::SenderState;
 
 mod carried;
+mod detached;
 mod registry;
 mod together;
 
