@@ -380,6 +380,28 @@ fn has_word(line: &str, word: &str) -> bool {
     })
 }
 
+// === the script that runs all checks ===
+
+#[test]
+fn checks_that_a_signal_ends_have_not_passed() {
+    let dir = std::env::temp_dir().join(format!("tidegate-checks-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/test");
+    for (signal, code) in [("HUP", 129), ("TERM", 143)] {
+        // The script's first command ends the script, and succeeds.
+        let cargo = dir.join("cargo");
+        std::fs::write(&cargo, format!("kill -{signal} $PPID\n")).unwrap();
+        let path = format!("{}:{}", dir.display(), std::env::var("PATH").unwrap());
+        let run = "chmod 755 \"$1\"; exec \"$2\" --quick";
+        let args = ["-c", run, "sh", cargo.to_str().unwrap(), script.to_str().unwrap()];
+        let ended = std::process::Command::new("sh").args(args).env("PATH", path).output().unwrap();
+        let text = String::from_utf8(ended.stdout).unwrap();
+        assert_eq!(ended.status.code(), Some(code), "{text}");
+        assert!(text.contains("FAILED at: cargo fmt") && !text.contains("passed"), "{text}");
+    }
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
 // === the rules themselves, tried ===
 
 #[test]
