@@ -277,13 +277,15 @@ fn supervisor_as_process_1_is_replaced(engine: Engine) {
     setup.proxy.rebaseline();
 }
 
-/// If the supervisor executes this program, it creates a file and waits 0.7 s before it runs
-/// the real program.
+/// If the supervisor executes this program, it creates a file, and runs the real program once
+/// the test creates another one, after 10 s at the latest.
 const SLOW_TO_BEGIN: &str = "#!/usr/bin/env python3
 import os, sys, time
 if 'TIDEGATE_SUPERVISOR_STATE' in os.environ:
     open('HERE/begun', 'w').close()
-    time.sleep(0.7)
+    end = time.monotonic() + 10
+    while not os.path.exists('HERE/go') and time.monotonic() < end:
+        time.sleep(0.01)
 os.execv('REAL', sys.argv)
 ";
 
@@ -294,6 +296,11 @@ impl Setup {
         let begun = self.path("begun");
         eventually(secs(10), "the supervisor has executed the program", || begun.exists());
         std::fs::remove_file(begun).unwrap();
+    }
+
+    /// Lets [`SLOW_TO_BEGIN`] run the real program.
+    fn go(&self) {
+        std::fs::write(self.path("go"), "").unwrap();
     }
 }
 
@@ -310,14 +317,19 @@ fn signals_sent_during_the_execution_are_handled(engine: Engine) {
     setup.proxy.sighup();
     setup.serves();
     assert_eq!(reloads(), before, "no reload during the execution");
+    setup.go();
     setup.wait_replaced_by("real");
     eventually(secs(5), "the process reloads", || reloads() > before);
     // The next upgrade is stopped at the same moment.
+    std::fs::remove_file(setup.path("go")).unwrap();
     setup.upgrade();
     setup.wait_between();
-    for _ in 0..50 {
+    for number in 0..50 {
         setup.proxy.sigterm();
         std::thread::sleep(ms(2));
+        if number == 25 {
+            setup.go();
+        }
     }
     assert_eq!(setup.proxy.wait_exit(secs(10)), Some(0), "{}", setup.proxy.log());
 }
@@ -338,7 +350,10 @@ fn processes_that_exit_during_the_execution_are_reaped_and_restarted(engine: Eng
     proc::signal(before, Signal::KILL);
     // The client waits in the listen queue.
     let waits = connect(setup.proxy.addr("web"));
-    eventually(secs(5), "the old process has ended", || proc::is_dead(old));
+    eventually(secs(5), "both processes have ended", || {
+        proc::is_dead(old) && proc::is_dead(before)
+    });
+    setup.go();
     assert_eq!(client::exchange(&waits, b"hello").expect("served"), b"hello");
     setup.wait_replaced(before);
     drop(waits);

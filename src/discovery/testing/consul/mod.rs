@@ -8,6 +8,7 @@
 
 mod catalog;
 mod checks;
+mod commands;
 mod documents;
 mod health;
 mod http;
@@ -15,6 +16,7 @@ mod routes;
 
 use catalog::DoubleCatalog;
 use checks::CheckClocks;
+pub use commands::serve;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;

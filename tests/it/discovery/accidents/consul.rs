@@ -1,15 +1,19 @@
-//! Accidents of the Consul double in a process of its own.
+//! Accidents of the Consul double in a process of its own, which is another run of this test
+//! program.
 
 use super::{Accident, MemberRegistry, number_of};
-use crate::common::proxy::PROGRAM;
 use crate::common::{ms, proc};
 use crate::discovery::registries::{deregister, register, write_secret};
 use rustix::process::Signal;
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use tempfile::TempDir;
+use tidegate_discovery::testing::consul;
+
+/// Environment variable with the address of the double.
+const LISTEN: &str = "TIDEGATE_TEST_CONSUL_DOUBLE";
 
 /// Number of a service that is no member.
 const EXTRA: u16 = 999;
@@ -22,13 +26,12 @@ pub(super) struct ConsulRegistry {
     announced: Vec<SocketAddr>,
 }
 
-/// The example `consul_double`, which reads commands.
+/// The double, which reads commands.
 struct AgentProcess {
     child: Child,
     input: ChildStdin,
     output: BufReader<ChildStdout>,
     address: SocketAddr,
-    program: PathBuf,
 }
 
 // === impl ConsulRegistry ===
@@ -36,7 +39,7 @@ struct AgentProcess {
 impl ConsulRegistry {
     pub(super) fn start() -> ConsulRegistry {
         let dir = tempfile::tempdir().expect("temp dir");
-        let agent = AgentProcess::start(program(), SocketAddr::from(([127, 0, 0, 1], 0)));
+        let agent = AgentProcess::start(SocketAddr::from(([127, 0, 0, 1], 0)));
         let mut registry = ConsulRegistry { agent, dir, token: 1, announced: Vec::new() };
         registry.create_tokens();
         registry.write_token();
@@ -154,7 +157,7 @@ impl MemberRegistry for ConsulRegistry {
         match accident {
             Accident::Hung => self.agent.signal(Signal::CONT),
             Accident::Killed => {
-                self.agent = AgentProcess::start(self.agent.program.clone(), self.agent.address);
+                self.agent = AgentProcess::start(self.agent.address);
                 // An agent has its services when it starts, but the double has none.
                 self.agent.command("fault no-leader");
                 self.create_tokens();
@@ -170,25 +173,34 @@ impl MemberRegistry for ConsulRegistry {
 // === impl AgentProcess ===
 
 impl AgentProcess {
-    fn start(program: PathBuf, address: SocketAddr) -> AgentProcess {
-        let mut child = Command::new(&program)
-            .arg(address.to_string())
+    fn start(address: SocketAddr) -> AgentProcess {
+        let test = concat!(module_path!(), "::process_of_the_double");
+        let test = test.split_once("::").expect("a path in the test program").1;
+        let program = std::env::current_exe().expect("this program");
+        let mut child = Command::new(program)
+            .args(["--exact", test, "--ignored", "--nocapture"])
+            .env(LISTEN, address.to_string())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .expect("the double starts");
         let input = child.stdin.take().expect("a pipe");
         let output = BufReader::new(child.stdout.take().expect("a pipe"));
-        let mut agent = AgentProcess { child, input, output, address, program };
-        let line = agent.line();
-        let found = line.strip_prefix("listening at ").and_then(|found| found.parse().ok());
-        agent.address = found.unwrap_or_else(|| panic!("the double does not listen: {line}"));
+        let mut agent = AgentProcess { child, input, output, address };
+        // The test program says something first.
+        agent.address = loop {
+            let line = agent.line();
+            if let Some((_, found)) = line.split_once("listening at ") {
+                break found.parse().expect("an address");
+            }
+        };
         agent
     }
 
     fn line(&mut self) -> String {
         let mut line = String::new();
-        self.output.read_line(&mut line).expect("a line of the double");
+        let bytes = self.output.read_line(&mut line).expect("a line of the double");
+        assert!(bytes > 0, "the double has ended");
         line.trim_end().to_owned()
     }
 
@@ -214,10 +226,11 @@ impl Drop for AgentProcess {
     }
 }
 
-/// Builds the double and returns its path. A run of some tests does not build examples.
-fn program() -> PathBuf {
-    let arguments = ["build", "-q", "-p", "tidegate-discovery", "--example", "consul_double"];
-    let built = Command::new(env!("CARGO")).args(arguments).status();
-    assert!(built.is_ok_and(|status| status.success()), "the double is not built");
-    Path::new(PROGRAM).parent().expect("a directory").join("examples/consul_double")
+/// The double, if [`AgentProcess`] runs this test in another process.
+#[test]
+#[ignore = "the process of the Consul double"]
+fn process_of_the_double() {
+    let Ok(listen) = std::env::var(LISTEN) else { return };
+    let listen = listen.parse().expect("an address");
+    consul::serve(listen, std::io::stdin().lock(), std::io::stdout()).expect("the double serves");
 }
