@@ -20,6 +20,10 @@ pub struct SessionExplanation {
     pub frontend: Option<String>,
     /// Address and port of the client.
     pub client: SocketAddr,
+    /// Address and port of the socket's peer, if a PROXY header announced the client; else
+    /// `null`.
+    #[serde(default)]
+    pub peer: Option<SocketAddr>,
     /// Position of the route it took, from 1; `null` for the frontend's pool, and if the
     /// client was rejected before routing.
     pub route: Option<u8>,

@@ -247,6 +247,14 @@ names! {
         SourceRate = "source-rate",
         /// A route of the frontend rejects the connection.
         Route = "route",
+        /// A peer that must send a PROXY header sent other bytes.
+        ProxyHeaderMissing = "proxy-header-missing",
+        /// The PROXY header was invalid.
+        ProxyHeaderMalformed = "proxy-header-malformed",
+        /// The PROXY header was incomplete when its time was over.
+        ProxyHeaderTimeout = "proxy-header-timeout",
+        /// The checksum of the PROXY header was wrong.
+        ProxyHeaderCrc = "proxy-header-crc",
         /// A bug: the session's task or its worker panicked.
         InternalError = "internal-error",
     }
@@ -255,7 +263,7 @@ names! {
     pub enum PhaseName {
         /// Accepted, no backend picked.
         Admit = "admit",
-        /// Waiting for the client's first bytes, which routing needs.
+        /// Waiting for the PROXY header, or for the client's first bytes, which routing needs.
         Preread = "preread",
         /// Waiting for a backend below its cap.
         Queue = "queue",

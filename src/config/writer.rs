@@ -16,7 +16,8 @@ mod discovery;
 /// A file with the fewest keys, in which the reader fills in every default.
 const SPARSE: &str = r#"
 [frontend.x]
-bind = "127.0.0.1:1"
+bind = { address = "127.0.0.1:1", proxy_protocol = true }
+proxy_protocol.from = "127.0.0.1"
 pool = "x"
 sources.deny = "127.0.0.1"
 [pool.x]
@@ -38,7 +39,8 @@ servers = "127.0.0.1:1"
 "#;
 
 /// Keys without a default, and keys with a default that depends on other keys.
-const ALWAYS: [&str; 9] = [
+const ALWAYS: [&str; 10] = [
+    "from",
     "bind",
     "pool",
     "deny",
@@ -54,7 +56,7 @@ const ALWAYS: [&str; 9] = [
 const EMPTY_MEANS: [&str; 3] = ["sources", "probe", "heartbeat"];
 
 /// Keys with tables that are written inline.
-const INLINE: [&str; 6] = ["bind", "expect", "headers", "send", "steps", "tls"];
+const INLINE: [&str; 7] = ["bind", "expect", "headers", "proxy_protocol", "send", "steps", "tls"];
 
 /// A placeholder for every name of a frontend or pool. No name has this character.
 const ANY_NAME: &str = "*";

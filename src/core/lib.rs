@@ -13,6 +13,7 @@ pub mod limits;
 pub mod metrics;
 pub mod model;
 pub mod outcome;
+pub mod proxy_protocol;
 pub mod suspicion;
 pub mod table;
 #[cfg(any(test, feature = "testing"))]

@@ -43,7 +43,7 @@ pub enum Cause {
     /// This host ran out of descriptors, memory or ports, has no route, or forbids the
     /// connect.
     LocalResource,
-    /// The frontend's `sources` deny the client address.
+    /// The frontend's `sources` deny the client address, or its `proxy_protocol` the peer.
     Denied,
     /// The client source reached its connection limit.
     SourceConnections,
@@ -51,6 +51,14 @@ pub enum Cause {
     SourceRate,
     /// A route of the frontend rejects the connection.
     Route,
+    /// A peer that must send a PROXY header sent other bytes.
+    ProxyHeaderMissing,
+    /// The PROXY header was invalid.
+    ProxyHeaderMalformed,
+    /// The PROXY header was incomplete when its time was over.
+    ProxyHeaderTimeout,
+    /// The checksum of the PROXY header was wrong.
+    ProxyHeaderCrc,
     /// A bug: the session's task or its worker panicked.
     InternalError,
 }
@@ -61,7 +69,7 @@ pub enum Cause {
 pub enum Phase {
     /// Accepted, no backend picked.
     Admit,
-    /// Waiting for the client's first bytes, which routing needs.
+    /// Waiting for the PROXY header, or for the client's first bytes, which routing needs.
     Preread,
     /// Waiting for a backend below its cap.
     Queue,
@@ -110,7 +118,7 @@ pub enum RefusedReason {
     QueueTimeout,
     /// Every connect attempt failed.
     ConnectFailed,
-    /// The frontend's `sources` deny the client address.
+    /// The frontend's `sources` deny the client address, or its `proxy_protocol` the peer.
     Denied,
     /// The client source reached its connection limit.
     SourceConnections,
@@ -118,6 +126,14 @@ pub enum RefusedReason {
     SourceRate,
     /// A route of the frontend rejects the connection.
     Route,
+    /// A peer that must send a PROXY header sent other bytes.
+    ProxyHeaderMissing,
+    /// The PROXY header was invalid.
+    ProxyHeaderMalformed,
+    /// The PROXY header was incomplete when its time was over.
+    ProxyHeaderTimeout,
+    /// The checksum of the PROXY header was wrong.
+    ProxyHeaderCrc,
 }
 
 // === impl Cause ===
@@ -162,7 +178,7 @@ impl Cause {
     pub const COUNT: usize = Cause::ALL.len();
 
     /// Every cause, in numeric order.
-    pub const ALL: [Cause; 22] = [
+    pub const ALL: [Cause; 26] = [
         Cause::Finished,
         Cause::ClientReset,
         Cause::BackendReset,
@@ -184,6 +200,10 @@ impl Cause {
         Cause::SourceConnections,
         Cause::SourceRate,
         Cause::Route,
+        Cause::ProxyHeaderMissing,
+        Cause::ProxyHeaderMalformed,
+        Cause::ProxyHeaderTimeout,
+        Cause::ProxyHeaderCrc,
         Cause::InternalError,
     ];
 
@@ -211,6 +231,10 @@ impl Cause {
             Cause::SourceConnections => "source-connections",
             Cause::SourceRate => "source-rate",
             Cause::Route => "route",
+            Cause::ProxyHeaderMissing => "proxy-header-missing",
+            Cause::ProxyHeaderMalformed => "proxy-header-malformed",
+            Cause::ProxyHeaderTimeout => "proxy-header-timeout",
+            Cause::ProxyHeaderCrc => "proxy-header-crc",
             Cause::InternalError => "internal-error",
         }
     }
@@ -225,6 +249,7 @@ impl Cause {
             Cause::HalfClosedTimeout => "half_closed_timeout",
             Cause::DrainDeadline => "drain_timeout",
             Cause::BackendRemoved => "on_removal",
+            Cause::ProxyHeaderTimeout => "proxy_protocol.timeout",
             _ => "",
         }
     }
@@ -304,6 +329,10 @@ impl RefusedReason {
             Cause::SourceConnections => Some(RefusedReason::SourceConnections),
             Cause::SourceRate => Some(RefusedReason::SourceRate),
             Cause::Route => Some(RefusedReason::Route),
+            Cause::ProxyHeaderMissing => Some(RefusedReason::ProxyHeaderMissing),
+            Cause::ProxyHeaderMalformed => Some(RefusedReason::ProxyHeaderMalformed),
+            Cause::ProxyHeaderTimeout => Some(RefusedReason::ProxyHeaderTimeout),
+            Cause::ProxyHeaderCrc => Some(RefusedReason::ProxyHeaderCrc),
             _ => None,
         }
     }
@@ -312,7 +341,7 @@ impl RefusedReason {
     pub const COUNT: usize = RefusedReason::ALL.len();
 
     /// Every reason, in numeric order.
-    pub const ALL: [RefusedReason; 8] = [
+    pub const ALL: [RefusedReason; 12] = [
         RefusedReason::NoBackend,
         RefusedReason::LocalResource,
         RefusedReason::QueueTimeout,
@@ -321,6 +350,10 @@ impl RefusedReason {
         RefusedReason::SourceConnections,
         RefusedReason::SourceRate,
         RefusedReason::Route,
+        RefusedReason::ProxyHeaderMissing,
+        RefusedReason::ProxyHeaderMalformed,
+        RefusedReason::ProxyHeaderTimeout,
+        RefusedReason::ProxyHeaderCrc,
     ];
 
     /// Metric label.
@@ -334,6 +367,10 @@ impl RefusedReason {
             RefusedReason::SourceConnections => "source-connections",
             RefusedReason::SourceRate => "source-rate",
             RefusedReason::Route => "route",
+            RefusedReason::ProxyHeaderMissing => "proxy-header-missing",
+            RefusedReason::ProxyHeaderMalformed => "proxy-header-malformed",
+            RefusedReason::ProxyHeaderTimeout => "proxy-header-timeout",
+            RefusedReason::ProxyHeaderCrc => "proxy-header-crc",
         }
     }
 }
@@ -349,11 +386,20 @@ pub fn code(cause: Cause, phase: Phase) -> [u8; 2] {
         }
         Cause::ConnectTimeout | Cause::QueueTimeout => b's',
         Cause::NoBackend => b'S',
-        Cause::FirstByteTimeout | Cause::IdleTimeout | Cause::HalfClosedTimeout => b'c',
+        Cause::FirstByteTimeout
+        | Cause::IdleTimeout
+        | Cause::HalfClosedTimeout
+        | Cause::ProxyHeaderTimeout => b'c',
         Cause::DrainDeadline => b'K',
         Cause::BackendRemoved => b'D',
         Cause::LocalResource => b'R',
-        Cause::Denied | Cause::SourceConnections | Cause::SourceRate | Cause::Route => b'P',
+        Cause::Denied
+        | Cause::SourceConnections
+        | Cause::SourceRate
+        | Cause::Route
+        | Cause::ProxyHeaderMissing
+        | Cause::ProxyHeaderMalformed
+        | Cause::ProxyHeaderCrc => b'P',
         Cause::InternalError => b'I',
     };
     let second = match phase {

@@ -221,6 +221,23 @@ pub fn send(socket: impl AsFd, bytes: &[u8]) -> io::Result<usize> {
     Ok(rustix::net::send(socket, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?)
 }
 
+/// Sends the first bytes of a connection. With `more`, the kernel waits for the next send for
+/// up to 200 ms, to fill the segment (tcp(7), `TCP_CORK`).
+pub fn send_first(socket: impl AsFd, bytes: &[u8], more: bool) -> io::Result<usize> {
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    let flags = if more { flags | SendFlags::MORE } else { flags };
+    Ok(rustix::net::send(socket, bytes, flags)?)
+}
+
+/// Returns whether the peer has sent FIN or the connection has failed, even if received bytes
+/// are unread.
+pub fn has_ended(socket: impl AsFd) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut watched = [PollFd::new(&socket, PollFlags::RDHUP)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut watched, Some(&now)).is_ok_and(|ready| ready > 0)
+}
+
 /// Sends FIN after the queued bytes (RFC 9293 section 3.6: half-close).
 pub fn shutdown_write(socket: impl AsFd) -> io::Result<()> {
     #[cfg(any(test, feature = "fake"))]

@@ -36,6 +36,8 @@ pub struct Conf {
 pub struct Frontend {
     pub name: String,
     pub binds: Vec<SocketAddr>,
+    /// Keys that each bind has in addition to its address, such as `proxy_protocol = true`.
+    pub bind_keys: String,
     pub pool: String,
     /// More keys, one per line.
     pub keys: String,
@@ -113,6 +115,7 @@ impl Conf {
         self.frontends.push(Frontend {
             name: name.into(),
             binds: vec![SocketAddr::new(ip, free_port())],
+            bind_keys: String::new(),
             pool: pool.into(),
             keys: keys.into(),
         });
@@ -180,8 +183,11 @@ impl Conf {
         let access = self.access.as_deref().unwrap_or(access);
         let _ = writeln!(text, "[log]\naccess = \"{access}\"\n{}", self.log);
         for frontend in &self.frontends {
-            let binds: Vec<String> =
-                frontend.binds.iter().map(|bind| format!("\"{bind}\"")).collect();
+            let bind_form = |bind: &SocketAddr| match &*frontend.bind_keys {
+                "" => format!("\"{bind}\""),
+                keys => format!("{{ address = \"{bind}\", {keys} }}"),
+            };
+            let binds: Vec<String> = frontend.binds.iter().map(bind_form).collect();
             let _ = writeln!(
                 text,
                 "[frontend.{}]\nbind = [{}]\npool = \"{}\"\n{}\n",

@@ -17,6 +17,7 @@ pub mod proxy;
 pub mod servers;
 pub mod stable;
 pub mod upgrade;
+pub mod vectors;
 pub mod wait;
 
 pub use wait::{eventually, eventually_some, ms, patience, secs, within};

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 
 /// Row of the table of bounds, folder or file below `src`, name of the constant.
-const BOUNDS: [(&str, &str, &str); 49] = [
+const BOUNDS: [(&str, &str, &str); 52] = [
     ("files that a configuration includes", "config", "INCLUDED_FILES_MAX"),
     ("[process] connections_max", "config", "PROCESS_CONNECTIONS"),
     ("counts shared over an upgrade", "net", "CELLS_MAX"),
@@ -57,6 +57,9 @@ const BOUNDS: [(&str, &str, &str); 49] = [
     ("aliases (CNAME) between a name and its records", "discovery/resolver", "ALIASES_MAX"),
     ("pools", "config", "POOLS_MAX"),
     ("backends", "config", "BACKENDS_MAX"),
+    ("bytes of a PROXY header", "core/proxy_protocol", "HEADER_BYTES_MAX"),
+    ("ranges of peers that send PROXY headers", "config/validate/proxy_protocol.rs", "FROM_MAX"),
+    ("types of TLVs that a pool passes on", "config/validate/proxy_protocol.rs", "PASS_MAX"),
     ("workers", "config", "WORKERS_MAX"),
     ("text of a configuration", "config", "FILE_BYTES_MAX"),
 ];

@@ -29,12 +29,17 @@ fn phases_of(cause: Cause) -> &'static [Phase] {
         Cause::ClientReset => &[Preread, Queue, Connect, Data, HalfClosed, Closed],
         Cause::ClientLeft => &[Preread, Queue],
         Cause::QueueTimeout => &[Queue],
-        Cause::BackendReset | Cause::ClientLost | Cause::BackendLost | Cause::BackendRemoved => {
+        Cause::ClientLost => &[Preread, Data, HalfClosed, Closed],
+        Cause::BackendReset | Cause::BackendLost | Cause::BackendRemoved => {
             &[Data, HalfClosed, Closed]
         }
         Cause::ConnectRefused | Cause::ConnectTimeout | Cause::ConnectFailed => &[Connect],
         Cause::NoBackend | Cause::Denied | Cause::SourceConnections | Cause::SourceRate => &[Admit],
         Cause::Route => &[Admit, Preread, Queue],
+        Cause::ProxyHeaderMissing
+        | Cause::ProxyHeaderMalformed
+        | Cause::ProxyHeaderTimeout
+        | Cause::ProxyHeaderCrc => &[Preread],
         Cause::FirstByteTimeout => &[Preread, Data],
         Cause::IdleTimeout => &[Data],
         Cause::HalfClosedTimeout => &[HalfClosed, Closed],

@@ -40,6 +40,7 @@ mod ordinary_user;
 mod panics;
 mod passive;
 mod probes;
+mod proxy_protocol;
 mod registers;
 mod relay;
 mod reload;

@@ -29,6 +29,9 @@ fn headline(session: &SessionExplanation) -> String {
         format!("{event} at {}", cell_text(&first.time))
     });
     let mut text = format!("Session {} of {} on {frontend}{at}.", session.session, session.client);
+    if let Some(peer) = session.peer {
+        let _ = write!(text, " Its PROXY header came from {peer}.");
+    }
     if let Some(route) = session.route {
         let _ = write!(text, " It took route {route}.");
     } else if first.is_some_and(|first| first.pool.is_some()) {

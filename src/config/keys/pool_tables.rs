@@ -6,7 +6,7 @@ use crate::validate::ProbeKindKey;
 use Applies::Reload;
 use DefaultValue::{Derived, Described, Required, Value};
 use Values::{Flag, Form, Integer, Share, Time, WordOrTime, Words};
-use tidegate_core::model::{HttpVersion, Policy, WhenNoneEligible};
+use tidegate_core::model::{HttpVersion, Policy, ProbeHeader, ProxyVersion, WhenNoneEligible};
 
 pub(super) const POOL: &[ConfigKey] = &[
     key(
@@ -80,6 +80,14 @@ pub(super) const POOL: &[ConfigKey] = &[
          `\"close-after 30s\"`: they are reset after 30 s.",
     ),
     key(
+        "proxy_protocol",
+        Form("`\"off\"`, `\"v1\"`, `\"v2\"` or a [table](#proxy_protocol)"),
+        Value("\"off\""),
+        Reload,
+        "PROXY header that backends get before the first byte of each connection, see \
+         [proxy-protocol.md](proxy-protocol.md). Probes send a header without a client.",
+    ),
+    key(
         "slow_start",
         WordOrTime("off", "", "100ms", "1h"),
         Value("\"off\""),
@@ -125,6 +133,15 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Described("`source` of the pool"),
         Reload,
         "Addresses from which probes start, in turn.",
+    ),
+    key(
+        "proxy_protocol",
+        Words(words::<ProbeHeader>),
+        Described(
+            "`\"local\"` if the pool has a header and the probe has no `port`, else `\"off\"`",
+        ),
+        Reload,
+        "`\"local\"`: the probe starts with the pool's PROXY header, without a client.",
     ),
     key(
         "tls",
@@ -240,6 +257,27 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Value("\"200-399\""),
         Reload,
         "For `http`: accepted status of the final response.",
+    ),
+];
+
+pub(super) const PROXY_HEADER: &[ConfigKey] = &[
+    key("version", Words(words::<ProxyVersion>), Required, Reload, "Version of the header."),
+    key("crc32c", Flag, Value("false"), Reload, "Add a checksum. Version 2 only."),
+    key(
+        "send",
+        Form("a list of `\"authority\"`, `\"alpn\"`, `\"ssl\"`, `\"unique-id\"`"),
+        Value("[]"),
+        Reload,
+        "TLVs to add, if their value is known. Tidegate knows what it received in the client's \
+         header. Without a received identifier, `unique-id` is the number of the session. \
+         Version 2 only.",
+    ),
+    key(
+        "pass",
+        Form("a list of at most 32 types such as `0xEA` or `\"0xE0-0xEF\"`"),
+        Value("[]"),
+        Reload,
+        "Types of received TLVs to copy into the header. Version 2 only.",
     ),
 ];
 

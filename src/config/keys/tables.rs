@@ -4,12 +4,13 @@
 use super::discovery_tables::{DISCOVER, DNS, REGISTRY};
 use super::pool_tables::{
     BACKEND, EJECTION, EXPECT, HEARTBEAT, HEARTBEAT_KEY, POOL, POOL_HEARTBEAT, PROBE, PROBE_TLS,
+    PROXY_HEADER,
 };
 use super::{Applies, ConfigKey, DefaultValue, KeyTable, Values, words};
 use Applies::{Reload, Restart};
 use DefaultValue::{Described, Required, Value};
 use Values::{Flag, Form, Integer, Size, Time, WordOrInteger, WordOrTime, Words};
-use tidegate_core::model::{EngineChoice, LogFormat, LogLevel, Sandbox};
+use tidegate_core::model::{EngineChoice, LogFormat, LogLevel, OtherPeers, Sandbox};
 
 pub(super) const CONNECTIONS: Values = Integer(0, 10_000_000);
 pub(super) const TIME: Values = Time("1ms", "30d");
@@ -48,6 +49,13 @@ pub const TABLES: &[KeyTable] = &[
         keys: BIND,
     },
     KeyTable {
+        header: "[frontend.NAME.proxy_protocol]",
+        about: "Peers that start each connection with a PROXY header, see \
+                [proxy-protocol.md](proxy-protocol.md). A frontend has this table if and only if \
+                one of its binds has `proxy_protocol = true`.",
+        keys: PROXY_HEADERS,
+    },
+    KeyTable {
         header: "[[frontend.NAME.route]]",
         about: "Routes are tried in order before `pool`. The first route whose conditions all \
                 match decides. A route has at least one condition and either `pool` or \
@@ -65,6 +73,12 @@ pub const TABLES: &[KeyTable] = &[
         about: "Backends, and the policy that picks a backend for a session. A file has at least \
                 one pool.",
         keys: POOL,
+    },
+    KeyTable {
+        header: "proxy_protocol",
+        about: "`proxy_protocol` of a pool can be a table such as \
+                `{ version = \"v2\", send = [\"unique-id\"] }`.",
+        keys: PROXY_HEADER,
     },
     KeyTable {
         header: "[pool.NAME.probe]",
@@ -401,6 +415,14 @@ const BIND: &[ConfigKey] = &[
         Reload,
         "Differentiated services code point of the packets to clients.",
     ),
+    key(
+        "proxy_protocol",
+        Flag,
+        Value("false"),
+        Reload,
+        "Peers in `from` of [`proxy_protocol`](#frontendnameproxy_protocol) start each connection \
+         with a PROXY header.",
+    ),
 ];
 
 const ROUTE: &[ConfigKey] = &[
@@ -433,6 +455,31 @@ const ROUTE: &[ConfigKey] = &[
         "Pool for the clients that match this route.",
     ),
     key("refuse", Flag, Value("false"), Reload, "Reset the clients that match this route."),
+];
+
+const PROXY_HEADERS: &[ConfigKey] = &[
+    key(
+        "from",
+        RANGES,
+        Required,
+        Reload,
+        "Peers that must send a header; at most 1,024 ranges. The header names the client.",
+    ),
+    key(
+        "others",
+        Words(words::<OtherPeers>),
+        Value("\"refuse\""),
+        Reload,
+        "What happens to other peers. `\"refuse\"`: they are reset. `\"direct\"`: they are the \
+         client, and Tidegate relays all their bytes, also a header.",
+    ),
+    key(
+        "timeout",
+        Time("10ms", "60s"),
+        Value("\"3s\""),
+        Reload,
+        "Time from the connection to its complete header. After it, the connection is reset.",
+    ),
 ];
 
 const SOURCES: &[ConfigKey] = &[

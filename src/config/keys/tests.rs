@@ -24,6 +24,9 @@ const BASE: [(&str, &str); 16] = [
     ("[dns]", ""),
 ];
 
+/// A table that needs a bind with `proxy_protocol = true`.
+const RECEIVED_HEADERS: &str = "[frontend.NAME.proxy_protocol]";
+
 /// A registry of each other kind, for the keys of questions, and a second frontend. The one of the
 /// base file can then be disabled.
 const OTHERS: &str = "
@@ -97,6 +100,7 @@ fn inline_in(header: &str) -> Option<&'static str> {
     match header {
         "bind" => Some("[frontend.NAME]"),
         "expect" | "tls" => Some("[pool.NAME.probe]"),
+        "proxy_protocol" => Some("[pool.NAME]"),
         _ => None,
     }
 }
@@ -105,7 +109,7 @@ fn inline_in(header: &str) -> Option<&'static str> {
 fn label(header: &str) -> String {
     match header {
         "bind" => "a table of bind".to_owned(),
-        "expect" | "tls" => format!("the table of {header}"),
+        "expect" | "tls" | "proxy_protocol" => format!("the table of {header}"),
         header => header.replace("NAME", "x"),
     }
 }
@@ -117,6 +121,16 @@ fn needed(table: &KeyTable, key: &ConfigKey) -> &'static str {
 
 /// The base file with these lines in one table. They replace lines of the same keys.
 fn file(header: &str, lines: &str) -> String {
+    let receives = header == RECEIVED_HEADERS || lines.contains("proxy_protocol = true");
+    if receives {
+        let own = if header == RECEIVED_HEADERS { lines } else { "" };
+        let from = if own.starts_with("from") { "" } else { "from = '127.0.0.1'\n" };
+        let text = file("", "") + &format!("{RECEIVED_HEADERS}\n{from}{own}\n");
+        let bind = "{ address = '127.0.0.1:1', proxy_protocol = true }";
+        return text
+            .replace("bind = '127.0.0.1:1'", &format!("bind = {bind}"))
+            .replace("NAME", "x");
+    }
     let (header, lines) = match (inline_in(header), header) {
         (Some(outer), "bind") if lines.starts_with("address") => {
             (outer, format!("bind = {{ {lines} }}"))
@@ -124,6 +138,15 @@ fn file(header: &str, lines: &str) -> String {
         (Some(outer), "bind") if lines.is_empty() => (outer, "bind = '127.0.0.1:1'".to_owned()),
         (Some(outer), "bind") => (outer, format!("bind = {{ address = '127.0.0.1:1', {lines} }}")),
         (Some(outer), "tls") => (outer, format!("tls = {{ {lines} }}")),
+        (Some(outer), "proxy_protocol") if lines.is_empty() => {
+            (outer, "proxy_protocol = 'v2'".to_owned())
+        }
+        (Some(outer), "proxy_protocol") if lines.starts_with("version") => {
+            (outer, format!("proxy_protocol = {{ {lines} }}"))
+        }
+        (Some(outer), "proxy_protocol") => {
+            (outer, format!("proxy_protocol = {{ version = 'v2', {lines} }}"))
+        }
         (Some(outer), key) => (outer, format!("kind = 'send-expect'\n{key} = {{ {lines} }}")),
         (None, header) => (header, lines.to_owned()),
     };
@@ -214,9 +237,11 @@ fn known_to_the_reader() -> BTreeMap<String, BTreeSet<String>> {
     for (header, lines) in BASE {
         text += &format!("{header}\n0 = 1\n{lines}\n");
     }
+    text += &format!("{RECEIVED_HEADERS}\n0 = 1\n");
     let text = text
         .replace("NAME", "x")
         .replace("bind = '127.0.0.1:1'", "bind = { address = '127.0.0.1:1', 0 = 1 }")
+        .replace("[pool.x]\n", "[pool.x]\nproxy_protocol = { version = 'v2', 0 = 1 }\n")
         .replace(
             "[pool.x.probe]",
             "[pool.x.probe]\nexpect = { starts = 'x', 0 = 1 }\ntls = { 0 = 1 }",
@@ -338,7 +363,8 @@ fn only_required_keys_must_be_given() {
         let lines = lines.map_or("", |(_, lines)| lines);
         let given = lines.lines().any(|line| line.starts_with(&format!("{} = ", key.name)));
         let alternative =
-            ["[[frontend.NAME.route]]", "[pool.NAME.discover]"].contains(&table.header);
+            ["[[frontend.NAME.route]]", "[pool.NAME.discover]", RECEIVED_HEADERS, "proxy_protocol"];
+        let alternative = alternative.contains(&table.header);
         let required = matches!(key.default, DefaultValue::Required);
         assert!(
             required == given || alternative || table.header == "bind",
@@ -427,6 +453,21 @@ fn forms(header: &str, name: &str) -> (Vec<String>, Vec<String>) {
         (vec![text(start, min.max(start.len())), text(start, max)], bad)
     };
     let words: (&[&str], &[&str]) = match name {
+        "proxy_protocol" => (
+            &["'off'", "'v2'", "{ version = 'v1' }"],
+            &["'v3'", "2", "{}", "{ version = 'v1', send = [] }"],
+        ),
+        "send" if header == "proxy_protocol" => (
+            &["['authority', 'alpn', 'ssl', 'unique-id']"],
+            &["['sni']", "'alpn'", "['alpn', 'alpn']"],
+        ),
+        "pass" => (
+            &["[0xEA, '0xE0-0xE8', '0xF0']"],
+            &["[256]", "['0x03']", "['0x00-0x10']", "['0xEF-0xE0']", "['E0']", "'0xE0'"],
+        ),
+        "from" if header == RECEIVED_HEADERS => {
+            (&["'10.0.0.0/8'", "['::1', '192.0.2.1']"], &["[]", "'10.0.0.1/8'", "1"])
+        }
         "send" => return bounded("", 0, 4_096),
         "starts" | "contains" => return bounded("", 1, 1_024),
         "path" if header == "[pool.NAME.discover]" => (&["'/a'"], &["'/a/'", "''"]),

@@ -125,6 +125,7 @@ fn table_of_bind(table: Section<'_, '_>) -> Option<(Bind, BindAddresses, Range<u
         backlog: table.integer("backlog", 1..=BACKLOG_MAX).or(BACKLOG_MAX),
         mark: table.integer("mark", 0..=u32::MAX).or(0),
         dscp: table.integer("dscp", 0..=63).or(0),
+        proxy_protocol: table.boolean("proxy_protocol").or(false),
     };
     table.finish();
     let addresses = addresses.good()?;

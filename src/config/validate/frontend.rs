@@ -12,7 +12,7 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::binds::{self, BindCount};
-use super::{CONNECTIONS_MAX, routes, sources};
+use super::{CONNECTIONS_MAX, proxy_protocol, routes, sources};
 use crate::NamedFiles;
 use crate::address;
 use crate::defaults::Defaults;
@@ -62,6 +62,8 @@ pub(super) fn read<'r, 'a>(
         section.text("keepalive", "a duration such as \"30s\", or \"off\"", value::keepalive);
     let user_timeout = section.timer("user_timeout", "30s", USER_TIMEOUT);
     let pool_place = pool.place();
+    let places = binds.iter().zip(&bind_places);
+    let header_source = proxy_protocol::of_frontend(&section, name, places);
     let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX);
     section.report.limit("connections_max of this frontend", &connections_max);
     let model = FrontendConfig {
@@ -80,6 +82,7 @@ pub(super) fn read<'r, 'a>(
         user_timeout: user_timeout.or(Some(USER_TIMEOUT_DEFAULT)),
         connections_max: connections_max.or(0),
         sources: sources::read(&section, name, files),
+        proxy_protocol: header_source,
     };
     warn_of_timers(&section, &model);
     section.finish();
@@ -164,7 +167,7 @@ pub(super) fn any_number<T>(
 fn nothing(key: &str) -> &'static str {
     match key {
         "pools" => "no pool",
-        "addresses" | "sources" => "no range",
+        "addresses" | "sources" | "from" => "no range",
         _ => "no address",
     }
 }

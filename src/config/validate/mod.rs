@@ -17,6 +17,7 @@ mod heartbeat;
 mod named_file;
 mod pool;
 mod probe;
+mod proxy_protocol;
 mod registry;
 mod routes;
 mod sources;

@@ -11,14 +11,14 @@ use toml::de::DeValue;
 
 use super::backends::{self, BackendsRead};
 use super::discover::{self, KnownRegistries};
-use super::{POOL_SOURCES_MAX, frontend, heartbeat, probe};
+use super::{POOL_SOURCES_MAX, frontend, heartbeat, probe, proxy_protocol};
 use crate::defaults::Defaults;
 use crate::file::{Field, NamedSection, Section};
 use crate::value::{self, SLOW_FIRST_BYTE, SLOW_START, TIME, ValueError, shown};
 use crate::{NamedFiles, Spot, address};
 use tidegate_core::model::{
     BackendAddr, BackendConfig, DnsConfig, EjectionSpec, HASH_SLOTS, OnRemoval, Policy, PoolConfig,
-    SourceAddr, ViewGuards, WhenNoneEligible, Words,
+    ProbeTarget, SourceAddr, ViewGuards, WhenNoneEligible, Words,
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -80,13 +80,21 @@ pub(super) fn read<'r, 'a>(
     };
     let hash_slots = enough_slots(&section, balance, slots, &most);
     let source = sources(&section);
+    let header = proxy_protocol::of_pool(&section).map(Arc::new);
+    let version = header.as_ref().map(|header| header.version);
+    let of_pool = ProbeTarget {
+        source: Arc::clone(&source),
+        header_version: version,
+        ..ProbeTarget::default()
+    };
+    let probe = probe::read(&section, &defaults.probe, name, of_pool, files);
     let attempts = section.integer("connect_attempts", 1..=CONNECT_ATTEMPTS_MAX);
     let connect_time = connect_timeout.or(CONNECT_TIMEOUT);
     let model = PoolConfig {
         name: name.into(),
         balance,
         hash_slots,
-        source: Arc::clone(&source),
+        source,
         connect_timeout: connect_time,
         queue_max: section.integer("queue_max", 0..=QUEUE_MAX).or(0),
         queue_timeout: section.duration("queue_timeout", "5s", TIME).or(connect_time),
@@ -94,7 +102,8 @@ pub(super) fn read<'r, 'a>(
         when_none_eligible: section.choice("when_none_eligible").or(WhenNoneEligible::Refuse),
         startup_grace: section.duration("startup_grace", "5s", TIME).or(STARTUP_GRACE),
         on_removal: section.text("on_removal", "a string", value::on_removal).or(OnRemoval::Keep),
-        probe: probe::read(&section, &defaults.probe, name, source, files).map(Arc::new),
+        proxy_protocol: header,
+        probe: probe.map(Arc::new),
         ejection: ejection(&section, name),
         heartbeat: heartbeat.map(Arc::new),
         slow_start: section.timer("slow_start", "10s", SLOW_START).or(None),

@@ -16,7 +16,7 @@ use crate::file::{Field, Section};
 use crate::value::{self, TIME, ValueError};
 use http::HttpKeys;
 use tidegate_core::model::{
-    Expect, ProbeBytes, ProbeKind, ProbeSpec, ProbeStep, SourceAddr, Words, show_duration,
+    Expect, ProbeBytes, ProbeKind, ProbeSpec, ProbeStep, ProbeTarget, Words, show_duration,
 };
 
 const INTERVAL: Duration = Duration::from_secs(2);
@@ -72,7 +72,7 @@ pub(super) fn read<'r, 'a>(
     pool: &Section<'r, 'a>,
     defaults: &'r SectionDefaults<'r, 'a>,
     name: &str,
-    source: Arc<[SourceAddr]>,
+    of_pool: ProbeTarget,
     files: NamedFiles<'_>,
 ) -> Option<ProbeSpec> {
     let label = format!("[pool.{}.probe]", value::cut(name));
@@ -93,7 +93,7 @@ pub(super) fn read<'r, 'a>(
     let ProbeTimes { interval, fast_interval, down_interval, timeout } = times(&section);
     let spec = ProbeSpec {
         kind: keys.into_kind(kind),
-        target: target::read(&section, source, files),
+        target: target::read(&section, of_pool, files),
         interval,
         fast_interval,
         down_interval,

@@ -9,7 +9,7 @@ pub mod rings;
 mod words;
 
 use crate::metrics::counters::LocalErrorKind;
-use crate::model::{BackendId, ClientAddr, FrontendId, Policy, PoolId};
+use crate::model::{BackendId, ClientAddr, FrontendId, PeerAddr, Policy, PoolId};
 use crate::outcome::{Cause, Phase};
 
 /// Backends passed over that a [`Decision`] names; it counts the rest.
@@ -26,6 +26,8 @@ pub struct Decision {
     pub serial: u64,
     /// The client.
     pub client: ClientAddr,
+    /// Peer of the socket, if a PROXY header announced the client.
+    pub peer: Option<PeerAddr>,
     /// Frontend that accepted it.
     pub frontend: FrontendId,
     /// Position of the route it took, from 1; 0 for the frontend's pool.

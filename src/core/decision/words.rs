@@ -11,10 +11,13 @@ use crate::outcome::{Cause, Phase};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 /// DecisionWords of a decision.
-pub(super) const WORDS: usize = 24;
+pub(super) const WORDS: usize = 27;
 
 /// Where the words of the outcome begin; it is rewritten alone.
-pub(super) const OUTCOME: usize = 21;
+pub(super) const OUTCOME: usize = 24;
+
+/// Where the words of the peer begin.
+const PEER: usize = 21;
 
 /// A decision in a ring.
 pub(super) type DecisionWords = [u64; WORDS];
@@ -34,16 +37,13 @@ pub(super) fn encode(decision: &Decision) -> DecisionWords {
     words[0] = decision.session;
     words[1] = decision.at_micros;
     words[2] = decision.serial;
-    let (octets, family) = match decision.client.ip() {
-        IpAddr::V4(v4) => (v4.to_ipv6_mapped().to_bits(), 4),
-        IpAddr::V6(v6) => (v6.to_bits(), 6),
-    };
-    words[3] = octets as u64;
-    words[4] = (octets >> 64) as u64;
-    words[5] = u64::from(decision.client.port())
-        | family << 16
-        | u64::from(decision.route) << 24
-        | high(decision.frontend.0);
+    let [low, upper, place] = address_words(decision.client.socket_addr());
+    words[3] = low;
+    words[4] = upper;
+    words[5] = place | u64::from(decision.route) << 24 | high(decision.frontend.0);
+    if let Some(peer) = decision.peer {
+        words[PEER..OUTCOME].copy_from_slice(&address_words(peer.socket_addr()));
+    }
     words[6] = u64::from(decision.pool.map_or(NONE, |pool| pool.0))
         | high(decision.chosen.map_or(NONE, |backend| backend.0));
     let (kind, figures, other) = figures_words(&decision.figures);
@@ -81,19 +81,19 @@ pub(super) fn encode_outcome(outcome: &Outcome) -> [u64; WORDS - OUTCOME] {
 
 /// The decision that these words hold.
 pub(super) fn decode(words: &DecisionWords) -> Option<Decision> {
-    let octets = Ipv6Addr::from_bits(u128::from(words[4]) << 64 | u128::from(words[3]));
-    let ip = match (words[5] >> 16) as u8 {
-        4 => IpAddr::V4(octets.to_ipv4_mapped()?),
-        _ => IpAddr::V6(octets),
+    let client = address([words[3], words[4], words[5]])?;
+    let peer = match words[PEER + 2] {
+        0 => None,
+        place => Some(PeerAddr::new(address([words[PEER], words[PEER + 1], place])?)),
     };
-    let client = SocketAddr::new(ip, words[5] as u16);
     let [policy, why, attempt, kind] = high_half(words[7]).to_le_bytes();
     let other = high_half(words[11]);
     Some(Decision {
         session: words[0],
         at_micros: words[1],
         serial: words[2],
-        client: ClientAddr::of_peer(PeerAddr::new(client)),
+        client: ClientAddr::announced(client),
+        peer,
         frontend: FrontendId(high_half(words[5])),
         route: (words[5] >> 24) as u8,
         pool: some(words[6] as u32).map(PoolId),
@@ -107,6 +107,24 @@ pub(super) fn decode(words: &DecisionWords) -> Option<Decision> {
         waited_micros: words[11] as u32,
         outcome: outcome([words[OUTCOME], words[OUTCOME + 1], words[OUTCOME + 2]])?,
     })
+}
+
+/// The lower and the upper half of an address, and its port with its family, which is not 0.
+fn address_words(address: SocketAddr) -> [u64; 3] {
+    let (octets, family) = match address.ip() {
+        IpAddr::V4(v4) => (v4.to_ipv6_mapped().to_bits(), 4),
+        IpAddr::V6(v6) => (v6.to_bits(), 6),
+    };
+    [octets as u64, (octets >> 64) as u64, u64::from(address.port()) | family << 16]
+}
+
+fn address([low, upper, place]: [u64; 3]) -> Option<SocketAddr> {
+    let octets = Ipv6Addr::from_bits(u128::from(upper) << 64 | u128::from(low));
+    let ip = match (place >> 16) as u8 {
+        4 => IpAddr::V4(octets.to_ipv4_mapped()?),
+        _ => IpAddr::V6(octets),
+    };
+    Some(SocketAddr::new(ip, place as u16))
 }
 
 /// Kind, three words, and the other backend.
@@ -270,6 +288,7 @@ mod tests {
         fn any_decision()(
             numbers in any::<(u64, u64, u64)>(),
             (ip, port) in any::<(IpAddr, u16)>(),
+            peer in proptest::option::of(any::<(IpAddr, u16)>()),
             (frontend, route, attempt) in any::<(u32, u8, u8)>(),
             (pool, chosen) in (proptest::option::of(0..NONE), proptest::option::of(0..NONE)),
             (policy, why) in (0..Policy::ALL.len(), 0..Why::ALL.len()),
@@ -282,7 +301,8 @@ mod tests {
                 session: numbers.0,
                 at_micros: numbers.1,
                 serial: numbers.2,
-                client: ClientAddr::of_peer(PeerAddr::new(SocketAddr::new(ip, port))),
+                client: ClientAddr::announced(SocketAddr::new(ip, port)),
+                peer: peer.map(|(ip, port)| PeerAddr::new(SocketAddr::new(ip, port))),
                 frontend: FrontendId(frontend),
                 route,
                 pool: pool.map(PoolId),

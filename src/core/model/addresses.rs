@@ -79,6 +79,22 @@ impl ClientAddr {
         ClientAddr(peer.0)
     }
 
+    /// Returns the client that a PROXY header announced.
+    pub fn announced(client: SocketAddr) -> ClientAddr {
+        ClientAddr(client)
+    }
+
+    /// Returns the same address as the peer of a socket. Use it only for a client that no
+    /// header has announced.
+    pub fn socket(self) -> PeerAddr {
+        PeerAddr(self.0)
+    }
+
+    /// Returns address and port.
+    pub fn socket_addr(self) -> SocketAddr {
+        self.0
+    }
+
     /// Returns the address without its port.
     pub fn ip(self) -> IpAddr {
         self.0.ip()
@@ -102,6 +118,11 @@ impl PeerAddr {
     /// Wraps an address from accept(2).
     pub fn new(address: SocketAddr) -> PeerAddr {
         PeerAddr(address)
+    }
+
+    /// Returns address and port.
+    pub fn socket_addr(self) -> SocketAddr {
+        self.0
     }
 }
 

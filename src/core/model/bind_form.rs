@@ -30,6 +30,8 @@ struct BindForm<'b> {
     mark: u32,
     #[serde(skip_serializing_if = "is_default")]
     dscp: u8,
+    #[serde(skip_serializing_if = "is_default")]
+    proxy_protocol: bool,
 }
 
 /// An element of `bind`: the address alone if no option is set.
@@ -86,12 +88,15 @@ impl<'b> Run<'b> {
     }
 
     fn element(&self) -> Element<'b> {
-        let BindOptions { freebind, backlog, mark, dscp, if_ipv6: _ } = self.first.options;
+        let BindOptions { freebind, backlog, mark, dscp, proxy_protocol, if_ipv6: _ } =
+            self.first.options;
         let (address, interface) = (self.address(), self.first.key.interface.as_ref());
         if interface.is_none() && self.first.options == BindOptions::default() {
             return Element::Address(address);
         }
-        Element::Table(BindForm { address, interface, freebind, backlog, mark, dscp })
+        let options =
+            BindForm { address, interface, freebind, backlog, mark, dscp, proxy_protocol };
+        Element::Table(options)
     }
 
     fn address(&self) -> String {

@@ -10,6 +10,7 @@ mod discovery;
 mod ids;
 mod probe;
 mod process;
+mod proxy_protocol;
 mod text_forms;
 
 pub use addresses::{BackendAddr, BindAddr, BindKey, ClientAddr, PeerAddr, Protocol, SourceAddr};
@@ -21,12 +22,15 @@ pub use discovery::{
 };
 pub use ids::{BackendId, FrontendId, PoolId};
 pub use probe::{
-    Expect, HttpProbe, HttpVersion, ProbeBytes, ProbeKind, ProbePattern, ProbeSpec, ProbeStep,
-    ProbeTarget, ProbeTls, TlsVerify,
+    Expect, HttpProbe, HttpVersion, ProbeBytes, ProbeHeader, ProbeKind, ProbePattern, ProbeSpec,
+    ProbeStep, ProbeTarget, ProbeTls, TlsVerify,
 };
 pub use process::{
     ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
     ProcessConfig, Sandbox,
+};
+pub use proxy_protocol::{
+    OtherPeers, PassedTlv, ProxyHeaderSource, ProxyHeaderSpec, ProxyVersion, SentTlv,
 };
 
 pub use text_forms::{SIZE_UNITS, Words, show_duration, show_size};
@@ -155,6 +159,9 @@ pub struct FrontendConfig {
     pub connections_max: u32,
     /// Allowed client addresses and limits per client source. `None`: no restrictions.
     pub sources: Option<Arc<SourceRules>>,
+    /// Peers that send PROXY headers; `None`: no bind expects headers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proxy_protocol: Option<Arc<ProxyHeaderSource>>,
 }
 
 /// `[[frontend.NAME.route]]`: a target for connections that meet all conditions. At
@@ -207,6 +214,8 @@ pub struct BindOptions {
     pub mark: u32,
     /// Differentiated services code point of the packets to clients (RFC 2474), 0..=63.
     pub dscp: u8,
+    /// Peers in [`ProxyHeaderSource::from`] start each connection with a PROXY header.
+    pub proxy_protocol: bool,
 }
 
 /// Longest listen queue of a socket, and the default.
@@ -271,6 +280,9 @@ pub struct PoolConfig {
     pub startup_grace: Duration,
     /// What happens to the sessions of a backend that leaves the pool.
     pub on_removal: OnRemoval,
+    /// The PROXY header that backends get; `None` is off.
+    #[serde(serialize_with = "text_forms::or_off")]
+    pub proxy_protocol: Option<Arc<ProxyHeaderSpec>>,
     /// Active probes; `None`: every backend is treated as up.
     pub probe: Option<Arc<ProbeSpec>>,
     /// Passive ejection; `None` is off.
@@ -434,7 +446,14 @@ words!(WhenNoneEligible: "refuse" => Refuse, "try-all" => TryAll);
 
 impl Default for BindOptions {
     fn default() -> BindOptions {
-        BindOptions { freebind: false, if_ipv6: false, backlog: BACKLOG_MAX, mark: 0, dscp: 0 }
+        BindOptions {
+            freebind: false,
+            if_ipv6: false,
+            backlog: BACKLOG_MAX,
+            mark: 0,
+            dscp: 0,
+            proxy_protocol: false,
+        }
     }
 }
 

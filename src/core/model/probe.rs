@@ -4,7 +4,8 @@
 //! opens a connection.
 
 use super::addresses::SourceAddr;
-use super::text_forms;
+use super::text_forms::{self, words};
+use super::{PoolConfig, ProxyVersion};
 use regex::bytes::Regex;
 use serde::{Serialize, Serializer};
 use std::net::IpAddr;
@@ -55,7 +56,25 @@ pub struct ProbeTarget {
     /// Addresses from which probes start; empty: the kernel chooses. The default is the
     /// pool's `source`.
     pub source: Arc<[SourceAddr]>,
+    /// `proxy_protocol` of the probe; `None`: a header if the pool sends headers and `port` is
+    /// `None`.
+    #[serde(rename = "proxy_protocol", skip_serializing_if = "Option::is_none")]
+    pub header: Option<ProbeHeader>,
+    /// Version of the header that the probe sends. It names no client.
+    #[serde(skip)]
+    pub header_version: Option<ProxyVersion>,
 }
+
+/// Whether a probe sends the PROXY header of its pool, without a client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProbeHeader {
+    /// `LOCAL`, or `PROXY UNKNOWN` in version 1.
+    Local,
+    /// No header.
+    Off,
+}
+
+words!(ProbeHeader: "local" => Local, "off" => Off);
 
 /// `tls = { ... }` of a probe.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
@@ -194,8 +213,9 @@ impl ProbeSpec {
 
 impl ProbeTarget {
     /// Returns a target that differs from the backend's address in nothing.
-    pub fn from_sources(source: &Arc<[SourceAddr]>) -> ProbeTarget {
-        ProbeTarget { source: Arc::clone(source), ..ProbeTarget::default() }
+    pub fn of_pool(pool: &PoolConfig) -> ProbeTarget {
+        let header_version = pool.proxy_protocol.as_ref().map(|header| header.version);
+        ProbeTarget { source: Arc::clone(&pool.source), header_version, ..ProbeTarget::default() }
     }
 
     /// Returns the file of trusted certificates.

@@ -11,7 +11,7 @@ use crate::balance::{PickError, PickKey, PickRecord};
 use crate::decision::{
     Decision, Figures, Outcome, SKIPPED_NAMED, SkipReason, Skipped, SkippedList, Why,
 };
-use crate::model::{ClientAddr, FrontendId, Policy};
+use crate::model::{ClientAddr, FrontendId, PeerAddr, Policy};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,8 @@ pub struct PickedFor {
     pub session: u64,
     /// The client.
     pub client: ClientAddr,
+    /// Peer of the socket, if a PROXY header announced the client.
+    pub peer: Option<PeerAddr>,
     /// Frontend that accepted it.
     pub frontend: FrontendId,
     /// Route that it took.
@@ -220,6 +222,7 @@ impl Decision {
             at_micros: session.wall_micros,
             serial: session.serial,
             client: session.client,
+            peer: session.peer,
             frontend: session.frontend,
             route: session.route.position().unwrap_or(0),
             pool: None,

@@ -141,6 +141,16 @@ impl Table {
     }
 }
 
+// === impl FrontendRoute ===
+
+impl FrontendRoute {
+    /// Returns whether known peers of this bind send PROXY headers.
+    pub fn expects_header(&self, bind: &BindKey) -> bool {
+        let expects = |known: &model::Bind| known.options.proxy_protocol && known.key == *bind;
+        self.spec.proxy_protocol.is_some() && self.spec.binds.iter().any(expects)
+    }
+}
+
 // === impl PoolTable ===
 
 impl PoolTable {

@@ -12,7 +12,7 @@ use tidegate_api::names::SessionStateName;
 use tidegate_core::control::WEIGHT_PARTS;
 use tidegate_core::control::names::{BackendName, NamedIds, Names};
 use tidegate_core::decision::{AttemptFailureKind, Decision, Figures, Load, Skipped};
-use tidegate_core::model::{BackendId, ClientAddr, Words};
+use tidegate_core::model::{BackendId, ClientAddr, PeerAddr, Words};
 
 /// Returns the ids whose names [`session`] needs.
 pub(super) fn ids(decisions: &[Decision]) -> NamedIds {
@@ -48,6 +48,7 @@ pub(super) fn session(decisions: &[Decision], names: &Names) -> Option<SessionEx
         session: last.session,
         frontend: names.frontends.get(&last.frontend).map(|name| name.to_string()),
         client: socket_addr(last.client),
+        peer: last.peer.map(PeerAddr::socket_addr),
         route: (last.route > 0).then_some(last.route),
         state,
         end,
@@ -56,7 +57,7 @@ pub(super) fn session(decisions: &[Decision], names: &Names) -> Option<SessionEx
 }
 
 pub(super) fn socket_addr(client: ClientAddr) -> SocketAddr {
-    SocketAddr::new(client.ip(), client.port())
+    client.socket_addr()
 }
 
 fn decision(decision: &Decision, names: &Names) -> DecisionDoc {

@@ -6,8 +6,8 @@
 //!
 //! # How a probe ends its connection
 //!
-//! - A `tcp` probe without TLS exchanges no data and ends with a reset, as HAProxy does. No
-//!   TIME_WAIT entry remains on either side. `TCP_QUICKACK` is off (tcp(7)), so the
+//! - A `tcp` probe without TLS and PROXY header exchanges no data and ends with a reset, as
+//!   HAProxy does. No TIME_WAIT entry remains on either side. `TCP_QUICKACK` is off (tcp(7)), so the
 //!   kernel delays the last ACK of the handshake, and the reset replaces it. The
 //!   backend's kernel has answered, but its process does not wake and logs nothing.
 //! - Other probes close the connection when the answer is decided. The rest of a
@@ -31,6 +31,7 @@ use std::time::Duration;
 use tidegate_core::health::{ProbeAnswer, ProbeOutcome};
 use tidegate_core::metrics::counters::LocalErrorKind;
 use tidegate_core::model::{BackendAddr, ProbeBytes, ProbeKind, ProbeSpec, ProbeStep, ProbeTarget};
+use tidegate_core::proxy_protocol;
 use tidegate_dataplane::local_errors;
 use tidegate_net::clock;
 use tidegate_net::stream;
@@ -127,7 +128,8 @@ async fn connect_and_exchange(
 ) -> Result<ProbeAnswer, ProbeError> {
     let target = &spec.target;
     // A probe that ends after the connect resets the connection.
-    let reset = spec.kind == ProbeKind::Tcp && target.tls.is_none();
+    let silent = target.tls.is_none() && target.header_version.is_none();
+    let reset = spec.kind == ProbeKind::Tcp && silent;
     let to = destination(address, target);
     match &to {
         BackendAddr::Tcp(socket) | BackendAddr::ClientPort(socket, _) => {
@@ -156,14 +158,20 @@ fn destination(backend: &BackendAddr, target: &ProbeTarget) -> BackendAddr {
     }
 }
 
-/// Does the TLS handshake, if the probe uses TLS, and the exchange.
+/// Sends the PROXY header and does the TLS handshake, if the probe has them, and then the
+/// exchange.
 async fn exchange_over(
-    stream: impl AsyncRead + AsyncWrite + Unpin,
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
     spec: &ProbeSpec,
     address: &BackendAddr,
     configs: &TlsConfigs,
     stage: &mut ProbeStage,
 ) -> Result<ProbeAnswer, ProbeError> {
+    if let Some(version) = spec.target.header_version {
+        *stage = ProbeStage::Sending;
+        let header = proxy_protocol::encode_local(version);
+        stream.write_all(&header).await.map_err(exchange_error)?;
+    }
     let Some(tls) = &spec.target.tls else {
         return exchange(stream, &spec.kind, address, stage).await;
     };

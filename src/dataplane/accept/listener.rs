@@ -55,7 +55,16 @@ pub(crate) struct Listener {
     retirement: Rc<ListenerRetirement>,
     /// Generation and route of the last accept. Serves clients that are still queued after
     /// the frontend has left the table.
-    last_route: Option<(u64, Arc<FrontendRoute>)>,
+    last_route: Option<LastRoute>,
+}
+
+/// A frontend as of the last accept.
+#[derive(Debug, Clone)]
+struct LastRoute {
+    generation: u64,
+    route: Arc<FrontendRoute>,
+    /// Known peers of this bind send PROXY headers.
+    expects_header: bool,
 }
 
 /// Result of an accept.
@@ -138,15 +147,17 @@ impl Listener {
     fn accept_batch(&mut self, ctx: &Rc<WorkerContext>) -> AcceptResult {
         let table = ctx.table();
         if let Some(route) = table.frontend_at(&self.bind)
-            && self.last_route.as_ref().is_none_or(|(_, last)| !Arc::ptr_eq(last, route))
+            && self.last_route.as_ref().is_none_or(|last| !Arc::ptr_eq(&last.route, route))
         {
-            self.last_route = Some((table.generation, Arc::clone(route)));
+            let expects_header = route.expects_header(&self.bind);
+            let (generation, route) = (table.generation, Arc::clone(route));
+            self.last_route = Some(LastRoute { generation, route, expects_header });
         }
-        let Some((generation, route)) = self.last_route.clone() else {
+        let Some(last) = self.last_route.clone() else {
             return AcceptResult::QueueEmpty;
         };
         ctx.counters.pulse.at(WorkerStage::Accepting);
-        let result = self.accept_several(ctx, &table, generation, &route);
+        let result = self.accept_several(ctx, &table, &last);
         ctx.counters.pulse.at(WorkerStage::Waiting);
         result
     }
@@ -155,13 +166,12 @@ impl Listener {
         &mut self,
         ctx: &Rc<WorkerContext>,
         table: &Table,
-        generation: u64,
-        route: &Arc<FrontendRoute>,
+        last: &LastRoute,
     ) -> AcceptResult {
         // If every accept of a batch fails, the cause is this host, not the connections.
         let mut all_aborted = true;
         for _ in 0..ACCEPTS_PER_WAKE {
-            match self.accept_one(ctx, table, generation, route) {
+            match self.accept_one(ctx, table, last) {
                 AcceptResult::Accepted => all_aborted = false,
                 AcceptResult::Aborted => {}
                 stopped => return stopped,
@@ -170,13 +180,8 @@ impl Listener {
         if all_aborted { AcceptResult::LocalShortage } else { AcceptResult::Accepted }
     }
 
-    fn accept_one(
-        &self,
-        ctx: &Rc<WorkerContext>,
-        table: &Table,
-        generation: u64,
-        route: &Arc<FrontendRoute>,
-    ) -> AcceptResult {
+    fn accept_one(&self, ctx: &Rc<WorkerContext>, table: &Table, last: &LastRoute) -> AcceptResult {
+        let LastRoute { generation, route, expects_header } = last;
         if ctx.is_accept_paused() {
             return AcceptResult::LocalShortage;
         }
@@ -187,8 +192,9 @@ impl Listener {
         match listen::accept(self.socket.get_ref()) {
             Ok((socket, peer)) => {
                 let local = self.local_address(route, &socket);
-                let numbers = TableNumbers { generation, serial: table.serial };
-                session::start(permit, route, numbers, socket, PeerAddr::new(peer), local);
+                let numbers = TableNumbers { generation: *generation, serial: table.serial };
+                let peer = PeerAddr::new(peer);
+                session::start(permit, route, numbers, socket, peer, local, *expects_header);
                 AcceptResult::Accepted
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => AcceptResult::QueueEmpty,
@@ -230,8 +236,9 @@ impl Listener {
         let shared = &ctx.shared;
         let admitted = shared.waiters.wait_until(|| {
             let table = ctx.table();
-            let route =
-                table.frontend_at(&self.bind).or(self.last_route.as_ref().map(|(_, r)| r))?;
+            let route = table
+                .frontend_at(&self.bind)
+                .or(self.last_route.as_ref().map(|last| &last.route))?;
             // Only a check: the next accept takes its own permit.
             let queued = |pool: &str| shared.waiters.queued(pool);
             permit::has_free_slots(&shared.in_flight, &table, route, queued).then_some(())

@@ -5,7 +5,7 @@
 use serde::{Serialize, Serializer};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tidegate_core::model::ClientAddr;
+use tidegate_core::model::{ClientAddr, PeerAddr};
 
 /// One ended session. The line has the fields in this order. `None` and an empty `timer`
 /// become `null`.
@@ -23,8 +23,13 @@ pub struct AccessLogRecord {
     pub generation: u64,
     /// Frontend that accepted the session.
     pub frontend: Option<Arc<str>>,
-    /// Address and port of the client.
+    /// Address and port of the client: those of a PROXY header, else those of the socket.
     pub client: ClientAddr,
+    /// Address and port of the socket's peer, if a PROXY header announced another client.
+    pub peer: Option<PeerAddr>,
+    /// Whether a PROXY header said that the peer itself opened the connection (`LOCAL`),
+    /// usually for a health check.
+    pub probe: bool,
     /// Position of the route that the session took, from 1; `null` for the frontend's pool.
     pub route: Option<u8>,
     /// Pool of the route.

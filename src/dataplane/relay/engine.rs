@@ -26,7 +26,6 @@ use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
 use tidegate_core::table::state::BackendId;
 use tidegate_net::clock;
-use tidegate_net::stream;
 use tokio::sync::Notify;
 
 /// Time after which the engine watches the client of a pending connect for a reset. Most
@@ -258,20 +257,17 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
         Poll::Pending
     }
 
-    fn set_low_water(&self, key: u32, bytes: u32) -> io::Result<()> {
+    fn with_socket(&self, key: u32, side: SessionSide, act: &mut dyn FnMut(BorrowedFd<'_>)) {
         let state = self.hold();
-        let client = state.sessions[key as usize].session.socket(SessionSide::Client);
-        client.map_or(Ok(()), |client| stream::set_low_water(client, bytes))
+        if let Some(socket) = state.sessions[key as usize].session.socket(side) {
+            act(socket);
+        }
     }
 
-    fn client_left_silently(&self, key: u32) -> bool {
-        let left = |client| matches!(stream::peek(client, &mut [0]), Ok(0));
-        self.hold().sessions[key as usize].session.socket(SessionSide::Client).is_some_and(left)
-    }
-
-    fn unread(&self, key: u32) -> u64 {
-        let state = self.hold();
-        state.sessions[key as usize].session.socket(SessionSide::Client).map_or(0, stream::unread)
+    fn detach(&self, key: u32) {
+        let state = &mut *self.hold();
+        state.io.detach(&mut state.sessions[key as usize].session);
+        state.wake_for_work();
     }
 
     fn start_relay(&self, key: u32, limits: SessionTimeouts, meter: SessionMeter) {

@@ -6,14 +6,15 @@
 use super::Engine;
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::net::SocketAddr;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::balance::trial::{TrialId, TrialPhase};
-use tidegate_core::outcome::{Cause, SessionEnd};
+use tidegate_core::outcome::{Cause, SessionEnd, SessionSide};
 use tidegate_core::table::state::{BackendState, FrontendState};
-use tidegate_net::clock;
+use tidegate_net::{clock, datagram, stream};
 
 /// A session inside the engine.
 #[derive(Debug)]
@@ -165,15 +166,80 @@ impl RelayHandle {
     /// Resolves when `bytes` bytes from the client wait in the receive queue, or when the
     /// client has sent a FIN after fewer bytes.
     pub(crate) async fn client_sent(&self, bytes: u32) -> Result<(), ConnectEnd> {
-        self.engine.set_low_water(self.key, bytes).map_err(ConnectEnd::Failed)?;
+        // The mark of a new socket is 1.
+        let mark = |mark| match bytes > 1 {
+            true => self.on_client(|client| stream::set_low_water(client, mark)),
+            false => Ok(()),
+        };
+        mark(bytes).map_err(ConnectEnd::Failed)?;
         self.engine.watch_client(self.key, true);
         poll_fn(|cx| self.engine.poll_client(self.key, cx)).await?;
-        self.engine.set_low_water(self.key, 1).map_err(ConnectEnd::Failed)
+        mark(1).map_err(ConnectEnd::Failed)
+    }
+
+    /// Copies received bytes of the client into `buffer` and leaves them in the receive queue.
+    /// `Ok(0)`: the client sent FIN and no byte.
+    pub(crate) fn peek_client(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.on_client(|client| stream::peek(client, buffer))
+    }
+
+    /// Removes as many received bytes of the client as `buffer` has. All of them must have
+    /// been received.
+    pub(crate) fn discard_from_client(&self, mut buffer: &mut [u8]) -> io::Result<()> {
+        self.on_client(|client| {
+            while !buffer.is_empty() {
+                // The kernel stops once at urgent data.
+                let taken = stream::discard(client, buffer)?;
+                if taken == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                buffer = std::mem::take(&mut buffer).get_mut(taken..).unwrap_or_default();
+            }
+            Ok(())
+        })
+    }
+
+    /// Whether the client has sent FIN, after any number of bytes.
+    pub(crate) fn client_has_ended(&self) -> bool {
+        self.on_client(|client| Ok(stream::has_ended(client))).unwrap_or(true)
+    }
+
+    /// Returns the address that the client connected to. Makes a system call.
+    pub(crate) fn client_local_address(&self) -> Option<SocketAddr> {
+        self.on_client(|client| datagram::local_address(client)).ok()
+    }
+
+    /// Sends `bytes` to the backend of a session that is not relayed yet. `more`: other bytes
+    /// follow at once. Returns the number of bytes that the socket took.
+    pub(crate) fn send_to_backend(&self, bytes: &[u8], more: bool) -> io::Result<usize> {
+        self.on(SessionSide::Backend, |backend| stream::send_first(backend, bytes, more))
+    }
+
+    /// Closes the backend connection of a session that is not relayed yet.
+    pub(crate) fn detach(&self) {
+        self.engine.detach(self.key);
+    }
+
+    fn on_client<T>(&self, act: impl FnOnce(BorrowedFd<'_>) -> io::Result<T>) -> io::Result<T> {
+        self.on(SessionSide::Client, act)
+    }
+
+    /// Calls `act` with a socket of the session.
+    fn on<T>(
+        &self,
+        side: SessionSide,
+        act: impl FnOnce(BorrowedFd<'_>) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let (mut act, mut result) = (Some(act), None);
+        self.engine.with_socket(self.key, side, &mut |socket| {
+            result = act.take().map(|act| act(socket));
+        });
+        result.unwrap_or_else(|| Err(io::Error::from_raw_os_error(libc::EBADF)))
     }
 
     /// Whether the client has sent a FIN and no byte. For a session that is not relayed yet.
     pub(crate) fn client_left_silently(&self) -> bool {
-        self.engine.client_left_silently(self.key)
+        matches!(self.peek_client(&mut [0]), Ok(0))
     }
 
     /// Starts to move bytes in both directions. Needs a connected backend socket.
@@ -195,7 +261,7 @@ impl RelayHandle {
 
     /// Returns the number of unread bytes from the client, for a session that is not relayed.
     pub(crate) fn unread(&self) -> u64 {
-        self.engine.unread(self.key)
+        self.on_client(|client| Ok(stream::unread(client))).unwrap_or(0)
     }
 }
 

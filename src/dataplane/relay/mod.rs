@@ -38,14 +38,14 @@ use epoll::EpollEngine;
 use ring::RingEngine;
 use std::fmt::Debug;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tidegate_core::metrics::counters::WorkerCounters;
-use tidegate_core::outcome::Cause;
+use tidegate_core::outcome::{Cause, SessionSide};
 use tidegate_core::table::state::BackendId;
 use tidegate_net::budget::MemoryBudget;
 use tokio::sync::Notify;
@@ -76,14 +76,11 @@ pub(crate) trait RelayEngine: Debug {
     /// aborted. Ready once with `Ok` when the client is readable.
     fn poll_client(&self, key: u32, cx: &Context<'_>) -> Poll<Result<(), ConnectEnd>>;
 
-    /// Sets the low-water mark of the client's socket.
-    fn set_low_water(&self, key: u32, bytes: u32) -> io::Result<()>;
+    /// Calls `act` with a socket of a session that is not relayed yet, if it has that socket.
+    fn with_socket(&self, key: u32, side: SessionSide, act: &mut dyn FnMut(BorrowedFd<'_>));
 
-    /// Whether the client has sent a FIN and no byte.
-    fn client_left_silently(&self, key: u32) -> bool;
-
-    /// Returns the number of bytes from the client that are not received yet.
-    fn unread(&self, key: u32) -> u64;
+    /// Closes the backend connection of a session that is not relayed yet.
+    fn detach(&self, key: u32);
 
     /// Starts to move bytes in both directions.
     fn start_relay(&self, key: u32, limits: SessionTimeouts, meter: SessionMeter);

@@ -131,6 +131,18 @@ impl Session {
     }
 
     async fn attempt(&self, slot: &mut BackendSlot) -> Result<(), AttemptFailure> {
+        self.establish(slot).await?;
+        let Err(error) = self.send_header() else { return Ok(()) };
+        self.relay.detach();
+        Err(match error.raw_os_error() {
+            Some(errno @ (libc::ECONNRESET | libc::EPIPE)) => {
+                AttemptFailure::Backend(ConnectFailure::EarlyReset, errno)
+            }
+            _ => classify_failure(&error, local_errors::local_error_kind(&error)),
+        })
+    }
+
+    async fn establish(&self, slot: &mut BackendSlot) -> Result<(), AttemptFailure> {
         let deadline = slot.since + self.pool().spec.connect_timeout;
         let ((upstream, progress), source) = start(self.ctx(), &slot.backend, self.local_port)
             .map_err(|e| classify_failure(&e, local_errors::local_error_now(&e)))?;
@@ -185,18 +197,22 @@ impl Session {
         let (backend, took) = (Arc::clone(&slot.backend.name), clock::now() - slot.since);
         let record = TryRecord { backend, failure, errno, took };
         self.log_failed(&record);
-        self.failed.get_or_insert_default().records.push(record);
+        self.rare.get_or_insert_default().failed.records.push(record);
     }
 
     /// Excludes the slot's backend from later picks of this session.
     fn exclude(&mut self, slot: &BackendSlot) {
         let index = slot.reserved.as_ref().map(|reserved| reserved.index);
-        self.failed.get_or_insert_default().backends.extend(index);
+        self.rare.get_or_insert_default().failed.backends.extend(index);
+    }
+
+    pub(super) fn has_failed_attempts(&self) -> bool {
+        self.rare.as_ref().is_some_and(|rare| !rare.failed.records.is_empty())
     }
 
     /// Backends excluded from the next pick, as indices into the pool's `serving`.
     pub(super) fn tried(&self) -> &[usize] {
-        self.failed.as_ref().map_or(&[], |failed| &failed.backends)
+        self.rare.as_ref().map_or(&[], |rare| &rare.failed.backends)
     }
 }
 

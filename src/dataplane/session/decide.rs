@@ -123,6 +123,7 @@ impl Session {
         PickedFor {
             session: self.number,
             client: self.client,
+            peer: self.peer(),
             frontend: self.route.state.id,
             route: self.taken,
             serial: self.table.serial,
@@ -221,7 +222,7 @@ impl Session {
             end: Some((ending.cause, ending.phase)),
             lasted_millis: u32::try_from(lasted).unwrap_or(u32::MAX),
         };
-        match self.backend.is_some() && self.failed.is_none() {
+        match self.backend.is_some() && !self.has_failed_attempts() {
             true => self.set_outcome(&end),
             false => self.end_rare(end),
         }

@@ -3,12 +3,13 @@
 //! Started by `accept::listener`, then a task of the worker. It never moves bytes: `relay`
 //! does. The stages, one file each:
 //!
-//! 1. `preread`: wait for first bytes, if the frontend needs them to route.
-//! 2. `route`: pick a backend, or wait in the pool's queue.
-//! 3. `connect`: connect, with retries.
-//! 4. [`Session::start_relay`], then `crate::relay`.
-//! 5. `close`: close both sockets.
-//! 6. `account`: count and log the end.
+//! 1. `proxy_header`: read the client's PROXY header, if the bind expects one; admit the client.
+//! 2. `preread`: wait for first bytes, if the frontend needs them to route.
+//! 3. `route`: pick a backend, or wait in the pool's queue.
+//! 4. `connect`: connect, with retries; `proxy_header` sends the pool's header.
+//! 5. [`Session::start_relay`], then `crate::relay`.
+//! 6. `close`: close both sockets.
+//! 7. `account`: count and log the end.
 //!
 //! Dropping a [`Session`] accounts for it, so a panic loses no count. `step_log` logs each
 //! stage at `debug`.
@@ -19,6 +20,7 @@ mod connect;
 mod decide;
 pub(crate) mod numbers;
 mod preread;
+mod proxy_header;
 mod route;
 mod step_log;
 #[cfg(test)]
@@ -30,6 +32,8 @@ use crate::relay::{Bytes, RelayHandle, SessionMeter, SessionTimeouts};
 use crate::worker::context::WorkerContext;
 use connect::{BackendSlot, FailedTries};
 use decide::LastDecision;
+pub(crate) use proxy_header::HeaderBuffers;
+use proxy_header::ReceivedHeader;
 use route::BackendChoice;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -37,7 +41,7 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
-use tidegate_core::model::{ClientAddr, PeerAddr, Policy};
+use tidegate_core::model::{ClientAddr, OtherPeers, PeerAddr, Policy};
 use tidegate_core::outcome::{Cause, Phase, SessionEnd};
 use tidegate_core::table::routes::{ConnectionFacts, RouteNumber};
 use tidegate_core::table::state::BackendState;
@@ -60,8 +64,8 @@ pub(crate) struct Session {
     route: Arc<FrontendRoute>,
     /// Backend of the last connect attempt.
     backend: Option<Arc<BackendState>>,
-    /// Boxed because it is rare: most sessions have no failed attempt.
-    failed: Option<Box<FailedTries>>,
+    /// Boxed because it is rare: most sessions have none of these facts.
+    rare: Option<Box<RareFacts>>,
     /// Duration of the connect in µs. 4 bytes, to keep idle sessions small.
     connect_micros: Option<NonZeroU32>,
     /// The frontend's route that matched.
@@ -76,6 +80,14 @@ pub(crate) struct Session {
     slot: Option<BackendSlot>,
     permit: SessionPermit,
     relay: RelayHandle,
+}
+
+/// What only some sessions have.
+#[derive(Debug, Default)]
+struct RareFacts {
+    failed: FailedTries,
+    /// The client's PROXY header.
+    header: Option<ReceivedHeader>,
 }
 
 /// Numbers of a table.
@@ -96,6 +108,7 @@ pub(crate) fn start(
     socket: OwnedFd,
     peer: PeerAddr,
     local: SocketAddr,
+    expects_header: bool,
 ) {
     let ctx = Rc::clone(&permit.ctx);
     ctx.admitting.set(true);
@@ -103,11 +116,10 @@ pub(crate) fn start(
     let mut session = Session::new(permit, route, table, socket, &facts);
     session.log_accepted();
     ctx.faults.pass(FaultPoint::Listener);
-    let admitted = session.permit.admit_source(&route.spec, session.client);
-    let choice = admitted.and_then(|()| match route.preread {
-        Some(_) => Ok(Err(facts)),
-        None => session.choose(facts).map(Ok),
-    });
+    let choice = match expects_header {
+        true => session.enter_expecting_header(facts),
+        false => session.enter(facts),
+    };
     match choice {
         Ok(choice) => drop(tokio::task::spawn_local(run(session, choice))),
         // A rejected client needs no task.
@@ -117,7 +129,15 @@ pub(crate) fn start(
 }
 
 /// The backend choice. `Err`: it must wait for the client's first bytes.
-type Choice = Result<BackendChoice, ConnectionFacts>;
+type Choice = Result<BackendChoice, FirstBytes>;
+
+/// What a session waits for before it picks a backend.
+#[derive(Debug, Clone, Copy)]
+struct FirstBytes {
+    facts: ConnectionFacts,
+    /// A PROXY header, before all else.
+    header: bool,
+}
 
 /// Serves one session until it is accounted for.
 fn run(session: Session, choice: Choice) -> impl Future<Output = ()> {
@@ -164,7 +184,7 @@ impl Session {
             table,
             route: Arc::clone(route),
             backend: None,
-            failed: None,
+            rare: None,
             connect_micros: None,
             taken: RouteNumber::default(),
             attempts: 0,
@@ -201,10 +221,7 @@ impl Session {
         // Waits are boxed because they are rare: inline, they would enlarge every future.
         let choice = match choice {
             Ok(choice) => choice,
-            Err(facts) => {
-                Box::pin(self.preread()).await?;
-                self.choose(facts).map_err(|cause| ended(Phase::Preread, cause))?
-            }
+            Err(first) => Box::pin(self.choose_after(first)).await?,
         };
         let mut why = ended(Phase::Admit, Cause::NoBackend);
         let pick = match choice {
@@ -218,6 +235,42 @@ impl Session {
             }
         };
         self.connect(pick, why).await
+    }
+
+    /// Admits the client and picks a backend, unless routing needs first bytes.
+    fn enter(&mut self, facts: ConnectionFacts) -> Result<Choice, Cause> {
+        self.permit.admit_source(&self.route.spec, self.client)?;
+        match self.route.preread {
+            Some(_) => Ok(Err(FirstBytes { facts, header: false })),
+            None => self.choose(facts).map(Ok),
+        }
+    }
+
+    /// The same on a bind where known peers send PROXY headers.
+    #[cold]
+    fn enter_expecting_header(&mut self, facts: ConnectionFacts) -> Result<Choice, Cause> {
+        match &self.route.spec.proxy_protocol {
+            Some(source) if source.expects(facts.client.ip()) => {
+                Ok(Err(FirstBytes { facts, header: true }))
+            }
+            Some(source) if source.others == OtherPeers::Refuse => Err(Cause::Denied),
+            _ => self.enter(facts),
+        }
+    }
+
+    /// Waits for the client's first bytes and picks a backend.
+    async fn choose_after(&mut self, first: FirstBytes) -> Result<BackendChoice, SessionEnd> {
+        let mut phase = Phase::Preread;
+        if first.header {
+            self.receive_header().await?;
+            phase = Phase::Admit;
+        }
+        if self.route.preread.is_some() {
+            self.preread().await?;
+            phase = Phase::Preread;
+        }
+        let facts = ConnectionFacts { client: self.client, ..first.facts };
+        self.choose(facts).map_err(|cause| ended(phase, cause))
     }
 
     fn start_relay(&mut self, slot: BackendSlot) {

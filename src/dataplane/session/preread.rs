@@ -4,9 +4,8 @@
 //! in the kernel's receive queue until the relay receives them. During the wait the session
 //! holds its permit, but no slot of a pool.
 
-use super::route::client_reset;
+use super::proxy_header::interrupted;
 use super::{Session, ended};
-use crate::relay::ConnectEnd;
 use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
 
 impl Session {
@@ -29,17 +28,5 @@ impl Session {
         }
         self.waits = None;
         Ok(())
-    }
-}
-
-fn interrupted(end: ConnectEnd) -> SessionEnd {
-    match end {
-        ConnectEnd::Aborted(cause) => ended(Phase::Preread, cause),
-        ConnectEnd::ClientGone(errno) => client_reset(Phase::Preread, errno),
-        ConnectEnd::Failed(error) => {
-            let errno = error.raw_os_error().unwrap_or(0);
-            SessionEnd { errno, ..ended(Phase::Preread, Cause::LocalResource) }
-        }
-        ConnectEnd::TimedOut => ended(Phase::Preread, Cause::FirstByteTimeout),
     }
 }

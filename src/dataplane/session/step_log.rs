@@ -6,10 +6,12 @@
 
 use super::Session;
 use super::connect::BackendSlot;
+use super::proxy_header::ReceivedHeader;
 use crate::access_log::TryRecord;
 use crate::relay::Bytes;
 use std::time::Duration;
 use tidegate_core::outcome::SessionEnd;
+use tidegate_core::proxy_protocol::HeaderFault;
 use tidegate_core::table::NoBackend;
 use tracing::debug;
 
@@ -22,6 +24,20 @@ impl Session {
         let (session, worker) = (self.number, self.ctx().id);
         let (frontend, client) = (&self.route.state.name, &self.client);
         debug!(target: TARGET, session, worker, %frontend, %client, "session accepted");
+    }
+
+    /// The line has no `peer` if the header announced no client.
+    #[inline]
+    pub(super) fn log_header(&self, header: &ReceivedHeader) {
+        let (session, client, probe) = (self.number, &self.client, header.probe);
+        let peer = header.peer.map(tracing::field::display);
+        debug!(target: TARGET, session, %client, peer, probe, "proxy header received");
+    }
+
+    #[inline]
+    pub(super) fn log_bad_header(&self, fault: HeaderFault) {
+        let (session, client, fault) = (self.number, &self.client, fault.name());
+        debug!(target: TARGET, session, %client, fault, "proxy header rejected");
     }
 
     /// The line has no `route` if the frontend's own pool applies, and no `pool` if the route

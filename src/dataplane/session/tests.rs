@@ -108,7 +108,7 @@ impl Bench {
         }
         let permit = SessionPermit::take(&self.ctx, &self.table, &self.route).unwrap();
         let table = TableNumbers { generation: 1, serial: self.table.serial };
-        start(permit, &self.route, table, accepted.into(), PeerAddr::new(peer), local);
+        start(permit, &self.route, table, accepted.into(), PeerAddr::new(peer), local, false);
         TcpStream::from_std(client).unwrap()
     }
 

@@ -7,6 +7,7 @@ use crate::accept::wait_queue::SlotWaiters;
 use crate::access_log::AccessLogSender;
 use crate::fault_points::FaultPlan;
 use crate::relay::Engine;
+use crate::session::HeaderBuffers;
 use crate::session::numbers::Numbers;
 use crossbeam::queue::ArrayQueue;
 use crossbeam::utils::CachePadded;
@@ -105,6 +106,7 @@ pub(crate) struct WorkerContext {
     pub(crate) faults: FaultPlan,
     /// Notes of the last pick. Reused, so that a pick allocates nothing.
     pub(crate) pick_record: RefCell<PickRecord>,
+    pub(crate) headers: RefCell<HeaderBuffers>,
     tables: RefCell<TableReader>,
     random: RefCell<fastrand::Rng>,
     /// Start and end of the unused part of this worker's block of session numbers.
@@ -188,6 +190,7 @@ impl WorkerContext {
             listener_panicked: Notify::new(),
             faults: FaultPlan::default(),
             pick_record: RefCell::default(),
+            headers: RefCell::default(),
             tables: RefCell::new(tables),
             random: RefCell::new(fastrand::Rng::with_seed(seed)),
             numbers: Cell::new(carry_over.numbers),

@@ -1,9 +1,8 @@
-//! Where a probe connects, and how: `port`, `address`, `source` and `tls`.
+//! Where a probe connects, and how: `port`, `address`, `source`, `tls` and `proxy_protocol`.
 //!
 //! Called by `probe`. It never opens a connection.
 
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use toml::Spanned;
 use toml::de::DeValue;
@@ -15,25 +14,50 @@ use crate::file::{Field, Section};
 use crate::host_name;
 use crate::value::{ValueError, shown};
 use crate::{NamedFiles, Spot};
-use tidegate_core::model::{ProbeTarget, ProbeTls, SourceAddr, TlsVerify};
+use tidegate_core::model::{ProbeHeader, ProbeTarget, ProbeTls, SourceAddr, TlsVerify};
 
 /// Most names of `alpn`, and the longest one (RFC 7301, section 3.1).
 const ALPN_MAX: usize = 8;
 const ALPN_BYTES_MAX: usize = 255;
 
+/// `of_pool`: the target of a probe without these keys.
 pub(super) fn read(
     section: &Section<'_, '_>,
-    of_pool: Arc<[SourceAddr]>,
+    of_pool: ProbeTarget,
     files: NamedFiles<'_>,
 ) -> ProbeTarget {
     let own = pool::sources(section);
-    let source = if section.key_place("source").is_some() { own } else { of_pool };
+    let source = if section.node("source").is_some() { own } else { of_pool.source };
+    let port = section.integer("port", 1..=u16::MAX).value();
+    let header = header(section, of_pool.header_version.is_some());
+    let header_version = match header {
+        Some(ProbeHeader::Local) => of_pool.header_version,
+        Some(ProbeHeader::Off) => None,
+        // Another port is that of another service.
+        None => of_pool.header_version.filter(|_| port.is_none()),
+    };
     ProbeTarget {
-        port: section.integer("port", 1..=u16::MAX).value(),
+        port,
         address: section.text("address", "an IP address such as \"10.0.0.5\"", address).value(),
         tls: tls(section, files).value(),
         source,
+        header,
+        header_version,
     }
+}
+
+/// Reads `proxy_protocol`. `pool_sends`: the pool has a header.
+fn header(section: &Section<'_, '_>, pool_sends: bool) -> Option<ProbeHeader> {
+    let field = section.choice("proxy_protocol");
+    if let Field::Good(header) = &field
+        && *header.get_ref() == ProbeHeader::Local
+        && !pool_sends
+    {
+        let complaint = ValueError::new("the pool sends no PROXY header");
+        let help = "set proxy_protocol of the pool, or remove it from the probe";
+        section.report.error(header.span(), complaint.help(help));
+    }
+    field.value()
 }
 
 fn address(text: &str) -> Result<IpAddr, ValueError> {

@@ -31,7 +31,7 @@ pub(in crate::control) struct ConfirmationInFlight {
 pub(in crate::control) fn confirming(pool: &model::PoolConfig) -> Arc<ProbeSpec> {
     let (kind, target, allowed) = match &pool.probe {
         Some(spec) => (spec.kind.clone(), spec.target.clone(), spec.timeout),
-        None => (ProbeKind::Tcp, ProbeTarget::from_sources(&pool.source), pool.connect_timeout),
+        None => (ProbeKind::Tcp, ProbeTarget::of_pool(pool), pool.connect_timeout),
     };
     let timeout = allowed.clamp(TRY_TIMEOUT_MIN, TRY_TIMEOUT_MAX);
     Arc::new(ProbeSpec::single(kind, target, timeout))

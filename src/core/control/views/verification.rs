@@ -53,11 +53,7 @@ pub(in crate::control) struct PoolVerification {
 
 /// Returns the connect that verifies a member of the pool.
 pub(in crate::control) fn verifying(pool: &PoolConfig) -> Arc<ProbeSpec> {
-    Arc::new(ProbeSpec::single(
-        ProbeKind::Tcp,
-        ProbeTarget::from_sources(&pool.source),
-        pool.connect_timeout,
-    ))
+    Arc::new(ProbeSpec::single(ProbeKind::Tcp, ProbeTarget::of_pool(pool), pool.connect_timeout))
 }
 
 /// Returns the wait after this many failed connects.

@@ -80,6 +80,7 @@ fn picked_for(attempt: u8, waited: Option<Duration>) -> PickedFor {
     PickedFor {
         session: 7,
         client: ClientAddr::of_peer(PeerAddr::new(([10, 1, 2, 3], 40_000).into())),
+        peer: None,
         frontend: FrontendId(1),
         route: RouteNumber::default(),
         serial: 5,

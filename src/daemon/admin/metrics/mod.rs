@@ -266,6 +266,10 @@ fn usual_phase(cause: Cause) -> Phase {
         | Cause::SourceConnections
         | Cause::SourceRate
         | Cause::Route => Phase::Admit,
+        Cause::ProxyHeaderMissing
+        | Cause::ProxyHeaderMalformed
+        | Cause::ProxyHeaderTimeout
+        | Cause::ProxyHeaderCrc => Phase::Preread,
         Cause::QueueTimeout | Cause::ClientLeft => Phase::Queue,
         Cause::FirstByteTimeout
         | Cause::IdleTimeout

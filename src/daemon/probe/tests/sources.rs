@@ -10,7 +10,10 @@ const ABSENT: [u8; 4] = [192, 0, 2, 77];
 fn from(sources: &[[u8; 4]]) -> Arc<ProbeSpec> {
     let sources: Vec<SourceAddr> =
         sources.iter().map(|ip| SourceAddr::new(Ipv4Addr::from(*ip).into())).collect();
-    Arc::new(ProbeSpec { target: ProbeTarget::from_sources(&sources.into()), ..ping() })
+    Arc::new(ProbeSpec {
+        target: ProbeTarget { source: sources.into(), ..ProbeTarget::default() },
+        ..ping()
+    })
 }
 
 /// Starts a backend that answers a ping and reports the source address.
