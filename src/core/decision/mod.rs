@@ -45,7 +45,8 @@ pub struct Decision {
     pub candidates: u32,
     /// What the policy decided by.
     pub figures: Figures,
-    /// Backends of the pool that were passed over.
+    /// Backends of the pool that were passed over. In a ring, a decision with a `peer` names
+    /// only five.
     pub skipped: SkippedList,
     /// Which connect attempt the pick was for, from 1.
     pub attempt: u8,

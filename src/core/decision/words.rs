@@ -11,13 +11,19 @@ use crate::outcome::{Cause, Phase};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 /// DecisionWords of a decision.
-pub(super) const WORDS: usize = 27;
+pub(super) const WORDS: usize = 24;
 
 /// Where the words of the outcome begin; it is rewritten alone.
-pub(super) const OUTCOME: usize = 24;
+pub(super) const OUTCOME: usize = 21;
 
-/// Where the words of the peer begin.
-const PEER: usize = 21;
+/// Where the words of the peer begin, if there is one. It replaces the last named skips.
+const PEER: usize = 18;
+
+/// Marks a decision with a peer, next to the family of the client.
+const HAS_PEER: u64 = 1 << 23;
+
+/// Skips that a decision with a peer names.
+const SKIPPED_NAMED_WITH_PEER: usize = SKIPPED_NAMED - (OUTCOME - PEER);
 
 /// A decision in a ring.
 pub(super) type DecisionWords = [u64; WORDS];
@@ -41,9 +47,6 @@ pub(super) fn encode(decision: &Decision) -> DecisionWords {
     words[3] = low;
     words[4] = upper;
     words[5] = place | u64::from(decision.route) << 24 | high(decision.frontend.0);
-    if let Some(peer) = decision.peer {
-        words[PEER..OUTCOME].copy_from_slice(&address_words(peer.socket_addr()));
-    }
     words[6] = u64::from(decision.pool.map_or(NONE, |pool| pool.0))
         | high(decision.chosen.map_or(NONE, |backend| backend.0));
     let (kind, figures, other) = figures_words(&decision.figures);
@@ -53,7 +56,16 @@ pub(super) fn encode(decision: &Decision) -> DecisionWords {
     words[11] = u64::from(decision.waited_micros) | high(other);
     words[12] = u64::from(decision.skipped.total);
     words[13..13 + SKIPPED_NAMED].fill(u64::from(SkippedList::NONE.0));
-    for (place, skipped) in decision.skipped.named().iter().enumerate() {
+    let named = decision.skipped.named();
+    let named = match decision.peer {
+        None => named,
+        Some(peer) => {
+            words[5] |= HAS_PEER;
+            words[PEER..OUTCOME].copy_from_slice(&address_words(peer.socket_addr()));
+            &named[..named.len().min(SKIPPED_NAMED_WITH_PEER)]
+        }
+    };
+    for (place, skipped) in named.iter().enumerate() {
         words[12] |= (skipped.reason as u64) << (32 + REASON_BITS * place);
         words[13 + place] = u64::from(skipped.backend.0) | high(skipped.seconds);
     }
@@ -82,9 +94,9 @@ pub(super) fn encode_outcome(outcome: &Outcome) -> [u64; WORDS - OUTCOME] {
 /// The decision that these words hold.
 pub(super) fn decode(words: &DecisionWords) -> Option<Decision> {
     let client = address([words[3], words[4], words[5]])?;
-    let peer = match words[PEER + 2] {
+    let peer = match words[5] & HAS_PEER {
         0 => None,
-        place => Some(PeerAddr::new(address([words[PEER], words[PEER + 1], place])?)),
+        _ => Some(PeerAddr::new(address([words[PEER], words[PEER + 1], words[PEER + 2]])?)),
     };
     let [policy, why, attempt, kind] = high_half(words[7]).to_le_bytes();
     let other = high_half(words[11]);
@@ -109,7 +121,7 @@ pub(super) fn decode(words: &DecisionWords) -> Option<Decision> {
     })
 }
 
-/// The lower and the upper half of an address, and its port with its family, which is not 0.
+/// The lower and the upper half of an address, and its port with its family.
 fn address_words(address: SocketAddr) -> [u64; 3] {
     let (octets, family) = match address.ip() {
         IpAddr::V4(v4) => (v4.to_ipv6_mapped().to_bits(), 4),
@@ -120,7 +132,7 @@ fn address_words(address: SocketAddr) -> [u64; 3] {
 
 fn address([low, upper, place]: [u64; 3]) -> Option<SocketAddr> {
     let octets = Ipv6Addr::from_bits(u128::from(upper) << 64 | u128::from(low));
-    let ip = match (place >> 16) as u8 {
+    let ip = match (place >> 16) as u8 & 0x7f {
         4 => IpAddr::V4(octets.to_ipv4_mapped()?),
         _ => IpAddr::V6(octets),
     };
@@ -169,7 +181,11 @@ fn skipped(words: &DecisionWords) -> Option<SkippedList> {
     let mut list = SkippedList::EMPTY;
     let total = words[12] as u32;
     let mask = (1 << REASON_BITS) - 1;
-    for place in 0..SKIPPED_NAMED.min(total as usize) {
+    let most = match words[5] & HAS_PEER {
+        0 => SKIPPED_NAMED,
+        _ => SKIPPED_NAMED_WITH_PEER,
+    };
+    for place in 0..most.min(total as usize) {
         let reason = (words[12] >> (32 + REASON_BITS * place)) as usize & mask;
         let word = words[13 + place];
         if BackendId(word as u32) == SkippedList::NONE {
@@ -268,6 +284,14 @@ mod tests {
         })
     }
 
+    /// The list with fewer names and the same total.
+    fn first_of(list: &SkippedList, most: usize) -> SkippedList {
+        let mut first = SkippedList::EMPTY;
+        list.named().iter().take(most).for_each(|skipped| first.push(*skipped));
+        first.count_more(list.total() - first.total());
+        first
+    }
+
     fn any_outcome() -> impl Strategy<Value = Outcome> {
         let failure = (0..AttemptFailureKind::ALL.len(), any::<i32>())
             .prop_map(|(kind, errno)| (AttemptFailureKind::ALL[kind], errno));
@@ -294,9 +318,12 @@ mod tests {
             (policy, why) in (0..Policy::ALL.len(), 0..Why::ALL.len()),
             (candidates, waited_micros) in any::<(u32, u32)>(),
             figures in any_figures(),
-            skipped in any_skipped(),
+            mut skipped in any_skipped(),
             outcome in any_outcome(),
         ) -> Decision {
+            if peer.is_some() {
+                skipped = first_of(&skipped, SKIPPED_NAMED_WITH_PEER);
+            }
             Decision {
                 session: numbers.0,
                 at_micros: numbers.1,
