@@ -207,9 +207,9 @@ impl Session {
         let Some(spec) = &pool.spec.proxy_protocol else { return Ok(()) };
         let received = self.received_header();
         let tlvs = received.map_or(Tlvs::NONE, |header| Tlvs::new(&header.tlvs));
-        let copied = tlvs.iter().filter(|(kind, _)| spec.copies(*kind));
         let known = tlvs.iter().any(|(kind, _)| kind == tlv::UNIQUE_ID);
         let number = (spec.needs_unique_id() && !known).then(|| self.number.to_string());
+        let copied = tlvs.iter().filter(|(kind, _)| spec.copies(*kind));
         let own = number.iter().map(|number| (tlv::UNIQUE_ID, number.as_bytes()));
         let destination = match received.and_then(|header| header.destination) {
             Some(announced) => Some(announced),
