@@ -152,6 +152,7 @@ pub(super) fn forecast(
     let session = PickedFor {
         session: 0,
         client,
+        peer: None,
         frontend: frontend.state.id,
         route: number,
         serial: table.serial,
