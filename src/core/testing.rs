@@ -26,6 +26,7 @@ pub fn pool(name: &str) -> PoolConfig {
         when_none_eligible: WhenNoneEligible::Refuse,
         startup_grace: Duration::from_secs(5),
         on_removal: OnRemoval::Keep,
+        proxy_protocol: None,
         probe: None,
         ejection: None,
         heartbeat: None,
@@ -51,6 +52,7 @@ pub fn frontend(name: &str, port: u16, pool: &PoolConfig) -> FrontendConfig {
         user_timeout: None,
         connections_max: 0,
         sources: None,
+        proxy_protocol: None,
     }
 }
 
@@ -94,6 +96,7 @@ pub fn decision(session: u64) -> Decision {
         at_micros: session,
         serial: session,
         client: ClientAddr::of_peer(PeerAddr::new(([127, 0, 0, 1], 1).into())),
+        peer: None,
         frontend: FrontendId(1),
         route: 0,
         pool: None,

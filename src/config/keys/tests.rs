@@ -171,7 +171,12 @@ fn file(header: &str, lines: &str) -> String {
             text += &format!("{lines}\n");
         }
     }
-    (text + OTHERS).replace("NAME", "x")
+    let text = (text + OTHERS).replace("NAME", "x");
+    // A probe sends only the header of its pool.
+    match header == "[pool.NAME.probe]" && given.contains("proxy_protocol") {
+        true => text.replace("[pool.x]\n", "[pool.x]\nproxy_protocol = 'v2'\n"),
+        false => text,
+    }
 }
 
 /// Whether the lines replace the question of the base file.

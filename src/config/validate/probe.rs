@@ -7,7 +7,6 @@ mod http;
 mod target;
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::time::Duration;
 
 use crate::NamedFiles;

@@ -17,6 +17,8 @@ fn record(worker: u32, session: u64) -> AccessLogRecord {
         generation: 3,
         frontend: Some("web".into()),
         client: ClientAddr::of_peer(PeerAddr::new("192.0.2.1:50000".parse().unwrap())),
+        peer: None,
+        probe: false,
         route: None,
         pool: Some("web".into()),
         backend: Some("a".into()),

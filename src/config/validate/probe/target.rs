@@ -14,7 +14,7 @@ use crate::file::{Field, Section};
 use crate::host_name;
 use crate::value::{ValueError, shown};
 use crate::{NamedFiles, Spot};
-use tidegate_core::model::{ProbeHeader, ProbeTarget, ProbeTls, SourceAddr, TlsVerify};
+use tidegate_core::model::{ProbeHeader, ProbeTarget, ProbeTls, TlsVerify};
 
 /// Most names of `alpn`, and the longest one (RFC 7301, section 3.1).
 const ALPN_MAX: usize = 8;

@@ -140,17 +140,30 @@ fn frontend(number_of_it: usize) -> Drawn {
         // The model has no disabled parts, so nothing writes `false`.
         ("enabled", one_of(&["true"])),
     ]);
-    let sources = prop::option::of(sources());
+    let headers = keys(vec![
+        ("others", quoted(&["refuse", "direct"])),
+        ("timeout", quoted(&["3s", "10ms", "1m"])),
+    ]);
+    let from = one_of(&["\"10.0.0.0/8\"", "[\"::1\", \"192.0.2.1\"]"]);
+    let headers = (from, headers).prop_map(|(from, keys)| format!("from = {from}\n{keys}"));
+    let sources = (prop::option::of(sources()), prop::option::of(headers));
     let routes = prop::sample::subsequence(&ROUTES[..], 0..=ROUTES.len());
     let routes = routes.prop_map(|routes| {
         let text = |route: &str| format!("[[frontend.fN0.route]]\n{}\n", route.replace(';', "\n"));
         routes.into_iter().map(text).collect::<String>()
     });
     (bind, prop::sample::select(&POOLS[..]), keys, sources, routes)
-        .prop_map(move |(bind, pool, keys, sources, routes)| {
+        .prop_map(move |(bind, pool, keys, (sources, headers), routes)| {
+            let bind = match headers {
+                Some(_) => "{ address = \"0.0.0.0:N8\", proxy_protocol = true }".to_owned(),
+                None => bind,
+            };
             let bind = bind.replace('N', &format!("{}", 100 + number_of_it));
             let mut text =
                 format!("[frontend.f{number_of_it}]\nbind = {bind}\npool = \"{pool}\"\n{keys}");
+            if let Some(headers) = headers {
+                text += &format!("[frontend.f{number_of_it}.proxy_protocol]\n{headers}");
+            }
             if let Some(sources) = sources {
                 text += &format!("[frontend.f{number_of_it}.sources]\n{sources}");
             }
@@ -287,6 +300,16 @@ fn pool(name: &'static str) -> BoxedStrategy<(String, bool)> {
         ("startup_grace", time(1, 30 * DAY)),
         ("on_removal", quoted(&["keep", "close-after 30s", "close-after 1ms"])),
         ("slow_start", timer(100, 3600 * SECOND)),
+        (
+            "proxy_protocol",
+            one_of(&[
+                "\"off\"",
+                "\"v1\"",
+                "\"v2\"",
+                "{ version = \"v2\", crc32c = true }",
+                "{ version = \"v2\", send = [\"alpn\", \"unique-id\"], pass = [0xEA, \"0xE0-0xE8\"] }",
+            ]),
+        ),
     ]);
     let ejection = self::keys(vec![
         ("failures", number(1..=1000)),
