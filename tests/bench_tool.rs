@@ -120,6 +120,17 @@ fn ping_pong_counts_what_the_backend_counts() {
 }
 
 #[test]
+fn short_can_start_with_a_header_that_echo_skips() {
+    let _share = exclusive::shared();
+    let backend = Backend::start("echo --skip 28");
+    let run = report(backend.address, "short -c 4 --proxy-header --for 200ms");
+    let served = backend.stop();
+    no_errors(&run);
+    let (received, sent) = (count(&served, "bytes_in"), count(&served, "bytes_out"));
+    assert_eq!((received, sent), (answered(&run) * 92, answered(&run) * 64));
+}
+
+#[test]
 fn short_makes_one_connection_per_request() {
     let _share = exclusive::shared();
     for close in ["fin", "reset"] {

@@ -30,6 +30,10 @@ pub struct BackendArgs {
     /// Bytes that reset echoes before it resets; 0 resets at once [default: 0].
     #[arg(long, value_name = "BYTES", value_parser = threads::size)]
     pub after: Option<usize>,
+    /// Bytes at the start of each connection that echo does not send back, for
+    /// example the 28 of a PROXY header [default: 0].
+    #[arg(long, value_name = "BYTES", value_parser = threads::size)]
+    pub skip: Option<usize>,
     /// Bytes per second that slow-read reads from each connection [default: 1KiB].
     #[arg(long, value_name = "BYTES", value_parser = threads::size)]
     pub rate: Option<usize>,
@@ -126,6 +130,7 @@ fn service(args: &BackendArgs) -> Result<Service, String> {
     let sized = [N::Respond, N::Source, N::HalfClose];
     only(args.size.is_some(), "--size", &sized, "respond, source and half-close")?;
     only(args.after.is_some(), "--after", &[N::Reset], "reset")?;
+    only(args.skip.is_some(), "--skip", &[N::Echo], "echo")?;
     only(args.rate.is_some(), "--rate", &[N::SlowRead], "slow-read")?;
     only(args.pause.is_some(), "--pause", &[N::Hiccup], "hiccup")?;
     only(args.every.is_some(), "--every", &[N::Hiccup], "hiccup")?;
@@ -150,6 +155,7 @@ fn service(args: &BackendArgs) -> Result<Service, String> {
     Ok(Service {
         listen: args.listen.clone(),
         behaviour,
+        skip: args.skip.unwrap_or(0) as u64,
         threads: args.work.threads,
         cpus: args.work.cpus()?,
         duration: args.duration,

@@ -43,6 +43,9 @@ pub struct BenchArgs {
     /// How short and churn connections are closed [default: fin].
     #[arg(long, value_enum)]
     pub close: Option<CloseName>,
+    /// Start each connection of short with a PROXY header of version 2.
+    #[arg(long)]
+    pub proxy_header: bool,
     /// How long to measure, from when all connections are established.
     #[arg(long = "for", value_name = "TIME", default_value = "10s", value_parser = duration)]
     pub duration: Duration,
@@ -195,6 +198,7 @@ fn plan(args: &BenchArgs) -> Result<LoadPlan, String> {
         connections,
         size,
         answer: args.answer.unwrap_or(size).max(1),
+        header: args.proxy_header,
         duration: args.duration,
         window: args.every,
         threads: args.work.threads,
@@ -214,6 +218,7 @@ fn senseless(args: &BenchArgs) -> Result<(), String> {
     only(args.rate.is_some(), "--rate", args.mode == M::OpenLoop, "open-loop")?;
     only(args.lifetime.is_some(), "--lifetime", args.mode == M::Churn, "churn")?;
     only(args.close.is_some(), "--close", closes, "short and churn")?;
+    only(args.proxy_header, "--proxy-header", args.mode == M::Short, "short")?;
     only(args.answer.is_some(), "--answer", asks, "modes that send requests")?;
     only(args.size.is_some(), "--size", args.mode != M::Download, "modes that send")
 }

@@ -4,7 +4,7 @@
 //! Driven by `thread`. A connection has at most one open request. Content is counted,
 //! never inspected.
 
-use super::plan::{CloseMode, LoadMode, LoadPlan};
+use super::plan::{CloseMode, LoadMode, LoadPlan, PROXY_HEADER};
 use crate::load::report::LoadErrorKind;
 use crate::load::thread::{BUFFER, CONNECTING_MAX, LoadPhase, LoadThread, ModeLoop, Nanos};
 use std::io::{self, ErrorKind};
@@ -51,6 +51,13 @@ enum RequestState {
     Idle,
 }
 
+/// Returns the bytes of a request, after the header if there is one.
+fn request(plan: &LoadPlan) -> Vec<u8> {
+    let mut bytes = if plan.header { PROXY_HEADER.to_vec() } else { Vec::new() };
+    bytes.resize(bytes.len() + plan.size, b'x');
+    bytes
+}
+
 // === impl RequestLoop ===
 
 impl RequestLoop {
@@ -65,7 +72,7 @@ impl RequestLoop {
         };
         RequestLoop {
             slots: (0..count).map(|_| down()).collect(),
-            request: vec![b'x'; plan.size].into(),
+            request: request(plan).into(),
             buffer: vec![0; BUFFER].into(),
             waiting: 0,
             connecting: 0,

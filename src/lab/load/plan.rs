@@ -12,6 +12,10 @@ pub const CONNECTIONS_MAX: u32 = 1 << 20;
 /// Maximum size of a message or write. A thread needs memory for at most two of these.
 pub const SIZE_MAX: usize = 16 * 1024 * 1024;
 
+/// A PROXY header of version 2 for TCP over IPv4, from 192.0.2.10:51234 to 198.51.100.20:443.
+pub const PROXY_HEADER: &[u8; 28] =
+    b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xc0\0\x02\x0a\xc6\x33\x64\x14\xc8\x22\x01\xbb";
+
 /// What each connection does.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum LoadMode {
@@ -64,6 +68,9 @@ pub struct LoadPlan {
     pub size: usize,
     /// Bytes of an answer; at least one.
     pub answer: usize,
+    /// Whether a PROXY header precedes the request. Only with modes that send one request per
+    /// connection.
+    pub header: bool,
     /// Measured time. It starts when all connections are established.
     pub duration: Duration,
     /// Length of a window; each is reported when it ends. `None`: no windows.

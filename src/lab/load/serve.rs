@@ -26,6 +26,8 @@ pub struct Service {
     pub listen: Vec<SocketAddr>,
     /// What to do with connections.
     pub behaviour: Behaviour,
+    /// Bytes at the start of each connection that are not echoed.
+    pub skip: u64,
     /// Number of threads; at least one.
     pub threads: usize,
     /// CPUs to pin the threads to; empty: no pinning.

@@ -140,7 +140,7 @@ fn frontend(number_of_it: usize) -> Drawn {
         // The model has no disabled parts, so nothing writes `false`.
         ("enabled", one_of(&["true"])),
     ]);
-    let headers = keys(vec![
+    let headers = self::keys(vec![
         ("others", quoted(&["refuse", "direct"])),
         ("timeout", quoted(&["3s", "10ms", "1m"])),
     ]);

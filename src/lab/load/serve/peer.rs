@@ -57,6 +57,8 @@ pub(super) enum NextAction {
 #[derive(Debug)]
 pub(super) struct ServeShared {
     pub(super) behaviour: Behaviour,
+    /// Bytes at the start of each connection that are not echoed.
+    pub(super) skip: u64,
     pub(super) epoll: Epoll,
     pub(super) served: ServeReport,
     /// Receive buffer.
@@ -239,19 +241,21 @@ impl ServedConnection {
                 }
                 Err(error) => return Err(error),
             };
+            let skipped = with.skip.saturating_sub(self.got).min(received as u64) as usize;
             with.served.bytes_in += received as u64;
             self.got += received as u64;
             if matches!(with.behaviour, Behaviour::Reset { after } if self.got >= after) {
                 return Ok(NextAction::Reset);
             }
-            let sent = match stream::send(&self.socket, &with.buffer[..received]) {
+            let echoed = &with.buffer[skipped..received];
+            let sent = match stream::send(&self.socket, echoed) {
                 Ok(sent) => sent,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
                 Err(error) => return Err(error),
             };
             with.served.bytes_out += sent as u64;
-            if sent < received {
-                self.left.extend_from_slice(&with.buffer[sent..received]);
+            if sent < echoed.len() {
+                self.left.extend_from_slice(&echoed[sent..]);
                 // From here on, every read must continue until the socket is empty.
                 self.hung_up = true;
             } else if received < with.buffer.len() && !self.hung_up {

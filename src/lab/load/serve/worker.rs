@@ -48,7 +48,7 @@ pub(super) fn run(
     handle: &ThreadHandle,
     listeners: Vec<Socket>,
 ) -> io::Result<ServeReport> {
-    let mut worker = ServeThread::new(service.behaviour, listeners)?;
+    let mut worker = ServeThread::new(service, listeners)?;
     let began = clock::now();
     let until = service.duration.map(|duration| began + duration);
     let mut batch = EpollBatch::new();
@@ -80,13 +80,15 @@ pub(super) fn run(
 // === impl ServeThread ===
 
 impl ServeThread {
-    fn new(behaviour: Behaviour, listeners: Vec<Socket>) -> io::Result<ServeThread> {
+    fn new(service: &Service, listeners: Vec<Socket>) -> io::Result<ServeThread> {
         let epoll = Epoll::new()?;
         for (listener, token) in listeners.iter().zip(LISTENER..) {
             epoll.watch_for(listener, token, EpollInterest::WhileReadable)?;
         }
+        let behaviour = service.behaviour;
         let with = ServeShared {
             behaviour,
+            skip: service.skip,
             epoll,
             served: ServeReport::default(),
             buffer: vec![0; BUFFER].into(),
