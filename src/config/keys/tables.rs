@@ -470,8 +470,8 @@ const PROXY_HEADERS: &[ConfigKey] = &[
         Words(words::<OtherPeers>),
         Value("\"refuse\""),
         Reload,
-        "What happens to other peers. `\"refuse\"`: they are reset. `\"direct\"`: they are the \
-         client, and Tidegate relays all their bytes, also a header.",
+        "`\"refuse\"`: other peers are reset. `\"direct\"`: they are the clients, and Tidegate relays \
+         all their bytes, also a header.",
     ),
     key(
         "timeout",

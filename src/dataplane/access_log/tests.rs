@@ -76,7 +76,7 @@ fn file(path: &Path) -> AccessLogDestination {
 #[test]
 fn line_has_exactly_the_documented_fields_in_order() {
     expect![[r#"
-        {"time":"2025-10-09T08:53:20.000042Z","session":9,"worker":1,"generation":3,"frontend":"web","client":"192.0.2.1:50000","route":null,"pool":"web","backend":"a","backend_address":"10.0.0.11:8080","cause":"finished","phase":"closed","code":"--","timer":null,"errno":null,"closed_first":"client","attempts":1,"why":"turn","skipped":2,"tries":[],"bytes_in":78,"bytes_out":1234,"bytes_undelivered":5,"connect_seconds":0.00021,"first_byte_seconds":0.002,"duration_seconds":1.5}
+        {"time":"2025-10-09T08:53:20.000042Z","session":9,"worker":1,"generation":3,"frontend":"web","client":"192.0.2.1:50000","peer":null,"probe":false,"route":null,"pool":"web","backend":"a","backend_address":"10.0.0.11:8080","cause":"finished","phase":"closed","code":"--","timer":null,"errno":null,"closed_first":"client","attempts":1,"why":"turn","skipped":2,"tries":[],"bytes_in":78,"bytes_out":1234,"bytes_undelivered":5,"connect_seconds":0.00021,"first_byte_seconds":0.002,"duration_seconds":1.5}
     "#]]
     .assert_eq(&line(&record(1, 9)));
 }
@@ -104,7 +104,7 @@ fn unknown_values_are_null_and_special_characters_are_escaped() {
         ..record(0, 1)
     };
     expect![[r#"
-        {"time":"1970-01-01T00:00:00.000000Z","session":1,"worker":0,"generation":3,"frontend":"we\"b\n","client":"192.0.2.1:50000","route":null,"pool":null,"backend":null,"backend_address":null,"cause":"connect-timeout","phase":"closed","code":"--","timer":"connect_timeout","errno":110,"closed_first":null,"attempts":1,"why":"turn","skipped":2,"tries":[{"backend":"b\"\n","failure":"refused","errno":111,"seconds":0.001}],"bytes_in":78,"bytes_out":1234,"bytes_undelivered":5,"connect_seconds":null,"first_byte_seconds":null,"duration_seconds":1.5}
+        {"time":"1970-01-01T00:00:00.000000Z","session":1,"worker":0,"generation":3,"frontend":"we\"b\n","client":"192.0.2.1:50000","peer":null,"probe":false,"route":null,"pool":null,"backend":null,"backend_address":null,"cause":"connect-timeout","phase":"closed","code":"--","timer":"connect_timeout","errno":110,"closed_first":null,"attempts":1,"why":"turn","skipped":2,"tries":[{"backend":"b\"\n","failure":"refused","errno":111,"seconds":0.001}],"bytes_in":78,"bytes_out":1234,"bytes_undelivered":5,"connect_seconds":null,"first_byte_seconds":null,"duration_seconds":1.5}
     "#]]
     .assert_eq(&line(&refused));
 }

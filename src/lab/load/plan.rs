@@ -13,7 +13,7 @@ pub const CONNECTIONS_MAX: u32 = 1 << 20;
 pub const SIZE_MAX: usize = 16 * 1024 * 1024;
 
 /// A PROXY header of version 2 for TCP over IPv4, from 192.0.2.10:51234 to 198.51.100.20:443.
-pub const PROXY_HEADER: &[u8; 28] =
+pub(super) const PROXY_HEADER: &[u8; 28] =
     b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\xc0\0\x02\x0a\xc6\x33\x64\x14\xc8\x22\x01\xbb";
 
 /// What each connection does.

@@ -31,6 +31,8 @@ struct Half<'v> {
     vector: &'v HeaderVector,
     split: usize,
     stream: TcpStream,
+    /// The first bytes were enough for a reset, which the second write has reported.
+    reset: bool,
 }
 
 fn every_vector_in_every_split_has_its_result(engine: Engine) {
@@ -47,14 +49,13 @@ fn every_vector_in_every_split_has_its_result(engine: Engine) {
     assert!(splits.len() > 1_000);
     let mut expected = HashMap::new();
     for chunk in splits.chunks(AT_ONCE) {
-        let halves: Vec<Half<'_>> =
+        let mut halves: Vec<Half<'_>> =
             chunk.iter().map(|(vector, split)| half(&proxy, vector, *split)).collect();
         // The first halves arrive before the second ones.
         std::thread::sleep(ms(20));
-        for half in &halves {
+        for half in &mut halves {
             let rest = [&half.vector.bytes[half.split..], PAYLOAD].concat();
-            // A wrong header can be reset after its first half.
-            let _ = (&half.stream).write_all(&rest);
+            half.reset = half.stream.write_all(&rest).is_err();
         }
         for half in &halves {
             check(half);
@@ -72,14 +73,14 @@ fn every_vector_in_every_split_has_its_result(engine: Engine) {
 fn half<'v>(proxy: &TestProxy, vector: &'v HeaderVector, split: usize) -> Half<'v> {
     let mut stream = connect(proxy.addr("web"));
     stream.write_all(&vector.bytes[..split]).unwrap();
-    Half { vector, split, stream }
+    Half { vector, split, stream, reset: false }
 }
 
 fn check(half: &Half<'_>) {
-    let Half { vector, split, stream } = half;
+    let Half { vector, split, stream, reset } = half;
     let name = format!("{} split at {split}", vector.name);
     if ["missing", "malformed", "crc"].contains(&vector.expected) {
-        assert_eq!(client::read_to_end(stream), End::Reset(0), "{name}");
+        assert!(*reset || client::read_to_end(stream) == End::Reset(0), "{name}");
         return;
     }
     let mut echoed = [0; PAYLOAD.len()];
@@ -252,7 +253,8 @@ fn explain_shows_client_and_peer(engine: Engine) {
     let socket = stream.local_addr().unwrap();
     drop(stream);
     let session = proxy.wait_access_log(1)[0]["session"].to_string();
-    let text = proxy.cli_ok(&["explain", "--session", &session]).replace('\n', " ");
+    let text = proxy.cli_ok(&["explain", "--session", &session]);
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
     assert!(text.contains("of 192.0.2.1:4000 on frontend web"), "{text}");
     assert!(text.contains(&format!("Its PROXY header came from {socket}.")), "{text}");
 }

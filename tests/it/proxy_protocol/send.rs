@@ -1,6 +1,6 @@
 //! Headers to backends: both versions, retries, TLVs, Unix sockets, probes.
 
-use super::{FROM, expecting, holds};
+use super::{FROM, expecting, holds, record_of};
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, connect};
 use crate::common::conf::{Conf, Pool};
@@ -158,13 +158,13 @@ fn selected_tlvs_are_sent_on(engine: Engine) {
         let mut stream = connect(proxy.addr("web"));
         stream.write_all(&binary(client, destination, tlvs)).unwrap();
         assert!(holds(&stream));
-        heads.lock().unwrap().pop().unwrap()
+        (heads.lock().unwrap().pop().unwrap(), stream.local_addr().unwrap())
     };
     let expected = [&authority[..], unique, custom].concat();
-    assert_eq!(sent(&received), binary(client, destination, &expected));
+    assert_eq!(sent(&received).0, binary(client, destination, &expected));
     // Without a received identifier it is the number of the session.
-    let head = sent(authority);
-    let session = proxy.wait_access_log(2)[1]["session"].to_string();
+    let (head, peer) = sent(authority);
+    let session = record_of(&proxy.wait_access_log(2), peer)["session"].to_string();
     let number = [&[5, 0, u8::try_from(session.len()).unwrap()], session.as_bytes()].concat();
     assert_eq!(head, binary(client, destination, &[&authority[..], &number].concat()));
 }

@@ -155,7 +155,8 @@ fn frontend(number_of_it: usize) -> Drawn {
     (bind, prop::sample::select(&POOLS[..]), keys, sources, routes)
         .prop_map(move |(bind, pool, keys, (sources, headers), routes)| {
             let bind = match headers {
-                Some(_) => "{ address = \"0.0.0.0:N8\", proxy_protocol = true }".to_owned(),
+                Some(_) => "[{ address = \"0.0.0.0:N8\", proxy_protocol = true }, \"0.0.0.0:N1\"]"
+                    .to_owned(),
                 None => bind,
             };
             let bind = bind.replace('N', &format!("{}", 100 + number_of_it));
