@@ -268,9 +268,8 @@ pub(super) const PROXY_HEADER: &[ConfigKey] = &[
         Form("a list of `\"authority\"`, `\"alpn\"`, `\"ssl\"`, `\"unique-id\"`"),
         Value("[]"),
         Reload,
-        "TLVs to add, if their value is known. Tidegate knows what it received in the client's \
-         header. Without a received identifier, `unique-id` is the number of the session. \
-         Version 2 only.",
+        "Received TLVs to add; version 2 only. Without a received identifier, `unique-id` is the \
+         number of the session.",
     ),
     key(
         "pass",
