@@ -1,9 +1,8 @@
-//! One exchange with one DNS server: the questions of a lookup over one UDP socket, and over
-//! TCP each whose answer does not fit.
+//! One exchange with one DNS server: questions over one UDP socket, or one question over TCP.
 //!
-//! `lookup` calls it for each server and round. Every exchange has its own connected socket,
-//! so the kernel chooses a random port and drops datagrams of other hosts. Each question has
-//! its own random id. A datagram with another id or another question is counted and ignored.
+//! `lookup` calls it. Every exchange has its own connected socket, so the kernel chooses a
+//! random port and drops datagrams of other hosts. Each question has its own random id. A
+//! datagram with another id or another question is counted and ignored.
 
 use super::counters::{QuestionResult, ResolverCounters};
 use super::wire::{self, BadMessage, DnsReply, RecordQuestion, ReplyCode};
@@ -20,6 +19,7 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::timeout;
 
 /// Foreign datagrams after which the questions are asked over TCP: they are a sign of forgery.
+/// A server can repeat its answers, so one more is allowed for each answer.
 const FOREIGN_MAX: u32 = 16;
 /// Larger than the size that the question allows. A longer datagram is cut and thus
 /// unreadable, and TCP brings the answer.
@@ -37,14 +37,20 @@ pub(super) struct ExchangeFailure {
 /// What one server said to one question.
 pub(super) type ExchangeResult = Result<DnsReply, ExchangeFailure>;
 
+/// How one question over UDP ended.
+pub(super) enum UdpEnd {
+    Ended(ExchangeResult),
+    /// The whole answer needs TCP.
+    Incomplete,
+}
+
 /// The questions over UDP.
 struct UdpExchange<'a> {
     counters: &'a ResolverCounters,
     /// Those without an answer.
     open: Vec<SentQuestion<'a>>,
-    /// Positions of those that need TCP.
-    incomplete: Vec<usize>,
-    foreign: u32,
+    /// Foreign datagrams that are still allowed.
+    foreign_left: u32,
 }
 
 #[derive(Clone, Copy)]
@@ -56,60 +62,57 @@ struct SentQuestion<'a> {
     edns: bool,
 }
 
-/// Asks `server`. Over UDP and over TCP it waits for at most `limit` each. With `edns` it
-/// allows large datagrams, and it repeats a question without EDNS after FORMERR. It calls
-/// `ended` once for each question, with its position, as soon as the result is known.
-pub(super) async fn ask(
+/// Asks `server` and waits for at most `limit`. With `edns` it allows large datagrams, and it
+/// repeats a question without EDNS after FORMERR. It calls `ended` once for each question,
+/// with its position, as soon as the result is known.
+pub(super) async fn over_udp(
     server: SocketAddr,
     questions: &[&RecordQuestion],
     edns: bool,
     limit: Duration,
     counters: &ResolverCounters,
-    mut ended: impl FnMut(usize, ExchangeResult),
+    mut ended: impl FnMut(usize, UdpEnd),
 ) {
-    let mut ended = |at: usize, result: ExchangeResult| {
-        let counted = match &result {
-            Ok(reply) => Some(QuestionResult::of_reply(reply)),
-            Err(failure) => QuestionResult::of_failure(failure.why),
-        };
-        counted.into_iter().for_each(|result| counters.note(result));
-        ended(at, result);
-    };
     let open = questions.iter().copied().enumerate();
     let open = open.map(|(at, question)| SentQuestion { at, question, id: 0, edns }).collect();
-    let mut udp = UdpExchange { counters, open, incomplete: Vec::new(), foreign: 0 };
+    let mut udp = UdpExchange { counters, open, foreign_left: FOREIGN_MAX };
     let answered = timeout(limit, udp.run(server, &mut ended)).await;
     if let Err(failure) = answered.unwrap_or_else(|_| Err(no_answer(limit))) {
-        udp.open.iter().for_each(|sent| ended(sent.at, Err(failure.clone())));
-    }
-    let tcp = async |at: usize| {
-        counters.add(&counters.over_tcp);
-        let reply = timeout(limit, over_tcp(server, questions[at], counters)).await;
-        (at, reply.unwrap_or_else(|_| Err(no_answer(limit))))
-    };
-    for pair in udp.incomplete.chunks(2) {
-        match *pair {
-            [first, second] => {
-                let (first, second) = tokio::join!(tcp(first), tcp(second));
-                ended(first.0, first.1);
-                ended(second.0, second.1);
-            }
-            _ => {
-                let (at, reply) = tcp(pair[0]).await;
-                ended(at, reply);
-            }
+        for sent in udp.open {
+            ended(sent.at, UdpEnd::Ended(counted(Err(failure.clone()), counters)));
         }
     }
+}
+
+/// Asks `server` over TCP and waits for at most `limit`.
+pub(super) async fn over_tcp(
+    server: SocketAddr,
+    question: &RecordQuestion,
+    limit: Duration,
+    counters: &ResolverCounters,
+) -> ExchangeResult {
+    counters.add(&counters.over_tcp);
+    let reply = timeout(limit, ask_over_tcp(server, question, counters)).await;
+    counted(reply.unwrap_or_else(|_| Err(no_answer(limit))), counters)
+}
+
+fn counted(result: ExchangeResult, counters: &ResolverCounters) -> ExchangeResult {
+    let counted = match &result {
+        Ok(reply) => Some(QuestionResult::of_reply(reply)),
+        Err(failure) => QuestionResult::of_failure(failure.why),
+    };
+    counted.into_iter().for_each(|result| counters.note(result));
+    result
 }
 
 // === impl UdpExchange ===
 
 impl UdpExchange<'_> {
-    /// Returns when each question has an answer or needs TCP.
+    /// Returns when each question has an answer or needs TCP. Their results are in `ended`.
     async fn run(
         &mut self,
         server: SocketAddr,
-        ended: &mut impl FnMut(usize, ExchangeResult),
+        ended: &mut impl FnMut(usize, UdpEnd),
     ) -> Result<(), ExchangeFailure> {
         let socket = connected(server)?;
         for sent in &mut self.open {
@@ -130,7 +133,7 @@ impl UdpExchange<'_> {
         &mut self,
         datagram: &[u8],
         socket: impl AsFd,
-        ended: &mut impl FnMut(usize, ExchangeResult),
+        ended: &mut impl FnMut(usize, UdpEnd),
     ) -> Result<(), ExchangeFailure> {
         let of = |sent: &SentQuestion<'_>| match wire::decode(datagram, sent.id, sent.question) {
             Err(BadMessage::Foreign) => None,
@@ -139,21 +142,25 @@ impl UdpExchange<'_> {
         let found = self.open.iter().enumerate().find_map(|(at, sent)| Some((at, of(sent)?)));
         let Some((at, read)) = found else {
             self.counters.note(QuestionResult::Foreign);
-            self.foreign += 1;
-            if self.foreign >= FOREIGN_MAX {
-                self.incomplete.extend(self.open.drain(..).map(|sent| sent.at));
+            self.foreign_left -= 1;
+            if self.foreign_left == 0 {
+                self.open.drain(..).for_each(|sent| ended(sent.at, UdpEnd::Incomplete));
             }
             return Ok(());
         };
+        self.foreign_left += 1;
         match read {
             Ok(reply) if self.open[at].edns && reply.code == ReplyCode::FORMAT_ERROR => {
                 self.open[at].edns = false;
                 self.open[at].send(socket, self.counters)?;
             }
-            Ok(reply) => ended(self.open.swap_remove(at).at, Ok(reply)),
+            Ok(reply) => {
+                let reply = counted(Ok(reply), self.counters);
+                ended(self.open.swap_remove(at).at, UdpEnd::Ended(reply));
+            }
             Err(bad) => {
                 self.counters.note(bad.result());
-                self.incomplete.push(self.open.swap_remove(at).at);
+                ended(self.open.swap_remove(at).at, UdpEnd::Incomplete);
             }
         }
         Ok(())
@@ -190,11 +197,11 @@ fn connected(server: SocketAddr) -> Result<OwnedFd, Errno> {
     Ok(socket)
 }
 
-async fn over_tcp(
+async fn ask_over_tcp(
     server: SocketAddr,
     question: &RecordQuestion,
     counters: &ResolverCounters,
-) -> Result<DnsReply, ExchangeFailure> {
+) -> ExchangeResult {
     let id = fastrand::u16(..);
     let message = encode(question, id, false)?;
     let length = u16::try_from(message.len()).map_err(|_| protocol("the question is too long"))?;

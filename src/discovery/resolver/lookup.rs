@@ -1,13 +1,14 @@
-//! The questions of one lookup, A and AAAA: the servers in turn, in rounds, until one of them
-//! knows.
+//! Which servers are asked: questions that are due together go to the first server over one
+//! socket; a question without a usable answer then goes alone through the servers in turn, in
+//! rounds, until one of them knows.
 //!
-//! The resolver runs it as a task of its own, so that the end of one caller does not end
+//! The resolver runs it in tasks of its own, so that the end of one caller does not end
 //! the questions for the others.
 
 use super::ResolveFailure;
 use super::cache::RecordOutcome;
 use super::counters::ResolverCounters;
-use super::exchange::{self, ExchangeFailure, ExchangeResult};
+use super::exchange::{self, ExchangeFailure, ExchangeResult, UdpEnd};
 use super::wire::{DnsReply, RecordQuestion, ReplyCode};
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -17,15 +18,18 @@ use tidegate_core::discovery::SourceFailure;
 use tidegate_net::clock;
 use tokio::sync::Semaphore;
 
-/// Exchanges at the same time, each with one descriptor. Further ones wait.
-const EXCHANGES_MAX: usize = 64;
+/// Most questions over one socket.
+pub(super) const TOGETHER_MAX: usize = 32;
+/// Questions that wait for servers at the same time, each with at most one descriptor.
+/// Further ones wait. More would overflow the queues of small servers.
+const WAITING_MAX: usize = 128;
 /// Time for which a server that did not answer comes after the others.
 const SILENT_FOR: Duration = Duration::from_secs(10);
 
 /// What is known about the servers.
 #[derive(Debug)]
 pub(super) struct ServerUse {
-    exchanges: Semaphore,
+    permits: Semaphore,
     /// Servers that gave no answer, and when.
     silent: Mutex<HashMap<SocketAddr, Instant>>,
 }
@@ -38,90 +42,131 @@ pub(super) struct ServerPlan {
     pub(super) rounds: u32,
 }
 
-/// A question that no server has answered yet.
-struct OpenQuestion<'a> {
-    /// Position in the list of the caller.
-    at: usize,
-    question: &'a RecordQuestion,
-    /// The last failure of each server.
-    failures: Vec<(SocketAddr, ExchangeFailure)>,
-    /// A server did not answer in this round.
-    unanswered: bool,
-    known: bool,
+/// What the server said that was asked first, together with other questions.
+pub(super) struct FirstEnd {
+    server: SocketAddr,
+    end: UdpEnd,
+}
+
+/// How a question ended that was asked together with others.
+pub(super) enum TogetherEnd {
+    Known(RecordOutcome),
+    /// It must be asked alone.
+    Alone(Option<FirstEnd>),
 }
 
 // === impl ServerUse ===
 
 impl Default for ServerUse {
     fn default() -> ServerUse {
-        ServerUse { exchanges: Semaphore::new(EXCHANGES_MAX), silent: Mutex::default() }
+        ServerUse { permits: Semaphore::new(WAITING_MAX), silent: Mutex::default() }
     }
 }
 
 impl ServerUse {
-    /// Asks the servers until one knows each answer, and calls `done` once for each question,
-    /// with its position. A second round asks without EDNS, in case that something on the way
-    /// drops such datagrams; it asks only what a server did not answer, because a datagram can
-    /// be lost.
-    pub(super) async fn ask(
+    /// Asks the first server at most [`TOGETHER_MAX`] questions over one socket. It calls
+    /// `ended` once for each question, with its position.
+    pub(super) async fn ask_together(
         &self,
-        questions: &[RecordQuestion],
+        questions: &[&RecordQuestion],
         plan: &ServerPlan,
         counters: &ResolverCounters,
-        mut done: impl FnMut(usize, RecordOutcome),
+        mut ended: impl FnMut(usize, TogetherEnd),
     ) {
-        let mut open: Vec<_> = questions.iter().enumerate().map(OpenQuestion::new).collect();
-        for round in 0..plan.rounds {
-            for server in self.in_order(&plan.servers) {
-                if open.is_empty() {
-                    return;
-                }
-                let with_edns = round == 0;
-                self.ask_one(server, with_edns, &mut open, plan.timeout, counters, &mut done).await;
+        let Some(&server) = self.in_order(&plan.servers).first() else {
+            return (0..questions.len()).for_each(|at| ended(at, TogetherEnd::Alone(None)));
+        };
+        let count = u32::try_from(questions.len()).unwrap_or(u32::MAX);
+        let permits = self.permits.acquire_many(count).await;
+        let (mut answered, mut silent) = (false, false);
+        let sort = |at: usize, end: UdpEnd| {
+            match &end {
+                UdpEnd::Ended(Err(failure)) => silent |= is_silence(failure),
+                UdpEnd::Ended(Ok(_)) | UdpEnd::Incomplete => answered = true,
             }
-            let failed = |asked: &mut OpenQuestion<'_>| !std::mem::take(&mut asked.unanswered);
-            for asked in open.extract_if(.., failed) {
-                done(asked.at, asked.failed(counters));
-            }
-        }
-        for asked in open {
-            done(asked.at, asked.failed(counters));
-        }
+            let again = |end| TogetherEnd::Alone(Some(FirstEnd { server, end }));
+            ended(
+                at,
+                match end {
+                    UdpEnd::Ended(result) => match result.and_then(outcome) {
+                        Ok(known) => TogetherEnd::Known(known),
+                        Err(failure) => again(UdpEnd::Ended(Err(failure))),
+                    },
+                    UdpEnd::Incomplete => again(end),
+                },
+            );
+        };
+        exchange::over_udp(server, questions, true, plan.timeout, counters, sort).await;
+        drop(permits);
+        self.note(server, silent && !answered);
     }
 
-    /// Asks one server all open questions, and keeps those that it does not know.
+    /// Asks the servers until one knows the answer; `first` is what one of them said already.
+    /// A second round asks without EDNS, in case that something on the way drops such
+    /// datagrams; it follows only if a server did not answer, because a datagram can be lost.
+    pub(super) async fn ask(
+        &self,
+        question: &RecordQuestion,
+        plan: &ServerPlan,
+        mut first: Option<FirstEnd>,
+        counters: &ResolverCounters,
+    ) -> RecordOutcome {
+        let mut failures: Vec<(SocketAddr, ExchangeFailure)> = Vec::new();
+        for round in 0..plan.rounds {
+            let mut servers = self.in_order(&plan.servers);
+            if let Some(first) = &first {
+                servers.retain(|server| *server != first.server);
+                servers.insert(0, first.server);
+            }
+            let mut unanswered = false;
+            for server in servers {
+                let said = first.take().map(|first| first.end);
+                let reply = self.ask_one(server, question, round == 0, plan, said, counters).await;
+                match reply.and_then(outcome) {
+                    Ok(known) => return known,
+                    Err(failure) => {
+                        unanswered |= failure.why == SourceFailure::Timeout;
+                        failures.retain(|(failed, _)| *failed != server);
+                        failures.push((server, failure));
+                    }
+                }
+            }
+            if !unanswered {
+                break;
+            }
+        }
+        counters.add(&counters.failures);
+        RecordOutcome::Failed(summary(question, &failures))
+    }
+
+    /// Asks one server over UDP, unless `said` is its answer, and over TCP if it must.
     async fn ask_one(
         &self,
         server: SocketAddr,
-        with_edns: bool,
-        open: &mut Vec<OpenQuestion<'_>>,
-        limit: Duration,
+        question: &RecordQuestion,
+        edns: bool,
+        plan: &ServerPlan,
+        said: Option<UdpEnd>,
         counters: &ResolverCounters,
-        done: &mut impl FnMut(usize, RecordOutcome),
-    ) {
-        let permit = self.exchanges.acquire().await;
-        let asked: Vec<&RecordQuestion> = open.iter().map(|asked| asked.question).collect();
-        let (mut answered, mut silent) = (false, false);
-        let ended = |at: usize, reply: ExchangeResult| match reply.map(outcome) {
-            Ok(known) => {
-                answered = true;
-                match known {
-                    Ok(known) => {
-                        open[at].known = true;
-                        done(open[at].at, known);
-                    }
-                    Err(failure) => open[at].note(server, failure),
-                }
-            }
-            Err(failure) => {
-                silent |= [SourceFailure::Timeout, SourceFailure::Connect].contains(&failure.why);
-                open[at].note(server, failure);
+    ) -> ExchangeResult {
+        if let Some(UdpEnd::Ended(result)) = said {
+            return result;
+        }
+        let permit = self.permits.acquire().await;
+        let mut end = UdpEnd::Incomplete;
+        if said.is_none() {
+            let take = |_, one| end = one;
+            exchange::over_udp(server, &[question], edns, plan.timeout, counters, take).await;
+        }
+        let reply = match end {
+            UdpEnd::Ended(result) => result,
+            UdpEnd::Incomplete => {
+                exchange::over_tcp(server, question, plan.timeout, counters).await
             }
         };
-        exchange::ask(server, &asked, with_edns, limit, counters, ended).await;
         drop(permit);
-        open.retain(|asked| !asked.known);
-        self.note(server, silent && !answered);
+        self.note(server, reply.as_ref().is_err_and(is_silence));
+        reply
     }
 
     /// The configured order, servers that did not answer in the last seconds at the end.
@@ -143,23 +188,8 @@ impl ServerUse {
     }
 }
 
-// === impl OpenQuestion ===
-
-impl<'a> OpenQuestion<'a> {
-    fn new((at, question): (usize, &'a RecordQuestion)) -> OpenQuestion<'a> {
-        OpenQuestion { at, question, failures: Vec::new(), unanswered: false, known: false }
-    }
-
-    fn note(&mut self, server: SocketAddr, failure: ExchangeFailure) {
-        self.unanswered |= failure.why == SourceFailure::Timeout;
-        self.failures.retain(|(failed, _)| *failed != server);
-        self.failures.push((server, failure));
-    }
-
-    fn failed(&self, counters: &ResolverCounters) -> RecordOutcome {
-        counters.add(&counters.failures);
-        RecordOutcome::Failed(summary(self.question, &self.failures))
-    }
+fn is_silence(failure: &ExchangeFailure) -> bool {
+    matches!(failure.why, SourceFailure::Timeout | SourceFailure::Connect)
 }
 
 fn outcome(reply: DnsReply) -> Result<RecordOutcome, ExchangeFailure> {

@@ -7,6 +7,7 @@
 mod addresses;
 mod cache;
 mod counters;
+mod due;
 mod exchange;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -18,11 +19,11 @@ mod system;
 pub(crate) mod tests;
 mod wire;
 
-use crate::tasks::{self, TaskKind};
 pub(crate) use addresses::{AddressAnswer, AddressOutcome, AnswerDates, PartialAnswer};
-use cache::{AnswerCache, AnswerSlot, PendingAnswer, RecordAnswer, RecordOutcome};
+use cache::{AnswerCache, PendingAnswer, RecordAnswer, RecordOutcome};
 pub use counters::{QuestionResult, ResolverCounters};
-use lookup::{ServerPlan, ServerUse};
+use due::DueQuestion;
+use lookup::ServerUse;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -62,6 +63,8 @@ struct ResolverState {
     config: watch::Sender<Arc<DnsConfig>>,
     files: Mutex<WatchedFiles>,
     cache: Mutex<AnswerCache>,
+    /// Questions that no task asks yet.
+    due: Mutex<Vec<DueQuestion>>,
     servers: ServerUse,
     counters: ResolverCounters,
 }
@@ -111,6 +114,7 @@ impl Resolver {
             config: watch::Sender::new(Arc::new(config)),
             files: Mutex::new(WatchedFiles::new(files)),
             cache: Mutex::default(),
+            due: Mutex::default(),
             servers: ServerUse::default(),
             counters: ResolverCounters::default(),
         }))
@@ -288,48 +292,12 @@ impl Resolver {
         &self,
         question: RecordQuestion,
         newer_than: Option<Instant>,
-        to_ask: &mut Vec<(RecordQuestion, AnswerSlot)>,
+        to_ask: &mut Vec<DueQuestion>,
     ) -> PendingAnswer {
         let ttl_max = self.0.config.borrow().ttl_max;
         let (pending, slot) = self.cache().find(&question, newer_than, clock::now(), ttl_max);
-        to_ask.extend(slot.map(|slot| (question, slot)));
+        to_ask.extend(slot.map(|slot| DueQuestion { question, slot }));
         pending
-    }
-
-    /// Asks the questions of one lookup.
-    fn start(&self, to_ask: Vec<(RecordQuestion, AnswerSlot)>) {
-        if !to_ask.is_empty() {
-            self.counters().add(&self.counters().lookups);
-            let resolver = self.clone();
-            let lookup = async move { resolver.ask(to_ask).await };
-            tokio::spawn(tasks::caught(TaskKind::Lookup, lookup));
-        }
-    }
-
-    /// Puts each answer into its slot as soon as it is known.
-    async fn ask(&self, mut open: Vec<(RecordQuestion, AnswerSlot)>) {
-        while !open.is_empty() {
-            let asked = clock::now();
-            let config = Arc::clone(&self.0.config.borrow());
-            let conf = self.settings(asked).resolv_conf;
-            let servers = config.servers.as_ref().unwrap_or(&conf.servers).clone();
-            let plan = ServerPlan { servers, timeout: conf.timeout, rounds: conf.attempts };
-            let (questions, slots): (Vec<_>, Vec<_>) = open.into_iter().unzip();
-            let mut slots: Vec<Option<AnswerSlot>> = slots.into_iter().map(Some).collect();
-            let done = |at: usize, outcome| {
-                // An answer to older settings does not count.
-                if Arc::ptr_eq(&config, &self.0.config.borrow())
-                    && let Some(slot) = slots[at].take()
-                {
-                    let now = clock::now();
-                    let answer = self.cache().put(&questions[at], outcome, asked, now, &config);
-                    let _ = slot.send(Some(answer));
-                }
-            };
-            self.0.servers.ask(&questions, &plan, self.counters(), done).await;
-            let left = questions.into_iter().zip(slots);
-            open = left.filter_map(|(question, slot)| Some((question, slot?))).collect();
-        }
     }
 
     /// Resolves an IP address and a name of `/etc/hosts`.
