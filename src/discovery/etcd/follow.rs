@@ -20,12 +20,20 @@ use tidegate_core::model::RegistryConfig;
 use tidegate_net::clock;
 use tokio::time::{sleep, sleep_until};
 
-/// Time between two pings. A member that stopped shows itself by silence alone, so this time
-/// and the ping's deadline bound how long a question is not answered without a failure.
+/// Time between two pings after a change. A member that stopped shows itself by silence alone,
+/// so this time and the ping's deadline bound how long a question is not answered without a
+/// failure.
 const PING_EVERY: Duration = Duration::from_secs(3);
 
-/// A check of all prefixes replaces every third ping.
-const PINGS_PER_CHECK: u32 = 3;
+/// The same while nothing changes. Each ping wakes a thread whose code and data have left the
+/// caches of the CPU, which costs more than the ping.
+const IDLE_PING_EVERY: Duration = Duration::from_secs(6);
+
+/// Nothing changes for this time: the members are idle.
+const IDLE_AFTER: Duration = Duration::from_secs(30);
+
+/// A check of all prefixes replaces a ping this long after the last one.
+const CHECK_AFTER: Duration = Duration::from_secs(8);
 
 /// Age of the contents after which all prefixes are listed again, whatever the watch said.
 const LIST_AGE: Duration = Duration::from_secs(600);
@@ -86,7 +94,7 @@ struct Following {
     created: usize,
     asking: Option<Asking>,
     ask_at: Instant,
-    asked: u32,
+    checked_at: Instant,
 }
 
 // === impl Follower ===
@@ -160,9 +168,10 @@ impl Follower {
         let number = (1..).zip(&watches);
         let requests = number.map(|(id, at)| self.prefixes[*at].watch(id)).collect();
         let stream = self.gateway.watch(requests).await?;
-        let ask_at = clock::now() + jittered(PING_EVERY);
+        let now = clock::now();
+        let ask_at = now + jittered(PING_EVERY);
         let mut following =
-            Following { stream, watches, created: 0, asking: None, ask_at, asked: 0 };
+            Following { stream, watches, created: 0, asking: None, ask_at, checked_at: now };
         let ended = self.read(&mut following).await;
         following.watches.iter().for_each(|at| self.prefixes[*at].count_restart());
         ended
@@ -351,15 +360,16 @@ impl Follower {
         if now < following.ask_at {
             return None;
         }
-        following.ask_at = now + jittered(PING_EVERY);
-        following.asked += 1;
         let prefixes = following.watches.iter().map(|at| &self.prefixes[*at]);
-        if !following.asked.is_multiple_of(PINGS_PER_CHECK) {
+        let is_idle = prefixes.clone().all(|prefix| prefix.is_quiet(now, IDLE_AFTER));
+        following.ask_at = now + jittered(if is_idle { IDLE_PING_EVERY } else { PING_EVERY });
+        if now.saturating_duration_since(following.checked_at) < CHECK_AFTER {
             let first = prefixes.map(Followed::prefix).next().cloned().unwrap_or_default();
             return Some(Box::pin(
                 async move { gateway.ping(&first).await.map(|()| SideAnswer::Pong) },
             ));
         }
+        following.checked_at = now;
         let (ranges, expected): (Vec<_>, Vec<_>) = prefixes.map(Followed::check).unzip();
         Some(Box::pin(async move {
             let (header, answers) = gateway.read_all(ranges).await?;

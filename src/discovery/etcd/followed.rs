@@ -207,6 +207,11 @@ impl Followed {
         None
     }
 
+    /// Whether no set was told for this time.
+    pub(super) fn is_quiet(&self, now: Instant, time: Duration) -> bool {
+        !self.untold && self.told_at.is_none_or(|at| now.saturating_duration_since(at) >= time)
+    }
+
     /// The set must be told again, because its trust changed.
     pub(super) fn must_tell(&mut self) {
         self.untold = true;
