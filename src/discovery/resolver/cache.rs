@@ -26,9 +26,10 @@ const PAUSES: [Duration; 4] = [
 ];
 /// Most that is added to a TTL, so that names with one TTL are not all asked at one time.
 const SPREAD_MAX: Duration = Duration::from_millis(500);
-/// Answers become due at multiples of this time. Names that are due together cost one wake-up
-/// of the thread instead of one each.
-const DUE_STEP: Duration = Duration::from_millis(50);
+/// Answers become due at multiples of a step: 1/20 of the TTL within these bounds. Names that
+/// are due together cost one wake-up of the thread and one socket.
+const DUE_STEP_MIN: Duration = Duration::from_millis(50);
+const DUE_STEP_MAX: Duration = Duration::from_millis(250);
 
 /// What is known about one question.
 #[derive(Debug, Clone)]
@@ -70,7 +71,7 @@ pub(super) type AnswerSlot = watch::Sender<Option<Arc<RecordAnswer>>>;
 pub(super) struct AnswerCache {
     entries: HashMap<RecordQuestion, CachedAnswer>,
     pruned: Option<Instant>,
-    /// The time of the oldest answer; the steps of [`DUE_STEP`] count from it.
+    /// The time of the oldest answer; the steps count from it.
     origin: Option<Instant>,
 }
 
@@ -145,7 +146,7 @@ impl AnswerCache {
                 entry.vain = 0;
                 let ttl = set.ttl.clamp(config.ttl_min, config.ttl_max.max(config.ttl_min));
                 let spread = (ttl / 20).min(SPREAD_MAX).mul_f64(fastrand::f64());
-                next_step(origin, now + ttl + spread)
+                next_step(origin, now + ttl + spread, ttl / 20)
             }
             _ => {
                 entry.vain += 1;
@@ -192,11 +193,12 @@ impl AnswerCache {
     }
 }
 
-/// Returns the first step at or after `at`.
-fn next_step(origin: Instant, at: Instant) -> Instant {
+/// Returns the first multiple of `step` since `origin` at or after `at`.
+fn next_step(origin: Instant, at: Instant, step: Duration) -> Instant {
+    let step = step.clamp(DUE_STEP_MIN, DUE_STEP_MAX);
     let since = at.saturating_duration_since(origin);
-    let steps = since.as_nanos().div_ceil(DUE_STEP.as_nanos());
-    origin + DUE_STEP.saturating_mul(u32::try_from(steps).unwrap_or(u32::MAX))
+    let steps = since.as_nanos().div_ceil(step.as_nanos());
+    origin + step.saturating_mul(u32::try_from(steps).unwrap_or(u32::MAX))
 }
 
 // === impl CachedAnswer ===

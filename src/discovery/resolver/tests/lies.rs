@@ -273,3 +273,34 @@ async fn each_lookup_has_another_port_and_each_question_another_id() {
     assert_eq!(seen.len(), 40);
     assert!(ports.len() > 15 && ids.len() > 35, "{} ports, {} ids", ports.len(), ids.len());
 }
+
+#[tokio::test]
+async fn names_that_are_due_together_share_a_socket_and_none_waits_for_another() {
+    let (liar, test) = liar(|question| match &*question.name {
+        "n7.example" => question.reply().code(2).send(),
+        "n8.example" => Vec::new(),
+        _ => question.addresses(60, GOOD).send(),
+    })
+    .await;
+    let names: Vec<String> = (0..10).map(|number| format!("n{number}.example")).collect();
+    let began = clock::now();
+    let ask = |name: &String| {
+        let (resolver, name) = (test.resolver.clone(), name.clone());
+        tokio::spawn(async move { (resolver.host(&name).await, clock::now() - began) })
+    };
+    let asked: Vec<_> = names.iter().map(ask).collect();
+    let mut ended = Vec::new();
+    for one in asked {
+        ended.push(one.await.unwrap());
+    }
+    for (at, (result, after)) in ended.iter().enumerate() {
+        match at {
+            // The server is silent for one second in each of two rounds.
+            8 => assert!(result.is_err() && *after > Duration::from_secs(1), "{result:?}"),
+            7 => assert!(result.is_err() && *after < Duration::from_secs(1), "{after:?}"),
+            _ => assert!(result.is_ok() && *after < Duration::from_secs(1), "{result:?} {after:?}"),
+        }
+    }
+    let firsts = liar.seen().into_iter().take(20).map(|question| question.port);
+    assert_eq!(firsts.collect::<std::collections::HashSet<_>>().len(), 1);
+}
