@@ -134,11 +134,16 @@ async fn connect_and_exchange(
     match &to {
         BackendAddr::Tcp(socket) | BackendAddr::ClientPort(socket, _) => {
             let stream = sources::connect((&target.source, turn), *socket, reset).await?;
-            exchange_over(stream, spec, &to, configs, stage).await
+            if reset {
+                return Ok(ProbeAnswer::Connected);
+            }
+            // In a box, because many probes that only connect run at the same time.
+            Box::pin(exchange_over(stream, spec, &to, configs, stage)).await
         }
         BackendAddr::Unix(path) => {
             let stream = UnixStream::connect(stream::unix_name(path)).await;
-            exchange_over(stream.map_err(connect_error)?, spec, &to, configs, stage).await
+            let stream = stream.map_err(connect_error)?;
+            Box::pin(exchange_over(stream, spec, &to, configs, stage)).await
         }
     }
 }

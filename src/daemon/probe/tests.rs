@@ -538,6 +538,15 @@ fn backend_about_to_change_is_probed_first_in_its_pool() {
     });
 }
 
+#[test]
+fn a_probe_that_only_connects_is_small() {
+    let spec = ProbeSpec { kind: ProbeKind::Tcp, ..ping() };
+    let address = BackendAddr::Tcp("127.0.0.1:9".parse().unwrap());
+    let configs = TlsConfigs::default();
+    let probe = run_from(&address, &spec, 0, &configs);
+    assert!(size_of_val(&probe) <= 1536, "{} bytes", size_of_val(&probe));
+}
+
 /// Returns a configuration with one pool of one backend at `address`, probed every
 /// `interval`.
 fn probed_config(address: std::net::SocketAddr, interval: Duration) -> Arc<Config> {
