@@ -44,7 +44,7 @@ impl Resolver {
         drop(due);
         if is_first {
             let resolver = self.clone();
-            // A panic here would leave the list for ever, so this task only takes it.
+            // A panic here would keep the list full and stop all lookups, so this task only takes it.
             tokio::spawn(async move { resolver.start_due() });
         }
     }
@@ -99,7 +99,7 @@ impl Resolver {
         }
     }
 
-    /// Gives an answer to those who wait for it. An answer to older settings does not count:
+    /// Gives an answer to its receivers. An answer to older settings does not count:
     /// the question is returned.
     fn put(
         &self,
