@@ -2,7 +2,7 @@
 //!
 //! The discovery thread calls [`run`] for each question. All questions to one registry share
 //! one follower: it lists each prefix with a linearizable read, follows all of them in one
-//! stream of watches, and compares both with an independent read every 10 s. A follower
+//! stream of watches, and compares both with an independent read every 8 s to 15 s. A follower
 //! ends with its registry's last question. Nothing here decides what an answer changes.
 //!
 //! | event | what the follower does |
