@@ -11,6 +11,7 @@ use toml::de::DeValue;
 
 use super::backends::{self, BackendsRead};
 use super::discover::{self, KnownRegistries};
+use super::probe::ProbedBackends;
 use super::{POOL_SOURCES_MAX, frontend, heartbeat, probe, proxy_protocol};
 use crate::defaults::Defaults;
 use crate::file::{Field, NamedSection, Section};
@@ -87,7 +88,8 @@ pub(super) fn read<'r, 'a>(
         header_version: version,
         ..ProbeTarget::default()
     };
-    let probe = probe::read(&section, &defaults.probe, name, of_pool, files);
+    let probed = ProbedBackends { target: of_pool, all_unix: most.are_unix(&backends) };
+    let probe = probe::read(&section, &defaults.probe, name, probed, files);
     let attempts = section.integer("connect_attempts", 1..=CONNECT_ATTEMPTS_MAX);
     let connect_time = connect_timeout.or(CONNECT_TIMEOUT);
     let model = PoolConfig {
@@ -149,6 +151,12 @@ impl MemberCounts {
         let per_name = ViewGuards::of_name(&DnsConfig::default()).backends_max as usize;
         let others = self.registered.unwrap_or(0) as usize + self.discovered.unwrap_or(0) as usize;
         self.listed + self.named.saturating_mul(per_name) + others
+    }
+
+    /// Whether all are Unix sockets that the file lists.
+    fn are_unix(&self, listed: &[BackendConfig]) -> bool {
+        let is_unix = |backend: &BackendConfig| matches!(backend.address, BackendAddr::Unix(_));
+        self.listed > 0 && self.total() == self.listed && listed.iter().all(is_unix)
     }
 
     /// Returns where they are counted, for a message.

@@ -46,6 +46,14 @@ impl Words for ProbeKindKey {
     ];
 }
 
+/// What a probe needs to know of the backends of its pool.
+pub(super) struct ProbedBackends {
+    /// The target of a probe without keys.
+    pub(super) target: ProbeTarget,
+    /// All backends that the pool can have are Unix sockets.
+    pub(super) all_unix: bool,
+}
+
 /// The keys that only some kinds take.
 struct KindKeys {
     send: Field<ProbeBytes>,
@@ -71,7 +79,7 @@ pub(super) fn read<'r, 'a>(
     pool: &Section<'r, 'a>,
     defaults: &'r SectionDefaults<'r, 'a>,
     name: &str,
-    of_pool: ProbeTarget,
+    backends: ProbedBackends,
     files: NamedFiles<'_>,
 ) -> Option<ProbeSpec> {
     let label = format!("[pool.{}.probe]", value::cut(name));
@@ -88,11 +96,12 @@ pub(super) fn read<'r, 'a>(
     if !kind_is_bad {
         refuse_foreign_keys(&section, kind);
         require_answer(&section, kind, &keys);
+        refuse_status_as_body(&section, kind, &keys);
     }
     let ProbeTimes { interval, fast_interval, down_interval, timeout } = times(&section);
     let spec = ProbeSpec {
         kind: keys.into_kind(kind),
-        target: target::read(&section, of_pool, files),
+        target: target::read(&section, backends, files),
         interval,
         fast_interval,
         down_interval,
@@ -129,6 +138,23 @@ fn require_answer(section: &Section<'_, '_>, kind: ProbeKindKey, keys: &KindKeys
     }
     if kind == ProbeKindKey::Steps && keys.steps.is_absent() {
         section.missing("steps", "[{ send = \"...\" }, { expect = \"...\" }]");
+    }
+}
+
+/// Reports `expect = "200"`, which compares the start of the body.
+fn refuse_status_as_body(section: &Section<'_, '_>, kind: ProbeKindKey, keys: &KindKeys) {
+    if let (ProbeKindKey::Http, Field::Good(expect)) = (kind, &keys.expect)
+        && let Expect::Starts(ProbeBytes(text)) = expect.get_ref()
+        && let Ok(text) = std::str::from_utf8(text)
+        && text.len() == 3
+        && text.bytes().all(|byte| byte.is_ascii_digit())
+        && section.node("expect").is_some_and(|node| node.get_ref().is_str())
+    {
+        let complaint = ValueError::new(format!("expect = \"{text}\" compares the body"));
+        let help = format!(
+            "write status = \"{text}\", or expect = {{ starts = \"{text}\" }} to compare the body"
+        );
+        section.report.error(expect.span(), complaint.help(help));
     }
 }
 

@@ -140,7 +140,7 @@ impl EtcdCluster {
     /// Waits until every running node answers a linearizable read.
     pub fn wait_until_healthy(&self) {
         for node in (0..self.nodes.len()).filter(|node| self.nodes[*node].process.is_some()) {
-            eventually("a node with a leader", Duration::from_secs(20), || {
+            eventually("a node with a leader", Duration::from_secs(60), || {
                 let answer = self.try_post(node, "/v3/kv/range", &range("health"));
                 let answer = answer.unwrap_or_else(|refusal| refusal);
                 // With users, a refusal shows that the node has a leader.

@@ -10,6 +10,7 @@ use toml::de::DeValue;
 use super::super::frontend::any_number;
 use super::super::named_file::{self, FileContent};
 use super::super::pool;
+use super::ProbedBackends;
 use crate::file::{Field, Section};
 use crate::host_name;
 use crate::value::{ValueError, shown};
@@ -23,12 +24,20 @@ const ALPN_BYTES_MAX: usize = 255;
 /// `of_pool`: the target of a probe without these keys.
 pub(super) fn read(
     section: &Section<'_, '_>,
-    of_pool: ProbeTarget,
+    backends: ProbedBackends,
     files: NamedFiles<'_>,
 ) -> ProbeTarget {
-    let own = pool::sources(section);
+    let (of_pool, own) = (backends.target, pool::sources(section));
     let source = if section.node("source").is_some() { own } else { of_pool.source };
     let port = section.integer("port", 1..=u16::MAX).value();
+    let address = section.text("address", "an IP address such as \"10.0.0.5\"", address);
+    if let Some(place) = section.key_place("port").filter(|_| backends.all_unix)
+        && address.is_absent()
+    {
+        let message = "port has no effect: all backends of the pool are Unix sockets";
+        let help = "remove it, or add the address that listens at this port";
+        section.report.error(place, ValueError::new(message).help(help));
+    }
     let header = header(section, of_pool.header_version.is_some());
     let header_version = match header {
         Some(ProbeHeader::Local) => of_pool.header_version,
@@ -38,7 +47,7 @@ pub(super) fn read(
     };
     ProbeTarget {
         port,
-        address: section.text("address", "an IP address such as \"10.0.0.5\"", address).value(),
+        address: address.value(),
         tls: tls(section, files).value(),
         source,
         header,

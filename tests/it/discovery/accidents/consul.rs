@@ -164,6 +164,11 @@ impl MemberRegistry for ConsulRegistry {
                 self.register_all();
             }
             Accident::Rotated => self.write_token(),
+            // In one step as the sources see it, as in `remove_after`.
+            Accident::Restored | Accident::Emptied => {
+                self.agent.command("fault no-leader");
+                self.register_all();
+            }
             _ => {}
         }
         self.agent.command("fault none");
