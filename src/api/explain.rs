@@ -9,7 +9,7 @@ use super::names::{
     PulseName, SenderStateName,
 };
 use super::sources::AnnouncementDoc;
-use super::status::{FreezeDoc, RejectedDoc, TransitionDoc, whole_if_it_is};
+use super::status::{FreezeDoc, RejectedDoc, RoleDoc, TransitionDoc, whole_if_it_is};
 use serde::{Deserialize, Serialize};
 
 /// The whole answer.
@@ -49,6 +49,9 @@ pub struct ExplainDoc {
     pub weight: WeightDoc,
     /// `null` if its pool has no probes.
     pub probe: Option<ProbeDoc>,
+    /// The role that its probes have found; `null` if they have found none.
+    #[serde(default)]
+    pub role: Option<RoleDoc>,
     /// The newest probe that has ended; `null` if none has in this process.
     pub last_probe: Option<LastProbeDoc>,
     /// What happens to clients if no backend of the pool is eligible; `null` if a backend

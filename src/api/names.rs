@@ -344,6 +344,10 @@ names! {
         Tried = "tried",
         /// The question asked to leave it out.
         Excluded = "excluded",
+        /// It does not have the role that the pool needs, or its role is unknown.
+        OtherRole = "other-role",
+        /// It is a primary, but another one is in force, or none.
+        Outranked = "outranked",
     }
 
     /// Why a connect attempt failed.
@@ -393,6 +397,14 @@ names! {
         NoVerdict = "no-verdict",
     }
 
+    /// The role of a node of a database.
+    pub enum RoleName {
+        /// It takes writes.
+        Primary = "primary",
+        /// It follows a primary and takes reads only.
+        Replica = "replica",
+    }
+
     /// The kind of a probe.
     pub enum ProbeKindName {
         /// Connects to the backend.
@@ -403,6 +415,8 @@ names! {
         Steps = "steps",
         /// Sends an HTTP request.
         Http = "http",
+        /// Sends `PING` to a Redis server and asks for its role.
+        Redis = "redis",
     }
 
     /// Result of a probe.

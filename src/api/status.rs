@@ -5,7 +5,7 @@
 
 use super::names::{
     BackendStateName, EngineName, IntentName, NoneEligible, ObservationName, PolicyName, PulseName,
-    SenderStateName, ServiceState,
+    RoleName, SenderStateName, ServiceState,
 };
 use super::sources::MemberSourceDoc;
 use serde::{Deserialize, Serialize, Serializer};
@@ -161,6 +161,12 @@ pub struct FrontendDoc {
 pub struct PoolDoc {
     /// Its name.
     pub name: String,
+    /// The pool whose backends and probes it uses; `null` if it has its own.
+    #[serde(default)]
+    pub of: Option<String>,
+    /// Role that a backend needs to be eligible; `null`: any.
+    #[serde(default)]
+    pub role: Option<RoleName>,
     /// Its balancing policy.
     pub balance: PolicyName,
     /// What happens to clients if no backend is eligible; `null` if a backend is eligible.
@@ -215,6 +221,9 @@ pub struct BackendDoc {
     /// without probes.
     #[serde(default)]
     pub unverified: bool,
+    /// The role that its probes have found; `null` if they have found none.
+    #[serde(default)]
+    pub role: Option<RoleDoc>,
     /// The result of its probes and heartbeats.
     pub observation: ObservationName,
     /// It is ejected now.
@@ -247,6 +256,17 @@ pub struct BackendDoc {
     pub first_byte_seconds: QuantilesDoc,
     /// The newest state change; `null` if there was none.
     pub last_transition: Option<TransitionDoc>,
+}
+
+/// The role of a backend.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RoleDoc {
+    /// The role in the newest answer.
+    pub name: RoleName,
+    /// Time since probes have found this role and no other.
+    pub seconds: f64,
+    /// It is one of several primaries of its pool, and not the one in force.
+    pub outranked: bool,
 }
 
 /// A backend's heartbeats. Fields are `null` if none was received.

@@ -164,6 +164,10 @@ fn render(facts: &ExplainDoc, width: Option<usize>) -> String {
         let none = || "none has ended in this process".to_owned();
         line("Last probe", facts.last_probe.as_ref().map_or_else(none, last_probe));
     }
+    if let Some(role) = &facts.role {
+        let rank = if role.outranked { ", but it is not the primary in force" } else { "" };
+        line("Role", format!("{} for {}{rank}", role.name, age(role.seconds)));
+    }
     line("Heartbeats", facts.heartbeat.as_ref().map_or_else(none, heartbeats));
     line("Ejection", ejection(&facts.ejection));
     for announced in &facts.announced {

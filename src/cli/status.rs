@@ -143,9 +143,10 @@ fn pool_table(pool: &PoolDoc, width: Option<usize>) -> String {
     let backends = &pool.backends;
     let eligible = backends.iter().filter(|backend| backend.eligible).count();
     let title = format!(
-        "POOL {}: {}, {eligible} of {} eligible{}",
+        "POOL {}: {}{}, {eligible} of {} eligible{}",
         cell_text(&pool.name),
         pool.balance,
+        pool_origin(pool),
         backends.len(),
         pool_remarks(pool)
     );
@@ -182,6 +183,13 @@ fn pool_table(pool: &PoolDoc, width: Option<usize>) -> String {
         text.push_str(&wrap(&format!("source {}\n", sources::describe(source)), width));
     }
     text
+}
+
+/// Returns the role that a pool needs, and the pool whose backends it uses.
+fn pool_origin(pool: &PoolDoc) -> String {
+    let role = pool.role.as_ref().map_or_else(String::new, |role| format!(", role {role}"));
+    let of = pool.of.as_deref().map_or_else(String::new, |of| format!(", of {}", cell_text(of)));
+    role + &of
 }
 
 /// Returns the remarks in the title line of a pool: queue, registrations, guards.
@@ -281,6 +289,10 @@ fn state(backend: &BackendDoc, pool: &PoolDoc) -> String {
         _ if unobserved => "no probes".to_owned(),
         _ => backend.observation.name().to_owned(),
     };
+    if let Some(role) = &backend.role {
+        let rank = if role.outranked { "outranked " } else { "" };
+        state.push_str(&format!(" {rank}{} {}", role.name, age(role.seconds)));
+    }
     if backend.backup {
         state.push_str(" backup");
     }

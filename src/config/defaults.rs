@@ -50,7 +50,7 @@ const FRONTEND: DefaultsKind = DefaultsKind {
 const POOL: DefaultsKind = DefaultsKind {
     key: "pool",
     sections: "[pool.NAME]",
-    own: &["backend", "discover", "heartbeat", "probe"],
+    own: &["backend", "discover", "heartbeat", "of", "probe", "role"],
 };
 const PROBE: DefaultsKind = DefaultsKind { key: "probe", sections: "[pool.NAME.probe]", own: &[] };
 

@@ -100,6 +100,11 @@ fn table_of(config: &Config) -> Table {
             discovery::leave_out_defaults(spec, &model.name, discover);
         }
         backends(model, pool);
+        if model.of.is_some() {
+            // Copies of what the other pool has.
+            pool.remove("backend");
+            pool.remove("probe");
+        }
     }
     table
 }

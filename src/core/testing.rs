@@ -16,6 +16,8 @@ use std::time::Duration;
 pub fn pool(name: &str) -> PoolConfig {
     PoolConfig {
         name: name.into(),
+        of: None,
+        role: None,
         balance: Policy::WeightedRoundRobin,
         hash_slots: HASH_SLOTS,
         source: [].into(),

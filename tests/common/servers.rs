@@ -7,6 +7,7 @@
 use super::ports::free_port;
 use super::{eventually, proc, secs};
 use rustix::process::Signal;
+use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -174,25 +175,62 @@ http {{
 /// redis-server without persistence.
 pub struct Redis {
     pub address: SocketAddr,
-    _running: Running,
-    _dir: tempfile::TempDir,
+    running: Running,
+    dir: tempfile::TempDir,
 }
 
 impl Redis {
     pub fn start() -> Redis {
         let dir = tempfile::Builder::new().prefix("tg-redis-").tempdir_in("/tmp").expect("dir");
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
-        let running = Running::start(
-            Command::new(find("redis-server").expect("the test checked for redis-server"))
-                .args(["--port", &address.port().to_string(), "--bind", "127.0.0.1"])
-                .args(["--save", "", "--appendonly", "no", "--dir"])
-                .arg(dir.path())
-                .stdout(Stdio::null())
-                .stderr(Stdio::null()),
-        );
-        eventually(secs(10), "redis listens", || TcpStream::connect(address).is_ok());
-        Redis { address, _running: running, _dir: dir }
+        let running = start_redis(dir.path(), address);
+        Redis { address, running, dir }
     }
+
+    /// Sends SIGKILL.
+    pub fn kill(&mut self) {
+        self.running.kill();
+    }
+
+    /// Starts it again at its address, empty and as a primary.
+    pub fn restart(&mut self) {
+        self.running = start_redis(self.dir.path(), self.address);
+    }
+
+    /// Makes it a replica; `None`: a primary.
+    pub fn follow(&self, primary: Option<SocketAddr>) {
+        let command = primary.map_or("REPLICAOF NO ONE".to_owned(), |primary| {
+            format!("REPLICAOF {} {}", primary.ip(), primary.port())
+        });
+        let reply = Redis::ask(self.address, &command);
+        assert!(reply.as_ref().is_ok_and(|reply| reply.starts_with("+OK")), "{reply:?}");
+    }
+
+    /// Sends an inline command in a new connection. Returns the first line of the reply, and of
+    /// a text the text.
+    pub fn ask(address: SocketAddr, command: &str) -> std::io::Result<String> {
+        let mut stream = TcpStream::connect_timeout(&address, secs(5))?;
+        stream.set_read_timeout(Some(secs(5)))?;
+        stream.write_all(format!("{command}\r\n").as_bytes())?;
+        let mut lines = BufReader::new(stream).lines();
+        let mut next =
+            || lines.next().unwrap_or_else(|| Err(std::io::ErrorKind::UnexpectedEof.into()));
+        let line = next()?;
+        if line.starts_with('$') { next() } else { Ok(line) }
+    }
+}
+
+fn start_redis(dir: &Path, address: SocketAddr) -> Running {
+    let running = Running::start(
+        Command::new(find("redis-server").expect("the test checked for redis-server"))
+            .args(["--port", &address.port().to_string(), "--bind", "127.0.0.1"])
+            .args(["--save", "", "--appendonly", "no", "--repl-diskless-sync-delay", "0", "--dir"])
+            .arg(dir)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null()),
+    );
+    eventually(secs(10), "redis listens", || TcpStream::connect(address).is_ok());
+    running
 }
 
 /// Returns the output of redis-benchmark. Panics on a non-zero exit or an error line.

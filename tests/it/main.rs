@@ -22,6 +22,7 @@ mod balance;
 mod binds;
 mod cli;
 mod confinement;
+mod databases;
 mod discovery;
 mod drain;
 mod engine;

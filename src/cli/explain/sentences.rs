@@ -163,6 +163,8 @@ fn skip_reason(skipped: &SkippedDoc) -> String {
         SkipReasonName::SlowStart => "its slow start limits its share".to_owned(),
         SkipReasonName::Tried => "already tried by this session".to_owned(),
         SkipReasonName::Excluded => "excluded by --without".to_owned(),
+        SkipReasonName::OtherRole => "it does not have the role that the pool needs".to_owned(),
+        SkipReasonName::Outranked => format!("one of several primaries for {time}"),
         SkipReasonName::Other(other) => cell_text(other),
     }
 }
@@ -357,6 +359,8 @@ mod tests {
             "slow-start",
             "tried",
             "excluded",
+            "other-role",
+            "outranked",
             "new-reason",
         ];
         let one = |name: &&str| SkippedDoc {

@@ -6,9 +6,27 @@ use crate::validate::ProbeKindKey;
 use Applies::Reload;
 use DefaultValue::{Derived, Described, Required, Value};
 use Values::{Flag, Form, Integer, Share, Time, WordOrTime, Words};
-use tidegate_core::model::{HttpVersion, Policy, ProbeHeader, ProxyVersion, WhenNoneEligible};
+use tidegate_core::model::{
+    HttpVersion, NodeRole, Policy, ProbeHeader, ProxyVersion, WhenNoneEligible,
+};
 
 pub(super) const POOL: &[ConfigKey] = &[
+    key(
+        "of",
+        Form("the name of another pool"),
+        Described("the pool has its own backends"),
+        Reload,
+        "Use the backends and the probe of that pool, see \
+         [roles.md](roles.md). The pool then has no `backend`, `probe`, `heartbeat` and \
+         `discover`.",
+    ),
+    key(
+        "role",
+        Words(words::<NodeRole>),
+        Described("any role"),
+        Reload,
+        "Only backends with this role are eligible. The probe must find roles.",
+    ),
     key(
         "balance",
         Words(words::<Policy>),
@@ -111,7 +129,8 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Value("\"tcp\""),
         Reload,
         "`tcp`: the backend accepts a connection; `send-expect`: the answer has the expected \
-         bytes; `steps`: several requests and answers; `http`: the answer has an accepted status.",
+         bytes; `steps`: several requests and answers; `http`: the answer has an accepted status; \
+         `redis`: see [roles.md](roles.md).",
     ),
     key(
         "port",
@@ -257,6 +276,20 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Value("\"200-399\""),
         Reload,
         "For `http`: accepted status of the final response.",
+    ),
+    key(
+        "user",
+        Form("text of 1 to 64 bytes"),
+        Described("none"),
+        Reload,
+        "For `redis`: the user that logs in; it needs `password_file`.",
+    ),
+    key(
+        "password_file",
+        Form("a file path"),
+        Described("no password"),
+        Reload,
+        "File with the password in one line. It is read for each probe.",
     ),
 ];
 

@@ -60,6 +60,7 @@ fn routes(
             }
         }
     }
+    used.extend(pools.iter().filter_map(|pool| pool.model.of.as_deref()));
     for pool in pools {
         if !used.contains(&*pool.model.name) {
             let message = format!("no frontend uses pool {}", shown(&pool.model.name));

@@ -10,6 +10,7 @@ mod client_port;
 mod cross;
 mod discover;
 mod dns;
+mod follow;
 mod frontend;
 mod globals;
 mod guards;
@@ -89,7 +90,7 @@ pub(super) fn config<'a>(
         .map(|named| registry::read(named, files))
         .collect();
     let known = KnownRegistries { list: &registries, all: top.has_all_named_tables("registry") };
-    let pools: Vec<_> = top
+    let mut pools: Vec<_> = top
         .named_tables("pool")
         .into_iter()
         .map(|named| pool::read(named, &defaults, known, files))
@@ -102,6 +103,7 @@ pub(super) fn config<'a>(
     require_something(&top, document, (frontends.len(), enabled), pools.len());
     let all_pools = top.has_all_named_tables("pool");
     cross::check(report, &admin, (&frontends, bind_count), &pools, all_pools);
+    follow::resolve(report, &mut pools, all_pools);
     heartbeat::check(report, heartbeat.as_ref(), &pools);
     report.warn_of_idle_limits(process.connections_max);
     top.finish();

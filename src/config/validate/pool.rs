@@ -12,7 +12,7 @@ use toml::de::DeValue;
 use super::backends::{self, BackendsRead};
 use super::discover::{self, KnownRegistries};
 use super::probe::ProbedBackends;
-use super::{POOL_SOURCES_MAX, frontend, heartbeat, probe, proxy_protocol};
+use super::{POOL_SOURCES_MAX, follow, frontend, heartbeat, probe, proxy_protocol};
 use crate::defaults::Defaults;
 use crate::file::{Field, NamedSection, Section};
 use crate::value::{self, SLOW_FIRST_BYTE, SLOW_START, TIME, ValueError, shown};
@@ -50,6 +50,10 @@ pub(super) struct PoolRead {
     pub(super) address_places: Vec<Range<usize>>,
     /// Place of each name; as many as `model.named`.
     pub(super) name_places: Vec<Range<usize>>,
+    /// Place of `of`.
+    pub(super) of: Option<Range<usize>>,
+    /// Place of `role`.
+    pub(super) role: Option<Range<usize>>,
     /// The registry that the pool names, even if it does not exist.
     pub(super) registry: Option<Arc<str>>,
 }
@@ -62,6 +66,13 @@ pub(super) fn read<'r, 'a>(
 ) -> PoolRead {
     let NamedSection { name, place, section } = named;
     let section = section.with_defaults(&defaults.pool);
+    let of = section.text("of", "the name of a pool", |text| Ok(Arc::<str>::from(text)));
+    let role = section.choice("role");
+    let (of_place, role_place) = (of.place(), role.place());
+    let of = of.value();
+    if let Some(of) = &of {
+        follow::refuse_own(&section, of);
+    }
     let balance = section.choice("balance").or(Policy::WeightedRoundRobin);
     let slots = hash_slots(&section, balance);
     let connect_timeout = section.duration("connect_timeout", "5s", TIME);
@@ -69,7 +80,8 @@ pub(super) fn read<'r, 'a>(
     let heartbeat = heartbeat::of_pool(&section, name);
     let registered = heartbeat.as_ref().filter(|spec| spec.register).map(|spec| spec.backends_max);
     let discover = discover::of_pool(&section, name, registries, files);
-    let may_be_empty = registered.is_some() || section.key_place("discover").is_some();
+    let may_be_empty =
+        of.is_some() || registered.is_some() || section.key_place("discover").is_some();
     let BackendsRead { backends, address_places, named, name_places } =
         backends::read(&section, name, may_be_empty);
     let (discover, registry) = discover.map_or((None, None), |read| (read.spec, read.registry));
@@ -94,6 +106,8 @@ pub(super) fn read<'r, 'a>(
     let connect_time = connect_timeout.or(CONNECT_TIMEOUT);
     let model = PoolConfig {
         name: name.into(),
+        of,
+        role: role.value(),
         balance,
         hash_slots,
         source,
@@ -118,7 +132,17 @@ pub(super) fn read<'r, 'a>(
     let queue_timeout = section.key_place("queue_timeout").filter(|_| without_max);
     section.finish();
     let heartbeat = heartbeat_place;
-    PoolRead { model, place, heartbeat, queue_timeout, address_places, name_places, registry }
+    PoolRead {
+        model,
+        place,
+        heartbeat,
+        queue_timeout,
+        address_places,
+        name_places,
+        of: of_place,
+        role: role_place,
+        registry,
+    }
 }
 
 /// Reads the size of the table of `source-hash`.
@@ -203,7 +227,7 @@ fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &PoolConfig) {
             pool.report.warning(place, ValueError::new(message));
         }
     };
-    if model.probe.is_none() && model.heartbeat.is_none() {
+    if model.probe.is_none() && model.heartbeat.is_none() && model.of.is_none() {
         idle("startup_grace", "the pool has neither probes nor heartbeats".to_owned());
     }
     let registers = model.heartbeat.as_ref().is_some_and(|spec| spec.register);

@@ -4,6 +4,7 @@
 
 mod answer;
 mod http;
+mod service;
 mod target;
 
 use std::ops::Range;
@@ -14,6 +15,7 @@ use crate::defaults::SectionDefaults;
 use crate::file::{Field, Section};
 use crate::value::{self, TIME, ValueError};
 use http::HttpKeys;
+use service::ServiceKeys;
 use tidegate_core::model::{
     Expect, ProbeBytes, ProbeKind, ProbeSpec, ProbeStep, ProbeTarget, Words, show_duration,
 };
@@ -35,6 +37,7 @@ pub(crate) enum ProbeKindKey {
     SendExpect,
     Steps,
     Http,
+    Redis,
 }
 
 impl Words for ProbeKindKey {
@@ -43,6 +46,7 @@ impl Words for ProbeKindKey {
         ("send-expect", ProbeKindKey::SendExpect),
         ("steps", ProbeKindKey::Steps),
         ("http", ProbeKindKey::Http),
+        ("redis", ProbeKindKey::Redis),
     ];
 }
 
@@ -60,6 +64,7 @@ struct KindKeys {
     expect: Field<Expect>,
     steps: Field<Vec<ProbeStep>>,
     http: HttpKeys,
+    service: ServiceKeys,
 }
 
 /// The keys that only some kinds take, and these kinds. The first one is named in messages.
@@ -73,6 +78,8 @@ const OWNED: &[(&str, &[ProbeKindKey])] = &[
     ("http", &[ProbeKindKey::Http]),
     ("headers", &[ProbeKindKey::Http]),
     ("status", &[ProbeKindKey::Http]),
+    ("user", &[ProbeKindKey::Redis]),
+    ("password_file", &[ProbeKindKey::Redis]),
 ];
 
 pub(super) fn read<'r, 'a>(
@@ -90,6 +97,7 @@ pub(super) fn read<'r, 'a>(
         expect: answer::expect(&section),
         steps: answer::steps(&section),
         http: http::keys(&section),
+        service: service::keys(&section, files),
     };
     let kind_is_bad = kind.is_bad();
     let kind = kind.or(ProbeKindKey::Tcp);
@@ -97,6 +105,7 @@ pub(super) fn read<'r, 'a>(
         refuse_foreign_keys(&section, kind);
         require_answer(&section, kind, &keys);
         refuse_status_as_body(&section, kind, &keys);
+        service::check(&section, kind, &keys.service);
     }
     let ProbeTimes { interval, fast_interval, down_interval, timeout } = times(&section);
     let spec = ProbeSpec {
@@ -246,6 +255,7 @@ impl KindKeys {
             },
             ProbeKindKey::Steps => ProbeKind::Steps { steps: self.steps.or(Vec::new()) },
             ProbeKindKey::Http => ProbeKind::Http(self.http.into_probe(expect)),
+            ProbeKindKey::Redis => ProbeKind::Redis(self.service.login()),
         }
     }
 }

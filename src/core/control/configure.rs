@@ -12,6 +12,7 @@ use super::members::{
 };
 use super::pools::{PoolEntry, PoolId, StartupGrace};
 use super::removal::BackendKey;
+use super::roles::followed;
 use super::schedule::{TimerKind, after};
 use super::state::ControlState;
 use super::{Controller, PublishReason};
@@ -72,6 +73,7 @@ impl Controller {
         for spec in &config.pools {
             state.configure_pool(heartbeats, spec, &mut before, &mut starting, now);
         }
+        state.link_followers();
         state.remove_rest(heartbeats, before, now);
         state.schedule_views(dropped, now);
         state.begin_settling(&former, now);
@@ -154,6 +156,7 @@ impl ControlState {
             let (mut entry, arrival) = self.find_or_create(spec, &backend, id, before, now);
             let was_needed = old_heartbeat.as_ref().is_some_and(|old| entry.needs_heartbeats(old));
             entry.set_member(member, now);
+            entry.health.role.needed = spec.role;
             if arrival == JoinKind::Joined {
                 self.take_intent(&mut entry, now);
             }
@@ -213,7 +216,8 @@ impl ControlState {
         let lets_register = spec.heartbeat.as_ref().is_some_and(|spec| spec.register);
         let registered = registered(lets_register, old, &before.backends);
         let viewed = self.views.listed(&spec.name);
-        let members = listed.chain(registered).chain(viewed);
+        let followed = followed(spec, old, &before.backends);
+        let members = listed.chain(registered).chain(viewed).chain(followed);
         MergedMembers::of(spec, members, |address| self.is_own(address)).into_owned()
     }
 
@@ -435,7 +439,12 @@ fn respecify(
     };
     match &mut entry.health.detector {
         Some(_) if arrival == JoinKind::Kept && old == Some(new) => return ProbePlan::Continue,
-        Some(detector) => detector.retune(new.rise, new.fall),
+        Some(detector) => {
+            detector.retune(new.rise, new.fall);
+            if !new.kind.finds_roles() {
+                detector.set_role(None);
+            }
+        }
         None => {
             entry.health.detector = Some(ProbeDetector::new(new.rise, new.fall, now));
             // A kept backend was in rotation without a probe.

@@ -5,6 +5,8 @@
 //! An older program can omit fields, and unknown fields of a newer program are ignored.
 //! Frontends, pools and backends are identified by name, never by id.
 
+mod counts;
+
 use super::backends::BackendEntry;
 use super::heartbeats::CarriedHeartbeats;
 use super::pools::{PoolEntry, StartupGrace};
@@ -13,15 +15,15 @@ use super::slow_backends::watched;
 use super::state::ControlState;
 use super::{
     ControlEffect, Controller, HeartbeatIgnored, PublishReason, SavedHeartbeats, SavedIntent,
-    SavedTransition, SavedViews,
+    SavedRole, SavedTransition, SavedViews,
 };
 use crate::balance::RoundRobinPosition;
 use crate::health::ejection::SavedEjectionState;
 use crate::health::slow_detector::SavedSlowDetector;
 use crate::health::{Intent, Observation};
-use crate::outcome::RefusedReason;
 use crate::table::PoolTable;
-use crate::table::state::{BackendId, BackendState, FrontendState};
+use crate::table::state::{BackendId, BackendState};
+use counts::{carry_backend, carry_frontend, save_frontend};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -134,6 +136,9 @@ pub struct SavedBackend {
     /// Age of the observation.
     #[serde(skip_serializing_if = "is_default")]
     pub observation_ms: u64,
+    /// The role that its probes have found.
+    #[serde(skip_serializing_if = "is_default")]
+    pub role: Option<SavedRole>,
     /// Eligible while unknown.
     #[serde(skip_serializing_if = "is_default")]
     pub fails_open: bool,
@@ -510,6 +515,7 @@ fn adopt_health(entry: &mut BackendEntry, saved: &SavedBackend, now: Instant) {
             }
             Some(verdict) => {
                 detector.restore(verdict, ago(now, saved.observation_ms));
+                detector.set_role(saved.role.as_ref().and_then(|role| role.seen(now)));
                 entry.health.fails_open = false;
             }
         }
@@ -530,6 +536,7 @@ fn save_backend(entry: &BackendEntry, history: usize, now: Instant) -> SavedBack
         eligible: health.eligible(),
         observation: health.probed().unwrap_or(Observation::Unknown).name().to_owned(),
         observation_ms: health.detector.as_ref().map_or(0, |detector| age(detector.since())),
+        role: health.seen_role().map(|role| SavedRole::of(role, now)),
         fails_open: health.fails_open,
         unverified: health.unverified,
         outlier: health.outlier.save(now),
@@ -545,42 +552,6 @@ fn save_backend(entry: &BackendEntry, history: usize, now: Instant) -> SavedBack
         observed_ms: Some(age(entry.observed_since)),
         history: entry.history.save(history, now),
     }
-}
-
-fn save_frontend(state: &FrontendState) -> SavedFrontend {
-    let refused = |reason: RefusedReason| {
-        let total = state.counters.sum(|c| c.refused.cell(reason as usize, 0).get());
-        (reason.name().to_owned(), total)
-    };
-    SavedFrontend {
-        name: state.name.to_string(),
-        sessions: state.counters.sum(|c| c.sessions.get()),
-        bytes_in: state.counters.sum(|c| c.bytes_in.get()),
-        bytes_out: state.counters.sum(|c| c.bytes_out.get()),
-        refused: RefusedReason::ALL.into_iter().map(refused).collect(),
-        untracked: state.counters.sum(|c| c.untracked.get()),
-    }
-}
-
-/// Adds the counts of another process to the shard of the first worker.
-fn carry_frontend(state: &FrontendState, saved: &SavedFrontend) {
-    let counters = state.counters.of(0);
-    counters.sessions.carry(saved.sessions);
-    counters.bytes_in.carry(saved.bytes_in);
-    counters.bytes_out.carry(saved.bytes_out);
-    for reason in RefusedReason::ALL {
-        let before = saved.refused.get(reason.name()).copied().unwrap_or_default();
-        counters.refused.cell(reason as usize, 0).carry(before);
-    }
-    counters.untracked.carry(saved.untracked);
-}
-
-fn carry_backend(state: &BackendState, saved: &SavedBackend) {
-    let counters = state.counters.of(0);
-    counters.sessions.carry(saved.sessions);
-    counters.connect_failures.carry(saved.connect_failures);
-    counters.bytes_in.carry(saved.bytes_in);
-    counters.bytes_out.carry(saved.bytes_out);
 }
 
 pub(super) fn every_backend(saved: &Saved) -> impl Iterator<Item = (&SavedPool, &SavedBackend)> {

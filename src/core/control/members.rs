@@ -178,6 +178,17 @@ impl<'a> ListedMember<'a> {
         ListedMember { source, spec, wish, said: None, group: None }
     }
 
+    /// Returns a member of a pool as a pool that follows it lists it. Its wish comes with its
+    /// health.
+    pub(super) fn followed(entry: &'a BackendEntry) -> (ListedMember<'a>, Origins) {
+        let listed = ListedMember {
+            wish: entry.health.wish,
+            group: entry.group.as_ref(),
+            ..ListedMember::of(MemberSource::File, &entry.spec)
+        };
+        (listed, entry.origins)
+    }
+
     fn owned(&self, origins: Origins) -> PoolMember {
         let said = |(label, raw): (&Arc<str>, &Arc<str>)| match raw.is_empty() {
             true => label.to_string(),
@@ -268,6 +279,17 @@ impl<'a> MergedMembers<'a> {
         merged
     }
 
+    /// Returns the members of a pool that follows another one, which has merged them.
+    fn followed(members: impl Iterator<Item = (ListedMember<'a>, Origins)>) -> MergedMembers<'a> {
+        let mut merged = MergedMembers::default();
+        for (member, origins) in members {
+            merged.by_name.insert(&member.spec.name, merged.list.len());
+            merged.by_address.insert(&member.spec.address, merged.list.len());
+            merged.list.push((member, origins));
+        }
+        merged
+    }
+
     fn add(&mut self, member: ListedMember<'a>, max: usize) {
         let named = self.by_name.get(&*member.spec.name).copied();
         let placed = self.by_address.get(&member.spec.address).copied();
@@ -324,7 +346,10 @@ impl ControlState {
         let listed = listed.map(|member| ListedMember::of(MemberSource::File, member));
         let viewed = self.views.listed(&pool.spec.name);
         let is_own = |address: &BackendAddr| self.is_own(address);
-        let merged = MergedMembers::of(&pool.spec, listed.chain(registered).chain(viewed), is_own);
+        let merged = match pool.spec.of {
+            Some(_) => MergedMembers::followed(self.followed_members(&pool.spec)),
+            None => MergedMembers::of(&pool.spec, listed.chain(registered).chain(viewed), is_own),
+        };
         let mut changes = MemberChanges::default();
         for entry in present() {
             let id = entry.state.id;
@@ -405,6 +430,7 @@ impl ControlState {
         entry.group = member.group;
         entry.wished_by = member.wished_by;
         let pool = entry.pool;
+        self.pending.refit.insert(pool);
         self.pools.count_registered(pool, before, member.origins);
         self.set_wish(id, member.wish, &member.said, now);
     }
@@ -482,6 +508,7 @@ impl ControlState {
         entry.state.start_from(&pool_spec.source, self.allocator.workers);
         entry.pool = pool_id;
         entry.set_member(member, now);
+        entry.health.role.needed = pool_spec.role;
         entry.heartbeats_from = None;
         let heartbeat = pool_spec.heartbeat.as_ref();
         entry.health.heartbeat_health =
@@ -490,6 +517,7 @@ impl ControlState {
         self.begin_verification(&mut entry, &pool_spec, (index, count), now);
         let id = entry.state.id;
         self.ejections.note(&entry);
+        self.pending.refit.insert(pool_id);
         self.pools.add_member(&entry);
         self.backends.insert(entry);
         self.join_probing(id, pool_id, (index, count), now);
@@ -522,6 +550,7 @@ impl ControlState {
         let pool = self.pools.get(entry.pool)?;
         let (rule, pool) = (pool.spec.on_removal, pool.id);
         self.pending.unsettled.insert(pool);
+        self.pending.refit.insert(pool);
         heartbeats.drop_sender(&mut entry);
         self.remove_backend(entry, reason, rule, now);
         Some(pool)

@@ -12,7 +12,7 @@
 //!   `pools`, `backends`, `removal` (removed backends) and `schedule` (timers).
 //! - **Rules**, as methods of `ControlState`: `probing` (when probes run),
 //!   `probe_results`, `ejections`, `trials`, `ramps` (slow start), `settling` (pools
-//!   without results after a start or reload), `members` (the backends of a pool), `views` (what
+//!   without results after a start or reload), `roles` (pools that follow others), `members` (the backends of a pool), `views` (what
 //!   member sources list), `operator`, `intents` and `groups` (drains).
 //! - **Parts with their own state**, which borrow the `ControlState` for a call:
 //!   `heartbeats` (registration, silence), `slow_backends` (missing first bytes) and
@@ -42,6 +42,7 @@ mod publish;
 mod ramps;
 mod removal;
 mod renamed;
+mod roles;
 mod schedule;
 pub mod sessions_elsewhere;
 mod settling;
@@ -67,6 +68,7 @@ pub use members::{MemberSource, MembersIgnored, Origins};
 pub use publish::detached_build::BuildToken;
 pub use publish::pacer::PublishReason;
 pub use publish::{WEIGHT_PARTS, Weight};
+pub use roles::SavedRole;
 pub use status::{
     BackendHeartbeatStatus, BackendStatus, ControlStatus, FreezeStatus, FrontendStatus, Gathering,
     HeartbeatChannelStatus, PoolStatus,
@@ -322,6 +324,9 @@ impl Controller {
         self.run_due(now);
         let state = &mut self.state;
         self.heartbeats.eject_confirmed(state, now);
+        state.follow_members(&mut self.heartbeats, now);
+        state.follow_health(now);
+        state.settle_roles(now);
         while let Some(pool) = state.pending.unsettled.pop_first() {
             state.recheck_ejections(pool, now);
         }

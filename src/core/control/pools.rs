@@ -36,6 +36,10 @@ pub(super) struct PoolSet {
     settling: usize,
     /// Pools whose members or stand-ins have changed since the last table.
     changed: BTreeSet<PoolId>,
+    /// Whether any pool follows another one.
+    followed: bool,
+    /// Whether any pool needs a role.
+    role: bool,
 }
 
 pub(super) use crate::model::PoolId;
@@ -70,6 +74,12 @@ pub(super) struct PoolEntry {
     pub(super) verification: PoolVerification,
     /// Since when at least one backend is eligible; `None`: none is.
     pub(super) in_service_since: Option<Instant>,
+    /// The pools that follow this one (`of`).
+    pub(super) followers: Vec<PoolId>,
+    /// The pool needs a role that no eligible backend has.
+    pub(super) seeks_role: bool,
+    /// More than one backend is a primary; noticed once.
+    pub(super) has_several_primaries: bool,
     /// Present if the pool is so large that another thread builds its table part.
     pub(super) detached: Option<DetachedBuild>,
 }
@@ -97,7 +107,28 @@ impl PoolSet {
             self.fastest = Some(self.fastest.map_or(spec.interval, |so| so.min(spec.interval)));
         }
         self.settling += usize::from(pool.settling.is_some());
+        self.role |= pool.spec.role.is_some();
         self.list.push(pool);
+    }
+
+    /// Sets which pools follow which: each pair is a pool and a follower of it.
+    pub(super) fn link(&mut self, pairs: &[(PoolId, PoolId)]) {
+        self.followed = !pairs.is_empty();
+        for (base, follower) in pairs {
+            if let Some(pool) = self.observe(*base) {
+                pool.followers.push(*follower);
+            }
+        }
+    }
+
+    /// Whether any pool follows another one.
+    pub(super) fn any_followed(&self) -> bool {
+        self.followed
+    }
+
+    /// Whether any pool needs a role.
+    pub(super) fn any_role(&self) -> bool {
+        self.role
     }
 
     pub(super) fn get(&self, id: PoolId) -> Option<&PoolEntry> {
@@ -277,10 +308,14 @@ impl PoolEntry {
             verifying: verifying(spec),
             verification: PoolVerification::default(),
             in_service_since: None,
+            followers: Vec::new(),
+            seeks_role: false,
+            has_several_primaries: false,
             detached: None,
         };
         if let Some(old) = old {
             pool.detached = old.detached;
+            pool.has_several_primaries = old.has_several_primaries && spec.role.is_some();
             pool.in_service_since = old.in_service_since;
             pool.settling = old.settling;
             pool.ignored = old.ignored;

@@ -9,6 +9,7 @@ use super::state::ControlState;
 use super::{NoticeFields, ProbeToken};
 use crate::health::probe_detector::ProbeTransition;
 use crate::health::{ConnectFailure, Observation, ProbeOutcome};
+use crate::model::Words;
 use crate::table::state::BackendId;
 use std::sync::Arc;
 use std::time::Instant;
@@ -35,10 +36,11 @@ impl ControlState {
         }
         entry.note_probe(&outcome, false, now);
         match outcome {
-            ProbeOutcome::Success { took, .. } => {
+            ProbeOutcome::Success { took, answer } => {
                 if let Some(heartbeats) = &mut entry.heartbeats {
                     heartbeats.detector.note_connect_success(took);
                 }
+                self.see_role(id, answer.role(), now);
                 self.apply_probe_result(id, None, now);
             }
             ProbeOutcome::Failure { reason, .. } => self.apply_probe_result(id, Some(reason), now),
@@ -72,7 +74,13 @@ impl ControlState {
             return false;
         }
         let before = entry.health.observation();
-        if let Some(detector) = &mut entry.health.detector {
+        let follows = self.pools.get(entry.pool).is_some_and(|pool| pool.spec.of.is_some());
+        if follows {
+            // The probes of the other pool decide, and its own sessions.
+            if let Some(probed) = self.probed_member(id) {
+                self.hasten_probe(probed, now);
+            }
+        } else if let Some(detector) = &mut entry.health.detector {
             if failure != ConnectFailure::EarlyReset
                 && let Some(change) = detector.connect_failed(in_a_row, now)
             {
@@ -90,6 +98,10 @@ impl ControlState {
             return;
         }
         pool.startup = StartupGrace::FailingOpen;
+        if pool.spec.of.is_some() {
+            // The pool that it follows logs it and fails open.
+            return;
+        }
         let fields = NoticeFields {
             startup_grace: Some(humantime::format_duration(pool.spec.startup_grace).to_string()),
             help: "check the probe settings of the pool and the network",
@@ -142,8 +154,13 @@ impl ControlState {
             let since = now.saturating_duration_since(entry.observed_since);
             let lasted = if same { change.lasted } else { since };
             entry.observed_since = now;
+            let role = entry.health.seen_role().filter(|_| change.to == Observation::Up);
             let names = (before.name(), after.name());
-            self.record(id, names, evidence(change, last), lasted, now);
+            let mut evidence = evidence(change, last);
+            if let Some(seen) = role {
+                evidence.push_str(&format!(", role {}", seen.role.word()));
+            }
+            self.record(id, names, evidence, lasted, now);
         }
     }
 

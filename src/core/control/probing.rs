@@ -85,7 +85,9 @@ impl ControlState {
     pub(super) fn start_probe(&mut self, id: BackendId, now: Instant) {
         let Some(entry) = self.backends.observe(id) else { return };
         let Some(pool) = self.pools.get(entry.pool) else { return };
-        let Some(spec) = &pool.spec.probe else { return };
+        let Some(spec) = pool.spec.probe.as_ref().filter(|_| pool.spec.of.is_none()) else {
+            return;
+        };
         debug_assert!(entry.in_flight.is_none(), "a backend's probes never overlap");
         match entry.confirmation {
             // A confirmation probe is running; a backend has one probe at a time.
@@ -130,7 +132,9 @@ impl ControlState {
     ) {
         let Some(entry) = self.backends.observe(id) else { return };
         let Some(pool) = self.pools.get(entry.pool) else { return };
-        let Some(spec) = &pool.spec.probe else { return };
+        let Some(spec) = pool.spec.probe.as_ref().filter(|_| pool.spec.of.is_none()) else {
+            return;
+        };
         if let Some(probe) = &mut entry.in_flight {
             // A probe is still running; its end starts the schedule.
             probe.stale = true;
@@ -163,15 +167,24 @@ impl ControlState {
         }
     }
 
+    /// Brings the next probe forward because sessions of another pool cannot connect.
+    pub(super) fn hasten_probe(&mut self, id: BackendId, now: Instant) {
+        if let Some((spec, _)) = self.probe_pace(id) {
+            self.schedule.bring_forward(TimerKind::Probe(id), after(now, spec.fast_interval));
+        }
+    }
+
     /// Returns the probe settings, and which interval applies.
     fn probe_pace(&self, id: BackendId) -> Option<(Arc<ProbeSpec>, ProbePace)> {
         let entry = self.backends.get(id)?;
-        let spec = self.pool(entry.pool)?.spec.probe.as_ref()?;
+        let pool = self.pool(entry.pool)?;
+        let spec = pool.spec.probe.as_ref()?;
         let detector = entry.health.detector.as_ref()?;
         let pace = match detector.observation() {
             _ if detector.changing() => ProbePace::Fast,
             Observation::Unknown => ProbePace::Fast,
             Observation::Down => ProbePace::Down,
+            _ if self.seeks_role(pool) => ProbePace::Fast,
             Observation::Up | Observation::Suspect => ProbePace::Settled,
         };
         Some((Arc::clone(spec), pace))

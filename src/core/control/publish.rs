@@ -180,7 +180,11 @@ impl BackendEntry {
             _ if health.outlier.is_ejected() => SkipReason::Ejected,
             (_, Observation::Down) => SkipReason::Down,
             _ if health.unverified => SkipReason::Unverified,
-            _ => SkipReason::NoVerdict,
+            _ if health.has_role() || health.observation() == Observation::Unknown => {
+                SkipReason::NoVerdict
+            }
+            _ if health.role.outranked => SkipReason::Outranked,
+            _ => SkipReason::OtherRole,
         })
     }
 
@@ -192,6 +196,9 @@ impl BackendEntry {
             SkipReason::DrainedByRegistry => self.wish_since,
             SkipReason::Ejected => self.health.outlier.until().unwrap_or(self.observed_since),
             SkipReason::NoVerdict | SkipReason::Unverified => self.health.since,
+            SkipReason::OtherRole | SkipReason::Outranked => {
+                self.health.seen_role().map_or(self.health.since, |seen| seen.since)
+            }
             _ => self.observed_since,
         }
     }

@@ -77,6 +77,8 @@ impl ControlState {
             }
             let mut names = predecessors.get(&*pool.spec.name).cloned().unwrap_or_default();
             names.insert(&pool.spec.name);
+            // A former backend has no role of which a probe of this configuration tells.
+            names.retain(|_| pool.spec.role.is_none());
             let ids = names.iter().filter_map(|name| former.backends.get(*name)).flatten();
             let stand_ins = ids.filter(|id| self.removed.get(**id).is_some()).copied().collect();
             let until = pool.settling().map(|settling| settling.until);

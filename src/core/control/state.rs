@@ -70,6 +70,8 @@ pub(super) struct PendingEffects {
     pub(super) cause: Option<PublishReason>,
     /// Pools whose ejections must be rechecked.
     pub(super) unsettled: BTreeSet<PoolId>,
+    /// Pools whose members have changed: those that follow them take the same members.
+    pub(super) refit: BTreeSet<PoolId>,
     /// The table parts of large pools are built at once, not on another thread.
     pub(super) at_once: bool,
 }

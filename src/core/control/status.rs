@@ -7,8 +7,9 @@ use super::members::Origins;
 use super::pools::PoolEntry;
 use super::{Controller, HeartbeatIgnored, PublishReason, SourceStatus};
 use crate::discovery::view::MemberWish;
+use crate::health::role::SeenRole;
 use crate::health::{HeartbeatHealth, Intent, Observation, RequestedState, Transition};
-use crate::model::{BindKey, WhenNoneEligible, Words};
+use crate::model::{BindKey, NodeRole, WhenNoneEligible, Words};
 use crate::suspicion::rejections::Rejection;
 use crate::suspicion::{ChannelState, DetectorReading, Freeze};
 use crate::table::state::{BackendId, BackendState, FrontendState};
@@ -77,6 +78,10 @@ pub struct FrontendStatus {
 pub struct PoolStatus {
     /// Pool name.
     pub name: Arc<str>,
+    /// The pool that it follows.
+    pub of: Option<Arc<str>>,
+    /// Role that a backend needs.
+    pub role: Option<NodeRole>,
     /// Policy name.
     pub balance: &'static str,
     /// In file order, then the others by age.
@@ -141,6 +146,12 @@ pub struct BackendStatus {
     pub wished_by: Option<Arc<str>>,
     /// No connect to it has succeeded yet; only in pools without probes.
     pub unverified: bool,
+    /// The role that its probes have found.
+    pub role: Option<SeenRole>,
+    /// Its pool needs a role that it does not have.
+    pub lacks_role: bool,
+    /// It is a primary, but not the one in force.
+    pub outranked: bool,
     /// `None` if no heartbeat was received.
     pub heartbeats: Option<BackendHeartbeatStatus>,
     /// The newest transition, if any.
@@ -280,6 +291,8 @@ fn pool_status(pool: &PoolEntry, sources: Vec<SourceStatus>, now: Instant) -> Po
     let may_register = heartbeat.filter(|spec| spec.register);
     PoolStatus {
         name: Arc::clone(&pool.spec.name),
+        of: pool.spec.of.clone(),
+        role: pool.spec.role,
         balance: pool.spec.balance.word(),
         backends: Vec::with_capacity(pool.members().len()),
         none_eligible: Some(rule),
@@ -318,6 +331,9 @@ pub(super) fn backend_status(
         wish: entry.health.wish,
         wished_by: entry.wished_by.clone(),
         unverified: entry.health.unverified,
+        role: entry.health.seen_role(),
+        lacks_role: !entry.health.has_role(),
+        outranked: entry.health.role.outranked,
         heartbeats: backend_heartbeat_status(entry, pool, now),
         last_transition: entry.history.last().cloned(),
     }
@@ -375,6 +391,9 @@ impl BackendStatus {
             wish: MemberWish::Sessions,
             wished_by: None,
             unverified: false,
+            role: None,
+            lacks_role: false,
+            outranked: false,
             heartbeats: None,
             last_transition: None,
         }
@@ -387,6 +406,8 @@ impl PoolStatus {
     pub fn plain(name: &str, backends: Vec<BackendStatus>) -> PoolStatus {
         PoolStatus {
             name: name.into(),
+            of: None,
+            role: None,
             balance: "random",
             backends,
             none_eligible: None,

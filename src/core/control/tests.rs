@@ -7,6 +7,7 @@ mod heartbeats;
 mod members;
 mod probing;
 mod reloads;
+mod roles;
 mod scale;
 mod settling;
 mod slow_backends;

@@ -188,6 +188,10 @@ pub enum SkipReason {
     Tried,
     /// The question asked to leave it out (`--without`).
     Excluded,
+    /// It does not have the role that the pool needs, or its role is unknown.
+    OtherRole,
+    /// It is a primary, but another one is in force, or none.
+    Outranked,
 }
 
 /// What became known after the pick. Fields stay `None` until then.
@@ -295,7 +299,7 @@ impl<B> Figures<B> {
 
 impl SkipReason {
     /// All, in the order of their numbers.
-    pub const ALL: [SkipReason; 13] = [
+    pub const ALL: [SkipReason; 15] = [
         SkipReason::Down,
         SkipReason::Ejected,
         SkipReason::DrainedByOperator,
@@ -309,6 +313,8 @@ impl SkipReason {
         SkipReason::SlowStart,
         SkipReason::Tried,
         SkipReason::Excluded,
+        SkipReason::OtherRole,
+        SkipReason::Outranked,
     ];
 
     /// Word of the API.
@@ -327,6 +333,8 @@ impl SkipReason {
             SkipReason::SlowStart => "slow-start",
             SkipReason::Tried => "tried",
             SkipReason::Excluded => "excluded",
+            SkipReason::OtherRole => "other-role",
+            SkipReason::Outranked => "outranked",
         }
     }
 }

@@ -9,6 +9,8 @@
 //! - The first result decides alone.
 
 use super::Observation;
+use super::role::SeenRole;
+use crate::model::NodeRole;
 use std::time::{Duration, Instant};
 
 /// State of a detector, with the current row.
@@ -58,13 +60,15 @@ pub struct ProbeTransition {
 }
 
 /// See the module documentation.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProbeDetector {
     rise: u32,
     fall: u32,
     state: ProbeState,
     since: Instant,
     connect_row: ConnectFailureRow,
+    /// The newest role that a probe has found. A failed probe does not change it.
+    role: Option<SeenRole>,
 }
 
 /// Measures rows of connect failures from the count that all workers share.
@@ -73,7 +77,7 @@ pub struct ProbeDetector {
 /// also end a row here but do not change the count: a successful probe, the end of an
 /// ejection. Reports can arrive out of order or get lost. The row is then too short. It
 /// is too long by at most the distance between the reordered reports.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConnectFailureRow {
     /// The shared count just before the row began; `None`: the next report begins a
     /// row.
@@ -150,6 +154,7 @@ impl ProbeDetector {
             state: ProbeState::Unknown,
             since: now,
             connect_row: ConnectFailureRow::new(),
+            role: None,
         }
     }
 
@@ -170,6 +175,23 @@ impl ProbeDetector {
             self.connect_row.restart();
         }
         self.step(if success { ProbeEvidence::Success } else { ProbeEvidence::Failure }, now)
+    }
+
+    /// Records the role that a probe has found. Returns the role before it if this one is
+    /// another one.
+    pub fn see_role(&mut self, role: NodeRole, now: Instant) -> Option<SeenRole> {
+        let before = self.role.replace(SeenRole::next(self.role, role, now));
+        before.filter(|before| before.role != role)
+    }
+
+    /// Returns the newest role that a probe has found.
+    pub fn role(&self) -> Option<SeenRole> {
+        self.role
+    }
+
+    /// Sets what is known about the role.
+    pub fn set_role(&mut self, role: Option<SeenRole>) {
+        self.role = role;
     }
 
     /// Records a session's failed connect. `in_a_row` is the count that all workers

@@ -2,6 +2,7 @@
 //!
 //! `daemon` runs probes and passes the results to the controller. This code decides nothing.
 
+use crate::model::{NodeRole, Words};
 use std::time::{Duration, Instant};
 
 /// Result of one probe.
@@ -39,6 +40,8 @@ pub enum ProbeAnswer {
     Expected,
     /// An HTTP status.
     Status(u16),
+    /// The service works, and has this role.
+    Role(NodeRole),
 }
 
 /// The newest probe of a backend that has ended.
@@ -78,6 +81,19 @@ impl std::fmt::Display for ProbeOutcome {
 
 // === impl ProbeAnswer ===
 
+impl ProbeAnswer {
+    /// Returns the role in the answer.
+    pub fn role(self) -> Option<NodeRole> {
+        match self {
+            ProbeAnswer::Role(role) => Some(role),
+            ProbeAnswer::Connected
+            | ProbeAnswer::Handshake
+            | ProbeAnswer::Expected
+            | ProbeAnswer::Status(_) => None,
+        }
+    }
+}
+
 impl std::fmt::Display for ProbeAnswer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -85,6 +101,7 @@ impl std::fmt::Display for ProbeAnswer {
             ProbeAnswer::Handshake => f.write_str("TLS handshake done"),
             ProbeAnswer::Expected => f.write_str("expected answer received"),
             ProbeAnswer::Status(status) => write!(f, "status {status}"),
+            ProbeAnswer::Role(role) => write!(f, "role {}", role.word()),
         }
     }
 }

@@ -11,6 +11,7 @@ mod ids;
 mod probe;
 mod process;
 mod proxy_protocol;
+mod service;
 mod text_forms;
 
 pub use addresses::{BackendAddr, BindAddr, BindKey, ClientAddr, PeerAddr, Protocol, SourceAddr};
@@ -33,6 +34,7 @@ pub use proxy_protocol::{
     OtherPeers, PassedTlv, ProxyHeaderSource, ProxyHeaderSpec, ProxyVersion, SentTlv,
 };
 
+pub use service::{NodeRole, ProbeLogin};
 pub use text_forms::{SIZE_UNITS, Words, show_duration, show_size};
 
 use crate::limits::access_list::AccessList;
@@ -250,6 +252,14 @@ pub struct PoolConfig {
     /// Unique among pools.
     #[serde(skip)]
     pub name: Arc<str>,
+    /// Name of the pool whose backends and probe results this pool uses. That pool has no
+    /// `of`, and `backends` is a copy of its backends. `None`: the pool has its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub of: Option<Arc<str>>,
+    /// Role that a backend needs to be eligible; `None`: any. The kind of the probe finds
+    /// roles.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub role: Option<NodeRole>,
     /// Balancing policy.
     pub balance: Policy,
     /// Slots of the lookup table of `source-hash`: a prime, at least the maximum number
@@ -479,7 +489,7 @@ impl Config {
         let specs = self.pools.iter().filter_map(|pool| pool.discover.as_ref());
         let urls = specs.flat_map(|spec| spec.question.named_files());
         let probes = self.pools.iter().filter_map(|pool| pool.probe.as_ref());
-        let trusted = probes.filter_map(|spec| spec.target.trusted_file());
+        let trusted = probes.flat_map(|spec| spec.named_files());
         let all = token.chain(keys.map(|key| &key.file)).chain(lists);
         // First, because only some of the files are watched for writers.
         let all = self.includes.files.iter().chain(all);

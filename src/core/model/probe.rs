@@ -4,6 +4,7 @@
 //! opens a connection.
 
 use super::addresses::SourceAddr;
+use super::service::ProbeLogin;
 use super::text_forms::{self, words};
 use super::{PoolConfig, ProxyVersion};
 use regex::bytes::Regex;
@@ -121,6 +122,8 @@ pub enum ProbeKind {
     },
     /// Succeeds if the status of an HTTP/1 response is in `status`.
     Http(HttpProbe),
+    /// Succeeds if a Redis server answers `PING`, and finds its role.
+    Redis(ProbeLogin),
 }
 
 /// An HTTP request and its accepted answers.
@@ -205,6 +208,38 @@ impl ProbeSpec {
             timeout,
             rise: 1,
             fall: 1,
+        }
+    }
+
+    /// Returns every file that the probe reads.
+    pub fn named_files(&self) -> impl Iterator<Item = &PathBuf> {
+        let login = self.kind.login().and_then(|login| login.password_file.as_ref());
+        self.target.trusted_file().into_iter().chain(login)
+    }
+}
+
+// === impl ProbeKind ===
+
+impl ProbeKind {
+    /// Returns how the probe logs in; `None` if its kind has no login.
+    pub fn login(&self) -> Option<&ProbeLogin> {
+        match self {
+            ProbeKind::Redis(login) => Some(login),
+            ProbeKind::Tcp
+            | ProbeKind::SendExpect { .. }
+            | ProbeKind::Steps { .. }
+            | ProbeKind::Http(_) => None,
+        }
+    }
+
+    /// Whether the probe finds the role of a backend.
+    pub fn finds_roles(&self) -> bool {
+        match self {
+            ProbeKind::Redis(_) => true,
+            ProbeKind::Tcp
+            | ProbeKind::SendExpect { .. }
+            | ProbeKind::Steps { .. }
+            | ProbeKind::Http(_) => false,
         }
     }
 }

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_api::status::{
     BackendDoc, BackendHeartbeatDoc, FreezeDoc, FrontendDoc, HeartbeatChannelDoc, PoolDoc,
-    QuantilesDoc, RejectedDoc, RemovedBackendDoc, SandboxLayerDoc, StalledWorkerDoc, StatusDoc,
-    TransitionDoc,
+    QuantilesDoc, RejectedDoc, RemovedBackendDoc, RoleDoc, SandboxLayerDoc, StalledWorkerDoc,
+    StatusDoc, TransitionDoc,
 };
 use tidegate_core::control::{
     BackendStatus, FreezeStatus, FrontendStatus, HeartbeatChannelStatus, PoolStatus,
@@ -20,7 +20,7 @@ use tidegate_core::discovery::view::MemberWish;
 use tidegate_core::health::{HeartbeatHealth, Transition};
 use tidegate_core::metrics::counters::{PanicScope, WorkerCounters};
 use tidegate_core::metrics::histograms::{MergedHistograms, Series};
-use tidegate_core::model::BindKey;
+use tidegate_core::model::{BindKey, Words};
 use tidegate_core::outcome::RefusedReason;
 use tidegate_core::suspicion::rejections::Rejection;
 use tidegate_core::table::state::{BackendState, FrontendCounters};
@@ -131,6 +131,8 @@ fn pool(
     };
     PoolDoc {
         name: status.name.to_string(),
+        of: status.of.as_ref().map(ToString::to_string),
+        role: status.role.map(|role| role.word().into()),
         balance: status.balance.into(),
         none_eligible: status.none_eligible.map(Into::into),
         frozen: status.frozen.as_ref().map(frozen),
@@ -163,6 +165,7 @@ fn backend(
         wish: (status.wish != MemberWish::Sessions).then(|| status.wish.name().to_owned()),
         wished_by: status.wished_by.as_ref().map(ToString::to_string),
         unverified: status.unverified,
+        role: role(status, now),
         observation: status.observation.name().into(),
         ejected: status.ejected,
         on_trial: status.on_trial,
@@ -180,6 +183,14 @@ fn backend(
         first_byte_seconds: quantiles(state, Series::FirstByte, latency),
         last_transition: status.last_transition.as_ref().map(|t| last_transition(t, now)),
     }
+}
+
+pub(super) fn role(status: &BackendStatus, now: Instant) -> Option<RoleDoc> {
+    status.role.map(|seen| RoleDoc {
+        name: seen.role.word().into(),
+        seconds: millis(now.saturating_duration_since(seen.since)),
+        outranked: status.outranked,
+    })
 }
 
 fn backend_heartbeat(
@@ -327,8 +338,8 @@ mod tests {
                 {"layer":"seccomp","in_force":false,"detail":"off"}],"heartbeat":null,"frontends":[
                 {"name":"web","binds":["[::1]:80"],"pool":"web","connections_max":0,"sessions_active":0,"sessions_total":0,"bytes_in_total":0,"bytes_out_total":0,"refused_total":5}]
                 ,"pools":[
-                {"name":"web","balance":"random","none_eligible":null,"frozen":null,"registered":0,"registered_max":0,"probes":false,"heartbeats":false,"sources":[],"queued":3,"backends":[
-                {"name":"a","address":"unix:/run/a.sock","registered":false,"weight":2,"effective_weight":0,"backup":true,"connections_max":9,"intent":"draining","wish":null,"wished_by":null,"unverified":false,"observation":"up","ejected":false,"on_trial":false,"ejections_total":1,"ejections_held_total":2,"eligible":false,"ramp_percent":100,"heartbeat":null,"sessions_active":0,"sessions_total":0,"connect_failures_total":0,"bytes_in_total":5,"bytes_out_total":0,"connect_seconds":
+                {"name":"web","of":null,"role":null,"balance":"random","none_eligible":null,"frozen":null,"registered":0,"registered_max":0,"probes":false,"heartbeats":false,"sources":[],"queued":3,"backends":[
+                {"name":"a","address":"unix:/run/a.sock","registered":false,"weight":2,"effective_weight":0,"backup":true,"connections_max":9,"intent":"draining","wish":null,"wished_by":null,"unverified":false,"role":null,"observation":"up","ejected":false,"on_trial":false,"ejections_total":1,"ejections_held_total":2,"eligible":false,"ramp_percent":100,"heartbeat":null,"sessions_active":0,"sessions_total":0,"connect_failures_total":0,"bytes_in_total":5,"bytes_out_total":0,"connect_seconds":
                 {"p50":0.0002,"p99":0.0002},"first_byte_seconds":
                 {"p50":null,"p99":null},"last_transition":
                 {"from":"up","to":"draining","reason":"operator","seconds_ago":2.5,"lasted_seconds":60.0}}]}],"leaving":[

@@ -3,12 +3,10 @@
 //! Called by probes of the kinds `send-expect`, `steps` and `http`. Reading stops with the
 //! packet that decides the result, or at the bound below.
 
+use super::answer_bytes::ANSWER_BYTES_MAX;
 use super::{ProbeError, exchange_error, quote};
 use tidegate_core::model::Expect;
 use tokio::io::{AsyncRead, AsyncReadExt};
-
-/// Bytes of an answer that are searched. `INFO` of a Redis server has about 5 KiB.
-const ANSWER_BYTES_MAX: usize = 64 * 1024;
 
 /// Initial buffer size.
 const READ_BYTES: usize = 4 * 1024;

@@ -16,7 +16,10 @@
 //!   method should be `HEAD`.
 
 mod answer;
+mod answer_bytes;
 mod http;
+mod password;
+mod redis;
 pub mod runner;
 mod sources;
 #[cfg(test)]
@@ -24,6 +27,7 @@ mod tests;
 pub mod tls;
 
 use answer::AnswerReader;
+use answer_bytes::AnswerBytes;
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -261,6 +265,12 @@ async fn exchange(
         ProbeKind::Steps { steps } => run_steps(&mut stream, steps, stage).await,
         ProbeKind::Http(probe) => {
             http::exchange(&mut stream, probe, address, stage).await.map(ProbeAnswer::Status)
+        }
+        ProbeKind::Redis(login) => {
+            let password = password::read(login).await?;
+            let answer = AnswerBytes::new(&mut stream, stage);
+            let password = password.as_ref().map(|password| password.as_str());
+            redis::exchange(answer, login.user.as_deref(), password).await
         }
     }
 }

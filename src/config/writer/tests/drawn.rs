@@ -14,6 +14,19 @@ type Drawn = BoxedStrategy<String>;
 
 const POOLS: [&str; 3] = ["web", "a.b", "-0_"];
 
+/// Pools of the roles of one database.
+const ROLES: &str = "[pool.rw]
+of = \"db\"
+role = \"primary\"
+[pool.db]
+probe.kind = \"redis\"
+backend = [{ address = \"127.0.0.1:9\" }]
+[pool.ro]
+of = \"db\"
+role = \"replica\"
+balance = \"random\"
+";
+
 fn one_of(values: &'static [&'static str]) -> Drawn {
     prop::sample::select(values).prop_map(str::to_owned).boxed()
 }
@@ -203,6 +216,7 @@ fn probe() -> Drawn {
         one_of(&["", "kind = \"tcp\"\n"]),
         send_expect,
         http,
+        one_of(&["kind = 'redis'\n", "kind = 'redis'\nuser = 'a'\npassword_file = '/p'\n",]),
         one_of(&[
             "kind = 'steps'\nsteps = [{ send = 'a' }, { expect = { contains = 'b' } }, { send = { hex = 'ff' } }]\n"
         ])
@@ -368,7 +382,7 @@ fn file() -> Drawn {
             let with: Vec<&str> = with.map(|(_, name)| name).collect();
             let pools: String = pools.iter().map(|(text, _)| text.as_str()).collect();
             let receiver = receiver(&with, &listen, &id);
-            globals + &frontends.concat() + &pools + &receiver + &registries + &dns
+            globals + &frontends.concat() + &pools + ROLES + &receiver + &registries + &dns
         })
         .boxed()
 }

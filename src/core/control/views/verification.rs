@@ -73,7 +73,7 @@ impl ControlState {
         (index, count): (u32, u32),
         now: Instant,
     ) {
-        if pool.probe.is_some() || !entry.origins.is_discovered() {
+        if pool.probe.is_some() || pool.of.is_some() || !entry.origins.is_discovered() {
             self.end_verification(entry);
             return;
         }

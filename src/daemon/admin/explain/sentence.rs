@@ -12,6 +12,7 @@ use tidegate_core::health::probe_detector::ProbeState;
 use tidegate_core::health::{
     ConnectFailure, HeartbeatHealth, Intent, Observation, ProbeOutcome, RequestedState,
 };
+use tidegate_core::model::Words;
 use tidegate_core::suspicion::rejections::Rejection;
 
 /// Age up to which a rejection is mentioned. After this time without another one, the
@@ -57,6 +58,7 @@ fn state_sentence(explained: &Explanation) -> String {
     }
     match backend.observation {
         Observation::Down => format!("down{}", evidence(explained, "down")),
+        Observation::Up | Observation::Suspect if backend.lacks_role => role_sentence(explained),
         Observation::Suspect => {
             let suspect = match backend.wish {
                 MemberWish::Suspect => format!(": {}", says(explained)),
@@ -71,6 +73,21 @@ fn state_sentence(explained: &Explanation) -> String {
         Observation::Unknown if backend.unverified => verification_sentence(explained),
         Observation::Unknown => {
             after_failures(explained, "waiting for its first probe result or heartbeat")
+        }
+    }
+}
+
+/// Returns the sentence of a backend without the role that its pool needs.
+fn role_sentence(explained: &Explanation) -> String {
+    let backend = &explained.backend;
+    match backend.role {
+        None => "its role is unknown".to_owned(),
+        Some(_) if backend.outranked => {
+            "one of several primaries, and not the one in force".to_owned()
+        }
+        Some(seen) => {
+            let lasts = brief(explained.now.saturating_duration_since(seen.since));
+            format!("its role is {} (for {lasts}), and its pool needs another", seen.role.word())
         }
     }
 }

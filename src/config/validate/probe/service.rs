@@ -1,0 +1,60 @@
+//! The keys of probes that speak the protocol of one service: the login.
+//!
+//! Called by `probe`. It opens a file only to check it early; the daemon reads the password
+//! for each probe.
+
+use std::path::PathBuf;
+
+use super::super::named_file::{self, FileContent};
+use super::ProbeKindKey;
+use crate::NamedFiles;
+use crate::file::{Field, Section};
+use crate::value::{ValueError, shown};
+use tidegate_core::model::ProbeLogin;
+
+/// Longest name of a user.
+const USER_BYTES_MAX: usize = 64;
+
+/// The keys that only probes of services take.
+pub(super) struct ServiceKeys {
+    user: Field<String>,
+    password_file: Field<PathBuf>,
+}
+
+pub(super) fn keys(section: &Section<'_, '_>, files: NamedFiles<'_>) -> ServiceKeys {
+    ServiceKeys {
+        user: section.text("user", "a string", |text| visible(text, USER_BYTES_MAX)),
+        password_file: named_file::read(section, "password_file", FileContent::Secret, files),
+    }
+}
+
+/// Reports keys without the keys that they need.
+pub(super) fn check(section: &Section<'_, '_>, kind: ProbeKindKey, keys: &ServiceKeys) {
+    let place = |key: &str| section.key_place(key).unwrap_or_else(|| section.header.clone());
+    if kind == ProbeKindKey::Redis && !keys.user.is_absent() && keys.password_file.is_absent() {
+        let complaint = ValueError::new("user without password_file");
+        section.report.error(place("user"), complaint.help("set both, or neither"));
+    }
+}
+
+/// Accepts a text that ends no line and no string of a protocol.
+fn visible(text: &str, max: usize) -> Result<String, ValueError> {
+    if text.is_empty() {
+        return Err(ValueError::new("it is empty"));
+    }
+    if let Some(wrong) = text.chars().find(|c| c.is_control() || *c == ' ') {
+        return Err(ValueError::new(format!("{} is not allowed here", shown(&wrong.to_string()))));
+    }
+    match text.len() > max {
+        true => Err(ValueError::new(format!("{} bytes, at most {max} are allowed", text.len()))),
+        false => Ok(text.to_owned()),
+    }
+}
+
+// === impl ServiceKeys ===
+
+impl ServiceKeys {
+    pub(super) fn login(self) -> ProbeLogin {
+        ProbeLogin { user: self.user.value(), password_file: self.password_file.value() }
+    }
+}

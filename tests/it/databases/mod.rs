@@ -1,0 +1,3 @@
+//! Probes of databases and pools by role, with real servers.
+
+mod redis;

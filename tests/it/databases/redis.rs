@@ -1,0 +1,109 @@
+//! Redis: a primary and a replica change places under load.
+
+use crate::common::conf::{Conf, Pool};
+use crate::common::proxy::TestProxy;
+use crate::common::servers::Redis;
+use crate::common::{Engine, eventually, exclusive, have, measured, ms, on_every_engine, secs};
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Instant;
+
+on_every_engine!(writes_follow_the_primary_of_a_failover);
+
+const PROBE: &str = "kind = \"redis\"\ninterval = \"200ms\"\ntimeout = \"150ms\"\nfall = 2";
+
+/// The pools `db`, `rw` and `ro`, with a frontend each for the last two.
+fn conf(engine: Engine, nodes: &[(&str, SocketAddr)]) -> Conf {
+    let db = nodes
+        .iter()
+        .fold(Pool::new("db").probe(PROBE), |pool, (name, address)| pool.backend(name, *address));
+    Conf::new(engine)
+        .frontend("write", "rw", "")
+        .frontend("read", "ro", "")
+        .pool(Pool::new("rw").key("of = \"db\"\nrole = \"primary\""))
+        .pool(Pool::new("ro").key("of = \"db\"\nrole = \"replica\""))
+        .pool(db)
+}
+
+/// What writers have seen.
+#[derive(Default)]
+struct Writes {
+    stop: AtomicBool,
+    done: AtomicU64,
+    at_a_replica: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl Writes {
+    /// Writes in new connections until told to stop.
+    fn run(&self, address: SocketAddr) {
+        while !self.stop.load(Ordering::Relaxed) {
+            let counter = match Redis::ask(address, "INCR writes") {
+                Ok(reply) if reply.starts_with(':') => &self.done,
+                Ok(reply) if reply.starts_with("-READONLY") => &self.at_a_replica,
+                Ok(_) | Err(_) => &self.failed,
+            };
+            counter.fetch_add(1, Ordering::Relaxed);
+            thread::sleep(ms(2));
+        }
+    }
+
+    fn done(&self) -> u64 {
+        self.done.load(Ordering::Relaxed)
+    }
+}
+
+fn writes_follow_the_primary_of_a_failover(engine: Engine) {
+    if !have(&["redis-server"]) {
+        return;
+    }
+    let _share = exclusive::shared();
+    let (mut a, b) = (Redis::start(), Redis::start());
+    b.follow(Some(a.address));
+    let proxy = TestProxy::start(conf(engine, &[("a", a.address), ("b", b.address)]));
+    let role = |name: &str| proxy.backend("db", name)["role"]["name"].clone();
+    eventually(secs(10), "both roles are known", || {
+        role("a") == "primary" && role("b") == "replica"
+    });
+    assert_eq!(Redis::ask(proxy.addr("read"), "ROLE").unwrap(), "*5", "a replica answers");
+
+    let writes = Writes::default();
+    let write = proxy.addr("write");
+    thread::scope(|scope| {
+        (0..4).for_each(|_| drop(scope.spawn(|| writes.run(write))));
+        eventually(secs(10), "writes are done", || writes.done() > 50);
+        a.kill();
+        b.follow(None);
+        let (promoted, before) = (Instant::now(), writes.done());
+        eventually(secs(10), "writes continue", || writes.done() > before + 20);
+        measured(&format!("writes continue {:.0?} after the promotion", promoted.elapsed()));
+
+        // The former primary returns as a primary, until its manager demotes it.
+        a.restart();
+        eventually(secs(10), "the former primary is up", || {
+            proxy.backend("db", "a")["observation"] == "up"
+        });
+        let first = proxy.backend("rw", "a");
+        assert_eq!(
+            (&first["eligible"], &first["role"]["outranked"]),
+            (&false.into(), &true.into())
+        );
+        assert_eq!(proxy.backend("rw", "b")["eligible"], true);
+        let before = writes.done();
+        eventually(secs(10), "writes continue", || writes.done() > before + 20);
+        a.follow(Some(b.address));
+        eventually(secs(10), "the former primary serves reads", || {
+            proxy.backend("ro", "a")["eligible"] == true
+        });
+        writes.stop.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(writes.at_a_replica.load(Ordering::Relaxed), 0, "writes at a replica");
+    let value = |redis: &Redis| Redis::ask(redis.address, "GET writes").ok();
+    eventually(secs(10), "the replica has all writes", || value(&a) == value(&b));
+    assert!(proxy.log().contains("several backends are primaries"), "{}", proxy.log());
+    let explained = proxy.cli_ok(&["explain", "rw/a"]);
+    assert!(explained.contains("its role is replica"), "{explained}");
+    let status = proxy.cli_ok(&["status"]);
+    assert!(status.contains("role primary, of db, 1 of 2 eligible"), "{status}");
+}
