@@ -52,7 +52,7 @@ const BOUNDS: [(&str, &str, &str); 52] = [
     ("bytes of a kubeconfig file", "discovery/kubernetes", "KUBECONFIG_BYTES_MAX"),
     ("[dns] servers", "config/validate/dns.rs", "SERVERS_MAX"),
     ("names that the resolver remembers", "discovery/resolver", "QUESTIONS_MAX"),
-    ("lookups at DNS servers at once", "discovery/resolver", "EXCHANGES_MAX"),
+    ("questions that wait for DNS servers at once", "discovery/resolver", "WAITING_MAX"),
     ("records of a DNS answer", "discovery/resolver", "RECORDS_MAX"),
     ("aliases (CNAME) between a name and its records", "discovery/resolver", "ALIASES_MAX"),
     ("pools", "config", "POOLS_MAX"),
