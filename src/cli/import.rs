@@ -10,7 +10,9 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use tidegate_client::command::Exit;
-use tidegate_import::{ImportKind, ImportRequest, Imported, SOURCE_BYTES_MAX, VerdictCounts};
+use tidegate_import::{
+    ImportKind, ImportRequest, Imported, IncludedFile, SOURCE_BYTES_MAX, VerdictCounts,
+};
 
 /// Help after the options.
 pub const HELP: &str = "\
@@ -55,6 +57,9 @@ pub struct ImportArgs {
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum SourceKind {
     Haproxy,
+    Nginx,
+    Envoy,
+    Traefik,
 }
 
 /// The value of `--report`.
@@ -81,8 +86,15 @@ pub fn main(args: &ImportArgs) -> Exit {
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .collect();
     environment.extend(args.env.iter().cloned());
-    let request =
-        ImportRequest { name: &name, text: &text, environment, http_as_tcp: args.http_as_tcp };
+    let directory = args.file.parent().unwrap_or(Path::new(""));
+    let include = |pattern: &str| included(directory, pattern);
+    let request = ImportRequest {
+        name: &name,
+        text: &text,
+        environment,
+        include: Some(&include),
+        http_as_tcp: args.http_as_tcp,
+    };
     finish(args, &tidegate_import::import(kind, &request))
 }
 
@@ -142,6 +154,54 @@ fn read(path: &Path) -> Result<String, String> {
     std::fs::read_to_string(path).map_err(|error| error.to_string())
 }
 
+/// Reads the files that match a pattern, in the order of their names. A relative pattern starts
+/// at the directory of the file that was named.
+///
+/// # Errors
+/// A file that cannot be read, or a name without `*` and `?` that does not exist.
+fn included(directory: &Path, pattern: &str) -> Result<Vec<IncludedFile>, String> {
+    let path = directory.join(pattern);
+    let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let mut paths = vec![path.clone()];
+    if name.contains(['*', '?']) {
+        let entries = path.parent().map(std::fs::read_dir).into_iter().flatten().flatten();
+        paths = entries
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| path.file_name().is_some_and(|f| matches(&name, &f.to_string_lossy())))
+            .collect();
+        paths.sort();
+    }
+    let file = |path: &PathBuf| {
+        let name = path.display().to_string();
+        let text = read(path).map_err(|why| format!("cannot read {name}: {why}"))?;
+        Ok(IncludedFile { name, text })
+    };
+    paths.iter().map(file).collect()
+}
+
+/// Returns true if a name matches a pattern with `*` and `?`.
+fn matches(pattern: &str, name: &str) -> bool {
+    let (pattern, name): (Vec<char>, Vec<char>) =
+        (pattern.chars().collect(), name.chars().collect());
+    // The positions after the last `*`, to continue there with one more character.
+    let (mut at, mut of, mut star) = (0, 0, None);
+    while of < name.len() {
+        if pattern.get(at) == Some(&'*') {
+            star = Some((at, of));
+            at += 1;
+        } else if pattern.get(at).is_some_and(|c| *c == '?' || *c == name[of]) {
+            (at, of) = (at + 1, of + 1);
+        } else if let Some((star_at, star_of)) = star {
+            (at, of) = (star_at + 1, star_of + 1);
+            star = Some((star_at, star_of + 1));
+        } else {
+            return false;
+        }
+    }
+    pattern[at..].iter().all(|c| *c == '*')
+}
+
 /// Writes the configuration. A new file is readable for its owner only, because the bytes that
 /// probes send can be secret.
 fn write(path: Option<&Path>, toml: &str) -> Result<(), String> {
@@ -173,6 +233,24 @@ impl SourceKind {
     fn kind(self) -> ImportKind {
         match self {
             SourceKind::Haproxy => ImportKind::Haproxy,
+            SourceKind::Nginx => ImportKind::Nginx,
+            SourceKind::Envoy => ImportKind::Envoy,
+            SourceKind::Traefik => ImportKind::Traefik,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_match_names() {
+        for (pattern, name) in [("*.conf", "a.conf"), ("a*b?d", "axxbcd"), ("*", ""), ("a", "a")] {
+            assert!(matches(pattern, name), "{pattern} {name}");
+        }
+        for (pattern, name) in [("*.conf", "a.cfg"), ("a?", "a"), ("", "a"), ("a*b", "ac")] {
+            assert!(!matches(pattern, name), "{pattern} {name}");
         }
     }
 }

@@ -4,6 +4,8 @@
 //! NOT POSSIBLE, or approximated if another form does nearly the same. A form is tried with the
 //! reader of configurations, so a new key is in use as soon as it exists.
 
+use std::sync::OnceLock;
+
 /// What the configuration can express.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Available {
@@ -32,8 +34,13 @@ pub(crate) struct Available {
 }
 
 impl Available {
-    /// Tries every form.
+    /// Tries every form, once per process.
     pub(crate) fn now() -> Self {
+        static TRIED: OnceLock<Available> = OnceLock::new();
+        *TRIED.get_or_init(Self::tried)
+    }
+
+    fn tried() -> Self {
         let bind = "\"127.0.0.1:1\"";
         let pool = |keys: &str| accepts(bind, "", keys, "\"127.0.0.2:1\"");
         let address = |address: &str| accepts(bind, "", "", address);

@@ -167,10 +167,10 @@ impl ImportReport {
         self.lines.get(&at).is_some_and(|line| line.notes.is_empty())
     }
 
-    /// Returns the lines that are lost, with their rows' text.
-    pub fn lost(&self) -> Vec<(SourceLine, String)> {
-        let lost = self.lines.iter().filter(|(_, line)| line.lost);
-        lost.map(|(at, line)| (*at, line.text())).collect()
+    /// Returns the verdict of the last line before this one, in the same file.
+    pub(crate) fn verdict_before(&self, at: SourceLine) -> Option<LineVerdict> {
+        let first = SourceLine { file: at.file, line: 0 };
+        self.lines.range(first..at).next_back().map(|(_, line)| line.verdict())
     }
 
     /// Returns `FILE:LINE`.

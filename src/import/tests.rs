@@ -1,7 +1,8 @@
 //! Imports: every configuration of another balancer in `tests/import` gives exactly the expected
 //! report and output next to it. `UPDATE_EXPECT=1` rewrites them. Review them afterwards.
 
-use super::{ImportRequest, Imported};
+use super::{ImportRequest, Imported, IncludeReader, IncludedFile, KINDS, fuzz};
+use proptest::prelude::*;
 use std::path::{Path, PathBuf};
 
 fn cases() -> Vec<PathBuf> {
@@ -17,7 +18,7 @@ fn cases() -> Vec<PathBuf> {
 
 /// The source in a folder.
 fn source(case: &Path) -> PathBuf {
-    let names = ["haproxy.cfg"];
+    let names = ["haproxy.cfg", "nginx.conf", "envoy.yaml", "traefik.yml", "traefik.toml"];
     names.iter().map(|name| case.join(name)).find(|path| path.exists()).unwrap_or_default()
 }
 
@@ -26,7 +27,13 @@ fn imported(case: &Path) -> Imported {
     let name = path.file_name().unwrap().to_string_lossy().into_owned();
     let text = std::fs::read_to_string(&path).unwrap();
     let kind = super::guess(&name, &text).unwrap();
-    let request = ImportRequest { name: &name, text: &text, ..Default::default() };
+    let include = |pattern: &str| {
+        let text = std::fs::read_to_string(case.join(pattern)).map_err(|e| e.to_string())?;
+        Ok(vec![IncludedFile { name: pattern.to_owned(), text }])
+    };
+    let include: IncludeReader<'_> = &include;
+    let request =
+        ImportRequest { name: &name, text: &text, include: Some(include), ..Default::default() };
     super::import(kind, &request)
 }
 
@@ -56,4 +63,101 @@ fn every_source_gives_its_report_and_its_output() {
         compare(&case.join("output.toml"), &output, &mut differences);
     }
     assert!(differences.is_empty(), "run with UPDATE_EXPECT=1 and review:\n{differences}");
+}
+
+/// Lines that can occur in a source, and lines that cannot.
+const LINES: &[&str] = &[
+    "global",
+    "defaults",
+    "defaults a from a",
+    "frontend f",
+    "listen l",
+    "backend b",
+    "  mode tcp",
+    "  mode http",
+    "  bind *:80",
+    "  bind :::81-90 v6only accept-proxy ssl crt x",
+    "  bind 1:2:3",
+    "  server s 10.0.0.1:80 check inter 1 rise 0 fall 999999999999 weight 0",
+    "  server s 10.0.0.1 maxconn 5 backup",
+    "  server-template t 1-3 h:80 check",
+    "  default-server port 8 on-marked-down shutdown-sessions",
+    "  default_backend b",
+    "  balance source",
+    "  use_backend b if { src 10.0.0.0/8 } || { dst_port 80:0 }",
+    "  option httpchk GET /\u{e9}",
+    "  option tcp-check",
+    "  tcp-check send \"a\\r\"",
+    "  tcp-check expect binary zz",
+    "  timeout client 0",
+    "  timeout server 99999999999999999d",
+    "  timeout connect 1w",
+    "  stick on src",
+    "  acl a src 1.1.1.1/99",
+    "  tcp-request connection reject if a !a || { src 10.0.0.0/8 }",
+    ".if defined(X) || ! && y(",
+    ".else",
+    ".endif",
+    "  tcp-request connection reject unless { src 10.0.0.0/8 }",
+    "  tcp-request connection accept if a",
+    "  source 0.0.0.0",
+    "events {",
+    "stream {",
+    "upstream u {",
+    "server {",
+    "}",
+    "listen 80 udp;",
+    "listen [::]:90 ipv6only=off;",
+    "proxy_pass u;",
+    "proxy_pass 10.0.0.1:80;",
+    "proxy_timeout 0;",
+    "server 10.0.0.1:80 weight=0 max_fails=0;",
+    "server a:80 backup; server a:80 down;",
+    "hash $x;",
+    "allow all;",
+    "deny 10.0.0.0/8;",
+    "include *;",
+    "map $a $b {",
+    "static_resources:",
+    "  listeners:",
+    "  - name: l",
+    "    address: {socket_address: {address: 0.0.0.0, port_value: 80}}",
+    "    filter_chains: [{filters: [{typed_config: {\"@type\": a.TcpProxy, cluster: c}}]}]",
+    "  clusters:",
+    "  - name: c",
+    "    load_assignment: {endpoints: [{lb_endpoints: [{endpoint: {address: {socket_address: {address: 10.0.0.1, port_value: 1}}}}]}]}",
+    "entryPoints:",
+    "  a: {address: \":80\"}",
+    "tcp:",
+    "  routers: {r: {rule: \"HostSNI(`*`)\", service: s}}",
+    "  services: {s: {loadBalancer: {servers: [{address: \"10.0.0.1:80\"}]}}}",
+    "  x: [1, {a: b}",
+    "[entryPoints.a]",
+    "address = ':80'",
+    "limit_conn z 5;",
+    "limit_conn_zone $binary_remote_addr zone=z:1m;",
+    "# nothing",
+    "\"",
+    "'",
+    "\\",
+    "${",
+    ";",
+    "{",
+];
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    /// Of every text: no panic, one verdict for each directive line, and an output that
+    /// `tidegate check` accepts.
+    #[test]
+    fn any_mixture_of_lines_has_verdicts_and_a_valid_output(
+        lines in proptest::collection::vec(proptest::sample::select(LINES), 0..40),
+        noise in ".{0,8}",
+    ) {
+        let text = lines.join("\n") + "\n" + &noise;
+        for kind in KINDS {
+            fuzz(kind, &text);
+        }
+    }
 }
