@@ -130,6 +130,21 @@ pub(super) fn size(text: &str, range: RangeInclusive<u64>) -> Result<u64, ValueE
     })
 }
 
+/// `download_rate` and `upload_rate`, in bytes per second.
+const BYTE_RATES: RangeInclusive<u64> = 1 << 10..=1 << 40;
+
+/// Parses bytes per second such as `1MiB/s`, or `off`.
+pub(super) fn byte_rate(text: &str) -> Result<Option<u64>, ValueError> {
+    if text == "off" {
+        return Ok(None);
+    }
+    let Some(bytes) = text.strip_suffix("/s") else {
+        return Err(ValueError::new(format!("{} is not a rate", shown(text)))
+            .help("write a size per second such as \"1MiB/s\", or \"off\""));
+    };
+    size(bytes, BYTE_RATES).map(Some)
+}
+
 /// Parses a keepalive time in whole seconds, or `off`.
 pub(super) fn keepalive(text: &str) -> Result<Option<Duration>, ValueError> {
     let value = duration_or_off(text, KEEPALIVE)?;

@@ -52,6 +52,8 @@ pub fn frontend(name: &str, port: u16, pool: &PoolConfig) -> FrontendConfig {
         stalled_timeout: None,
         keepalive: None,
         user_timeout: None,
+        download_rate: None,
+        upload_rate: None,
         connections_max: 0,
         sources: None,
         proxy_protocol: None,

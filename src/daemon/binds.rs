@@ -23,6 +23,7 @@ use tidegate_dataplane::worker::{Worker, WorkerCommand};
 use tidegate_net::clock;
 use tidegate_net::holders::{self, ListeningSocket, overlap};
 use tidegate_net::listen::{self, ListenPlace};
+use tidegate_net::stream;
 
 /// Time between two checks whether retired addresses can be closed. Until an address is
 /// closed, new clients get no answer instead of a refused connection.
@@ -342,6 +343,7 @@ pub(super) fn place_of(bind: &Bind) -> ListenPlace<'_> {
 /// Sets the options that connections inherit.
 fn tune(socket: &Socket, bind: &Bind, frontend: &FrontendConfig) -> io::Result<()> {
     listen::tune(socket, frontend.keepalive, frontend.user_timeout)?;
+    stream::set_max_rate(socket, frontend.download_rate)?;
     listen::set_marks(socket, bind.options.mark, bind.options.dscp)
 }
 

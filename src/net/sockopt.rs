@@ -48,6 +48,23 @@ pub(super) fn enable_drop_counter(socket: BorrowedFd<'_>) -> io::Result<()> {
     set(socket, libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1)
 }
 
+/// SO_MAX_PACING_RATE (socket(7), tcp(7)): the kernel sends at most this many bytes per
+/// second. `u64::MAX`: no limit.
+pub(super) fn max_pacing_rate(socket: BorrowedFd<'_>, rate: u64) -> io::Result<()> {
+    // SAFETY: the kernel reads an unsigned long, which is not longer than the value. The pointer
+    // is valid during the call, and the length is the size of the value.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MAX_PACING_RATE,
+            (&raw const rate).cast(),
+            size_of_val(&rate) as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Reads TCP_INFO (tcp(7)). `None`: the socket is not TCP.
 pub(super) fn tcp_info(socket: BorrowedFd<'_>) -> Option<libc::tcp_info> {
     // SAFETY: the struct consists of integers, for which zero is valid.

@@ -395,6 +395,16 @@ pub fn keep_urgent_inline(socket: impl AsFd) {
     let _ = SockRef::from(&socket).set_out_of_band_inline(true);
 }
 
+/// Sets the most bytes per second that the kernel sends; `None`: no limit. Connections inherit
+/// the limit of their listener. It has no effect on Unix sockets.
+pub fn set_max_rate(socket: impl AsFd, bytes_per_second: Option<u64>) -> io::Result<()> {
+    #[cfg(any(test, feature = "fake"))]
+    if let Some(answer) = fake::set_option(&socket) {
+        return answer;
+    }
+    super::sockopt::max_pacing_rate(socket.as_fd(), bytes_per_second.unwrap_or(u64::MAX))
+}
+
 /// Sets keepalive and `TCP_USER_TIMEOUT`; `None` switches each off. It has no effect on
 /// Unix sockets.
 pub fn set_liveness(

@@ -42,6 +42,7 @@ mod panics;
 mod passive;
 mod probes;
 mod proxy_protocol;
+mod rates;
 mod registers;
 mod relay;
 mod reload;

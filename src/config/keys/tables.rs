@@ -12,6 +12,7 @@ use DefaultValue::{Described, Required, Value};
 use Values::{Flag, Form, Integer, Size, Time, WordOrInteger, WordOrTime, Words};
 use tidegate_core::model::{EngineChoice, LogFormat, LogLevel, OtherPeers, Sandbox};
 
+const BYTE_RATE: Values = Form("`\"off\"`, or `\"1KiB/s\"` to `\"1TiB/s\"`");
 pub(super) const CONNECTIONS: Values = Integer(0, 10_000_000);
 pub(super) const TIME: Values = Time("1ms", "30d");
 const TIME_OR_OFF: Values = WordOrTime("off", "", "1ms", "30d");
@@ -358,6 +359,22 @@ const FRONTEND: &[ConfigKey] = &[
         Reload,
         "Time that sent data or keepalive probes can stay unacknowledged before the connection \
          counts as lost (`TCP_USER_TIMEOUT`, both sides). `\"off\"` leaves the kernel's default.",
+    ),
+    key(
+        "download_rate",
+        BYTE_RATE,
+        Value("\"off\""),
+        Reload,
+        "Most bytes per second that the kernel sends to the client of each session. A changed \
+         value applies to new sessions.",
+    ),
+    key(
+        "upload_rate",
+        BYTE_RATE,
+        Value("\"off\""),
+        Reload,
+        "Most bytes per second that the kernel sends to the backend of each session. A changed \
+         value applies to new sessions.",
     ),
     key(
         "connections_max",

@@ -80,6 +80,8 @@ pub(super) fn read<'r, 'a>(
         stalled_timeout: section.timer("stalled_timeout", "30s", STALLED).or(Some(STALLED_TIMEOUT)),
         keepalive: keepalive.or(Some(KEEPALIVE)),
         user_timeout: user_timeout.or(Some(USER_TIMEOUT_DEFAULT)),
+        download_rate: byte_rate(&section, "download_rate"),
+        upload_rate: byte_rate(&section, "upload_rate"),
         connections_max: connections_max.or(0),
         sources: sources::read(&section, name, files),
         proxy_protocol: header_source,
@@ -92,6 +94,10 @@ pub(super) fn read<'r, 'a>(
         (read.model.binds, read.bind_places) = (Vec::new(), Vec::new());
     }
     read
+}
+
+fn byte_rate(section: &Section<'_, '_>, key: &'static str) -> Option<u64> {
+    section.text(key, "a rate such as \"1MiB/s\", or \"off\"", value::byte_rate).or(None)
 }
 
 /// Reads an address to listen on, or a list of addresses.

@@ -157,6 +157,12 @@ pub struct FrontendConfig {
     /// default.
     #[serde(serialize_with = "text_forms::timer")]
     pub user_timeout: Option<Duration>,
+    /// Bytes per second that a session sends to its client at most. `None`: no limit.
+    #[serde(serialize_with = "text_forms::byte_rate")]
+    pub download_rate: Option<u64>,
+    /// Bytes per second that a session sends to its backend at most. `None`: no limit.
+    #[serde(serialize_with = "text_forms::byte_rate")]
+    pub upload_rate: Option<u64>,
     /// Cap on sessions of this frontend; 0 means no cap.
     pub connections_max: u32,
     /// Allowed client addresses and limits per client source. `None`: no restrictions.

@@ -89,6 +89,14 @@ pub(super) fn or_off<T: Serialize, S: Serializer>(
     }
 }
 
+/// A rate such as `1MiB/s`, or `off`.
+pub(super) fn byte_rate<S: Serializer>(
+    rate: &Option<u64>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    or_off(&rate.map(|bytes| format!("{}/s", show_size(bytes))), serializer)
+}
+
 /// A duration or `forever`.
 pub(super) fn forever<S: Serializer>(
     value: &Option<Duration>,

@@ -215,6 +215,13 @@ impl RelayHandle {
         self.on(SessionSide::Backend, |backend| stream::send_first(backend, bytes, more))
     }
 
+    /// Limits the bytes per second that the kernel sends to the backend.
+    pub(crate) fn pace_backend(&self, bytes_per_second: u64) -> io::Result<()> {
+        self.on(SessionSide::Backend, |backend| {
+            stream::set_max_rate(backend, Some(bytes_per_second))
+        })
+    }
+
     /// Closes the backend connection of a session that is not relayed yet.
     pub(crate) fn detach(&self) {
         self.engine.detach(self.key);

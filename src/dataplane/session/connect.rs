@@ -132,7 +132,11 @@ impl Session {
 
     async fn attempt(&self, slot: &mut BackendSlot) -> Result<(), AttemptFailure> {
         self.establish(slot).await?;
-        let Err(error) = self.send_header() else { return Ok(()) };
+        let paced = match self.route.spec.upload_rate {
+            Some(rate) => self.relay.pace_backend(rate),
+            None => Ok(()),
+        };
+        let Err(error) = paced.and_then(|()| self.send_header()) else { return Ok(()) };
         self.relay.detach();
         Err(match error.raw_os_error() {
             Some(errno @ (libc::ECONNRESET | libc::EPIPE)) => {

@@ -30,6 +30,10 @@ pub(super) fn forms(header: &str, name: &str) -> (Vec<String>, Vec<String>) {
         "from" if header == RECEIVED_HEADERS => {
             (&["'10.0.0.0/8'", "['::1', '192.0.2.1']"], &["[]", "'10.0.0.1/8'", "1"])
         }
+        "download_rate" | "upload_rate" => (
+            &["'off'", "'1KiB/s'", "'1TiB/s'"],
+            &["'1023B/s'", "'1025GiB/s'", "'1MiB'", "'1MB/s'", "1"],
+        ),
         "send" => return bounded("", 0, 4_096),
         "starts" | "contains" => return bounded("", 1, 1_024),
         "path" if header == "[pool.NAME.discover]" => (&["'/a'"], &["'/a/'", "''"]),

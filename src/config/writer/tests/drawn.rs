@@ -149,6 +149,8 @@ fn frontend(number_of_it: usize) -> Drawn {
         ("stalled_timeout", timer(SECOND, 32_767 * SECOND)),
         ("keepalive", quoted(&["off", "1s", "1m", "32767s"])),
         ("user_timeout", timer(1, 24 * DAY)),
+        ("download_rate", quoted(&["off", "1KiB/s", "1500B/s", "1TiB/s"])),
+        ("upload_rate", quoted(&["off", "3MiB/s"])),
         ("connections_max", number(COUNT)),
         // The model has no disabled parts, so nothing writes `false`.
         ("enabled", one_of(&["true"])),
