@@ -268,6 +268,7 @@ fn recorded(c: &mut Criterion) {
                 let session = PickedFor {
                     session: number,
                     client,
+                    peer: None,
                     frontend: FrontendId(1),
                     route: RouteNumber::default(),
                     serial: 1,

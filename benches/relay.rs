@@ -117,6 +117,7 @@ fn relay(c: &mut Criterion) {
         threads: 1,
         cpus: Vec::new(),
         duration: None,
+        skip: 0,
     })
     .unwrap();
     let mut engines = vec![EngineKind::Epoll];
