@@ -424,7 +424,7 @@ mod alone {
         // At least 3 s, and on a busy host until enough has happened.
         let is_enough = |number: u16| {
             number >= ALIVE + 3000
-                && number % 500 == 0
+                && number.is_multiple_of(500)
                 && published() - before >= 5.0
                 && sessions() > 50.0
                 && unlogged() > 1000.0
