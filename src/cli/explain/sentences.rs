@@ -383,6 +383,8 @@ mod tests {
             its slow start limits its share
             already tried by this session
             excluded by --without
+            it does not have the role that the pool needs
+            one of several primaries for 41 s
             new-reason"#]]
         .assert_eq(&text.join("\n"));
         let list: Vec<_> = names.iter().take(2).map(one).collect();
