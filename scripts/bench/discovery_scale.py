@@ -236,9 +236,8 @@ def share(spent, seconds):
 # --- idle sources and names ---
 
 def idle(bench):
-    """CPU time of 100 idle sources, and of the resolver for 1,000 names, each beyond that of
-    the same backends in the file. All five processes run at the same time, because each
-    needs almost no CPU time."""
+    """CPU time of 100 idle sources, and of the resolver for 1,000 names. All four processes
+    run at the same time, because each needs almost no CPU time."""
     seconds, pools = max(5, 60 * bench.scale), 100
     names = max(20, int(1000 * bench.scale))
     with world.Backends(bench.directory) as backends, world.Etcd(bench.directory) as etcd:
@@ -253,31 +252,26 @@ def idle(bench):
         named = "".join(f'[[pool.web.backend]]\nname = "n{number}"\n'
                         f'address = "n{number}.example:{backends.port}"\n'
                         for number in range(names))
-        listed = "".join(f'[[pool.web.backend]]\nname = "n{number}"\naddress = "{address[number]}"\n'
-                         for number in range(names))
         with world.Dnsmasq(bench.directory, "ttl5", lines, 5) as short, \
                 world.Dnsmasq(bench.directory, "ttl30", lines, 30) as long, \
                 bench.balancer("idle-etcd", fronts(pools) + sources + etcd.table()) as asking, \
                 bench.balancer("idle-file", fronts(pools) + written) as quiet, \
-                bench.balancer("names-file", frontend()[1] + listed) as unnamed, \
                 bench.balancer("ttl5", frontend()[1] + named + short.table()) as often, \
                 bench.balancer("ttl30", frontend()[1] + named + long.table()) as seldom:
-            for balancer, count in (asking, pools), (quiet, pools), (unnamed, names), (often, names), (seldom, names):
+            for balancer, count in (asking, pools), (quiet, pools), (often, names), (seldom, names):
                 balancer.await_eligible(count)
             time.sleep(5 if bench.scale == 1 else 1)
-            everything = [asking, quiet, unnamed, often, seldom]
-            before, began = [one.cpu_fine() for one in everything], time.monotonic()
+            all_four = [asking, quiet, often, seldom]
+            before, began = [one.cpu_fine() for one in all_four], time.monotonic()
             while (left := began + seconds - time.monotonic()) > 0:
                 bench.progress(f"idle: {left:.0f} s left")
                 time.sleep(min(left, 1))
             took = time.monotonic() - began
-            cpu = [100 * (one.cpu_fine() - was) / took for one, was in zip(everything, before)]
+            cpu = [100 * (one.cpu_fine() - was) / took for one, was in zip(all_four, before)]
     note = f"(with sources {cpu[0]:.3f} %, with the file {cpu[1]:.3f} %)"
     bench.most(f"{pools} idle etcd sources: CPU", cpu[0] - cpu[1], "%", IDLE_CPU, note)
-    for ttl, found in (5, cpu[3]), (30, cpu[4]):
-        note = f"(with names {found:.3f} %, with the file {cpu[2]:.3f} %)"
-        bench.most(f"resolver, {names} names, TTL {ttl} s: CPU", found - cpu[2], "%", RESOLVER_CPU,
-                   note)
+    for ttl, found in (5, cpu[2]), (30, cpu[3]):
+        bench.most(f"resolver, {names} names, TTL {ttl} s: CPU", found - cpu[1], "%", RESOLVER_CPU)
 
 
 def fronts(pools):
