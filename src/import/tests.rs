@@ -65,6 +65,20 @@ fn every_source_gives_its_report_and_its_output() {
     assert!(differences.is_empty(), "run with UPDATE_EXPECT=1 and review:\n{differences}");
 }
 
+#[test]
+fn checks_of_a_pool_without_a_checked_server_have_no_effect() {
+    let lines: Vec<String> =
+        super::haproxy::CHECK_KEYWORDS.iter().map(|keyword| format!("  {keyword} 1s\n")).collect();
+    let text = format!(
+        "listen a\n  bind 127.0.0.1:80\n  mode tcp\n  server s 127.0.0.1:90\n{}",
+        lines.concat()
+    );
+    let request = ImportRequest { name: "haproxy.cfg", text: &text, ..Default::default() };
+    let report = super::import(super::ImportKind::Haproxy, &request).report.text();
+    assert!(report.contains("no server has check"), "{report}");
+    assert!(report.contains(" 0 not understood"), "{report}");
+}
+
 /// Lines that can occur in a source, and lines that cannot.
 const LINES: &[&str] = &[
     "global",

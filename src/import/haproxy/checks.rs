@@ -9,6 +9,23 @@ use crate::draft::{DraftKeys, quoted};
 use crate::report::{ImportReport, LineVerdict, SourceLine};
 use crate::times::toml_time;
 
+/// Keywords that nothing but the checks of a pool uses.
+pub(crate) const CHECK_KEYWORDS: &[&str] = &[
+    "option tcp-check",
+    "option httpchk",
+    "option mysql-check",
+    "option pgsql-check",
+    "option redis-check",
+    "option smtpchk",
+    "option ldap-check",
+    "option ssl-hello-chk",
+    "option spop-check",
+    "option external-check",
+    "timeout check",
+    "tcp-check",
+    "http-check",
+];
+
 /// Default of `inter`, in milliseconds.
 const INTER: u64 = 2_000;
 
@@ -45,22 +62,8 @@ pub(super) fn probe(
 
 /// Returns the lines that describe checks.
 fn check_lines<'s>(in_force: &ProxyLines<'s>) -> Vec<&'s Directive> {
-    let options = [
-        "option tcp-check",
-        "option httpchk",
-        "option mysql-check",
-        "option pgsql-check",
-        "option redis-check",
-        "option smtpchk",
-        "option ldap-check",
-        "option ssl-hello-chk",
-        "option spop-check",
-        "option log-health-checks",
-        "timeout check",
-        "tcp-check",
-        "http-check",
-    ];
-    options.iter().flat_map(|keyword| in_force.all(keyword).iter().copied()).collect()
+    let keywords = CHECK_KEYWORDS.iter().chain(&["option log-health-checks"]);
+    keywords.flat_map(|keyword| in_force.all(keyword).iter().copied()).collect()
 }
 
 pub(super) struct Checks<'c, 's> {

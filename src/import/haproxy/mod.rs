@@ -24,6 +24,7 @@ use crate::available::Available;
 use crate::draft::{Draft, UsedNames};
 use crate::report::LineVerdict::{Approximated, Dropped, NotUnderstood, Translated, WithoutEffect};
 use crate::report::{ImportReport, SourceLine};
+pub(crate) use checks::CHECK_KEYWORDS;
 use lines::{Directive, HaproxySection, ProxyLines};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -45,7 +46,7 @@ const OF_FRONTENDS: &[&str] = &[
     "backlog",
 ];
 
-/// Keywords that a pool translates.
+/// Keywords that a pool translates, with those of its checks.
 const OF_POOLS: &[&str] = &[
     "mode",
     "server",
@@ -60,20 +61,7 @@ const OF_POOLS: &[&str] = &[
     "timeout server",
     "timeout server-fin",
     "timeout tunnel",
-    "timeout check",
     "timeout queue",
-    "option tcp-check",
-    "option httpchk",
-    "option mysql-check",
-    "option pgsql-check",
-    "option redis-check",
-    "option smtpchk",
-    "option ldap-check",
-    "option ssl-hello-chk",
-    "option spop-check",
-    "option external-check",
-    "tcp-check",
-    "http-check",
     "stick on",
     "stick match",
     "stick store-request",
@@ -230,7 +218,7 @@ impl Translator<'_> {
             }
         }
         for keyword in in_force.keywords() {
-            let handled = OF_FRONTENDS.contains(&keyword) || OF_POOLS.contains(&keyword);
+            let handled = OF_FRONTENDS.contains(&keyword) || is_of_pools(keyword);
             let (verdict, why) = match words::proxy(keyword) {
                 _ if handled => continue,
                 Some(known) => known,
@@ -246,14 +234,15 @@ impl Translator<'_> {
 
     /// Notes keywords that HAProxy ignores in this kind of section.
     fn misplaced(&mut self, section: &HaproxySection) {
-        let (foreign, own) = match &*section.kind {
-            "frontend" => (OF_POOLS, OF_FRONTENDS),
-            "backend" => (OF_FRONTENDS, OF_POOLS),
-            _ => return,
-        };
         let in_force = ProxyLines::of(section, std::slice::from_ref(section));
         for keyword in in_force.keywords() {
-            if foreign.contains(&keyword) && !own.contains(&keyword) {
+            let (of_frontends, of_pools) = (OF_FRONTENDS.contains(&keyword), is_of_pools(keyword));
+            let has_effect = match &*section.kind {
+                "frontend" => of_frontends,
+                "backend" => of_pools,
+                _ => return,
+            };
+            if (of_frontends || of_pools) && !has_effect {
                 for line in in_force.all(keyword) {
                     let why = format!("it has no effect in a {}", section.kind);
                     self.report.note(line.at, WithoutEffect, why);
@@ -272,6 +261,10 @@ impl Translator<'_> {
             }
         }
     }
+}
+
+fn is_of_pools(keyword: &str) -> bool {
+    OF_POOLS.contains(&keyword) || CHECK_KEYWORDS.contains(&keyword)
 }
 
 /// Returns the directive if it is in the section itself.
