@@ -29,7 +29,7 @@ const PING_EVERY: Duration = Duration::from_secs(3);
 /// caches of the CPU, which costs more than the ping.
 const IDLE_PING_EVERY: Duration = Duration::from_secs(6);
 
-/// Nothing changes for this time: the members are idle.
+/// A registry is idle after this time without a change.
 const IDLE_AFTER: Duration = Duration::from_secs(30);
 
 /// A check of all prefixes replaces a ping this long after the last one.
