@@ -95,7 +95,8 @@ pub struct SourceAnswersDoc {
 /// An answer that waits for its confirmation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct HeldAnswerDoc {
-    /// The guard: `small`, `kept`, `max-removed`, `unreadable` or `last-eligible`.
+    /// The guard: `small`, `kept`, `max-removed`, `incomplete`, `unreadable` or
+    /// `last-eligible`.
     pub reason: String,
     /// Members that it would remove.
     pub removes: u32,
@@ -126,8 +127,8 @@ pub struct AnnouncementDoc {
 /// A removal that a guard holds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct HeldRemovalDoc {
-    /// The guard: `missing`, `small`, `kept`, `max-removed`, `unreadable`, `untrusted`,
-    /// `last-eligible` or `overlap`.
+    /// The guard: `missing`, `small`, `kept`, `max-removed`, `incomplete`, `unreadable`,
+    /// `untrusted`, `last-eligible` or `overlap`.
     pub reason: String,
     /// With `overlap`, time until the backend leaves at the latest. Otherwise time until an
     /// answer can confirm the removal; `null` if no time is known.

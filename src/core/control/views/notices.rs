@@ -160,6 +160,7 @@ fn held_text(reason: HeldReason) -> &'static str {
         HeldReason::Small => "the answer has fewer members than min_backends",
         HeldReason::Kept => "the answer has fewer members than min_backends, and empty = keep",
         HeldReason::MaxRemoved => "the answer removes more than max_removed",
+        HeldReason::Incomplete => "an answer before it was held, so it can be incomplete",
         HeldReason::Unreadable => "parts of the answer cannot be read",
         HeldReason::Untrusted => "the answer is not current",
         HeldReason::LastEligible => "no other member is eligible",
@@ -169,7 +170,7 @@ fn held_text(reason: HeldReason) -> &'static str {
 
 fn held_help(reason: HeldReason) -> &'static str {
     match reason {
-        HeldReason::Small | HeldReason::MaxRemoved => {
+        HeldReason::Small | HeldReason::MaxRemoved | HeldReason::Incomplete => {
             "a second answer after confirm_after removes them"
         }
         HeldReason::Kept => "set empty to confirm or accept if the members are really gone",

@@ -76,6 +76,8 @@ pub enum HeldReason {
     Kept,
     /// The answer shrinks the view by more than `max_removed`.
     MaxRemoved,
+    /// An answer within the last `confirm_after` was too small, so this one can be incomplete.
+    Incomplete,
     /// The answer has announcements that the source could not read. One of them was this
     /// member before, or its key is not known and it can be any member.
     Unreadable,
@@ -140,11 +142,17 @@ impl HeldReason {
             HeldReason::Small => "small",
             HeldReason::Kept => "kept",
             HeldReason::MaxRemoved => "max-removed",
+            HeldReason::Incomplete => "incomplete",
             HeldReason::Unreadable => "unreadable",
             HeldReason::Untrusted => "untrusted",
             HeldReason::LastEligible => "last-eligible",
             HeldReason::Overlap => "overlap",
         }
+    }
+
+    /// Whether the answer as a whole was too small.
+    pub(super) fn is_size(self) -> bool {
+        matches!(self, HeldReason::Small | HeldReason::Kept | HeldReason::MaxRemoved)
     }
 
     /// Whether the reason holds a whole answer.
@@ -154,6 +162,7 @@ impl HeldReason {
             HeldReason::Small
             | HeldReason::Kept
             | HeldReason::MaxRemoved
+            | HeldReason::Incomplete
             | HeldReason::Unreadable
             | HeldReason::LastEligible => true,
         }

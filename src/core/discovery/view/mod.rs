@@ -86,9 +86,13 @@ pub struct View {
     read_at: Option<Instant>,
     /// Shrinkage is relative to it.
     base: Base,
+    /// A complete answer arrived.
+    heard: bool,
     answered: bool,
     /// First of the small answers that arrived before any other.
     small_since: Option<Instant>,
+    /// The last answer that was held because it was too small, until one is accepted.
+    shrunk_at: Option<Instant>,
     /// No answer since the restoration.
     restored: bool,
     /// Arrival of the last complete answer or sign of life.
@@ -150,8 +154,10 @@ impl View {
             last: None,
             read_at: None,
             base: Base::default(),
+            heard: false,
             answered: false,
             small_since: None,
+            shrunk_at: None,
             restored: false,
             confirmed: None,
             stale: false,
@@ -186,7 +192,8 @@ impl View {
     /// Forgets what the answers so far lack: the next one answers another question, or comes
     /// from a source that was not followed in between. The members stay.
     pub fn forget_answers(&mut self) {
-        (self.last, self.read_at, self.small_since) = (None, None, None);
+        (self.last, self.read_at) = (None, None);
+        (self.small_since, self.shrunk_at, self.heard) = (None, None, false);
         for entry in &mut self.entries {
             entry.present = true;
             (entry.absence, entry.leaving, entry.member.held) = (None, None, None);
@@ -204,7 +211,7 @@ impl View {
                 let reading = Reading::of(set, now);
                 let result = self.read(set, reading, sight);
                 self.answers.count(result);
-                self.last = Some(set.clone());
+                (self.last, self.heard) = (Some(set.clone()), true);
                 self.reconsider = false;
             }
             Told::Failed { why, detail } => {

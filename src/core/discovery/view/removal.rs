@@ -6,8 +6,9 @@
 //!
 //! 1. A trusted answer that lacks a member starts or continues its [`Absence`].
 //! 2. The answer as a whole can meet an objection: too small, too few left, unreadable
-//!    announcements without a key. Then only members leave that were already absent
-//!    `confirm_after` earlier. Each member is confirmed by itself, so two answers need not be
+//!    announcements without a key, or an answer within the last `confirm_after` that was too
+//!    small: a registry that returns from a backup is filled one member after another. Then only
+//!    members leave that were already absent `confirm_after` earlier. Each member is confirmed by itself, so two answers need not be
 //!    equal. An unreadable announcement with a key holds only what this key announced before.
 //! 3. A member whose removal is decided leaves at once, unless it serves for a newcomer
 //!    that is not up, or is the last eligible one of the pool and its removal is not
@@ -63,7 +64,7 @@ impl View {
         let decided = self.decide_all(present, is_small, reading);
         if !is_first && decided.held == 0 {
             self.base.accept(present, reading.at, self.window());
-            self.answered = true;
+            (self.answered, self.shrunk_at) = (true, None);
         } else if !is_first {
             self.base.raise(present);
         }
@@ -130,6 +131,9 @@ impl View {
                 continue;
             }
             if decided.held > 0 {
+                if reason.is_size() {
+                    self.shrunk_at = Some(reading.at);
+                }
                 self.note_held(reason, decided.held, reading.now);
             }
             return decided;
@@ -157,6 +161,10 @@ impl View {
         let shrinkage = base.saturating_sub(present);
         if shrinkage * 100 > usize::from(self.guards.max_removed) * base {
             return Some(HeldReason::MaxRemoved);
+        }
+        let is_incomplete = |at: Instant| reading.at.saturating_duration_since(at) < self.window();
+        if self.shrunk_at.is_some_and(is_incomplete) {
+            return Some(HeldReason::Incomplete);
         }
         let unreadable = reading.unreadable;
         let can_be_any = !unreadable.are_named() || !self.keys.are_known();

@@ -24,6 +24,8 @@ use std::time::{Duration, Instant};
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SavedView {
+    /// Whether a complete answer arrived.
+    pub heard: bool,
     /// Whether a set was accepted.
     pub answered: bool,
     /// Members of the last accepted answer.
@@ -36,6 +38,8 @@ pub struct SavedView {
     pub read_ms: Option<u64>,
     /// The first small answer.
     pub small_ms: Option<u64>,
+    /// The last answer that was held because it was too small.
+    pub shrunk_ms: Option<u64>,
     /// Start of the guard against a burst of critical members.
     pub burst_ms: Option<u64>,
     /// The member that serves because no other one would be eligible.
@@ -138,12 +142,13 @@ impl View {
     pub fn restore(guards: ViewGuards, saved: &SavedView, now: Instant) -> View {
         let mut view = View::new(guards);
         let time = |ms: Option<u64>| ms.map(|ms| ago(now, ms));
-        view.answered = saved.answered;
+        (view.heard, view.answered) = (saved.heard, saved.answered);
         let larger = saved.larger_ms.iter().map(|(end, size)| (ago(now, *end), *size));
         view.base = Base::of(saved.base, larger);
         view.confirmed = time(saved.confirmed_ms);
         view.read_at = time(saved.read_ms);
         view.small_since = time(saved.small_ms);
+        view.shrunk_at = time(saved.shrunk_ms);
         view.burst = time(saved.burst_ms);
         view.restored = true;
         view.seen = Some(now);
@@ -172,12 +177,14 @@ impl View {
     pub fn save(&self, now: Instant) -> SavedView {
         let since = |at: Instant| millis(now.saturating_duration_since(at));
         SavedView {
+            heard: self.heard,
             answered: self.answered,
             base: self.base.size(),
             larger_ms: self.base.before().map(|(end, size)| (since(end), size)).collect(),
             confirmed_ms: self.confirmed.map(since),
             read_ms: self.read_at.map(since),
             small_ms: self.small_since.map(since),
+            shrunk_ms: self.shrunk_at.map(since),
             burst_ms: self.burst.map(since),
             keeper: self.keeper,
             keyed: self.keys.are_known(),
@@ -215,6 +222,7 @@ impl SavedViewMember {
             HeldReason::Missing | HeldReason::Kept | HeldReason::Untrusted => None,
             HeldReason::Small
             | HeldReason::MaxRemoved
+            | HeldReason::Incomplete
             | HeldReason::Unreadable
             | HeldReason::LastEligible => {
                 let after = self.confirm_ms.map_or(confirm_after, Duration::from_millis);

@@ -36,7 +36,7 @@ impl View {
         now: Instant,
     ) -> bool {
         // The source never had a member that could have turned.
-        let is_first = self.entries.is_empty() && !self.answered && self.last.is_none();
+        let is_first = self.entries.is_empty() && !self.answered && !self.heard;
         let members = || self.entries.iter().filter(|entry| entry.present);
         let is_recent = |at: Instant| now.saturating_duration_since(at) <= BURST_TIME;
         let turned = members().filter(|entry| entry.turned.is_some_and(is_recent)).count();

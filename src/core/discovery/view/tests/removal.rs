@@ -83,8 +83,38 @@ fn an_answer_that_shrinks_the_view_by_more_than_the_share_is_held() {
     bench.tell(1..=4);
     assert_eq!(bench.addresses().len(), 10);
     assert_eq!(bench.held(5), Some(HeldReason::MaxRemoved));
+    let mut bench = Bench::with(guards(), 10);
     bench.tell(1..=5);
     assert_eq!(bench.addresses(), [1, 2, 3, 4, 5], "half of 10 is not more than 50 %");
+}
+
+#[test]
+fn registry_that_is_filled_again_member_by_member_loses_none() {
+    for (empty, first) in [(EmptyAnswer::Confirm, 1), (EmptyAnswer::Keep, 0)] {
+        let mut bench = Bench::with(ViewGuards { empty, ..guards() }, 5);
+        for last in [first, 3, 4] {
+            bench.tell(1..=last);
+            bench.pass(Duration::from_millis(100));
+            assert_eq!(bench.addresses(), [1, 2, 3, 4, 5], "{last} of 5");
+        }
+        assert_eq!(bench.held(5), Some(HeldReason::Incomplete));
+        bench.tell(1..=5);
+        assert_eq!(bench.held(5), None);
+        bench.tell(1..=4);
+        assert_eq!(bench.addresses(), [1, 2, 3, 4], "the answer before was complete");
+    }
+}
+
+#[test]
+fn removal_after_a_held_answer_is_confirmed_by_a_repetition() {
+    let mut bench = Bench::with(guards(), 5);
+    bench.tell([1]);
+    bench.pass(secs(5));
+    bench.tell(1..=4);
+    assert_eq!(bench.held(5), Some(HeldReason::Incomplete));
+    bench.pass(secs(5));
+    bench.take(&Told::Alive);
+    assert_eq!(bench.addresses(), [1, 2, 3, 4], "absent for 10 s");
 }
 
 #[test]

@@ -93,6 +93,10 @@ fn window_continues_in_the_next_process() {
     bench.view = View::restore(guards(), &saved, bench.now);
     bench.tell([1]);
     assert_eq!(bench.addresses(), [1, 2]);
+    let mut bench = Bench::with(guards(), 4);
+    tell_each(&mut bench, &[&[1, 2, 3], &[1, 2]]);
+    bench.pass(secs(5));
+    bench.view = View::restore(guards(), &saved, bench.now);
     bench.pass(secs(5));
     bench.tell([1]);
     assert_eq!(bench.addresses(), [1], "half of the view of 10 s ago");
