@@ -175,3 +175,22 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn rules_of_nginx_for_clients_keep_their_order_and_are_inherited_together() {
+    let translate = |outer: &str, own: &str| {
+        let text = format!(
+            "stream {{ {outer}\n  upstream u {{ server 127.0.0.1:90; }}\n  \
+             server {{ listen 127.0.0.1:80; proxy_pass u; {own} }}\n}}\n"
+        );
+        let request = ImportRequest { name: "nginx.conf", text: &text, ..Default::default() };
+        super::import(super::ImportKind::Nginx, &request).toml.unwrap_or_default()
+    };
+    let denied = translate("", "deny 192.0.2.9; allow all;");
+    assert!(denied.contains("deny = [\"192.0.2.9\"]"), "{denied}");
+    let own = translate("allow 192.0.2.7; deny all;", "deny 192.0.2.9;");
+    assert!(own.contains("deny = [\"192.0.2.9\"]") && !own.contains("192.0.2.7"), "{own}");
+    let inherited = translate("allow 192.0.2.7; deny all;", "");
+    assert!(inherited.contains("allow = [\"192.0.2.7\"]"), "{inherited}");
+    assert!(!translate("", "allow all; deny 192.0.2.9;").contains("sources"));
+}

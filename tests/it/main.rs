@@ -55,5 +55,6 @@ mod slow;
 mod sources;
 mod state;
 mod storms;
+mod twins;
 mod why;
 mod why_ledger;

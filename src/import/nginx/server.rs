@@ -46,11 +46,16 @@ struct ServerLines<'t> {
 impl<'t> ServerLines<'t> {
     /// Returns the directives with this name: those of the server, else those of `stream`.
     fn all(&self, name: &str) -> Vec<&'t NginxDirective> {
+        self.all_of(&[name])
+    }
+
+    /// The same for several names that are inherited together, in the order of the file.
+    fn all_of(&self, names: &[&str]) -> Vec<&'t NginxDirective> {
         let find = |lines: &'t [NginxDirective]| -> Vec<&'t NginxDirective> {
-            lines.iter().filter(|line| line.words[0] == name).collect()
+            lines.iter().filter(|line| names.contains(&line.words[0].as_str())).collect()
         };
         let own = find(self.own);
-        let inherited = INHERITED.contains(&name);
+        let inherited = names.iter().any(|name| INHERITED.contains(name));
         if own.is_empty() && inherited { find(self.stream) } else { own }
     }
 
@@ -267,10 +272,7 @@ impl<'t> NginxTranslator<'t> {
 
     /// Which clients can connect, how often, and the log.
     fn clients(&mut self, lines: &ServerLines<'t>, frontend: &mut DraftFrontend) {
-        let mut rules: Vec<&NginxDirective> = lines.all("allow");
-        rules.extend(lines.all("deny"));
-        rules.sort_by_key(|line| line.at);
-        access::translate(&rules, frontend, self.report);
+        access::translate(&lines.all_of(&["allow", "deny"]), frontend, self.report);
         for line in lines.all("limit_conn") {
             self.limit(line, frontend);
         }
