@@ -258,7 +258,7 @@ fn own_address(ip: IpAddr, port: u16) -> SocketAddr {
     }
 }
 
-fn unix_path(path: &str) -> Result<PathBuf, ValueError> {
+pub(super) fn unix_path(path: &str) -> Result<PathBuf, ValueError> {
     if path.is_empty() {
         return Err(ValueError::new("the path of the Unix socket is missing")
             .help("write \"unix:/path/to/socket\""));

@@ -6,8 +6,9 @@
 use crate::decision::{Decision, Figures, Outcome, SkippedList, Why};
 use crate::model::{
     AccessLogTarget, Admin, AdminListen, BackendId, Bind, ClientAddr, Config, DnsConfig,
-    EngineChoice, FrontendConfig, FrontendId, HASH_SLOTS, Log, LogFormat, LogLevel, OnRemoval,
-    PeerAddr, Policy, PoolConfig, ProcessConfig, Sandbox, WhenNoneEligible,
+    EngineChoice, FrontendConfig, FrontendId, HASH_SLOTS, Log, LogFormat, LogLevel, LogTarget,
+    OnRemoval, PeerAddr, Policy, PoolConfig, ProcessConfig, Sandbox, SyslogFacility,
+    WhenNoneEligible,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -83,7 +84,14 @@ pub fn config(frontends: Vec<FrontendConfig>, pools: Vec<Arc<PoolConfig>>) -> Co
             token_file: None,
             backend_metrics_max: 0,
         },
-        log: Log { level: LogLevel::Info, format: LogFormat::Text, access: AccessLogTarget::Off },
+        log: Log {
+            level: LogLevel::Info,
+            format: LogFormat::Text,
+            target: LogTarget::Stderr,
+            facility: SyslogFacility::Daemon,
+            access: AccessLogTarget::Off,
+            access_facility: SyslogFacility::Local0,
+        },
         frontends,
         pools,
         heartbeat: None,

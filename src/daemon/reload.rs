@@ -13,6 +13,7 @@ use super::heartbeats::ReceiverChange;
 use super::preflight;
 use super::refused::BindError;
 use super::reload_diff;
+use super::worker_set::access_log_destination;
 use crate::admin::{ProblemDoc, ReloadDoc, ReloadError, Token};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
@@ -239,8 +240,9 @@ impl Control {
                 None => self.refuse(why),
             }
         })?;
-        if config.log.access != self.reloads.config().log.access {
-            let set = self.workers.set_access_log(&config.log.access);
+        let logs = access_log_destination(&config.log);
+        if logs != access_log_destination(&self.reloads.config().log) {
+            let set = self.workers.set_access_log(logs);
             set.map_err(|error| {
                 refuse(self, Spot::AccessLog, preflight::access_log_refusal(&error))
             })?;
@@ -369,6 +371,8 @@ fn needs_restart(started: &Config, now: &Config) -> Vec<String> {
         ("[process] state", old.state != new.state),
         ("[admin] listen", started.admin.listen != now.admin.listen),
         ("[log] format", started.log.format != now.log.format),
+        ("[log] target", started.log.target != now.log.target),
+        ("[log] facility", started.log.facility != now.log.facility),
     ];
     settings
         .into_iter()

@@ -394,7 +394,7 @@ fn paths(config_path: &Path, pid_file: Option<&Path>, config: &Config) -> Paths 
     };
     let access = match &config.log.access {
         AccessLogTarget::File(path) => Some(path.as_path()),
-        AccessLogTarget::Off | AccessLogTarget::Stdout => None,
+        AccessLogTarget::Off | AccessLogTarget::Stdout | AccessLogTarget::Syslog(_) => None,
     };
     for file in [admin, access, pid_file].into_iter().flatten() {
         paths.write.extend(directories_of(file));

@@ -235,7 +235,7 @@ impl Resources {
         let cpus = cpu::available();
         let workers = config.process.workers.unwrap_or_else(|| auto_workers(cpus.len()));
         let descriptors = limits::raise_descriptor_limit();
-        let target = access_log_destination(&config.log.access);
+        let target = access_log_destination(&config.log);
         let (access_log, senders) = AccessLog::start(target, workers)
             .map_err(|error| origin.error(&Spot::AccessLog, access_log_refusal(&error), None))
             .map_err(|problem| Failure::Config(Problems::from(problem)))?;

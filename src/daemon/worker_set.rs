@@ -4,12 +4,13 @@
 //! stalled workers and joins the threads at the end. It makes no decision about traffic.
 
 use super::Failure;
+use super::logging;
 use super::watchdog::{self, Watchdog, WatchdogEvent};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tidegate_core::metrics::counters::WorkerCounters;
-use tidegate_core::model::{AccessLogTarget, Config};
+use tidegate_core::model::{AccessLogTarget, Config, Log};
 use tidegate_core::table::publish::TablePublisher;
 use tidegate_dataplane::access_log::{AccessLog, AccessLogDestination, AccessLogSender};
 #[cfg(debug_assertions)]
@@ -121,9 +122,9 @@ impl WorkerSet {
     ///
     /// # Errors
     /// The file cannot be opened. The target stays the same.
-    pub(super) fn set_access_log(&mut self, target: &AccessLogTarget) -> std::io::Result<()> {
+    pub(super) fn set_access_log(&mut self, target: AccessLogDestination) -> std::io::Result<()> {
         match &mut self.access_log {
-            Some(access_log) => access_log.set_target(access_log_destination(target)),
+            Some(access_log) => access_log.set_target(target),
             None => Ok(()),
         }
     }
@@ -231,10 +232,14 @@ fn stop_and_join(workers: Vec<Worker>) {
 }
 
 /// Converts the target of the configuration to that of the access log.
-pub(super) fn access_log_destination(target: &AccessLogTarget) -> AccessLogDestination {
-    match target {
+pub(super) fn access_log_destination(log: &Log) -> AccessLogDestination {
+    match &log.access {
         AccessLogTarget::Off => AccessLogDestination::Off,
         AccessLogTarget::Stdout => AccessLogDestination::Stdout,
         AccessLogTarget::File(path) => AccessLogDestination::File(path.clone()),
+        AccessLogTarget::Syslog(receiver) => AccessLogDestination::Syslog(
+            logging::syslog_address(receiver),
+            logging::syslog_header(receiver, log.access_facility, "access"),
+        ),
     }
 }

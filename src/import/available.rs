@@ -31,6 +31,8 @@ pub(crate) struct Available {
     pub(crate) postgres: bool,
     /// `kind = "smtp"`
     pub(crate) smtp: bool,
+    /// `[log] access = "syslog:..."`
+    pub(crate) syslog: bool,
 }
 
 impl Available {
@@ -64,6 +66,12 @@ impl Available {
             mysql: probe("kind = \"mysql\", user = \"a\""),
             postgres: probe("kind = \"postgres\", user = \"a\""),
             smtp: probe("kind = \"smtp\""),
+            syslog: accepts(
+                bind,
+                "[log]\naccess = \"syslog:/dev/log\"\naccess_facility = \"local0\"",
+                "",
+                "\"127.0.0.2:1\"",
+            ),
         }
     }
 }

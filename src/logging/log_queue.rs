@@ -1,4 +1,4 @@
-//! A bounded queue between the threads that log and standard error.
+//! A bounded queue between the threads that log and standard error or a syslog receiver.
 //!
 //! The log layer puts each line into the queue, and a separate thread writes it. Logging
 //! never blocks: if the queue is full because the reader is stalled, or if a write fails,
@@ -79,7 +79,12 @@ impl LogQueue {
 
     /// Returns a writer for one line.
     pub fn line(&self) -> LineWriter {
-        LineWriter { queue: self.clone(), line: Vec::new() }
+        self.line_after(Vec::new())
+    }
+
+    /// Returns a writer for one line that begins with `start`.
+    pub fn line_after(&self, start: Vec<u8>) -> LineWriter {
+        LineWriter { queue: self.clone(), line: start }
     }
 
     fn push(&self, line: Vec<u8>) {
@@ -100,7 +105,11 @@ fn run(
     let mut reported = 0;
     while let Ok(item) = incoming.recv() {
         match item {
-            LogItem::Flush(done) => drop(done.send(())),
+            LogItem::Flush(done) => {
+                // The owner waits for a limited time, and what is left is given up.
+                let _ = target.flush();
+                let _ = done.send(());
+            }
             LogItem::Line(line) => match write_line(&mut target, &line) {
                 Ok(()) => {
                     let lost = dropped.load(Ordering::Relaxed);

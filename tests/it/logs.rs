@@ -4,12 +4,60 @@ use crate::common::backend::{self, Refusing, ScriptedBackend};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
 use crate::common::{Engine, client, eventually, on_every_engine, secs};
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 on_every_engine!(
+    rotation_of_the_access_log_under_load_loses_no_line,
     external_text_cannot_forge_a_log_line,
     debug_and_trace_log_tables_probes_reloads_and_upgrades,
     debug_logs_each_step_of_a_session_and_info_logs_none,
 );
+
+fn rotation_of_the_access_log_under_load_loses_no_line(engine: Engine) {
+    let a = ScriptedBackend::start(backend::name("a"));
+    let proxy = TestProxy::start(Conf::simple(engine, Pool::new("web").backend("a", a.address())));
+    let log = proxy.dir().join("access.log");
+    let (done, total) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    client::ask(proxy.addr("web")).expect("an answer");
+                    total.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        for turn in 1..=3 {
+            let old = proxy.dir().join(format!("access.log.{turn}"));
+            eventually(secs(10), "the file has lines", || {
+                std::fs::metadata(&log).is_ok_and(|file| file.len() > 0)
+            });
+            std::fs::rename(&log, &old).expect("rename the log");
+            // As the scripts of logrotate do. A reload is not needed for the new file.
+            if turn > 1 {
+                proxy.sighup();
+            }
+        }
+        eventually(secs(10), "the last file has lines", || {
+            std::fs::metadata(&log).is_ok_and(|file| file.len() > 0)
+        });
+        done.store(true, Ordering::Relaxed);
+    });
+    let sessions = || -> BTreeSet<u64> {
+        let files = ["access.log", "access.log.1", "access.log.2", "access.log.3"];
+        let texts = files.map(|file| std::fs::read_to_string(proxy.dir().join(file)));
+        let texts = texts.map(|text| text.expect("read the log"));
+        let whole = texts.iter().flat_map(|text| text.split_inclusive('\n'));
+        let whole = whole.filter(|line| line.ends_with('\n'));
+        let parsed = whole.map(serde_json::from_str::<serde_json::Value>);
+        parsed.map(|line| line.expect("JSON")["session"].as_u64().expect("a number")).collect()
+    };
+    let total = total.load(Ordering::Relaxed);
+    eventually(secs(10), "each session has its line", || sessions().len() >= total);
+    assert_eq!(sessions().len(), total);
+    assert_eq!(proxy.metric("tidegate_access_log_dropped_total", &[]), 0.0);
+}
 
 /// A name with line breaks and escape codes that imitates a log line.
 const FORGED: &str = "a\\n2026-01-01T00:00:00Z ERROR forged: pool=\\\"web\\\" b\\u001b[31m";

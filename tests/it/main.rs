@@ -55,6 +55,7 @@ mod slow;
 mod sources;
 mod state;
 mod storms;
+mod syslog;
 mod twins;
 mod why;
 mod why_ledger;

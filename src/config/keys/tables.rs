@@ -10,7 +10,9 @@ use super::{Applies, ConfigKey, DefaultValue, KeyTable, Values, words};
 use Applies::{Reload, Restart};
 use DefaultValue::{Described, Required, Value};
 use Values::{Flag, Form, Integer, Size, Time, WordOrInteger, WordOrTime, Words};
-use tidegate_core::model::{EngineChoice, LogFormat, LogLevel, OtherPeers, Sandbox};
+use tidegate_core::model::{
+    EngineChoice, LogFormat, LogLevel, OtherPeers, Sandbox, SyslogFacility,
+};
 
 const BYTE_RATE: Values = Form("`\"off\"`, or `\"1KiB/s\"` to `\"1TiB/s\"`");
 pub(super) const CONNECTIONS: Values = Integer(0, 10_000_000);
@@ -284,11 +286,35 @@ const LOG: &[ConfigKey] = &[
         "Format of the log lines.",
     ),
     key(
+        "target",
+        Form("`\"stderr\"` or a [syslog receiver](logging.md#syslog)"),
+        Value("\"stderr\""),
+        Restart,
+        "Where log lines go.",
+    ),
+    key(
+        "facility",
+        Words(words::<SyslogFacility>),
+        Value("\"daemon\""),
+        Restart,
+        "Facility of log lines in syslog.",
+    ),
+    key(
         "access",
-        Form("`\"off\"`, `\"stdout\"` or a file path with a `/`"),
+        Form(
+            "`\"off\"`, `\"stdout\"`, a file path with a `/`, or a \
+             [syslog receiver](logging.md#syslog)",
+        ),
         Value("\"off\""),
         Reload,
         "Access log: one JSON object per session.",
+    ),
+    key(
+        "access_facility",
+        Words(words::<SyslogFacility>),
+        Value("\"local0\""),
+        Reload,
+        "Facility of access-log lines in syslog.",
     ),
 ];
 

@@ -49,6 +49,8 @@ servers = '127.0.0.1:1'
 /// Keys that other keys need, or that widen what a range may be.
 const NEEDED: &[(&str, &str, &str)] = &[
     ("[process]", "group", "user = 'a'"),
+    ("[log]", "facility", "target = 'syslog:/dev/log'"),
+    ("[log]", "access_facility", "access = 'syslog:/dev/log'"),
     ("[frontend.NAME.sources]", "prefix_v4", "connections_max = 1"),
     ("[frontend.NAME.sources]", "prefix_v6", "connections_max = 1"),
     ("[frontend.NAME.sources]", "connections_max", "deny = '127.0.0.1'"),

@@ -1,4 +1,4 @@
-//! The sections without names: `[process]`, `[admin]` and `[log]`.
+//! The sections `[process]` and `[admin]`.
 //!
 //! Called once by `validate`. It never reads frontends or pools.
 
@@ -16,8 +16,7 @@ use crate::address;
 use crate::file::{Field, Section};
 use crate::value::{self, BUFFERS, SPIN, TIME, UPGRADE, ValueError, shown};
 use tidegate_core::model::{
-    ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
-    ProcessConfig, Sandbox,
+    ADMIN_SOCKET, Admin, AdminListen, EngineChoice, ProcessConfig, Sandbox,
 };
 
 /// Most workers. Shared state has a shard per worker.
@@ -196,35 +195,4 @@ pub(super) fn file_path(text: &str) -> Result<PathBuf, ValueError> {
         return Err(ValueError::new(format!("{} is not a file path", shown(text))));
     }
     Ok(PathBuf::from(text))
-}
-
-pub(super) fn log(top: &Section<'_, '_>) -> Log {
-    let section = top.table_or_empty("log", "[log]".to_owned());
-    section.report.keep(Spot::AccessLog, section.value_place("access"));
-    let log = Log {
-        level: section.choice("level").or(LogLevel::Info),
-        format: section.choice("format").or(LogFormat::Text),
-        access: section
-            .text("access", "\"off\", \"stdout\" or a file path", access_target)
-            .or(AccessLogTarget::Off),
-    };
-    section.finish();
-    log
-}
-
-/// Parses `off`, `stdout` or a path.
-///
-/// A bare word is rejected, because it is more likely a mistake than a file in the
-/// working directory.
-fn access_target(text: &str) -> Result<AccessLogTarget, ValueError> {
-    match text {
-        "off" => Ok(AccessLogTarget::Off),
-        "stdout" => Ok(AccessLogTarget::Stdout),
-        path if path.contains('/') => file_path(path).map(AccessLogTarget::File),
-        word => Err(ValueError::new(format!(
-            "{} is not \"off\", \"stdout\" or a file path",
-            shown(word)
-        ))
-        .help(format!("for a file of that name write \"./{}\"", value::cut(word)))),
-    }
 }

@@ -15,6 +15,7 @@ mod frontend;
 mod globals;
 mod guards;
 mod heartbeat;
+mod log;
 mod named_file;
 mod pool;
 mod probe;
@@ -76,7 +77,7 @@ pub(super) fn config<'a>(
     let _ = top.node("include");
     let process = globals::process(&top);
     let admin = globals::admin(&top);
-    let log = globals::log(&top);
+    let log = log::log(&top);
     let defaults = Defaults::read(&top);
     let mut bind_count = BindCount::default();
     let frontends: Vec<_> = top

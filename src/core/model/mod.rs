@@ -28,7 +28,7 @@ pub use probe::{
 };
 pub use process::{
     ADMIN_SOCKET, AccessLogTarget, Admin, AdminListen, EngineChoice, Log, LogFormat, LogLevel,
-    ProcessConfig, Sandbox,
+    LogTarget, ProcessConfig, Sandbox, SyslogFacility, SyslogReceiver,
 };
 pub use proxy_protocol::{
     OtherPeers, PassedTlv, ProxyHeaderSource, ProxyHeaderSpec, ProxyVersion, SentTlv,

@@ -108,9 +108,54 @@ pub struct Log {
     pub level: LogLevel,
     /// Text for people, JSON for programs.
     pub format: LogFormat,
+    /// Destination of log lines.
+    #[serde(serialize_with = "text_forms::shown")]
+    pub target: LogTarget,
+    /// Facility of log lines in syslog.
+    pub facility: SyslogFacility,
     /// Destination of access-log lines.
     #[serde(serialize_with = "text_forms::shown")]
     pub access: AccessLogTarget,
+    /// Facility of access-log lines in syslog.
+    pub access_facility: SyslogFacility,
+}
+
+/// `target = ...`
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LogTarget {
+    /// Standard error.
+    Stderr,
+    /// A syslog receiver.
+    Syslog(SyslogReceiver),
+}
+
+/// A syslog receiver. Its text starts with `syslog:`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SyslogReceiver {
+    /// A Unix datagram socket for lines of the C function `syslog`, usually `/dev/log`.
+    Local(PathBuf),
+    /// A Unix datagram socket for messages of RFC 5424.
+    Unix(PathBuf),
+    /// UDP, messages of RFC 5424.
+    Udp(SocketAddr),
+    /// TCP, messages of RFC 5424 with their lengths.
+    Tcp(SocketAddr),
+}
+
+/// `facility = ...`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum SyslogFacility {
+    User,
+    Daemon,
+    Local0,
+    Local1,
+    Local2,
+    Local3,
+    Local4,
+    Local5,
+    Local6,
+    Local7,
 }
 
 /// `level = ...`
@@ -141,6 +186,8 @@ pub enum AccessLogTarget {
     Stdout,
     /// Appended to this file, which is reopened after a rotation.
     File(PathBuf),
+    /// A syslog receiver.
+    Syslog(SyslogReceiver),
 }
 
 words!(EngineChoice: "auto" => Auto, "io_uring" => IoUring, "epoll" => Epoll);
@@ -149,6 +196,11 @@ words!(
     LogLevel: "error" => Error, "warn" => Warn, "info" => Info, "debug" => Debug, "trace" => Trace
 );
 words!(LogFormat: "text" => Text, "json" => Json);
+words!(
+    SyslogFacility: "user" => User, "daemon" => Daemon, "local0" => Local0, "local1" => Local1,
+    "local2" => Local2, "local3" => Local3, "local4" => Local4, "local5" => Local5,
+    "local6" => Local6, "local7" => Local7
+);
 
 // === impl Admin ===
 
@@ -179,6 +231,51 @@ impl fmt::Display for AccessLogTarget {
             AccessLogTarget::Off => f.write_str("off"),
             AccessLogTarget::Stdout => f.write_str("stdout"),
             AccessLogTarget::File(path) => path.display().fmt(f),
+            AccessLogTarget::Syslog(receiver) => receiver.fmt(f),
+        }
+    }
+}
+
+// === impl LogTarget ===
+
+impl fmt::Display for LogTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            LogTarget::Stderr => f.write_str("stderr"),
+            LogTarget::Syslog(receiver) => receiver.fmt(f),
+        }
+    }
+}
+
+// === impl SyslogReceiver ===
+
+impl fmt::Display for SyslogReceiver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SyslogReceiver::Local(path) => write!(f, "syslog:{}", path.display()),
+            SyslogReceiver::Unix(path) => write!(f, "syslog:unix:{}", path.display()),
+            SyslogReceiver::Udp(address) => write!(f, "syslog:udp:{address}"),
+            SyslogReceiver::Tcp(address) => write!(f, "syslog:tcp:{address}"),
+        }
+    }
+}
+
+// === impl SyslogFacility ===
+
+impl SyslogFacility {
+    /// The number of the facility in RFC 5424.
+    pub fn number(self) -> u8 {
+        match self {
+            SyslogFacility::User => 1,
+            SyslogFacility::Daemon => 3,
+            SyslogFacility::Local0 => 16,
+            SyslogFacility::Local1 => 17,
+            SyslogFacility::Local2 => 18,
+            SyslogFacility::Local3 => 19,
+            SyslogFacility::Local4 => 20,
+            SyslogFacility::Local5 => 21,
+            SyslogFacility::Local6 => 22,
+            SyslogFacility::Local7 => 23,
         }
     }
 }

@@ -13,6 +13,7 @@
 
 mod record;
 mod sink;
+mod syslog;
 mod writer;
 
 pub use record::{AccessLogRecord, TryRecord};
@@ -26,6 +27,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
+use tidegate_logging::syslog::{SyslogAddress, SyslogHeader};
 use writer::{AccessLogWriter, WriterCommand};
 
 /// Where lines go.
@@ -38,6 +40,8 @@ pub enum AccessLogDestination {
     /// Append to this file, created with mode 0640. It is reopened if the path no longer
     /// names it (log rotation by rename). A FIFO needs no reader.
     File(PathBuf),
+    /// Send each line as a message with this header.
+    Syslog(SyslogAddress, SyslogHeader),
 }
 
 /// The running access log, owned by `daemon`.

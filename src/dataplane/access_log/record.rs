@@ -111,6 +111,13 @@ impl AccessLogRecord {
     }
 }
 
+/// Returns the field `time` of a line, `-` if the line has none.
+pub(super) fn time_of(line: &[u8]) -> &str {
+    let time =
+        line.strip_prefix(b"{\"time\":\"").and_then(|rest| rest.split(|b| *b == b'"').next());
+    time.and_then(|time| std::str::from_utf8(time).ok()).unwrap_or("-")
+}
+
 /// RFC 3339 in UTC with microseconds. Times outside 1970..=9999 are clamped, because a wrong
 /// clock must not stop the log.
 fn rfc3339<S: Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {

@@ -1,9 +1,10 @@
-//! An open access-log target: regular file, FIFO, or standard output.
+//! An open access-log target: regular file, FIFO, standard output, or a syslog receiver.
 //!
 //! Opened by `AccessLog` on its caller's thread, written by the writer thread. It never waits
 //! for the reader of a pipe or a terminal: it writes only what fits.
 
 use super::AccessLogDestination;
+use super::syslog::SyslogSink;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
@@ -11,9 +12,16 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+/// An open target.
+#[derive(Debug)]
+pub(super) enum Sink {
+    File(FileSink),
+    Syslog(SyslogSink),
+}
+
 /// Standard output or an open file.
 #[derive(Debug)]
-pub(super) struct Sink {
+pub(super) struct FileSink {
     fd: OwnedFd,
     /// `None` for standard output.
     path: Option<PathBuf>,
@@ -35,34 +43,73 @@ impl Sink {
     pub(super) fn open(target: &AccessLogDestination) -> io::Result<Option<Sink>> {
         match target {
             AccessLogDestination::Off => Ok(None),
-            AccessLogDestination::Stdout => Sink::stdout().map(Some),
-            AccessLogDestination::File(path) => Sink::file(path).map(Some),
+            AccessLogDestination::Stdout => Ok(Some(Sink::File(FileSink::stdout()?))),
+            AccessLogDestination::File(path) => Ok(Some(Sink::File(FileSink::file(path)?))),
+            AccessLogDestination::Syslog(address, header) => {
+                Ok(Some(Sink::Syslog(SyslogSink::new(address, header))))
+            }
         }
     }
 
+    /// Writes a prefix of `bytes`, which start with a line or its rest and must not be empty.
+    /// Returns its length.
+    ///
+    /// # Errors
+    /// `WouldBlock` if nothing fits now; otherwise the write failed.
+    pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Sink::File(file) => file.write(bytes),
+            Sink::Syslog(syslog) => syslog.write(bytes),
+        }
+    }
+
+    /// Returns the target to use instead, if a log rotation has moved this one.
+    pub(super) fn replacement(&self) -> io::Result<Option<Sink>> {
+        match self {
+            Sink::File(file) => Ok(file.replacement()?.map(Sink::File)),
+            Sink::Syslog(_) => Ok(None),
+        }
+    }
+
+    /// Returns whether written bytes have not left this process. Sends them if possible.
+    pub(super) fn keeps_bytes(&mut self) -> bool {
+        match self {
+            Sink::File(_) => false,
+            Sink::Syslog(syslog) => syslog.keeps_bytes(),
+        }
+    }
+
+    /// The target's name for log messages.
+    pub(super) fn name(&self) -> String {
+        match self {
+            Sink::File(file) => file.name(),
+            Sink::Syslog(syslog) => syslog.name(),
+        }
+    }
+}
+
+// === impl FileSink ===
+
+impl FileSink {
     /// Duplicates standard output. The non-blocking flag stays as it is, because other
     /// processes share the open file description.
-    fn stdout() -> io::Result<Sink> {
+    fn stdout() -> io::Result<FileSink> {
         let fd = io::stdout().as_fd().try_clone_to_owned()?;
         let stat = rustix::fs::fstat(&fd)?;
         let poll_first = FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile;
-        Ok(Sink { fd, path: None, identity: identity(&stat), poll_first, unfinished: false })
+        Ok(FileSink { fd, path: None, identity: identity(&stat), poll_first, unfinished: false })
     }
 
-    fn file(path: &Path) -> io::Result<Sink> {
+    fn file(path: &Path) -> io::Result<FileSink> {
         let fd = open_for_append(path)?;
         let stat = rustix::fs::fstat(&fd)?;
         let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
         let unfinished = regular && ends_inside_a_line(&fd, stat.st_size as u64);
         let path = Some(path.to_owned());
-        Ok(Sink { fd, path, identity: identity(&stat), poll_first: false, unfinished })
+        Ok(FileSink { fd, path, identity: identity(&stat), poll_first: false, unfinished })
     }
 
-    /// Writes a prefix of `bytes`, which must not be empty. Returns its length.
-    ///
-    /// # Errors
-    /// `WouldBlock` if nothing fits now; otherwise the write failed.
-    pub(super) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.unfinished {
             rustix::io::write(&self.fd, b"\n")?;
             self.unfinished = false;
@@ -82,17 +129,16 @@ impl Sink {
 
     /// Opens the file at this sink's path if it is no longer the open file: that was renamed,
     /// removed or replaced.
-    pub(super) fn replacement(&self) -> io::Result<Option<Sink>> {
+    fn replacement(&self) -> io::Result<Option<FileSink>> {
         let Some(path) = &self.path else { return Ok(None) };
         match rustix::fs::stat(path) {
             Ok(stat) if identity(&stat) == self.identity => Ok(None),
-            Ok(_) | Err(Errno::NOENT) => Sink::file(path).map(Some),
+            Ok(_) | Err(Errno::NOENT) => FileSink::file(path).map(Some),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// The target's name for log messages.
-    pub(super) fn name(&self) -> String {
+    fn name(&self) -> String {
         match &self.path {
             Some(path) => path.display().to_string(),
             None => "standard output".to_owned(),
@@ -134,7 +180,7 @@ mod tests {
         let (mut reader, writer) = io::pipe().unwrap();
         let identity = (0, 0);
         let fd = OwnedFd::from(writer);
-        let mut sink = Sink { fd, path: None, identity, poll_first: true, unfinished: false };
+        let mut sink = FileSink { fd, path: None, identity, poll_first: true, unfinished: false };
         let mut written = 0;
         let full = loop {
             match sink.write(&[b'x'; 10_000]) {

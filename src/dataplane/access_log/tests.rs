@@ -8,6 +8,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tidegate_core::model::{ClientAddr, PeerAddr};
+use tidegate_logging::syslog::SyslogForm;
 
 fn record(worker: u32, session: u64) -> AccessLogRecord {
     AccessLogRecord {
@@ -46,6 +47,17 @@ fn line(record: &AccessLogRecord) -> String {
     let mut buffer = Vec::new();
     record.append_to(&mut buffer);
     String::from_utf8(buffer).unwrap()
+}
+
+fn syslog(path: &Path) -> AccessLogDestination {
+    let header = SyslogHeader {
+        form: SyslogForm::Rfc5424,
+        facility: 16,
+        host: "lb".to_owned(),
+        pid: 7,
+        kind: "access",
+    };
+    AccessLogDestination::Syslog(SyslogAddress::Unix(path.to_owned()), header)
 }
 
 /// Waits up to 10 s until `condition` holds.
@@ -175,6 +187,31 @@ fn fifo_without_reader_does_not_block_and_drops_are_reported() {
     let lines = sessions(&copy);
     assert!(lines.len() > 100 && lines.is_sorted());
     assert!(log.close() > 0, "lines not written are reported");
+}
+
+#[test]
+fn hanging_syslog_receiver_blocks_no_worker_and_no_close() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let receiver = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    let (log, senders) = AccessLog::start(syslog(&path), 1).unwrap();
+    let pushed = 2 * QUEUE_MAX as u64 + 1_000;
+    let dropped = (0..pushed).filter(|n| !senders[0].push(record(0, *n))).count() as u64;
+    assert!(dropped > 0, "a socket, a batch and a queue cannot hold {pushed} lines");
+    let start = tidegate_net::clock::now();
+    assert!(log.close() > 0, "lines not sent are reported");
+    assert!(tidegate_net::clock::now() - start < CLOSE_MAX + Duration::from_secs(1));
+    // The messages that the socket holds are whole and in order.
+    receiver.set_nonblocking(true).unwrap();
+    let mut buffer = [0; 4096];
+    let mut numbers = Vec::new();
+    while let Ok(length) = receiver.recv(&mut buffer) {
+        let text = std::str::from_utf8(&buffer[..length]).unwrap();
+        let json = text.strip_prefix("<134>1 2025-10-09T08:53:20.000042Z lb tidegate 7 access - ");
+        let line: serde_json::Value = serde_json::from_str(json.expect(text)).unwrap();
+        numbers.push(line["session"].as_u64().unwrap());
+    }
+    assert!(!numbers.is_empty() && numbers.iter().copied().eq(0..numbers.len() as u64));
 }
 
 #[test]

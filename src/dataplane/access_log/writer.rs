@@ -195,7 +195,9 @@ impl AccessLogWriter {
         loop {
             let now = clock::now();
             self.pass(now);
-            if self.sink.is_none() || self.unwritten() == 0 || now >= deadline {
+            let keeps_bytes = self.sink.as_mut().is_some_and(Sink::keeps_bytes);
+            let written = self.unwritten() == 0 && !keeps_bytes;
+            if self.sink.is_none() || written || now >= deadline {
                 return;
             }
             std::thread::park_timeout(TICK);

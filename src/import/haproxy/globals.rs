@@ -10,7 +10,8 @@ use crate::report::LineVerdict::{
 };
 use crate::report::WHOLE;
 use crate::times::{time, toml_time};
-use std::net::SocketAddr;
+use crate::{LineVerdict, SourceLine};
+use std::net::{IpAddr, SocketAddr};
 
 /// Most sessions of the process.
 const SESSIONS_MAX: u64 = 10_000_000;
@@ -65,18 +66,21 @@ impl Translator<'_> {
             self.report.note(line.at, WithoutEffect, "no translated frontend logs to it");
         }
         let lines: Vec<_> = used.iter().map(|line| line.at).collect();
+        let receiver = |line: &Directive| SyslogLine::of(line).filter(|_| self.can.syslog);
+        let syslog = used.iter().find_map(|line| Some((line.at, receiver(line)?)));
+        let stdout = used.iter().any(|line| line.word(1) == "stdout");
+        let chosen = syslog.filter(|_| !stdout);
         for line in &used {
-            let text = "[log] access = \"stdout\"";
-            match line.word(1) {
-                "stdout" => self.report.note(line.at, Translated, text),
-                _ => {
-                    let why = format!("{text}: Tidegate does not write to syslog itself");
-                    self.report.note(line.at, Approximated, why);
-                }
-            }
+            let (verdict, text) = log_verdict(line, chosen.as_ref());
+            self.report.note(line.at, verdict, text);
         }
-        if !lines.is_empty() {
-            self.draft.log.set("access", "\"stdout\"", &lines);
+        match &chosen {
+            Some((at, SyslogLine { receiver, facility })) => {
+                self.draft.log.set("access", format!("\"{receiver}\""), &[*at]);
+                self.draft.log.set("access_facility", format!("\"{facility}\""), &[*at]);
+            }
+            None if !lines.is_empty() => self.draft.log.set("access", "\"stdout\"", &lines),
+            None => {}
         }
         let text = if lines.is_empty() { "there is no log" } else { "see [log] access" };
         let verdict = if lines.is_empty() { WithoutEffect } else { Translated };
@@ -176,6 +180,57 @@ impl Translator<'_> {
                 self.whole(section, WithoutEffect, "it is for HTTP");
             }
             _ => self.whole(section, Dropped, "it has no counterpart"),
+        }
+    }
+}
+
+/// A `log` line whose target is a syslog receiver.
+struct SyslogLine {
+    receiver: String,
+    facility: String,
+}
+
+/// Facilities that `[log] access_facility` accepts.
+const FACILITIES: [&str; 10] = [
+    "user", "daemon", "local0", "local1", "local2", "local3", "local4", "local5", "local6",
+    "local7",
+];
+
+impl SyslogLine {
+    /// Reads a line with the path of a socket, or with an IP address and a port (default 514).
+    fn of(line: &Directive) -> Option<SyslogLine> {
+        let target = line.word(1);
+        let udp = target.strip_prefix("udp@").unwrap_or(target);
+        let receiver = match (target.strip_prefix("tcp@"), udp.parse::<IpAddr>()) {
+            (Some(tcp), _) => format!("syslog:tcp:{}", tcp.parse::<SocketAddr>().ok()?),
+            (None, Ok(ip)) => format!("syslog:udp:{}", SocketAddr::new(ip, SYSLOG_PORT)),
+            (None, Err(_)) if target.starts_with('/') => format!("syslog:{target}"),
+            (None, Err(_)) => format!("syslog:udp:{}", udp.parse::<SocketAddr>().ok()?),
+        };
+        let facility = line.words.iter().find(|word| FACILITIES.contains(&&***word))?;
+        Some(SyslogLine { receiver, facility: facility.to_string() })
+    }
+}
+
+/// The default port of syslog over UDP.
+const SYSLOG_PORT: u16 = 514;
+
+/// Returns the verdict about a `log` line.
+fn log_verdict(
+    line: &Directive,
+    chosen: Option<&(SourceLine, SyslogLine)>,
+) -> (LineVerdict, String) {
+    match chosen {
+        Some((at, SyslogLine { receiver, facility })) if *at == line.at => {
+            let text = format!("[log] access = \"{receiver}\", access_facility = \"{facility}\"");
+            (Translated, text)
+        }
+        Some(_) => (Approximated, "there is one access log: see the other line".to_owned()),
+        None if line.word(1) == "stdout" => (Translated, "[log] access = \"stdout\"".to_owned()),
+        None => {
+            let why =
+                "the target is not a socket path or IP:PORT with a facility that Tidegate has";
+            (Approximated, format!("[log] access = \"stdout\": {why}"))
         }
     }
 }

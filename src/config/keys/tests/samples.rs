@@ -91,7 +91,14 @@ pub(super) fn forms(header: &str, name: &str) -> (Vec<String>, Vec<String>) {
         "listen" => (&["'unix:/a'", "'127.0.0.1:9'"], &["'127.0.0.1'"]),
         "token_file" | "allow_file" | "deny_file" | "file" | "ca_file" | "cert_file"
         | "key_file" | "password_file" | "kubeconfig" => (&["'/a'"], &["'/a/'"]),
-        "access" => (&["'off'", "'stdout'", "'./file'"], &["'file'"]),
+        "target" => (
+            &["'stderr'", "'syslog:/dev/log'", "'syslog:udp:192.0.2.1:514'"],
+            &["'syslog'", "'syslog:log'", "'syslog:tcp:host:1'"],
+        ),
+        "access" => (
+            &["'off'", "'stdout'", "'./file'", "'syslog:unix:/x'", "'syslog:tcp:[::1]:601'"],
+            &["'file'", "'syslog:unix:x'"],
+        ),
         "bind" => (
             &["'[::1]:1'", "['*:1', { address = '127.0.0.1:2' }]"],
             &["'127.0.0.1:65536'", "'127.0.0.1'"],

@@ -95,7 +95,20 @@ fn globals() -> Drawn {
     let log = keys(vec![
         ("level", quoted(&["error", "warn", "info", "debug", "trace"])),
         ("format", quoted(&["text", "json"])),
-        ("access", quoted(&["off", "stdout", "./a'b", "/var/log/\\\"x\\\\\\u007f"])),
+        ("target", quoted(&["stderr", "syslog:/dev/log", "syslog:tcp:[::1]:601"])),
+        ("facility", quoted(&["user", "daemon", "local3"])),
+        ("access_facility", quoted(&["daemon", "local0", "local7"])),
+        (
+            "access",
+            quoted(&[
+                "off",
+                "stdout",
+                "syslog:udp:192.0.2.1:514",
+                "syslog:unix:/a'b",
+                "./a'b",
+                "/var/log/\\\"x\\\\\\u007f",
+            ]),
+        ),
     ]);
     (process, account, admin, listen, log)
         .prop_map(|(process, account, admin, listen, log)| {
