@@ -6,6 +6,7 @@
 //! value outside of every range.
 
 mod discovery_tables;
+mod frontend_tables;
 mod pool_tables;
 mod tables;
 

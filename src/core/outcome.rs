@@ -240,8 +240,9 @@ impl Cause {
     }
 
     /// Configuration key of the timeout that expired; empty if none did.
-    pub fn timer(self) -> &'static str {
+    pub fn timer(self, phase: Phase) -> &'static str {
         match self {
+            Cause::FirstByteTimeout if phase == Phase::Preread => "client_first",
             Cause::ConnectTimeout => "connect_timeout",
             Cause::QueueTimeout => "queue_timeout",
             Cause::FirstByteTimeout => "first_byte_timeout",

@@ -47,6 +47,7 @@ pub fn frontend(name: &str, port: u16, pool: &PoolConfig) -> FrontendConfig {
         binds: vec![Bind::tcp(([127, 0, 0, 1], port).into())],
         routes: vec![],
         pool: Arc::clone(&pool.name),
+        client_first: None,
         first_byte_timeout: None,
         idle_timeout: None,
         half_closed_timeout: None,

@@ -21,6 +21,7 @@ mod accounting;
 mod balance;
 mod binds;
 mod cli;
+mod client_first;
 mod confinement;
 mod databases;
 mod discovery;

@@ -57,6 +57,7 @@ pub(super) fn read<'r, 'a>(
         section.missing("pool", "\"NAME\", the name of a [pool.NAME]");
     }
     let idle_timeout = section.timer("idle_timeout", "30s", TIME);
+    let client_first = section.timer("client_first", "5s", TIME);
     let first_byte_timeout = section.timer("first_byte_timeout", "30s", TIME);
     let keepalive =
         section.text("keepalive", "a duration such as \"30s\", or \"off\"", value::keepalive);
@@ -71,6 +72,7 @@ pub(super) fn read<'r, 'a>(
         binds,
         routes,
         pool: pool.or("".into()),
+        client_first: client_first.or(None),
         // Off by default, because many clients open connections before they need them.
         first_byte_timeout: first_byte_timeout.or(None),
         idle_timeout: idle_timeout.or(Some(IDLE_TIMEOUT)),
@@ -86,6 +88,7 @@ pub(super) fn read<'r, 'a>(
         sources: sources::read(&section, name, files),
         proxy_protocol: header_source,
     };
+    refuse_useless_timer(&section, &model);
     warn_of_timers(&section, &model);
     section.finish();
     let mut read = FrontendRead { model, enabled, bind_places, pool: pool_place, route_pools };
@@ -175,6 +178,17 @@ fn nothing(key: &str) -> &'static str {
         "pools" => "no pool",
         "addresses" | "sources" | "from" => "no range",
         _ => "no address",
+    }
+}
+
+/// A session that waited for the client's first byte cannot run into `first_byte_timeout`.
+fn refuse_useless_timer(section: &Section<'_, '_>, model: &FrontendConfig) {
+    if let (Some(_), Some(_)) = (model.client_first, model.first_byte_timeout)
+        && let Some(place) = section.value_place("first_byte_timeout")
+    {
+        let message = "first_byte_timeout has no effect with client_first";
+        let help = "client_first already limits the wait for the client's first byte";
+        section.report.error(place, ValueError::new(message).help(help));
     }
 }
 

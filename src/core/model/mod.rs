@@ -134,6 +134,10 @@ pub struct FrontendConfig {
     pub routes: Vec<RouteConfig>,
     /// Name of the pool for sessions that no route matches. It exists.
     pub pool: Arc<str>,
+    /// A backend is picked and connected at the client's first byte, which can take this long.
+    /// `None`: at once.
+    #[serde(serialize_with = "text_forms::timer")]
+    pub client_first: Option<Duration>,
     /// Time from the established session to the first byte of either side; then the
     /// session is closed. `None`: off.
     #[serde(serialize_with = "text_forms::timer")]

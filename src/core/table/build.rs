@@ -119,7 +119,7 @@ pub fn build(input: &TableInput, previous: Option<&Table>) -> Table {
                 state: Arc::clone(&frontend.state),
                 routes: routes.collect(),
                 pool: by_name(&frontend.spec.pool)?,
-                preread: None,
+                preread: frontend.spec.client_first.map(super::Preread::first_byte),
                 spec: frontend.spec.clone(),
             }))
         })

@@ -53,7 +53,7 @@ pub struct FrontendRoute {
     pub routes: Box<[Option<Arc<PoolTable>>]>,
     /// Pool of the sessions that no route matches.
     pub pool: Arc<PoolTable>,
-    /// What the frontend waits for before it routes a session; usually `None`.
+    /// What the frontend waits for before it routes a session (`client_first`); usually `None`.
     pub preread: Option<Preread>,
 }
 
@@ -64,6 +64,12 @@ pub struct Preread {
     pub bytes: u32,
     /// Time for these bytes to arrive.
     pub timeout: Duration,
+}
+
+impl Preread {
+    fn first_byte(timeout: Duration) -> Preread {
+        Preread { bytes: 1, timeout }
+    }
 }
 
 /// A pool as sessions use it.

@@ -86,7 +86,7 @@ impl Session {
             cause: ending.cause.name(),
             phase: ending.phase.name(),
             code: outcome::code(ending.cause, ending.phase),
-            timer: ending.cause.timer(),
+            timer: ending.cause.timer(ending.phase),
             errno: (ending.errno != 0).then_some(ending.errno),
             closed_first: ending.closed_first.map(SessionSide::name),
             attempts: u32::from(self.attempts),

@@ -1,4 +1,4 @@
-//! Waits for a client's first bytes, if its frontend needs them to route.
+//! Waits for a client's first bytes, if its frontend connects only then (`client_first`).
 //!
 //! A stage of `session`, between admission and the pick. It consumes no byte: the bytes stay
 //! in the kernel's receive queue until the relay receives them. During the wait the session
@@ -27,6 +27,8 @@ impl Session {
             return Err(SessionEnd { closed_first, ..ended(Phase::Preread, Cause::ClientLeft) });
         }
         self.waits = None;
+        // A client can be silent for long, and no backend has been picked.
+        self.use_newest_table();
         Ok(())
     }
 }

@@ -173,7 +173,7 @@ impl Session {
     }
 
     /// Uses the newest table, because no backend has been picked.
-    fn use_newest_table(&mut self) {
+    pub(super) fn use_newest_table(&mut self) {
         let table = self.ctx().table();
         if let Some(newer) = table.frontend(&self.route.state) {
             self.route = Arc::clone(newer);

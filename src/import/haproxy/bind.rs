@@ -12,7 +12,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Parameters without argument: verdict and reason.
 const FLAGS: &[(&str, LineVerdict, &str)] = &[
-    ("defer-accept", Dropped, "use first_byte_timeout"),
+    ("defer-accept", Dropped, "use client_first"),
     ("tfo", Dropped, "Tidegate uses no TCP fast open"),
     ("v6only", Translated, ""),
     ("v4v6", Translated, ""),

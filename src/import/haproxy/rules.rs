@@ -235,7 +235,7 @@ impl Translator<'_> {
                     state.accepted.extend(sources.iter().map(|s| (s.clone(), rule.at)));
                 }
                 AclTest::Protocol(_) | AclTest::Always if !term.negated => {
-                    let why = "Tidegate does not wait for the first bytes of clients";
+                    let why = "Tidegate does not read the bytes of clients";
                     self.report.note(rule.at, Dropped, why);
                 }
                 AclTest::Unknown(why) => self.report.lose(rule.at, NotPossible, why.clone()),
@@ -254,9 +254,9 @@ impl Translator<'_> {
         match time {
             Some(time) if state.protocol => {
                 let time = toml_time(time);
-                let why = format!("first_byte_timeout = {time}: it covers silent clients only");
+                let why = format!("client_first = {time}: clients that stay silent are rejected");
                 self.report.note(delay.at, Approximated, why);
-                frontend.keys.set("first_byte_timeout", time, &[delay.at]);
+                frontend.keys.set("client_first", time, &[delay.at]);
             }
             _ => {
                 let why = "no rule is left that reads the first bytes of clients";

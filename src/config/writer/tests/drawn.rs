@@ -155,8 +155,13 @@ fn frontend(number_of_it: usize) -> Drawn {
         "[{ address = \"*:N1\" }, { address = \"[fe80::1%3]:N2\", freebind = true }]",
         "{ address = \"*:N1-N5\", interface = \"eth0\", backlog = 7, mark = 4294967295, dscp = 63 }",
     ]);
+    // Together they are an error.
+    let first = match number_of_it % 2 {
+        0 => ("client_first", timer(1, 30 * DAY)),
+        _ => ("first_byte_timeout", timer(1, 30 * DAY)),
+    };
     let keys = keys(vec![
-        ("first_byte_timeout", timer(1, 30 * DAY)),
+        first,
         ("idle_timeout", timer(1, 30 * DAY)),
         ("half_closed_timeout", timer(1, 30 * DAY)),
         ("stalled_timeout", timer(SECOND, 32_767 * SECOND)),
