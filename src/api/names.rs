@@ -417,6 +417,8 @@ names! {
         Http = "http",
         /// Sends `PING` to a Redis server and asks for its role.
         Redis = "redis",
+        /// Asks a PostgreSQL server whether it takes connections, and for its role.
+        Postgres = "postgres",
     }
 
     /// Result of a probe.

@@ -12,13 +12,15 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-/// Finds a program on the PATH and in the sbin directories, which a user's PATH often
-/// omits.
+/// Finds a program on the PATH, in the sbin directories, which a user's PATH often omits, and
+/// in those of PostgreSQL.
 pub fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let extra = ["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from);
+    let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     std::env::split_paths(&path)
         .chain(extra)
+        .chain(versions.map(|version| version.path().join("bin")))
         .map(|dir| dir.join(program))
         .find(|file| file.is_file())
 }

@@ -130,7 +130,7 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Reload,
         "`tcp`: the backend accepts a connection; `send-expect`: the answer has the expected \
          bytes; `steps`: several requests and answers; `http`: the answer has an accepted status; \
-         `redis`: see [roles.md](roles.md).",
+         `redis`, `postgres`: see [roles.md](roles.md).",
     ),
     key(
         "port",
@@ -282,14 +282,21 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Form("text of 1 to 64 bytes"),
         Described("none"),
         Reload,
-        "For `redis`: the user that logs in; it needs `password_file`.",
+        "For `redis` and `postgres`: the user that logs in. For `redis` it needs `password_file`.",
     ),
     key(
         "password_file",
         Form("a file path"),
         Described("no password"),
         Reload,
-        "File with the password in one line. It is read for each probe.",
+        "For kinds with `user`: file with the password in one line. It is read for each probe.",
+    ),
+    key(
+        "database",
+        Form("text of 1 to 64 bytes"),
+        Described("the name of the user"),
+        Reload,
+        "For `postgres` with `user`: the database that is opened.",
     ),
 ];
 

@@ -70,6 +70,7 @@ const NEEDED: &[(&str, &str, &str)] = &[
     ("[pool.NAME.probe]", "headers", "kind = 'http'"),
     ("[pool.NAME.probe]", "user", "kind = 'redis'\npassword_file = '/p'"),
     ("[pool.NAME.probe]", "password_file", "kind = 'redis'"),
+    ("[pool.NAME.probe]", "database", "kind = 'postgres'\nuser = 'a'"),
     ("[pool.NAME]", "role", "probe = { kind = 'redis' }"),
     ("[pool.NAME.probe]", "steps", "kind = 'steps'"),
     ("[pool.NAME.probe]", "down_interval", "timeout = '1ms'"),

@@ -38,6 +38,7 @@ pub(crate) enum ProbeKindKey {
     Steps,
     Http,
     Redis,
+    Postgres,
 }
 
 impl Words for ProbeKindKey {
@@ -47,6 +48,7 @@ impl Words for ProbeKindKey {
         ("steps", ProbeKindKey::Steps),
         ("http", ProbeKindKey::Http),
         ("redis", ProbeKindKey::Redis),
+        ("postgres", ProbeKindKey::Postgres),
     ];
 }
 
@@ -78,8 +80,9 @@ const OWNED: &[(&str, &[ProbeKindKey])] = &[
     ("http", &[ProbeKindKey::Http]),
     ("headers", &[ProbeKindKey::Http]),
     ("status", &[ProbeKindKey::Http]),
-    ("user", &[ProbeKindKey::Redis]),
-    ("password_file", &[ProbeKindKey::Redis]),
+    ("user", &[ProbeKindKey::Redis, ProbeKindKey::Postgres]),
+    ("password_file", &[ProbeKindKey::Redis, ProbeKindKey::Postgres]),
+    ("database", &[ProbeKindKey::Postgres]),
 ];
 
 pub(super) fn read<'r, 'a>(
@@ -256,6 +259,7 @@ impl KindKeys {
             ProbeKindKey::Steps => ProbeKind::Steps { steps: self.steps.or(Vec::new()) },
             ProbeKindKey::Http => ProbeKind::Http(self.http.into_probe(expect)),
             ProbeKindKey::Redis => ProbeKind::Redis(self.service.login()),
+            ProbeKindKey::Postgres => ProbeKind::Postgres(self.service.postgres()),
         }
     }
 }

@@ -34,7 +34,7 @@ pub use proxy_protocol::{
     OtherPeers, PassedTlv, ProxyHeaderSource, ProxyHeaderSpec, ProxyVersion, SentTlv,
 };
 
-pub use service::{NodeRole, ProbeLogin};
+pub use service::{NodeRole, PostgresProbe, ProbeLogin};
 pub use text_forms::{SIZE_UNITS, Words, show_duration, show_size};
 
 use crate::limits::access_list::AccessList;

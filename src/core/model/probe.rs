@@ -4,7 +4,7 @@
 //! opens a connection.
 
 use super::addresses::SourceAddr;
-use super::service::ProbeLogin;
+use super::service::{PostgresProbe, ProbeLogin};
 use super::text_forms::{self, words};
 use super::{PoolConfig, ProxyVersion};
 use regex::bytes::Regex;
@@ -124,6 +124,8 @@ pub enum ProbeKind {
     Http(HttpProbe),
     /// Succeeds if a Redis server answers `PING`, and finds its role.
     Redis(ProbeLogin),
+    /// Succeeds if a PostgreSQL server takes connections. With a user it finds the role.
+    Postgres(PostgresProbe),
 }
 
 /// An HTTP request and its accepted answers.
@@ -225,6 +227,7 @@ impl ProbeKind {
     pub fn login(&self) -> Option<&ProbeLogin> {
         match self {
             ProbeKind::Redis(login) => Some(login),
+            ProbeKind::Postgres(probe) => Some(&probe.login),
             ProbeKind::Tcp
             | ProbeKind::SendExpect { .. }
             | ProbeKind::Steps { .. }
@@ -232,10 +235,23 @@ impl ProbeKind {
         }
     }
 
+    /// Whether the protocol starts without TLS and asks for it.
+    pub fn starts_tls(&self) -> bool {
+        match self {
+            ProbeKind::Postgres(_) => true,
+            ProbeKind::Tcp
+            | ProbeKind::SendExpect { .. }
+            | ProbeKind::Steps { .. }
+            | ProbeKind::Http(_)
+            | ProbeKind::Redis(_) => false,
+        }
+    }
+
     /// Whether the probe finds the role of a backend.
     pub fn finds_roles(&self) -> bool {
         match self {
             ProbeKind::Redis(_) => true,
+            ProbeKind::Postgres(probe) => probe.login.user.is_some(),
             ProbeKind::Tcp
             | ProbeKind::SendExpect { .. }
             | ProbeKind::Steps { .. }

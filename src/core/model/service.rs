@@ -27,3 +27,14 @@ pub struct ProbeLogin {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub password_file: Option<PathBuf>,
 }
+
+/// `kind = "postgres"`
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct PostgresProbe {
+    /// Without a user, the probe asks only whether the server takes TLS.
+    #[serde(flatten)]
+    pub login: ProbeLogin,
+    /// `None`: the database with the name of the user.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub database: Option<String>,
+}

@@ -102,6 +102,7 @@ fn probe(view: &ProbeView) -> ProbeDoc {
             ProbeKind::Steps { .. } => ProbeKindName::Steps,
             ProbeKind::Http(_) => ProbeKindName::Http,
             ProbeKind::Redis(_) => ProbeKindName::Redis,
+            ProbeKind::Postgres(_) => ProbeKindName::Postgres,
         },
         interval_seconds: millis(view.spec.interval),
         timeout_seconds: millis(view.spec.timeout),

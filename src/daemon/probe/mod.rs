@@ -19,6 +19,7 @@ mod answer;
 mod answer_bytes;
 mod http;
 mod password;
+mod postgres;
 mod redis;
 pub mod runner;
 mod sources;
@@ -39,13 +40,16 @@ use tidegate_core::proxy_protocol;
 use tidegate_dataplane::local_errors;
 use tidegate_net::clock;
 use tidegate_net::stream;
-use tls::TlsConfigs;
+use tls::{StartTls, TlsConfigs};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio::time::MissedTickBehavior;
 
 /// Bytes of an answer that a reason quotes.
 const QUOTE_BYTES_MAX: usize = 48;
+
+/// Bytes of a server's error message that a reason quotes.
+const MESSAGE_BYTES_MAX: usize = 160;
 
 /// Longest reason of a failed probe, in bytes. The reason appears in log lines and in
 /// status.
@@ -181,18 +185,18 @@ async fn exchange_over(
         let header = proxy_protocol::encode_local(version);
         stream.write_all(&header).await.map_err(exchange_error)?;
     }
-    let Some(tls) = &spec.target.tls else {
-        return exchange(stream, &spec.kind, address, stage).await;
-    };
+    let tls = StartTls { settings: spec.target.tls.as_ref(), backend: address, configs };
+    if tls.settings.is_none() || spec.kind.starts_tls() {
+        return exchange(stream, &spec.kind, tls, stage).await;
+    }
     *stage = ProbeStage::Handshake;
-    let mut stream = tls::handshake(stream, tls, address, configs).await?;
-    let result = match exchange(&mut stream, &spec.kind, address, stage).await {
+    let mut stream = tls.handshake(stream).await?;
+    let inside = StartTls { settings: None, ..tls };
+    let result = match exchange(&mut stream, &spec.kind, inside, stage).await {
         Ok(ProbeAnswer::Connected) => Ok(ProbeAnswer::Handshake),
         other => other,
     };
-    // Announces the end (RFC 8446, section 6.1), so that the backend logs no error. The
-    // result does not depend on it.
-    let _ = stream.shutdown().await;
+    tls::end(&mut stream).await;
     result
 }
 
@@ -250,7 +254,7 @@ async fn note_immediate_error<T>(
 async fn exchange(
     mut stream: impl AsyncRead + AsyncWrite + Unpin,
     kind: &ProbeKind,
-    address: &BackendAddr,
+    tls: StartTls<'_>,
     stage: &mut ProbeStage,
 ) -> Result<ProbeAnswer, ProbeError> {
     match kind {
@@ -264,7 +268,7 @@ async fn exchange(
         }
         ProbeKind::Steps { steps } => run_steps(&mut stream, steps, stage).await,
         ProbeKind::Http(probe) => {
-            http::exchange(&mut stream, probe, address, stage).await.map(ProbeAnswer::Status)
+            http::exchange(&mut stream, probe, tls.backend, stage).await.map(ProbeAnswer::Status)
         }
         ProbeKind::Redis(login) => {
             let password = password::read(login).await?;
@@ -272,6 +276,7 @@ async fn exchange(
             let password = password.as_ref().map(|password| password.as_str());
             redis::exchange(answer, login.user.as_deref(), password).await
         }
+        ProbeKind::Postgres(probe) => postgres::exchange(stream, probe, tls, stage).await,
     }
 }
 
@@ -363,10 +368,18 @@ fn local_error_text(kind: LocalErrorKind, error: &io::Error) -> String {
 
 /// Quotes at most [`QUOTE_BYTES_MAX`] bytes, with control characters escaped.
 fn quote(bytes: &[u8]) -> QuotedBytes<'_> {
-    QuotedBytes(bytes)
+    QuotedBytes { bytes, max: QUOTE_BYTES_MAX }
 }
 
-struct QuotedBytes<'a>(&'a [u8]);
+/// Quotes an error message of a server: at most [`MESSAGE_BYTES_MAX`] bytes.
+fn quote_message(bytes: &[u8]) -> QuotedBytes<'_> {
+    QuotedBytes { bytes, max: MESSAGE_BYTES_MAX }
+}
+
+struct QuotedBytes<'a> {
+    bytes: &'a [u8],
+    max: usize,
+}
 
 fn bounded(mut reason: String) -> String {
     if reason.len() > REASON_BYTES_MAX {
@@ -403,8 +416,8 @@ impl ProbeStage {
 
 impl fmt::Display for QuotedBytes<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let shown = &self.0[..self.0.len().min(QUOTE_BYTES_MAX)];
-        let more = if shown.len() < self.0.len() { "..." } else { "" };
+        let shown = &self.bytes[..self.bytes.len().min(self.max)];
+        let more = if shown.len() < self.bytes.len() { "..." } else { "" };
         write!(f, "\"{}\"{more}", shown.escape_ascii())
     }
 }

@@ -18,6 +18,7 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::mpsc;
 
 mod answers;
+mod services;
 mod sources;
 mod steps;
 mod tls_servers;

@@ -16,7 +16,7 @@ use tidegate_core::metrics::counters::LocalErrorKind;
 use tidegate_core::model::{BackendAddr, ProbeTls, TlsVerify};
 use tidegate_discovery::client::trusted_certificates;
 use tidegate_net::clock;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
@@ -44,19 +44,19 @@ struct KeptConfig {
 #[derive(Debug)]
 struct AnyCertificate(Arc<CryptoProvider>);
 
-/// Does the handshake over a new connection.
-pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
-    stream: S,
-    tls: &ProbeTls,
-    backend: &BackendAddr,
-    configs: &TlsConfigs,
-) -> Result<TlsStream<S>, ProbeError> {
-    let name = server_name(tls, backend)?;
-    let config = configs.of(tls).await?;
-    TlsConnector::from(config)
-        .connect(name, stream)
-        .await
-        .map_err(|error| ProbeError::Backend(format!("TLS handshake failed: {error}")))
+/// TLS of a connection that may start without it.
+#[derive(Clone, Copy)]
+pub(super) struct StartTls<'a> {
+    /// `None`: no TLS.
+    pub(super) settings: Option<&'a ProbeTls>,
+    pub(super) backend: &'a BackendAddr,
+    pub(super) configs: &'a TlsConfigs,
+}
+
+/// Announces the end (RFC 8446, section 6.1), so that the backend logs no error. The result of
+/// the probe does not depend on it.
+pub(super) async fn end<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut TlsStream<S>) {
+    let _ = stream.shutdown().await;
 }
 
 fn server_name(tls: &ProbeTls, backend: &BackendAddr) -> Result<ServerName<'static>, ProbeError> {
@@ -99,6 +99,25 @@ fn modified(verify: &TlsVerify) -> Option<SystemTime> {
     match verify {
         TlsVerify::File(path) => std::fs::metadata(path).and_then(|found| found.modified()).ok(),
         TlsVerify::System | TlsVerify::Off => None,
+    }
+}
+
+// === impl StartTls ===
+
+impl StartTls<'_> {
+    /// Does the handshake. Without settings, any certificate is accepted.
+    pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
+        &self,
+        stream: S,
+    ) -> Result<TlsStream<S>, ProbeError> {
+        let any = ProbeTls { verify: TlsVerify::Off, name: None, alpn: Vec::new() };
+        let tls = self.settings.unwrap_or(&any);
+        let name = server_name(tls, self.backend)?;
+        let config = self.configs.of(tls).await?;
+        TlsConnector::from(config)
+            .connect(name, stream)
+            .await
+            .map_err(|error| ProbeError::Backend(format!("TLS handshake failed: {error}")))
     }
 }
 

@@ -1,3 +1,6 @@
 //! Probes of databases and pools by role, with real servers.
 
+mod failover;
+mod postgres;
 mod redis;
+mod rigs;

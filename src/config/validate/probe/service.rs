@@ -10,30 +10,48 @@ use super::ProbeKindKey;
 use crate::NamedFiles;
 use crate::file::{Field, Section};
 use crate::value::{ValueError, shown};
-use tidegate_core::model::ProbeLogin;
+use tidegate_core::model::{PostgresProbe, ProbeLogin};
 
 /// Longest name of a user.
 const USER_BYTES_MAX: usize = 64;
+
+/// Longest name of a database.
+const DATABASE_BYTES_MAX: usize = 64;
 
 /// The keys that only probes of services take.
 pub(super) struct ServiceKeys {
     user: Field<String>,
     password_file: Field<PathBuf>,
+    database: Field<String>,
 }
 
 pub(super) fn keys(section: &Section<'_, '_>, files: NamedFiles<'_>) -> ServiceKeys {
     ServiceKeys {
         user: section.text("user", "a string", |text| visible(text, USER_BYTES_MAX)),
         password_file: named_file::read(section, "password_file", FileContent::Secret, files),
+        database: section.text("database", "a string", |text| visible(text, DATABASE_BYTES_MAX)),
     }
 }
 
 /// Reports keys without the keys that they need.
 pub(super) fn check(section: &Section<'_, '_>, kind: ProbeKindKey, keys: &ServiceKeys) {
-    let place = |key: &str| section.key_place(key).unwrap_or_else(|| section.header.clone());
-    if kind == ProbeKindKey::Redis && !keys.user.is_absent() && keys.password_file.is_absent() {
-        let complaint = ValueError::new("user without password_file");
-        section.report.error(place("user"), complaint.help("set both, or neither"));
+    let without = |key: &str, needed: &str, help: &str| {
+        let place = section.key_place(key).unwrap_or_else(|| section.header.clone());
+        let complaint = ValueError::new(format!("{key} without {needed}"));
+        section.report.error(place, complaint.help(help));
+    };
+    let (user, password) = (!keys.user.is_absent(), !keys.password_file.is_absent());
+    match kind {
+        ProbeKindKey::Redis if user && !password => {
+            without("user", "password_file", "set both, or neither");
+        }
+        ProbeKindKey::Postgres if !user => {
+            let needs = [("password_file", password), ("database", !keys.database.is_absent())];
+            for (key, _) in needs.into_iter().filter(|(_, given)| *given) {
+                without(key, "user", "add user = \"...\"; without it, the probe does not log in");
+            }
+        }
+        _ => {}
     }
 }
 
@@ -56,5 +74,12 @@ fn visible(text: &str, max: usize) -> Result<String, ValueError> {
 impl ServiceKeys {
     pub(super) fn login(self) -> ProbeLogin {
         ProbeLogin { user: self.user.value(), password_file: self.password_file.value() }
+    }
+
+    pub(super) fn postgres(self) -> PostgresProbe {
+        let database = self.database.value();
+        let login =
+            ProbeLogin { user: self.user.value(), password_file: self.password_file.value() };
+        PostgresProbe { login, database }
     }
 }

@@ -238,6 +238,10 @@ fn probe() -> Drawn {
         http,
         one_of(&["kind = 'redis'\n", "kind = 'redis'\nuser = 'a'\npassword_file = '/p'\n",]),
         one_of(&[
+            "kind = 'postgres'\n",
+            "kind = 'postgres'\nuser = 'a'\npassword_file = '/p'\ndatabase = 'b'\n",
+        ]),
+        one_of(&[
             "kind = 'steps'\nsteps = [{ send = 'a' }, { expect = { contains = 'b' } }, { send = { hex = 'ff' } }]\n"
         ])
     ];
