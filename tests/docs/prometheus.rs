@@ -40,6 +40,21 @@ fn promtool_accepts_the_rules_and_the_scrape_configuration() {
 }
 
 #[test]
+fn every_alert_is_silent_at_first_and_fires_later() {
+    assert_accepted(&["test", "rules", "alerts_test.yml"], "");
+    let read = |name: &str| {
+        std::fs::read_to_string(root().join("examples/prometheus").join(name)).unwrap()
+    };
+    let tests = read("alerts_test.yml");
+    for line in read("alerts.yml").lines() {
+        if let Some((_, alert)) = line.split_once("- alert: ") {
+            let tested = tests.matches(&format!("alertname: {alert}\n")).count();
+            assert_eq!(tested, 2, "{alert}");
+        }
+    }
+}
+
+#[test]
 fn promtool_accepts_a_scrape_of_a_balancer() {
     let balancer = Balancer::after_one_session();
     // These histograms and series exist only after a session and a heartbeat.

@@ -23,6 +23,7 @@ mod binds;
 mod cli;
 mod client_first;
 mod confinement;
+mod dashboard;
 mod databases;
 mod discovery;
 mod drain;
