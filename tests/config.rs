@@ -22,6 +22,8 @@ mod discovery;
 mod includes;
 #[path = "config/rules.rs"]
 mod rules;
+#[path = "config/schema.rs"]
+mod schema;
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))

@@ -8,6 +8,7 @@ mod forecast;
 mod sentences;
 mod session;
 
+use super::completions;
 use super::drain::{self, BackendRef};
 use super::sources;
 use super::table::{age, cell_text, or_dash, plural, terminal_width, wrap};
@@ -43,7 +44,7 @@ const TEXT_WIDTH: usize = 80;
 #[derive(Debug, Args)]
 pub struct ExplainArgs {
     /// Explain the state of this backend.
-    #[arg(value_name = "POOL/BACKEND", value_parser = drain::target)]
+    #[arg(value_name = "POOL/BACKEND", value_parser = drain::target, add = completions::backends())]
     #[arg(required_unless_present_any = ["session", "of"], conflicts_with_all = ["session", "of"])]
     pub target: Option<BackendRef>,
     /// Explain the picks of this session: its number in the access log.
@@ -54,7 +55,7 @@ pub struct ExplainArgs {
     #[arg(value_parser = address)]
     pub of: Option<String>,
     /// Frontend that the client connects to.
-    #[arg(long, value_name = "NAME", requires = "of")]
+    #[arg(long, value_name = "NAME", requires = "of", add = completions::frontends())]
     pub frontend: Option<String>,
     /// Address that the client connects to, IP or IP:PORT. Default: the first bind of
     /// the frontend.
@@ -62,6 +63,7 @@ pub struct ExplainArgs {
     pub address: Option<String>,
     /// Assume that this backend is not eligible. Can be repeated.
     #[arg(long, value_name = "POOL/BACKEND", requires = "of", value_parser = drain::target)]
+    #[arg(add = completions::backends())]
     pub without: Vec<BackendRef>,
     /// Assume another configured weight, 1 to 1000. Can be repeated.
     #[arg(id = "with", long = "with", value_name = "weight:POOL/BACKEND=N", requires = "of")]

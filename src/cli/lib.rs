@@ -4,15 +4,18 @@
 //! has its own file and returns an [`Exit`].
 
 pub mod check;
+pub mod completions;
 pub mod drain;
 pub mod explain;
 pub mod heartbeat;
 pub mod import;
+pub mod man;
 pub mod ready;
 pub mod register;
 pub mod reload;
 mod resolve;
 pub mod run;
+pub mod schema;
 pub mod shutdown;
 mod sources;
 pub mod status;
@@ -69,6 +72,15 @@ pub enum Command {
         after_help = "Example:\n  tidegate check /etc/tidegate/tidegate.toml"
     )]
     Check(CheckArgs),
+    /// Print the JSON Schema of a configuration file, for editors.
+    #[command(after_help = schema::HELP)]
+    Schema,
+    /// Print a script for completion in a shell.
+    #[command(after_help = completions::HELP)]
+    Completions(completions::CompletionsArgs),
+    /// Write manual pages.
+    #[command(after_help = man::HELP)]
+    Man(man::ManArgs),
     /// Translate a configuration of another balancer.
     #[command(after_help = import::HELP)]
     Import(import::ImportArgs),
@@ -166,7 +178,7 @@ pub struct ConfigFile {
 #[derive(Debug, Args)]
 pub struct DrainArgs {
     /// Pool and backend, separated by the first slash.
-    #[arg(value_name = "POOL/BACKEND", value_parser = drain::target)]
+    #[arg(value_name = "POOL/BACKEND", value_parser = drain::target, add = completions::backends())]
     pub target: drain::BackendRef,
     /// How to reach the balancer.
     #[command(flatten)]
@@ -186,6 +198,7 @@ impl ConfigFile {
 pub fn main() -> ExitCode {
     // Signals are blocked first, so that none ends the process before `run` handles them.
     let before = signals::block();
+    completions::answer();
     let cli = match parse(std::env::args_os().collect()) {
         Ok(cli) => cli,
         Err(error) => {
@@ -218,6 +231,9 @@ fn dispatch(command: Command) -> Exit {
     match command {
         Command::Run(args) => run::main(args),
         Command::Check(args) => check::main(&args),
+        Command::Schema => schema::main(),
+        Command::Completions(args) => completions::main(&args),
+        Command::Man(args) => man::main(&args),
         Command::Import(args) => import::main(&args),
         Command::Demo(args) => tidegate_lab::cli::demo::main(args),
         Command::Ready(args) => ready::main(&args),

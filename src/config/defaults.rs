@@ -42,16 +42,15 @@ struct DefaultsKind {
     own: &'static [&'static str],
 }
 
-const FRONTEND: DefaultsKind = DefaultsKind {
-    key: "frontend",
-    sections: "[frontend.NAME]",
-    own: &["bind", "enabled", "pool", "route", "sources"],
-};
-const POOL: DefaultsKind = DefaultsKind {
-    key: "pool",
-    sections: "[pool.NAME]",
-    own: &["backend", "discover", "heartbeat", "of", "probe", "role"],
-};
+/// Keys that belong to one frontend.
+pub(super) const FRONTEND_OWN: &[&str] = &["bind", "enabled", "pool", "route", "sources"];
+
+/// Keys that belong to one pool.
+pub(super) const POOL_OWN: &[&str] = &["backend", "discover", "heartbeat", "of", "probe", "role"];
+
+const FRONTEND: DefaultsKind =
+    DefaultsKind { key: "frontend", sections: "[frontend.NAME]", own: FRONTEND_OWN };
+const POOL: DefaultsKind = DefaultsKind { key: "pool", sections: "[pool.NAME]", own: POOL_OWN };
 const PROBE: DefaultsKind = DefaultsKind { key: "probe", sections: "[pool.NAME.probe]", own: &[] };
 
 // === impl Defaults ===

@@ -134,6 +134,30 @@ impl Values {
     }
 }
 
+/// Markdown without the targets of links, which are relative to the pages.
+pub fn plain(markdown: &str) -> String {
+    let mut text = String::with_capacity(markdown.len());
+    let mut rest = markdown;
+    while let Some((before, after)) = rest.split_once('[') {
+        let link = after.split_once("](").and_then(|(label, target)| {
+            let (_, end) = target.split_once(')')?;
+            (!label.contains(['[', '\n', '`']) && !target.starts_with(')')).then_some((label, end))
+        });
+        text.push_str(before);
+        match link {
+            Some((label, end)) => {
+                text.push_str(label);
+                rest = end;
+            }
+            None => {
+                text.push('[');
+                rest = after;
+            }
+        }
+    }
+    text + rest
+}
+
 /// `65,537`
 fn grouped(number: u64) -> String {
     let digits = number.to_string();

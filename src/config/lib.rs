@@ -17,6 +17,7 @@ mod host_name;
 mod include;
 pub mod keys;
 mod origin;
+mod schema;
 pub mod source;
 mod texts;
 mod validate;
@@ -31,6 +32,7 @@ use toml::de::DeTable;
 pub use diagnose::{PROBLEMS_MAX, Problem, Problems, Severity};
 pub use include::INCLUDED_FILES_MAX;
 pub use origin::{Origin, Spot};
+pub use schema::schema;
 pub use source::FILE_BYTES_MAX;
 pub use texts::Texts;
 pub use validate::{

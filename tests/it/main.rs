@@ -52,6 +52,7 @@ mod rewrites;
 mod routes;
 mod scrapes;
 mod settling;
+mod shells;
 mod shortage;
 mod slow;
 mod sources;

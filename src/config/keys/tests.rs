@@ -469,3 +469,30 @@ fn samples(table: &KeyTable, key: &ConfigKey) -> (Vec<String>, Vec<String>) {
 fn strings(values: &[&str]) -> Vec<String> {
     values.iter().map(|value| (*value).to_owned()).collect()
 }
+
+#[test]
+fn schema_accepts_what_the_reader_accepts_and_rejects_wrong_types() {
+    let judge = jsonschema::draft202012::new(&crate::schema()).unwrap();
+    let document = |text: &str| {
+        let table: toml::Table = toml::from_str(text).unwrap();
+        serde_json::to_value(table).unwrap()
+    };
+    for (table, key) in keys() {
+        let (good, bad) = samples(table, key);
+        for value in good {
+            let given = document(&with(table, key, &value));
+            let why: Vec<String> = judge.iter_errors(&given).map(|why| why.to_string()).collect();
+            assert!(why.is_empty(), "{} {} = {value}: {why:?}", table.header, key.name);
+        }
+        // Numbers out of range, and words that do not exist.
+        let data = matches!(
+            key.values,
+            Values::Flag | Values::Words(_) | Values::Integer(..) | Values::WordOrInteger(..)
+        );
+        let bad = bad.into_iter().filter(|_| data);
+        for value in bad.chain(strings(&["1.5", "[{ no-such-key = 1 }]"])) {
+            let text = with(table, key, &value);
+            assert!(!judge.is_valid(&document(&text)), "{} {} = {value}", table.header, key.name);
+        }
+    }
+}
