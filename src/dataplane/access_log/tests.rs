@@ -215,6 +215,32 @@ fn hanging_syslog_receiver_blocks_no_worker_and_no_close() {
 }
 
 #[test]
+fn slow_syslog_receiver_does_not_delay_another_target() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, file_path) = (dir.path().join("log"), dir.path().join("access.log"));
+    let receiver = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    let (mut log, senders) = AccessLog::start(syslog(&path), 1).unwrap();
+    // Each message takes less than the wait of a call, so that every call succeeds.
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while receiver.recv(&mut buffer).is_ok() {
+            std::thread::park_timeout(Duration::from_millis(3));
+        }
+    });
+    let pushed = QUEUE_MAX as u64;
+    assert!((0..pushed).all(|n| senders[0].push(record(0, n))));
+    eventually("the receiver is at work", || log.shared.queued() < pushed);
+    let start = tidegate_net::clock::now();
+    log.set_target(file(&file_path)).unwrap();
+    eventually("the file has the last record", || {
+        fs::read_to_string(&file_path).is_ok_and(|text| text.contains("\"session\":8191,"))
+    });
+    // All records over the receiver would take 24 s.
+    assert!(tidegate_net::clock::now() - start < Duration::from_secs(5));
+    assert_eq!(log.close(), 0);
+}
+
+#[test]
 fn moved_log_file_is_reopened() {
     let dir = tempfile::tempdir().unwrap();
     let (path, old) = (dir.path().join("access.log"), dir.path().join("access.log.1"));

@@ -52,8 +52,8 @@ const TICK: Duration = Duration::from_millis(10);
 /// Size of one write: half of a default pipe.
 const BATCH_BYTES: usize = 32 * 1024;
 
-/// Batches per pass, before the next command is read: 32 MiB.
-const BATCHES_PER_PASS: usize = 1024;
+/// Longest time of a pass, before the next command is read.
+const PASS_MAX: Duration = Duration::from_millis(100);
 
 /// Time between two comparisons of the path with the open file.
 const REOPEN_CHECK: Duration = Duration::from_secs(1);
@@ -81,8 +81,11 @@ impl AccessLogWriter {
 
     /// Body of the thread. Ends on [`WriterCommand::Close`] or when `AccessLog` is dropped.
     pub(super) fn run(mut self, commands: &Receiver<WriterCommand>) {
+        let mut more = false;
         loop {
             let command = match self.sink {
+                // Queued records are left after a pass that took its longest time.
+                Some(_) if more => commands.recv_timeout(Duration::ZERO),
                 Some(_) => commands.recv_timeout(TICK),
                 None => commands.recv().map_err(|_| RecvTimeoutError::Disconnected),
             };
@@ -97,29 +100,34 @@ impl AccessLogWriter {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return self.finish(clock::now()),
             }
-            self.pass(clock::now());
+            more = self.pass(clock::now());
         }
     }
 
-    /// Reopens the target if due, then writes queued records.
-    fn pass(&mut self, now: Instant) {
+    /// Reopens the target if due, then writes queued records. Returns true after [`PASS_MAX`]:
+    /// a slow syslog receiver must not delay the next command.
+    fn pass(&mut self, now: Instant) -> bool {
         if now.duration_since(self.checked) >= REOPEN_CHECK {
             self.checked = now;
             self.reopen_if_moved(now);
         }
         if self.sink.is_none() {
             // A worker that read `enabled` before the switch may push after it.
-            return self.discard();
+            self.discard();
+            return false;
         }
         if self.errors.retry.is_some_and(|at| now < at) {
-            return;
+            return false;
         }
-        for _ in 0..BATCHES_PER_PASS {
+        loop {
             if self.written == self.batch.len() {
                 self.refill();
             }
             if self.batch.is_empty() || !self.write_batch(now) {
-                return;
+                return false;
+            }
+            if clock::now().saturating_duration_since(now) >= PASS_MAX {
+                return true;
             }
         }
     }
@@ -169,13 +177,19 @@ impl AccessLogWriter {
         self.first = (self.first + 1) % queues.len().max(1);
     }
 
-    /// Writes the rest of the batch. Returns whether all of it was written.
+    /// Writes the rest of the batch, or what [`PASS_MAX`] allows. Returns false if the target
+    /// takes no more now.
     fn write_batch(&mut self, now: Instant) -> bool {
         let Some(sink) = &mut self.sink else { return false };
         while self.written < self.batch.len() {
             match sink.write(&self.batch[self.written..]) {
                 Ok(0) => return false,
-                Ok(count) => self.written += count,
+                Ok(count) => {
+                    self.written += count;
+                    if clock::now().saturating_duration_since(now) >= PASS_MAX {
+                        break;
+                    }
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
                 Err(error) => {

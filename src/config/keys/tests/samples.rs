@@ -59,7 +59,7 @@ pub(super) fn forms(header: &str, name: &str) -> (Vec<String>, Vec<String>) {
         }
         "service" | "datacenter" | "filter" => return bounded("", 1, 1_024),
         "user" if header == "[registry.NAME]" => return bounded("", 1, 256),
-        "user" if header == "[pool.NAME.probe]" => return bounded("", 1, 64),
+        "user" | "database" if header == "[pool.NAME.probe]" => return bounded("", 1, 64),
         "prefix" => (&["'/'", "'a/'"], &["'/a'", "''"]),
         "namespace" => (&["'default'"], &["''", "'A b'"]),
         "name" if header == "[pool.NAME.discover]" => {
