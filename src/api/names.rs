@@ -101,6 +101,8 @@ names! {
         TryAll = "try-all",
         /// It queues them until the first probe result or heartbeat.
         Wait = "wait",
+        /// It queues them until a backend is eligible.
+        Queue = "queue",
         /// It picks among former backends until the first probe result or heartbeat.
         Former = "former",
     }
@@ -386,7 +388,7 @@ names! {
     pub enum WaitName {
         /// All backends are at their caps.
         AtCap = "at-cap",
-        /// All backends are at their caps, and the queue is full or off. The client waits in
+        /// No backend is free, and the queue is full or off. The client waits in
         /// the listen queue, without a timeout of the balancer.
         ListenQueue = "listen-queue",
         /// The frontend is at its cap. The client waits in the listen queue.
@@ -395,6 +397,8 @@ names! {
         ProcessCap = "process-cap",
         /// The pool has no first probe result or heartbeat.
         NoVerdict = "no-verdict",
+        /// No backend is eligible, and the pool has `when_none_eligible = "wait"`.
+        NoneEligible = "none-eligible",
     }
 
     /// The role of a node of a database.

@@ -205,6 +205,7 @@ fn pool_remarks(pool: &PoolDoc) -> String {
         Some(NoneEligible::TryAll) => ", NO BACKEND ELIGIBLE: trying all",
         Some(NoneEligible::Former) => ", waiting for first results: former backends serve",
         Some(NoneEligible::Wait) => ", waiting for first results: clients are queued",
+        Some(NoneEligible::Queue) => ", NO BACKEND ELIGIBLE: clients are queued",
         Some(_) => ", NO BACKEND ELIGIBLE: clients are reset",
         None => "",
     });

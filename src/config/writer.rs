@@ -87,7 +87,7 @@ pub fn write(config: &Config) -> String {
 fn table_of(config: &Config) -> Table {
     let mut table = Table::try_from(config).expect("every value of the model has a form in TOML");
     for (model, pool) in config.pools.iter().zip(tables_in(&mut table, "pool")) {
-        if model.queue_timeout == model.connect_timeout {
+        if model.queue_timeout == model.default_queue_timeout() {
             pool.remove("queue_timeout");
         }
         if let (Some(spec), Some(probe)) = (&model.probe, inner(pool, "probe")) {

@@ -73,9 +73,12 @@ impl Control {
                 self.lifecycle.readiness().set_undecided(self.controller.undecided_pools());
                 self.supervised.changed();
             }
-            // The new process probes. This process only finishes its sessions.
+            // The new process probes. This process only finishes its sessions, unless clients
+            // wait for a backend.
             ControlEffect::Probe { .. }
-                if self.upgrades.handed_over() && !self.upgrades.is_stepping_down() => {}
+                if self.upgrades.handed_over()
+                    && !self.upgrades.is_stepping_down()
+                    && !self.workers.context().waiters.any_waiting() => {}
             ControlEffect::SlotsFreed => self.workers.context().waiters.slot_freed(),
             ControlEffect::Probe { lane, backend, token, address, spec } => {
                 tracing::trace!(%address, "probe started");

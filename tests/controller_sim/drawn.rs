@@ -67,7 +67,7 @@ fn random_pool(rng: &mut Rng, index: usize) -> PoolConfig {
             _ => Policy::LeastConnections,
         },
         when_none_eligible: *rng
-            .choice(&[WhenNoneEligible::Refuse, WhenNoneEligible::TryAll])
+            .choice(&[WhenNoneEligible::Refuse, WhenNoneEligible::TryAll, WhenNoneEligible::Wait])
             .unwrap(),
         startup_grace: millis(rng, 1, 4000),
         on_removal: if rng.bool() {

@@ -255,7 +255,7 @@ impl ModelPool {
         if let Some((_, stand_ins)) = self.settling.as_ref().filter(|(_, ids)| !ids.is_empty()) {
             return stand_ins.clone();
         }
-        if self.spec.when_none_eligible == WhenNoneEligible::Refuse {
+        if self.spec.when_none_eligible != WhenNoneEligible::TryAll {
             return backups;
         }
         tier(&|b| b.intent == Intent::Ready)

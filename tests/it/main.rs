@@ -60,5 +60,6 @@ mod state;
 mod storms;
 mod syslog;
 mod twins;
+mod waiting;
 mod why;
 mod why_ledger;

@@ -230,7 +230,7 @@ fn refusal_step(refusal: &RefusalDoc) -> String {
     match waits_for {
         None => format!("The client is reset at once: {}. {log}", cause(name)),
         Some(WaitName::ListenQueue) => listen_queue(
-            "All backends are at their caps, and the queue of the pool is full or off (queue_max).",
+            "No backend is free, and the queue of the pool is full or off (queue_max).",
         ),
         Some(WaitName::FrontendCap) => {
             listen_queue("The frontend is at its cap (connections_max).")
@@ -244,6 +244,10 @@ fn refusal_step(refusal: &RefusalDoc) -> String {
         ),
         Some(WaitName::NoVerdict) => format!(
             "No backend has a probe result or heartbeat yet. The client waits for the first, and \
+             is reset after {within}. {log}"
+        ),
+        Some(WaitName::NoneEligible) => format!(
+            "No backend is eligible (when_none_eligible = \"wait\"). The client waits for one, and \
              is reset after {within}. {log}"
         ),
         Some(WaitName::Other(other)) => {
@@ -432,7 +436,7 @@ mod tests {
             10.1.2.3 on web would wait for a backend, at most 5 s.
             4 result       All backends are at their caps. The client waits for a slot, and is reset after 5 s. The access log has cause queue-timeout, phase queue.
             10.1.2.3 on web would wait in the listen queue.
-            4 result       All backends are at their caps, and the queue of the pool is full or off (queue_max). The client waits in the listen queue, without a timeout, until it is accepted.
+            4 result       No backend is free, and the queue of the pool is full or off (queue_max). The client waits in the listen queue, without a timeout, until it is accepted.
             10.1.2.3 on web would wait in the listen queue.
             4 result       The frontend is at its cap (connections_max). The client waits in the listen queue, without a timeout, until it is accepted.
             10.1.2.3 on web would wait in the listen queue.

@@ -64,12 +64,13 @@ pub(super) const POOL: &[ConfigKey] = &[
         Value("0"),
         Reload,
         "Maximum number of clients that wait in the queue of the pool while every backend is at \
-         its `connections_max`. More clients wait in the listen queue.",
+         its `connections_max`, or while clients wait for an eligible backend. More clients wait in \
+         the listen queue.",
     ),
     key(
         "queue_timeout",
         TIME,
-        Derived("\"5s\"", "`connect_timeout`"),
+        Derived("\"5s\"", "`connect_timeout`; `\"30s\"` with `when_none_eligible = \"wait\"`"),
         Reload,
         "Maximum time of a client in the queue of the pool. After that the client is reset.",
     ),
@@ -78,8 +79,9 @@ pub(super) const POOL: &[ConfigKey] = &[
         Words(words::<WhenNoneEligible>),
         Value("\"refuse\""),
         Reload,
-        "If no backend is eligible, `\"refuse\"` resets the client, and `\"try-all\"` uses every \
-         backend that is not drained.",
+        "If no backend is eligible, `\"refuse\"` resets the client, `\"try-all\"` uses every \
+         backend that is not drained, and `\"wait\"` keeps the client in the queue until a backend \
+         is eligible. It needs `queue_max`. See [failover.md](failover.md).",
     ),
     key(
         "startup_grace",

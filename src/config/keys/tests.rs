@@ -72,6 +72,7 @@ const NEEDED: &[(&str, &str, &str)] = &[
     ("[pool.NAME.probe]", "password_file", "kind = 'redis'"),
     ("[pool.NAME.probe]", "database", "kind = 'postgres'\nuser = 'a'"),
     ("[pool.NAME]", "role", "probe = { kind = 'redis' }"),
+    ("[pool.NAME]", "when_none_eligible", "queue_max = 1"),
     ("[pool.NAME.probe]", "steps", "kind = 'steps'"),
     ("[pool.NAME.probe]", "down_interval", "timeout = '1ms'"),
     ("[pool.NAME.heartbeat]", "interval", "ttl = '30s'"),

@@ -104,7 +104,9 @@ pub(super) fn read<'r, 'a>(
     let probe = probe::read(&section, &defaults.probe, name, probed, files);
     let attempts = section.integer("connect_attempts", 1..=CONNECT_ATTEMPTS_MAX);
     let connect_time = connect_timeout.or(CONNECT_TIMEOUT);
-    let model = PoolConfig {
+    let queue_max = section.integer("queue_max", 0..=QUEUE_MAX).or(0);
+    let when_none_eligible = when_none_eligible(&section, queue_max);
+    let mut model = PoolConfig {
         name: name.into(),
         of,
         role: role.value(),
@@ -112,10 +114,10 @@ pub(super) fn read<'r, 'a>(
         hash_slots,
         source,
         connect_timeout: connect_time,
-        queue_max: section.integer("queue_max", 0..=QUEUE_MAX).or(0),
-        queue_timeout: section.duration("queue_timeout", "5s", TIME).or(connect_time),
+        queue_max,
+        queue_timeout: Duration::ZERO,
         connect_attempts: attempts.or(CONNECT_ATTEMPTS),
-        when_none_eligible: section.choice("when_none_eligible").or(WhenNoneEligible::Refuse),
+        when_none_eligible,
         startup_grace: section.duration("startup_grace", "5s", TIME).or(STARTUP_GRACE),
         on_removal: section.text("on_removal", "a string", value::on_removal).or(OnRemoval::Keep),
         proxy_protocol: header,
@@ -127,6 +129,8 @@ pub(super) fn read<'r, 'a>(
         backends,
         named,
     };
+    let queue_timeout = section.duration("queue_timeout", "5s", TIME);
+    model.queue_timeout = queue_timeout.or(model.default_queue_timeout());
     warn_of_idle_keys(&section, &model);
     let without_max = section.key_place("queue_max").is_none();
     let queue_timeout = section.key_place("queue_timeout").filter(|_| without_max);
@@ -143,6 +147,22 @@ pub(super) fn read<'r, 'a>(
         role: role_place,
         registry,
     }
+}
+
+/// Reads what happens while no backend is eligible. Clients wait in the queue only.
+fn when_none_eligible(pool: &Section<'_, '_>, queue_max: u32) -> WhenNoneEligible {
+    let read = pool.choice("when_none_eligible");
+    let place = read.place();
+    let rule = read.or(WhenNoneEligible::Refuse);
+    if rule == WhenNoneEligible::Wait
+        && queue_max == 0
+        && let Some(place) = place
+    {
+        let message = "when_none_eligible = \"wait\" needs a queue, and queue_max is 0";
+        let help = "write queue_max = 1000, or the most clients that may wait";
+        pool.report.error(place, ValueError::new(message).help(help));
+    }
+    rule
 }
 
 /// Reads the size of the table of `source-hash`.

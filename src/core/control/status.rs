@@ -279,7 +279,8 @@ pub(super) fn none_eligible_rule(pool: &PoolEntry) -> &'static str {
     match (pool.settling(), pool.spec.when_none_eligible) {
         (Some(settling), _) if !settling.stand_ins.is_empty() => "former",
         (_, WhenNoneEligible::TryAll) => "try-all",
-        (Some(_), WhenNoneEligible::Refuse) => "wait",
+        (Some(_), WhenNoneEligible::Refuse | WhenNoneEligible::Wait) => "wait",
+        (None, WhenNoneEligible::Wait) => "queue",
         (None, WhenNoneEligible::Refuse) => "refuse",
     }
 }

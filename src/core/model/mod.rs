@@ -7,6 +7,7 @@
 mod addresses;
 mod bind_form;
 mod discovery;
+mod failover;
 mod ids;
 mod probe;
 mod process;
@@ -21,6 +22,7 @@ pub use discovery::{
     RegistryQuery, ServerAddr, SourceKey, SourceQuestion, TlsClientConfig, ViewGuards,
     ZookeeperFormat,
 };
+pub use failover::{OnRemoval, WhenNoneEligible};
 pub use ids::{BackendId, FrontendId, PoolId};
 pub use probe::{
     Expect, HttpProbe, HttpVersion, ProbeBytes, ProbeHeader, ProbeKind, ProbePattern, ProbeSpec,
@@ -282,8 +284,8 @@ pub struct PoolConfig {
     /// Timeout of one connect attempt.
     #[serde(serialize_with = "text_forms::duration")]
     pub connect_timeout: Duration,
-    /// Maximum number of clients in the pool's queue while every backend is at its cap.
-    /// Further clients stay in the listen queue. Workers can exceed it by at most one
+    /// Maximum number of clients in the pool's queue while every backend is at its cap, or
+    /// while clients wait for an eligible one. Further clients stay in the listen queue. Workers can exceed it by at most one
     /// client each.
     pub queue_max: u32,
     /// Timeout of a client in that queue.
@@ -366,24 +368,6 @@ impl Policy {
     }
 }
 
-/// `when_none_eligible = ...`
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WhenNoneEligible {
-    /// Reset the client immediately.
-    Refuse,
-    /// Balance over all backends that no operator drains.
-    TryAll,
-}
-
-/// `on_removal = ...`
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OnRemoval {
-    /// Sessions continue until they end.
-    Keep,
-    /// Sessions still open after this long are reset.
-    CloseAfter(Duration),
-}
-
 /// `[pool.NAME.ejection]`: passive health from the results of sessions.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct EjectionSpec {
@@ -460,7 +444,6 @@ words!(
     "peak-ewma" => PeakEwma,
     "source-hash" => SourceHash,
 );
-words!(WhenNoneEligible: "refuse" => Refuse, "try-all" => TryAll);
 
 // === impl BindOptions ===
 

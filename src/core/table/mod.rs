@@ -15,7 +15,7 @@ pub mod state;
 use crate::balance::trial::{TrialId, TrialPhase};
 use crate::balance::{Balancer, PickError, PickKey};
 use crate::model;
-use crate::model::BindKey;
+use crate::model::{BindKey, WhenNoneEligible};
 use decide::{LeftOut, ServingTier};
 use state::{BackendState, FrontendId, FrontendState, PoolId};
 use std::collections::HashMap;
@@ -111,6 +111,8 @@ pub enum NoBackend {
     NoneEligible,
     /// No backend is eligible yet, and a first probe result is due.
     Undecided,
+    /// No backend is eligible, and clients of the pool wait for one.
+    Awaited,
     /// Every backend in use was already tried.
     Exhausted,
     /// All untried backends are at their caps.
@@ -159,6 +161,16 @@ impl FrontendRoute {
 
 // === impl PoolTable ===
 
+impl NoBackend {
+    /// Whether a client without a backend waits in the pool's queue.
+    pub fn queues(self) -> bool {
+        match self {
+            NoBackend::AtCapacity | NoBackend::Undecided | NoBackend::Awaited => true,
+            NoBackend::NoneEligible | NoBackend::Exhausted => false,
+        }
+    }
+}
+
 impl PoolTable {
     /// Picks a backend that is not in `tried` (positions in `serving`).
     pub fn pick(&self, key: PickKey, tried: &[usize]) -> Result<Reservation, NoBackend> {
@@ -178,14 +190,21 @@ impl PoolTable {
     }
 
     fn without_balancer(&self) -> NoBackend {
-        if self.undecided { NoBackend::Undecided } else { NoBackend::NoneEligible }
+        match self.spec.when_none_eligible {
+            _ if self.undecided => NoBackend::Undecided,
+            WhenNoneEligible::Wait => NoBackend::Awaited,
+            WhenNoneEligible::Refuse | WhenNoneEligible::TryAll => NoBackend::NoneEligible,
+        }
     }
 
-    /// Returns false only while every backend in use is at its cap. New connections
-    /// should then stay in the listen queue.
+    /// Returns false only while every backend in use is at its cap, or while clients wait
+    /// for an eligible one. New connections should then stay in the listen queue.
     #[inline]
     pub fn has_room(&self) -> bool {
-        self.balancer.as_ref().is_none_or(|balancer| balancer.has_room())
+        match &self.balancer {
+            Some(balancer) => balancer.has_room(),
+            None => self.without_balancer() != NoBackend::Awaited,
+        }
     }
 }
 

@@ -320,8 +320,9 @@ impl Candidates<'_> {
             NoBackend::NoneEligible | NoBackend::Exhausted => {
                 return refusal(Cause::NoBackend, Phase::Admit);
             }
+            NoBackend::Awaited if queues => (WaitName::NoneEligible, spec.queue_timeout),
             NoBackend::AtCapacity if queues => (WaitName::AtCap, spec.queue_timeout),
-            NoBackend::AtCapacity => (WaitName::ListenQueue, Duration::ZERO),
+            NoBackend::AtCapacity | NoBackend::Awaited => (WaitName::ListenQueue, Duration::ZERO),
             NoBackend::Undecided => {
                 (WaitName::NoVerdict, spec.queue_timeout.saturating_add(spec.startup_grace))
             }

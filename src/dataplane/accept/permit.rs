@@ -34,7 +34,8 @@ pub enum CapReached {
     Process,
     /// The frontend's `connections_max`.
     Frontend,
-    /// Every eligible backend is at its `connections_max`, and `queue_max` clients are queued;
+    /// Every eligible backend is at its `connections_max`, or clients wait for an eligible
+    /// one, and `queue_max` clients are queued;
     /// or the pool has no probe result yet, and [`UNDECIDED_QUEUE_MAX`] clients are queued.
     Pool,
 }

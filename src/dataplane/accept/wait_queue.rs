@@ -77,6 +77,11 @@ impl SlotWaiters {
         }
     }
 
+    /// Whether any client or listener waits.
+    pub fn any_waiting(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
+    }
+
     /// Returns the number of clients in the queue of a pool.
     #[inline]
     pub fn queued(&self, pool: &str) -> usize {

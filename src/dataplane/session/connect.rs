@@ -72,7 +72,8 @@ enum AttemptFailure {
 impl Session {
     /// Connects the session to a backend of its pool, starting with `first`, the pick made at
     /// accept. Retries on untried backends. If all of them are at their caps, waits up to
-    /// `queue_timeout` for a slot. `why` is the end of the session if no backend is available.
+    /// `queue_timeout` for a slot. If all have failed, waits if the pool lets clients wait.
+    /// `why` is the end of the session if no backend is available.
     pub(super) async fn connect(
         &mut self,
         first: Result<Reservation, NoBackend>,
@@ -84,6 +85,9 @@ impl Session {
                 Ok(reserved) => reserved,
                 // Boxed because it is rare: inline, it would enlarge every session's future.
                 Err(NoBackend::AtCapacity) => Box::pin(self.wait_for_slot()).await?,
+                Err(NoBackend::Exhausted) if self.waits_out_failures() => {
+                    Box::pin(self.wait_for_other_table(why)).await?
+                }
                 Err(_) => return Err(why),
             };
             let mut slot = self.begin_attempt(reserved);
@@ -212,6 +216,13 @@ impl Session {
 
     pub(super) fn has_failed_attempts(&self) -> bool {
         self.rare.as_ref().is_some_and(|rare| !rare.failed.records.is_empty())
+    }
+
+    /// Forgets which backends failed, because the pool of a newer table has other positions.
+    pub(super) fn forget_tried(&mut self) {
+        if let Some(rare) = &mut self.rare {
+            rare.failed.backends.clear();
+        }
     }
 
     /// Backends excluded from the next pick, as indices into the pool's `serving`.

@@ -13,14 +13,19 @@ use crate::relay::ConnectEnd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tidegate_core::model::WhenNoneEligible;
 use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
 use tidegate_core::table::decide::Picked;
 use tidegate_core::table::routes::ConnectionFacts;
-use tidegate_core::table::{NoBackend, Reservation};
+use tidegate_core::table::{FrontendRoute, NoBackend, Reservation};
 use tidegate_net::clock;
 
 /// Time between two checks of a queued client for a FIN.
 const FIN_CHECK: Duration = Duration::from_millis(250);
+
+/// Time after which a session tries backends again that have all failed, if the table has not
+/// changed.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
 /// How a session gets its backend. Decided at accept and without waiting: the slot that the
 /// listener saw is still free, and the queue keeps the order of arrival.
@@ -37,8 +42,8 @@ pub(super) enum BackendChoice {
 
 impl Session {
     /// Routes the session and picks a backend of the pool. Joins the pool's queue if all
-    /// backends are at their caps, the pool has no probe result yet, or other clients are
-    /// queued.
+    /// backends are at their caps, the pool has no probe result yet, clients wait for an
+    /// eligible backend, or other clients are queued.
     pub(super) fn choose(&mut self, facts: ConnectionFacts) -> Result<BackendChoice, Cause> {
         self.taken = self.route.route(&facts);
         self.log_routed();
@@ -48,7 +53,7 @@ impl Session {
         if waiters.queued(name) == 0 {
             let now = clock::now();
             match ctx.pick(pool, self.client, &[], now) {
-                Err(why @ (NoBackend::AtCapacity | NoBackend::Undecided)) => reason = Some(why),
+                Err(why) if why.queues() => reason = Some(why),
                 pick => {
                     self.keep_decision(picked(&pick), None, now);
                     return Ok(BackendChoice::Picked(pick));
@@ -105,7 +110,7 @@ impl Session {
                 return Some(Err(ended(Phase::Queue, Cause::Route)));
             };
             match ctx.pick(pool, facts.client, &[], clock::now()) {
-                Err(NoBackend::AtCapacity | NoBackend::Undecided) => None,
+                Err(reason) if reason.queues() => None,
                 pick => Some(Ok(pick)),
             }
         });
@@ -163,6 +168,81 @@ impl Session {
         self.keep_decision(Some(Picked::of(&reserved)), Some(now - since), now);
         self.waits = None;
         Ok(reserved)
+    }
+
+    /// Whether the session waits after every backend of its pool has failed.
+    pub(super) fn waits_out_failures(&self) -> bool {
+        self.pool().spec.when_none_eligible == WhenNoneEligible::Wait
+    }
+
+    /// Waits until a newer table changes the pool and a backend is eligible, or tries the
+    /// same backends again after [`RETRY_PAUSE`]. Does not join the pool's queue, where it
+    /// would stop clients that no backend has failed yet. The limit is `queue_timeout` since
+    /// the accept. `why` is the end of the session if its pool is gone.
+    pub(super) async fn wait_for_other_table(
+        &mut self,
+        why: SessionEnd,
+    ) -> Result<Reservation, SessionEnd> {
+        self.waits = Some(Phase::Queue);
+        let since = clock::now();
+        let ctx = Rc::clone(self.ctx());
+        ctx.counters.queued.add(1);
+        let newest = |again: bool| self.pick_in_newest(again).map(|pick| pick.ok_or(why));
+        let waiters = &ctx.shared.waiters;
+        let pick = async {
+            let changed = waiters.wait_until(|| newest(false));
+            match tokio::time::timeout(RETRY_PAUSE, changed).await {
+                Ok(pick) => pick,
+                Err(_) => waiters.wait_until(|| newest(true)).await,
+            }
+        };
+        let deadline = self.started + self.pool().spec.queue_timeout;
+        // All futures only wait for readiness or time, so the losers can be dropped.
+        let picked = tokio::select! {
+            biased;
+            pick = pick => pick,
+            end = self.interrupted(Phase::Queue) => Err(end),
+            () = tokio::time::sleep_until(deadline.into()) => {
+                Err(ended(Phase::Queue, Cause::QueueTimeout))
+            }
+        };
+        let (reserved, route, numbers) = match picked {
+            Ok(picked) => picked,
+            Err(end) => {
+                self.keep_fruitless_wait(since);
+                return Err(end);
+            }
+        };
+        self.forget_tried();
+        (self.route, self.table) = (route, numbers);
+        let now = clock::now();
+        self.keep_decision(Some(Picked::of(&reserved)), Some(now - since), now);
+        self.waits = None;
+        Ok(reserved)
+    }
+
+    /// Picks a backend in the newest table, if the session's pool differs there or `again` is
+    /// set. `None`: no backend yet. `Some(None)`: the session cannot use that table.
+    fn pick_in_newest(
+        &self,
+        again: bool,
+    ) -> Option<Option<(Reservation, Arc<FrontendRoute>, TableNumbers)>> {
+        let table = self.ctx().table();
+        let route = table.frontend(&self.route.state);
+        let pool = route.and_then(|route| route.pool_of(self.taken));
+        let same = pool.filter(|pool| pool.id == self.pool().id);
+        let (Some(route), Some(pool)) = (route, same) else { return Some(None) };
+        if !again && std::ptr::eq(Arc::as_ptr(pool), self.pool()) {
+            return None;
+        }
+        match self.ctx().pick(pool, self.client, &[], clock::now()) {
+            Ok(reserved) => {
+                let (generation, serial) = (table.generation, table.serial);
+                Some(Some((reserved, Arc::clone(route), TableNumbers { generation, serial })))
+            }
+            Err(reason) if reason.queues() => None,
+            Err(_) => Some(None),
+        }
     }
 
     /// Resolves when the client has reset its connection or the session is aborted.

@@ -97,6 +97,7 @@ fn reason_name(reason: NoBackend) -> &'static str {
     match reason {
         NoBackend::NoneEligible => "none-eligible",
         NoBackend::Undecided => "undecided",
+        NoBackend::Awaited => "awaited",
         NoBackend::Exhausted => "exhausted",
         NoBackend::AtCapacity => "at-capacity",
     }

@@ -333,9 +333,19 @@ fn pool(name: &'static str) -> BoxedStrategy<(String, bool)> {
         ("source", one_of(&["[]", "\"10.0.0.5\"", "[\"10.0.0.6\", \"2001:db8::7\"]"])),
         ("connect_timeout", time(1, 30 * DAY)),
         ("connect_attempts", number(1..=16)),
-        ("queue_max", number(0..=1_000_000)),
-        ("queue_timeout", prop_oneof![quoted(&["5s"]), time(1, 30 * DAY)].boxed()),
-        ("when_none_eligible", quoted(&["refuse", "try-all"])),
+        (
+            "queue_max",
+            prop_oneof![
+                number(0..=1_000_000),
+                one_of(&[
+                    "7\nwhen_none_eligible = \"wait\"",
+                    "0\nwhen_none_eligible = \"try-all\"",
+                    "0\nwhen_none_eligible = \"refuse\"",
+                ]),
+            ]
+            .boxed(),
+        ),
+        ("queue_timeout", prop_oneof![quoted(&["5s", "30s"]), time(1, 30 * DAY)].boxed()),
         ("startup_grace", time(1, 30 * DAY)),
         ("on_removal", quoted(&["keep", "close-after 30s", "close-after 1ms"])),
         ("slow_start", timer(100, 3600 * SECOND)),

@@ -103,6 +103,19 @@ fn refuse_resets_clients_without_eligible_backends() {
 }
 
 #[test]
+fn clients_wait_for_an_eligible_backend_until_queue_max() {
+    let mut web = pool("web", Policy::LeastConnections, 2);
+    let spec =
+        model::PoolConfig { when_none_eligible: WhenNoneEligible::Wait, ..(*web.spec).clone() };
+    web.spec = Arc::new(spec);
+    web.backends.iter_mut().for_each(|b| b.eligible = false);
+    let waiting = table(vec![web], None);
+    let reason = waiting.pools[0].pick(draw(0), &[]).unwrap_err();
+    assert_eq!((reason, reason.queues()), (NoBackend::Awaited, true));
+    assert!(!waiting.pools[0].has_room(), "more clients wait in the listen queue");
+}
+
+#[test]
 fn try_all_serves_every_backend_including_backups() {
     let mut web = pool("web", Policy::Random, 3);
     let spec =

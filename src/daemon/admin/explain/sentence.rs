@@ -193,6 +193,10 @@ fn none_eligible_note(explained: &Explanation) -> &'static str {
             "; no backend of the pool is eligible, so new sessions are reset \
              (when_none_eligible = \"refuse\")"
         }
+        Some("queue") => {
+            "; no backend of the pool is eligible, so new sessions wait in its queue \
+             (when_none_eligible = \"wait\")"
+        }
         Some("wait") => {
             "; no backend of the pool is eligible yet, so new sessions wait for the first result"
         }

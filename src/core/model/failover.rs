@@ -1,0 +1,45 @@
+//! Settings of a pool for the time while backends are down or leave.
+//!
+//! Read by `config`, used by the whole balancer. It decides nothing.
+
+use super::PoolConfig;
+use super::text_forms::words;
+use std::time::Duration;
+
+/// `when_none_eligible = ...`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WhenNoneEligible {
+    /// Reset the client immediately.
+    Refuse,
+    /// Balance over all backends that no operator drains.
+    TryAll,
+    /// Keep the client in the pool's queue until a backend is eligible.
+    Wait,
+}
+
+/// `on_removal = ...`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnRemoval {
+    /// Sessions continue until they end.
+    Keep,
+    /// Sessions still open after this long are reset.
+    CloseAfter(Duration),
+}
+
+/// Default of `queue_timeout` if clients wait for an eligible backend: longer than most
+/// databases need for a failover.
+const FAILOVER_TIMEOUT: Duration = Duration::from_secs(30);
+
+words!(WhenNoneEligible: "refuse" => Refuse, "try-all" => TryAll, "wait" => Wait);
+
+// === impl PoolConfig ===
+
+impl PoolConfig {
+    /// Returns `queue_timeout` if the file does not set it.
+    pub fn default_queue_timeout(&self) -> Duration {
+        match self.when_none_eligible {
+            WhenNoneEligible::Wait => FAILOVER_TIMEOUT,
+            WhenNoneEligible::Refuse | WhenNoneEligible::TryAll => self.connect_timeout,
+        }
+    }
+}
