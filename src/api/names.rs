@@ -423,6 +423,14 @@ names! {
         Redis = "redis",
         /// Asks a PostgreSQL server whether it takes connections, and for its role.
         Postgres = "postgres",
+        /// Asks a MySQL or MariaDB server whether it takes connections, and for its role.
+        Mysql = "mysql",
+        /// Says hello to a mail server.
+        Smtp = "smtp",
+        /// Binds anonymously to a directory server.
+        Ldap = "ldap",
+        /// Sends a question to a DNS server.
+        Dns = "dns",
     }
 
     /// Result of a probe.

@@ -7,7 +7,8 @@ use Applies::Reload;
 use DefaultValue::{Derived, Described, Required, Value};
 use Values::{Flag, Form, Integer, Share, Time, WordOrTime, Words};
 use tidegate_core::model::{
-    HttpVersion, NodeRole, Policy, ProbeHeader, ProxyVersion, WhenNoneEligible,
+    DnsProbeCode, DnsProbeRecord, DnsProbeTransport, HttpVersion, NodeRole, Policy, ProbeHeader,
+    ProxyVersion, WhenNoneEligible,
 };
 
 pub(super) const POOL: &[ConfigKey] = &[
@@ -132,7 +133,7 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Reload,
         "`tcp`: the backend accepts a connection; `send-expect`: the answer has the expected \
          bytes; `steps`: several requests and answers; `http`: the answer has an accepted status; \
-         `redis`, `postgres`: see [roles.md](roles.md).",
+         the other kinds: see [roles.md](roles.md).",
     ),
     key(
         "port",
@@ -284,7 +285,8 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Form("text of 1 to 64 bytes"),
         Described("none"),
         Reload,
-        "For `redis` and `postgres`: the user that logs in. For `redis` it needs `password_file`.",
+        "For `redis`, `postgres` and `mysql`: the user that logs in. For `redis` it needs \
+         `password_file`.",
     ),
     key(
         "password_file",
@@ -299,6 +301,34 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Described("the name of the user"),
         Reload,
         "For `postgres` with `user`: the database that is opened.",
+    ),
+    key(
+        "name",
+        Form("a name of at most 253 bytes"),
+        Described("required for `dns`"),
+        Reload,
+        "For `dns`: the name that the question is about; `.` is the root.",
+    ),
+    key(
+        "record",
+        Words(words::<DnsProbeRecord>),
+        Value("\"a\""),
+        Reload,
+        "For `dns`: type of the records that the question asks for.",
+    ),
+    key(
+        "transport",
+        Words(words::<DnsProbeTransport>),
+        Value("\"tcp\""),
+        Reload,
+        "For `dns`: how the question travels. `tls` and a PROXY header need `\"tcp\"`.",
+    ),
+    key(
+        "rcode",
+        Words(words::<DnsProbeCode>),
+        Value("\"noerror\""),
+        Reload,
+        "For `dns`: expected code of the answer.",
     ),
 ];
 

@@ -71,6 +71,10 @@ const NEEDED: &[(&str, &str, &str)] = &[
     ("[pool.NAME.probe]", "user", "kind = 'redis'\npassword_file = '/p'"),
     ("[pool.NAME.probe]", "password_file", "kind = 'redis'"),
     ("[pool.NAME.probe]", "database", "kind = 'postgres'\nuser = 'a'"),
+    ("[pool.NAME.probe]", "name", "kind = 'dns'"),
+    ("[pool.NAME.probe]", "record", "kind = 'dns'\nname = 'a'"),
+    ("[pool.NAME.probe]", "transport", "kind = 'dns'\nname = 'a'"),
+    ("[pool.NAME.probe]", "rcode", "kind = 'dns'\nname = 'a'"),
     ("[pool.NAME]", "role", "probe = { kind = 'redis' }"),
     ("[pool.NAME]", "when_none_eligible", "queue_max = 1"),
     ("[pool.NAME.probe]", "steps", "kind = 'steps'"),
@@ -235,7 +239,11 @@ fn with(table: &KeyTable, key: &ConfigKey, value: &str) -> String {
             && ["expect", "steps"].iter().any(|word| lines.starts_with(word))
                 != table.header.contains("discover")
     });
-    let by_value = by_value.filter(|_| !(table.header.contains("probe") && value == "'http'"));
+    let by_value = match (table.header.contains("probe"), value) {
+        (true, "'http'") => None,
+        (true, "'dns'") if key.name == "kind" => Some("name = 'a'"),
+        _ => by_value,
+    };
     let needed = by_value.unwrap_or_else(|| needed(table, key));
     let separator = if needed.is_empty() { "" } else { "\n" };
     file(table.header, &format!("{needed}{separator}{} = {value}", key.name))

@@ -39,6 +39,10 @@ pub(crate) enum ProbeKindKey {
     Http,
     Redis,
     Postgres,
+    Mysql,
+    Smtp,
+    Ldap,
+    Dns,
 }
 
 impl Words for ProbeKindKey {
@@ -49,6 +53,10 @@ impl Words for ProbeKindKey {
         ("http", ProbeKindKey::Http),
         ("redis", ProbeKindKey::Redis),
         ("postgres", ProbeKindKey::Postgres),
+        ("mysql", ProbeKindKey::Mysql),
+        ("smtp", ProbeKindKey::Smtp),
+        ("ldap", ProbeKindKey::Ldap),
+        ("dns", ProbeKindKey::Dns),
     ];
 }
 
@@ -80,9 +88,13 @@ const OWNED: &[(&str, &[ProbeKindKey])] = &[
     ("http", &[ProbeKindKey::Http]),
     ("headers", &[ProbeKindKey::Http]),
     ("status", &[ProbeKindKey::Http]),
-    ("user", &[ProbeKindKey::Redis, ProbeKindKey::Postgres]),
-    ("password_file", &[ProbeKindKey::Redis, ProbeKindKey::Postgres]),
+    ("user", &[ProbeKindKey::Redis, ProbeKindKey::Postgres, ProbeKindKey::Mysql]),
+    ("password_file", &[ProbeKindKey::Redis, ProbeKindKey::Postgres, ProbeKindKey::Mysql]),
     ("database", &[ProbeKindKey::Postgres]),
+    ("name", &[ProbeKindKey::Dns]),
+    ("record", &[ProbeKindKey::Dns]),
+    ("transport", &[ProbeKindKey::Dns]),
+    ("rcode", &[ProbeKindKey::Dns]),
 ];
 
 pub(super) fn read<'r, 'a>(
@@ -260,6 +272,10 @@ impl KindKeys {
             ProbeKindKey::Http => ProbeKind::Http(self.http.into_probe(expect)),
             ProbeKindKey::Redis => ProbeKind::Redis(self.service.login()),
             ProbeKindKey::Postgres => ProbeKind::Postgres(self.service.postgres()),
+            ProbeKindKey::Mysql => ProbeKind::Mysql(self.service.login()),
+            ProbeKindKey::Smtp => ProbeKind::Smtp,
+            ProbeKindKey::Ldap => ProbeKind::Ldap,
+            ProbeKindKey::Dns => ProbeKind::Dns(self.service.dns()),
         }
     }
 }

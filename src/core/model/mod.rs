@@ -36,7 +36,9 @@ pub use proxy_protocol::{
     OtherPeers, PassedTlv, ProxyHeaderSource, ProxyHeaderSpec, ProxyVersion, SentTlv,
 };
 
-pub use service::{NodeRole, PostgresProbe, ProbeLogin};
+pub use service::{
+    DnsProbe, DnsProbeCode, DnsProbeRecord, DnsProbeTransport, NodeRole, PostgresProbe, ProbeLogin,
+};
 pub use text_forms::{SIZE_UNITS, Words, show_duration, show_size};
 
 use crate::limits::access_list::AccessList;

@@ -4,7 +4,7 @@
 //! opens a connection.
 
 use super::addresses::SourceAddr;
-use super::service::{PostgresProbe, ProbeLogin};
+use super::service::{DnsProbe, PostgresProbe, ProbeLogin};
 use super::text_forms::{self, words};
 use super::{PoolConfig, ProxyVersion};
 use regex::bytes::Regex;
@@ -126,6 +126,14 @@ pub enum ProbeKind {
     Redis(ProbeLogin),
     /// Succeeds if a PostgreSQL server takes connections. With a user it finds the role.
     Postgres(PostgresProbe),
+    /// Succeeds if a MySQL server takes connections. With a user it finds the role.
+    Mysql(ProbeLogin),
+    /// Succeeds if a mail server greets and answers `EHLO`.
+    Smtp,
+    /// Succeeds if a directory server takes an anonymous bind.
+    Ldap,
+    /// Succeeds if a DNS server answers a question.
+    Dns(DnsProbe),
 }
 
 /// An HTTP request and its accepted answers.
@@ -226,24 +234,30 @@ impl ProbeKind {
     /// Returns how the probe logs in; `None` if its kind has no login.
     pub fn login(&self) -> Option<&ProbeLogin> {
         match self {
-            ProbeKind::Redis(login) => Some(login),
+            ProbeKind::Redis(login) | ProbeKind::Mysql(login) => Some(login),
             ProbeKind::Postgres(probe) => Some(&probe.login),
             ProbeKind::Tcp
             | ProbeKind::SendExpect { .. }
             | ProbeKind::Steps { .. }
-            | ProbeKind::Http(_) => None,
+            | ProbeKind::Http(_)
+            | ProbeKind::Smtp
+            | ProbeKind::Ldap
+            | ProbeKind::Dns(_) => None,
         }
     }
 
     /// Whether the protocol starts without TLS and asks for it.
     pub fn starts_tls(&self) -> bool {
         match self {
-            ProbeKind::Postgres(_) => true,
+            ProbeKind::Postgres(_) | ProbeKind::Mysql(_) => true,
             ProbeKind::Tcp
             | ProbeKind::SendExpect { .. }
             | ProbeKind::Steps { .. }
             | ProbeKind::Http(_)
-            | ProbeKind::Redis(_) => false,
+            | ProbeKind::Redis(_)
+            | ProbeKind::Smtp
+            | ProbeKind::Ldap
+            | ProbeKind::Dns(_) => false,
         }
     }
 
@@ -251,11 +265,16 @@ impl ProbeKind {
     pub fn finds_roles(&self) -> bool {
         match self {
             ProbeKind::Redis(_) => true,
-            ProbeKind::Postgres(probe) => probe.login.user.is_some(),
+            ProbeKind::Postgres(PostgresProbe { login, .. }) | ProbeKind::Mysql(login) => {
+                login.user.is_some()
+            }
             ProbeKind::Tcp
             | ProbeKind::SendExpect { .. }
             | ProbeKind::Steps { .. }
-            | ProbeKind::Http(_) => false,
+            | ProbeKind::Http(_)
+            | ProbeKind::Smtp
+            | ProbeKind::Ldap
+            | ProbeKind::Dns(_) => false,
         }
     }
 }

@@ -38,3 +38,61 @@ pub struct PostgresProbe {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub database: Option<String>,
 }
+
+/// `kind = "dns"`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DnsProbe {
+    /// Name that the question is about, without its last dot; `.` is the root.
+    pub name: String,
+    /// Type of the records that the question asks for.
+    pub record: DnsProbeRecord,
+    /// How the question travels.
+    pub transport: DnsProbeTransport,
+    /// The expected code of the answer.
+    pub rcode: DnsProbeCode,
+}
+
+/// `record = ...` of a `dns` probe.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DnsProbeRecord {
+    /// IPv4 addresses.
+    A,
+    /// IPv6 addresses.
+    Aaaa,
+    /// Name servers.
+    Ns,
+    /// Start of authority.
+    Soa,
+    /// Services.
+    Srv,
+    /// Texts.
+    Txt,
+}
+
+words!(DnsProbeRecord: "a" => A, "aaaa" => Aaaa, "ns" => Ns, "soa" => Soa, "srv" => Srv, "txt" => Txt);
+
+/// `transport = ...`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DnsProbeTransport {
+    /// Over a connection, as the sessions of the pool.
+    Tcp,
+    /// In datagrams.
+    Udp,
+}
+
+words!(DnsProbeTransport: "tcp" => Tcp, "udp" => Udp);
+
+/// `rcode = ...`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DnsProbeCode {
+    /// No error, with or without records.
+    Noerror,
+    /// The name does not exist.
+    Nxdomain,
+    /// The server does not answer this question for this client.
+    Refused,
+    /// Any code.
+    Any,
+}
+
+words!(DnsProbeCode: "noerror" => Noerror, "nxdomain" => Nxdomain, "refused" => Refused, "any" => Any);

@@ -6,6 +6,7 @@
 
 pub mod config;
 pub mod heartbeat;
+pub mod probe;
 pub mod views;
 
 pub use super::admin::fuzz as admin;

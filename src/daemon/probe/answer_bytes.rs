@@ -52,6 +52,14 @@ impl<'s, S: AsyncRead + AsyncWrite + Unpin> AnswerBytes<'s, S> {
         let _ = tokio::time::timeout(DRAIN_TIME, closed).await;
     }
 
+    /// Fails if more bytes have arrived than were taken.
+    pub(super) fn nothing_left(&self) -> Result<(), ProbeError> {
+        match self.buffer.get(self.taken..) {
+            Some([]) | None => Ok(()),
+            Some(rest) => Err(ProbeError::Backend(format!("unexpected bytes: {}", quote(rest)))),
+        }
+    }
+
     /// Returns the next line without its end.
     pub(super) async fn line(&mut self) -> Result<Vec<u8>, ProbeError> {
         let mut searched = 0;

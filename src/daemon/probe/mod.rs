@@ -17,11 +17,17 @@
 
 mod answer;
 mod answer_bytes;
+mod dns;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod http;
+mod ldap;
+mod mysql;
 mod password;
 mod postgres;
 mod redis;
 pub mod runner;
+mod smtp;
 mod sources;
 #[cfg(test)]
 mod tests;
@@ -35,7 +41,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 use tidegate_core::health::{ProbeAnswer, ProbeOutcome};
 use tidegate_core::metrics::counters::LocalErrorKind;
-use tidegate_core::model::{BackendAddr, ProbeBytes, ProbeKind, ProbeSpec, ProbeStep, ProbeTarget};
+use tidegate_core::model::{
+    BackendAddr, DnsProbeTransport, ProbeBytes, ProbeKind, ProbeSpec, ProbeStep, ProbeTarget,
+};
 use tidegate_core::proxy_protocol;
 use tidegate_dataplane::local_errors;
 use tidegate_net::clock;
@@ -139,6 +147,12 @@ async fn connect_and_exchange(
     let silent = target.tls.is_none() && target.header_version.is_none();
     let reset = spec.kind == ProbeKind::Tcp && silent;
     let to = destination(address, target);
+    if let (ProbeKind::Dns(probe), BackendAddr::Tcp(socket)) = (&spec.kind, &to)
+        && probe.transport == DnsProbeTransport::Udp
+    {
+        let asked = (probe, spec.timeout);
+        return Box::pin(dns::over_udp((&target.source, turn), *socket, asked, stage)).await;
+    }
     match &to {
         BackendAddr::Tcp(socket) | BackendAddr::ClientPort(socket, _) => {
             let stream = sources::connect((&target.source, turn), *socket, reset).await?;
@@ -277,6 +291,12 @@ async fn exchange(
             redis::exchange(answer, login.user.as_deref(), password).await
         }
         ProbeKind::Postgres(probe) => postgres::exchange(stream, probe, tls, stage).await,
+        ProbeKind::Mysql(login) => mysql::exchange(stream, login, tls, stage).await,
+        ProbeKind::Smtp => smtp::exchange(AnswerBytes::new(&mut stream, stage)).await,
+        ProbeKind::Ldap => ldap::exchange(AnswerBytes::new(&mut stream, stage)).await,
+        ProbeKind::Dns(probe) => {
+            dns::over_stream(AnswerBytes::new(&mut stream, stage), probe).await
+        }
     }
 }
 

@@ -237,7 +237,11 @@ async fn scram<S: AsyncRead + AsyncWrite + Unpin>(
     let (mut scram, result) = hashed.await.map_err(|_| {
         ProbeError::Local("hashing of the password panicked".to_owned(), LocalErrorKind::Other)
     })?;
-    let failed = |error: std::io::Error| ProbeError::Backend(format!("SCRAM failed: {error}"));
+    // The text can quote the server.
+    let failed = |error: std::io::Error| {
+        let text = error.to_string();
+        ProbeError::Backend(format!("SCRAM failed: {}", quote_message(text.as_bytes())))
+    };
     result.map_err(failed)?;
     answer.send(&message(b'p', scram.message())).await?;
     let last = sasl(answer, 12).await?;

@@ -7,7 +7,7 @@
 
 use super::{ProbeError, connect_tcp};
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use tidegate_config as config;
 use tidegate_core::metrics::counters::LocalErrorKind;
 use tidegate_core::model::SourceAddr;
@@ -42,6 +42,21 @@ pub(super) async fn connect(
     match failed {
         Some(failed) => Err(failed),
         None => connect_tcp(None, to, reset).await,
+    }
+}
+
+/// Returns the source address number `turn` for datagrams; the unspecified address if none has
+/// the family of `to`.
+pub(super) fn of_turn((sources, turn): (&[SourceAddr], usize), to: SocketAddr) -> IpAddr {
+    let fitting: Vec<IpAddr> = sources
+        .iter()
+        .map(|source| source.ip())
+        .filter(|ip| ip.is_ipv4() == to.is_ipv4())
+        .collect();
+    match (fitting.len(), to) {
+        (0, SocketAddr::V4(_)) => Ipv4Addr::UNSPECIFIED.into(),
+        (0, SocketAddr::V6(_)) => Ipv6Addr::UNSPECIFIED.into(),
+        (count, _) => fitting[turn % count],
     }
 }
 

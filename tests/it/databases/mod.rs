@@ -1,6 +1,8 @@
 //! Probes of databases and pools by role, with real servers.
 
 mod failover;
+mod mariadb;
 mod postgres;
 mod redis;
 mod rigs;
+mod services;

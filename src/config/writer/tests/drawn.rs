@@ -240,6 +240,12 @@ fn probe() -> Drawn {
         one_of(&[
             "kind = 'postgres'\n",
             "kind = 'postgres'\nuser = 'a'\npassword_file = '/p'\ndatabase = 'b'\n",
+            "kind = 'mysql'\n",
+            "kind = 'mysql'\nuser = 'a'\npassword_file = '/p'\n",
+            "kind = 'smtp'\n",
+            "kind = 'ldap'\n",
+            "kind = 'dns'\nname = 'a.b.'\n",
+            "kind = 'dns'\nname = '.'\nrecord = 'soa'\ntransport = 'tcp'\nrcode = 'any'\n",
         ]),
         one_of(&[
             "kind = 'steps'\nsteps = [{ send = 'a' }, { expect = { contains = 'b' } }, { send = { hex = 'ff' } }]\n"

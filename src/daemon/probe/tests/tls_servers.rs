@@ -31,9 +31,12 @@ fn certified(names: &[&str]) -> Certified {
     }
 }
 
-/// Starts a server that answers each request with `200` and the name and protocol of the
-/// handshake.
-async fn tls_server(certified: Certified, alpn: &[&str]) -> BackendAddr {
+/// Accepts TLS with a certificate that no client trusts.
+pub(super) fn acceptor() -> TlsAcceptor {
+    accepting(certified(&["localhost"]), &[])
+}
+
+fn accepting(certified: Certified, alpn: &[&str]) -> TlsAcceptor {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -42,7 +45,13 @@ async fn tls_server(certified: Certified, alpn: &[&str]) -> BackendAddr {
         .with_single_cert(certified.chain, certified.key)
         .unwrap();
     config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
-    let acceptor = TlsAcceptor::from(Arc::new(config));
+    TlsAcceptor::from(Arc::new(config))
+}
+
+/// Starts a server that answers each request with `200` and the name and protocol of the
+/// handshake.
+async fn tls_server(certified: Certified, alpn: &[&str]) -> BackendAddr {
+    let acceptor = accepting(certified, alpn);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {

@@ -1,6 +1,8 @@
 //! Real database servers, each in its own directory and at its own port. Dropping one kills it.
 
+pub mod mariadb;
 pub mod postgres;
+pub mod services;
 
 use crate::common::servers::find;
 use rustix::process::geteuid;
@@ -28,7 +30,7 @@ fn directory(user: &str) -> tempfile::TempDir {
 }
 
 /// As root, makes `user` the owner.
-fn give(user: &str, path: &Path) {
+pub fn give(user: &str, path: &Path) {
     if geteuid().is_root() {
         let done = Command::new("chown").arg("-R").arg(format!("{user}:")).arg(path).status();
         assert!(done.expect("run chown").success(), "chown {user} {}", path.display());
