@@ -81,8 +81,8 @@ pub(super) const POOL: &[ConfigKey] = &[
         Value("\"refuse\""),
         Reload,
         "If no backend is eligible, `\"refuse\"` resets the client, `\"try-all\"` uses every \
-         backend that is not drained, and `\"wait\"` keeps the client in the queue until a backend \
-         is eligible. It needs `queue_max`. See [failover.md](failover.md).",
+         backend that is not drained, and `\"wait\"` keeps the client in the queue (`queue_max`) \
+         until a backend is eligible. See [failover.md](failover.md).",
     ),
     key(
         "startup_grace",
