@@ -13,6 +13,7 @@
 
 pub mod answers;
 pub mod decision;
+pub mod events;
 pub mod explain;
 pub mod names;
 pub mod place;

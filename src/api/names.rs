@@ -69,6 +69,32 @@ names! {
         Draining = "draining",
     }
 
+    /// The kind of an event.
+    pub enum EventKind {
+        /// The state of a backend or a pool has changed.
+        State = "state",
+        /// An operator has ordered something.
+        Operator = "operator",
+        /// A configuration was applied or rejected.
+        Config = "config",
+        /// A process, worker or thread has started, ended or stalled.
+        Process = "process",
+        /// A limit was reached, or is no longer reached.
+        Limit = "limit",
+    }
+
+    /// How much an event needs attention.
+    pub enum EventLevel {
+        /// Something is well again.
+        Good = "good",
+        /// For the record.
+        Info = "info",
+        /// It can become a problem.
+        Warn = "warn",
+        /// Something has failed.
+        Bad = "bad",
+    }
+
     /// The engine that moves the bytes of sessions.
     pub enum EngineName {
         /// epoll, with splice for long streams.

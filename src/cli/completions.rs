@@ -98,6 +98,15 @@ pub(super) fn backends() -> ArgValueCandidates {
     })
 }
 
+/// Completes the name of a pool.
+pub(super) fn pools() -> ArgValueCandidates {
+    ArgValueCandidates::new(|| {
+        let status = status();
+        let names = status.iter().flat_map(|status| &status.pools);
+        names.take(NAMES_MAX).map(|one| CompletionCandidate::new(&one.name)).collect()
+    })
+}
+
 /// Completes the name of a frontend.
 pub(super) fn frontends() -> ArgValueCandidates {
     ArgValueCandidates::new(|| {

@@ -6,6 +6,7 @@
 pub mod check;
 pub mod completions;
 pub mod drain;
+pub mod events;
 pub mod explain;
 pub mod heartbeat;
 pub mod import;
@@ -99,6 +100,9 @@ pub enum Command {
     /// Show frontends, pools and backends of the running balancer.
     #[command(after_help = "Example:\n  tidegate status\n  tidegate status --json | jq .pools")]
     Status(ClientArgs),
+    /// Show what has happened: state changes, reloads, orders, upgrades.
+    #[command(after_help = events::HELP)]
+    Events(events::EventsArgs),
     /// Explain the state of a backend, the picks of a session, or a future pick.
     #[command(after_help = explain::HELP)]
     Explain(explain::ExplainArgs),
@@ -240,6 +244,7 @@ fn dispatch(command: Command) -> Exit {
         Command::Reload(args) => reload::main(&args),
         Command::Upgrade(args) => upgrade::main(&args),
         Command::Status(args) => status::main(&args),
+        Command::Events(args) => events::main(&args),
         Command::Explain(args) => explain::main(&args),
         Command::Drain(args) => drain::drain(&args),
         Command::Undrain(args) => drain::undrain(&args),

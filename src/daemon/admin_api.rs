@@ -8,6 +8,7 @@ use crate::admin::{
     self, AdminListener, AdminRequest, DroppedConnections, ReadyState, SocketFileLock, Token,
     TokenStore,
 };
+use crate::event_log::EventLog;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -39,6 +40,7 @@ pub(super) struct AdminApi {
 pub(super) struct AdminEndpoint {
     api: Option<AdminApi>,
     tokens: Arc<TokenStore>,
+    events: EventLog,
     requests: mpsc::Receiver<AdminRequest>,
 }
 
@@ -53,6 +55,7 @@ impl AdminApi {
         requests: mpsc::Sender<AdminRequest>,
         readiness: ReadyState,
         counters: Arc<WorkerCounters>,
+        events: EventLog,
     ) -> io::Result<AdminApi> {
         let (socket, file) = (Some(listener.share()?), listener.file());
         let dropped = listener.dropped();
@@ -64,7 +67,8 @@ impl AdminApi {
             }
         };
         let own = requests.clone();
-        let serving = admin::serve(listener, tokens, requests, readiness, counters, stopped);
+        let serving =
+            admin::serve(listener, tokens, requests, readiness, counters, events, stopped);
         let task = tokio::spawn(async move {
             if let Err(error) = serving.await {
                 tracing::error!(%error, "admin API stopped; restart or upgrade the process to get it back");
@@ -101,8 +105,12 @@ impl AdminApi {
 
 impl AdminEndpoint {
     /// Creates an API without a server. Requests from `requests` are answered.
-    pub(super) fn new(token: Option<Token>, requests: mpsc::Receiver<AdminRequest>) -> Self {
-        AdminEndpoint { api: None, tokens: Arc::new(TokenStore::new(token)), requests }
+    pub(super) fn new(
+        token: Option<Token>,
+        events: EventLog,
+        requests: mpsc::Receiver<AdminRequest>,
+    ) -> Self {
+        AdminEndpoint { api: None, tokens: Arc::new(TokenStore::new(token)), events, requests }
     }
 
     /// Waits for the next request.
@@ -169,9 +177,9 @@ impl AdminEndpoint {
         // The new process may have removed the socket file.
         let listener = listener.map_or_else(|| admin::bind(admin), Ok);
         let (listen, requests) = (before.listen.clone(), before.requests.clone());
-        let tokens = Arc::clone(&self.tokens);
+        let (tokens, events) = (Arc::clone(&self.tokens), self.events.clone());
         let served = listener.map_err(io::Error::other).and_then(|listener| {
-            AdminApi::serve(listener, listen, tokens, requests, readiness, counters)
+            AdminApi::serve(listener, listen, tokens, requests, readiness, counters, events)
         });
         match served {
             Ok(api) => self.serve(api),

@@ -35,8 +35,14 @@ const WAITING_MAX: usize = 64;
 /// which Tidegate recovers from local errors.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// Where the result of a reload is sent; `None` for SIGHUP, which gets no answer.
-pub(super) type RequestReply = Option<oneshot::Sender<Result<ReloadDoc, ReloadError>>>;
+/// A request for a reload.
+#[derive(Debug)]
+pub(super) struct ReloadRequest {
+    /// Who wants it, as events name it.
+    pub(super) who: String,
+    /// Where the result is sent; `None` for SIGHUP and changed files, which get no answer.
+    pub(super) reply: Option<oneshot::Sender<Result<ReloadDoc, ReloadError>>>,
+}
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -60,7 +66,7 @@ pub(super) struct ConfigReloads {
     includes: Option<IncludeWatch>,
     /// Signalled by `includes`.
     includes_changed: Arc<Notify>,
-    waiting: Vec<RequestReply>,
+    waiting: Vec<ReloadRequest>,
     /// Since when the oldest request waits.
     waiting_since: Option<Instant>,
     /// When a reload is retried after a local error.
@@ -78,6 +84,15 @@ pub(super) enum ReloadEvent {
     WaitTimeout,
     /// A retry after a local error is due.
     Retry,
+}
+
+// === impl ReloadRequest ===
+
+impl ReloadRequest {
+    /// A request that gets no answer.
+    pub(super) fn by(who: &str) -> ReloadRequest {
+        ReloadRequest { who: who.to_owned(), reply: None }
+    }
 }
 
 // === impl ConfigReloads ===
@@ -231,21 +246,21 @@ impl ConfigReloads {
 
     /// Queues a request until the file is complete. Returns the request if it cannot
     /// wait.
-    pub(super) fn hold(&mut self, reply: RequestReply) -> Option<RequestReply> {
+    pub(super) fn hold(&mut self, request: ReloadRequest) -> Option<ReloadRequest> {
         match &self.watcher {
             Some(watcher) if self.waiting.len() < WAITING_MAX => {
-                self.waiting.push(reply);
+                self.waiting.push(request);
                 self.waiting_since.get_or_insert(clock::now());
                 watcher.request();
                 None
             }
-            _ => Some(reply),
+            _ => Some(request),
         }
     }
 
     /// Takes the waiting requests. Returns `None` if a file is being written again; the
     /// requests then continue to wait.
-    pub(super) fn take_waiting(&mut self) -> Option<Vec<RequestReply>> {
+    pub(super) fn take_waiting(&mut self) -> Option<Vec<ReloadRequest>> {
         let held_until = self.waiting_since.map(|since| since + HELD_MAX);
         // A writer has opened a file since the notification.
         if self.file_being_written().is_some()
@@ -260,7 +275,7 @@ impl ConfigReloads {
     }
 
     /// Takes the waiting requests without another check for writers.
-    pub(super) fn drain_waiting(&mut self) -> Vec<RequestReply> {
+    pub(super) fn drain_waiting(&mut self) -> Vec<ReloadRequest> {
         self.waiting_since = None;
         std::mem::take(&mut self.waiting)
     }

@@ -12,6 +12,7 @@
 use super::RunEnd;
 use super::admin_api::AdminEndpoint;
 use super::binds::Binds;
+use super::cap_watch::CapWatch;
 use super::config_reloads::{ConfigReloads, ReloadEvent};
 use super::evidence::{Evidence, EvidenceEvent};
 use super::lifecycle::{Lifecycle, LifecycleEvent};
@@ -40,6 +41,7 @@ pub(super) struct Control {
     pub(super) reloads: ConfigReloads,
     pub(super) admin: AdminEndpoint,
     pub(super) telemetry: Telemetry,
+    pub(super) caps: CapWatch,
     pub(super) upgrades: Upgrades,
     pub(super) supervised: Supervised,
     pub(super) state: StateDirectory,
@@ -103,7 +105,10 @@ impl Control {
             LoopEvent::Evidence(event) => self.take_evidence(event),
             LoopEvent::Sources(event) => self.source_event(event),
             LoopEvent::Built(event) => self.feed([event]),
-            LoopEvent::Workers => self.lifecycle.readiness().set_stalled(self.workers.check()),
+            LoopEvent::Workers => {
+                self.lifecycle.readiness().set_stalled(self.workers.check());
+                self.watch_caps();
+            }
             LoopEvent::Binds => {}
             LoopEvent::Reload(event) => self.reload_event(event).await,
             LoopEvent::Request(request) => self.answer(request).await,
@@ -165,7 +170,7 @@ impl Control {
             SignalKindReceived::Stop(name) => self.stop_signal(name),
             SignalKindReceived::Reload => self.reload_by_signal().await,
             SignalKindReceived::Upgrade => {
-                self.begin_upgrade(SuccessorChanges::default(), None, None)
+                self.begin_upgrade(SuccessorChanges::default(), None, "SIGUSR2".to_owned(), None)
             }
         }
         None

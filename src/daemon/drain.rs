@@ -9,8 +9,10 @@
 
 use super::RunEnd;
 use super::control_loop::Control;
+use super::event_log::NewEvent;
 use super::lifecycle::DrainProgress;
 use std::time::Duration;
+use tidegate_api::names::EventLevel;
 use tidegate_core::outcome::Cause;
 use tidegate_dataplane::worker::WorkerCommand;
 
@@ -20,17 +22,19 @@ impl Control {
         if self.lifecycle.is_leaving() {
             self.begin_drain(why);
         } else {
-            self.leave(why);
+            self.leave(why, why);
         }
     }
 
     /// Reports not ready and schedules the drain after `leave_delay`. No effect if the
-    /// process is already leaving or draining.
-    pub(super) fn leave(&mut self, why: &str) {
+    /// process is already leaving or draining. `who`: who ordered it, as events name it.
+    pub(super) fn leave(&mut self, why: &str, who: &str) {
         let delay = self.reloads.config().process.leave_delay;
         if !self.lifecycle.is_serving() {
             return;
         }
+        let text = "stop ordered: no new clients, open sessions finish";
+        self.telemetry.events.record(NewEvent::of_process(EventLevel::Info, text).by(who));
         if delay.is_zero() {
             self.begin_drain(why);
             return;

@@ -30,12 +30,14 @@ mod admin_api;
 pub mod admin_place;
 mod binds;
 mod builder;
+mod cap_watch;
 mod config_reloads;
 mod control_loop;
 mod drain;
 mod due;
 mod effects;
 mod engine;
+mod event_log;
 mod evidence;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -77,6 +79,7 @@ mod worker_set;
 
 pub use crate::sandbox::{AppliedSandbox, Before, confine};
 pub use activation::{PassedSockets, passed};
+pub use event_log::{EVENTS_MAX, EventLog};
 pub use notify::Notifier;
 pub use preflight::preflight;
 pub use supervised::{Supervised, activated_name};

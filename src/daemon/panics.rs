@@ -3,10 +3,12 @@
 //! Installed by `start` together with the log. It does not handle the panic: the code
 //! that catches it does.
 
+use crate::event_log::{EventLog, NewEvent};
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::panic::PanicHookInfo;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use tidegate_api::names::EventLevel;
 use tidegate_net::clock;
 
 /// Panics logged per [`WINDOW`]. Further panics are counted, and the next logged panic
@@ -26,12 +28,12 @@ struct PanicLogLimit {
     suppressed: u64,
 }
 
-/// Installs the hook for the whole process.
-pub(super) fn install() {
-    std::panic::set_hook(Box::new(report));
+/// Installs the hook for the whole process. Logged panics are also events.
+pub(super) fn install(events: EventLog) {
+    std::panic::set_hook(Box::new(move |panic| report(panic, &events)));
 }
 
-fn report(panic: &PanicHookInfo<'_>) {
+fn report(panic: &PanicHookInfo<'_>, events: &EventLog) {
     let allowed = LIMIT.lock().unwrap_or_else(PoisonError::into_inner).allows(clock::now());
     let Some(suppressed) = allowed else { return };
     let thread = std::thread::current();
@@ -41,6 +43,8 @@ fn report(panic: &PanicHookInfo<'_>) {
     let text = payload.downcast_ref::<&str>().copied();
     let reason = text.or(payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("?");
     tracing::error!(thread, location, suppressed, reason, "thread panicked");
+    let text = format!("thread {thread} panicked at {location}: {reason}");
+    events.record(NewEvent::of_process(EventLevel::Bad, text));
     let (backtrace, thread) = (Backtrace::capture(), thread.to_owned());
     if backtrace.status() == BacktraceStatus::Captured {
         // Resolving symbols takes about a second the first time. A separate thread does

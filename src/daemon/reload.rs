@@ -7,8 +7,9 @@
 //! 2. Commit ([`Control::put_in_force`]): cannot fail.
 
 use super::binds::NewBinds;
-use super::config_reloads::{HELD_MAX, ReloadEvent, RequestReply, local_error};
+use super::config_reloads::{HELD_MAX, ReloadEvent, ReloadRequest, local_error};
 use super::control_loop::Control;
+use super::event_log::NewEvent;
 use super::heartbeats::ReceiverChange;
 use super::preflight;
 use super::refused::BindError;
@@ -20,6 +21,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use tidegate_api::names::{EventKind, EventLevel};
 use tidegate_config::{self as config, Loaded, Origin, Severity, Spot};
 use tidegate_core::control::ControlEvent;
 use tidegate_core::metrics::counters::LocalErrorPlace;
@@ -29,6 +31,11 @@ use tidegate_dataplane::local_errors;
 /// How long a reload waits for a retired address to close before it binds it again.
 const ADDRESS_WAIT_MAX: Duration = Duration::from_secs(1);
 const ADDRESS_WAIT_STEP: Duration = Duration::from_millis(10);
+
+/// The originators of a reload that are not a client, as events name them.
+const FILE_CHANGE: &str = "file change";
+const RETRY: &str = "retry";
+const START: &str = "start";
 
 /// Why a draining process rejects reloads.
 const DRAINS: &str = "this process is draining; the next process reads the file";
@@ -46,7 +53,9 @@ impl Control {
         match event {
             ReloadEvent::FileComplete => self.file_is_complete().await,
             ReloadEvent::IncludesChanged if self.lifecycle.is_draining() => {}
-            ReloadEvent::IncludesChanged => self.request_reload(None).await,
+            ReloadEvent::IncludesChanged => {
+                self.request_reload(ReloadRequest::by(FILE_CHANGE)).await;
+            }
             ReloadEvent::WaitTimeout => self.reject_waiting(),
             // The process that serves after an upgrade reads the file, and a draining
             // process binds nothing.
@@ -57,7 +66,7 @@ impl Control {
             }
             ReloadEvent::Retry => {
                 if self.reloads.take_retry() {
-                    self.reload_and_retry().await;
+                    self.reload_and_retry(RETRY).await;
                 }
             }
         }
@@ -70,25 +79,25 @@ impl Control {
         let digest = self.reloads.digest();
         let same = config::load(self.reloads.path()).is_ok_and(|loaded| loaded.digest == digest);
         if !same || self.supervised.in_force.needs_reload() {
-            self.request_reload(None).await;
+            self.request_reload(ReloadRequest::by(START)).await;
         }
     }
 
     /// Handles SIGHUP: a reload request without an answer.
     pub(super) async fn reload_by_signal(&mut self) {
         if !self.rejects_reloads("SIGHUP") && !self.upgrades.postpones_reload() {
-            self.request_reload(None).await;
+            self.request_reload(ReloadRequest::by("SIGHUP")).await;
         }
     }
 
     /// Reloads as soon as the file is complete.
-    pub(super) async fn request_reload(&mut self, reply: RequestReply) {
+    pub(super) async fn request_reload(&mut self, request: ReloadRequest) {
         let immediate = match self.lifecycle.is_draining() {
-            true => Some(reply),
-            false => self.reloads.hold(reply),
+            true => Some(request),
+            false => self.reloads.hold(request),
         };
-        if let Some(reply) = immediate {
-            self.reload_for(vec![reply]).await;
+        if let Some(request) = immediate {
+            self.reload_for(vec![request]).await;
         }
     }
 
@@ -96,16 +105,19 @@ impl Control {
     async fn file_is_complete(&mut self) {
         match self.reloads.take_waiting() {
             None => {}
-            Some(waiting) if waiting.iter().any(Option::is_some) => self.reload_for(waiting).await,
-            Some(_) if self.rejects_reloads("file change") => {}
+            Some(waiting) if waiting.iter().any(|request| request.reply.is_some()) => {
+                self.reload_for(waiting).await;
+            }
+            Some(_) if self.rejects_reloads(FILE_CHANGE) => {}
             Some(_) if self.upgrades.postpones_reload() => {}
-            Some(_) => self.reload_and_retry().await,
+            Some(waiting) if waiting.is_empty() => self.reload_and_retry(FILE_CHANGE).await,
+            Some(waiting) => self.reload_and_retry(&originators(&waiting)).await,
         }
     }
 
-    async fn reload_for(&mut self, waiting: Vec<RequestReply>) {
-        let result = self.reload_on_request().await;
-        for reply in waiting.into_iter().flatten() {
+    async fn reload_for(&mut self, waiting: Vec<ReloadRequest>) {
+        let result = self.reload_on_request(&originators(&waiting)).await;
+        for reply in waiting.into_iter().filter_map(|request| request.reply) {
             // Fails if the client has closed its connection.
             let _ = reply.send(result.clone());
         }
@@ -124,7 +136,9 @@ impl Control {
         self.reloads.count_refused();
         self.lifecycle.notifier().reloading();
         self.lifecycle.notifier().ready();
-        for reply in self.reloads.drain_waiting().into_iter().flatten() {
+        let waiting = self.reloads.drain_waiting();
+        self.record_reload(&Err(refused.clone()), &originators(&waiting), Vec::new());
+        for reply in waiting.into_iter().filter_map(|request| request.reply) {
             let _ = reply.send(Err(refused.clone()));
         }
     }
@@ -143,12 +157,12 @@ impl Control {
 
     /// Calls [`Control::reload`]. Rejects the reload while this process drains or an
     /// upgrade is in progress.
-    async fn reload_on_request(&mut self) -> Result<ReloadDoc, ReloadError> {
+    async fn reload_on_request(&mut self, who: &str) -> Result<ReloadDoc, ReloadError> {
         if self.rejects_reloads("admin request") {
             return Err(ReloadError::NotNow(DRAINS));
         }
         if !self.upgrades.postpones_reload() {
-            return self.reload().await;
+            return self.reload(who).await;
         }
         self.reloads.count_refused();
         let why = "an upgrade is in progress; the process that serves after it rereads the file";
@@ -157,8 +171,8 @@ impl Control {
 
     /// Reloads after a file change or a signal. No client waits for the answer, so the
     /// reload is retried after a local error.
-    pub(super) async fn reload_and_retry(&mut self) {
-        let Err(ReloadError::Problems(problems)) = self.reload().await else { return };
+    pub(super) async fn reload_and_retry(&mut self, who: &str) {
+        let Err(ReloadError::Problems(problems)) = self.reload(who).await else { return };
         let Some(error) = problems.iter().find_map(|problem| local_error(&problem.message)) else {
             return;
         };
@@ -169,9 +183,12 @@ impl Control {
     }
 
     /// Reads the file and puts it in force if it differs from the configuration in force.
-    async fn reload(&mut self) -> Result<ReloadDoc, ReloadError> {
+    async fn reload(&mut self, who: &str) -> Result<ReloadDoc, ReloadError> {
         self.lifecycle.notifier().reloading();
+        let before = Arc::clone(self.reloads.config());
         let result = self.try_reload().await;
+        let changes = reload_diff::diff(&before, self.reloads.config());
+        self.record_reload(&result, who, changes);
         self.lifecycle.notifier().ready();
         self.reloads.count(&result);
         match &result {
@@ -182,6 +199,30 @@ impl Control {
             _ => {}
         }
         result
+    }
+
+    /// Records the result of a reload. An unchanged file is an event only if somebody asked for
+    /// the reload.
+    fn record_reload(
+        &self,
+        result: &Result<ReloadDoc, ReloadError>,
+        who: &str,
+        changes: Vec<String>,
+    ) {
+        let generation = self.controller.generation();
+        let (level, text) = match result {
+            Ok(ReloadDoc { changed: true, warnings, .. }) => match warnings.len() {
+                0 => (EventLevel::Info, "applied".to_owned()),
+                more => (EventLevel::Warn, format!("applied; warnings: {more}: {}", warnings[0])),
+            },
+            Ok(_) if matches!(who, FILE_CHANGE | START) => return,
+            Ok(_) => (EventLevel::Info, "reloaded without a change".to_owned()),
+            Err(ReloadError::NotNow(why)) => (EventLevel::Warn, format!("reload rejected: {why}")),
+            Err(ReloadError::Problems(problems)) => (EventLevel::Bad, rejection(problems)),
+        };
+        let subject = format!("generation {generation}");
+        let event = NewEvent::new(EventKind::Config, level, subject, text);
+        self.telemetry.events.record(event.by(who).with_changes(changes));
     }
 
     async fn try_reload(&mut self) -> Result<ReloadDoc, ReloadError> {
@@ -331,6 +372,27 @@ impl Control {
             help: from.help,
         }
     }
+}
+
+/// Returns who asked for a reload, each once.
+fn originators(waiting: &[ReloadRequest]) -> String {
+    let mut all: Vec<&str> = waiting.iter().map(|request| &*request.who).collect();
+    all.sort_unstable();
+    all.dedup();
+    all.join("; ")
+}
+
+/// Returns why a file was rejected, for an event.
+fn rejection(problems: &[ProblemDoc]) -> String {
+    let kept = "the new configuration was rejected; this one stays in effect";
+    let Some(ProblemDoc { file, line, column, message, .. }) = problems.first() else {
+        return kept.to_owned();
+    };
+    let more = match problems.len() - 1 {
+        0 => String::new(),
+        more => format!(" (and {more} more)"),
+    };
+    format!("{kept}: {file}:{line}:{column}: {message}{more}")
 }
 
 fn log_problem(problem: &ProblemDoc) {

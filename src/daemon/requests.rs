@@ -3,16 +3,25 @@
 //! Part of the control loop. Reloads, upgrades and renderings take longer. The module
 //! that does the work answers them later.
 
+use super::config_reloads::ReloadRequest;
 use super::control_loop::Control;
+use super::event_log::NewEvent;
 use super::rendering::Reader;
 use crate::admin::{self, AdminRequest, DeferredText, ForecastBasis, SessionRecords};
 use std::sync::Arc;
+use tidegate_api::names::{EventKind, EventLevel};
 use tidegate_core::control::OperatorError;
 use tidegate_core::control::what_if::{UnknownAssumption, WhatIf};
 use tidegate_core::health::Intent;
 use tidegate_net::clock;
 use tidegate_supervisor::SuccessorChanges;
 use tokio::sync::oneshot;
+
+/// The backend that a request names.
+struct BackendPlace {
+    pool: String,
+    backend: String,
+}
 
 impl Control {
     /// Answers a request or passes it to the module that will answer it. Errors of
@@ -22,11 +31,14 @@ impl Control {
             AdminRequest::Status(reply) => self.request_rendering(Reader::Status(reply)),
             AdminRequest::Metrics(reply) => self.request_rendering(Reader::Metrics(reply)),
             // Dropped after the handover: the client must ask the new process.
-            AdminRequest::Reload(_) | AdminRequest::SetIntent { .. }
+            AdminRequest::Reload { .. } | AdminRequest::SetIntent { .. }
                 if self.upgrades.handed_over() => {}
-            AdminRequest::Reload(reply) => self.request_reload(Some(reply)).await,
-            AdminRequest::Upgrade { binary, config, asked_over, reply } => {
-                self.begin_upgrade(SuccessorChanges { binary, config }, asked_over, Some(reply));
+            AdminRequest::Reload { who, reply } => {
+                self.request_reload(ReloadRequest { who, reply: Some(reply) }).await;
+            }
+            AdminRequest::Upgrade { binary, config, asked_over, who, reply } => {
+                let changes = SuccessorChanges { binary, config };
+                self.begin_upgrade(changes, asked_over, who, Some(reply));
             }
             AdminRequest::Explain { pool, backend, reply } => {
                 let _ = reply.send(self.explain(&pool, &backend));
@@ -43,15 +55,15 @@ impl Control {
             AdminRequest::Forecast { assumed, reply } => {
                 let _ = reply.send(self.forecast_basis(&assumed));
             }
-            AdminRequest::SetIntent { pool, backend, intent, reply } => {
-                self.set_intent(&pool, &backend, intent, reply);
+            AdminRequest::SetIntent { pool, backend, intent, who, reply } => {
+                self.set_intent(&BackendPlace { pool, backend }, intent, who, reply);
             }
             #[cfg(debug_assertions)]
             AdminRequest::Fault { place, worker, millis, reply } => {
                 let _ = reply.send(self.workers.order_fault(&place, worker, millis));
             }
-            AdminRequest::Shutdown(reply) => {
-                self.leave("admin request");
+            AdminRequest::Shutdown { who, reply } => {
+                self.leave("admin request", &who);
                 let _ = reply.send(());
             }
         }
@@ -79,19 +91,32 @@ impl Control {
 
     fn set_intent(
         &mut self,
-        pool: &str,
-        backend: &str,
+        BackendPlace { pool, backend }: &BackendPlace,
         intent: Intent,
+        who: String,
         reply: oneshot::Sender<Result<(), OperatorError>>,
     ) {
         self.feed([]);
         let done = self.controller.set_intent(pool, backend, intent, clock::now());
         let sent = match done {
-            Ok(_) => self.order_intent(pool, backend, intent),
+            Ok(_) => {
+                self.record_intent(pool, backend, intent, who);
+                self.order_intent(pool, backend, intent)
+            }
             Err(_) => None,
         };
         let done = done.map(|effects| self.apply_effects(effects));
         let written = self.keep_intents();
         self.answer_intent(sent, written, reply, done);
+    }
+    fn record_intent(&self, pool: &str, backend: &str, intent: Intent, who: String) {
+        let text = match intent {
+            Intent::Draining => "drained: no new sessions",
+            Intent::Ready => "undrained: gets new sessions if it is healthy",
+            Intent::Maintenance => "maintenance",
+        };
+        let subject = format!("{pool}/{backend}");
+        let event = NewEvent::new(EventKind::Operator, EventLevel::Info, subject, text).by(who);
+        self.telemetry.events.record(event);
     }
 }

@@ -5,9 +5,11 @@
 
 use super::admin_api::{AdminApi, AdminEndpoint};
 use super::binds::Binds;
+use super::cap_watch::CapWatch;
 use super::config_reloads::ConfigReloads;
 use super::control_loop::Control;
 use super::engine::choose_runtime;
+use super::event_log::{EventLog, NewEvent};
 use super::evidence::Evidence;
 use super::lifecycle::Lifecycle;
 use super::listeners::Listeners;
@@ -29,6 +31,7 @@ use super::{
 use crate::admin::{self, AdminListener, AdminRequest, Token};
 use std::path::Path;
 use std::sync::Arc;
+use tidegate_api::names::EventLevel;
 use tidegate_config::{Loaded, Origin, Problems, Spot};
 use tidegate_core::balance::in_flight::{Counted, Counts};
 use tidegate_core::control::{ControlEvent, Controller};
@@ -142,11 +145,12 @@ fn prepare(
     environment: &mut ProcessEnvironment,
     inbox: mpsc::Receiver<AdminRequest>,
 ) -> Result<PreparedStart, Failure> {
+    let events = EventLog::new();
     let (Loaded { config, text, digest, origin, .. }, log) =
-        read_configuration(options, environment)?;
+        read_configuration(options, environment, &events)?;
     // Before this process reports ready, so that a signal after that is handled.
     let signals = if options.signals { Signals::install()? } else { Signals::default() };
-    let (kept, known) = environment.supervised.begin().map_err(Failure::Runtime)?;
+    let (kept, known) = environment.supervised.begin(&events).map_err(Failure::Runtime)?;
     let state = open_state(&config, &origin)?;
     let resources = Resources::take(&config, &origin, environment)?;
     environment.supervised.in_force.started_with(&options.config, text, &config);
@@ -160,7 +164,7 @@ fn prepare(
     let evidence = Evidence::new(heartbeats, Arc::clone(&context.reports), Arc::clone(&local));
     let tables = TablePublisher::new(controller.current_table());
     let (waiters, descriptors) = (Arc::clone(&context.waiters), resources.descriptors);
-    let (workers, token) = resources.start_workers(&config, context, &tables)?;
+    let (workers, token) = resources.start_workers(&config, context, &tables, events.clone())?;
     let control = Control {
         controller,
         evidence,
@@ -169,8 +173,9 @@ fn prepare(
         workers,
         binds: Binds::new(0),
         reloads: ConfigReloads::new(options.config.clone(), digest, Arc::new(config), descriptors),
-        admin: AdminEndpoint::new(token, inbox),
-        telemetry: Telemetry::new(log, local),
+        admin: AdminEndpoint::new(token, events.clone(), inbox),
+        telemetry: Telemetry::new(log, events, local),
+        caps: CapWatch::default(),
         upgrades: Upgrades::new(starter(environment), counts),
         lifecycle: Lifecycle::new(signals, environment),
         supervised: std::mem::take(&mut environment.supervised),
@@ -187,12 +192,13 @@ fn starter(environment: &mut ProcessEnvironment) -> Option<Starter> {
 fn read_configuration(
     options: &Options,
     environment: &mut ProcessEnvironment,
+    events: &EventLog,
 ) -> Result<(Loaded, LogHandle), Failure> {
     let loaded = environment.supervised.in_force.load(&options.config)?;
     environment.confined.check(&loaded.config)?;
     let log = match options.logging {
         true => {
-            panics::install();
+            panics::install(events.clone());
             LogHandle::install(&loaded.config.log)
         }
         false => LogHandle::none(),
@@ -254,6 +260,7 @@ impl Resources {
         config: &Config,
         context: ProcessContext,
         tables: &TablePublisher,
+        events: EventLog,
     ) -> Result<(WorkerSet, Option<Token>), Failure> {
         let Resources { engine, cpus, workers, access_log, senders, token, seed, .. } = self;
         let counter = || Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
@@ -268,6 +275,7 @@ impl Resources {
             access_log,
             senders,
             seed,
+            events,
         };
         Ok((WorkerSet::start(plan)?, token))
     }
@@ -405,7 +413,8 @@ impl Control {
         let (tokens, readiness) =
             (Arc::clone(self.admin.tokens()), self.lifecycle.readiness().clone());
         let (listen, local) = (admin.address().to_string(), Arc::clone(self.telemetry.local()));
-        AdminApi::serve(admin, listen, tokens, requests, readiness, local)
+        let events = self.telemetry.events.clone();
+        AdminApi::serve(admin, listen, tokens, requests, readiness, local, events)
             .map_err(|error| Failure::Runtime(format!("cannot start the admin API: {error}")))
     }
 }
@@ -433,6 +442,10 @@ fn announce(control: &Control, config: &Config) {
         workers,
         "started"
     );
+    let (version, pid) = (env!("CARGO_PKG_VERSION"), std::process::id());
+    let text =
+        format!("started: version {version}, pid {pid}, engine {engine}, workers: {workers}");
+    control.telemetry.events.record(NewEvent::of_process(EventLevel::Good, text));
     control.lifecycle.confined().log_summary();
     for address in config.heartbeat.iter().flat_map(|heartbeat| &heartbeat.listen) {
         tracing::info!(%address, "listening for heartbeats");

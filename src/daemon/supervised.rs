@@ -11,6 +11,7 @@
 use super::activation::PassedSockets;
 use super::binds::{BindSockets, SocketOwner};
 use super::due;
+use super::event_log::{EventLog, NewEvent};
 use super::given_sockets::GivenSockets;
 use super::in_force::InForce;
 use super::upgrade::OfferedAdmin;
@@ -23,6 +24,7 @@ use std::path::Path;
 use std::process::ExitStatus;
 use std::sync::{Arc, mpsc as sync};
 use std::time::{Duration, Instant};
+use tidegate_api::names::EventLevel;
 use tidegate_config::Texts;
 use tidegate_core::control::Controller;
 use tidegate_core::control::handover::{Saved, Saving};
@@ -142,7 +144,10 @@ impl Supervised {
     /// Starts to receive messages, and takes the sockets and the state of a crashed
     /// process. Must be called on the runtime of the control thread, after the sandbox
     /// was applied.
-    pub(super) fn begin(&mut self) -> Result<(KeptState, Option<KeptSnapshot>), String> {
+    pub(super) fn begin(
+        &mut self,
+        log: &EventLog,
+    ) -> Result<(KeptState, Option<KeptSnapshot>), String> {
         let (Some(link), Some(given)) = (&self.link, self.given.take()) else {
             return Ok((KeptState::default(), None));
         };
@@ -157,6 +162,8 @@ impl Supervised {
         if let Some(before) = &given.before {
             let attempt = given.attempt;
             tracing::error!(attempt, reason = %before, "serving process ended; this process replaces it");
+            let text = format!("serving process ended; this process replaces it: {before}");
+            log.record(NewEvent::of_process(EventLevel::Bad, text));
         }
         self.in_force.announce();
         let known = given.before.is_some().then(|| known(&given));

@@ -4,6 +4,7 @@
 //! Owned by the control loop. It has no effect on traffic.
 
 use super::due;
+use super::event_log::{EventLog, NewEvent};
 use super::logging::LogHandle;
 use super::ports::PortSampler;
 use super::rendering::{Latencies, Rendering};
@@ -25,6 +26,7 @@ pub(super) struct Telemetry {
     pub(super) latency: Latencies,
     pub(super) rendering: Rendering,
     pub(super) ports: PortSampler,
+    pub(super) events: EventLog,
     /// Counters of the control thread.
     local: Arc<WorkerCounters>,
     log: LogHandle,
@@ -47,13 +49,14 @@ pub(super) enum TelemetryEvent {
 // === impl Telemetry ===
 
 impl Telemetry {
-    pub(super) fn new(log: LogHandle, local: Arc<WorkerCounters>) -> Telemetry {
+    pub(super) fn new(log: LogHandle, events: EventLog, local: Arc<WorkerCounters>) -> Telemetry {
         Telemetry {
             started: clock::now(),
             started_wall: clock::wall(),
             latency: Latencies::default(),
             rendering: Rendering::default(),
             ports: PortSampler::new(clock::now()),
+            events,
             local,
             log,
             transitions: TransitionLog::default(),
@@ -81,8 +84,9 @@ impl Telemetry {
         self.log.set_level(level);
     }
 
-    /// Logs a state change of a backend, within the rate limit of its pool.
+    /// Records a state change of a backend, and logs it within the rate limit of its pool.
     pub(super) fn log_transition(&mut self, transition: &Transition) {
+        self.events.record(NewEvent::of_transition(transition));
         self.transitions.log(transition, clock::now());
     }
 
@@ -91,8 +95,9 @@ impl Telemetry {
         self.transitions.log_suppressed(clock::now());
     }
 
-    /// Logs a notice as a warning. Fields without a value are not in the line.
+    /// Records a notice and logs it. Fields without a value are not in the line.
     pub(super) fn log_notice(&self, notice: &Notice) {
+        self.events.record(NewEvent::of_notice(notice));
         warn_of(notice);
     }
 

@@ -4,11 +4,13 @@
 //! stalled workers and joins the threads at the end. It makes no decision about traffic.
 
 use super::Failure;
+use super::event_log::{EventLog, NewEvent};
 use super::logging;
 use super::watchdog::{self, Watchdog, WatchdogEvent};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+use tidegate_api::names::{EventKind, EventLevel};
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::{AccessLogTarget, Config, Log};
 use tidegate_core::table::publish::TablePublisher;
@@ -35,6 +37,7 @@ pub(super) struct WorkerSet {
     /// `None` after the workers have ended.
     access_log: Option<AccessLog>,
     engine: (EngineKind, String),
+    events: EventLog,
 }
 
 /// Parameters for the start of the workers.
@@ -49,6 +52,7 @@ pub(super) struct WorkerPlan<'a> {
     pub(super) access_log: AccessLog,
     pub(super) senders: Vec<AccessLogSender>,
     pub(super) seed: u64,
+    pub(super) events: EventLog,
 }
 
 // === impl WorkerSet ===
@@ -83,7 +87,8 @@ impl WorkerSet {
         }
         let watchdog = Watchdog::new(workers.len(), clock::now());
         let access_log = Some(access_log);
-        Ok(WorkerSet { workers, counters, context, watchdog, access_log, engine })
+        let events = plan.events;
+        Ok(WorkerSet { workers, counters, context, watchdog, access_log, engine, events })
     }
 
     /// Returns all workers, ordered by number.
@@ -158,11 +163,19 @@ impl WorkerSet {
                 let cpu = self.workers[worker].cpu();
                 let thread_state = watchdog::thread_state_name(state);
                 tracing::warn!(worker, cpu, stalled_for = ?time, stage, thread_state, "worker stalled");
+                let text = format!("stalled for {time:?} in stage {stage}");
+                self.record(EventLevel::Warn, worker, text);
             }
             WatchdogEvent::Responsive { worker, time } => {
                 tracing::warn!(worker, stalled_for = ?time, "worker responsive again");
+                self.record(EventLevel::Good, worker, format!("responsive again after {time:?}"));
             }
         }
+    }
+
+    fn record(&self, level: EventLevel, worker: usize, text: String) {
+        let subject = format!("worker {worker}");
+        self.events.record(NewEvent::new(EventKind::Process, level, subject, text));
     }
 
     /// Returns the longest current stall.

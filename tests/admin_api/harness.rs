@@ -17,6 +17,7 @@ use tidegate_core::control::OperatorError;
 use tidegate_core::health::Intent;
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::{Admin, AdminListen};
+use tidegate_daemon::EventLog;
 use tidegate_daemon::admin::{
     self, AdminRequest, DeferredText, ProblemDoc, ReadyState, ReloadDoc, ReloadError, Token,
     TokenStore, UpgradeDoc, UpgradeError,
@@ -81,7 +82,15 @@ impl Api {
             runtime.spawn(run_control_loop(control, inbox, shut_down));
             let stop = async { drop(stopped.await) };
             let counters = Arc::new(WorkerCounters::new(1, 1));
-            let serve = admin::serve(listener, tokens, requests, readiness, counters, stop);
+            let serve = admin::serve(
+                listener,
+                tokens,
+                requests,
+                readiness,
+                counters,
+                EventLog::new(),
+                stop,
+            );
             runtime.block_on(serve).unwrap();
         });
         Api {
@@ -215,7 +224,7 @@ async fn run_control_loop(
             AdminRequest::Fault { reply, .. } => drop(reply),
             AdminRequest::Status(reply) => drop(reply.send(STATUS.to_owned())),
             AdminRequest::Metrics(reply) => drop(reply.send("tidegate_x 1\n".to_owned())),
-            AdminRequest::Reload(reply) => drop(reply.send(match control {
+            AdminRequest::Reload { reply, .. } => drop(reply.send(match control {
                 Control::RejectsTheFile => Err(rejected_file()),
                 Control::Drains => Err(ReloadError::NotNow("this process is draining")),
                 _ => Ok(ReloadDoc {
@@ -238,7 +247,7 @@ async fn run_control_loop(
             AdminRequest::Forecast { assumed, reply } => {
                 drop(reply.send(questioned.basis(&assumed)));
             }
-            AdminRequest::SetIntent { pool, backend, intent, reply } => {
+            AdminRequest::SetIntent { pool, backend, intent, reply, .. } => {
                 let known = ["a", "10.0.0.1:80", "[::1]:80", "unix:/run/b.sock", "é"];
                 drop(reply.send(match (pool.as_str(), known.contains(&backend.as_str())) {
                     ("web", true) => {
@@ -257,7 +266,7 @@ async fn run_control_loop(
                     _ => Ok(UpgradeDoc { pid: 77, version: "9".to_owned(), generation: 5 }),
                 }));
             }
-            AdminRequest::Shutdown(reply) => {
+            AdminRequest::Shutdown { reply, .. } => {
                 shut_down.store(true, Ordering::Relaxed);
                 let _ = reply.send(());
             }

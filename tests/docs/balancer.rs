@@ -130,7 +130,9 @@ impl Drop for Balancer {
         if let Some(running) = self.running.take() {
             let (reply, _) = oneshot::channel();
             // The balancer can have failed already.
-            let _ = running.requests().blocking_send(AdminRequest::Shutdown(reply));
+            let _ = running
+                .requests()
+                .blocking_send(AdminRequest::Shutdown { who: "test".to_owned(), reply });
             running.wait();
         }
     }

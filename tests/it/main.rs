@@ -28,6 +28,7 @@ mod databases;
 mod discovery;
 mod drain;
 mod engine;
+mod events;
 mod explain;
 mod failover;
 mod harness;

@@ -142,6 +142,8 @@ fn panic_in_a_session_ends_only_that_session(engine: Engine) {
     let log = proxy.log();
     assert!(log.contains("thread panicked") && log.contains("injected fault: Setup"), "{log}");
     assert!(log.contains("worker-0") && log.contains("src/dataplane/fault_points.rs:"), "{log}");
+    let events = proxy.admin_request("GET", "/v1/events?kind=process&level=bad").body;
+    assert!(events.contains("thread worker-0 panicked at "), "{events}");
     let lines = proxy.wait_access_log(2);
     assert!(lines.iter().all(|line| line["cause"] == "internal-error"), "{lines:?}");
     assert_eq!(proxy.frontend("web")["sessions_active"], 1);

@@ -14,6 +14,7 @@ use super::{
     AdminRequest, DeferredText, ForecastBasis, OperatorError, ProblemDoc, ReadyState, ReloadDoc,
     ReloadError, SessionRecords, Token, TokenStore, UpgradeDoc, UpgradeError,
 };
+use crate::event_log::EventLog;
 use std::collections::HashMap;
 use std::sync::Arc;
 use tidegate_core::control::names::Names;
@@ -22,7 +23,7 @@ use tidegate_core::decision::rings::Decisions;
 use tidegate_core::table::Table;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::runtime::Runtime;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 /// A client knows the token if its bytes contain it.
 const TOKEN: &[u8] = b"sixteen-and-more";
@@ -85,10 +86,13 @@ async fn talk(
         readiness.set_ready();
     }
     let tokens = Arc::new(TokenStore::new(token));
-    let state = ApiState { entrance: transport, tokens, requests, readiness };
-    let routes = router(Arc::new(state));
     let (near, far) = duplex(PIPE_BYTES);
     let (_closing, closed) = watch::channel(false);
+    // No question waits, so that a check takes no time.
+    let (events, waiting, closing) = (EventLog::new(), Semaphore::new(0), closed.clone());
+    let state =
+        ApiState { entrance: transport, tokens, requests, readiness, events, waiting, closing };
+    let routes = router(Arc::new(state));
     let served = only_connection(far, routes, closed);
     let ((), answers, asked) =
         tokio::join!(served, client(near, sent), control_loop(control, mode & 8 != 0));
@@ -141,9 +145,9 @@ fn answer(request: AdminRequest, rejects: bool) -> AdminRequest {
             let _ = reply.send(false);
             AdminRequest::Fault { place, worker, millis, reply: no_receiver() }
         }
-        AdminRequest::Shutdown(reply) => {
+        AdminRequest::Shutdown { who, reply } => {
             let _ = reply.send(());
-            AdminRequest::Shutdown(no_receiver())
+            AdminRequest::Shutdown { who, reply: no_receiver() }
         }
         AdminRequest::Explain { pool, backend, reply } => {
             let text = || DeferredText::new(|| "{}".to_owned());
@@ -170,11 +174,11 @@ fn answer(request: AdminRequest, rejects: bool) -> AdminRequest {
             let _ = reply.send(Ok(basis));
             AdminRequest::Forecast { assumed, reply: no_receiver() }
         }
-        AdminRequest::SetIntent { pool, backend, intent, reply } => {
+        AdminRequest::SetIntent { pool, backend, intent, who, reply } => {
             let _ = reply.send(unknown());
-            AdminRequest::SetIntent { pool, backend, intent, reply: no_receiver() }
+            AdminRequest::SetIntent { pool, backend, intent, who, reply: no_receiver() }
         }
-        AdminRequest::Reload(reply) => {
+        AdminRequest::Reload { who, reply } => {
             let problem = ProblemDoc {
                 file: "f".into(),
                 line: 1,
@@ -186,13 +190,13 @@ fn answer(request: AdminRequest, rejects: bool) -> AdminRequest {
             let reloaded = ReloadDoc { generation: 2, changed: true, warnings: Vec::new() };
             let refused = ReloadError::Problems(vec![problem]);
             let _ = reply.send(if rejects { Err(refused) } else { Ok(reloaded) });
-            AdminRequest::Reload(no_receiver())
+            AdminRequest::Reload { who, reply: no_receiver() }
         }
-        AdminRequest::Upgrade { binary, config, asked_over, reply } => {
+        AdminRequest::Upgrade { binary, config, asked_over, who, reply } => {
             let upgraded = UpgradeDoc { pid: 1, version: "1".to_owned(), generation: 2 };
             let refused = UpgradeError::Refused("not now".to_owned());
             let _ = reply.send(if rejects { Err(refused) } else { Ok(upgraded) });
-            AdminRequest::Upgrade { binary, config, asked_over, reply: no_receiver() }
+            AdminRequest::Upgrade { binary, config, asked_over, who, reply: no_receiver() }
         }
     }
 }

@@ -10,6 +10,7 @@
 //! | `GET /ready` | 200 while serving; 503 while starting or draining, while a worker is stalled, or while a pool waits for its first health result |
 //! | `GET /metrics` | Prometheus text 0.0.4 ([`metrics`]) |
 //! | `GET /v1/status` | JSON ([`status`]) |
+//! | `GET /v1/events` | JSON ([`tidegate_api::events`]); 400 |
 //! | `POST /v1/reload` | 200 `{generation, changed, warnings}`; 409 while draining; 422 with `problems` |
 //! | `POST /v1/pools/{pool}/backends/{name}/drain`, `.../undrain` | 200 `{pool, backend, intent}`; 404 |
 //! | `POST /v1/upgrade` | 200 `{pid, version, generation}`; 409 if it was rejected; 422 if the new process did not get to serving |
@@ -23,6 +24,7 @@
 mod bind;
 mod body;
 mod decisions;
+mod events;
 pub mod explain;
 #[cfg(debug_assertions)]
 mod faults;
@@ -75,7 +77,12 @@ pub enum AdminRequest {
     /// Returns the text of [`metrics::render`].
     Metrics(oneshot::Sender<String>),
     /// Reloads the configuration file.
-    Reload(oneshot::Sender<Result<ReloadDoc, ReloadError>>),
+    Reload {
+        /// The client, as events name it.
+        who: String,
+        /// The new generation, or why it was rejected.
+        reply: oneshot::Sender<Result<ReloadDoc, ReloadError>>,
+    },
     /// Returns a text that [`explain::render`] writes later.
     Explain {
         /// Pool name.
@@ -109,6 +116,8 @@ pub enum AdminRequest {
         backend: String,
         /// The new intent.
         intent: Intent,
+        /// The client, as events name it.
+        who: String,
         /// An error if there is no such backend.
         reply: oneshot::Sender<Result<(), OperatorError>>,
     },
@@ -121,6 +130,8 @@ pub enum AdminRequest {
         config: Option<PathBuf>,
         /// The Unix connection of the request, which identifies the requesting user.
         asked_over: Option<Arc<OwnedFd>>,
+        /// The client, as events name it.
+        who: String,
         /// The new process, or why the upgrade did not take place.
         reply: oneshot::Sender<Result<UpgradeDoc, UpgradeError>>,
     },
@@ -136,8 +147,13 @@ pub enum AdminRequest {
         /// False if there is no such fault or worker.
         reply: oneshot::Sender<bool>,
     },
-    /// Drains and exits. The reply comes once draining has begun.
-    Shutdown(oneshot::Sender<()>),
+    /// Drains and exits.
+    Shutdown {
+        /// The client, as events name it.
+        who: String,
+        /// Comes once draining has begun.
+        reply: oneshot::Sender<()>,
+    },
 }
 
 /// A text that a blocking thread writes from facts of the control thread.

@@ -115,7 +115,7 @@ pub(super) async fn blocking<T: Send + 'static>(
     })
 }
 
-fn bad(detail: String) -> ErrorResponse {
+pub(super) fn bad(detail: String) -> ErrorResponse {
     ErrorResponse::new(StatusCode::BAD_REQUEST, "invalid query", detail)
 }
 
@@ -208,7 +208,7 @@ fn backend(text: &str) -> Option<(String, String)> {
 }
 
 /// Percent-decodes a value; `None` if it is not UTF-8.
-fn decoded(text: &str) -> Option<String> {
+pub(super) fn decoded(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();
     while let Some(byte) = rest.next() {

@@ -4,10 +4,13 @@
 //! loop at most [`ANSWER_MAX`], a reload [`RELOAD_MAX`], an upgrade longer.
 
 use super::body::ChunkedBody;
+use super::events::events;
 use super::guard::{Transport, guard};
 use super::questions;
+use super::serve::AskedBy;
 use super::upgrade::upgrade;
 use super::{AdminRequest, ProblemDoc, ReadyState, ReloadError, TokenStore};
+use crate::event_log::EventLog;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::rejection::PathRejection;
@@ -16,6 +19,7 @@ use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use hyper::header::{CONTENT_TYPE, HeaderValue, WWW_AUTHENTICATE};
+use hyper::http::Extensions;
 use hyper::{Method, StatusCode, Uri};
 use serde::Serialize;
 use std::sync::Arc;
@@ -24,7 +28,7 @@ use tidegate_api::answers::{ErrorDoc, IntentDoc, StateDoc};
 use tidegate_api::names::ServiceState;
 use tidegate_core::control::OperatorError;
 use tidegate_core::health::Intent;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
 /// State shared by all requests.
 #[derive(Debug)]
@@ -33,6 +37,11 @@ pub(super) struct ApiState {
     pub(super) tokens: Arc<TokenStore>,
     pub(super) requests: mpsc::Sender<AdminRequest>,
     pub(super) readiness: ReadyState,
+    pub(super) events: EventLog,
+    /// Places for questions that wait for an event.
+    pub(super) waiting: Semaphore,
+    /// True once the API stops.
+    pub(super) closing: watch::Receiver<bool>,
 }
 
 /// An error answer: status code and document.
@@ -65,6 +74,7 @@ pub(super) fn router(api: Arc<ApiState>) -> Router {
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))
         .route("/v1/status", get(status))
+        .route("/v1/events", get(events))
         .route("/v1/explain", get(questions::explain))
         .route("/v1/reload", post(reload))
         .route("/v1/upgrade", post(upgrade))
@@ -102,8 +112,12 @@ async fn status(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorRespo
     Ok(long_answer(JSON, api.ask(AdminRequest::Status).await?))
 }
 
-async fn reload(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorResponse> {
-    match api.ask_within(RELOAD_MAX, AdminRequest::Reload).await? {
+async fn reload(
+    State(api): State<Arc<ApiState>>,
+    extensions: Extensions,
+) -> Result<Response, ErrorResponse> {
+    let who = AskedBy::of(&extensions);
+    match api.ask_within(RELOAD_MAX, |reply| AdminRequest::Reload { who, reply }).await? {
         Ok(reloaded) => Ok(answer(JSON, text(&reloaded))),
         Err(ReloadError::Problems(problems)) => Err(refused_file(problems)),
         Err(ReloadError::NotNow(why)) => {
@@ -123,8 +137,12 @@ fn refused_file(problems: Vec<ProblemDoc>) -> ErrorResponse {
     refused
 }
 
-async fn shutdown(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorResponse> {
-    api.ask(AdminRequest::Shutdown).await?;
+async fn shutdown(
+    State(api): State<Arc<ApiState>>,
+    extensions: Extensions,
+) -> Result<Response, ErrorResponse> {
+    let who = AskedBy::of(&extensions);
+    api.ask(|reply| AdminRequest::Shutdown { who, reply }).await?;
     Ok(answer(JSON, text(&StateDoc { state: ServiceState::Draining })))
 }
 
@@ -133,17 +151,19 @@ type BackendPath = Result<Path<(String, String)>, PathRejection>;
 async fn drain(
     State(api): State<Arc<ApiState>>,
     uri: Uri,
+    extensions: Extensions,
     named: BackendPath,
 ) -> Result<Response, ErrorResponse> {
-    set_intent(&api, &uri, named, Intent::Draining).await
+    set_intent(&api, &uri, named, Intent::Draining, AskedBy::of(&extensions)).await
 }
 
 async fn undrain(
     State(api): State<Arc<ApiState>>,
     uri: Uri,
+    extensions: Extensions,
     named: BackendPath,
 ) -> Result<Response, ErrorResponse> {
-    set_intent(&api, &uri, named, Intent::Ready).await
+    set_intent(&api, &uri, named, Intent::Ready, AskedBy::of(&extensions)).await
 }
 
 async fn explain(
@@ -163,10 +183,11 @@ async fn set_intent(
     uri: &Uri,
     named: BackendPath,
     intent: Intent,
+    who: String,
 ) -> Result<Response, ErrorResponse> {
     let (pool, backend) = names(named, uri)?;
     let asked = (pool.clone(), backend.clone());
-    let ask = |reply| AdminRequest::SetIntent { pool, backend, intent, reply };
+    let ask = |reply| AdminRequest::SetIntent { pool, backend, intent, who, reply };
     match api.ask(ask).await? {
         Ok(()) => {
             let (pool, backend) = asked;
@@ -237,7 +258,7 @@ pub(super) fn answer(content_type: &'static str, body: String) -> Response {
     ([(CONTENT_TYPE, content_type)], body).into_response()
 }
 
-fn long_answer(content_type: &'static str, body: String) -> Response {
+pub(super) fn long_answer(content_type: &'static str, body: String) -> Response {
     ([(CONTENT_TYPE, content_type)], Body::new(ChunkedBody::new(body))).into_response()
 }
 

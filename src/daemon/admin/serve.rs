@@ -5,11 +5,14 @@
 //! never delays a request of another client.
 
 use super::bind::BoundAdminSocket;
+use super::events;
 use super::guard::Transport;
 use super::routes::{ApiState, router};
 use super::{AdminListener, AdminRequest, ReadyState, TokenStore};
+use crate::event_log::EventLog;
 use axum::Router;
 use hyper::body::Incoming;
+use hyper::http::Extensions;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -26,7 +29,7 @@ use tidegate_dataplane::local_errors;
 use tidegate_net::clock;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
@@ -81,6 +84,17 @@ pub(super) struct AskedOver(pub(super) Arc<OwnedFd>);
 #[derive(Debug, Clone, Default)]
 pub struct DroppedConnections(Arc<AtomicU64>);
 
+/// The client of a connection, as events name it. Attached to each request.
+#[derive(Debug, Clone)]
+pub(super) struct AskedBy(Arc<str>);
+
+/// What the requests of a connection carry.
+#[derive(Debug, Clone)]
+struct ConnectionPeer {
+    asked_over: Option<AskedOver>,
+    asked_by: AskedBy,
+}
+
 /// The running API.
 struct AdminServer {
     acceptor: Acceptor,
@@ -112,6 +126,7 @@ pub async fn serve(
     requests: mpsc::Sender<AdminRequest>,
     readiness: ReadyState,
     counters: Arc<WorkerCounters>,
+    events: EventLog,
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let AdminListener { socket, file: _file, dropped, .. } = listener;
@@ -124,8 +139,11 @@ pub async fn serve(
             (Acceptor::Tcp(TcpListener::from_std(tcp)?), entrance)
         }
     };
-    let routes = router(Arc::new(ApiState { entrance, tokens, requests, readiness }));
-    let (closing, _) = watch::channel(false);
+    let (closing, closed) = watch::channel(false);
+    let waiting = Semaphore::new(events::WAITING_MAX);
+    let state =
+        ApiState { entrance, tokens, requests, readiness, events, waiting, closing: closed };
+    let routes = router(Arc::new(state));
     let (tasks, open) = (JoinSet::new(), Vec::new());
     let mut server = AdminServer { acceptor, routes, counters, dropped, closing, tasks, open };
     server.accept_until(stop).await;
@@ -140,7 +158,7 @@ pub async fn serve(
 /// Serves one connection until it closes.
 async fn connection(
     stream: impl AsyncRead + AsyncWrite + Unpin,
-    asked_over: Option<AskedOver>,
+    peer: ConnectionPeer,
     routes: Router,
     mut closing: watch::Receiver<bool>,
     own: Arc<OpenConnection>,
@@ -150,8 +168,10 @@ async fn connection(
     let service = service_fn(|mut request: hyper::Request<Incoming>| {
         asked.send_replace(true);
         own.set_idle_since(None);
-        if let Some(asked_over) = &asked_over {
-            request.extensions_mut().insert(asked_over.clone());
+        let extensions = request.extensions_mut();
+        extensions.insert(peer.asked_by.clone());
+        if let Some(asked_over) = &peer.asked_over {
+            extensions.insert(asked_over.clone());
         }
         let answer = routes.call(request);
         async {
@@ -196,7 +216,8 @@ pub(super) async fn only_connection(
     routes: Router,
     closing: watch::Receiver<bool>,
 ) {
-    connection(stream, None, routes, closing, Arc::new(OpenConnection::new())).await;
+    let peer = ConnectionPeer { asked_over: None, asked_by: AskedBy("test".into()) };
+    connection(stream, peer, routes, closing, Arc::new(OpenConnection::new())).await;
 }
 
 // === impl DroppedConnections ===
@@ -205,6 +226,35 @@ impl DroppedConnections {
     /// Returns the count since the start.
     pub fn count(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+}
+
+// === impl AskedBy ===
+
+impl AskedBy {
+    /// Returns the client of a request.
+    pub(super) fn of(extensions: &Extensions) -> String {
+        extensions.get().map_or_else(String::new, |AskedBy(who)| who.to_string())
+    }
+
+    fn of_unix(stream: &UnixStream) -> AskedBy {
+        let who = match stream.peer_cred() {
+            Ok(peer) => match peer.pid() {
+                Some(pid) => format!("uid {}, pid {pid}", peer.uid()),
+                None => format!("uid {}", peer.uid()),
+            },
+            Err(_) => "a client of the Unix socket".to_owned(),
+        };
+        AskedBy(who.into())
+    }
+
+    /// Over TCP every change needs the token.
+    fn of_tcp(stream: &TcpStream) -> AskedBy {
+        let who = match stream.peer_addr() {
+            Ok(address) => format!("token, from {address}"),
+            Err(_) => "token".to_owned(),
+        };
+        AskedBy(who.into())
     }
 }
 
@@ -283,10 +333,12 @@ impl AdminServer {
             AdminStream::Unix(stream) => {
                 let asked_over = stream.as_fd().try_clone_to_owned().ok();
                 let asked_over = asked_over.map(|socket| AskedOver(Arc::new(socket)));
-                self.tasks.spawn(connection(stream, asked_over, routes, closing, own))
+                let peer = ConnectionPeer { asked_over, asked_by: AskedBy::of_unix(&stream) };
+                self.tasks.spawn(connection(stream, peer, routes, closing, own))
             }
             AdminStream::Tcp(stream) => {
-                self.tasks.spawn(connection(stream, None, routes, closing, own))
+                let peer = ConnectionPeer { asked_over: None, asked_by: AskedBy::of_tcp(&stream) };
+                self.tasks.spawn(connection(stream, peer, routes, closing, own))
             }
         };
     }

@@ -6,7 +6,7 @@
 
 use super::guard::Transport;
 use super::routes::{ApiState, ErrorResponse, JSON, answer, text};
-use super::serve::AskedOver;
+use super::serve::{AskedBy, AskedOver};
 use super::{AdminRequest, UpgradeError};
 use axum::extract::State;
 use axum::response::Response;
@@ -39,7 +39,8 @@ pub(super) async fn upgrade(
         return Err(ErrorResponse::new(StatusCode::FORBIDDEN, "not allowed over TCP", detail));
     }
     let asked_over = extensions.get().map(|AskedOver(socket)| Arc::clone(socket));
-    let ask = |reply| AdminRequest::Upgrade { binary, config, asked_over, reply };
+    let who = AskedBy::of(&extensions);
+    let ask = |reply| AdminRequest::Upgrade { binary, config, asked_over, who, reply };
     match api.ask_within(UPGRADE_MAX, ask).await? {
         Ok(upgraded) => Ok(answer(JSON, text(&upgraded))),
         Err(UpgradeError::Refused(why)) => {

@@ -21,7 +21,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Instant;
+use tidegate_api::events::EventDoc;
 use tidegate_core::control::handover::Saved;
 use tidegate_core::metrics::histograms::{SavedSeries, Series};
 use tidegate_core::model::BindKey;
@@ -37,6 +39,9 @@ pub(super) const LEVEL: u16 = 1;
 /// Approximate size of a part with histograms. Parts bound the memory of both processes
 /// and the size of a frame for any number of backends.
 const PART_BYTES: usize = 4 * 1024 * 1024;
+
+/// Events in a part: 3 MiB of usual size, 16 MiB in all with texts of the longest size.
+const EVENTS_PER_PART: usize = 5_000;
 
 /// Cap on parts of one message, 16 GiB together.
 const PARTS_MAX: u32 = 4_096;
@@ -129,16 +134,20 @@ pub(crate) struct Commit {
     /// Latency estimates of the backends that have one.
     #[serde(default)]
     pub(super) estimates: Vec<SavedEstimate>,
+    /// The events so far, oldest first.
+    #[serde(default)]
+    pub(super) events: Vec<Arc<EventDoc>>,
     /// Number of parts that follow.
     #[serde(default)]
     pub(super) parts: u32,
 }
 
-/// *part*: histograms of a [`Commit`].
+/// *part*: histograms or events of a [`Commit`].
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct Part {
     pub(super) latency: Vec<SavedLatency>,
+    pub(super) events: Vec<Arc<EventDoc>>,
 }
 
 /// The latency estimate of one backend, which `peak-ewma` uses.
@@ -232,17 +241,23 @@ pub(super) fn receive<M: UpgradeMessage>(
     decode(&channel.receive(deadline)?)
 }
 
-/// Sends *commit* or *final counts*, with the histograms in parts.
+/// Sends *commit* or *final counts*, with the histograms and the events in parts.
 pub(super) fn send_known<M: UpgradeMessage + AsMut<Commit>>(
     channel: &HandoverChannel,
     mut message: M,
     deadline: Instant,
 ) -> Result<(), MessageError> {
-    let parts = in_parts(std::mem::take(&mut message.as_mut().latency));
+    let known = message.as_mut();
+    let latency = in_parts(std::mem::take(&mut known.latency));
+    let events = std::mem::take(&mut known.events);
+    let latency = latency.into_iter().map(|latency| Part { latency, ..Part::default() });
+    let events = events.chunks(EVENTS_PER_PART);
+    let events = events.map(|events| Part { events: events.to_vec(), ..Part::default() });
+    let parts: Vec<Part> = latency.chain(events).collect();
     message.as_mut().parts = u32::try_from(parts.len()).unwrap_or(u32::MAX);
     send(channel, &message, &[], deadline)?;
-    for latency in parts {
-        send(channel, &Part { latency }, &[], deadline)?;
+    for part in &parts {
+        send(channel, part, &[], deadline)?;
     }
     Ok(())
 }
@@ -279,8 +294,9 @@ pub(super) fn receive_known<M: UpgradeMessage + AsMut<Commit>>(
         return Err(MessageError::TooManyParts(known.parts));
     }
     for _ in 0..std::mem::take(&mut known.parts) {
-        let Part { latency } = receive(channel, deadline)?;
+        let Part { latency, events } = receive(channel, deadline)?;
         known.latency.extend(latency);
+        known.events.extend(events);
     }
     Ok(message)
 }
@@ -305,6 +321,20 @@ impl AsMut<Commit> for FinalCounts {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use tidegate_api::names::{EventKind, EventLevel};
+
+    fn event() -> EventDoc {
+        EventDoc {
+            seq: 7,
+            at: 1_764_590_000.125,
+            kind: EventKind::Config,
+            level: EventLevel::Warn,
+            subject: "generation 3".to_owned(),
+            text: "applied".to_owned(),
+            who: "SIGHUP".to_owned(),
+            changes: vec!["backend web/a changed".to_owned()],
+        }
+    }
 
     fn frame(kind: u16, body: Vec<u8>) -> ChannelFrame {
         ChannelFrame { kind, body, fds: Vec::new() }
@@ -356,11 +386,14 @@ mod tests {
                 series: [(); Series::COUNT].map(|()| series.clone()),
             })
             .collect();
-        let known = Commit { latency, ..Commit::default() };
+        let known =
+            Commit { latency, events: vec![Arc::new(event()); 12_000], ..Commit::default() };
         let parts = in_parts(known.latency.clone());
         assert!(parts.len() > 2);
         for part in parts {
-            assert!(encode(&Part { latency: part }).len() <= PART_BYTES + 200_000);
+            assert!(
+                encode(&Part { latency: part, ..Part::default() }).len() <= PART_BYTES + 200_000
+            );
         }
         let (one, other) = HandoverChannel::pair().unwrap();
         let other = HandoverChannel::from(std::os::unix::net::UnixStream::from(other));

@@ -43,6 +43,7 @@ use super::control_loop::Control;
 use super::due;
 use super::shared_counts::SharedCounts;
 use crate::admin::{UpgradeCounts, UpgradeDoc, UpgradeError};
+use crate::event_log::NewEvent;
 use counts::HandoverCounts;
 use incoming::OldProcessMessage;
 use message::{Commit, LEVEL, Offer, OfferedBind, PROTOCOL, SavedEstimate};
@@ -53,6 +54,7 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 use stepping::SteppingDown;
+use tidegate_api::names::EventLevel;
 use tidegate_core::control::handover::Saved;
 use tidegate_net::clock;
 use tidegate_net::fd_channel::HandoverChannel;
@@ -95,6 +97,8 @@ struct RunningUpgrade {
     outgoing: UpgradeHandle,
     /// `None` if a signal started the upgrade.
     reply: Option<UpgradeReply>,
+    /// Who ordered it, as events name it.
+    who: String,
     /// A reload was postponed until the upgrade has ended.
     reload: bool,
 }
@@ -228,18 +232,26 @@ impl Control {
         &mut self,
         changes: SuccessorChanges,
         asked_over: Option<Arc<OwnedFd>>,
+        who: String,
         reply: Option<UpgradeReply>,
     ) {
         match self.start_upgrade(changes, asked_over) {
             Ok(outgoing) => {
-                self.upgrades.under_way = Some(RunningUpgrade { outgoing, reply, reload: false });
+                self.record(EventLevel::Info, "upgrade started".to_owned(), &who);
+                self.upgrades.under_way =
+                    Some(RunningUpgrade { outgoing, reply, who, reload: false });
             }
-            Err(why) => self.refuse_upgrade(why, reply),
+            Err(why) => self.refuse_upgrade(why, &who, reply),
         }
     }
 
-    fn refuse_upgrade(&mut self, why: String, reply: Option<UpgradeReply>) {
+    fn record(&self, level: EventLevel, text: String, who: &str) {
+        self.telemetry.events.record(NewEvent::of_process(level, text).by(who));
+    }
+
+    fn refuse_upgrade(&mut self, why: String, who: &str, reply: Option<UpgradeReply>) {
         self.upgrades.counts.refused += 1;
+        self.record(EventLevel::Warn, format!("upgrade rejected: {why}"), who);
         tracing::error!(reason = %why, "upgrade rejected");
         if let Some(reply) = reply {
             let _ = reply.send(Err(UpgradeError::Refused(why)));
@@ -371,11 +383,13 @@ impl Control {
                 let why = self.lifecycle.confined().explain(why);
                 self.upgrades.counts.failed += 1;
                 tracing::error!(reason = %why, "upgrade failed; this process keeps serving");
+                let text = format!("upgrade failed; this process keeps serving: {why}");
+                self.record(EventLevel::Bad, text, &under_way.who);
                 if let Some(reply) = under_way.reply {
                     let _ = reply.send(Err(UpgradeError::Failed(why)));
                 }
                 if under_way.reload {
-                    self.reload_and_retry().await;
+                    self.reload_and_retry("upgrade").await;
                 }
             }
             Ok((channel, ReadyProcess { hello, ready, ended, .. })) => {
@@ -395,9 +409,9 @@ impl Control {
     }
 
     async fn upgrade_refused(&mut self, under_way: RunningUpgrade, why: String) {
-        self.refuse_upgrade(why, under_way.reply);
+        self.refuse_upgrade(why, &under_way.who, under_way.reply);
         if under_way.reload {
-            self.reload_and_retry().await;
+            self.reload_and_retry("upgrade").await;
         }
     }
 
@@ -415,7 +429,8 @@ impl Control {
         counts.rare = self.rare_counters();
         counts.session_numbers = self.workers.context().numbers.for_next_process();
         let estimates = self.estimates(&state);
-        Commit { counts, latency, state, estimates, parts: 0 }
+        let events = self.telemetry.events.after(0).events;
+        Commit { counts, latency, state, estimates, events, parts: 0 }
     }
 
     /// Returns the latency estimates of all backends that have one.
@@ -436,6 +451,7 @@ impl Control {
     /// Restores the state that the old process sent with *commit*.
     pub(super) fn take_over(&mut self, known: &Commit) {
         self.workers.context().numbers.continue_from(known.counts.session_numbers);
+        self.telemetry.events.continue_from(&known.events);
         let effects = self.controller.adopt(&known.state, clock::now());
         self.apply_effects(effects);
         self.reloads.restore_counts(known.counts.reloads());
