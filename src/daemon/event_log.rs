@@ -43,6 +43,15 @@ struct KeptEvents {
     last: u64,
 }
 
+/// Numbers of events, with those of old processes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct EventCounts {
+    /// All events.
+    pub recorded: u64,
+    /// Events that are no longer kept.
+    pub dropped: u64,
+}
+
 /// An event that has not been recorded yet.
 #[derive(Debug)]
 pub(crate) struct NewEvent {
@@ -82,6 +91,12 @@ impl EventLog {
         let known = usize::try_from((after + 1).saturating_sub(first)).unwrap_or(usize::MAX);
         let events = kept.events.iter().skip(known).cloned().collect();
         EventsDoc { events, last: kept.last, lost: first.saturating_sub(after + 1) }
+    }
+
+    /// Returns how many events were recorded and dropped.
+    pub(crate) fn counts(&self) -> EventCounts {
+        let kept = self.kept();
+        EventCounts { recorded: kept.last, dropped: kept.first() - 1 }
     }
 
     /// Returns the number of the newest event, and later the number of each newer one.
@@ -272,6 +287,7 @@ mod tests {
         let newest = log.after(last - 2);
         assert_eq!((newest.events.len(), newest.lost), (2, 0));
         assert_eq!((log.after(last).events.len(), log.after(4).lost), (0, 1));
+        assert_eq!(log.counts(), EventCounts { recorded: last, dropped: 5 });
         assert_eq!(log.after(last + 1).events.len(), EVENTS_MAX, "a number of another process");
     }
 

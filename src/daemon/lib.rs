@@ -79,7 +79,7 @@ mod worker_set;
 
 pub use crate::sandbox::{AppliedSandbox, Before, confine};
 pub use activation::{PassedSockets, passed};
-pub use event_log::{EVENTS_MAX, EventLog};
+pub use event_log::{EVENTS_MAX, EventCounts, EventLog};
 pub use notify::Notifier;
 pub use preflight::preflight;
 pub use supervised::{Supervised, activated_name};

@@ -169,6 +169,7 @@ impl Control {
                 .chain(self.sources.warning())
                 .collect(),
             admin_dropped: rare.admin_dropped,
+            events: self.telemetry.events.counts(),
             confinement: self.lifecycle.confined().report.clone(),
             control_counts: Arc::clone(self.telemetry.local()),
             log_dropped: rare.log_dropped,

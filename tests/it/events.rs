@@ -102,7 +102,10 @@ fn reloads_are_events_with_what_they_changed() {
         (&rejected["subject"], &rejected["who"]),
         (&"generation 2".into(), &"file change".into())
     );
-    assert!(rejected["text"].as_str().unwrap().contains("tidegate.toml:1:1: missing key"), "{rejected}");
+    assert!(
+        rejected["text"].as_str().unwrap().contains("tidegate.toml:1:1: missing key"),
+        "{rejected}"
+    );
 }
 
 #[test]

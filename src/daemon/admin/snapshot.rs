@@ -4,6 +4,7 @@
 //! It holds no locks. Workers keep counting during a rendering, so sums of one document
 //! can differ by the events of that time.
 
+use crate::event_log::EventCounts;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -64,6 +65,8 @@ pub struct AdminSnapshot {
     pub other_warnings: Vec<String>,
     /// Idle admin connections closed to accept newer ones.
     pub admin_dropped: u64,
+    /// Events.
+    pub events: EventCounts,
     /// The layers of the sandbox.
     pub confinement: SandboxReport,
     /// Local errors that the control thread counts.
@@ -152,6 +155,7 @@ impl AdminSnapshot {
             warnings: vec!["workers waits".to_owned()],
             other_warnings: Vec::new(),
             admin_dropped: 0,
+            events: EventCounts::default(),
             confinement: SandboxReport::none("off"),
             control_counts: Arc::new(WorkerCounters::new(1, 1)),
             log_dropped: 0,
