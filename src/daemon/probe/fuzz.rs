@@ -50,7 +50,7 @@ async fn exchange(
     answer: &[u8],
 ) -> Result<ProbeAnswer, ProbeError> {
     let mut stage = ProbeStage::Connecting;
-    let password = (kind % 2 == 0).then_some("secret");
+    let password = kind.is_multiple_of(2).then_some("secret");
     match kind {
         0 | 1 => {
             let login = PostgresLogin { user: "a", password, database: None };

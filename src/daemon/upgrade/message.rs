@@ -386,8 +386,8 @@ mod tests {
                 series: [(); Series::COUNT].map(|()| series.clone()),
             })
             .collect();
-        let known =
-            Commit { latency, events: vec![Arc::new(event()); 12_000], ..Commit::default() };
+        let events = std::iter::repeat_with(|| Arc::new(event())).take(12_000).collect();
+        let known = Commit { latency, events, ..Commit::default() };
         let parts = in_parts(known.latency.clone());
         assert!(parts.len() > 2);
         for part in parts {
