@@ -3,7 +3,7 @@
 //! Written by `daemon` and passed from process to process by an upgrade. Read by
 //! `tidegate events`. It contains only data.
 
-use super::names::{EventKind, EventLevel};
+use super::names::{EventKindName, EventLevelName};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -16,15 +16,15 @@ pub struct EventDoc {
     /// When it happened, as Unix time in seconds with 3 decimals.
     pub at: f64,
     /// What kind of event it is.
-    pub kind: EventKind,
+    pub kind: EventKindName,
     /// How much it needs attention.
-    pub level: EventLevel,
+    pub level: EventLevelName,
     /// What it happened to: `POOL`, `POOL/BACKEND`, `frontend NAME`, `generation N`,
     /// `worker N` or `tidegate`.
     pub subject: String,
     /// What happened, and why; at most 1,000 characters.
     pub text: String,
-    /// Who ordered it, such as `uid 0, pid 4242` or `SIGHUP`. Empty: nobody, it happened.
+    /// Its originator, such as `uid 0, pid 4242` or `SIGHUP`. Empty: no order caused it.
     #[serde(default)]
     pub who: String,
     /// What a reload changed, one line each; at most 100 lines of 200 characters.

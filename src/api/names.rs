@@ -70,7 +70,7 @@ names! {
     }
 
     /// The kind of an event.
-    pub enum EventKind {
+    pub enum EventKindName {
         /// The state of a backend or a pool has changed.
         State = "state",
         /// An operator has ordered something.
@@ -84,7 +84,7 @@ names! {
     }
 
     /// How much an event needs attention.
-    pub enum EventLevel {
+    pub enum EventLevelName {
         /// Something is well again.
         Good = "good",
         /// For the record.

@@ -169,7 +169,7 @@ mod tests {
     use super::*;
     use crate::{Cli, Command};
     use clap::Parser;
-    use tidegate_api::names::{EventKind, EventLevel};
+    use tidegate_api::names::{EventKindName, EventLevelName};
 
     fn args(line: &str) -> EventsArgs {
         let words = ["tidegate", "events"].into_iter().chain(line.split_whitespace());
@@ -191,8 +191,8 @@ mod tests {
         let event = EventDoc {
             seq: 9,
             at: 1_764_590_000.125,
-            kind: EventKind::Config,
-            level: EventLevel::Info,
+            kind: EventKindName::Config,
+            level: EventLevelName::Info,
             subject: "generation 7".to_owned(),
             text: "applied\u{1b}[31m".to_owned(),
             who: "uid 0, pid 7".to_owned(),

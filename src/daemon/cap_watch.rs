@@ -7,7 +7,7 @@ use super::control_loop::Control;
 use super::event_log::NewEvent;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
-use tidegate_api::names::{EventKind, EventLevel};
+use tidegate_api::names::{EventKindName, EventLevelName};
 use tidegate_net::clock;
 
 /// Time between two looks.
@@ -51,7 +51,7 @@ impl CapWatch {
                 known.last = now;
                 continue;
             }
-            events.push(NewEvent::new(EventKind::Limit, EventLevel::Warn, &*subject, text));
+            events.push(NewEvent::new(EventKindName::Limit, EventLevelName::Warn, &*subject, text));
             self.reached.insert(subject, ReachedCap { since: now, last: now, over });
         }
         self.reached.retain(|subject, ReachedCap { since, last, over }| {
@@ -59,7 +59,12 @@ impl CapWatch {
             if !reached {
                 let lasted = last.saturating_duration_since(*since).as_secs();
                 let text = format!("{over} for {} s, after {lasted} s", QUIET.as_secs());
-                events.push(NewEvent::new(EventKind::Limit, EventLevel::Good, &**subject, text));
+                events.push(NewEvent::new(
+                    EventKindName::Limit,
+                    EventLevelName::Good,
+                    &**subject,
+                    text,
+                ));
             }
             reached
         });

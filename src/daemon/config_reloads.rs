@@ -38,7 +38,7 @@ const RETRY: Duration = Duration::from_millis(500);
 /// A request for a reload.
 #[derive(Debug)]
 pub(super) struct ReloadRequest {
-    /// Who wants it, as events name it.
+    /// The originator, as events name it.
     pub(super) who: String,
     /// Where the result is sent; `None` for SIGHUP and changed files, which get no answer.
     pub(super) reply: Option<oneshot::Sender<Result<ReloadDoc, ReloadError>>>,

@@ -12,7 +12,7 @@ use super::control_loop::Control;
 use super::event_log::NewEvent;
 use super::lifecycle::DrainProgress;
 use std::time::Duration;
-use tidegate_api::names::EventLevel;
+use tidegate_api::names::EventLevelName;
 use tidegate_core::outcome::Cause;
 use tidegate_dataplane::worker::WorkerCommand;
 
@@ -27,14 +27,14 @@ impl Control {
     }
 
     /// Reports not ready and schedules the drain after `leave_delay`. No effect if the
-    /// process is already leaving or draining. `who`: who ordered it, as events name it.
+    /// process is already leaving or draining. `who`: the originator, as events name it.
     pub(super) fn leave(&mut self, why: &str, who: &str) {
         let delay = self.reloads.config().process.leave_delay;
         if !self.lifecycle.is_serving() {
             return;
         }
         let text = "stop ordered: no new clients, open sessions finish";
-        self.telemetry.events.record(NewEvent::of_process(EventLevel::Info, text).by(who));
+        self.telemetry.events.record(NewEvent::of_process(EventLevelName::Info, text).by(who));
         if delay.is_zero() {
             self.begin_drain(why);
             return;

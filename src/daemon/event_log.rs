@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::UNIX_EPOCH;
 use tidegate_api::events::{CHANGE_MAX, CHANGES_MAX, EventDoc, EventsDoc, TEXT_MAX};
-use tidegate_api::names::{EventKind, EventLevel};
+use tidegate_api::names::{EventKindName, EventLevelName};
 use tidegate_core::control::{Notice, NoticeFields, NoticeLevel};
 use tidegate_core::health::Transition;
 use tidegate_net::clock;
@@ -22,7 +22,7 @@ pub const EVENTS_MAX: usize = 10_000;
 /// Limit on the size of all kept events. A usual event has about 250 B.
 const BYTES_MAX: usize = 16 * 1024 * 1024;
 
-/// What is counted for an event besides its texts.
+/// What is counted for an event in addition to its texts.
 const EVENT_BYTES: usize = 200;
 
 /// See the module's documentation.
@@ -55,8 +55,8 @@ pub struct EventCounts {
 /// An event that has not been recorded yet.
 #[derive(Debug)]
 pub(crate) struct NewEvent {
-    kind: EventKind,
-    level: EventLevel,
+    kind: EventKindName,
+    level: EventLevelName,
     subject: String,
     text: String,
     who: String,
@@ -156,8 +156,8 @@ fn size(event: &EventDoc) -> usize {
 
 impl NewEvent {
     pub(crate) fn new(
-        kind: EventKind,
-        level: EventLevel,
+        kind: EventKindName,
+        level: EventLevelName,
         subject: impl Into<String>,
         text: impl Into<String>,
     ) -> NewEvent {
@@ -166,22 +166,22 @@ impl NewEvent {
     }
 
     /// An event of the whole process.
-    pub(crate) fn of_process(level: EventLevel, text: impl Into<String>) -> NewEvent {
-        NewEvent::new(EventKind::Process, level, "tidegate", text)
+    pub(crate) fn of_process(level: EventLevelName, text: impl Into<String>) -> NewEvent {
+        NewEvent::new(EventKindName::Process, level, "tidegate", text)
     }
 
     /// The change of a backend's state.
     pub(crate) fn of_transition(transition: &Transition) -> NewEvent {
         let Transition { pool, backend, from, to, reason, lasted, .. } = transition;
         let level = match *to {
-            "up" => EventLevel::Good,
-            "down" | "ejected" => EventLevel::Bad,
-            "suspect" => EventLevel::Warn,
-            _ => EventLevel::Info,
+            "up" => EventLevelName::Good,
+            "down" | "ejected" => EventLevelName::Bad,
+            "suspect" => EventLevelName::Warn,
+            _ => EventLevelName::Info,
         };
         let lasted = humantime::format_duration(std::time::Duration::from_secs(lasted.as_secs()));
         let text = format!("{from} -> {to} after {lasted}: {reason}");
-        NewEvent::new(EventKind::State, level, format!("{pool}/{backend}"), text)
+        NewEvent::new(EventKindName::State, level, format!("{pool}/{backend}"), text)
     }
 
     /// A notice of the controller.
@@ -193,14 +193,14 @@ impl NewEvent {
             (pool, Some(backend)) => format!("{pool}/{backend}"),
         };
         let (kind, level) = match (level, fields.limit) {
-            (_, Some(_)) => (EventKind::Limit, EventLevel::Warn),
-            (NoticeLevel::Warn, None) => (EventKind::State, EventLevel::Warn),
-            (NoticeLevel::Info, None) => (EventKind::State, EventLevel::Info),
+            (_, Some(_)) => (EventKindName::Limit, EventLevelName::Warn),
+            (NoticeLevel::Warn, None) => (EventKindName::State, EventLevelName::Warn),
+            (NoticeLevel::Info, None) => (EventKindName::State, EventLevelName::Info),
         };
         NewEvent::new(kind, level, subject, notice_text(message, fields))
     }
 
-    /// Sets who ordered it.
+    /// Sets the originator.
     pub(crate) fn by(mut self, who: impl Into<String>) -> NewEvent {
         self.who = who.into();
         self
@@ -268,7 +268,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn add(log: &EventLog, text: &str) {
-        log.record(NewEvent::of_process(EventLevel::Info, text));
+        log.record(NewEvent::of_process(EventLevelName::Info, text));
     }
 
     fn texts(document: &EventsDoc) -> Vec<String> {
@@ -296,7 +296,7 @@ mod tests {
         let log = EventLog::new();
         let changes: Vec<String> = (0..500).map(|_| "é".repeat(CHANGE_MAX + 50)).collect();
         for _ in 0..2_000 {
-            let event = NewEvent::of_process(EventLevel::Bad, "x".repeat(5_000));
+            let event = NewEvent::of_process(EventLevelName::Bad, "x".repeat(5_000));
             log.record(event.with_changes(changes.clone()));
         }
         let kept = log.after(0);

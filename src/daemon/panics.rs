@@ -8,7 +8,7 @@ use std::backtrace::{Backtrace, BacktraceStatus};
 use std::panic::PanicHookInfo;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use tidegate_api::names::EventLevel;
+use tidegate_api::names::EventLevelName;
 use tidegate_net::clock;
 
 /// Panics logged per [`WINDOW`]. Further panics are counted, and the next logged panic
@@ -44,7 +44,7 @@ fn report(panic: &PanicHookInfo<'_>, events: &EventLog) {
     let reason = text.or(payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("?");
     tracing::error!(thread, location, suppressed, reason, "thread panicked");
     let text = format!("thread {thread} panicked at {location}: {reason}");
-    events.record(NewEvent::of_process(EventLevel::Bad, text));
+    events.record(NewEvent::of_process(EventLevelName::Bad, text));
     let (backtrace, thread) = (Backtrace::capture(), thread.to_owned());
     if backtrace.status() == BacktraceStatus::Captured {
         // Resolving symbols takes about a second the first time. A separate thread does

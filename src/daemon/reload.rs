@@ -21,7 +21,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use tidegate_api::names::{EventKind, EventLevel};
+use tidegate_api::names::{EventKindName, EventLevelName};
 use tidegate_config::{self as config, Loaded, Origin, Severity, Spot};
 use tidegate_core::control::ControlEvent;
 use tidegate_core::metrics::counters::LocalErrorPlace;
@@ -201,8 +201,8 @@ impl Control {
         result
     }
 
-    /// Records the result of a reload. An unchanged file is an event only if somebody asked for
-    /// the reload.
+    /// Records the result of a reload. An unchanged file is an event only if the reload was
+    /// requested.
     fn record_reload(
         &self,
         result: &Result<ReloadDoc, ReloadError>,
@@ -212,16 +212,20 @@ impl Control {
         let generation = self.controller.generation();
         let (level, text) = match result {
             Ok(ReloadDoc { changed: true, warnings, .. }) => match warnings.len() {
-                0 => (EventLevel::Info, "applied".to_owned()),
-                more => (EventLevel::Warn, format!("applied; warnings: {more}: {}", warnings[0])),
+                0 => (EventLevelName::Info, "applied".to_owned()),
+                more => {
+                    (EventLevelName::Warn, format!("applied; warnings: {more}: {}", warnings[0]))
+                }
             },
             Ok(_) if matches!(who, FILE_CHANGE | START) => return,
-            Ok(_) => (EventLevel::Info, "reloaded without a change".to_owned()),
-            Err(ReloadError::NotNow(why)) => (EventLevel::Warn, format!("reload rejected: {why}")),
-            Err(ReloadError::Problems(problems)) => (EventLevel::Bad, rejection(problems)),
+            Ok(_) => (EventLevelName::Info, "reloaded without a change".to_owned()),
+            Err(ReloadError::NotNow(why)) => {
+                (EventLevelName::Warn, format!("reload rejected: {why}"))
+            }
+            Err(ReloadError::Problems(problems)) => (EventLevelName::Bad, rejection(problems)),
         };
         let subject = format!("generation {generation}");
-        let event = NewEvent::new(EventKind::Config, level, subject, text);
+        let event = NewEvent::new(EventKindName::Config, level, subject, text);
         self.telemetry.events.record(event.by(who).with_changes(changes));
     }
 
@@ -374,7 +378,7 @@ impl Control {
     }
 }
 
-/// Returns who asked for a reload, each once.
+/// Returns the originators of a reload, each once.
 fn originators(waiting: &[ReloadRequest]) -> String {
     let mut all: Vec<&str> = waiting.iter().map(|request| &*request.who).collect();
     all.sort_unstable();

@@ -9,7 +9,7 @@ use super::event_log::NewEvent;
 use super::rendering::Reader;
 use crate::admin::{self, AdminRequest, DeferredText, ForecastBasis, SessionRecords};
 use std::sync::Arc;
-use tidegate_api::names::{EventKind, EventLevel};
+use tidegate_api::names::{EventKindName, EventLevelName};
 use tidegate_core::control::OperatorError;
 use tidegate_core::control::what_if::{UnknownAssumption, WhatIf};
 use tidegate_core::health::Intent;
@@ -18,7 +18,7 @@ use tidegate_supervisor::SuccessorChanges;
 use tokio::sync::oneshot;
 
 /// The backend that a request names.
-struct BackendPlace {
+struct RequestedBackend {
     pool: String,
     backend: String,
 }
@@ -56,7 +56,7 @@ impl Control {
                 let _ = reply.send(self.forecast_basis(&assumed));
             }
             AdminRequest::SetIntent { pool, backend, intent, who, reply } => {
-                self.set_intent(&BackendPlace { pool, backend }, intent, who, reply);
+                self.set_intent(&RequestedBackend { pool, backend }, intent, who, reply);
             }
             #[cfg(debug_assertions)]
             AdminRequest::Fault { place, worker, millis, reply } => {
@@ -91,7 +91,7 @@ impl Control {
 
     fn set_intent(
         &mut self,
-        BackendPlace { pool, backend }: &BackendPlace,
+        RequestedBackend { pool, backend }: &RequestedBackend,
         intent: Intent,
         who: String,
         reply: oneshot::Sender<Result<(), OperatorError>>,
@@ -116,7 +116,8 @@ impl Control {
             Intent::Maintenance => "maintenance",
         };
         let subject = format!("{pool}/{backend}");
-        let event = NewEvent::new(EventKind::Operator, EventLevel::Info, subject, text).by(who);
+        let event =
+            NewEvent::new(EventKindName::Operator, EventLevelName::Info, subject, text).by(who);
         self.telemetry.events.record(event);
     }
 }

@@ -31,7 +31,7 @@ use super::{
 use crate::admin::{self, AdminListener, AdminRequest, Token};
 use std::path::Path;
 use std::sync::Arc;
-use tidegate_api::names::EventLevel;
+use tidegate_api::names::EventLevelName;
 use tidegate_config::{Loaded, Origin, Problems, Spot};
 use tidegate_core::balance::in_flight::{Counted, Counts};
 use tidegate_core::control::{ControlEvent, Controller};
@@ -445,7 +445,7 @@ fn announce(control: &Control, config: &Config) {
     let (version, pid) = (env!("CARGO_PKG_VERSION"), std::process::id());
     let text =
         format!("started: version {version}, pid {pid}, engine {engine}, workers: {workers}");
-    control.telemetry.events.record(NewEvent::of_process(EventLevel::Good, text));
+    control.telemetry.events.record(NewEvent::of_process(EventLevelName::Good, text));
     control.lifecycle.confined().log_summary();
     for address in config.heartbeat.iter().flat_map(|heartbeat| &heartbeat.listen) {
         tracing::info!(%address, "listening for heartbeats");

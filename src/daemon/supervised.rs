@@ -24,7 +24,7 @@ use std::path::Path;
 use std::process::ExitStatus;
 use std::sync::{Arc, mpsc as sync};
 use std::time::{Duration, Instant};
-use tidegate_api::names::EventLevel;
+use tidegate_api::names::EventLevelName;
 use tidegate_config::Texts;
 use tidegate_core::control::Controller;
 use tidegate_core::control::handover::{Saved, Saving};
@@ -163,7 +163,7 @@ impl Supervised {
             let attempt = given.attempt;
             tracing::error!(attempt, reason = %before, "serving process ended; this process replaces it");
             let text = format!("serving process ended; this process replaces it: {before}");
-            log.record(NewEvent::of_process(EventLevel::Bad, text));
+            log.record(NewEvent::of_process(EventLevelName::Bad, text));
         }
         self.in_force.announce();
         let known = given.before.is_some().then(|| known(&given));

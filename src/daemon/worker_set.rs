@@ -10,7 +10,7 @@ use super::watchdog::{self, Watchdog, WatchdogEvent};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tidegate_api::names::{EventKind, EventLevel};
+use tidegate_api::names::{EventKindName, EventLevelName};
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::{AccessLogTarget, Config, Log};
 use tidegate_core::table::publish::TablePublisher;
@@ -164,18 +164,22 @@ impl WorkerSet {
                 let thread_state = watchdog::thread_state_name(state);
                 tracing::warn!(worker, cpu, stalled_for = ?time, stage, thread_state, "worker stalled");
                 let text = format!("stalled for {time:?} in stage {stage}");
-                self.record(EventLevel::Warn, worker, text);
+                self.record(EventLevelName::Warn, worker, text);
             }
             WatchdogEvent::Responsive { worker, time } => {
                 tracing::warn!(worker, stalled_for = ?time, "worker responsive again");
-                self.record(EventLevel::Good, worker, format!("responsive again after {time:?}"));
+                self.record(
+                    EventLevelName::Good,
+                    worker,
+                    format!("responsive again after {time:?}"),
+                );
             }
         }
     }
 
-    fn record(&self, level: EventLevel, worker: usize, text: String) {
+    fn record(&self, level: EventLevelName, worker: usize, text: String) {
         let subject = format!("worker {worker}");
-        self.events.record(NewEvent::new(EventKind::Process, level, subject, text));
+        self.events.record(NewEvent::new(EventKindName::Process, level, subject, text));
     }
 
     /// Returns the longest current stall.

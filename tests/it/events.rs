@@ -1,4 +1,4 @@
-//! The events: what has happened to the balancer, and who ordered it.
+//! The events: what has happened to the balancer, and by which order.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::connect;
@@ -73,7 +73,7 @@ fn state_changes_are_events_with_their_reason() {
 }
 
 #[test]
-fn orders_are_events_with_the_user_who_gave_them() {
+fn orders_are_events_with_their_originator() {
     let site = Site::start();
     site.proxy.cli_ok(&["drain", "web/a"]);
     let drained = site.event("kind=operator&pool=web", "drained");

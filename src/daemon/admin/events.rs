@@ -14,8 +14,9 @@ use hyper::Uri;
 use std::sync::Arc;
 use std::time::Duration;
 use tidegate_api::events::{EventDoc, EventsDoc};
-use tidegate_api::names::{EventKind, EventLevel};
-use tokio::time::{Instant, sleep_until};
+use tidegate_api::names::{EventKindName, EventLevelName};
+use tidegate_net::clock;
+use tokio::time::sleep_until;
 
 /// Questions that wait at the same time. Further ones are answered at once.
 pub(super) const WAITING_MAX: usize = 8;
@@ -33,9 +34,9 @@ struct EventQuery {
     /// Only this many of the newest events that match.
     limit: Option<usize>,
     /// Only these kinds; empty: all.
-    kinds: Vec<EventKind>,
+    kinds: Vec<EventKindName>,
     /// Only these levels; empty: all.
-    levels: Vec<EventLevel>,
+    levels: Vec<EventLevelName>,
     /// Only events of this pool and its backends.
     pool: Option<String>,
     /// Only events at this Unix time or later.
@@ -54,7 +55,7 @@ pub(super) async fn events(
 /// Returns the answer as soon as it has an event, or the wait has ended.
 async fn find(api: &ApiState, mut query: EventQuery) -> Result<String, ErrorResponse> {
     let seat = query.wait.and_then(|_| api.waiting.try_acquire().ok());
-    let until = Instant::now() + query.wait.filter(|_| seat.is_some()).unwrap_or_default();
+    let until = clock::now() + query.wait.filter(|_| seat.is_some()).unwrap_or_default();
     let (mut newest, mut closing) = (api.events.watch(), api.closing.clone());
     let mut lost = 0;
     loop {
@@ -69,13 +70,13 @@ async fn find(api: &ApiState, mut query: EventQuery) -> Result<String, ErrorResp
         })
         .await?;
         (query, lost) = asked;
-        if found || Instant::now() >= until {
+        if found || clock::now() >= until {
             return Ok(body);
         }
         query.after = last;
         tokio::select! {
             _ = newest.changed() => {}
-            () = sleep_until(until) => return Ok(body),
+            () = sleep_until(until.into()) => return Ok(body),
             _ = closing.wait_for(|closing| *closing) => return Ok(body),
         }
     }
@@ -143,18 +144,18 @@ fn wait(value: &str) -> Result<Duration, String> {
     allowed.then(|| Duration::from_secs(seconds)).ok_or_else(bounds)
 }
 
-fn kind(value: &str) -> Result<EventKind, String> {
-    match EventKind::from(value) {
-        EventKind::Other(_) => Err(format!(
+fn kind(value: &str) -> Result<EventKindName, String> {
+    match EventKindName::from(value) {
+        EventKindName::Other(_) => Err(format!(
             "unknown kind {value:?}; expected state, operator, config, process or limit"
         )),
         kind => Ok(kind),
     }
 }
 
-fn level(value: &str) -> Result<EventLevel, String> {
-    match EventLevel::from(value) {
-        EventLevel::Other(_) => {
+fn level(value: &str) -> Result<EventLevelName, String> {
+    match EventLevelName::from(value) {
+        EventLevelName::Other(_) => {
             Err(format!("unknown level {value:?}; expected good, info, warn or bad"))
         }
         level => Ok(level),
@@ -165,16 +166,16 @@ fn level(value: &str) -> Result<EventLevel, String> {
 mod tests {
     use super::*;
 
-    fn event(subject: &str, kind: EventKind, at: f64) -> EventDoc {
+    fn event(subject: &str, kind: EventKindName, at: f64) -> EventDoc {
         let (subject, text, who) = (subject.to_owned(), String::new(), String::new());
-        let level = EventLevel::Info;
+        let level = EventLevelName::Info;
         EventDoc { seq: 1, at, kind, level, subject, text, who, changes: Vec::new() }
     }
 
     #[test]
     fn query_selects_by_pool_kind_level_and_time() {
         let matches = |query: &str, subject: &str| {
-            parse(query).unwrap().matches(&event(subject, EventKind::State, 100.5))
+            parse(query).unwrap().matches(&event(subject, EventKindName::State, 100.5))
         };
         assert!(matches("", "tidegate"));
         assert!(matches("pool=web", "web") && matches("pool=web", "web/a"));
@@ -187,7 +188,7 @@ mod tests {
 
     #[test]
     fn limit_leaves_the_newest_events() {
-        let all = [1.0, 2.0, 3.0].map(|at| Arc::new(event("web", EventKind::State, at)));
+        let all = [1.0, 2.0, 3.0].map(|at| Arc::new(event("web", EventKindName::State, at)));
         let mut document = EventsDoc { events: all.to_vec(), last: 3, lost: 0 };
         parse("limit=2").unwrap().cut(&mut document);
         assert_eq!(document.events, all[1..]);

@@ -321,14 +321,14 @@ impl AsMut<Commit> for FinalCounts {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use tidegate_api::names::{EventKind, EventLevel};
+    use tidegate_api::names::{EventKindName, EventLevelName};
 
     fn event() -> EventDoc {
         EventDoc {
             seq: 7,
             at: 1_764_590_000.125,
-            kind: EventKind::Config,
-            level: EventLevel::Warn,
+            kind: EventKindName::Config,
+            level: EventLevelName::Warn,
             subject: "generation 3".to_owned(),
             text: "applied".to_owned(),
             who: "SIGHUP".to_owned(),

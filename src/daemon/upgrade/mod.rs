@@ -54,7 +54,7 @@ use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 use stepping::SteppingDown;
-use tidegate_api::names::EventLevel;
+use tidegate_api::names::EventLevelName;
 use tidegate_core::control::handover::Saved;
 use tidegate_net::clock;
 use tidegate_net::fd_channel::HandoverChannel;
@@ -97,7 +97,7 @@ struct RunningUpgrade {
     outgoing: UpgradeHandle,
     /// `None` if a signal started the upgrade.
     reply: Option<UpgradeReply>,
-    /// Who ordered it, as events name it.
+    /// The originator, as events name it.
     who: String,
     /// A reload was postponed until the upgrade has ended.
     reload: bool,
@@ -237,7 +237,7 @@ impl Control {
     ) {
         match self.start_upgrade(changes, asked_over) {
             Ok(outgoing) => {
-                self.record(EventLevel::Info, "upgrade started".to_owned(), &who);
+                self.record(EventLevelName::Info, "upgrade started".to_owned(), &who);
                 self.upgrades.under_way =
                     Some(RunningUpgrade { outgoing, reply, who, reload: false });
             }
@@ -245,13 +245,13 @@ impl Control {
         }
     }
 
-    fn record(&self, level: EventLevel, text: String, who: &str) {
+    fn record(&self, level: EventLevelName, text: String, who: &str) {
         self.telemetry.events.record(NewEvent::of_process(level, text).by(who));
     }
 
     fn refuse_upgrade(&mut self, why: String, who: &str, reply: Option<UpgradeReply>) {
         self.upgrades.counts.refused += 1;
-        self.record(EventLevel::Warn, format!("upgrade rejected: {why}"), who);
+        self.record(EventLevelName::Warn, format!("upgrade rejected: {why}"), who);
         tracing::error!(reason = %why, "upgrade rejected");
         if let Some(reply) = reply {
             let _ = reply.send(Err(UpgradeError::Refused(why)));
@@ -384,7 +384,7 @@ impl Control {
                 self.upgrades.counts.failed += 1;
                 tracing::error!(reason = %why, "upgrade failed; this process keeps serving");
                 let text = format!("upgrade failed; this process keeps serving: {why}");
-                self.record(EventLevel::Bad, text, &under_way.who);
+                self.record(EventLevelName::Bad, text, &under_way.who);
                 if let Some(reply) = under_way.reply {
                     let _ = reply.send(Err(UpgradeError::Failed(why)));
                 }

@@ -14,7 +14,7 @@ use crate::supervised;
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tidegate_api::names::EventLevel;
+use tidegate_api::names::EventLevelName;
 use tidegate_core::model::BindKey;
 use tidegate_net::clock;
 use tokio::sync::oneshot;
@@ -129,7 +129,7 @@ impl Control {
         let reason = supervised::exit_reason(status);
         tracing::error!(reason, "new process exited; this process accepts connections again");
         let text = format!("new process exited; this process accepts connections again: {reason}");
-        self.telemetry.events.record(NewEvent::of_process(EventLevel::Bad, text));
+        self.telemetry.events.record(NewEvent::of_process(EventLevelName::Bad, text));
         self.take_last_intents().await;
         self.upgrades.new_process = None;
         self.upgrades.counts.done = self.upgrades.counts.done.saturating_sub(1);
