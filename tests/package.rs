@@ -1,4 +1,5 @@
-//! Packages: what scripts/package makes of this build, installed and run in a root of its own.
+//! Packages: what scripts/package makes of this build, installed and run in a root of its own, as
+//! the pages say.
 //!
 //! Needs root, for mounts and `chroot`. Without root the tests are skipped, except with CI set.
 
@@ -166,99 +167,80 @@ fn container_image_is_reproducible_and_serves_in_a_root_of_its_own() {
     serving.stop();
 }
 
-/// Installs, starts and purges the package, in the files of this host under an overlay that
-/// takes every change.
-const IN_AN_OVERLAY: &str = r#"
-set -eu
-work=$1 package=$2
-mount -t tmpfs tmpfs "$work"
-mkdir "$work/changes" "$work/work" "$work/root"
-mount -t overlay overlay -o "lowerdir=/,upperdir=$work/changes,workdir=$work/work" "$work/root"
-root=$work/root
-mount -t proc proc "$root/proc"
-mount --bind /dev "$root/dev"
-mount -t tmpfs tmpfs "$root/run"
-mount -t tmpfs tmpfs "$root/tmp"
-mkdir -p "$root/tmp/in"
-cp "$package" "$root/tmp/in/tidegate.deb"
-cat >"$root/tmp/in/tidegate.toml"
-inside() { chroot "$root" "$@"; }
+/// The first section of the quickstart: configuration of HAProxy, commands, and report.
+fn first_use() -> [String; 3] {
+    let page = std::fs::read_to_string(root().join("docs/quickstart.md")).unwrap();
+    let (_, section) = page.split_once("\n## First use\n").unwrap();
+    let (section, _) = section.split_once("\n## ").unwrap();
+    ["haproxy", "sh", "text"].map(|language| {
+        let (_, block) = section.split_once(&format!("\n```{language}\n")).unwrap();
+        block.split_once("\n```").unwrap().0.to_owned()
+    })
+}
 
-inside dpkg -i /tmp/in/tidegate.deb >&2
-echo "user: $(inside getent passwd tidegate | cut -d: -f6,7)"
-inside tidegate check /etc/tidegate/tidegate.toml
-echo "conffiles: $(inside dpkg-query -W -f '${Conffiles}' tidegate | grep -c /etc/)"
-inside systemd-analyze verify --man=no /lib/systemd/system/tidegate.service >&2
-for page in /usr/share/man/man1/tidegate-run.1.gz /usr/share/man/man5/tidegate.toml.5.gz \
-  /usr/share/bash-completion/completions/tidegate /usr/share/zsh/vendor-completions/_tidegate \
-  /usr/share/fish/vendor_completions.d/tidegate.fish; do
-  inside test -s "$page" || echo "no $page"
-done
-
-cat "$root/tmp/in/tidegate.toml" >"$root/etc/tidegate/tidegate.toml"
-inside install -d -o tidegate /run/tidegate /var/lib/tidegate /var/log/tidegate
-inside runuser -u tidegate -- tidegate run --config /etc/tidegate/tidegate.toml 2>/dev/null &
-serving=$!
-until inside runuser -u tidegate -- tidegate ready 2>/dev/null; do
-  kill -0 "$serving"
-  sleep 0.1
-done
-echo "served: $(bash -c "exec 3<>/dev/tcp/$3; cat <&3")"
-inside runuser -u tidegate -- tidegate shutdown >&2
-wait "$serving"
-
-inside dpkg -r tidegate >&2
-echo "kept: $(inside cat /etc/tidegate/tidegate.toml | grep -c frontend.web)"
-inside dpkg -P tidegate >&2
-inside getent passwd tidegate && echo "the user stays"
-for path in /etc/tidegate /var/lib/tidegate /var/log/tidegate /usr/bin/tidegate; do
-  if inside test -e "$path"; then echo "$path stays"; fi
-done
-echo "status: $(inside dpkg-query -W -f '${Status}' tidegate 2>/dev/null || echo unknown)"
-"#;
-
-#[test]
-fn debian_package_installs_starts_and_purges_in_a_root_of_its_own() {
-    if !can(&["dpkg", "unshare", "strip", "runuser", "lintian", "systemd-analyze"]) {
-        return;
-    }
-    let out = tempfile::tempdir().unwrap();
-    let package = package("deb", out.path());
-    let name = package.file_name().unwrap().to_string_lossy().into_owned();
-    assert!(name.starts_with("tidegate_") && name.ends_with(".deb"), "{name}");
+#[track_caller]
+fn is_lintian_clean(package: &Path) {
     let lintian = Command::new("lintian")
         .args(["--fail-on", "error,warning", "--allow-root"])
-        .arg(&package)
+        .arg(package)
         .output()
         .unwrap();
     let found = String::from_utf8_lossy(&lintian.stdout);
     assert!(lintian.status.success() && found.trim().is_empty(), "{found}");
+}
 
-    let (frontend, text) = configuration(backend());
-    let work = out.path().join("work");
-    std::fs::create_dir(&work).unwrap();
-    let mut child = Command::new("unshare")
-        .args(["--mount", "--pid", "--fork", "sh", "-c", IN_AN_OVERLAY, "sh"])
-        .arg(&work)
-        .arg(&package)
-        .arg(format!("127.0.0.1/{}", frontend.port()))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
+/// Runs the script as root in a system of its own, in which systemd runs, and returns its output
+/// and its errors.
+fn in_a_root(package: &Path, script: &str) -> (String, String) {
+    let work = tempfile::tempdir().unwrap();
+    let namespaces = ["--mount", "--pid", "--uts", "--ipc", "--net", "--cgroup"];
+    let output = Command::new("timeout")
+        .args(["-s", "KILL", "60", "unshare", "--fork", "--kill-child"])
+        .args(namespaces)
+        .arg("sh")
+        .arg(root().join("tests/package/root.sh"))
+        .arg(work.path())
+        .arg(package)
+        .arg(script)
+        .stdin(Stdio::null())
+        .output()
         .unwrap();
-    child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
-    let output = child.wait_with_output().unwrap();
-    let told = String::from_utf8_lossy(&output.stdout);
-    let errors = String::from_utf8_lossy(&output.stderr);
-    let told: Vec<&str> = told.lines().collect();
-    let expected = [
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn debian_package_replaces_haproxy_with_the_five_commands_of_the_quickstart() {
+    let programs = ["dpkg", "apt", "unshare", "strip", "ip", "ss", "lintian", "systemd-analyze"];
+    if !can(&programs) || !can(&["haproxy", "python3"]) {
+        return;
+    }
+    let [configuration, commands, report] = first_use();
+    assert_eq!(commands.lines().count(), 5, "{commands}");
+    let out = tempfile::tempdir().unwrap();
+    let package = package("deb", out.path());
+    let name = package.file_name().unwrap().to_string_lossy().into_owned();
+    assert!(name.starts_with("tidegate_") && name.ends_with(".deb"), "{name}");
+    is_lintian_clean(&package);
+
+    let script = format!(
+        "CONFIGURATION='{configuration}'\nfirst_use() (\nset -e\n{commands}\n)\n{}",
+        include_str!("package/first_use.sh")
+    );
+    let (told, errors) = in_a_root(&package, &script);
+    let report: Vec<String> =
+        report.lines().map(|line| line.replace("/etc/haproxy/", "")).collect();
+    let mut expected = vec!["before: \"haproxy\"", "after: \"tidegate\""];
+    expected.push("status: POOL web: weighted-round-robin, 2 of 2 eligible");
+    expected.extend(report.iter().map(String::as_str));
+    expected.extend([
+        "units: disabled enabled ",
         "user: /var/lib/tidegate:/usr/sbin/nologin",
-        "/etc/tidegate/tidegate.toml: ok: 1 frontend, 1 pool, 2 backends",
+        "runs as: tidegate",
         "conffiles: 2",
-        "served: served",
+        "stopped: ",
         "kept: 1",
-        "status: unknown",
-    ];
-    assert_eq!(told, expected, "{errors}");
+        "package: unknown",
+    ]);
+    assert_eq!(told.lines().collect::<Vec<_>>(), expected, "{errors}");
 }
