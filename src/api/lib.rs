@@ -18,5 +18,6 @@ pub mod explain;
 pub mod names;
 pub mod place;
 pub mod reload;
+pub mod sessions;
 pub mod sources;
 pub mod status;

@@ -17,6 +17,7 @@ pub mod reload;
 mod resolve;
 pub mod run;
 pub mod schema;
+pub mod sessions;
 pub mod shutdown;
 mod sources;
 pub mod status;
@@ -100,6 +101,9 @@ pub enum Command {
     /// Show frontends, pools and backends of the running balancer.
     #[command(after_help = "Example:\n  tidegate status\n  tidegate status --json | jq .pools")]
     Status(ClientArgs),
+    /// List open sessions.
+    #[command(after_help = sessions::HELP)]
+    Sessions(sessions::SessionsArgs),
     /// Show what has happened: state changes, reloads, orders, upgrades.
     #[command(after_help = events::HELP)]
     Events(events::EventsArgs),
@@ -244,6 +248,7 @@ fn dispatch(command: Command) -> Exit {
         Command::Reload(args) => reload::main(&args),
         Command::Upgrade(args) => upgrade::main(&args),
         Command::Status(args) => status::main(&args),
+        Command::Sessions(args) => sessions::main(&args),
         Command::Events(args) => events::main(&args),
         Command::Explain(args) => explain::main(&args),
         Command::Drain(args) => drain::drain(&args),

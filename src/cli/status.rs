@@ -4,7 +4,9 @@
 //! columns and units, and computes no other facts.
 
 use super::sources;
-use super::table::{TextColumn, TextTable, age, cell_text, or_dash, plural, terminal_width, wrap};
+use super::table::{
+    TextColumn, TextTable, age, cell_text, or_dash, plural, size, terminal_width, wrap,
+};
 use hyper::Method;
 use std::time::Duration;
 use tidegate_api::names::{IntentName, NoneEligible, ObservationName, SenderStateName};
@@ -337,19 +339,6 @@ fn latency(seconds: f64) -> String {
     }
 }
 
-fn size(bytes: u64) -> String {
-    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-    if bytes < 1024 {
-        return format!("{bytes} B");
-    }
-    let (mut value, mut unit) = (bytes as f64 / 1024.0, 0);
-    while value >= 1023.95 {
-        value /= 1024.0;
-        unit += 1;
-    }
-    format!("{value:.1} {}", UNITS[unit])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -473,11 +462,5 @@ mod tests {
         let text = render(&status, Some(80));
         assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
         assert!(text.contains(reason) && text.contains("no probes"), "{text}");
-    }
-
-    #[test]
-    fn sizes_have_one_decimal_and_a_binary_unit() {
-        let sizes = [0, 1023, 1024, 1_048_575, u64::MAX].map(size);
-        assert_eq!(sizes, ["0 B", "1023 B", "1.0 KiB", "1.0 MiB", "16.0 EiB"]);
     }
 }

@@ -157,6 +157,20 @@ pub(super) fn age(seconds: f64) -> String {
     }
 }
 
+/// Returns a size with one decimal and a binary unit.
+pub(super) fn size(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    if bytes < 1024 {
+        return format!("{bytes} B");
+    }
+    let (mut value, mut unit) = (bytes as f64 / 1024.0, 0);
+    while value >= 1023.95 {
+        value /= 1024.0;
+        unit += 1;
+    }
+    format!("{value:.1} {}", UNITS[unit])
+}
+
 /// Breaks lines longer than `width` between words. Continuation lines are aligned with the
 /// first word, or with the text after a label such as `State       up`.
 pub(super) fn wrap(text: &str, width: Option<usize>) -> String {
@@ -250,6 +264,12 @@ mod tests {
     fn ages_have_two_units() {
         let ages = [0.0, 0.325, 0.9999, 1.9, 59.0, 61.0, 3600.0, 90_000.0].map(age);
         assert_eq!(ages, ["0ms", "325ms", "999ms", "1s", "59s", "1m 1s", "1h 0m", "1d 1h"]);
+    }
+
+    #[test]
+    fn sizes_have_one_decimal_and_a_binary_unit() {
+        let sizes = [0, 1023, 1024, 1_048_575, u64::MAX].map(size);
+        assert_eq!(sizes, ["0 B", "1023 B", "1.0 KiB", "1.0 MiB", "16.0 EiB"]);
     }
 
     #[test]

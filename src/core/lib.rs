@@ -14,6 +14,7 @@ pub mod metrics;
 pub mod model;
 pub mod outcome;
 pub mod proxy_protocol;
+pub mod sessions;
 pub mod suspicion;
 pub mod table;
 #[cfg(any(test, feature = "testing"))]

@@ -7,12 +7,14 @@ use super::config_reloads::ReloadRequest;
 use super::control_loop::Control;
 use super::event_log::NewEvent;
 use super::rendering::Reader;
-use crate::admin::{self, AdminRequest, DeferredText, ForecastBasis, SessionRecords};
+use crate::admin::{self, AdminRequest, AskedWorkers, DeferredText, ForecastBasis, SessionRecords};
 use std::sync::Arc;
 use tidegate_api::names::{EventKindName, EventLevelName};
 use tidegate_core::control::OperatorError;
 use tidegate_core::control::what_if::{UnknownAssumption, WhatIf};
 use tidegate_core::health::Intent;
+use tidegate_core::sessions::SessionQuery;
+use tidegate_dataplane::worker::{Worker, WorkerCommand};
 use tidegate_net::clock;
 use tidegate_supervisor::SuccessorChanges;
 use tokio::sync::oneshot;
@@ -43,6 +45,9 @@ impl Control {
             AdminRequest::Explain { pool, backend, reply } => {
                 let _ = reply.send(self.explain(&pool, &backend));
             }
+            AdminRequest::Sessions { query, reply } => {
+                let _ = reply.send(self.ask_workers(&query));
+            }
             AdminRequest::Decisions(reply) => {
                 let context = self.workers.context();
                 let (decisions, given_out) =
@@ -67,6 +72,16 @@ impl Control {
                 let _ = reply.send(());
             }
         }
+    }
+
+    fn ask_workers(&self, query: &Arc<SessionQuery>) -> AskedWorkers {
+        let ask = |worker: &Worker| {
+            let (reply, list) = oneshot::channel();
+            worker.mailbox.send(WorkerCommand::ListSessions(Arc::clone(query), reply));
+            list
+        };
+        let lists = self.workers.list().iter().map(ask).collect();
+        AskedWorkers { lists, elsewhere: self.upgrades.sessions_elsewhere() }
     }
 
     fn explain(&mut self, pool: &str, backend: &str) -> Result<DeferredText, OperatorError> {

@@ -240,6 +240,7 @@ async fn run_control_loop(
                     _ => Err(OperatorError::UnknownPool),
                 }));
             }
+            AdminRequest::Sessions { reply, .. } => drop(reply),
             AdminRequest::Decisions(reply) => drop(reply.send(questioned.records())),
             AdminRequest::Names { ids, reply } => {
                 drop(reply.send(questioned.controller.names_of(&ids)));

@@ -52,6 +52,7 @@ mod reload;
 mod rewrites;
 mod routes;
 mod scrapes;
+mod sessions;
 mod settling;
 mod shells;
 mod shortage;

@@ -10,6 +10,7 @@
 //! | `GET /ready` | 200 while serving; 503 while starting or draining, while a worker is stalled, or while a pool waits for its first health result |
 //! | `GET /metrics` | Prometheus text 0.0.4 ([`metrics`]) |
 //! | `GET /v1/status` | JSON ([`status`]) |
+//! | `GET /v1/sessions` | JSON ([`tidegate_api::sessions`]); 400 |
 //! | `GET /v1/events` | JSON ([`tidegate_api::events`]); 400 |
 //! | `POST /v1/reload` | 200 `{generation, changed, warnings}`; 409 while draining; 422 with `problems` |
 //! | `POST /v1/pools/{pool}/backends/{name}/drain`, `.../undrain` | 200 `{pool, backend, intent}`; 404 |
@@ -38,6 +39,7 @@ mod questions;
 mod rejections;
 mod routes;
 mod serve;
+mod sessions;
 pub mod snapshot;
 mod sources;
 pub mod status;
@@ -66,6 +68,7 @@ use tidegate_core::control::names::{NamedIds, Names};
 use tidegate_core::control::what_if::{UnknownAssumption, WhatIf};
 use tidegate_core::decision::rings::Decisions;
 use tidegate_core::health::Intent;
+use tidegate_core::sessions::{SessionList, SessionQuery};
 use tokio::sync::oneshot;
 
 /// A request of the API to the control loop. The receiver of the reply can be gone, if
@@ -91,6 +94,13 @@ pub enum AdminRequest {
         backend: String,
         /// The explanation.
         reply: oneshot::Sender<Result<DeferredText, OperatorError>>,
+    },
+    /// Asks every worker for its open sessions.
+    Sessions {
+        /// Which sessions.
+        query: Arc<SessionQuery>,
+        /// The answers of the workers, which come later.
+        reply: oneshot::Sender<AskedWorkers>,
     },
     /// Returns the decisions of all workers.
     Decisions(oneshot::Sender<SessionRecords>),
@@ -158,6 +168,15 @@ pub enum AdminRequest {
 
 /// A text that a blocking thread writes from facts of the control thread.
 pub struct DeferredText(Box<dyn FnOnce() -> String + Send>);
+
+/// The pending lists of open sessions.
+#[derive(Debug)]
+pub struct AskedWorkers {
+    /// One per worker, in their order.
+    pub lists: Vec<oneshot::Receiver<SessionList>>,
+    /// Open sessions of old processes.
+    pub elsewhere: u32,
+}
 
 /// The decisions of all workers, and the session numbers of this process.
 #[derive(Debug)]

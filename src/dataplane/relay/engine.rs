@@ -5,7 +5,10 @@
 
 use super::RelayEngine;
 use super::delivery;
-use super::handle::{ConnectEnd, RelayResult, SessionMeter, SessionTimeouts};
+use super::handle::{
+    ConnectEnd, RelayResult, RelayedView, SessionIdentity, SessionMeter, SessionTimeouts,
+    SessionView,
+};
 use super::stages::{EngineState, SessionEntry, SessionSetup, SessionStage};
 use super::task::{EngineSleep, TICK};
 use crate::fault_points::{FaultPlan, FaultPoint};
@@ -16,6 +19,7 @@ use slab::Slab;
 use std::cell::{Cell, RefCell};
 use std::fmt::Debug;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::rc::Rc;
@@ -23,6 +27,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tidegate_core::metrics::counters::WorkerCounters;
+use tidegate_core::model::ClientAddr;
 use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
 use tidegate_core::table::state::BackendId;
 use tidegate_net::clock;
@@ -191,11 +196,14 @@ impl<M: EngineIo> EngineCore<M> {
 }
 
 impl<M: EngineIo> RelayEngine for EngineCore<M> {
-    fn open(&self, client: OwnedFd) -> u32 {
+    fn open(&self, client: OwnedFd, identity: SessionIdentity, accepted: Instant) -> u32 {
         let state = &mut *self.hold();
         let session = state.io.open(client);
+        let accepted = state.sleep.tenths_at(accepted);
         state.sessions.insert(SessionEntry {
             session,
+            identity,
+            accepted,
             stage: SessionStage::Setup(SessionSetup::default()),
             waiter: None,
             client_failed: false,
@@ -204,6 +212,10 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
             orphaned: false,
             checks: 0,
         }) as u32
+    }
+
+    fn set_client(&self, key: u32, client: ClientAddr) {
+        self.hold().sessions[key as usize].identity.client = client;
     }
 
     fn attach(&self, key: u32, upstream: OwnedFd) -> io::Result<()> {
@@ -353,6 +365,17 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
         self.hold().sessions.len()
     }
 
+    fn visit(&self, keys: Range<u32>, visit: &mut dyn FnMut(&SessionView<'_>)) -> bool {
+        let state = &*self.hold();
+        let more = (keys.end as usize) < state.sessions.capacity();
+        for key in keys {
+            if let Some(entry) = state.sessions.get(key as usize).filter(|entry| !entry.orphaned) {
+                visit(&view(entry, state.sleep.start_of_tenth(entry.accepted)));
+            }
+        }
+        more
+    }
+
     fn abort_all(&self, cause: Cause) -> usize {
         self.abort_where(cause, |_| true)
     }
@@ -393,6 +416,21 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
     fn run(self: Rc<Self>) -> Pin<Box<dyn Future<Output = io::Result<()>>>> {
         Box::pin(self.drive())
     }
+}
+
+fn view<S: EngineSession>(entry: &SessionEntry<S>, accepted: Instant) -> SessionView<'_> {
+    let relayed = match &entry.stage {
+        SessionStage::Setup(_) => None,
+        SessionStage::Relaying(timers)
+        | SessionStage::Delivering(_, timers)
+        | SessionStage::Ended(_, timers) => Some(RelayedView {
+            meter: &timers.meter,
+            phase: entry.session.close_state().phase(),
+            last_activity: timers.last_activity(),
+            bytes: SessionSide::BOTH.map(|side| entry.session.close_state().carried(side).sent),
+        }),
+    };
+    SessionView { identity: entry.identity, accepted, relayed }
 }
 
 /// Returns the result of a session, without its sockets.

@@ -12,7 +12,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::balance::trial::{TrialId, TrialPhase};
-use tidegate_core::outcome::{Cause, SessionEnd, SessionSide};
+use tidegate_core::model::{ClientAddr, FrontendId};
+use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
 use tidegate_core::table::state::{BackendState, FrontendState};
 use tidegate_net::{clock, datagram, stream};
 
@@ -21,6 +22,37 @@ use tidegate_net::{clock, datagram, stream};
 pub(crate) struct RelayHandle {
     engine: Engine,
     key: u32,
+}
+
+/// What a list of sessions needs to know of a session in any stage.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SessionIdentity {
+    /// Its number.
+    pub(crate) number: u64,
+    /// Its client.
+    pub(crate) client: ClientAddr,
+    /// Its frontend.
+    pub(crate) frontend: FrontendId,
+}
+
+/// An open session, for a list of sessions.
+#[derive(Debug)]
+pub(crate) struct SessionView<'s> {
+    pub(crate) identity: SessionIdentity,
+    /// When it was accepted, to a tenth of a second.
+    pub(crate) accepted: Instant,
+    /// `None` before it is relayed.
+    pub(crate) relayed: Option<RelayedView<'s>>,
+}
+
+/// The relay of an open session.
+#[derive(Debug)]
+pub(crate) struct RelayedView<'s> {
+    pub(crate) meter: &'s SessionMeter,
+    pub(crate) phase: Phase,
+    pub(crate) last_activity: Instant,
+    /// Bytes sent to the backend and to the client.
+    pub(crate) bytes: [u64; 2],
 }
 
 /// Why a wait for a connect, or for the client, ended without success.
@@ -132,8 +164,19 @@ impl SessionMeter {
 
 impl RelayHandle {
     /// Adds a session for an accepted client to the engine. The engine can abort it.
-    pub(crate) fn open(engine: &Engine, client: OwnedFd) -> RelayHandle {
-        RelayHandle { engine: Rc::clone(engine), key: engine.open(client) }
+    pub(crate) fn open(
+        engine: &Engine,
+        client: OwnedFd,
+        identity: SessionIdentity,
+        accepted: Instant,
+    ) -> RelayHandle {
+        let key = engine.open(client, identity, accepted);
+        RelayHandle { engine: Rc::clone(engine), key }
+    }
+
+    /// Sets the client that a PROXY header has announced.
+    pub(crate) fn set_client(&self, client: ClientAddr) {
+        self.engine.set_client(self.key, client);
     }
 
     /// Waits for the pending connect of `upstream`. On success `upstream` becomes the backend

@@ -26,7 +26,8 @@ mod tests;
 mod timers;
 
 pub(crate) use handle::{
-    Bytes, ConnectEnd, RelayHandle, RelayResult, SessionMeter, SessionTimeouts,
+    Bytes, ConnectEnd, RelayHandle, RelayResult, SessionIdentity, SessionMeter, SessionTimeouts,
+    SessionView,
 };
 pub(crate) use ring::SETTINGS as RING_SETTINGS;
 pub(crate) use tidegate_net::ring::RingSettings;
@@ -38,6 +39,7 @@ use epoll::EpollEngine;
 use ring::RingEngine;
 use std::fmt::Debug;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::rc::Rc;
@@ -45,6 +47,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 use tidegate_core::metrics::counters::WorkerCounters;
+use tidegate_core::model::ClientAddr;
 use tidegate_core::outcome::{Cause, SessionSide};
 use tidegate_core::table::state::BackendId;
 use tidegate_net::budget::MemoryBudget;
@@ -57,7 +60,10 @@ pub(crate) type Engine = Rc<dyn RelayEngine>;
 /// [`RelayHandle`]. Calls are virtual: one per step of a session, none per message.
 pub(crate) trait RelayEngine: Debug {
     /// Adds a session for an accepted client and returns its key.
-    fn open(&self, client: OwnedFd) -> u32;
+    fn open(&self, client: OwnedFd, identity: SessionIdentity, accepted: Instant) -> u32;
+
+    /// Changes the client of a session.
+    fn set_client(&self, key: u32, client: ClientAddr);
 
     /// Adds the connected socket `upstream` as the session's backend connection.
     fn attach(&self, key: u32, upstream: OwnedFd) -> io::Result<()>;
@@ -97,6 +103,10 @@ pub(crate) trait RelayEngine: Debug {
 
     /// Returns the number of open sessions.
     fn open_sessions(&self) -> usize;
+
+    /// Calls `visit` with the sessions whose keys are in `keys`. Returns false if no session has
+    /// a higher key.
+    fn visit(&self, keys: Range<u32>, visit: &mut dyn FnMut(&SessionView<'_>)) -> bool;
 
     /// Ends all sessions in any stage. Returns their number.
     fn abort_all(&self, cause: Cause) -> usize;

@@ -112,6 +112,11 @@ impl SessionTimers {
         }
     }
 
+    /// When a byte last moved, or when the relay began.
+    pub(super) fn last_activity(&self) -> Instant {
+        self.last_activity
+    }
+
     /// Returns the timeout in force and its cause. Once one side has ended, only
     /// `half_closed_timeout` applies.
     fn limit(&self, half_closed: bool) -> Option<(Duration, Cause)> {

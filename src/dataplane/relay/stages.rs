@@ -3,7 +3,7 @@
 //! Part of `engine`, called by it and by the event handlers of both engines.
 
 use super::engine::{ConnectResult, EngineIo, EngineSession, StopMode};
-use super::handle::ConnectEnd;
+use super::handle::{ConnectEnd, SessionIdentity};
 use super::task::EngineSleep;
 use crate::relay::close_state::{TurnBytes, TurnNext};
 use crate::relay::session_timers::SessionTimers;
@@ -35,6 +35,9 @@ pub(super) struct EngineState<M: EngineIo> {
 #[derive(Debug)]
 pub(super) struct SessionEntry<F> {
     pub(super) session: F,
+    pub(super) identity: SessionIdentity,
+    /// Tenths of a second from the start of the engine to the accept.
+    pub(super) accepted: u32,
     pub(super) stage: SessionStage,
     /// Waker of the session's task, while it waits.
     pub(super) waiter: Option<Waker>,

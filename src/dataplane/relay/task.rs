@@ -58,6 +58,16 @@ impl EngineSleep {
         now.saturating_duration_since(self.started).as_millis() as u64 / TICK.as_millis() as u64
     }
 
+    /// Returns the tenths of a second from the start to `now`, at most 13 years.
+    pub(super) fn tenths_at(&self, now: Instant) -> u32 {
+        let since = now.saturating_duration_since(self.started);
+        u32::try_from(since.as_millis() / 100).unwrap_or(u32::MAX)
+    }
+
+    pub(super) fn start_of_tenth(&self, tenth: u32) -> Instant {
+        self.started + Duration::from_millis(u64::from(tenth) * 100)
+    }
+
     fn start_of(&self, tick: u64) -> Instant {
         self.started + Duration::from_millis(tick * TICK.as_millis() as u64)
     }

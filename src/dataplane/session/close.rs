@@ -51,7 +51,7 @@ impl Session {
         self.note_reset(&slot, relayed.ending.errno);
         // The next pick may need this slot.
         drop(slot);
-        self.relay = RelayHandle::open(&self.ctx().engine, client);
+        self.relay = RelayHandle::open(&self.ctx().engine, client, self.identity(), self.started);
         Some((self, BackendChoice::Retry(relayed.ending)))
     }
 }

@@ -28,7 +28,7 @@ mod tests;
 
 use crate::accept::permit::SessionPermit;
 use crate::fault_points::FaultPoint;
-use crate::relay::{Bytes, RelayHandle, SessionMeter, SessionTimeouts};
+use crate::relay::{Bytes, RelayHandle, SessionIdentity, SessionMeter, SessionTimeouts};
 use crate::worker::context::WorkerContext;
 use connect::{BackendSlot, FailedTries};
 use decide::LastDecision;
@@ -176,10 +176,14 @@ impl Session {
         let ctx = &permit.ctx;
         ctx.counters.accepted.add(1);
         route.state.counters.of(ctx.id).sessions.add(1);
+        let number = ctx.next_session();
+        let (client, frontend) = (facts.client, route.state.id);
+        let identity = SessionIdentity { number, client, frontend };
+        let started = clock::now();
         Session {
-            started: clock::now(),
-            number: ctx.next_session(),
-            client: facts.client,
+            started,
+            number,
+            client,
             local_port: facts.local.port(),
             table,
             route: Arc::clone(route),
@@ -192,9 +196,14 @@ impl Session {
             accounted: false,
             last: LastDecision::NONE,
             slot: None,
-            relay: RelayHandle::open(&ctx.engine, socket),
+            relay: RelayHandle::open(&ctx.engine, socket, identity, started),
             permit,
         }
+    }
+
+    fn identity(&self) -> SessionIdentity {
+        let (client, frontend) = (self.client, self.route.state.id);
+        SessionIdentity { number: self.number, client, frontend }
     }
 
     fn ctx(&self) -> &Rc<WorkerContext> {

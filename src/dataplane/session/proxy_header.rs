@@ -165,6 +165,7 @@ impl Session {
                 header.peer = Some(socket.socket());
                 header.destination = Some(destination);
                 self.client = ClientAddr::announced(client);
+                self.relay.set_client(self.client);
             }
         }
         self.log_header(&header);

@@ -5,6 +5,7 @@
 //! the worker, see `supervisor`.
 
 pub mod context;
+mod sessions;
 mod supervisor;
 mod thread;
 
@@ -27,6 +28,7 @@ use tidegate_core::metrics::histograms::{HistogramDelta, RecycledHistograms};
 use tidegate_core::metrics::progress::WorkerProgress;
 use tidegate_core::model::BindKey;
 use tidegate_core::outcome::Cause;
+use tidegate_core::sessions::{SessionList, SessionQuery};
 use tidegate_core::table::publish::TablePublisher;
 use tidegate_core::table::state::BackendId;
 use tidegate_net::budget::MemoryBudget;
@@ -83,6 +85,8 @@ pub enum WorkerCommand {
     ResetBackend(BackendId, Cause),
     /// Reset all sessions.
     ResetAll(Cause),
+    /// List open sessions.
+    ListSessions(Arc<SessionQuery>, oneshot::Sender<SessionList>),
     /// Send the histograms recorded since the last `Collect`.
     Collect(oneshot::Sender<Option<HistogramDelta>>),
     /// Reuse these emptied histograms.

@@ -4,7 +4,7 @@
 //! the next thread gets them, so no client in a listen queue is lost.
 
 use super::context::WorkerContext;
-use super::{Mailbox, WorkerCommand};
+use super::{Mailbox, WorkerCommand, sessions};
 use crate::accept::listener::{Listener, ListenerRetirement};
 #[cfg(debug_assertions)]
 use crate::fault_points::FaultPoint;
@@ -148,6 +148,10 @@ fn run_command(ctx: &Rc<WorkerContext>, listeners: &Rc<ListenerSet>, command: Wo
         }
         WorkerCommand::ResetAll(cause) => {
             ctx.engine.abort_all(cause);
+        }
+        WorkerCommand::ListSessions(query, reply) => {
+            let listing = sessions::list(Rc::clone(ctx), query);
+            tokio::task::spawn_local(async move { reply.send(listing.await) });
         }
         // If the caller has given up, the next `Collect` gets the histograms.
         WorkerCommand::Collect(reply) if reply.is_closed() => {}

@@ -193,7 +193,7 @@ fn resets_after_drop(sleeps: bool) -> u32 {
             let core = EngineCore::new(io, None, counters());
             let engine = tokio::task::spawn_local(Rc::clone(&core).run());
             let (client, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
-            let key = core.open(client.into());
+            let key = core.open(client.into(), identity(), clock::now());
             core.remove(key);
             let limit = if sleeps { TIMEOUT } else { Duration::from_secs(1) };
             let begun = clock::now();
@@ -225,7 +225,7 @@ fn connect_that_succeeds_while_the_process_is_suspended_does_not_time_out() {
         );
         let engine = tokio::task::spawn_local(Rc::clone(&core).run());
         let (client, upstream) = std::os::unix::net::UnixStream::pair().unwrap();
-        let key = core.open(client.into());
+        let key = core.open(client.into(), identity(), clock::now());
         let deadline = clock::now() + SUSPENDED_FOR / 2;
         core.start_connect(key, upstream.into(), deadline).unwrap();
         let ended = poll_fn(|cx| core.poll_connected(key, cx)).await;

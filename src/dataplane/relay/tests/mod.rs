@@ -32,6 +32,11 @@ const NO_TIMEOUTS: SessionTimeouts = SessionTimeouts {
     user_timeout: None,
 };
 
+fn identity() -> SessionIdentity {
+    let client = ClientAddr::announced(([192, 0, 2, 1], 4000).into());
+    SessionIdentity { number: 7, client, frontend: FrontendId(1) }
+}
+
 /// A running engine, with the frontend and backend of its sessions.
 #[derive(Clone)]
 struct Rig {
@@ -164,7 +169,7 @@ impl Rig {
         tidegate_net::stream::keep_urgent_inline(&upstream);
         tune(SockRef::from(&upstream));
         tune(SockRef::from(&backend));
-        let handle = RelayHandle::open(&self.engine, downstream.into());
+        let handle = RelayHandle::open(&self.engine, downstream.into(), identity(), clock::now());
         handle.attach(upstream.into()).unwrap();
         let relayed = tokio::task::spawn_local(relay(handle, limits, self.meter()));
         Session {

@@ -37,7 +37,7 @@ fn successful_connect_is_relayed() {
     on_each(|rig| async move {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (client, downstream) = tcp_pair();
-        let handle = RelayHandle::open(&rig.engine, downstream.into());
+        let handle = RelayHandle::open(&rig.engine, downstream.into(), identity(), clock::now());
         let upstream = pending(listener.local_addr().unwrap());
         handle.connected(upstream, soon(5_000)).await.unwrap();
         let relayed = tokio::task::spawn_local(relay(handle, NO_TIMEOUTS, rig.meter()));
@@ -61,7 +61,7 @@ fn session_can_connect_after_a_refused_attempt() {
         let (_bound, closed) = refusing_address();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let (client, downstream) = tcp_pair();
-        let handle = RelayHandle::open(&rig.engine, downstream.into());
+        let handle = RelayHandle::open(&rig.engine, downstream.into(), identity(), clock::now());
 
         let refused = handle.connected(pending(closed), soon(5_000)).await.unwrap_err();
         let ConnectEnd::Failed(error) = refused else { panic!("{refused:?}") };
@@ -78,7 +78,7 @@ fn connect_ends_at_its_deadline() {
     on_each(|rig| async move {
         let full = FullListener::new();
         let (client, downstream) = tcp_pair();
-        let handle = RelayHandle::open(&rig.engine, downstream.into());
+        let handle = RelayHandle::open(&rig.engine, downstream.into(), identity(), clock::now());
         let started = clock::now();
         let end = handle.connected(pending(full.address), soon(200)).await.unwrap_err();
         let took = clock::now() - started;
@@ -97,7 +97,7 @@ fn client_reset_ends_a_pending_connect() {
     on_each(|rig| async move {
         let full = FullListener::new();
         let (client, downstream) = tcp_pair();
-        let handle = RelayHandle::open(&rig.engine, downstream.into());
+        let handle = RelayHandle::open(&rig.engine, downstream.into(), identity(), clock::now());
         let upstream = pending(full.address);
         let connecting =
             tokio::task::spawn_local(async move { handle.connected(upstream, soon(10_000)).await });
@@ -113,12 +113,12 @@ fn abort_ends_a_pending_connect_and_a_wait() {
     on_each(|rig| async move {
         let full = FullListener::new();
         let (_client, downstream) = tcp_pair();
-        let handle = RelayHandle::open(&rig.engine, downstream.into());
+        let handle = RelayHandle::open(&rig.engine, downstream.into(), identity(), clock::now());
         let upstream = pending(full.address);
         let connecting =
             tokio::task::spawn_local(async move { handle.connected(upstream, soon(10_000)).await });
         let (_waiting_client, downstream) = tcp_pair();
-        let handle = RelayHandle::open(&rig.engine, downstream.into());
+        let handle = RelayHandle::open(&rig.engine, downstream.into(), identity(), clock::now());
         let waiting = tokio::task::spawn_local(async move { handle.interrupted().await });
         tokio::time::sleep(Duration::from_millis(20)).await;
 
@@ -134,7 +134,7 @@ fn abort_ends_a_pending_connect_and_a_wait() {
 fn client_reset_ends_a_wait() {
     on_each(|rig| async move {
         let (client, downstream) = tcp_pair();
-        let handle = RelayHandle::open(&rig.engine, downstream.into());
+        let handle = RelayHandle::open(&rig.engine, downstream.into(), identity(), clock::now());
         let waiting = tokio::task::spawn_local(async move { handle.interrupted().await });
         tokio::time::sleep(Duration::from_millis(20)).await;
         reset(TcpStream::from_std(client).unwrap());

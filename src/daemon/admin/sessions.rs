@@ -1,0 +1,196 @@
+//! `GET /v1/sessions`: reads the query, asks every worker and writes the answer.
+//!
+//! Mounted by `routes`. The control thread passes the query on and does not wait. The lists of
+//! the workers are joined on a blocking thread.
+
+use super::questions::{bad, blocking, decoded};
+use super::routes::{ANSWER_MAX, ApiState, ErrorResponse, JSON, long_answer, text};
+use super::{AdminRequest, AskedWorkers};
+use axum::extract::State;
+use axum::response::Response;
+use hyper::{StatusCode, Uri};
+use ipnet::IpNet;
+use std::collections::HashSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tidegate_api::sessions::{OpenSessionDoc, SessionsDoc};
+use tidegate_core::outcome::Phase;
+use tidegate_core::sessions::{LISTED_MAX, ListedSession, SessionList, SessionOrder, SessionQuery};
+use tokio::time::timeout;
+
+/// Sessions of an answer, if the query does not say how many.
+const LIMIT: usize = 100;
+
+pub(super) async fn sessions(
+    State(api): State<Arc<ApiState>>,
+    uri: Uri,
+) -> Result<Response, ErrorResponse> {
+    let query = Arc::new(parse(uri.query().unwrap_or_default()).map_err(bad)?);
+    let (list, elsewhere) = list(&api, &query).await?;
+    let body = blocking(move || {
+        let list = SessionList::merge(list, &query);
+        text(&document(&list, elsewhere))
+    });
+    Ok(long_answer(JSON, body.await?))
+}
+
+/// Returns the lists of all workers, and the open sessions of old processes.
+async fn list(
+    api: &ApiState,
+    query: &Arc<SessionQuery>,
+) -> Result<(Vec<SessionList>, u64), ErrorResponse> {
+    let ask = |reply| AdminRequest::Sessions { query: Arc::clone(query), reply };
+    let AskedWorkers { lists, elsewhere } = api.ask(ask).await?;
+    let mut all = Vec::with_capacity(lists.len());
+    for (worker, list) in lists.into_iter().enumerate() {
+        let answered = timeout(ANSWER_MAX, list).await.ok().and_then(Result::ok);
+        let missing = || {
+            let detail = format!("worker {worker} did not answer within {ANSWER_MAX:?}");
+            let error = "no answer from a worker";
+            ErrorResponse::new(StatusCode::SERVICE_UNAVAILABLE, error, detail)
+        };
+        all.push(answered.ok_or_else(missing)?);
+    }
+    Ok((all, elsewhere.into()))
+}
+
+fn document(list: &SessionList, elsewhere: u64) -> SessionsDoc {
+    let sessions = list.sessions.iter().map(session).collect();
+    SessionsDoc { sessions, matched: list.matched, open: list.open, elsewhere }
+}
+
+fn session(listed: &ListedSession) -> OpenSessionDoc {
+    let (pool, backend) = listed.backend.as_ref().map(|(pool, name)| (pool, name)).unzip();
+    let seconds = |time: Duration| time.as_millis() as f64 / 1_000.0;
+    OpenSessionDoc {
+        session: listed.number,
+        worker: listed.worker,
+        client: listed.client.to_string(),
+        frontend: listed.frontend.to_string(),
+        pool: pool.map(ToString::to_string),
+        backend: backend.map(ToString::to_string),
+        phase: listed.phase.map_or("setup", Phase::name).to_owned(),
+        age_seconds: seconds(listed.figures.age),
+        idle_seconds: seconds(listed.figures.idle),
+        bytes_in: listed.figures.bytes_in,
+        bytes_out: listed.figures.bytes_out,
+    }
+}
+
+/// Reads the query. The error names the parameter that is wrong.
+fn parse(query: &str) -> Result<SessionQuery, String> {
+    let mut parsed = SessionQuery { limit: LIMIT, ..SessionQuery::default() };
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let value = decoded(value).filter(|value| !value.is_empty());
+        let value = value.ok_or_else(|| format!("{key} is empty or not UTF-8"))?;
+        parameter(&mut parsed, key, value)?;
+    }
+    Ok(parsed)
+}
+
+fn parameter(query: &mut SessionQuery, key: &str, value: String) -> Result<(), String> {
+    let filter = &mut query.filter;
+    match key {
+        "frontend" => filter.frontend = Some(value),
+        "pool" => filter.pool = Some(value),
+        "backend" => filter.backend = Some(value),
+        "client" => filter.client = Some(range(&value)?),
+        "older" => filter.older = Some(time(key, &value)?),
+        "idle" => filter.idle = Some(time(key, &value)?),
+        "bytes" => filter.bytes = Some(number(key, &value)?),
+        "session" => {
+            let numbers = filter.numbers.get_or_insert_with(HashSet::new);
+            numbers.insert(number(key, &value)?);
+        }
+        "sort" => query.order = order(&value)?,
+        "limit" => {
+            query.limit = number(key, &value)?;
+            if query.limit > LISTED_MAX {
+                return Err(format!("limit is {value}; at most {LISTED_MAX} sessions are listed"));
+            }
+        }
+        _ => {
+            return Err(format!(
+                "unknown parameter {key:?}; expected frontend, pool, backend, client, older, idle, \
+                 bytes, session, sort or limit"
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn number<T: std::str::FromStr>(key: &str, value: &str) -> Result<T, String> {
+    value.parse().map_err(|_| format!("{key} is not a whole number: {value:?}"))
+}
+
+fn time(key: &str, value: &str) -> Result<Duration, String> {
+    let seconds: Option<f64> = value.parse().ok();
+    let time = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    time.ok_or_else(|| format!("{key} is not a time in seconds: {value:?}"))
+}
+
+/// Reads an address or a range of addresses.
+fn range(value: &str) -> Result<IpNet, String> {
+    let one = value.parse::<IpAddr>().map(IpNet::from).ok();
+    one.or_else(|| value.parse().ok())
+        .ok_or_else(|| format!("client is not an address or a range such as 10.0.0.0/8: {value:?}"))
+}
+
+fn order(value: &str) -> Result<SessionOrder, String> {
+    match value {
+        "age" => Ok(SessionOrder::Age),
+        "idle" => Ok(SessionOrder::Idle),
+        "bytes" => Ok(SessionOrder::Bytes),
+        _ => Err(format!("unknown order {value:?}; expected age, idle or bytes")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tidegate_core::sessions::SessionFilter;
+
+    #[test]
+    fn query_sets_every_condition() {
+        let query = parse(
+            "frontend=web&pool=app&backend=a%2Fb&client=10.0.0.0/8&older=60&idle=1.5&bytes=7\
+             &session=3&session=4&sort=idle&limit=1000",
+        )
+        .unwrap();
+        let text = |text: &str| Some(text.to_owned());
+        let wanted = SessionFilter {
+            frontend: text("web"),
+            pool: text("app"),
+            backend: text("a/b"),
+            client: Some("10.0.0.0/8".parse().unwrap()),
+            older: Some(Duration::from_secs(60)),
+            idle: Some(Duration::from_millis(1_500)),
+            bytes: Some(7),
+            numbers: Some(HashSet::from([3, 4])),
+        };
+        assert_eq!((query.filter, query.order, query.limit), (wanted, SessionOrder::Idle, 1000));
+        assert_eq!(parse("client=::1").unwrap().filter.client, Some("::1/128".parse().unwrap()));
+        assert_eq!((parse("").unwrap().limit, parse("").unwrap().order), (100, SessionOrder::Age));
+    }
+
+    #[test]
+    fn invalid_query_names_the_parameter() {
+        for query in [
+            "older=-1",
+            "idle=1s",
+            "bytes=1KiB",
+            "client=web",
+            "session=a",
+            "sort=x",
+            "limit=1001",
+            "pol=a",
+            "pool=",
+        ] {
+            let key = query.split('=').next().unwrap();
+            let error = parse(query).unwrap_err();
+            assert!(error.contains(if key == "sort" { "order" } else { key }), "{query}: {error}");
+        }
+    }
+}
