@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Most sessions of one answer.
-pub const LISTED_MAX: usize = 1_000;
+pub const SESSION_LIST_MAX: usize = 1_000;
 
 /// Which sessions, in which order, and how many of them.
 #[derive(Debug, Clone, Default)]
@@ -21,7 +21,7 @@ pub struct SessionQuery {
     pub filter: SessionFilter,
     /// Which of them are listed first.
     pub order: SessionOrder,
-    /// How many are listed, at most [`LISTED_MAX`].
+    /// How many are listed, at most [`SESSION_LIST_MAX`].
     pub limit: usize,
 }
 
@@ -202,7 +202,7 @@ impl SessionSelection {
         }
         self.matched += 1;
         let rank = session.figures.rank(self.query.order, session.number);
-        let limit = self.query.limit.min(LISTED_MAX);
+        let limit = self.query.limit.min(SESSION_LIST_MAX);
         if self.first.len() >= limit {
             match self.first.peek() {
                 Some(Reverse(last)) if last.rank < rank => self.first.pop(),
@@ -239,7 +239,7 @@ impl SessionList {
         }
         all.sessions
             .sort_by_key(|session| Reverse(session.figures.rank(query.order, session.number)));
-        all.sessions.truncate(query.limit.min(LISTED_MAX));
+        all.sessions.truncate(query.limit.min(SESSION_LIST_MAX));
         all
     }
 }

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 
 /// Row of the table of bounds, folder or file below `src`, name of the constant.
-const BOUNDS: [(&str, &str, &str); 52] = [
+const BOUNDS: [(&str, &str, &str); 54] = [
     ("files that a configuration includes", "config", "INCLUDED_FILES_MAX"),
     ("[process] connections_max", "config", "PROCESS_CONNECTIONS"),
     ("counts shared over an upgrade", "net", "CELLS_MAX"),
@@ -32,6 +32,8 @@ const BOUNDS: [(&str, &str, &str); 52] = [
     ("first picks kept per worker", "core/decision", "FIRST_MAX"),
     ("failures and retries kept per worker", "core/decision", "FAILED_MAX"),
     ("changes that a forecast assumes", "daemon/admin", "ASSUMED_MAX"),
+    ("sessions in a list", "core", "SESSION_LIST_MAX"),
+    ("admin requests that wait for an event", "daemon/admin/events.rs", "WAITING_MAX"),
     ("names of removed frontends, pools and backends", "core", "REMOVED_NAMES_MAX"),
     ("frontends", "config", "FRONTENDS_MAX"),
     ("bind addresses", "config", "BINDS_MAX"),

@@ -16,7 +16,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tidegate_api::sessions::{OpenSessionDoc, SessionsDoc};
 use tidegate_core::outcome::Phase;
-use tidegate_core::sessions::{LISTED_MAX, ListedSession, SessionList, SessionOrder, SessionQuery};
+use tidegate_core::sessions::{
+    ListedSession, SESSION_LIST_MAX, SessionList, SessionOrder, SessionQuery,
+};
 use tokio::time::timeout;
 
 /// Sessions of an answer, if the query does not say how many.
@@ -107,8 +109,10 @@ fn parameter(query: &mut SessionQuery, key: &str, value: String) -> Result<(), S
         "sort" => query.order = order(&value)?,
         "limit" => {
             query.limit = number(key, &value)?;
-            if query.limit > LISTED_MAX {
-                return Err(format!("limit is {value}; at most {LISTED_MAX} sessions are listed"));
+            if query.limit > SESSION_LIST_MAX {
+                return Err(format!(
+                    "limit is {value}; at most {SESSION_LIST_MAX} sessions are listed"
+                ));
             }
         }
         _ => {

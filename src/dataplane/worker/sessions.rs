@@ -18,7 +18,7 @@ use tidegate_net::clock;
 /// Places of sessions that are examined without a pause: about 30 µs.
 const SLICE: u32 = 256;
 
-/// Selects the sessions that match. Sessions that begin or end meanwhile can be missing.
+/// Selects the sessions that match. Sessions that begin or end during the scan can be missing.
 pub(super) async fn list(ctx: Rc<WorkerContext>, query: Arc<SessionQuery>) -> SessionList {
     let mut selection = SessionSelection::new(query, ctx.id);
     let names = frontend_names(&ctx);
