@@ -18,12 +18,12 @@ pub struct SessionExplanation {
     pub session: u64,
     /// Frontend that accepted it; `null` if its name is no longer known.
     pub frontend: Option<String>,
-    /// Address and port of the client.
-    pub client: SocketAddr,
+    /// Address and port of the client, or `unix:uid=USER,pid=PROCESS`.
+    pub client: String,
     /// Address and port of the socket's peer, if a PROXY header announced the client; else
     /// `null`.
     #[serde(default)]
-    pub peer: Option<SocketAddr>,
+    pub peer: Option<String>,
     /// Position of the route it took, from 1; `null` for the frontend's pool, and if the
     /// client was rejected before routing.
     pub route: Option<u8>,

@@ -47,9 +47,26 @@ pub(super) struct BindAddresses {
     pub(super) ports: RangeInclusive<u16>,
 }
 
+/// Where one text of `bind` listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum BindPlace {
+    /// At IP addresses.
+    Ip(BindAddresses),
+    /// On a Unix socket.
+    Unix(PathBuf),
+}
+
+/// Parses a text of `bind`: IP addresses or a Unix socket.
+pub(super) fn bind_place(text: &str) -> Result<BindPlace, ValueError> {
+    match text.strip_prefix("unix:") {
+        Some(path) => unix_path(path).map(BindPlace::Unix),
+        None => bind_addresses(text).map(BindPlace::Ip),
+    }
+}
+
 /// Parses addresses to listen on: `IP:PORT`, `[IPV6]:PORT` or `*:PORT`, with one port or a
 /// range such as `8000-8010`.
-pub(super) fn bind_addresses(text: &str) -> Result<BindAddresses, ValueError> {
+fn bind_addresses(text: &str) -> Result<BindAddresses, ValueError> {
     let range =
         text.rsplit_once(':').and_then(|(host, ports)| Some((host, ports.split_once('-')?)));
     let (text, last) = match range {
@@ -88,10 +105,10 @@ pub(super) fn interface_name(text: &str) -> Result<Arc<str>, ValueError> {
 pub(super) fn bind_address(text: &str) -> Result<SocketAddr, ValueError> {
     if text.starts_with("unix:") {
         return Err(ValueError::new(format!(
-            "{} is not an address a frontend can listen on",
+            "{} is not an address that packets arrive at",
             shown(text)
         ))
-        .help("frontends listen on IP:PORT or [IPV6]:PORT"));
+        .help("write IP:PORT or [IPV6]:PORT"));
     }
     let address = socket_address(text)?;
     if address.ip().is_multicast() || address.ip() == IpAddr::V4(Ipv4Addr::BROADCAST) {

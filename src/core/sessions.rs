@@ -151,7 +151,9 @@ impl SessionFilter {
             && self.older.is_none_or(|least| session.figures.age >= least)
             && self.idle.is_none_or(|least| session.figures.idle >= least)
             && self.bytes.is_none_or(|least| session.figures.bytes() >= least)
-            && self.client.is_none_or(|range| range.contains(&session.client.ip()))
+            && self
+                .client
+                .is_none_or(|range| session.client.ip().is_some_and(|ip| range.contains(&ip)))
             && names(&self.frontend, Some(session.frontend))
             && names(&self.pool, pool)
             && names(&self.backend, backend)

@@ -9,8 +9,11 @@ use super::binds::{BindSockets, SocketOwner};
 use crate::admin::{self, AdminListener};
 use socket2::Socket;
 use std::collections::{BTreeMap, HashSet};
+use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tidegate_core::model::{AdminListen, BindKey, Config};
 use tidegate_net::fd_channel;
@@ -90,6 +93,11 @@ impl PassedSockets {
                     let group = groups.entry(passed.key(address)).or_insert_with(empty);
                     group.sockets.push(Arc::new(passed.socket));
                 }
+                AdminListen::Unix(path) if wanted.contains(&BindKey::unix(path.clone())) => {
+                    let sockets = vec![Arc::new(passed.socket)];
+                    let group = BindSockets { sockets, holder: SocketOwner::ServiceManager };
+                    groups.insert(BindKey::unix(path), group);
+                }
                 other => unmatched.push(format!("{other} ({})", passed.name)),
             }
         }
@@ -119,9 +127,13 @@ impl PassedSocket {
             return Err(format!("passed descriptor {name:?} is not a listening stream socket"));
         }
         let address = socket.local_addr().map_err(|error| error.to_string())?;
-        let address = match (address.as_socket(), address.as_pathname()) {
+        let abstract_name = address
+            .as_abstract_namespace()
+            .map(|name| PathBuf::from(OsString::from_vec([b"@", name].concat())));
+        let path = address.as_pathname().map(Path::to_owned).or(abstract_name);
+        let address = match (address.as_socket(), path) {
             (Some(tcp), _) => AdminListen::Tcp(tcp),
-            (None, Some(path)) => AdminListen::Unix(path.to_owned()),
+            (None, Some(path)) => AdminListen::Unix(path),
             (None, None) => return Err(format!("passed descriptor {name:?} has no address")),
         };
         Ok(PassedSocket { socket, name, address })

@@ -11,6 +11,7 @@
 use super::due;
 use super::refused::BindError;
 use super::supervised::Supervised;
+use super::unix_sockets::{self, ListenFile, NewListenFile};
 use serde::{Deserialize, Serialize};
 use socket2::Socket;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -60,19 +61,29 @@ pub(super) struct Binds {
     retiring: Vec<(BindKey, BindSockets)>,
     /// Sockets from another process that no frontend uses yet.
     inherited: BTreeMap<BindKey, BindSockets>,
+    /// Files of Unix sockets, which this process removes when it retires them.
+    files: BTreeMap<BindKey, ListenFile>,
 }
 
 /// Addresses that are bound and not yet in use.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct NewBinds {
     groups: BTreeMap<BindKey, BindSockets>,
     /// Sockets that do not listen yet.
     not_listening: Vec<(Bind, Arc<Socket>)>,
+    /// Files of new Unix sockets. Removed if the sockets are not used.
+    files: Vec<NewListenFile>,
 }
 
 impl Binds {
     pub(super) fn new(workers: usize) -> Binds {
-        Binds { workers, active: BTreeMap::new(), retiring: Vec::new(), inherited: BTreeMap::new() }
+        Binds {
+            workers,
+            active: BTreeMap::new(),
+            retiring: Vec::new(),
+            inherited: BTreeMap::new(),
+            files: BTreeMap::new(),
+        }
     }
 
     /// Takes the sockets of another process. [`Binds::reserve_new`] uses them.
@@ -90,7 +101,7 @@ impl Binds {
 
     /// Binds like [`Binds::bind_new`] but does not listen yet; see [`NewBinds::start`].
     pub(super) fn reserve_new(&mut self, config: &Config) -> Result<NewBinds, BindError> {
-        let mut fresh = NewBinds { groups: BTreeMap::new(), not_listening: Vec::new() };
+        let mut fresh = NewBinds::default();
         let foreign = self.foreign(config);
         for frontend in &config.frontends {
             for bind in &frontend.binds {
@@ -103,7 +114,10 @@ impl Binds {
                     continue;
                 }
                 let address = bind.key.socket_addr();
-                if let Some(other) = foreign.iter().find(|other| overlap(other.address, address)) {
+                let in_the_way = |other: &&ListeningSocket| {
+                    address.is_some_and(|address| overlap(other.address, address))
+                };
+                if let Some(other) = foreign.iter().find(in_the_way) {
                     return Err(BindError::taken(&bind.key, *other));
                 }
                 match self.reserve(bind, frontend, &mut fresh) {
@@ -123,7 +137,7 @@ impl Binds {
         frontend: &FrontendConfig,
         fresh: &mut NewBinds,
     ) -> io::Result<()> {
-        let place = place_of(bind);
+        let Some(place) = place_of(bind) else { return self.reserve_unix(bind, fresh) };
         let mut group = match self.inherited.get(&bind.key) {
             Some(group) => group.clone(),
             None => {
@@ -151,6 +165,25 @@ impl Binds {
         Ok(())
     }
 
+    /// Binds a Unix socket. All workers share it, because the kernel does not distribute the
+    /// clients of a path among several sockets.
+    fn reserve_unix(&self, bind: &Bind, fresh: &mut NewBinds) -> io::Result<()> {
+        let group = match (self.inherited.get(&bind.key), bind.key.unix_path()) {
+            (Some(group), _) => group.clone(),
+            (None, None) => return Ok(()),
+            (None, Some(path)) => {
+                let (socket, file) = unix_sockets::bind(path, bind.options.mode)?;
+                let socket = Arc::new(socket);
+                fresh.files.push(file);
+                fresh.not_listening.push((bind.clone(), Arc::clone(&socket)));
+                BindSockets { sockets: vec![socket], holder: SocketOwner::Process }
+            }
+        };
+        group.sockets.iter().try_for_each(|socket| listen::prepare(socket))?;
+        fresh.groups.insert(bind.key.clone(), group);
+        Ok(())
+    }
+
     /// Returns whether this process holds a socket that overlaps `key`.
     fn overlaps(&self, key: &BindKey) -> bool {
         let mut held = self.active.keys().chain(self.inherited.keys());
@@ -158,7 +191,8 @@ impl Binds {
             let apart = held.interface.is_some()
                 && key.interface.is_some()
                 && held.interface != key.interface;
-            !apart && overlap(held.socket_addr(), key.socket_addr())
+            let addresses = held.socket_addr().zip(key.socket_addr());
+            !apart && addresses.is_some_and(|(held, new)| overlap(held, new))
         })
     }
 
@@ -171,7 +205,7 @@ impl Binds {
         let unsure: Vec<SocketAddr> = binds
             .filter(|bind| !self.active.contains_key(&bind.key))
             .filter(|bind| self.overlaps(&bind.key))
-            .map(|bind| bind.key.socket_addr())
+            .filter_map(|bind| bind.key.socket_addr())
             .collect();
         if unsure.is_empty() {
             return Vec::new();
@@ -213,7 +247,10 @@ impl Binds {
         workers: &[Worker],
         supervised: &Supervised,
     ) {
+        fresh.files.into_iter().for_each(NewListenFile::keep);
         for (key, group) in fresh.groups {
+            let file = key.socket_file().and_then(ListenFile::at);
+            self.files.extend(file.map(|file| (key.clone(), file)));
             supervised.hold(&key, &group);
             group.listen(&key, workers);
             self.active.insert(key, group);
@@ -251,6 +288,10 @@ impl Binds {
             // filter on the socket would reject clients of that process, too.
             self.close_group(key, group, workers);
             return;
+        }
+        // New clients find no file. Those in the listen queue are accepted.
+        if let Some(file) = self.files.remove(&key) {
+            file.remove();
         }
         for socket in &group.sockets {
             if let Err(error) = listen::retire(socket) {
@@ -331,13 +372,13 @@ impl Binds {
     }
 }
 
-/// Returns where the sockets of a bind listen.
-pub(super) fn place_of(bind: &Bind) -> ListenPlace<'_> {
-    ListenPlace {
-        address: bind.key.socket_addr(),
+/// Returns where the sockets of a bind listen; `None`: a Unix socket.
+pub(super) fn place_of(bind: &Bind) -> Option<ListenPlace<'_>> {
+    Some(ListenPlace {
+        address: bind.key.socket_addr()?,
         freebind: bind.options.freebind,
         interface: bind.key.interface.as_deref(),
-    }
+    })
 }
 
 /// Sets the options that connections inherit.
@@ -362,8 +403,14 @@ impl BindSockets {
 
     /// Sets the options of a bind that can change while clients connect.
     fn set_options(&self, bind: &Bind, frontend: &FrontendConfig) -> io::Result<()> {
+        // A service manager sets the mode of its sockets.
+        if let (Some(path), SocketOwner::Process) = (bind.key.socket_file(), self.holder) {
+            unix_sockets::set_mode(path, bind.options.mode)?;
+        }
         for socket in &self.sockets {
-            tune(socket, bind, frontend)?;
+            if bind.key.unix_path().is_none() {
+                tune(socket, bind, frontend)?;
+            }
             // A service manager sets the listen queues of its sockets.
             if self.holder == SocketOwner::Process {
                 listen::start(socket, bind.options.backlog)?;

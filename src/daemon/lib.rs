@@ -73,6 +73,7 @@ mod state_directory;
 mod supervised;
 mod telemetry;
 mod transition_log;
+mod unix_sockets;
 mod upgrade;
 mod watchdog;
 mod worker_set;

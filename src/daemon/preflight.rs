@@ -6,8 +6,10 @@
 //! file.
 
 use super::binds::place_of;
+
 use super::refused::BindError;
 use super::state_directory;
+use super::unix_sockets;
 use crate::admin::Token;
 use rustix::fs::{Access, access};
 use std::collections::BTreeSet;
@@ -17,9 +19,9 @@ use std::net::UdpSocket;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use tidegate_config::{Loaded, Origin, Problem, Severity, Spot};
-use tidegate_core::model::{AccessLogTarget, AdminListen, Bind, Config, SourceAddr};
+use tidegate_core::model::{AccessLogTarget, AdminListen, Bind, BindKey, Config, SourceAddr};
 use tidegate_net::privileges::{self, CapabilitySet, UserIdentity};
-use tidegate_net::{listen, stream};
+use tidegate_net::{holders, listen, stream};
 
 /// Returns all errors and warnings of a start on this host, in the order of the start.
 pub fn preflight(loaded: &Loaded) -> Vec<Problem> {
@@ -185,7 +187,8 @@ fn binds(config: &Config, origin: &Origin, found: &mut Vec<Problem>) {
             }
             let mut problem = refused.problem(config, origin);
             // The start may succeed as another user or later.
-            if !missing && (privileged || refused.other.is_some()) {
+            let taken = refused.other.is_some() || refused.error.kind() == ErrorKind::AddrInUse;
+            if !missing && (privileged || taken) {
                 problem.severity = Severity::Warning;
             }
             found.push(problem);
@@ -194,11 +197,24 @@ fn binds(config: &Config, origin: &Origin, found: &mut Vec<Problem>) {
 }
 
 fn try_bind(bind: &Bind) -> std::io::Result<()> {
-    let socket = listen::check_unused(place_of(bind))?;
+    let Some(place) = place_of(bind) else { return try_unix(&bind.key) };
+    let socket = listen::check_unused(place)?;
     listen::try_mark(&socket, bind.options.mark)
 }
 
 /// Checks that the addresses for heartbeats exist on this host.
+/// Checks a Unix socket without a connection to it.
+fn try_unix(key: &BindKey) -> std::io::Result<()> {
+    if key.unix_path().and_then(holders::listening_at).is_some() {
+        return Err(std::io::Error::from_raw_os_error(libc::EADDRINUSE));
+    }
+    let Some(path) = key.socket_file() else { return Ok(()) };
+    if fs::symlink_metadata(path).is_ok_and(|found| !found.file_type().is_socket()) {
+        return Err(unix_sockets::not_a_socket());
+    }
+    unwritable_directory(&directory_of(path), false).map_or(Ok(()), Err)
+}
+
 fn heartbeats(config: &Config, origin: &Origin) -> Option<Problem> {
     let listen = config.heartbeat.iter().flat_map(|heartbeat| &heartbeat.listen);
     listen.into_iter().find_map(|address| {

@@ -25,7 +25,8 @@ pub(super) struct BindError {
 /// removes the right to inspect other processes.
 pub(super) fn holders_in_the_way(config: &Config) -> Vec<(u64, Holder)> {
     let binds = config.frontends.iter().flat_map(|frontend| &frontend.binds);
-    let ports: HashSet<u16> = binds.map(|bind| bind.key.socket_addr().port()).collect();
+    let addresses = binds.filter_map(|bind| bind.key.socket_addr());
+    let ports: HashSet<u16> = addresses.map(|address| address.port()).collect();
     let mut others = holders::listening().unwrap_or_default();
     others.retain(|other| ports.contains(&other.address.port()));
     others.truncate(HOLDERS_MAX);
@@ -41,7 +42,7 @@ const HOLDERS_MAX: usize = 16;
 impl BindError {
     /// Creates the error and looks up the socket that uses the address.
     pub(super) fn new(key: &BindKey, error: io::Error) -> BindError {
-        let address = key.socket_addr();
+        let Some(address) = key.socket_addr() else { return BindError::of_unix(key, error) };
         let taken = error.kind() == ErrorKind::AddrInUse;
         let all = if taken { holders::listening().unwrap_or_default() } else { Vec::new() };
         let exact = all.iter().find(|other| other.address == address);
@@ -53,6 +54,13 @@ impl BindError {
         let other = exact.or(wide).or(both).copied();
         let holder = other.and_then(|other| holders::holder(other.socket));
         BindError { key: Box::new(key.clone()), error, other, holder }
+    }
+
+    fn of_unix(key: &BindKey, error: io::Error) -> BindError {
+        let taken = error.kind() == ErrorKind::AddrInUse;
+        let socket = key.unix_path().filter(|_| taken).and_then(holders::listening_at);
+        let holder = socket.and_then(holders::holder);
+        BindError { key: Box::new(key.clone()), error, other: None, holder }
     }
 
     /// Creates the error for an address that `other` uses.
@@ -90,7 +98,7 @@ impl BindError {
     }
 
     fn help(&self, backend: bool) -> Option<String> {
-        let address = self.key.socket_addr();
+        let Some(address) = self.key.socket_addr() else { return self.help_for_unix() };
         let port = address.port();
         let help = match self.error.raw_os_error() {
             _ if backend && address.ip().is_unspecified() => {
@@ -110,6 +118,21 @@ impl BindError {
                 "run `ss -ltnp` as root to see the process; stop it, or use another port"
             }
             _ if self.other.is_some() => "stop that process, or use another port",
+            _ => return None,
+        };
+        Some(help.to_owned())
+    }
+}
+
+impl BindError {
+    fn help_for_unix(&self) -> Option<String> {
+        let help = match self.error.kind() {
+            ErrorKind::AddrInUse => "stop the process that listens there, or use another path",
+            ErrorKind::AlreadyExists => "remove the file, or use another path",
+            ErrorKind::NotFound => "create the directory; the user of Tidegate must own it",
+            ErrorKind::PermissionDenied => {
+                "the user of Tidegate needs the right to write to the directory"
+            }
             _ => return None,
         };
         Some(help.to_owned())
@@ -139,7 +162,13 @@ impl std::fmt::Display for BindError {
         let Some(ListeningSocket { address, user, .. }) = other else {
             let missing = error.raw_os_error() == Some(libc::EADDRNOTAVAIL);
             let hint = if missing { ": no interface of this host has that address" } else { "" };
-            return f.write_str(hint);
+            f.write_str(hint)?;
+            return match holder {
+                Some(Holder { pid, program }) => {
+                    write!(f, "; process {pid} ({program}) listens there")
+                }
+                None => Ok(()),
+            };
         };
         match holder {
             Some(holder) if holder.pid == std::process::id() => {

@@ -396,7 +396,9 @@ fn paths(config_path: &Path, pid_file: Option<&Path>, config: &Config) -> Paths 
         AccessLogTarget::File(path) => Some(path.as_path()),
         AccessLogTarget::Off | AccessLogTarget::Stdout | AccessLogTarget::Syslog(_) => None,
     };
-    for file in [admin, access, pid_file].into_iter().flatten() {
+    let binds = config.frontends.iter().flat_map(|frontend| &frontend.binds);
+    let sockets = binds.filter_map(|bind| bind.key.socket_file());
+    for file in [admin, access, pid_file].into_iter().flatten().chain(sockets) {
         paths.write.extend(directories_of(file));
     }
     paths.write.extend(config.process.state.clone());
@@ -452,8 +454,9 @@ impl AppliedSandbox {
             Some(SandboxSettings { sandbox: Sandbox::On, .. }) => HINT_STRICT,
             _ => HINT,
         };
-        // Landlock restricts files, so it never prevents listening on an address.
-        let denied = why.contains("ermission denied") && !why.contains("cannot listen on");
+        // Landlock restricts files, so it never prevents listening on an IP address.
+        let network = why.contains("cannot listen on") && !why.contains("cannot listen on unix:");
+        let denied = why.contains("ermission denied") && !network;
         if !denied || !self.report.holds("landlock") || why.contains(hint) {
             return why;
         }

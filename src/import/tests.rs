@@ -79,6 +79,34 @@ fn checks_of_a_pool_without_a_checked_server_have_no_effect() {
     assert!(report.contains(" 0 not understood"), "{report}");
 }
 
+#[test]
+fn unix_sockets_become_binds_with_their_mode() {
+    let text = "listen a\n  mode tcp\n  bind /run/a.sock mode 666 user haproxy\n  \
+                bind unix@/run/b.sock accept-proxy\n  bind abns@c\n  bind *:80 mode 600\n  \
+                server s 127.0.0.1:90\n";
+    let request = ImportRequest { name: "haproxy.cfg", text, ..Default::default() };
+    let imported = super::import(super::ImportKind::Haproxy, &request);
+    let (toml, report) = (imported.toml.unwrap(), imported.report.text());
+    for bind in [
+        "{ address = \"unix:/run/a.sock\", mode = \"0666\" }",
+        "{ address = \"unix:/run/b.sock\", proxy_protocol = true }",
+        "\"unix:@c\"",
+        "\"0.0.0.0:80\"",
+    ] {
+        assert!(toml.contains(bind), "{bind}: {toml}");
+    }
+    assert!(!toml.contains("from ="), "{toml}");
+    for word in ["belongs to the user and the group", "is 0660", "zero bytes", " 0 NOT POSSIBLE"] {
+        assert!(report.contains(word), "{word}: {report}");
+    }
+    let text =
+        "stream { server { listen unix:/run/n.sock proxy_protocol; proxy_pass 10.0.0.1:80; } }";
+    let request = ImportRequest { name: "nginx.conf", text, ..Default::default() };
+    let toml = super::import(super::ImportKind::Nginx, &request).toml.unwrap();
+    let bind = "{ address = \"unix:/run/n.sock\", mode = \"0666\", proxy_protocol = true }";
+    assert!(toml.contains(bind), "{toml}");
+}
+
 /// Lines that can occur in a source, and lines that cannot.
 const LINES: &[&str] = &[
     "global",
@@ -92,6 +120,9 @@ const LINES: &[&str] = &[
     "  bind *:80",
     "  bind :::81-90 v6only accept-proxy ssl crt x",
     "  bind 1:2:3",
+    "  bind /x.sock accept-proxy mode 0",
+    "  bind unix@x,abns@y mode 777",
+    "listen unix:/x proxy_protocol;",
     "  server s 10.0.0.1:80 check inter 1 rise 0 fall 999999999999 weight 0",
     "  server s 10.0.0.1 maxconn 5 backup",
     "  server-template t 1-3 h:80 check",

@@ -52,6 +52,22 @@ pub fn listening() -> io::Result<Vec<ListeningSocket>> {
     Ok(all)
 }
 
+/// Returns the inode number of the socket that listens at the path, or at `@` and a name in the
+/// abstract namespace. `None`: no process of this network namespace listens there.
+pub fn listening_at(path: &Path) -> Option<u64> {
+    /// `__SO_ACCEPTCON` in the column `Flags`: the socket listens.
+    const ACCEPTS: u32 = 1 << 16;
+    let file = BufReader::new(File::open("/proc/self/net/unix").ok()?);
+    file.lines().skip(1).map_while(Result::ok).find_map(|line| {
+        // Number, references, protocol, flags, type, state, inode number, path.
+        let words: Vec<&str> = line.splitn(7, ' ').collect();
+        let flags = u32::from_str_radix(words.get(3)?, 16).ok()?;
+        let (socket, name) = words.get(6)?.trim_start().split_once(' ')?;
+        let same = flags & ACCEPTS != 0 && Path::new(name) == path;
+        same.then(|| socket.parse().ok())?
+    })
+}
+
 /// Reads the listening sockets, which come first in these files.
 fn read(path: &str, into: &mut Vec<ListeningSocket>) -> io::Result<()> {
     for line in BufReader::new(File::open(path)?).lines().skip(1) {

@@ -5,7 +5,7 @@
 
 use super::sockopt;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{SocketFlags, acceptfrom_with};
+use rustix::net::{AddressFamily, SocketFlags, acceptfrom_with};
 use socket2::{Domain, Protocol, SockAddr, SockFilter, Socket, Type};
 use std::io;
 use std::net::SocketAddr;
@@ -74,6 +74,9 @@ pub fn start(socket: &Socket, backlog: u16) -> io::Result<()> {
 /// connection is needed.
 pub fn prepare(socket: &Socket) -> io::Result<()> {
     socket.set_nonblocking(true)?;
+    if socket.local_addr()?.is_unix() {
+        return Ok(());
+    }
     socket.set_tcp_nodelay(true)?;
     // Urgent bytes stay in the stream (tcp(7)).
     socket.set_out_of_band_inline(true)
@@ -159,10 +162,28 @@ fn mark_error(mark: u32, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), why)
 }
 
-/// Accepts one connection. Returns `WouldBlock` if the listen queue is empty.
-pub fn accept(listener: impl AsFd) -> io::Result<(OwnedFd, SocketAddr)> {
+/// The peer of an accepted connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AcceptedPeer {
+    /// Of a TCP connection.
+    Ip(SocketAddr),
+    /// Of a connection to a Unix socket: the user and the process that connected (unix(7),
+    /// SO_PEERCRED).
+    Local {
+        /// Effective user number.
+        user: u32,
+        /// Process number; 0 if it belongs to another namespace.
+        process: u32,
+    },
+}
+
+/// Accepts one connection. Returns `WouldBlock` if the listen queue is empty. A connection to a
+/// Unix socket costs a second system call.
+pub fn accept(listener: impl AsFd) -> io::Result<(OwnedFd, AcceptedPeer)> {
     let (socket, peer) = take(listener)?;
-    if BY_HOP_LIMIT.load(Ordering::SeqCst) {
+    if let AcceptedPeer::Ip(peer) = peer
+        && BY_HOP_LIMIT.load(Ordering::SeqCst)
+    {
         // The connection inherited the limit if its handshake ended after the listener
         // retired. Setting it to 0 cannot fail for a socket of that family.
         let _ = sockopt::least_hop_limit(socket.as_fd(), peer.is_ipv6(), 0);
@@ -170,15 +191,22 @@ pub fn accept(listener: impl AsFd) -> io::Result<(OwnedFd, SocketAddr)> {
     Ok((socket, peer))
 }
 
-fn take(listener: impl AsFd) -> io::Result<(OwnedFd, SocketAddr)> {
+fn take(listener: impl AsFd) -> io::Result<(OwnedFd, AcceptedPeer)> {
     #[cfg(any(test, feature = "fake"))]
     if let Some(answer) = super::fake::accept(&listener) {
-        return answer;
+        return answer.map(|(socket, peer)| (socket, AcceptedPeer::Ip(peer)));
     }
     let (socket, peer) = acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
-    let peer = peer
-        .and_then(|any| SocketAddr::try_from(any).ok())
-        .ok_or_else(|| io::Error::from_raw_os_error(libc::ECONNABORTED))?;
+    let peer = match peer {
+        Some(any) if any.address_family() == AddressFamily::UNIX => {
+            let (user, process) = sockopt::peer_credentials(socket.as_fd())?;
+            AcceptedPeer::Local { user, process }
+        }
+        peer => peer
+            .and_then(|any| SocketAddr::try_from(any).ok())
+            .map(AcceptedPeer::Ip)
+            .ok_or_else(|| io::Error::from_raw_os_error(libc::ECONNABORTED))?,
+    };
     Ok((socket, peer))
 }
 
@@ -206,9 +234,14 @@ pub fn has_queued(listener: impl AsFd) -> bool {
 /// Kernels of 2026 require CAP_NET_ADMIN for a filter on a TCP socket. Without it,
 /// [`retire_by_hop_limit`] has nearly the same effect.
 ///
+/// It has no effect on a Unix socket: the caller removes its file.
+///
 /// # Errors
 /// The error of the kernel. New clients can still connect then.
 pub fn retire(listener: &Socket) -> io::Result<()> {
+    if listener.local_addr()?.is_unix() {
+        return Ok(());
+    }
     match drop_bare_syns(listener) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             retire_by_hop_limit(listener)

@@ -84,6 +84,27 @@ pub(super) fn tcp_info(socket: BorrowedFd<'_>) -> Option<libc::tcp_info> {
     (result == 0).then_some(info)
 }
 
+/// SO_PEERCRED (unix(7)): user and process that connected to a Unix socket.
+pub(super) fn peer_credentials(socket: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
+    let mut credentials = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut len = size_of_val(&credentials) as libc::socklen_t;
+    // SAFETY: both pointers are valid during the call, and the kernel writes at most `len`
+    // bytes of the struct, which consists of integers.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut credentials).cast(),
+            &raw mut len,
+        )
+    };
+    match result {
+        0 => Ok((credentials.uid, credentials.pid.cast_unsigned())),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 fn set(
     socket: BorrowedFd<'_>,
     level: libc::c_int,

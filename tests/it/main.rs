@@ -62,6 +62,7 @@ mod state;
 mod storms;
 mod syslog;
 mod twins;
+mod unix_binds;
 mod waiting;
 mod why;
 mod why_ledger;

@@ -29,7 +29,7 @@ fn headline(session: &SessionExplanation) -> String {
         format!("{event} at {}", cell_text(&first.time))
     });
     let mut text = format!("Session {} of {} on {frontend}{at}.", session.session, session.client);
-    if let Some(peer) = session.peer {
+    if let Some(peer) = &session.peer {
         let _ = write!(text, " Its PROXY header came from {peer}.");
     }
     if let Some(route) = session.route {

@@ -119,7 +119,7 @@ pub(super) const BIND: &[ConfigKey] = &[
         Form("an address"),
         Required,
         Reload,
-        "Address to listen on, with one port or a range of ports.",
+        "Address to listen on, with one port or a range of ports, or a Unix socket.",
     ),
     key(
         "interface",
@@ -165,7 +165,15 @@ pub(super) const BIND: &[ConfigKey] = &[
         Value("false"),
         Reload,
         "Peers in `from` of [`proxy_protocol`](#frontendnameproxy_protocol) start each connection \
-         with a PROXY header.",
+         with a PROXY header. So do all peers of a Unix socket.",
+    ),
+    key(
+        "mode",
+        Form("permissions such as `\"0660\"`"),
+        Value("\"0660\""),
+        Reload,
+        "Permissions of the file of a Unix socket: clients need the right to write. The file belongs \
+         to the user and the group of Tidegate.",
     ),
 ];
 
@@ -205,7 +213,7 @@ pub(super) const PROXY_HEADERS: &[ConfigKey] = &[
     key(
         "from",
         RANGES,
-        Required,
+        Described("required for IP addresses"),
         Reload,
         "Peers that must send a header; at most 1,024 ranges. The header names the client.",
     ),

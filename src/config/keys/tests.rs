@@ -48,6 +48,7 @@ servers = '127.0.0.1:1'
 
 /// Keys that other keys need, or that widen what a range may be.
 const NEEDED: &[(&str, &str, &str)] = &[
+    ("bind", "mode", "address = 'unix:/s'"),
     ("[process]", "group", "user = 'a'"),
     ("[log]", "facility", "target = 'syslog:/dev/log'"),
     ("[log]", "access_facility", "access = 'syslog:/dev/log'"),
@@ -146,6 +147,10 @@ fn file(header: &str, lines: &str) -> String {
             .replace("NAME", "x");
     }
     let (header, lines) = match (inline_in(header), header) {
+        (Some(outer), "bind") if lines.contains("unix:") => {
+            let lines = lines.replace('\n', ", ");
+            (outer, format!("bind = ['127.0.0.1:1', {{ {lines} }}]"))
+        }
         (Some(outer), "bind") if lines.starts_with("address") => {
             (outer, format!("bind = {{ {lines} }}"))
         }

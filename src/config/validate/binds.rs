@@ -1,18 +1,18 @@
-//! `bind` of a frontend: addresses, ranges of ports, options.
+//! `bind` of a frontend: addresses, ranges of ports, Unix sockets, options.
 //!
 //! Called by `frontend`. It never reads other keys; `cross` reports addresses that clash.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use toml::de::DeValue;
 
 use super::BINDS_MAX;
 use crate::Spot;
-use crate::address::{self, BindAddresses};
+use crate::address::{self, BindPlace};
 use crate::file::{Field, Section, ValueNode};
-use tidegate_core::model::{BACKLOG_MAX, Bind, BindKey, BindOptions};
-
-use crate::value::ValueError;
+use crate::value::{ValueError, shown};
+use tidegate_core::model::{BACKLOG_MAX, Bind, BindKey, BindOptions, SOCKET_MODE};
 
 /// A bind with its place.
 type PlacedBind = (Bind, Range<usize>);
@@ -54,36 +54,46 @@ pub(super) fn read(section: &Section<'_, '_>, count: &mut BindCount) -> Vec<Plac
         }
     };
     let mut binds = Vec::with_capacity(nodes.len());
-    for (model, addresses, place) in nodes.iter().filter_map(|node| element(section, node)) {
-        let pair = addresses.hosts.len() == 2;
-        for port in addresses.ports {
-            for mut address in addresses.hosts.iter().copied() {
-                if !count.admits(&place) {
-                    continue;
-                }
-                address.set_port(port);
-                let interface = model.key.interface.clone();
-                let key = BindKey::tcp(address).on(interface);
-                let options = BindOptions { if_ipv6: pair && address.is_ipv6(), ..model.options };
+    for element in nodes.iter().filter_map(|node| element(section, node)) {
+        let BindElement { at, interface, options, place } = element;
+        let mut keep = |key: BindKey, options: BindOptions| {
+            if count.admits(&place) {
                 section.report.keep(Spot::Bind(key.clone()), Some(place.clone()));
                 binds.push((Bind { key, options }, place.clone()));
+            }
+        };
+        match at {
+            BindPlace::Unix(path) => keep(BindKey::unix(path), options),
+            BindPlace::Ip(addresses) => {
+                let pair = addresses.hosts.len() == 2;
+                for port in addresses.ports {
+                    for mut address in addresses.hosts.iter().copied() {
+                        address.set_port(port);
+                        let if_ipv6 = pair && address.is_ipv6();
+                        let key = BindKey::tcp(address).on(interface.clone());
+                        keep(key, BindOptions { if_ipv6, ..options });
+                    }
+                }
             }
         }
     }
     binds
 }
 
-/// Reads one element of `bind`. Returns a bind with its options, its addresses and its
-/// place.
-fn element(
-    section: &Section<'_, '_>,
-    node: &ValueNode<'_>,
-) -> Option<(Bind, BindAddresses, Range<usize>)> {
+/// One element of `bind`.
+struct BindElement {
+    at: BindPlace,
+    interface: Option<Arc<str>>,
+    options: BindOptions,
+    place: Range<usize>,
+}
+
+fn element(section: &Section<'_, '_>, node: &ValueNode<'_>) -> Option<BindElement> {
     match node.get_ref() {
-        DeValue::String(text) => match address::bind_addresses(text) {
-            Ok(addresses) => {
-                let model = Bind::tcp(*addresses.hosts.first()?);
-                Some((model, addresses, node.span()))
+        DeValue::String(text) => match address::bind_place(text) {
+            Ok(at) => {
+                let (interface, options) = (None, BindOptions::default());
+                Some(BindElement { at, interface, options, place: node.span() })
             }
             Err(complaint) => {
                 section.report.error(node.span(), complaint.named("bind"));
@@ -103,16 +113,20 @@ fn element(
 }
 
 /// Reads `{ address = "...", ... }`.
-fn table_of_bind(table: Section<'_, '_>) -> Option<(Bind, BindAddresses, Range<usize>)> {
+fn table_of_bind(table: Section<'_, '_>) -> Option<BindElement> {
     let wants = "an address such as \"0.0.0.0:8080\"";
-    let addresses = table.text("address", wants, address::bind_addresses);
-    if addresses.is_absent() {
+    let at = table.text("address", wants, address::bind_place);
+    if at.is_absent() {
         table.missing("address", "\"0.0.0.0:8080\"");
     }
     let interface = table.text("interface", "the name of an interface", address::interface_name);
     let freebind = table.boolean("freebind");
-    if let (Field::Good(addresses), Field::Good(free)) = (&addresses, &freebind)
-        && addresses.get_ref().hosts.iter().any(|address| address.ip().is_unspecified())
+    let wildcard = |at: &BindPlace| match at {
+        BindPlace::Ip(to) => to.hosts.iter().any(|address| address.ip().is_unspecified()),
+        BindPlace::Unix(_) => false,
+    };
+    if let (Field::Good(at), Field::Good(free)) = (&at, &freebind)
+        && wildcard(at.get_ref())
         && *free.get_ref()
     {
         let complaint = ValueError::new("freebind has no effect on a wildcard address");
@@ -126,12 +140,44 @@ fn table_of_bind(table: Section<'_, '_>) -> Option<(Bind, BindAddresses, Range<u
         mark: table.integer("mark", 0..=u32::MAX).or(0),
         dscp: table.integer("dscp", 0..=63).or(0),
         proxy_protocol: table.boolean("proxy_protocol").or(false),
+        mode: table.text("mode", "permissions such as \"0660\"", socket_mode).or(SOCKET_MODE),
     };
+    if let Field::Good(at) = &at {
+        refuse_options_of_the_other_kind(&table, at.get_ref());
+    }
     table.finish();
-    let addresses = addresses.good()?;
-    let (place, addresses) = (addresses.span(), addresses.into_inner());
-    let key = BindKey::tcp(*addresses.hosts.first()?).on(interface.value());
-    Some((Bind { key, options }, addresses, place))
+    let at = at.good()?;
+    let (place, at) = (at.span(), at.into_inner());
+    Some(BindElement { at, interface: interface.value(), options, place })
+}
+
+/// Parses permissions: three or four octal digits.
+fn socket_mode(text: &str) -> Result<u16, ValueError> {
+    let octal = (3..=4).contains(&text.len()) && text.bytes().all(|b| matches!(b, b'0'..=b'7'));
+    let mode = u16::from_str_radix(text, 8).ok().filter(|mode| octal && *mode <= 0o777);
+    let complaint = match mode {
+        Some(mode) if mode & 0o222 != 0 => return Ok(mode),
+        Some(_) => ValueError::new(format!("with {} no user can connect", shown(text))),
+        None => ValueError::new(format!("{} is no permission of a file", shown(text))),
+    };
+    Err(complaint.help("clients need the right to write; write \"0660\" or \"0666\""))
+}
+
+/// Reports options that have no effect on this kind of socket.
+fn refuse_options_of_the_other_kind(table: &Section<'_, '_>, at: &BindPlace) {
+    let (keys, why): (&[&'static str], &str) = match at {
+        BindPlace::Unix(path) if path.as_os_str().as_encoded_bytes().starts_with(b"@") => {
+            (&["interface", "freebind", "mark", "dscp", "mode"], "an abstract Unix socket")
+        }
+        BindPlace::Unix(_) => (&["interface", "freebind", "mark", "dscp"], "a Unix socket"),
+        BindPlace::Ip(_) => (&["mode"], "an IP address"),
+    };
+    for key in keys {
+        if let Some(place) = table.value_place(key) {
+            let complaint = ValueError::new(format!("{key} has no effect on {why}"));
+            table.report.error(place, complaint);
+        }
+    }
 }
 
 // === impl BindCount ===

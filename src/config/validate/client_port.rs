@@ -11,7 +11,7 @@ use super::frontend::FrontendRead;
 use super::pool::PoolRead;
 use crate::diagnose::ProblemCollector;
 use crate::value::{ValueError, shown};
-use tidegate_core::model::{BackendAddr, RouteConfig, RouteTarget};
+use tidegate_core::model::{BackendAddr, BindKey, RouteConfig, RouteTarget};
 
 /// Most pairs of a backend and a bind that are checked for a loop.
 const PAIRS_MAX: usize = 1_000_000;
@@ -41,6 +41,10 @@ pub(super) fn check(
         for (backend, place) in pool.model.backends.iter().zip(&pool.address_places) {
             let BackendAddr::ClientPort(_, offset) = backend.address else { continue };
             needs_no_port_elsewhere(report, pool, &backend.address, place);
+            if let Some((frontend, bind)) = ways.iter().find_map(unix_bind) {
+                report.error(place.clone(), no_client_port(frontend, bind, &backend.address));
+                continue;
+            }
             if let Some((frontend, port)) = without_port(ways, offset) {
                 report.error(place.clone(), out_of_range(frontend, port, offset));
                 continue;
@@ -70,9 +74,27 @@ fn ways(frontends: &[FrontendRead]) -> HashMap<&str, Vec<Way<'_>>> {
     ways
 }
 
+/// Returns a Unix socket whose clients take this way. They meet no condition on ports.
+fn unix_bind<'f>(&(frontend, route): &Way<'f>) -> Option<(&'f FrontendRead, &'f BindKey)> {
+    if route.is_some_and(|route| !route.ports.is_empty() || !route.addresses.is_empty()) {
+        return None;
+    }
+    let mut keys = frontend.model.binds.iter().map(|bind| &bind.key);
+    keys.find(|key| key.unix_path().is_some()).map(|key| (frontend, key))
+}
+
+fn no_client_port(frontend: &FrontendRead, bind: &BindKey, backend: &BackendAddr) -> ValueError {
+    let name = shown(&frontend.model.name);
+    let message = format!(
+        "backend {backend} has no port, but clients of {bind} of frontend {name} have none either"
+    );
+    ValueError::new(message).help("give the backend a port")
+}
+
 /// Returns the ports of the clients on this way.
 fn ports<'f>(&(frontend, route): &Way<'f>) -> impl Iterator<Item = u16> + use<'f> {
-    let all = frontend.model.binds.iter().map(|bind| bind.key.socket_addr().port());
+    let addresses = frontend.model.binds.iter().filter_map(|bind| bind.key.socket_addr());
+    let all = addresses.map(|address| address.port());
     all.filter(move |port| {
         route.is_none_or(|route| {
             route.ports.is_empty() || route.ports.iter().any(|ports| ports.contains(port))

@@ -7,6 +7,7 @@
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::binds::BindCount;
@@ -130,6 +131,8 @@ struct AllAddresses<'f> {
     all: OwnAddresses<'f>,
     /// The addresses on one interface; `None`: on every interface.
     by_interface: HashMap<Option<Arc<str>>, OwnAddresses<'f>>,
+    /// Unix sockets.
+    unix: HashMap<PathBuf, TakenBy<'f>>,
 }
 
 /// TCP addresses of binds, indexed by address and by port.
@@ -148,21 +151,34 @@ fn binds<'f>(report: &ProblemCollector<'_>, frontends: &'f [FrontendRead]) -> Al
     let mut reported = None;
     for frontend in frontends {
         for (bind, place) in frontend.model.binds.iter().zip(&frontend.bind_places) {
-            if let Some((other, set)) = taken.clash(&bind.key) {
+            if let Some(path) = bind.key.unix_path() {
+                if let Some(by) = taken.unix.get(path) {
+                    report.error_with(place.clone(), || by.repeated(report, &bind.key));
+                    continue;
+                }
+                let by = TakenBy { frontend: &frontend.model.name, place: place.clone() };
+                taken.unix.insert(path.to_owned(), by);
+            }
+            let Some(address) = bind.key.socket_addr() else { continue };
+            if let Some((other, set)) = taken.clash(&bind.key, address) {
                 if reported.replace(place.clone()).as_ref() != Some(place) {
-                    report.error_with(place.clone(), || {
-                        set.clash_complaint(report, bind.key.socket_addr(), other)
-                    });
+                    report
+                        .error_with(place.clone(), || set.clash_complaint(report, address, other));
                 }
                 continue;
             }
-            taken.insert(&bind.key, &frontend.model.name, place);
+            taken.insert(&bind.key, address, &frontend.model.name, place);
         }
     }
     taken
 }
 
 fn admin_address(report: &ProblemCollector<'_>, admin: &AdminRead, taken: &AllAddresses<'_>) {
+    if let (AdminListen::Unix(path), Some(place)) = (&admin.model.listen, &admin.listen)
+        && let Some(by) = taken.unix.get(path)
+    {
+        report.error(place.clone(), by.repeated(report, &BindKey::unix(path.clone())));
+    }
     let taken = &taken.all;
     if let (AdminListen::Tcp(address), Some(place)) = (&admin.model.listen, &admin.listen)
         && let Some(other) = taken.clash(*address)
@@ -181,12 +197,13 @@ fn loops(
     taken: &AllAddresses<'_>,
 ) {
     // A socket on one interface gets no connection of this host to itself.
-    let taken = taken.by_interface.get(&None);
+    let (unix, taken) = (&taken.unix, taken.by_interface.get(&None));
     for pool in pools {
         for (backend, place) in pool.model.backends.iter().zip(&pool.address_places) {
             let tcp = match &backend.address {
                 BackendAddr::Tcp(address) => taken.and_then(|taken| taken.reaches(*address)),
-                BackendAddr::ClientPort(..) | BackendAddr::Unix(_) => None,
+                BackendAddr::Unix(path) => unix.get(path),
+                BackendAddr::ClientPort(..) => None,
             };
             if let Some(bind) = tcp {
                 loop_error(report, &backend.address, bind, place);
@@ -235,26 +252,41 @@ fn family_port(address: SocketAddr) -> (u16, bool) {
     (address.port(), matches!(address.ip(), IpAddr::V4(_)))
 }
 
+// === impl TakenBy ===
+
+impl TakenBy<'_> {
+    fn repeated(&self, report: &ProblemCollector<'_>, key: &BindKey) -> ValueError {
+        let (frontend, place) = (shown(self.frontend), report.place_name(&self.place));
+        ValueError::new(format!("{key} repeats a bind of frontend {frontend} at {place}"))
+    }
+}
+
 // === impl AllAddresses ===
 
 impl<'f> AllAddresses<'f> {
-    fn insert(&mut self, key: &BindKey, frontend: &'f str, place: &Range<usize>) {
+    fn insert(
+        &mut self,
+        key: &BindKey,
+        address: SocketAddr,
+        frontend: &'f str,
+        place: &Range<usize>,
+    ) {
         let by = TakenBy { frontend, place: place.clone() };
-        self.all.insert(key.socket_addr(), by.clone());
+        self.all.insert(address, by.clone());
         let set = self.by_interface.entry(key.interface.clone()).or_default();
-        set.insert(key.socket_addr(), by);
+        set.insert(address, by);
     }
 
     /// Returns the earlier bind that `key` repeats or overlaps, and the set it is in.
     /// Sockets on different interfaces can have the same address.
-    fn clash(&self, key: &BindKey) -> Option<(SocketAddr, &OwnAddresses<'f>)> {
+    fn clash(&self, key: &BindKey, address: SocketAddr) -> Option<(SocketAddr, &OwnAddresses<'f>)> {
         let sets = match &key.interface {
             None => [Some(&self.all), None],
             interface => {
                 [None, interface.clone()].map(|interface| self.by_interface.get(&interface))
             }
         };
-        let clash = |set: &'_ OwnAddresses<'f>| set.clash(key.socket_addr());
+        let clash = |set: &'_ OwnAddresses<'f>| set.clash(address);
         sets.into_iter().flatten().find_map(|set| Some((clash(set)?, set)))
     }
 }

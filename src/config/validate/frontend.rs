@@ -18,7 +18,7 @@ use crate::address;
 use crate::defaults::Defaults;
 use crate::file::{Field, NamedSection, Section};
 use crate::value::{self, STALLED, TIME, USER_TIMEOUT, ValueError};
-use tidegate_core::model::{Bind, FrontendConfig, show_duration};
+use tidegate_core::model::{Bind, FrontendConfig, SourceRules, show_duration};
 
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(30);
@@ -89,6 +89,7 @@ pub(super) fn read<'r, 'a>(
         proxy_protocol: header_source,
     };
     refuse_useless_timer(&section, &model);
+    refuse_rules_for_ip_clients(&section, &model);
     warn_of_timers(&section, &model);
     section.finish();
     let mut read = FrontendRead { model, enabled, bind_places, pool: pool_place, route_pools };
@@ -189,6 +190,28 @@ fn refuse_useless_timer(section: &Section<'_, '_>, model: &FrontendConfig) {
         let message = "first_byte_timeout has no effect with client_first";
         let help = "client_first already limits the wait for the client's first byte";
         section.report.error(place, ValueError::new(message).help(help));
+    }
+}
+
+/// Reports rules that no client of this frontend can meet, because its binds are Unix sockets.
+fn refuse_rules_for_ip_clients(section: &Section<'_, '_>, model: &FrontendConfig) {
+    let mut binds = model.binds.iter();
+    if model.binds.is_empty() || binds.any(|bind| bind.key.unix_path().is_none()) {
+        return;
+    }
+    let refuse = |key: &'static str, what: &str| {
+        if let Some(place) = section.key_place(key) {
+            let message = format!("{what} no effect: every bind of this frontend is a Unix socket");
+            section.report.error(place, ValueError::new(message));
+        }
+    };
+    let announced = model.binds.iter().any(|bind| bind.options.proxy_protocol);
+    let files = |rules: &SourceRules| rules.allow_file.is_some() || rules.deny_file.is_some();
+    if !announced && model.sources.as_ref().is_some_and(|r| files(r) || r.access.rules() > 0) {
+        refuse("sources", "the ranges of sources have");
+    }
+    if model.download_rate.is_some() {
+        refuse("download_rate", "download_rate has");
     }
 }
 

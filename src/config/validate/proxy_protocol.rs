@@ -41,10 +41,14 @@ pub(super) fn of_frontend<'b>(
     let label = format!("[frontend.{}.{key}]", value::cut(name));
     let given = frontend.key_place(key);
     let section = frontend.table(key, label);
-    let expecting = binds.filter(|(bind, _)| bind.options.proxy_protocol).map(|(_, place)| place);
+    let expecting = binds.filter(|(bind, _)| bind.options.proxy_protocol);
     let expecting: Vec<_> = expecting.collect();
+    let unix_only = !expecting.is_empty() && expecting.iter().all(|(bind, _)| is_unix(bind));
     match (&given, expecting.first()) {
-        (None, Some(place)) if frontend.node(key).is_none() => {
+        (None, Some(_)) if unix_only && frontend.node(key).is_none() => {
+            return Some(Arc::new(any_unix_peer(TIMEOUT)));
+        }
+        (None, Some((_, place))) if frontend.node(key).is_none() => {
             let message = "a bind with proxy_protocol needs the peers that send headers";
             let help =
                 format!("add proxy_protocol = {{ from = [\"10.0.0.0/8\"] }} to [frontend.{name}]");
@@ -58,6 +62,19 @@ pub(super) fn of_frontend<'b>(
         _ => {}
     }
     let section = section?;
+    if unix_only {
+        let source = any_unix_peer(section.duration("timeout", "3s", TIMEOUTS).or(TIMEOUT));
+        for key in ["from", "others"] {
+            if let Some(place) = section.key_place(key) {
+                let message = format!("{key} has no effect: only Unix sockets expect headers");
+                let help = "the mode of the file decides which peers can connect";
+                section.report.error(place, ValueError::new(message).help(help));
+            }
+            section.node(key);
+        }
+        section.finish();
+        return Some(Arc::new(source));
+    }
     let wants = ("a range or a list of ranges", "ranges such as \"10.0.0.0/8\"");
     let from = one_or_more(&section, "from", wants, "[\"10.0.0.0/8\"]", sources::range);
     if let Some(first) = from.get(FROM_MAX) {
@@ -76,6 +93,20 @@ pub(super) fn of_frontend<'b>(
     section.finish();
     // A default can be that of frontends that expect no headers.
     (!expecting.is_empty()).then(|| Arc::new(source))
+}
+
+fn is_unix(bind: &Bind) -> bool {
+    bind.key.unix_path().is_some()
+}
+
+/// The peers of Unix sockets: the mode of the file decides which of them can connect.
+fn any_unix_peer(timeout: Duration) -> ProxyHeaderSource {
+    ProxyHeaderSource {
+        peers: AccessList::new(&[], &[]),
+        from: Vec::new(),
+        others: OtherPeers::Refuse,
+        timeout,
+    }
 }
 
 /// Reads the header that backends get: `"off"`, `"v1"`, `"v2"` or a table.

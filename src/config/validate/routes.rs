@@ -114,12 +114,19 @@ impl<'r, 'a> RouteRead<'r, 'a> {
             return;
         }
         let has_port = |bind: &Bind, ports: &RangeInclusive<u16>| {
-            ports.contains(&bind.key.socket_addr().port())
+            bind.key.socket_addr().is_some_and(|address| ports.contains(&address.port()))
         };
         let complain = |place: Range<usize>, what: String| {
             let message = format!("no bind of frontend {} {what}", shown(name));
             self.section.report.error(place, ValueError::new(message));
         };
+        if let Some(first) = self.sources.first()
+            && binds
+                .iter()
+                .all(|bind| bind.key.unix_path().is_some() && !bind.options.proxy_protocol)
+        {
+            complain(first.span(), "has clients with an IP address".to_owned());
+        }
         let mut complete = true;
         for ports in &self.ports {
             if !binds.iter().any(|bind| has_port(bind, ports.get_ref())) {
@@ -205,7 +212,7 @@ fn any_range() -> [IpNet; 2] {
 
 /// Returns whether clients of the bind can have connected to an address of the range.
 fn receives(bind: &Bind, range: &IpNet) -> bool {
-    let ip = bind.key.socket_addr().ip();
+    let Some(ip) = bind.key.socket_addr().map(|address| address.ip()) else { return false };
     let same_family = ip.is_ipv4() == matches!(range, IpNet::V4(_));
     range.contains(&ip) || (ip.is_unspecified() && same_family)
 }

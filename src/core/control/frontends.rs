@@ -46,7 +46,7 @@ impl FrontendSet {
             let known = known.remove(&spec.name);
             let state = known.unwrap_or_else(|| Arc::new(allocator.frontend(&spec.name)));
             self.by_name.insert(Arc::clone(&spec.name), self.list.len());
-            self.binds.extend(spec.binds.iter().map(|bind| bind.key.socket_addr()));
+            self.binds.extend(spec.binds.iter().filter_map(|bind| bind.key.socket_addr()));
             self.list.push(FrontendEntry { state, spec: spec.clone() });
         }
         known.values().for_each(|state| removed.keep_frontend(state.id, &state.name));

@@ -6,7 +6,7 @@ use super::{
     AttemptFailureKind, Decision, Figures, Load, Outcome, SKIPPED_NAMED, SkipReason, Skipped,
     SkippedList, Why,
 };
-use crate::model::{BackendId, ClientAddr, FrontendId, PeerAddr, Policy, PoolId};
+use crate::model::{BackendId, ClientAddr, FrontendId, LocalPeer, PeerAddr, Policy, PoolId};
 use crate::outcome::{Cause, Phase};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -43,7 +43,7 @@ pub(super) fn encode(decision: &Decision) -> DecisionWords {
     words[0] = decision.session;
     words[1] = decision.at_micros;
     words[2] = decision.serial;
-    let [low, upper, place] = address_words(decision.client.socket_addr());
+    let [low, upper, place] = address_words(decision.client.socket());
     words[3] = low;
     words[4] = upper;
     words[5] = place | u64::from(decision.route) << 24 | high(decision.frontend.0);
@@ -61,7 +61,7 @@ pub(super) fn encode(decision: &Decision) -> DecisionWords {
         None => named,
         Some(peer) => {
             words[5] |= HAS_PEER;
-            words[PEER..OUTCOME].copy_from_slice(&address_words(peer.socket_addr()));
+            words[PEER..OUTCOME].copy_from_slice(&address_words(peer));
             &named[..named.len().min(SKIPPED_NAMED_WITH_PEER)]
         }
     };
@@ -96,7 +96,7 @@ pub(super) fn decode(words: &DecisionWords) -> Option<Decision> {
     let client = address([words[3], words[4], words[5]])?;
     let peer = match words[5] & HAS_PEER {
         0 => None,
-        _ => Some(PeerAddr::new(address([words[PEER], words[PEER + 1], words[PEER + 2]])?)),
+        _ => Some(address([words[PEER], words[PEER + 1], words[PEER + 2]])?),
     };
     let [policy, why, attempt, kind] = high_half(words[7]).to_le_bytes();
     let other = high_half(words[11]);
@@ -104,7 +104,7 @@ pub(super) fn decode(words: &DecisionWords) -> Option<Decision> {
         session: words[0],
         at_micros: words[1],
         serial: words[2],
-        client: ClientAddr::announced(client),
+        client: ClientAddr::of_peer(client),
         peer,
         frontend: FrontendId(high_half(words[5])),
         route: (words[5] >> 24) as u8,
@@ -121,8 +121,15 @@ pub(super) fn decode(words: &DecisionWords) -> Option<Decision> {
     })
 }
 
-/// The lower and the upper half of an address, and its port with its family.
-fn address_words(address: SocketAddr) -> [u64; 3] {
+/// The lower and the upper half of an address, and its port with its family. Family 1 is a peer of
+/// a Unix socket.
+fn address_words(peer: PeerAddr) -> [u64; 3] {
+    let address = match peer {
+        PeerAddr::Ip(address) => address,
+        PeerAddr::Local(LocalPeer { user, process }) => {
+            return [u64::from(user) | high(process), 0, 1 << 16];
+        }
+    };
     let (octets, family) = match address.ip() {
         IpAddr::V4(v4) => (v4.to_ipv6_mapped().to_bits(), 4),
         IpAddr::V6(v6) => (v6.to_bits(), 6),
@@ -130,13 +137,17 @@ fn address_words(address: SocketAddr) -> [u64; 3] {
     [octets as u64, (octets >> 64) as u64, u64::from(address.port()) | family << 16]
 }
 
-fn address([low, upper, place]: [u64; 3]) -> Option<SocketAddr> {
+fn address([low, upper, place]: [u64; 3]) -> Option<PeerAddr> {
     let octets = Ipv6Addr::from_bits(u128::from(upper) << 64 | u128::from(low));
     let ip = match (place >> 16) as u8 & 0x7f {
+        1 => {
+            let (user, process) = (low as u32, high_half(low));
+            return Some(PeerAddr::Local(LocalPeer { user, process }));
+        }
         4 => IpAddr::V4(octets.to_ipv4_mapped()?),
         _ => IpAddr::V6(octets),
     };
-    Some(SocketAddr::new(ip, place as u16))
+    Some(PeerAddr::Ip(SocketAddr::new(ip, place as u16)))
 }
 
 /// Kind, three words, and the other backend.
@@ -329,7 +340,10 @@ mod tests {
                 at_micros: numbers.1,
                 serial: numbers.2,
                 client: ClientAddr::announced(SocketAddr::new(ip, port)),
-                peer: peer.map(|(ip, port)| PeerAddr::new(SocketAddr::new(ip, port))),
+                peer: peer.map(|(ip, port)| match route % 2 {
+                    0 => PeerAddr::Ip(SocketAddr::new(ip, port)),
+                    _ => PeerAddr::Local(LocalPeer { user: port.into(), process: frontend }),
+                }),
                 frontend: FrontendId(frontend),
                 route,
                 pool: pool.map(PoolId),

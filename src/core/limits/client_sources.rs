@@ -109,6 +109,18 @@ pub struct SourcePermit {
     way: u8,
 }
 
+/// A client, as far as it decides its source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Client {
+    /// Its source is the prefix of this address.
+    Ip(IpAddr),
+    /// A client of a Unix socket. Its source is the user with this number.
+    User(u32),
+}
+
+/// Stands for the prefix length in the key of a user. Those of addresses are shorter.
+const KEY_OF_USERS: u8 = 163;
+
 /// Result of [`SourceTable::admit`].
 #[derive(Debug)]
 pub enum SourceAdmission {
@@ -117,6 +129,14 @@ pub enum SourceAdmission {
     /// Admitted without being counted, because the entries of its set are in use. Not
     /// an error; the caller counts it.
     Untracked,
+}
+
+// === impl Client ===
+
+impl From<IpAddr> for Client {
+    fn from(address: IpAddr) -> Client {
+        Client::Ip(address)
+    }
 }
 
 // === impl SourceLimits ===
@@ -185,15 +205,15 @@ impl SourceTable {
         }
     }
 
-    /// Counts a connection of the source of `address`, or returns why it is rejected.
+    /// Counts a connection of the source of `client`, or returns why it is rejected.
     /// `now` must not be earlier than the creation of the table.
     pub fn admit(
         self: &Arc<SourceTable>,
-        address: IpAddr,
+        client: impl Into<Client>,
         limits: &SourceLimits,
         now: Instant,
     ) -> Result<SourceAdmission, SourceRefused> {
-        let key = key(address, limits);
+        let key = key(client.into(), limits);
         let now = self.nanoseconds(now);
         let set = self.set_of(key);
         let mut entries = lock(&self.sets[set]);
@@ -210,14 +230,14 @@ impl SourceTable {
     }
 
     /// Returns what [`SourceTable::admit`] would return now, and the connections that the
-    /// source of `address` has. Counts nothing.
+    /// source of `client` has. Counts nothing.
     pub fn preview(
         &self,
-        address: IpAddr,
+        client: impl Into<Client>,
         limits: &SourceLimits,
         now: Instant,
     ) -> (Result<(), SourceRefused>, u32) {
-        let key = key(address, limits);
+        let key = key(client.into(), limits);
         let now = self.nanoseconds(now);
         let entries = lock(&self.sets[self.set_of(key)]);
         let own = entries.iter().find(|entry| entry.key == key);
@@ -249,7 +269,11 @@ impl SourceTable {
 
 /// Returns the source of an address. The key contains the prefix length, so 10.0.0.0/8
 /// and 10.0.0.0/16 differ across a reload. An offset keeps it from 0.
-fn key(address: IpAddr, limits: &SourceLimits) -> (u128, u8) {
+fn key(client: Client, limits: &SourceLimits) -> (u128, u8) {
+    let address = match client {
+        Client::Ip(address) => address,
+        Client::User(user) => return (user.into(), KEY_OF_USERS),
+    };
     let (bits, width, length) = match address.to_canonical() {
         IpAddr::V4(v4) => (u128::from(v4.to_bits()) << 96, 32, limits.prefix_v4.min(32)),
         IpAddr::V6(v6) => (v6.to_bits(), 128, limits.prefix_v6.min(128)),

@@ -7,19 +7,33 @@
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::fmt;
 use std::net::{AddrParseError, IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
 /// Address of the client of a session; used for limits, hashing and the access log.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(transparent)]
-pub struct ClientAddr(SocketAddr);
+pub struct ClientAddr(PeerAddr);
 
 /// Address of the peer of an accepted connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct PeerAddr(SocketAddr);
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum PeerAddr {
+    /// Of a TCP connection.
+    Ip(SocketAddr),
+    /// Of a connection to a Unix socket, which has no address.
+    Local(LocalPeer),
+}
+
+/// The process that connected to a Unix socket, as of its connect(2) (unix(7), SO_PEERCRED).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LocalPeer {
+    /// Effective user number.
+    pub user: u32,
+    /// Process number; 0 if this process cannot see that one.
+    pub process: u32,
+}
 
 /// Address of this host from which connections to backends start. The kernel chooses
 /// the port.
@@ -68,6 +82,8 @@ pub enum Protocol {
 pub enum BindAddr {
     /// IPv4 or IPv6: a wildcard or a local address.
     Ip(SocketAddr),
+    /// A Unix stream socket: a path, or `@` and a name in the abstract namespace (unix(7)).
+    Unix(PathBuf),
 }
 
 // === impl ClientAddr ===
@@ -76,33 +92,41 @@ impl ClientAddr {
     /// Returns the peer as the client. Used if the connection announces no other
     /// client.
     pub fn of_peer(peer: PeerAddr) -> ClientAddr {
-        ClientAddr(peer.0)
+        ClientAddr(peer)
     }
 
     /// Returns the client that a PROXY header announced.
     pub fn announced(client: SocketAddr) -> ClientAddr {
-        ClientAddr(client)
+        ClientAddr(PeerAddr::Ip(client))
     }
 
     /// Returns the same address as the peer of a socket. Use it only for a client that no
     /// header has announced.
     pub fn socket(self) -> PeerAddr {
-        PeerAddr(self.0)
-    }
-
-    /// Returns address and port.
-    pub fn socket_addr(self) -> SocketAddr {
         self.0
     }
 
-    /// Returns the address without its port.
-    pub fn ip(self) -> IpAddr {
-        self.0.ip()
+    /// Returns address and port; `None` for a client of a Unix socket.
+    pub fn socket_addr(self) -> Option<SocketAddr> {
+        self.0.socket_addr()
     }
 
-    /// The port.
-    pub fn port(self) -> u16 {
-        self.0.port()
+    /// Returns the address without its port; `None` for a client of a Unix socket.
+    pub fn ip(self) -> Option<IpAddr> {
+        self.socket_addr().map(|address| address.ip())
+    }
+
+    /// Returns what `source-hash` hashes: the IP address, or for a client of a Unix socket
+    /// an address of the discard prefix (RFC 6666), which no host has, with the number of
+    /// its user.
+    pub fn hash_ip(self) -> IpAddr {
+        match self.0 {
+            PeerAddr::Ip(address) => address.ip(),
+            PeerAddr::Local(peer) => {
+                let prefix = u128::from(0x0100_u16) << 112;
+                IpAddr::V6((prefix | u128::from(peer.user)).into())
+            }
+        }
     }
 }
 
@@ -117,18 +141,32 @@ impl fmt::Display for ClientAddr {
 impl PeerAddr {
     /// Wraps an address from accept(2).
     pub fn new(address: SocketAddr) -> PeerAddr {
-        PeerAddr(address)
+        PeerAddr::Ip(address)
     }
 
-    /// Returns address and port.
-    pub fn socket_addr(self) -> SocketAddr {
-        self.0
+    /// Returns address and port; `None` for a peer on a Unix socket.
+    pub fn socket_addr(self) -> Option<SocketAddr> {
+        match self {
+            PeerAddr::Ip(address) => Some(address),
+            PeerAddr::Local(_) => None,
+        }
     }
 }
 
 impl fmt::Display for PeerAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        match self {
+            PeerAddr::Ip(address) => address.fmt(f),
+            PeerAddr::Local(LocalPeer { user, process }) => {
+                write!(f, "unix:uid={user},pid={process}")
+            }
+        }
+    }
+}
+
+impl Serialize for PeerAddr {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 
@@ -220,11 +258,30 @@ impl BindKey {
         BindKey { interface, ..self }
     }
 
-    /// Returns the address for bind(2).
-    pub fn socket_addr(&self) -> SocketAddr {
+    /// Returns the key of a Unix socket.
+    pub fn unix(path: PathBuf) -> BindKey {
+        BindKey { protocol: Protocol::Tcp, address: BindAddr::Unix(path), interface: None }
+    }
+
+    /// Returns IP address and port; `None` for a Unix socket.
+    pub fn socket_addr(&self) -> Option<SocketAddr> {
         match self.address {
-            BindAddr::Ip(address) => address,
+            BindAddr::Ip(address) => Some(address),
+            BindAddr::Unix(_) => None,
         }
+    }
+
+    /// Returns the path of a Unix socket.
+    pub fn unix_path(&self) -> Option<&Path> {
+        match &self.address {
+            BindAddr::Ip(_) => None,
+            BindAddr::Unix(path) => Some(path),
+        }
+    }
+
+    /// Returns the file of a Unix socket that is not abstract.
+    pub fn socket_file(&self) -> Option<&Path> {
+        self.unix_path().filter(|path| !path.as_os_str().as_bytes().starts_with(b"@"))
     }
 }
 
@@ -234,6 +291,7 @@ impl fmt::Display for BindKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.protocol, &self.address) {
             (Protocol::Tcp, BindAddr::Ip(address)) => address.fmt(f)?,
+            (Protocol::Tcp, BindAddr::Unix(path)) => write!(f, "unix:{}", path.display())?,
         }
         self.interface.as_ref().map_or(Ok(()), |interface| write!(f, "%{interface}"))
     }
@@ -243,6 +301,9 @@ impl FromStr for BindKey {
     type Err = AddrParseError;
 
     fn from_str(text: &str) -> Result<BindKey, AddrParseError> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            return Ok(BindKey::unix(path.into()));
+        }
         // A scope id is before the bracket, not after it.
         let interface = text.rsplit_once('%').filter(|(_, after)| !after.contains(']'));
         let (address, interface) = match interface {
@@ -279,7 +340,7 @@ mod tests {
             let written = serde_json::to_string(&key).unwrap();
             assert_eq!(written, serde_json::to_string(&address).unwrap());
             assert_eq!(serde_json::from_str::<BindKey>(&written).unwrap(), key);
-            assert_eq!((key.to_string(), key.socket_addr()), (text.to_owned(), address));
+            assert_eq!((key.to_string(), key.socket_addr()), (text.to_owned(), Some(address)));
         }
         assert!(serde_json::from_str::<BindKey>("\"udp:127.0.0.1:80\"").is_err());
     }
@@ -289,8 +350,30 @@ mod tests {
         for text in ["127.0.0.1:80%eth1", "[fe80::1%3]:443%eth1", "[::]:80%br-0.7"] {
             let key: BindKey = text.parse().unwrap();
             assert_eq!(key.to_string(), text);
-            assert_ne!(key, BindKey::tcp(key.socket_addr()));
+            assert_ne!(key, BindKey::tcp(key.socket_addr().unwrap()));
         }
+    }
+
+    #[test]
+    fn bind_key_of_a_unix_socket_is_read_as_printed() {
+        for (text, file) in [("unix:/run/a%b.sock", Some("/run/a%b.sock")), ("unix:@a", None)] {
+            let key: BindKey = text.parse().unwrap();
+            assert_eq!((key.to_string(), key.socket_addr()), (text.to_owned(), None));
+            assert_eq!(key.socket_file(), file.map(Path::new));
+        }
+    }
+
+    #[test]
+    fn clients_of_one_user_have_one_hash_and_print_user_and_process() {
+        let client =
+            |user, process| ClientAddr::of_peer(PeerAddr::Local(LocalPeer { user, process }));
+        assert_eq!(client(1000, 1).hash_ip(), client(1000, 2).hash_ip());
+        assert_ne!(client(1000, 1).hash_ip(), client(0, 1).hash_ip());
+        assert_eq!(client(7, 9).hash_ip(), "100::7".parse::<IpAddr>().unwrap());
+        assert_eq!(
+            (client(7, 9).ip(), client(7, 9).to_string().as_str()),
+            (None, "unix:uid=7,pid=9")
+        );
     }
 
     #[test]
@@ -320,7 +403,7 @@ mod tests {
         let address: SocketAddr = "[2001:db8::1]:4000".parse().unwrap();
         let (peer, source) = (PeerAddr::new(address), SourceAddr::new(address.ip()));
         let client = ClientAddr::of_peer(peer);
-        assert_eq!((client.to_string(), client.ip()), (address.to_string(), address.ip()));
+        assert_eq!((client.to_string(), client.ip()), (address.to_string(), Some(address.ip())));
         assert_eq!(
             (peer.to_string(), source.to_string()),
             (address.to_string(), address.ip().to_string())

@@ -3,7 +3,7 @@
 //! Used by the model's `Serialize` implementation. `config` parses the same form. Nothing
 //! here parses.
 
-use super::{BACKLOG_MAX, Bind, BindAddr, BindOptions};
+use super::{BACKLOG_MAX, Bind, BindAddr, BindOptions, SOCKET_MODE};
 use serde::Serialize;
 use serde::ser::Serializer;
 use std::sync::Arc;
@@ -32,6 +32,8 @@ struct BindForm<'b> {
     dscp: u8,
     #[serde(skip_serializing_if = "is_default")]
     proxy_protocol: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mode: Option<String>,
 }
 
 /// An element of `bind`: the address alone if no option is set.
@@ -57,9 +59,7 @@ pub(super) fn binds<S: Serializer>(binds: &[Bind], serializer: S) -> Result<S::O
 }
 
 fn port(bind: &Bind) -> u16 {
-    match bind.key.address {
-        BindAddr::Ip(address) => address.port(),
-    }
+    bind.key.socket_addr().map_or(0, |address| address.port())
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -75,7 +75,7 @@ fn is_longest(backlog: &u16) -> bool {
 impl<'b> Run<'b> {
     fn continues_with(&self, bind: &Bind, both_families: bool) -> bool {
         let next = self.last_port.checked_add(1);
-        let BindAddr::Ip(address) = self.first.key.address;
+        let Some(address) = self.first.key.socket_addr() else { return false };
         let expected = next.map(|port| {
             let mut address = address;
             address.set_port(port);
@@ -88,19 +88,22 @@ impl<'b> Run<'b> {
     }
 
     fn element(&self) -> Element<'b> {
-        let BindOptions { freebind, backlog, mark, dscp, proxy_protocol, if_ipv6: _ } =
+        let BindOptions { freebind, backlog, mark, dscp, proxy_protocol, if_ipv6: _, mode } =
             self.first.options;
+        let mode = (mode != SOCKET_MODE).then(|| format!("{mode:04o}"));
         let (address, interface) = (self.address(), self.first.key.interface.as_ref());
         if interface.is_none() && self.first.options == BindOptions::default() {
             return Element::Address(address);
         }
         let options =
-            BindForm { address, interface, freebind, backlog, mark, dscp, proxy_protocol };
+            BindForm { address, interface, freebind, backlog, mark, dscp, proxy_protocol, mode };
         Element::Table(options)
     }
 
     fn address(&self) -> String {
-        let BindAddr::Ip(address) = self.first.key.address;
+        let Some(address) = self.first.key.socket_addr() else {
+            return self.first.key.to_string();
+        };
         let host = match address {
             _ if self.both_families => format!("*:{}", address.port()),
             address => address.to_string(),

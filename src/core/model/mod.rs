@@ -15,7 +15,9 @@ mod proxy_protocol;
 mod service;
 mod text_forms;
 
-pub use addresses::{BackendAddr, BindAddr, BindKey, ClientAddr, PeerAddr, Protocol, SourceAddr};
+pub use addresses::{
+    BackendAddr, BindAddr, BindKey, ClientAddr, LocalPeer, PeerAddr, Protocol, SourceAddr,
+};
 pub use discovery::{
     AnnouncedWeights, CriticalRule, DiscoverSpec, DnsConfig, EmptyAnswer, HOLD_NXDOMAIN,
     NameFamily, NameQuestion, NameRecord, NamedBackend, RegistryConfig, RegistryKind,
@@ -230,9 +232,15 @@ pub struct BindOptions {
     pub mark: u32,
     /// Differentiated services code point of the packets to clients (RFC 2474), 0..=63.
     pub dscp: u8,
-    /// Peers in [`ProxyHeaderSource::from`] start each connection with a PROXY header.
+    /// Peers in [`ProxyHeaderSource::from`] start each connection with a PROXY header. So do
+    /// all peers of a Unix socket.
     pub proxy_protocol: bool,
+    /// Permissions of the file of a Unix socket. A client needs the right to write.
+    pub mode: u16,
 }
+
+/// Default of [`BindOptions::mode`]: the user and the group of this process can connect.
+pub const SOCKET_MODE: u16 = 0o660;
 
 /// Longest listen queue of a socket, and the default.
 pub const BACKLOG_MAX: u16 = u16::MAX;
@@ -458,6 +466,7 @@ impl Default for BindOptions {
             mark: 0,
             dscp: 0,
             proxy_protocol: false,
+            mode: SOCKET_MODE,
         }
     }
 }

@@ -18,8 +18,8 @@ use std::time::Duration;
 /// `[frontend.NAME.proxy_protocol]`: the peers that send headers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ProxyHeaderSource {
-    /// Peers that must send a header, in file order; at least one.
-    #[serde(serialize_with = "text_forms::ranges")]
+    /// Peers that must send a header, in file order. Empty: only Unix sockets expect headers.
+    #[serde(serialize_with = "text_forms::ranges", skip_serializing_if = "Vec::is_empty")]
     pub from: Vec<IpNet>,
     /// The same, for lookups.
     #[serde(skip)]

@@ -15,8 +15,8 @@ use std::sync::Arc;
 pub struct ConnectionFacts {
     /// The client's address.
     pub client: ClientAddr,
-    /// The address that the client connected to.
-    pub local: SocketAddr,
+    /// The address that the client connected to; `None`: a Unix socket.
+    pub local: Option<SocketAddr>,
 }
 
 /// Number of the route that a connection uses: its position in the frontend from 1, or
@@ -112,20 +112,25 @@ impl FrontendRoute {
 /// Returns the first condition of the route that does not hold; `None`: the route matches.
 #[inline]
 fn failed_condition(route: &RouteConfig, facts: &ConnectionFacts) -> Option<RouteCondition> {
-    let port = facts.local.port();
+    let has_port = || {
+        let port = facts.local.map(|local| local.port());
+        port.is_some_and(|port| route.ports.iter().any(|ports| ports.contains(&port)))
+    };
     match () {
-        () if !route.ports.is_empty() && !route.ports.iter().any(|ports| ports.contains(&port)) => {
-            Some(RouteCondition::Port)
+        () if !route.ports.is_empty() && !has_port() => Some(RouteCondition::Port),
+        () if !lies_in(&route.addresses, facts.local.map(|local| local.ip())) => {
+            Some(RouteCondition::Address)
         }
-        () if !lies_in(&route.addresses, facts.local.ip()) => Some(RouteCondition::Address),
         () if !lies_in(&route.sources, facts.client.ip()) => Some(RouteCondition::Source),
         () => None,
     }
 }
 
-/// Returns whether the address is in one of the ranges, or the list is empty.
-fn lies_in(ranges: &[IpNet], address: IpAddr) -> bool {
-    ranges.is_empty() || ranges.iter().any(|range| range.contains(&address.to_canonical()))
+/// Returns whether the address is in one of the ranges, or the list is empty. No range has the
+/// clients of a Unix socket.
+fn lies_in(ranges: &[IpNet], address: Option<IpAddr>) -> bool {
+    let lies = |address: IpAddr| ranges.iter().any(|range| range.contains(&address));
+    ranges.is_empty() || address.is_some_and(|address| lies(address.to_canonical()))
 }
 
 #[cfg(test)]
@@ -188,7 +193,7 @@ mod tests {
             let frontend = frontend(routes.clone());
             let address = |last, port| SocketAddr::from(([10, 0, 0, last], port));
             let client = ClientAddr::of_peer(PeerAddr::new(address(client, 9)));
-            let facts = ConnectionFacts { client, local: address(local, port) };
+            let facts = ConnectionFacts { client, local: Some(address(local, port)) };
             let (number, mismatches) = frontend.route_recorded(&facts);
             prop_assert_eq!(number, frontend.route(&facts));
             let before = number.position().map_or(routes.len(), |n| usize::from(n) - 1);
@@ -198,7 +203,7 @@ mod tests {
                 let route = &routes[place];
                 let holds = match mismatch.condition {
                     RouteCondition::Port => route.ports.iter().any(|p| p.contains(&port)),
-                    RouteCondition::Address => lies_in(&route.addresses, facts.local.ip()),
+                    RouteCondition::Address => lies_in(&route.addresses, facts.local.map(|local| local.ip())),
                     RouteCondition::Source => lies_in(&route.sources, client.ip()),
                 };
                 prop_assert!(!holds);

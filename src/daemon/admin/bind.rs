@@ -7,17 +7,16 @@
 //! - A file that is not a socket is never removed.
 
 use super::serve::DroppedConnections;
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use crate::unix_sockets::{self, PathUse};
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::fs::{DirBuilder, Permissions};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 use tidegate_core::model::{Admin, AdminListen};
 
 /// A bound listener that is not served yet. Dropping it removes its socket file, unless
@@ -77,10 +76,6 @@ pub enum AdminBindError {
 
 /// Length of the listen queue, used while [`super::serve`] is at its cap.
 const BACKLOG: i32 = 128;
-
-/// Attempts and pause of [`lock`]; together at most 0.5 s.
-const LOCK_TRIES: u32 = 50;
-const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// Binds the address of the configuration.
 ///
@@ -164,7 +159,7 @@ fn bind_unix(path: &Path, address: &AdminListen) -> Result<AdminListener, AdminB
         .mode(0o755)
         .create(directory)
         .map_err(fail("create the directory of"))?;
-    let _lock = lock(directory);
+    let _lock = unix_sockets::lock(directory);
     refuse_unless_free(path, address)?;
 
     // The socket is bound under a temporary name, and renamed once its mode is set and it
@@ -194,40 +189,11 @@ fn listen_unix(temporary: &Path, path: &Path) -> io::Result<(Socket, SocketFile)
 /// Returns an error unless the path is free or is a socket without a listening process.
 fn refuse_unless_free(path: &Path, address: &AdminListen) -> Result<(), AdminBindError> {
     let fail = |source| AdminBindError::Io { doing: "inspect", address: address.clone(), source };
-    match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(fail(error)),
-        Ok(found) if !found.file_type().is_socket() => {
-            return Err(AdminBindError::NotASocket(path.to_owned()));
-        }
-        Ok(_) => {}
+    match unix_sockets::inspect(path).map_err(fail)? {
+        PathUse::Free | PathUse::Stale => Ok(()),
+        PathUse::Live => Err(AdminBindError::Live(address.clone())),
+        PathUse::NotASocket => Err(AdminBindError::NotASocket(path.to_owned())),
     }
-    let connected = || -> io::Result<()> {
-        let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-        // A blocking connect would wait while the listen queue is full.
-        socket.set_nonblocking(true)?;
-        socket.connect(&SockAddr::unix(path)?)
-    };
-    match connected().map_err(|error| (error.kind(), error)) {
-        Err((io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound, _)) => Ok(()),
-        Ok(()) | Err((io::ErrorKind::WouldBlock, _)) => Err(AdminBindError::Live(address.clone())),
-        Err((_, error)) => Err(fail(error)),
-    }
-}
-
-/// Locks the directory of the socket. Without the lock, two starting processes could find
-/// the same stale socket, and one could remove the new socket of the other. Returns `None`
-/// if the directory cannot be locked in time; the process then starts without the lock.
-fn lock(directory: &Path) -> Option<OwnedFd> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let fd = rustix::fs::open(directory, flags, Mode::empty()).ok()?;
-    for _ in 0..LOCK_TRIES {
-        if rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive).is_ok() {
-            return Some(fd);
-        }
-        std::thread::park_timeout(LOCK_PAUSE);
-    }
-    None
 }
 
 // === impl AdminListener ===

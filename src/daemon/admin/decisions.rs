@@ -2,7 +2,6 @@
 //!
 //! Called by `questions` on a blocking thread. Pure: it reads no ring and no clock.
 
-use std::net::SocketAddr;
 use std::time::{Duration, UNIX_EPOCH};
 use tidegate_api::decision::{
     BackendRefDoc, DecisionDoc, FiguresDoc, LoadDoc, OtherLoadDoc, SessionEndDoc,
@@ -12,7 +11,7 @@ use tidegate_api::names::SessionStateName;
 use tidegate_core::control::WEIGHT_PARTS;
 use tidegate_core::control::names::{BackendName, NamedIds, Names};
 use tidegate_core::decision::{AttemptFailureKind, Decision, Figures, Load, Skipped};
-use tidegate_core::model::{BackendId, ClientAddr, PeerAddr, Words};
+use tidegate_core::model::{BackendId, Words};
 
 /// Returns the ids whose names [`session`] needs.
 pub(super) fn ids(decisions: &[Decision]) -> NamedIds {
@@ -47,17 +46,13 @@ pub(super) fn session(decisions: &[Decision], names: &Names) -> Option<SessionEx
     Some(SessionExplanation {
         session: last.session,
         frontend: names.frontends.get(&last.frontend).map(|name| name.to_string()),
-        client: socket_addr(last.client),
-        peer: last.peer.map(PeerAddr::socket_addr),
+        client: last.client.to_string(),
+        peer: last.peer.map(|peer| peer.to_string()),
         route: (last.route > 0).then_some(last.route),
         state,
         end,
         decisions: decisions.iter().map(|one| decision(one, names)).collect(),
     })
-}
-
-pub(super) fn socket_addr(client: ClientAddr) -> SocketAddr {
-    client.socket_addr()
 }
 
 fn decision(decision: &Decision, names: &Names) -> DecisionDoc {

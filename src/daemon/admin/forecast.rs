@@ -120,7 +120,7 @@ pub(super) fn forecast(
     let frontend = table.frontends.iter().find(named).ok_or(ForecastError::UnknownFrontend)?;
     let local = local_address(frontend, question.local)?;
     let client = ClientAddr::of_peer(PeerAddr::new(question.client));
-    let (admission, refused) = admission(frontend, client, now);
+    let (admission, refused) = admission(frontend, question.client.ip(), now);
     let mut document = ForecastDocument {
         frontend: question.frontend.clone(),
         client: question.client,
@@ -136,7 +136,8 @@ pub(super) fn forecast(
     if refused.is_some() {
         return Ok(document);
     }
-    let (number, mismatches) = frontend.route_recorded(&ConnectionFacts { client, local });
+    let (number, mismatches) =
+        frontend.route_recorded(&ConnectionFacts { client, local: Some(local) });
     document.route = Some(route_doc(frontend, number, &mismatches));
     let Some(published) = frontend.pool_of(number) else {
         document.refusal = Some(refusal(Cause::Route, Phase::Admit));
@@ -161,7 +162,7 @@ pub(super) fn forecast(
         now,
         wall_micros: 0,
     };
-    let key = PickKey { client: client.ip(), draw: seed, at: clock::millis(now) };
+    let key = PickKey { client: client.hash_ip(), draw: seed, at: clock::millis(now) };
     let candidates = |pool| Candidates { pool, excluded: &excluded, session, key };
     let changed = built.as_ref().map(|built| candidates(&built.table));
     let published = candidates(published);
@@ -415,7 +416,7 @@ fn local_address(
     frontend: &FrontendRoute,
     asked: Option<LocalAddr>,
 ) -> Result<SocketAddr, ForecastError> {
-    let mut binds = frontend.spec.binds.iter().map(|bind| bind.key.socket_addr());
+    let mut binds = frontend.spec.binds.iter().filter_map(|bind| bind.key.socket_addr());
     let name = &frontend.spec.name;
     let serves = |bind: SocketAddr, ip: IpAddr| {
         bind.ip() == ip || bind.ip().is_unspecified() && bind.is_ipv4() == ip.is_ipv4()
@@ -446,12 +447,12 @@ fn local_address(
     let text = match asked {
         Some(LocalAddr::Ip(ip)) => ip.to_string(),
         Some(LocalAddr::Socket(address)) => address.to_string(),
-        None => String::new(),
+        None => "an IP address".to_owned(),
     };
     found.ok_or_else(|| {
         ForecastError::Address(format!(
             "address: frontend {name:?} does not listen at {text}; it listens at {}",
-            listed(frontend.spec.binds.iter().map(|bind| bind.key.socket_addr().to_string()))
+            listed(frontend.spec.binds.iter().map(|bind| bind.key.to_string()))
         ))
     })
 }
@@ -459,7 +460,7 @@ fn local_address(
 /// Returns whether the client may connect, and the cause of the rejection if not.
 fn admission(
     frontend: &FrontendRoute,
-    client: ClientAddr,
+    client: IpAddr,
     now: Instant,
 ) -> (AdmissionDoc, Option<Cause>) {
     let spec = &frontend.spec;
@@ -473,17 +474,17 @@ fn admission(
     };
     let Some(rules) = &spec.sources else { return (document, None) };
     document.has_rules = rules.access.rules() > 0;
-    let denied = rules.access.of(client.ip()) == Access::Denied;
-    document.rule = access_rule(rules, client.ip(), !denied);
+    let denied = rules.access.of(client) == Access::Denied;
+    document.rule = access_rule(rules, client, !denied);
     let mut refused = denied.then_some(Cause::Denied);
     if !denied && rules.limits.are_any() {
         let limits = &rules.limits;
         let sources = frontend.state.sources.get();
         // Without a table, no client of the frontend has been counted yet.
         let (previewed, connections) =
-            sources.map_or((Ok(()), 0), |sources| sources.preview(client.ip(), limits, now));
+            sources.map_or((Ok(()), 0), |sources| sources.preview(client, limits, now));
         document.source = Some(SourceUsageDoc {
-            source: limits.source_of(client.ip()).to_string(),
+            source: limits.source_of(client).to_string(),
             connections,
             connections_max: limits.connections_max,
             rate: limits.rate.map(|rate| rate.to_string()),

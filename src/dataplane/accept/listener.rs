@@ -20,9 +20,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::metrics::counters::LocalErrorPlace;
 use tidegate_core::metrics::progress::WorkerStage;
-use tidegate_core::model::{BindKey, PeerAddr};
+use tidegate_core::model::{BindKey, LocalPeer, PeerAddr};
 use tidegate_core::table::{FrontendRoute, Table};
 use tidegate_net::clock;
+use tidegate_net::listen::AcceptedPeer;
 use tidegate_net::{datagram, listen, reactor};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
@@ -193,7 +194,12 @@ impl Listener {
             Ok((socket, peer)) => {
                 let local = self.local_address(route, &socket);
                 let numbers = TableNumbers { generation: *generation, serial: table.serial };
-                let peer = PeerAddr::new(peer);
+                let peer = match peer {
+                    AcceptedPeer::Ip(address) => PeerAddr::Ip(address),
+                    AcceptedPeer::Local { user, process } => {
+                        PeerAddr::Local(LocalPeer { user, process })
+                    }
+                };
                 session::start(permit, route, numbers, socket, peer, local, *expects_header);
                 AcceptResult::Accepted
             }
@@ -208,12 +214,13 @@ impl Listener {
 
     /// Returns the address the client has connected to. This costs a system call only if a
     /// route needs the address and the bind is a wildcard.
-    fn local_address(&self, route: &FrontendRoute, socket: &OwnedFd) -> SocketAddr {
-        let bind = self.bind.socket_addr();
-        match bind.ip().is_unspecified() && route.needs_local_address() {
+    /// `None`: a Unix socket.
+    fn local_address(&self, route: &FrontendRoute, socket: &OwnedFd) -> Option<SocketAddr> {
+        let bind = self.bind.socket_addr()?;
+        Some(match bind.ip().is_unspecified() && route.needs_local_address() {
             true => datagram::local_address(socket).unwrap_or(bind),
             false => bind,
-        }
+        })
     }
 
     /// Waits until the listen queue can hold a client or the retirement takes a step.

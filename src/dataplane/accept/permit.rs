@@ -8,7 +8,6 @@
 //! Each counter is checked and raised in one atomic step, so caps are never exceeded.
 
 use crate::worker::context::WorkerContext;
-use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,9 +15,9 @@ use std::time::Instant;
 use tidegate_core::balance::in_flight::InFlight;
 use tidegate_core::limits::access_list::Access;
 use tidegate_core::limits::client_sources::{
-    SourceAdmission, SourcePermit, SourceRefused, SourceTable,
+    Client, SourceAdmission, SourcePermit, SourceRefused, SourceTable,
 };
-use tidegate_core::model::{ClientAddr, FrontendConfig, SourceRules};
+use tidegate_core::model::{ClientAddr, FrontendConfig, PeerAddr, SourceRules};
 use tidegate_core::outcome::Cause;
 use tidegate_core::table::state::FrontendState;
 use tidegate_core::table::{FrontendRoute, PoolTable, Table};
@@ -132,7 +131,7 @@ impl SessionPermit {
         let Some(rules) = &spec.sources else { return Ok(()) };
         let ctx = &self.ctx;
         let (seed, now) = (|| ctx.draw(), clock::now());
-        match admit_source(rules, &self.frontend, client.ip(), seed, now)? {
+        match admit_source(rules, &self.frontend, client, seed, now)? {
             Some(SourceAdmission::Counted(permit)) => self.source = Some(permit),
             Some(SourceAdmission::Untracked) => {
                 self.frontend.counters.of(ctx.id).untracked.add(1);
@@ -158,18 +157,23 @@ impl Drop for SessionPermit {
 fn admit_source(
     rules: &SourceRules,
     frontend: &FrontendState,
-    client: IpAddr,
+    client: ClientAddr,
     seed: impl FnOnce() -> u64,
     now: Instant,
 ) -> Result<Option<SourceAdmission>, Cause> {
-    if rules.access.of(client) == Access::Denied {
+    let source = match client.socket() {
+        PeerAddr::Ip(address) => Client::Ip(address.ip()),
+        PeerAddr::Local(peer) => Client::User(peer.user),
+    };
+    // The ranges do not apply to clients of Unix sockets. The mode of the file does.
+    if client.ip().is_some_and(|ip| rules.access.of(ip) == Access::Denied) {
         return Err(Cause::Denied);
     }
     if !rules.limits.are_any() {
         return Ok(None);
     }
     let sources = frontend.sources.get_or_init(|| Arc::new(SourceTable::new(seed(), now)));
-    match sources.admit(client, &rules.limits, now) {
+    match sources.admit(source, &rules.limits, now) {
         Ok(admitted) => Ok(Some(admitted)),
         Err(SourceRefused::TooMany) => Err(Cause::SourceConnections),
         Err(SourceRefused::TooFast) => Err(Cause::SourceRate),

@@ -23,9 +23,10 @@ pub struct AccessLogRecord {
     pub generation: u64,
     /// Frontend that accepted the session.
     pub frontend: Option<Arc<str>>,
-    /// Address and port of the client: those of a PROXY header, else those of the socket.
+    /// Address and port of the client: those of a PROXY header, else those of the socket. Of a
+    /// client of a Unix socket: `unix:uid=USER,pid=PROCESS`.
     pub client: ClientAddr,
-    /// Address and port of the socket's peer, if a PROXY header announced another client.
+    /// The socket's peer in the same form, if a PROXY header announced another client.
     pub peer: Option<PeerAddr>,
     /// Whether a PROXY header said that the peer itself opened the connection (`LOCAL`),
     /// usually for a health check.

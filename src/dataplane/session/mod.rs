@@ -57,7 +57,7 @@ pub(crate) struct Session {
     started: Instant,
     number: u64,
     client: ClientAddr,
-    /// The port that the client connected to.
+    /// The port that the client connected to; 0: a Unix socket.
     local_port: u16,
     /// The table that routed the session.
     table: TableNumbers,
@@ -107,7 +107,7 @@ pub(crate) fn start(
     table: TableNumbers,
     socket: OwnedFd,
     peer: PeerAddr,
-    local: SocketAddr,
+    local: Option<SocketAddr>,
     expects_header: bool,
 ) {
     let ctx = Rc::clone(&permit.ctx);
@@ -184,7 +184,7 @@ impl Session {
             started,
             number,
             client,
-            local_port: facts.local.port(),
+            local_port: facts.local.map_or(0, |local| local.port()),
             table,
             route: Arc::clone(route),
             backend: None,
@@ -259,7 +259,8 @@ impl Session {
     #[cold]
     fn enter_expecting_header(&mut self, facts: ConnectionFacts) -> Result<Choice, Cause> {
         match &self.route.spec.proxy_protocol {
-            Some(source) if source.expects(facts.client.ip()) => {
+            // The mode of the file decides which peers can connect to a Unix socket.
+            Some(source) if facts.client.ip().is_none_or(|ip| source.expects(ip)) => {
                 Ok(Err(FirstBytes { facts, header: true }))
             }
             Some(source) if source.others == OtherPeers::Refuse => Err(Cause::Denied),

@@ -216,7 +216,7 @@ impl Session {
             Some(announced) => Some(announced),
             None => self.relay.client_local_address(),
         };
-        let addresses = destination.map(|to| (self.client.socket_addr(), to));
+        let addresses = self.client.socket_addr().zip(destination);
         let buffers = &mut *self.ctx().headers.borrow_mut();
         let header = &mut buffers.sent;
         let tlvs = copied.chain(own);

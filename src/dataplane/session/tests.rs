@@ -101,7 +101,7 @@ impl Bench {
         let listener = StdTcpListener::bind("127.0.0.1:0").unwrap();
         let client = StdTcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (accepted, peer) = listener.accept().unwrap();
-        let local = accepted.local_addr().unwrap();
+        let local = Some(accepted.local_addr().unwrap());
         for socket in [&client, &accepted] {
             socket.set_nonblocking(true).unwrap();
             socket.set_nodelay(true).unwrap();

@@ -255,7 +255,7 @@ impl WorkerContext {
     /// Returns the input of a pick for `client` at that time.
     #[inline]
     pub(crate) fn pick_key(&self, client: ClientAddr, now: Instant) -> PickKey {
-        PickKey { client: client.ip(), draw: self.draw(), at: clock::millis(now) }
+        PickKey { client: client.hash_ip(), draw: self.draw(), at: clock::millis(now) }
     }
 
     /// Picks a backend of the pool that is not in `tried`, and notes in `pick_record` what

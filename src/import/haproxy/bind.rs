@@ -10,6 +10,9 @@ use crate::report::LineVerdict::{
 };
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+/// Why a socket gets no owner.
+const OWNER: &str = "the file of a Unix socket belongs to the user and the group of Tidegate";
+
 /// Parameters without argument: verdict and reason.
 const FLAGS: &[(&str, LineVerdict, &str)] = &[
     ("defer-accept", Dropped, "use client_first"),
@@ -36,11 +39,10 @@ const WITH_ARGUMENT: &[(&str, LineVerdict, &str)] = &[
     ("id", WithoutEffect, ""),
     ("guid-prefix", WithoutEffect, ""),
     ("label", WithoutEffect, ""),
-    ("mode", WithoutEffect, ""),
-    ("uid", WithoutEffect, ""),
-    ("gid", WithoutEffect, ""),
-    ("user", WithoutEffect, ""),
-    ("group", WithoutEffect, ""),
+    ("uid", Dropped, OWNER),
+    ("gid", Dropped, OWNER),
+    ("user", Dropped, OWNER),
+    ("group", Dropped, OWNER),
     ("level", WithoutEffect, ""),
     ("severity-output", WithoutEffect, ""),
     ("maxconn", Approximated, "connections_max is for all binds of a frontend: not written"),
@@ -66,6 +68,8 @@ const WITH_ARGUMENT: &[(&str, LineVerdict, &str)] = &[
 #[derive(Default)]
 struct BindParameters {
     v6only: bool,
+    /// The first address is a Unix socket.
+    unix: bool,
     /// Keys of the table of a bind.
     keys: Vec<String>,
     /// Tidegate would not understand the clients.
@@ -91,7 +95,8 @@ impl Translator<'_> {
                     let bind = written(&address, &parameters.keys);
                     self.report.note(line.at, Translated, format!("bind = {bind}"));
                     frontend.binds.push((bind, line.at));
-                    ports.push(port);
+                    // Clients of a Unix socket connect to no port.
+                    ports.push(port.filter(|_| !parameters.unix));
                 }
                 Err(why) => self.report.lose(line.at, NotPossible, why),
             }
@@ -104,7 +109,8 @@ impl Translator<'_> {
         line: &Directive,
         frontend: &mut DraftFrontend,
     ) -> BindParameters {
-        let mut parameters = BindParameters::default();
+        let unix = unix_socket(line.word(1));
+        let mut parameters = BindParameters { unix: unix.is_some(), ..Default::default() };
         let mut words = line.from(2).iter();
         while let Some(word) = words.next() {
             match &**word {
@@ -112,6 +118,19 @@ impl Translator<'_> {
                     let why = "freebind = true: it listens before an interface has the address";
                     self.report.note(line.at, Approximated, why);
                     parameters.keys.push("freebind = true".to_owned());
+                }
+                "accept-proxy" if parameters.unix => {
+                    parameters.keys.push("proxy_protocol = true".to_owned());
+                }
+                "mode" => {
+                    let mode = words.next().map_or("", String::as_str);
+                    match u16::from_str_radix(mode, 8) {
+                        _ if !parameters.unix => self.report.note(line.at, WithoutEffect, ""),
+                        Ok(mode) if mode & 0o222 != 0 && mode <= 0o777 => {
+                            parameters.keys.push(format!("mode = \"{mode:04o}\""));
+                        }
+                        _ => self.report.note(line.at, NotUnderstood, "mode is no permission"),
+                    }
                 }
                 "accept-proxy" if self.can.proxy_in => {
                     parameters.keys.push("proxy_protocol = true".to_owned());
@@ -142,7 +161,26 @@ impl Translator<'_> {
                 word => self.bind_parameter(line, word, &mut words),
             }
         }
+        self.default_mode(line, unix, &parameters);
         parameters
+    }
+
+    /// Notes what differs for a Unix socket.
+    fn default_mode(
+        &mut self,
+        line: &Directive,
+        unix: Option<String>,
+        parameters: &BindParameters,
+    ) {
+        let Some(unix) = unix else { return };
+        let has_mode = parameters.keys.iter().any(|key| key.starts_with("mode"));
+        if line.word(1).starts_with("abns@") {
+            let why = "HAProxy fills the name with zero bytes: clients must use the name alone";
+            self.report.note(line.at, Approximated, why);
+        } else if !has_mode && !unix.contains('@') {
+            let why = "the mode of the file is 0660: HAProxy uses its umask";
+            self.report.note(line.at, Approximated, why);
+        }
     }
 
     fn bind_parameter(
@@ -178,13 +216,25 @@ fn written(address: &str, keys: &[String]) -> String {
     }
 }
 
+/// Translates `/PATH`, `unix@PATH` or `abns@NAME`. `None`: another address.
+fn unix_socket(text: &str) -> Option<String> {
+    let name = text.strip_prefix("abns@").or_else(|| text.strip_prefix("abnsz@"));
+    match name {
+        Some(name) => Some(format!("unix:@{name}")),
+        None => {
+            let path = text.strip_prefix("unix@").or(text.starts_with('/').then_some(text))?;
+            Some(format!("unix:{path}"))
+        }
+    }
+}
+
 /// Translates `[ADDRESS]:PORT[-PORT]` to Tidegate's form. Also returns the port, if it is one.
 ///
 /// # Errors
 /// What Tidegate cannot listen on.
 fn bind_address(text: &str, v6only: bool) -> Result<(String, Option<u16>), String> {
-    if text.starts_with('/') || text.starts_with("unix@") || text.starts_with("abns@") {
-        return Err("frontends listen on IP addresses".to_owned());
+    if let Some(address) = unix_socket(text) {
+        return Ok((address, None));
     }
     let only_v6 = text.starts_with("ipv6@");
     let text = text.strip_prefix("ipv4@").or(text.strip_prefix("ipv6@")).unwrap_or(text);

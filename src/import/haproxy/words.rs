@@ -65,7 +65,7 @@ const GLOBAL_PREFIXES: &[KeywordRow] = &[
     ("issuers-", WithoutEffect, "it is for TLS"),
     ("device", WithoutEffect, ""),
     ("cluster-secret", WithoutEffect, ""),
-    ("unix-bind", WithoutEffect, "no Unix socket is bound"),
+    ("unix-bind", Dropped, "write the path and mode of each bind of a Unix socket"),
     ("default-path", WithoutEffect, ""),
 ];
 

@@ -106,6 +106,11 @@ impl<'t> NginxTranslator<'t> {
         let at = line.at;
         let mut keys = Vec::new();
         let mut both = false;
+        let unix = line.word(1).starts_with("unix:");
+        if unix {
+            // nginx gives every user access.
+            keys.push("mode = \"0666\"".to_owned());
+        }
         for word in line.words.get(2..).unwrap_or_default() {
             let (key, value) = word.split_once('=').unwrap_or((word, ""));
             match key {
@@ -115,7 +120,7 @@ impl<'t> NginxTranslator<'t> {
                 "ssl" => return self.report.lose(at, NotPossible, "Tidegate does not decrypt TLS"),
                 "proxy_protocol" if self.can.proxy_in => {
                     keys.push("proxy_protocol = true".to_owned());
-                    frontend.accept_proxy.push(at);
+                    frontend.accept_proxy.extend((!unix).then_some(at));
                 }
                 "proxy_protocol" => {
                     return self.report.lose(at, NotPossible, "Tidegate reads no PROXY header");
@@ -353,7 +358,7 @@ impl<'t> NginxTranslator<'t> {
 /// too.
 fn listen_address(text: &str, both: bool) -> Result<String, String> {
     if text.starts_with("unix:") {
-        return Err("frontends listen on IP addresses".to_owned());
+        return Ok(text.to_owned());
     }
     let (host, ports) = text.rsplit_once(':').unwrap_or(("*", text));
     if ports.is_empty() || !ports.split('-').all(|port| port.parse::<u16>().is_ok()) {

@@ -100,8 +100,8 @@ pub(super) fn forms(header: &str, name: &str) -> (Vec<String>, Vec<String>) {
             &["'file'", "'syslog:unix:x'"],
         ),
         "bind" => (
-            &["'[::1]:1'", "['*:1', { address = '127.0.0.1:2' }]"],
-            &["'127.0.0.1:65536'", "'127.0.0.1'"],
+            &["'[::1]:1'", "['*:1', { address = '127.0.0.1:2' }]", "['[::1]:1', 'unix:/x.sock']"],
+            &["'127.0.0.1:65536'", "'127.0.0.1'", "'unix:'"],
         ),
         "address" if header.contains("probe") => {
             (&["'192.0.2.7'", "'::1'"], &["'192.0.2.7:1'", "'localhost'"])
@@ -109,6 +109,7 @@ pub(super) fn forms(header: &str, name: &str) -> (Vec<String>, Vec<String>) {
         "address" if header == "bind" => {
             (&["'192.0.2.7:1'", "'[::1]:1-9'", "'*:1-9'"], &["'localhost:1'", "'192.0.2.7:9-1'"])
         }
+        "mode" => (&["'0666'", "'600'"], &["'0o660'", "'444'", "'1777'"]),
         "interface" => (&["'lo'"], &["''", "'a b'", "'0123456789abcdef'"]),
         "address" => (
             &["'192.0.2.7:1'", "'localhost:1'", "'srv:_a._tcp.b'", "'unix:@a'"],

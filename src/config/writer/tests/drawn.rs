@@ -154,6 +154,9 @@ fn frontend(number_of_it: usize) -> Drawn {
         "[\"[::]:N1\", \"127.0.0.1:N2\", \"127.0.0.1:N1\", \"*:N3\"]",
         "[{ address = \"*:N1\" }, { address = \"[fe80::1%3]:N2\", freebind = true }]",
         "{ address = \"*:N1-N5\", interface = \"eth0\", backlog = 7, mark = 4294967295, dscp = 63 }",
+        "[\"0.0.0.0:N1\", \"unix:/run/N1.sock\", { address = \"unix:/run/N2.sock\", mode = \"0666\", backlog = 7 }]",
+        "[\"unix:@N1\", \"*:N1-N5\", \"unix:/N1-N3\"]",
+        "[\"0.0.0.0:N1\", { address = \"unix:/run/N1.sock\", proxy_protocol = true }]",
     ]);
     // Together they are an error.
     let first = match number_of_it % 2 {

@@ -275,7 +275,7 @@ fn route(sources: &[&str], ports: &[RangeInclusive<u16>], target: RouteTarget) -
 /// Returns the pool of the connection, or `refused` if a route rejects it.
 fn taken(table: &Table, client: &str, local: &str) -> String {
     let client = ClientAddr::of_peer(PeerAddr::new(format!("{client}:5000").parse().unwrap()));
-    let facts = ConnectionFacts { client, local: local.parse().unwrap() };
+    let facts = ConnectionFacts { client, local: Some(local.parse().unwrap()) };
     let frontend = &table.frontends[0];
     let pool = frontend.pool_of(frontend.route(&facts));
     pool.map_or("refused".to_owned(), |pool| pool.spec.name.to_string())

@@ -97,7 +97,7 @@ impl DemoScript<'_> {
         let attempts: Vec<String> = told.decisions.iter().map(attempt).collect();
         self.say(&format!("`tidegate explain --session {number}`: {}", attempts.join(" ")))?;
         let measured = tally.served_by(&logged.client).unwrap_or("-");
-        if is_retry(&told, name, measured) && told.client.to_string() == logged.client {
+        if is_retry(&told, name, measured) && told.client == logged.client {
             self.say(&format!("the client of session {number} was answered by {measured}"))?;
             self.sum_up(&format!("explained session {number}: {name} refused, {measured} served"));
         } else {
