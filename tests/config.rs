@@ -158,7 +158,7 @@ fn full_file_contains_every_key() {
     let keys = "workers pin engine spin leave_delay drain_timeout upgrade_timeout connections_max buffers_max user group sandbox state listen token_file level \
         format access bind pool client_first first_byte_timeout idle_timeout half_closed_timeout stalled_timeout keepalive \
         user_timeout balance connect_timeout queue_max queue_timeout connect_attempts when_none_eligible \
-        startup_grace on_removal kind interval fast_interval timeout rise fall send \
+        startup_grace on_removal on_down kind interval fast_interval timeout rise fall send \
         expect path host method status failures time max_ejected \
         early_resets slow_first_byte name address weight \
         backup slow_start register require ttl forget_after backends_max weight_max id \

@@ -298,7 +298,10 @@ impl Sim {
                     self.model.probe_started(*backend, *token, spec.timeout, self.now);
                     self.asked.push((*backend, *token));
                 }
-                ControlEffect::ResetSessions(id) => {
+                ControlEffect::ResetSessions(_, Cause::BackendDown) => {
+                    panic!("on_down is keep in every pool")
+                }
+                ControlEffect::ResetSessions(id, _) => {
                     let b = self.model.leaving.iter().find(|b| b.id == *id);
                     let b = b.expect("only sessions of removed backends are reset");
                     assert!(b.cut_at.expect("close-after") <= self.now);
@@ -437,7 +440,7 @@ impl Sim {
             ControlEffect::Notice(notice) => {
                 (notice.message, &notice.fields.reason).hash(&mut self.trace)
             }
-            ControlEffect::ResetSessions(id) => id.hash(&mut self.trace),
+            ControlEffect::ResetSessions(id, _) => id.hash(&mut self.trace),
             ControlEffect::Verdict(verdict) => {
                 (verdict.detector, &verdict.reason).hash(&mut self.trace)
             }

@@ -264,6 +264,8 @@ names! {
         DrainDeadline = "drain-deadline",
         /// Its backend was removed from the pool, and the time of `on_removal` expired.
         BackendRemoved = "backend-removed",
+        /// Its backend was down or had lost its role, and the time of `on_down` expired.
+        BackendDown = "backend-down",
         /// This host ran out of descriptors, memory or ports, has no route, or forbids the
         /// connect.
         LocalResource = "local-resource",

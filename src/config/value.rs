@@ -7,7 +7,7 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use tidegate_core::model::{OnRemoval, SIZE_UNITS, Words, show_duration, show_size};
+use tidegate_core::model::{OnDown, OnRemoval, SIZE_UNITS, Words, show_duration, show_size};
 
 /// An error in a value, and its correction.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -244,6 +244,17 @@ pub(super) fn on_removal(text: &str) -> Result<OnRemoval, ValueError> {
         Some(rest) => duration(rest.trim(), TIME).map(OnRemoval::CloseAfter),
         None => Err(ValueError::new(format!("{} is not a known value", shown(text)))
             .help("write \"keep\" or \"close-after 30s\"")),
+    }
+}
+
+/// Parses `keep`, `reset` or `close-after DURATION`.
+pub(super) fn on_down(text: &str) -> Result<OnDown, ValueError> {
+    match text.strip_prefix("close-after ") {
+        Some(rest) => duration(rest.trim(), TIME).map(OnDown::CloseAfter),
+        None if text == "keep" => Ok(OnDown::Keep),
+        None if text == "reset" => Ok(OnDown::Reset),
+        None => Err(ValueError::new(format!("{} is not a known value", shown(text)))
+            .help("write \"keep\", \"reset\" or \"close-after 5s\"")),
     }
 }
 

@@ -40,6 +40,8 @@ pub enum Cause {
     DrainDeadline,
     /// Its backend was removed from the pool, and the time of `on_removal` expired.
     BackendRemoved,
+    /// Its backend was down or had lost its role, and the time of `on_down` expired.
+    BackendDown,
     /// This host ran out of descriptors, memory or ports, has no route, or forbids the
     /// connect.
     LocalResource,
@@ -174,11 +176,16 @@ impl Cause {
         }
     }
 
+    /// Returns the cause with this name.
+    pub fn named(name: &str) -> Option<Cause> {
+        Cause::ALL.into_iter().find(|cause| cause.name() == name)
+    }
+
     /// Number of causes.
     pub const COUNT: usize = Cause::ALL.len();
 
     /// Every cause, in numeric order.
-    pub const ALL: [Cause; 26] = [
+    pub const ALL: [Cause; 27] = [
         Cause::Finished,
         Cause::ClientReset,
         Cause::BackendReset,
@@ -195,6 +202,7 @@ impl Cause {
         Cause::HalfClosedTimeout,
         Cause::DrainDeadline,
         Cause::BackendRemoved,
+        Cause::BackendDown,
         Cause::LocalResource,
         Cause::Denied,
         Cause::SourceConnections,
@@ -226,6 +234,7 @@ impl Cause {
             Cause::HalfClosedTimeout => "half-closed-timeout",
             Cause::DrainDeadline => "drain-deadline",
             Cause::BackendRemoved => "backend-removed",
+            Cause::BackendDown => "backend-down",
             Cause::LocalResource => "local-resource",
             Cause::Denied => "denied",
             Cause::SourceConnections => "source-connections",
@@ -250,6 +259,7 @@ impl Cause {
             Cause::HalfClosedTimeout => "half_closed_timeout",
             Cause::DrainDeadline => "drain_timeout",
             Cause::BackendRemoved => "on_removal",
+            Cause::BackendDown => "on_down",
             Cause::ProxyHeaderTimeout => "proxy_protocol.timeout",
             _ => "",
         }
@@ -392,7 +402,7 @@ pub fn code(cause: Cause, phase: Phase) -> [u8; 2] {
         | Cause::HalfClosedTimeout
         | Cause::ProxyHeaderTimeout => b'c',
         Cause::DrainDeadline => b'K',
-        Cause::BackendRemoved => b'D',
+        Cause::BackendRemoved | Cause::BackendDown => b'D',
         Cause::LocalResource => b'R',
         Cause::Denied
         | Cause::SourceConnections

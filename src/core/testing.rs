@@ -7,7 +7,7 @@ use crate::decision::{Decision, Figures, Outcome, SkippedList, Why};
 use crate::model::{
     AccessLogTarget, Admin, AdminListen, BackendId, Bind, ClientAddr, Config, DnsConfig,
     EngineChoice, FrontendConfig, FrontendId, HASH_SLOTS, Log, LogFormat, LogLevel, LogTarget,
-    OnRemoval, PeerAddr, Policy, PoolConfig, ProcessConfig, Sandbox, SyslogFacility,
+    OnDown, OnRemoval, PeerAddr, Policy, PoolConfig, ProcessConfig, Sandbox, SyslogFacility,
     WhenNoneEligible,
 };
 use std::sync::Arc;
@@ -29,6 +29,7 @@ pub fn pool(name: &str) -> PoolConfig {
         when_none_eligible: WhenNoneEligible::Refuse,
         startup_grace: Duration::from_secs(5),
         on_removal: OnRemoval::Keep,
+        on_down: OnDown::Keep,
         proxy_protocol: None,
         probe: None,
         ejection: None,

@@ -6,6 +6,7 @@ use super::control_loop::Control;
 use super::evidence::EvidenceEvent;
 use tidegate_core::control::{ControlEffect, ControlEvent, DetectorVerdict};
 use tidegate_core::outcome::Cause;
+use tidegate_core::table::state::BackendId;
 use tidegate_dataplane::worker::WorkerCommand;
 use tidegate_net::clock;
 
@@ -66,6 +67,12 @@ impl Control {
         }
     }
 
+    /// Resets the sessions of a backend in this process and in the old ones.
+    pub(super) fn reset_sessions(&mut self, backend: BackendId, cause: Cause) {
+        self.workers.send_all(|| WorkerCommand::ResetBackend(backend, cause));
+        self.order_cut(backend, cause);
+    }
+
     fn apply_effect(&mut self, effect: ControlEffect) {
         match effect {
             ControlEffect::Publish(table) => {
@@ -91,11 +98,10 @@ impl Control {
             }
             ControlEffect::Notice(notice) => self.telemetry.log_notice(&notice),
             ControlEffect::Verdict(verdict) => self.log_verdict(&verdict),
-            ControlEffect::ResetSessions(backend) => {
-                let cause = Cause::BackendRemoved;
-                self.workers.send_all(|| WorkerCommand::ResetBackend(backend, cause));
-                self.order_cut(backend);
-            }
+            // The new process knows the state of backends, and orders the reset.
+            ControlEffect::ResetSessions(_, Cause::BackendDown)
+                if self.upgrades.handed_over() && !self.upgrades.is_stepping_down() => {}
+            ControlEffect::ResetSessions(backend, cause) => self.reset_sessions(backend, cause),
         }
     }
 }

@@ -167,7 +167,7 @@ impl World {
                 ControlEffect::Notice(_)
                 | ControlEffect::Verdict(_)
                 | ControlEffect::SlotsFreed
-                | ControlEffect::ResetSessions(_) => {}
+                | ControlEffect::ResetSessions(..) => {}
             }
         }
         if !built.is_empty() {

@@ -101,6 +101,15 @@ pub(super) const POOL: &[ConfigKey] = &[
          `\"close-after 30s\"`: they are reset after 30 s.",
     ),
     key(
+        "on_down",
+        Form("`\"keep\"`, `\"reset\"`, or `\"close-after 1ms\"` to `\"close-after 30d\"`"),
+        Value("\"keep\""),
+        Reload,
+        "What happens to the sessions of a backend that is [down](failover.md), or has lost the \
+         `role` of the pool. `\"keep\"`: they continue; `\"reset\"`: they are reset at once; \
+         `\"close-after 5s\"`: they are reset after 5 s, unless the backend has recovered.",
+    ),
+    key(
         "proxy_protocol",
         Form("`\"off\"`, `\"v1\"`, `\"v2\"` or a [table](#proxy_protocol)"),
         Value("\"off\""),

@@ -18,7 +18,7 @@ use crate::file::{Field, NamedSection, Section};
 use crate::value::{self, SLOW_FIRST_BYTE, SLOW_START, TIME, ValueError, shown};
 use crate::{NamedFiles, Spot, address};
 use tidegate_core::model::{
-    BackendAddr, BackendConfig, DnsConfig, EjectionSpec, HASH_SLOTS, OnRemoval, Policy, PoolConfig,
+    BackendAddr, BackendConfig, DnsConfig, EjectionSpec, HASH_SLOTS, OnDown, OnRemoval, Policy, PoolConfig,
     ProbeTarget, SourceAddr, ViewGuards, WhenNoneEligible, Words,
 };
 
@@ -120,6 +120,7 @@ pub(super) fn read<'r, 'a>(
         when_none_eligible,
         startup_grace: section.duration("startup_grace", "5s", TIME).or(STARTUP_GRACE),
         on_removal: section.text("on_removal", "a string", value::on_removal).or(OnRemoval::Keep),
+        on_down: section.text("on_down", "a string", value::on_down).or(OnDown::Keep),
         proxy_protocol: header,
         probe: probe.map(Arc::new),
         ejection: ejection(&section, name),
@@ -248,7 +249,11 @@ fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &PoolConfig) {
         }
     };
     if model.probe.is_none() && model.heartbeat.is_none() && model.of.is_none() {
-        idle("startup_grace", "the pool has neither probes nor heartbeats".to_owned());
+        let none = || "the pool has neither probes nor heartbeats".to_owned();
+        idle("startup_grace", none());
+        if model.on_down != OnDown::Keep {
+            idle("on_down", none());
+        }
     }
     let registers = model.heartbeat.as_ref().is_some_and(|spec| spec.register);
     let others_join = registers || model.discover.is_some() || !model.named.is_empty();

@@ -9,6 +9,7 @@ use super::heartbeats::confirmation::ConfirmationInFlight;
 use super::heartbeats::reported::BackendHeartbeats;
 use super::history::TransitionHistory;
 use super::members::{MemberSource, Origins};
+use super::on_down::SessionsLeave;
 use super::pools::{PoolEntry, PoolId};
 use super::publish::BackendTableState;
 use super::views::verification::Verification;
@@ -65,6 +66,8 @@ pub(super) struct BackendEntry {
     pub(super) verification: Option<Verification>,
     /// When the observation last changed.
     pub(super) observed_since: Instant,
+    /// Its sessions leave it, by `on_down`.
+    pub(super) sessions_leave: Option<SessionsLeave>,
     /// The slow start.
     pub(super) ramp: Option<Ramp>,
     /// Share that the slow start has reached, in percent.
@@ -230,6 +233,7 @@ impl BackendEntry {
             group: None,
             verification: None,
             observed_since: now,
+            sessions_leave: None,
             ramp: None,
             ramp_share: 100,
             served: false,

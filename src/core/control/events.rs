@@ -113,9 +113,9 @@ pub enum ControlEffect {
     Verdict(DetectorVerdict),
     /// A backend accepts more sessions than before under the same table: wake the queues.
     SlotsFreed,
-    /// Reset every session of this backend, because its removal grace has ended. Repeated
-    /// every second while the backend has sessions.
-    ResetSessions(BackendId),
+    /// Reset every session of this backend, with this cause: its removal grace or the time of
+    /// `on_down` has ended. Repeated, because a session can connect after the first reset.
+    ResetSessions(BackendId, Cause),
 }
 
 /// Identifies one probe of this process, so that a late result does not count for a newer

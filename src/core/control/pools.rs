@@ -12,7 +12,7 @@ use super::publish::detached_build::DetachedBuild;
 use super::settling::PoolSettling;
 use super::views::verification::{PoolVerification, verifying};
 use crate::model;
-use crate::model::{BackendAddr, ProbeSpec};
+use crate::model::{BackendAddr, OnDown, ProbeSpec};
 use crate::suspicion::PathGuard;
 use crate::table::state::BackendId;
 use std::collections::{BTreeSet, HashMap};
@@ -40,6 +40,8 @@ pub(super) struct PoolSet {
     followed: bool,
     /// Whether any pool needs a role.
     role: bool,
+    /// Whether sessions leave a backend of any pool that is down.
+    leaves: bool,
 }
 
 pub(super) use crate::model::PoolId;
@@ -108,6 +110,7 @@ impl PoolSet {
         }
         self.settling += usize::from(pool.settling.is_some());
         self.role |= pool.spec.role.is_some();
+        self.leaves |= pool.spec.on_down != OnDown::Keep;
         self.list.push(pool);
     }
 
@@ -129,6 +132,11 @@ impl PoolSet {
     /// Whether any pool needs a role.
     pub(super) fn any_role(&self) -> bool {
         self.role
+    }
+
+    /// Whether sessions leave a backend of any pool that is down.
+    pub(super) fn any_leaves(&self) -> bool {
+        self.leaves
     }
 
     pub(super) fn get(&self, id: PoolId) -> Option<&PoolEntry> {

@@ -15,6 +15,7 @@ use crate::health::slow_detector::SlowDetector;
 use crate::health::{Intent, Transition};
 use crate::model;
 use crate::model::{BackendAddr, OnRemoval};
+use crate::outcome::Cause;
 use crate::table::state::BackendId;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -100,6 +101,8 @@ impl ControlState {
         self.schedule.cancel(TimerKind::HeartbeatTtl(id));
         self.schedule.cancel(TimerKind::Forget(id));
         self.schedule.cancel(TimerKind::Ramp(id));
+        self.schedule.cancel(TimerKind::CutSessions(id));
+        entry.sessions_leave = None;
         entry.confirmation = None;
         self.end_verification(&mut entry);
         (entry.ramp, entry.ramp_share, entry.served) = (None, 100, false);
@@ -180,7 +183,7 @@ impl ControlState {
     pub(super) fn reset_sessions(&mut self, id: BackendId) {
         self.drop_stand_in(id);
         if self.removed.get(id).is_some_and(|entry| entry.state.in_flight.get() > 0) {
-            self.pending.effects.push(ControlEffect::ResetSessions(id));
+            self.pending.effects.push(ControlEffect::ResetSessions(id, Cause::BackendRemoved));
         }
     }
 
@@ -195,7 +198,8 @@ impl ControlState {
                 over.push(*id);
                 self.schedule.cancel(reset);
             } else if removed.reset_at.is_some_and(|at| at < now) && !self.schedule.is_set(reset) {
-                self.pending.effects.push(ControlEffect::ResetSessions(*id));
+                let cause = Cause::BackendRemoved;
+                self.pending.effects.push(ControlEffect::ResetSessions(*id, cause));
             }
         }
         for id in over {

@@ -197,7 +197,7 @@ impl ControlState {
     }
 
     /// Returns the backends that changed in this event, or whose change waits for a table.
-    fn changed_backends(&self) -> BTreeSet<BackendId> {
+    pub(super) fn changed_backends(&self) -> BTreeSet<BackendId> {
         self.backends.touched().union(self.backends.waiting()).copied().collect()
     }
 

@@ -31,6 +31,8 @@ pub(super) enum TimerKind {
     SettlingEnds(PoolId),
     /// End the removal grace: reset the sessions.
     ResetSessions(BackendId),
+    /// End the time of `on_down`: reset the sessions.
+    CutSessions(BackendId),
     /// Drop removed backends without sessions.
     CheckRemoved,
     /// Check the heartbeat detector.

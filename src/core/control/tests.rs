@@ -330,7 +330,7 @@ fn probes(effects: &[ControlEffect]) -> usize {
 
 fn resets(effects: &[ControlEffect]) -> Vec<BackendId> {
     let reset = |effect: &ControlEffect| match effect {
-        ControlEffect::ResetSessions(id) => Some(*id),
+        ControlEffect::ResetSessions(id, _) => Some(*id),
         _ => None,
     };
     effects.iter().filter_map(reset).collect()

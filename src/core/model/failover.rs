@@ -26,11 +26,35 @@ pub enum OnRemoval {
     CloseAfter(Duration),
 }
 
+/// `on_down = ...`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnDown {
+    /// Sessions continue until they end.
+    Keep,
+    /// Sessions are reset at once.
+    Reset,
+    /// Sessions still open after this long are reset, unless the backend has recovered.
+    CloseAfter(Duration),
+}
+
 /// Default of `queue_timeout` if clients wait for an eligible backend: longer than most
 /// databases need for a failover.
 const FAILOVER_TIMEOUT: Duration = Duration::from_secs(30);
 
 words!(WhenNoneEligible: "refuse" => Refuse, "try-all" => TryAll, "wait" => Wait);
+
+// === impl OnDown ===
+
+impl OnDown {
+    /// Returns how long sessions stay; `None`: until they end.
+    pub fn grace(self) -> Option<Duration> {
+        match self {
+            OnDown::Keep => None,
+            OnDown::Reset => Some(Duration::ZERO),
+            OnDown::CloseAfter(time) => Some(time),
+        }
+    }
+}
 
 // === impl PoolConfig ===
 

@@ -4,7 +4,7 @@
 //! Used by the model's `Serialize` implementations and by the messages of `config`,
 //! which parses the same forms. Nothing here parses.
 
-use super::{FrontendConfig, OnRemoval, PoolConfig, RegistryConfig, RouteTarget, TlsClientConfig};
+use super::{FrontendConfig, OnDown, OnRemoval, PoolConfig, RegistryConfig, RouteTarget, TlsClientConfig};
 use ipnet::IpNet;
 use serde::Serialize;
 use serde::ser::Serializer;
@@ -234,6 +234,18 @@ pub(super) fn shown<T: Display, S: Serializer>(
     serializer: S,
 ) -> Result<S::Ok, S::Error> {
     serializer.collect_str(value)
+}
+
+// === impl OnDown ===
+
+impl Serialize for OnDown {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            OnDown::Keep => serializer.serialize_str("keep"),
+            OnDown::Reset => serializer.serialize_str("reset"),
+            OnDown::CloseAfter(time) => OnRemoval::CloseAfter(*time).serialize(serializer),
+        }
+    }
 }
 
 // === impl OnRemoval ===

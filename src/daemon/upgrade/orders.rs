@@ -7,9 +7,9 @@
 use super::reports::{OldProcessOrder, OrderedIntent, held};
 use crate::control_loop::Control;
 use std::time::Duration;
-use tidegate_core::control::ControlEffect;
 use tidegate_core::control::sessions_elsewhere::HeldBackend;
 use tidegate_core::health::Intent;
+use tidegate_core::outcome::Cause;
 use tidegate_core::table::state::BackendId;
 use tidegate_net::clock;
 use tokio::sync::oneshot;
@@ -24,7 +24,9 @@ impl Control {
         if let Some(HeldBackend { pool, name, address, .. }) = &order.cut
             && let Some(id) = self.controller.find_known(pool, name, address)
         {
-            self.apply_effects(vec![ControlEffect::ResetSessions(id)]);
+            // An older program names no cause: it orders resets for `on_removal` only.
+            let cause = Cause::named(&order.cut_cause).unwrap_or(Cause::BackendRemoved);
+            self.reset_sessions(id, cause);
         }
         if let Some(OrderedIntent { pool, backend, intent }) = &order.intent
             && let Some(intent) = Intent::named(intent)
@@ -41,12 +43,12 @@ impl Control {
     }
 
     /// Orders the old process to reset the sessions of a backend.
-    pub(crate) fn order_cut(&self, id: BackendId) {
+    pub(crate) fn order_cut(&self, id: BackendId, cause: Cause) {
         if let Some(old_process) = &self.upgrades.old_process
             && let Some(state) = self.controller.known(id)
         {
-            let cut = Some(held(state));
-            old_process.order(&OldProcessOrder { cut, ..OldProcessOrder::default() });
+            let (cut, cut_cause) = (Some(held(state)), cause.name().to_owned());
+            old_process.order(&OldProcessOrder { cut, cut_cause, ..OldProcessOrder::default() });
         }
     }
 

@@ -52,8 +52,10 @@ pub(crate) struct OldProcessReport {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct OldProcessOrder {
-    /// Reset the sessions of this backend, because its removal grace has ended.
+    /// Reset the sessions of this backend.
     pub(super) cut: Option<HeldBackend>,
+    /// Name of the cause.
+    pub(super) cut_cause: String,
     /// Set an operator's intent.
     pub(super) intent: Option<OrderedIntent>,
     /// Exit within this time.

@@ -279,6 +279,7 @@ fn usual_phase(cause: Cause) -> Phase {
         | Cause::IdleTimeout
         | Cause::DrainDeadline
         | Cause::BackendRemoved
+        | Cause::BackendDown
         | Cause::InternalError => Phase::Data,
         Cause::HalfClosedTimeout => Phase::HalfClosed,
     }
