@@ -29,6 +29,7 @@ use tidegate_core::balance::trial::TrialPhase;
 use tidegate_core::control::{ControlEffect, ControlEvent, ControlStatus, Controller, ProbeToken};
 use tidegate_core::health::{ConnectFailure, Intent, Observation, ProbeOutcome};
 use tidegate_core::model::*;
+use tidegate_core::outcome::Cause;
 use tidegate_core::table::state::{BackendId, BackendState};
 use tidegate_core::table::{PoolTable, Table};
 

@@ -30,10 +30,9 @@ fn phases_of(cause: Cause) -> &'static [Phase] {
         Cause::ClientLeft => &[Preread, Queue],
         Cause::QueueTimeout => &[Queue],
         Cause::ClientLost => &[Preread, Data, HalfClosed, Closed],
-        Cause::BackendReset
-        | Cause::BackendLost
-        | Cause::BackendRemoved
-        | Cause::BackendDown => &[Data, HalfClosed, Closed],
+        Cause::BackendReset | Cause::BackendLost | Cause::BackendRemoved | Cause::BackendDown => {
+            &[Data, HalfClosed, Closed]
+        }
         Cause::ConnectRefused | Cause::ConnectTimeout | Cause::ConnectFailed => &[Connect],
         Cause::NoBackend | Cause::Denied | Cause::SourceConnections | Cause::SourceRate => &[Admit],
         Cause::Route => &[Admit, Preread, Queue],

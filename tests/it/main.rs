@@ -40,6 +40,7 @@ mod idle;
 mod includes;
 mod limits;
 mod logs;
+mod on_down;
 mod ordinary_user;
 mod panics;
 mod passive;

@@ -18,8 +18,8 @@ use crate::file::{Field, NamedSection, Section};
 use crate::value::{self, SLOW_FIRST_BYTE, SLOW_START, TIME, ValueError, shown};
 use crate::{NamedFiles, Spot, address};
 use tidegate_core::model::{
-    BackendAddr, BackendConfig, DnsConfig, EjectionSpec, HASH_SLOTS, OnDown, OnRemoval, Policy, PoolConfig,
-    ProbeTarget, SourceAddr, ViewGuards, WhenNoneEligible, Words,
+    BackendAddr, BackendConfig, DnsConfig, EjectionSpec, HASH_SLOTS, OnDown, OnRemoval, Policy,
+    PoolConfig, ProbeTarget, SourceAddr, ViewGuards, WhenNoneEligible, Words,
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);

@@ -7,6 +7,7 @@ use super::publish::detached_build::BuildToken;
 use crate::discovery::Told;
 use crate::health::{ConnectFailure, ProbeOutcome, Transition};
 use crate::model::{BackendAddr, Config, ProbeSpec, SourceKey};
+use crate::outcome::Cause;
 use crate::table::Table;
 use crate::table::build::{PoolBuild, PoolBuilt};
 use crate::table::state::BackendId;

@@ -5,6 +5,7 @@ mod ejections;
 mod handover;
 mod heartbeats;
 mod members;
+mod on_down;
 mod probing;
 mod reloads;
 mod roles;

@@ -4,7 +4,9 @@
 //! Used by the model's `Serialize` implementations and by the messages of `config`,
 //! which parses the same forms. Nothing here parses.
 
-use super::{FrontendConfig, OnDown, OnRemoval, PoolConfig, RegistryConfig, RouteTarget, TlsClientConfig};
+use super::{
+    FrontendConfig, OnDown, OnRemoval, PoolConfig, RegistryConfig, RouteTarget, TlsClientConfig,
+};
 use ipnet::IpNet;
 use serde::Serialize;
 use serde::ser::Serializer;
