@@ -141,6 +141,10 @@ pub(super) fn forms(header: &str, name: &str) -> (Vec<String>, Vec<String>) {
             &["{ A = 'b c' }", "{}"],
             &["{ 'a b' = 'c' }", "{ Host = 'a' }", "{ A = \"b\\r\\nC: d\" }", "{ A = 1 }"],
         ),
+        "on_down" => (
+            &["'keep'", "'reset'", "'close-after 5s'"],
+            &["'close'", "'close-after 0s'", "'close-after 31d'"],
+        ),
         "of" => (&["'other'"], &["'x'", "'nowhere'", "1"]),
         "tls" => (&["true", "false", "{ verify = 'off' }"], &["'on'", "{ verify = 'on' }"]),
         "verify" => (&["'system'", "'off'", "'./ca.pem'", "'/ca'"], &["'on'", "'/ca/'"]),
