@@ -174,7 +174,7 @@ fn outranked_primary_loses_its_sessions() {
     let mut cut = false;
     for round in 0..20 {
         for (backend, token) in std::mem::take(&mut bench.asked) {
-            // `b` says so later than `a`, and the newest primary is in force.
+            // The probe of `b` reports it later, and the newest primary is in force.
             let of_b = if round < 10 { REPLICA } else { PRIMARY };
             let outcome = if backend == a { role(PRIMARY) } else { role(of_b) };
             let effects = bench.apply(ControlEvent::Probed { backend, token, outcome });
