@@ -4,11 +4,13 @@
 //!
 //! 1. A reader (`haproxy`, `nginx`, `envoy`, `traefik`) fills the common model of `draft` and notes a verdict for each
 //!    directive line in the report.
-//! 2. `write` converts the model to TOML that passes `tidegate check`.
+//! 2. `defaults` moves what all sections have alike to `[defaults]`.
+//! 3. `write` converts the model to TOML that passes `tidegate check`.
 //!
 //! A part is never left out silently: a line without a verdict counts as not understood.
 
 mod available;
+mod defaults;
 mod doc;
 mod draft;
 mod envoy;
@@ -133,7 +135,8 @@ pub fn import(kind: ImportKind, request: &ImportRequest<'_>) -> Imported {
 /// Writes the draft and completes the report.
 fn finish(mut draft: Draft, mut report: ImportReport) -> Imported {
     drop_unused_pools(&mut draft, &mut report);
-    let toml = write::write(&draft, &mut report);
+    let shared = defaults::take_shared(&mut draft);
+    let toml = write::write(&draft, &shared, &mut report);
     for at in report.undecided() {
         report.note(at, LineVerdict::NotUnderstood, "no part of the output is from this line");
     }

@@ -4,9 +4,13 @@
 //! The output passes `tidegate check`: a rejected part is removed, and its source lines are NOT
 //! POSSIBLE.
 
+use crate::defaults::DraftDefaults;
 use crate::draft::{Draft, DraftFrontend, DraftKey, DraftKeys, DraftPool, quoted};
 use crate::report::{ImportReport, LineVerdict, SourceLine};
 use std::collections::BTreeSet;
+
+/// Most source lines in the comment of a key. A key of `[defaults]` can have one for each section.
+const PLACES_MAX: usize = 6;
 
 /// One line of the output.
 struct OutLine {
@@ -28,9 +32,13 @@ struct Output<'r> {
 
 /// Returns the TOML text. Removes every part that Tidegate rejects and reports it. `None` if no
 /// frontend is left.
-pub(crate) fn write(draft: &Draft, report: &mut ImportReport) -> Option<String> {
+pub(crate) fn write(
+    draft: &Draft,
+    shared: &DraftDefaults,
+    report: &mut ImportReport,
+) -> Option<String> {
     let mut output = Output { lines: Vec::new(), parents: Vec::new(), report };
-    output.draft(draft);
+    output.draft(draft, shared);
     let Output { mut lines, parents, .. } = output;
     // Each pass removes a line, so the passes end.
     loop {
@@ -42,10 +50,15 @@ pub(crate) fn write(draft: &Draft, report: &mut ImportReport) -> Option<String> 
             Ok(_) => return Some(text),
             Err(problems) => problems,
         };
+        // A value can have several lines.
+        let numbers: Vec<usize> = (0..lines.len())
+            .flat_map(|number| std::iter::repeat_n(number, lines[number].text.split('\n').count()))
+            .collect();
+        let number = |line: usize| numbers.get(line.saturating_sub(1)).copied();
         let wrong: Vec<(usize, String)> = problems
             .list
             .iter()
-            .map(|problem| (problem.line.saturating_sub(1), problem.message.clone()))
+            .map(|problem| (number(problem.line).unwrap_or(usize::MAX), problem.message.clone()))
             .collect();
         remove(&mut lines, &parents, &wrong, report);
     }
@@ -102,10 +115,13 @@ fn joined(lines: &[OutLine]) -> String {
 // === impl Output ===
 
 impl Output<'_> {
-    fn draft(&mut self, draft: &Draft) {
+    fn draft(&mut self, draft: &Draft, shared: &DraftDefaults) {
         self.keys_table("[process]", &draft.process, None, &[]);
         self.keys_table("[log]", &draft.log, None, &[]);
         self.keys_table("[dns]", &draft.dns, None, &[]);
+        self.keys_table("[defaults.frontend]", &shared.frontend, None, &[]);
+        self.keys_table("[defaults.pool]", &shared.pool, None, &[]);
+        self.keys_table("[defaults.probe]", &shared.probe, None, &[]);
         for frontend in &draft.frontends {
             self.frontend(frontend);
         }
@@ -203,7 +219,8 @@ impl Output<'_> {
     fn keys(&mut self, table: usize, keys: &DraftKeys, of_table: &[SourceLine]) {
         for DraftKey { name, value, at } in &keys.0 {
             let mut text = format!("{name} = {value}");
-            if !at.is_empty() && at.iter().any(|at| !of_table.contains(at)) {
+            let short = (1..=PLACES_MAX).contains(&at.len());
+            if short && at.iter().any(|at| !of_table.contains(at)) {
                 text.push_str(&format!("  # {}", self.places(at)));
             }
             self.line(table, false, at, text);

@@ -51,6 +51,23 @@ impl Translator<'_> {
         }
     }
 
+    /// Returns why a computed name cannot be translated, with the backends that it can mean.
+    fn computed_name(&self, name: &str) -> String {
+        let start = name.split("%[").next().unwrap_or_default();
+        let end = name.rsplit(']').next().unwrap_or_default();
+        let fits = |name: &str| {
+            name.len() >= start.len() + end.len() && name.starts_with(start) && name.ends_with(end)
+        };
+        let backends = self.sections.iter().filter(|section| section.kind == "backend");
+        let meant: Vec<&str> =
+            backends.map(|section| &*section.name).filter(|name| fits(name)).collect();
+        let which = match meant[..] {
+            [] => "no backend has such a name".to_owned(),
+            _ => format!("it can be {}", meant.join(", ")),
+        };
+        format!("the name of the backend is computed ({which}); write a rule per backend")
+    }
+
     /// Adds a route per `use_backend`.
     fn routes(
         &mut self,
@@ -62,7 +79,7 @@ impl Translator<'_> {
         for line in in_force.all("use_backend") {
             let name = line.word(1);
             if name.contains("%[") {
-                let why = "the name of the backend is computed; write a rule per backend";
+                let why = self.computed_name(name);
                 self.report.lose(line.at, NotPossible, why);
                 continue;
             }

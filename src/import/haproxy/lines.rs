@@ -121,7 +121,8 @@ fn directive(
 fn shown(words: &[String]) -> String {
     let secret = match (words[0].as_str(), words.get(1).map(String::as_str)) {
         ("tcp-check" | "http-check", Some("send" | "send-lf" | "send-binary")) => true,
-        ("stats", Some("auth")) | ("user", Some(_)) => true,
+        ("stats", Some("auth")) => true,
+        ("user", Some(_)) => words.len() > 2,
         ("option", Some("httpchk")) => words.len() > 4,
         _ => false,
     };

@@ -150,7 +150,7 @@ impl Translator<'_> {
             if transparent || address.parse::<std::net::IpAddr>().is_err() {
                 let why = "connections start from an address of this host; backends get the \
                            address of the client by the PROXY protocol";
-                self.report.lose(*at, LineVerdict::NotPossible, why);
+                self.report.lose(*at, LineVerdict::Dropped, why);
             } else if of_servers.is_some() && different {
                 let why = "source is a key of the pool; give the backend a pool of its own";
                 self.report.lose(*at, LineVerdict::NotPossible, why);

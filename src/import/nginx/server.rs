@@ -218,7 +218,7 @@ impl<'t> NginxTranslator<'t> {
                 _ => {
                     let why = "connections start from an address of this host; backends get the \
                                address of the client by the PROXY protocol";
-                    self.report.lose(line.at, NotPossible, why);
+                    self.report.lose(line.at, Dropped, why);
                 }
             }
         }
