@@ -195,7 +195,7 @@ fn in_a_root(package: &Path, script: &str) -> (String, String) {
     let work = tempfile::tempdir().unwrap();
     let namespaces = ["--mount", "--pid", "--uts", "--ipc", "--net", "--cgroup"];
     let output = Command::new("timeout")
-        .args(["-s", "KILL", "60", "unshare", "--fork", "--kill-child"])
+        .args(["-s", "KILL", "150", "unshare", "--fork", "--kill-child"])
         .args(namespaces)
         .arg("sh")
         .arg(root().join("tests/package/root.sh"))

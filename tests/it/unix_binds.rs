@@ -51,6 +51,21 @@ fn echoed(mut stream: &UnixStream, text: &str) -> String {
     answer
 }
 
+/// The same for a text that fills every buffer on the way.
+fn echoed_in_parallel(path: &Path, text: &str) -> String {
+    let stream = UnixStream::connect(path).unwrap();
+    let mut reader = stream.try_clone().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            (&stream).write_all(text.as_bytes()).unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+        });
+        let mut answer = String::new();
+        reader.read_to_string(&mut answer).unwrap();
+        answer
+    })
+}
+
 fn is_refused(connected: std::io::Result<UnixStream>) -> bool {
     connected.is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
 }
@@ -80,6 +95,8 @@ fn unix_sockets_serve_clients_across_reloads_and_upgrades(engine: Engine) {
     assert!(shown.contains(&format!("\"unix:{}\",\"unix:@{name}\"", path.display())), "{shown}");
 
     assert_eq!(echoed(&UnixStream::connect(&path).unwrap(), "one"), "one");
+    // Each worker writes its own lines.
+    proxy.wait_access_log(1);
     let announced = UnixStream::connect_addr(&abstract_name).unwrap();
     assert_eq!(echoed(&announced, "PROXY TCP4 192.0.2.9 192.0.2.1 4000 80\r\ntwo"), "two");
     let log = proxy.wait_access_log(2);
@@ -99,6 +116,12 @@ fn unix_sockets_serve_clients_across_reloads_and_upgrades(engine: Engine) {
     assert_eq!(std::fs::metadata(&path).unwrap().ino(), file.ino());
     assert_eq!(echoed(&open, "old process"), "old process");
     assert_eq!(echoed(&UnixStream::connect(&path).unwrap(), "new process"), "new process");
+    // The supervisor keeps the sockets of a process that crashes.
+    crate::common::proc::signal(proxy.pid(), rustix::process::Signal::KILL);
+    assert_eq!(echoed(&UnixStream::connect(&path).unwrap(), "restarted"), "restarted");
+    proxy.find_serving();
+    let text = "0123456789abcdef".repeat(200_000);
+    assert!(echoed_in_parallel(&path, &text) == text, "3.2 MB come back unchanged");
     assert_eq!(reload(&proxy, "").0, 200);
     assert!(!path.exists());
     let gone = || is_refused(UnixStream::connect_addr(&abstract_name));
@@ -152,12 +175,25 @@ fn reload_rejects_a_path_in_use_another_file_and_a_directory_outside_the_sandbox
     assert_refused(&proxy, &live, "Address already in use");
     assert_refused(&proxy, &file, "the file there is not a socket");
     let other = tempfile::tempdir().unwrap();
-    assert_refused(&proxy, &other.path().join("a.sock"), "Permission denied");
+    assert_refused(
+        &proxy,
+        &other.path().join("a.sock"),
+        "Permission denied (os error 13) (the sandbox",
+    );
     // All or none: the first of two binds leaves no file.
     let first = proxy.dir().join("first");
     let both = format!(", \"unix:{}\", \"unix:{}\"", first.display(), live.display());
     assert_eq!(reload(&proxy, &both).0, 422);
     assert!(!first.exists());
+    let checked = std::process::Command::new(env!("CARGO_BIN_EXE_tidegate"))
+        .arg("check")
+        .arg(proxy.config_path())
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&checked.stderr).into_owned();
+    assert_eq!(checked.status.code(), Some(0), "{told}");
+    let holder = format!("in use (os error 98); process {} (", std::process::id());
+    assert!(told.contains("warning: cannot listen on unix:") && told.contains(&holder), "{told}");
     UnixStream::connect(&live).unwrap();
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
     proxy.rebaseline();
