@@ -266,6 +266,10 @@ names! {
         BackendRemoved = "backend-removed",
         /// Its backend was down or had lost its role, and the time of `on_down` expired.
         BackendDown = "backend-down",
+        /// An operator closed it.
+        ClosedByOperator = "closed-by-operator",
+        /// An operator reset it.
+        ResetByOperator = "reset-by-operator",
         /// This host ran out of descriptors, memory or ports, has no route, or forbids the
         /// connect.
         LocalResource = "local-resource",

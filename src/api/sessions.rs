@@ -1,4 +1,4 @@
-//! `GET /v1/sessions`: the open sessions.
+//! `/v1/sessions`: the open sessions, and the end of some of them.
 //!
 //! Written by `daemon`, read by `tidegate sessions`. It contains only data.
 
@@ -15,6 +15,18 @@ pub struct SessionsDoc {
     pub open: u64,
     /// Open sessions of processes that an upgrade has replaced. They are not listed.
     pub elsewhere: u64,
+}
+
+/// `POST /v1/sessions/close` and `POST /v1/sessions/reset`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct SessionsEndedDoc {
+    /// Open sessions that matched before.
+    pub matched: u64,
+    /// Sessions that this request has ended.
+    pub ended: u64,
+    /// Sessions that this request has not closed, because bytes were on their way or no backend
+    /// was connected.
+    pub busy: u64,
 }
 
 /// An open session.

@@ -1,23 +1,25 @@
-//! `tidegate sessions`: lists the open sessions of the running balancer.
+//! `tidegate sessions`: lists the open sessions of the running balancer, and ends some of them.
 //!
 //! Called by the command line. It sends the conditions to the admin API and shows the answer.
 
 use super::completions;
 use super::table::{TextColumn, TextTable, age, cell_text, plural, size, terminal_width};
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 use hyper::Method;
 use std::fmt::Write;
 use std::time::Duration;
-use tidegate_api::sessions::{OpenSessionDoc, SessionsDoc};
-use tidegate_client::command::{Exit, duration};
-use tidegate_client::http::{ClientArgs, ask, report, segment};
+use tidegate_api::sessions::{OpenSessionDoc, SessionsDoc, SessionsEndedDoc};
+use tidegate_client::command::{Exit, duration, print, print_json};
+use tidegate_client::http::{ClientArgs, ClientError, ask, fail, printable, report, segment};
 use tidegate_core::model::SIZE_UNITS;
+use tidegate_net::clock;
 
 /// Help after the options.
 pub const HELP: &str = "\
 Example:
   tidegate sessions --pool web --older 1h
   tidegate sessions --client 10.0.0.0/8 --sort bytes --limit 10
+  tidegate sessions close --backend b7 --idle 1m --rate 20 --yes
   tidegate explain --session 4711
 
 All conditions must hold. The totals above the list count all sessions that match.
@@ -25,7 +27,11 @@ Sessions of a process that an upgrade has replaced are counted, but not listed."
 
 /// `tidegate sessions`
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct SessionsArgs {
+    /// What to do with sessions, instead of listing them.
+    #[command(subcommand)]
+    pub end: Option<EndCommand>,
     /// Which sessions.
     #[command(flatten)]
     pub conditions: SessionConditions,
@@ -39,6 +45,54 @@ pub struct SessionsArgs {
     #[command(flatten)]
     pub client: ClientArgs,
 }
+
+/// The ways to end sessions.
+#[derive(Debug, Subcommand)]
+pub enum EndCommand {
+    /// Close sessions in order: FIN to both sides.
+    ///
+    /// Sessions with bytes on their way are not closed, so no byte is lost.
+    #[command(after_help = END_HELP)]
+    Close(EndArgs),
+    /// Reset sessions: RST to both sides. Bytes on their way are lost.
+    #[command(after_help = END_HELP)]
+    Reset(EndArgs),
+}
+
+/// `tidegate sessions close` and `tidegate sessions reset`
+#[derive(Debug, Args)]
+pub struct EndArgs {
+    /// Only these sessions.
+    #[arg(value_name = "SESSION")]
+    pub sessions: Vec<u64>,
+    /// Which sessions.
+    #[command(flatten)]
+    pub conditions: SessionConditions,
+    /// Which sessions are ended first.
+    #[arg(long, value_enum, default_value_t = SortKey::Idle)]
+    pub sort: SortKey,
+    /// End at most N sessions.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub limit: Option<u64>,
+    /// End at most N sessions per second.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
+    pub rate: Option<u64>,
+    /// End more than one session. Without it, the sessions are only shown.
+    #[arg(long, short)]
+    pub yes: bool,
+    /// How to reach the balancer.
+    #[command(flatten)]
+    pub client: ClientArgs,
+}
+
+/// Help after the options of `close` and `reset`.
+const END_HELP: &str = "\
+Example:
+  tidegate sessions close 4711
+  tidegate sessions close --pool web --older 1h --limit 100 --rate 10 --yes
+
+Exit codes: 0 all chosen sessions are ended; 1 no session or condition is given,
+or --yes is missing; 3 sessions are left that have bytes on their way.";
 
 /// Conditions on sessions.
 #[derive(Debug, Args)]
@@ -78,20 +132,111 @@ pub enum SortKey {
     Bytes,
 }
 
-/// Prints the list.
+/// Time between two batches at a rate.
+const PACE: Duration = Duration::from_secs(1);
+
+/// Most sessions that one request ends.
+const BATCH_MAX: u64 = 1_000;
+
+/// Prints the list, or ends sessions.
 pub fn main(args: &SessionsArgs) -> Exit {
-    let answer = ask(&args.client, Method::GET, &path(args));
-    report(&args.client, answer, |document| render(document, terminal_width()))
+    match &args.end {
+        Some(EndCommand::Close(end)) => end_sessions(end, "close", "closed"),
+        Some(EndCommand::Reset(end)) => end_sessions(end, "reset", "reset"),
+        None => {
+            let query = query(&args.conditions, args.sort, args.limit as u64);
+            let answer = ask(&args.client, Method::GET, &format!("/v1/sessions?{query}"));
+            report(&args.client, answer, |document| render(document, terminal_width()))
+        }
+    }
 }
 
-fn path(args: &SessionsArgs) -> String {
-    let sort = match args.sort {
+/// Shows the chosen sessions, or ends them.
+fn end_sessions(args: &EndArgs, action: &str, done: &str) -> Exit {
+    if !args.has_condition() {
+        let text = format!("give the sessions to {action}: their numbers, or a condition");
+        return fail(&args.client, &ClientError::Request(text));
+    }
+    let shown = ask(&args.client, Method::GET, &format!("/v1/sessions?{}", args.query(100)));
+    let document = match shown.and_then(|answer| answer.document::<SessionsDoc>()) {
+        Ok(document) => document,
+        Err(error) => return fail(&args.client, &error),
+    };
+    let chosen = document.matched.min(args.limit.unwrap_or(u64::MAX));
+    if chosen > 1 && !args.yes {
+        print(&printable(&render(&document, terminal_width())));
+        let text = format!("{chosen} sessions would be {done}; add --yes to {action} them");
+        return fail(&args.client, &ClientError::Request(text));
+    }
+    match end_all(args, action, chosen) {
+        Ok(all) => report_end(args, &all, chosen, done),
+        Err(error) => fail(&args.client, &error),
+    }
+}
+
+/// Ends the chosen sessions in batches. Stops if no session of a batch can be ended.
+fn end_all(args: &EndArgs, action: &str, chosen: u64) -> Result<SessionsEndedDoc, ClientError> {
+    let mut all = SessionsEndedDoc { matched: chosen, ..SessionsEndedDoc::default() };
+    while all.ended < chosen {
+        let began = clock::now();
+        let batch = args.rate.unwrap_or(BATCH_MAX).min(chosen - all.ended);
+        let path = format!("/v1/sessions/{action}?{}", args.query(batch));
+        let done: SessionsEndedDoc = ask(&args.client, Method::POST, &path)?.document()?;
+        all.ended += done.ended;
+        all.busy = done.busy;
+        if done.ended == 0 {
+            return Ok(all);
+        }
+        if args.rate.is_some() && all.ended < chosen {
+            clock::pause(PACE.saturating_sub(clock::now().saturating_duration_since(began)));
+        }
+    }
+    Ok(SessionsEndedDoc { busy: 0, ..all })
+}
+
+fn report_end(args: &EndArgs, all: &SessionsEndedDoc, chosen: u64, done: &str) -> Exit {
+    if args.client.json {
+        print_json(all);
+    } else {
+        print(&format!("{} {done}", plural(all.ended, "session")));
+    }
+    if all.ended < chosen && all.busy > 0 {
+        let left = plural(chosen - all.ended, "session");
+        let text = format!("{left} left: bytes are on their way, or no backend is connected");
+        return fail(&args.client, &ClientError::Unreachable(text));
+    }
+    Exit::Fine
+}
+
+// === impl EndArgs ===
+
+impl EndArgs {
+    /// Whether a session or a condition is given.
+    fn has_condition(&self) -> bool {
+        let SessionConditions { frontend, pool, backend, range, older, idle, bytes } =
+            &self.conditions;
+        let names = [frontend, pool, backend, range].into_iter().any(Option::is_some);
+        names || older.or(*idle).is_some() || bytes.is_some() || !self.sessions.is_empty()
+    }
+
+    fn query(&self, limit: u64) -> String {
+        let mut text = query(&self.conditions, self.sort, limit);
+        for session in &self.sessions {
+            // Writing to a string cannot fail.
+            let _ = write!(text, "&session={session}");
+        }
+        text
+    }
+}
+
+fn query(conditions: &SessionConditions, sort: SortKey, limit: u64) -> String {
+    let sort = match sort {
         SortKey::Age => "age",
         SortKey::Idle => "idle",
         SortKey::Bytes => "bytes",
     };
-    let mut path = format!("/v1/sessions?sort={sort}&limit={}", args.limit);
-    let SessionConditions { frontend, pool, backend, range, older, idle, bytes } = &args.conditions;
+    let mut path = format!("sort={sort}&limit={limit}");
+    let SessionConditions { frontend, pool, backend, range, older, idle, bytes } = conditions;
     let names = [("frontend", frontend), ("pool", pool), ("backend", backend), ("client", range)];
     for (key, value) in names {
         if let Some(value) = value {
@@ -186,10 +331,25 @@ mod tests {
     fn conditions_become_a_query() {
         let line = "--frontend web --pool p/q --backend a --client 10.0.0.0/8 --older 1m --idle 500ms \
                     --bytes 2KiB --sort idle --limit 7";
-        let query = "/v1/sessions?sort=idle&limit=7&frontend=web&pool=p%2Fq&backend=a\
-                     &client=10.0.0.0%2F8&older=60&idle=0.5&bytes=2048";
-        assert_eq!(path(&args(line)), query);
-        assert_eq!(path(&args("")), "/v1/sessions?sort=age&limit=100");
+        let wanted = "sort=idle&limit=7&frontend=web&pool=p%2Fq&backend=a&client=10.0.0.0%2F8&older=60\
+                      &idle=0.5&bytes=2048";
+        let of = |line: &str| {
+            let args = args(line);
+            query(&args.conditions, args.sort, args.limit as u64)
+        };
+        assert_eq!((&*of(line), &*of("")), (wanted, "sort=age&limit=100"));
+    }
+
+    #[test]
+    fn sessions_to_end_need_a_number_or_a_condition() {
+        let end = |line: &str| match args(line).end {
+            Some(EndCommand::Close(end) | EndCommand::Reset(end)) => end,
+            None => panic!("no subcommand"),
+        };
+        assert!(!end("close --yes").has_condition() && !end("reset --limit 3").has_condition());
+        let some = ["close 7", "reset --pool web", "close --older 1h", "close --bytes 1GiB"];
+        assert!(some.into_iter().all(|line| end(line).has_condition()));
+        assert_eq!(end("close 7 8").query(5), "sort=idle&limit=5&session=7&session=8");
     }
 
     #[test]

@@ -42,6 +42,10 @@ pub enum Cause {
     BackendRemoved,
     /// Its backend was down or had lost its role, and the time of `on_down` expired.
     BackendDown,
+    /// An operator closed it.
+    ClosedByOperator,
+    /// An operator reset it.
+    ResetByOperator,
     /// This host ran out of descriptors, memory or ports, has no route, or forbids the
     /// connect.
     LocalResource,
@@ -169,9 +173,10 @@ impl Cause {
     pub fn closes_in_order(self, undelivered: u64) -> bool {
         match self {
             Cause::Finished => true,
-            Cause::FirstByteTimeout | Cause::IdleTimeout | Cause::HalfClosedTimeout => {
-                undelivered == 0
-            }
+            Cause::FirstByteTimeout
+            | Cause::IdleTimeout
+            | Cause::HalfClosedTimeout
+            | Cause::ClosedByOperator => undelivered == 0,
             _ => false,
         }
     }
@@ -185,7 +190,7 @@ impl Cause {
     pub const COUNT: usize = Cause::ALL.len();
 
     /// Every cause, in numeric order.
-    pub const ALL: [Cause; 27] = [
+    pub const ALL: [Cause; 29] = [
         Cause::Finished,
         Cause::ClientReset,
         Cause::BackendReset,
@@ -203,6 +208,8 @@ impl Cause {
         Cause::DrainDeadline,
         Cause::BackendRemoved,
         Cause::BackendDown,
+        Cause::ClosedByOperator,
+        Cause::ResetByOperator,
         Cause::LocalResource,
         Cause::Denied,
         Cause::SourceConnections,
@@ -235,6 +242,8 @@ impl Cause {
             Cause::DrainDeadline => "drain-deadline",
             Cause::BackendRemoved => "backend-removed",
             Cause::BackendDown => "backend-down",
+            Cause::ClosedByOperator => "closed-by-operator",
+            Cause::ResetByOperator => "reset-by-operator",
             Cause::LocalResource => "local-resource",
             Cause::Denied => "denied",
             Cause::SourceConnections => "source-connections",
@@ -401,7 +410,7 @@ pub fn code(cause: Cause, phase: Phase) -> [u8; 2] {
         | Cause::IdleTimeout
         | Cause::HalfClosedTimeout
         | Cause::ProxyHeaderTimeout => b'c',
-        Cause::DrainDeadline => b'K',
+        Cause::DrainDeadline | Cause::ClosedByOperator | Cause::ResetByOperator => b'K',
         Cause::BackendRemoved | Cause::BackendDown => b'D',
         Cause::LocalResource => b'R',
         Cause::Denied

@@ -118,6 +118,17 @@ pub struct SessionList {
     pub sessions: Vec<ListedSession>,
 }
 
+/// What ended of the sessions that an operator wants to end.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SessionsEnded {
+    /// Sessions that were ended.
+    pub ended: u64,
+    /// Sessions that stay, because bytes are on their way or no backend is connected.
+    pub busy: u64,
+    /// Whether sessions are left to examine.
+    pub more: bool,
+}
+
 /// Selects the first sessions of a query, one session after the other.
 #[derive(Debug)]
 pub struct SessionSelection {

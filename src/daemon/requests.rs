@@ -8,12 +8,14 @@ use super::control_loop::Control;
 use super::event_log::NewEvent;
 use super::rendering::Reader;
 use crate::admin::{self, AdminRequest, AskedWorkers, DeferredText, ForecastBasis, SessionRecords};
+use std::collections::HashSet;
 use std::sync::Arc;
 use tidegate_api::names::{EventKindName, EventLevelName};
 use tidegate_core::control::OperatorError;
 use tidegate_core::control::what_if::{UnknownAssumption, WhatIf};
 use tidegate_core::health::Intent;
-use tidegate_core::sessions::SessionQuery;
+use tidegate_core::outcome::Cause;
+use tidegate_core::sessions::{SessionQuery, SessionsEnded};
 use tidegate_dataplane::worker::{Worker, WorkerCommand};
 use tidegate_net::clock;
 use tidegate_supervisor::SuccessorChanges;
@@ -48,6 +50,9 @@ impl Control {
             AdminRequest::Sessions { query, reply } => {
                 let _ = reply.send(self.ask_workers(&query));
             }
+            AdminRequest::EndSessions { numbers, cause, reply } => {
+                let _ = reply.send(self.end_sessions(&numbers, cause));
+            }
             AdminRequest::Decisions(reply) => {
                 let context = self.workers.context();
                 let (decisions, given_out) =
@@ -75,13 +80,29 @@ impl Control {
     }
 
     fn ask_workers(&self, query: &Arc<SessionQuery>) -> AskedWorkers {
-        let ask = |worker: &Worker| {
-            let (reply, list) = oneshot::channel();
-            worker.mailbox.send(WorkerCommand::ListSessions(Arc::clone(query), reply));
-            list
-        };
-        let lists = self.workers.list().iter().map(ask).collect();
+        let lists = self.ask_each(|reply| WorkerCommand::ListSessions(Arc::clone(query), reply));
         AskedWorkers { lists, elsewhere: self.upgrades.sessions_elsewhere() }
+    }
+
+    fn end_sessions(
+        &self,
+        numbers: &Arc<HashSet<u64>>,
+        cause: Cause,
+    ) -> Vec<oneshot::Receiver<SessionsEnded>> {
+        self.ask_each(|reply| WorkerCommand::EndSessions(Arc::clone(numbers), cause, reply))
+    }
+
+    /// Sends a command to each worker. Returns where the answers arrive.
+    fn ask_each<T>(
+        &self,
+        command: impl Fn(oneshot::Sender<T>) -> WorkerCommand,
+    ) -> Vec<oneshot::Receiver<T>> {
+        let ask = |worker: &Worker| {
+            let (reply, answer) = oneshot::channel();
+            worker.mailbox.send(command(reply));
+            answer
+        };
+        self.workers.list().iter().map(ask).collect()
     }
 
     fn explain(&mut self, pool: &str, backend: &str) -> Result<DeferredText, OperatorError> {

@@ -241,6 +241,7 @@ async fn run_control_loop(
                 }));
             }
             AdminRequest::Sessions { reply, .. } => drop(reply),
+            AdminRequest::EndSessions { reply, .. } => drop(reply),
             AdminRequest::Decisions(reply) => drop(reply.send(questioned.records())),
             AdminRequest::Names { ids, reply } => {
                 drop(reply.send(questioned.controller.names_of(&ids)));

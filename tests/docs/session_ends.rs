@@ -30,9 +30,11 @@ fn phases_of(cause: Cause) -> &'static [Phase] {
         Cause::ClientLeft => &[Preread, Queue],
         Cause::QueueTimeout => &[Queue],
         Cause::ClientLost => &[Preread, Data, HalfClosed, Closed],
-        Cause::BackendReset | Cause::BackendLost | Cause::BackendRemoved | Cause::BackendDown => {
-            &[Data, HalfClosed, Closed]
-        }
+        Cause::BackendReset
+        | Cause::BackendLost
+        | Cause::BackendRemoved
+        | Cause::BackendDown
+        | Cause::ClosedByOperator => &[Data, HalfClosed, Closed],
         Cause::ConnectRefused | Cause::ConnectTimeout | Cause::ConnectFailed => &[Connect],
         Cause::NoBackend | Cause::Denied | Cause::SourceConnections | Cause::SourceRate => &[Admit],
         Cause::Route => &[Admit, Preread, Queue],
@@ -43,7 +45,9 @@ fn phases_of(cause: Cause) -> &'static [Phase] {
         Cause::FirstByteTimeout => &[Preread, Data],
         Cause::IdleTimeout => &[Data],
         Cause::HalfClosedTimeout => &[HalfClosed, Closed],
-        Cause::DrainDeadline => &[Preread, Queue, Connect, Data, HalfClosed, Closed],
+        Cause::DrainDeadline | Cause::ResetByOperator => {
+            &[Preread, Queue, Connect, Data, HalfClosed, Closed]
+        }
         Cause::LocalResource => &[Admit, Preread, Connect, Data, HalfClosed, Closed],
         Cause::InternalError => &Phase::ALL,
     }

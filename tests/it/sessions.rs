@@ -6,7 +6,7 @@ use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
 use crate::common::{Engine, eventually, on_every_engine, secs};
 use serde_json::Value;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 
 on_every_engine!(
@@ -15,6 +15,9 @@ on_every_engine!(
     client_without_a_backend_is_listed_in_setup,
     announced_client_is_listed,
     long_list_has_the_first_sessions_and_all_totals,
+    closed_sessions_end_with_fin_and_others_stay,
+    session_with_bytes_on_their_way_is_not_closed_but_can_be_reset,
+    waiting_client_can_be_reset,
 );
 
 struct Site {
@@ -161,4 +164,87 @@ fn long_list_has_the_first_sessions_and_all_totals(engine: Engine) {
     assert_eq!(of_worker(0) + of_worker(1), 600);
     drop(sessions);
     eventually(secs(10), "no session is open", || list(&site.proxy, "")["open"] == 0);
+}
+
+/// Reads until the end of the connection. Returns whether it ended with FIN.
+fn ends_in_order(mut stream: TcpStream) -> bool {
+    stream.set_read_timeout(Some(secs(10))).unwrap();
+    matches!(stream.read(&mut [0; 8]), Ok(0))
+}
+
+fn closed_sessions_end_with_fin_and_others_stay(engine: Engine) {
+    let site = Site::start(engine);
+    let (web, other) = (site.open("web", 5), site.open("web", 5));
+    let db = site.open("db", 5);
+    let client = other.local_addr().unwrap().to_string();
+    let rows = list(&site.proxy, "frontend=web")["sessions"].clone();
+    let rows = rows.as_array().unwrap();
+    let number = rows.iter().find(|row| row["client"] == client).unwrap()["session"].to_string();
+    assert_eq!(site.proxy.cli_ok(&["sessions", "close", &number]).trim(), "1 session closed");
+    assert!(ends_in_order(other));
+    let refused = site.proxy.cli(&["sessions", "close", "--older", "1ms"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("add --yes"), "{refused:?}");
+    assert_eq!(site.proxy.cli(&["sessions", "close", "--yes"]).status.code(), Some(1));
+    exchange(&web, b"still open").unwrap();
+    exchange(&db, b"still open").unwrap();
+    let closed =
+        site.proxy.cli_ok(&["sessions", "close", "--older", "1ms", "--yes", "--rate", "1"]);
+    assert_eq!(closed.trim(), "2 sessions closed");
+    assert!(ends_in_order(web) && ends_in_order(db));
+    let log = site.proxy.wait_access_log(3);
+    for line in &log {
+        let end = [&line["cause"], &line["code"], &line["phase"]];
+        assert_eq!(end, ["closed-by-operator", "KD", "data"], "{line}");
+        assert_eq!(line["bytes_undelivered"], 0, "{line}");
+    }
+    let events = site.proxy.admin_request("GET", "/v1/events?kind=operator").json();
+    let text = events["events"][0]["text"].as_str().unwrap();
+    assert!(text.starts_with("1 of 1 sessions that match closed: "), "{events}");
+    assert!(events["events"][0]["who"].as_str().unwrap().starts_with("uid "), "{events}");
+}
+
+fn session_with_bytes_on_their_way_is_not_closed_but_can_be_reset(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::stall());
+    let pool = Pool::new("web").backend("a", backend.address());
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    let mut stream = connect(proxy.addr("web"));
+    stream.set_write_timeout(Some(secs(1))).unwrap();
+    // Fills the socket queues of both connections.
+    while stream.write(&[b'x'; 65_536]).is_ok() {}
+    let busy = proxy.cli(&["sessions", "close", "--pool", "web"]);
+    assert_eq!(busy.status.code(), Some(3), "{busy:?}");
+    assert!(String::from_utf8_lossy(&busy.stderr).contains("1 session left"), "{busy:?}");
+    assert_eq!(list(&proxy, "")["open"], 1);
+    assert_eq!(proxy.cli_ok(&["sessions", "reset", "--pool", "web"]).trim(), "1 session reset");
+    let log = proxy.wait_access_log(1);
+    assert_eq!(log[0]["cause"], "reset-by-operator");
+    assert!(log[0]["bytes_undelivered"].as_u64().unwrap() > 0, "{}", log[0]);
+    assert!(!ends_in_order(stream));
+}
+
+fn waiting_client_can_be_reset(engine: Engine) {
+    let backend = ScriptedBackend::start(backend::echo());
+    let pool = Pool::new("web").key("queue_max = 5").backend_with(
+        "a",
+        backend.address(),
+        "connections_max = 1",
+    );
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    let holder = connect(proxy.addr("web"));
+    exchange(&holder, b"x").unwrap();
+    let queued = connect(proxy.addr("web"));
+    eventually(secs(5), "the client waits", || list(&proxy, "")["open"] == 2);
+    let number = list(&proxy, "")["sessions"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find_map(|row| (row["phase"] == "setup").then(|| row["session"].to_string()));
+    let number = number.expect("a waiting client");
+    assert_eq!(proxy.cli(&["sessions", "close", &number]).status.code(), Some(3));
+    assert_eq!(proxy.cli_ok(&["sessions", "reset", &number]).trim(), "1 session reset");
+    assert!(!ends_in_order(queued));
+    let log = proxy.wait_access_log(1);
+    assert_eq!([&log[0]["cause"], &log[0]["phase"]], ["reset-by-operator", "queue"]);
+    exchange(&holder, b"still open").unwrap();
 }

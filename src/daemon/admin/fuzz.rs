@@ -159,6 +159,10 @@ fn answer(request: AdminRequest, rejects: bool) -> AdminRequest {
             let _ = reply.send(AskedWorkers { lists: Vec::new(), elsewhere: 0 });
             AdminRequest::Sessions { query, reply: no_receiver() }
         }
+        AdminRequest::EndSessions { numbers, cause, reply } => {
+            let _ = reply.send(Vec::new());
+            AdminRequest::EndSessions { numbers, cause, reply: no_receiver() }
+        }
         AdminRequest::Decisions(reply) => {
             let decisions = Arc::new(Decisions::new(1));
             let _ = reply.send(SessionRecords { decisions, given_out: 1..65 });

@@ -11,6 +11,7 @@
 //! | `GET /metrics` | Prometheus text 0.0.4 ([`metrics`]) |
 //! | `GET /v1/status` | JSON ([`status`]) |
 //! | `GET /v1/sessions` | JSON ([`tidegate_api::sessions`]); 400 |
+//! | `POST /v1/sessions/close`, `.../reset` | JSON ([`tidegate_api::sessions`]); 400 |
 //! | `GET /v1/events` | JSON ([`tidegate_api::events`]); 400 |
 //! | `POST /v1/reload` | 200 `{generation, changed, warnings}`; 409 while draining; 422 with `problems` |
 //! | `POST /v1/pools/{pool}/backends/{name}/drain`, `.../undrain` | 200 `{pool, backend, intent}`; 404 |
@@ -56,6 +57,7 @@ pub use tidegate_api::answers::UpgradeDoc;
 pub use tidegate_api::reload::{ProblemDoc, ReloadDoc};
 pub use token::{Token, TokenError, TokenStore};
 
+use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -68,7 +70,8 @@ use tidegate_core::control::names::{NamedIds, Names};
 use tidegate_core::control::what_if::{UnknownAssumption, WhatIf};
 use tidegate_core::decision::rings::Decisions;
 use tidegate_core::health::Intent;
-use tidegate_core::sessions::{SessionList, SessionQuery};
+use tidegate_core::outcome::Cause;
+use tidegate_core::sessions::{SessionList, SessionQuery, SessionsEnded};
 use tokio::sync::oneshot;
 
 /// A request of the API to the control loop. The receiver of the reply can be gone, if
@@ -101,6 +104,15 @@ pub enum AdminRequest {
         query: Arc<SessionQuery>,
         /// The answers of the workers, which come later.
         reply: oneshot::Sender<AskedWorkers>,
+    },
+    /// Ends sessions.
+    EndSessions {
+        /// Their numbers.
+        numbers: Arc<HashSet<u64>>,
+        /// The cause of their end.
+        cause: Cause,
+        /// The answers of the workers, which come later.
+        reply: oneshot::Sender<Vec<oneshot::Receiver<SessionsEnded>>>,
     },
     /// Returns the decisions of all workers.
     Decisions(oneshot::Sender<SessionRecords>),

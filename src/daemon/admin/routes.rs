@@ -8,7 +8,7 @@ use super::events::events;
 use super::guard::{Transport, guard};
 use super::questions;
 use super::serve::AskedBy;
-use super::sessions::sessions;
+use super::sessions;
 use super::upgrade::upgrade;
 use super::{AdminRequest, ProblemDoc, ReadyState, ReloadError, TokenStore};
 use crate::event_log::EventLog;
@@ -76,7 +76,9 @@ pub(super) fn router(api: Arc<ApiState>) -> Router {
         .route("/metrics", get(metrics))
         .route("/v1/status", get(status))
         .route("/v1/events", get(events))
-        .route("/v1/sessions", get(sessions))
+        .route("/v1/sessions", get(sessions::sessions))
+        .route("/v1/sessions/close", post(sessions::close))
+        .route("/v1/sessions/reset", post(sessions::reset))
         .route("/v1/explain", get(questions::explain))
         .route("/v1/reload", post(reload))
         .route("/v1/upgrade", post(upgrade))

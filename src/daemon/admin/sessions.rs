@@ -1,24 +1,29 @@
-//! `GET /v1/sessions`: reads the query, asks every worker and writes the answer.
+//! `/v1/sessions`: reads the query, asks every worker and writes the answer. Ends sessions.
 //!
 //! Mounted by `routes`. The control thread passes the query on and does not wait. The lists of
 //! the workers are joined on a blocking thread.
 
 use super::questions::{bad, blocking, decoded};
-use super::routes::{ANSWER_MAX, ApiState, ErrorResponse, JSON, long_answer, text};
+use super::routes::{ANSWER_MAX, ApiState, ErrorResponse, JSON, answer, long_answer, text};
+use super::serve::AskedBy;
 use super::{AdminRequest, AskedWorkers};
+use crate::event_log::NewEvent;
 use axum::extract::State;
 use axum::response::Response;
+use hyper::http::Extensions;
 use hyper::{StatusCode, Uri};
 use ipnet::IpNet;
 use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tidegate_api::sessions::{OpenSessionDoc, SessionsDoc};
-use tidegate_core::outcome::Phase;
+use tidegate_api::names::{EventKindName, EventLevelName};
+use tidegate_api::sessions::{OpenSessionDoc, SessionsDoc, SessionsEndedDoc};
+use tidegate_core::outcome::{Cause, Phase};
 use tidegate_core::sessions::{
-    ListedSession, SESSION_LIST_MAX, SessionList, SessionOrder, SessionQuery,
+    ListedSession, SESSION_LIST_MAX, SessionList, SessionOrder, SessionQuery, SessionsEnded,
 };
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 /// Sessions of an answer, if the query does not say how many.
@@ -30,23 +35,74 @@ pub(super) async fn sessions(
 ) -> Result<Response, ErrorResponse> {
     let query = Arc::new(parse(uri.query().unwrap_or_default()).map_err(bad)?);
     let (list, elsewhere) = list(&api, &query).await?;
-    let body = blocking(move || {
-        let list = SessionList::merge(list, &query);
-        text(&document(&list, elsewhere))
-    });
+    let body = blocking(move || text(&document(&list, elsewhere)));
     Ok(long_answer(JSON, body.await?))
 }
 
-/// Returns the lists of all workers, and the open sessions of old processes.
+pub(super) async fn close(
+    State(api): State<Arc<ApiState>>,
+    uri: Uri,
+    extensions: Extensions,
+) -> Result<Response, ErrorResponse> {
+    end(&api, &uri, Cause::ClosedByOperator, AskedBy::of(&extensions)).await
+}
+
+pub(super) async fn reset(
+    State(api): State<Arc<ApiState>>,
+    uri: Uri,
+    extensions: Extensions,
+) -> Result<Response, ErrorResponse> {
+    end(&api, &uri, Cause::ResetByOperator, AskedBy::of(&extensions)).await
+}
+
+/// Ends the first sessions that match.
+async fn end(
+    api: &ApiState,
+    uri: &Uri,
+    cause: Cause,
+    who: String,
+) -> Result<Response, ErrorResponse> {
+    let query = Arc::new(parse(uri.query().unwrap_or_default()).map_err(bad)?);
+    let (SessionList { matched, sessions, .. }, _) = list(api, &query).await?;
+    let numbers = Arc::new(sessions.iter().map(|session| session.number).collect());
+    let mut done = SessionsEndedDoc { matched, ..SessionsEndedDoc::default() };
+    let pending = api.ask(|reply| AdminRequest::EndSessions { numbers, cause, reply }).await?;
+    for SessionsEnded { ended, busy, .. } in answers(pending).await? {
+        done.ended += ended;
+        done.busy += busy;
+    }
+    if done.ended > 0 {
+        let verb = if cause == Cause::ClosedByOperator { "closed" } else { "reset" };
+        let words = format!("{} of {matched} sessions that match {verb}", done.ended);
+        let which = uri.query().map_or_else(String::new, |query| format!(": {query}"));
+        let event = NewEvent::new(
+            EventKindName::Operator,
+            EventLevelName::Info,
+            "tidegate",
+            words + &which,
+        );
+        api.events.record(event.by(who));
+    }
+    Ok(answer(JSON, text(&done)))
+}
+
+/// Returns the list of all workers, and the number of open sessions of old processes.
 async fn list(
     api: &ApiState,
     query: &Arc<SessionQuery>,
-) -> Result<(Vec<SessionList>, u64), ErrorResponse> {
+) -> Result<(SessionList, u64), ErrorResponse> {
     let ask = |reply| AdminRequest::Sessions { query: Arc::clone(query), reply };
     let AskedWorkers { lists, elsewhere } = api.ask(ask).await?;
-    let mut all = Vec::with_capacity(lists.len());
-    for (worker, list) in lists.into_iter().enumerate() {
-        let answered = timeout(ANSWER_MAX, list).await.ok().and_then(Result::ok);
+    let (lists, query) = (answers(lists).await?, Arc::clone(query));
+    let merged = blocking(move || SessionList::merge(lists, &query)).await?;
+    Ok((merged, elsewhere.into()))
+}
+
+/// Waits for the answer of every worker.
+async fn answers<T>(pending: Vec<oneshot::Receiver<T>>) -> Result<Vec<T>, ErrorResponse> {
+    let mut all = Vec::with_capacity(pending.len());
+    for (worker, answer) in pending.into_iter().enumerate() {
+        let answered = timeout(ANSWER_MAX, answer).await.ok().and_then(Result::ok);
         let missing = || {
             let detail = format!("worker {worker} did not answer within {ANSWER_MAX:?}");
             let error = "no answer from a worker";
@@ -54,7 +110,7 @@ async fn list(
         };
         all.push(answered.ok_or_else(missing)?);
     }
-    Ok((all, elsewhere.into()))
+    Ok(all)
 }
 
 fn document(list: &SessionList, elsewhere: u64) -> SessionsDoc {

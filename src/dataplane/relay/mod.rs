@@ -37,6 +37,7 @@ use crate::fault_points::FaultPoint;
 use engine::EngineCore;
 use epoll::EpollEngine;
 use ring::RingEngine;
+use std::collections::HashSet;
 use std::fmt::Debug;
 use std::io;
 use std::ops::Range;
@@ -49,6 +50,7 @@ use std::time::{Duration, Instant};
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::ClientAddr;
 use tidegate_core::outcome::{Cause, SessionSide};
+use tidegate_core::sessions::SessionsEnded;
 use tidegate_core::table::state::BackendId;
 use tidegate_net::budget::MemoryBudget;
 use tokio::sync::Notify;
@@ -107,6 +109,10 @@ pub(crate) trait RelayEngine: Debug {
     /// Calls `visit` with the sessions whose keys are in `keys`. Returns false if no session has
     /// a higher key.
     fn visit(&self, keys: Range<u32>, visit: &mut dyn FnMut(&SessionView<'_>)) -> bool;
+
+    /// Ends the sessions whose keys are in `keys` and whose numbers are in `numbers`. A cause that
+    /// closes in order ends only relayed sessions without undelivered bytes.
+    fn end_some(&self, keys: Range<u32>, numbers: &HashSet<u64>, cause: Cause) -> SessionsEnded;
 
     /// Ends all sessions in any stage. Returns their number.
     fn abort_all(&self, cause: Cause) -> usize;

@@ -2,6 +2,7 @@
 //!
 //! Part of `engine`, called by it and by the event handlers of both engines.
 
+use super::delivery;
 use super::engine::{ConnectResult, EngineIo, EngineSession, StopMode};
 use super::handle::{ConnectEnd, SessionIdentity};
 use super::task::EngineSleep;
@@ -192,6 +193,15 @@ impl<F: EngineSession> SessionEntry<F> {
     #[inline]
     pub(super) fn is_relaying(&self) -> bool {
         matches!(self.stage, SessionStage::Relaying(_))
+    }
+
+    /// Whether this cause can end the session now: in order only if no byte would be lost.
+    pub(super) fn can_end(&self, cause: Cause) -> bool {
+        if cause != Cause::ClosedByOperator {
+            return true;
+        }
+        let ending = self.session.close_state().abort(cause);
+        self.is_relaying() && delivery::bytes(&self.session, ending).undelivered == 0
     }
 
     /// Takes the stage out, for the caller to replace or put back.

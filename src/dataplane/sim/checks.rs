@@ -82,7 +82,9 @@ fn check_session(
         }
         "local-resource" => check_shortage(kernel, record.errno),
         "idle-timeout" | "half-closed-timeout" => ensure(world.jumped, "it was not idle for long"),
-        "drain-deadline" | "backend-removed" => ensure(world.aborted, "no session was aborted"),
+        "drain-deadline" | "backend-removed" | "closed-by-operator" => {
+            ensure(world.aborted, "no session was aborted")
+        }
         "connect-timeout" | "queue-timeout" | "no-backend" => Ok(()),
         _ => Err("unexpected cause"),
     }

@@ -294,7 +294,14 @@ impl SimWorld {
 
     /// A random action of the operator.
     fn operate(&mut self) {
-        match self.rng.u8(..4) {
+        match self.rng.u8(..5) {
+            4 => {
+                self.aborted = true;
+                let mut open = Vec::new();
+                self.ctx.engine.visit(0..64, &mut |one| open.push(one.identity.number));
+                let some = open.into_iter().filter(|_| self.rng.bool()).collect();
+                self.ctx.engine.end_some(0..64, &some, Cause::ClosedByOperator);
+            }
             3 => self.budget.set_max(some_budget(&mut self.rng)),
             0 => {
                 self.aborted = true;

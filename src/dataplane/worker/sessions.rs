@@ -1,17 +1,18 @@
-//! Lists the open sessions of a worker.
+//! Lists the open sessions of a worker, and ends those that an operator has chosen.
 //!
-//! Called for a command of the control thread. It examines [`SLICE`] sessions per turn, so that
-//! a list of a million sessions delays no other session. It changes no session.
+//! Called for commands of the control thread. It examines [`SLICE`] sessions per turn, so that
+//! a list of a million sessions delays no other session. It chooses no session.
 
 use super::context::WorkerContext;
 use crate::relay::SessionView;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 use tidegate_core::model::FrontendId;
+use tidegate_core::outcome::Cause;
 use tidegate_core::sessions::{
-    SessionFacts, SessionFigures, SessionList, SessionQuery, SessionSelection,
+    SessionFacts, SessionFigures, SessionList, SessionQuery, SessionSelection, SessionsEnded,
 };
 use tidegate_net::clock;
 
@@ -33,6 +34,26 @@ pub(super) async fn list(ctx: Rc<WorkerContext>, query: Arc<SessionQuery>) -> Se
         start += SLICE;
         if !more {
             return selection.finish();
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Ends the sessions with these numbers.
+pub(super) async fn end(
+    ctx: Rc<WorkerContext>,
+    numbers: Arc<HashSet<u64>>,
+    cause: Cause,
+) -> SessionsEnded {
+    let mut all = SessionsEnded::default();
+    let mut start = 0;
+    loop {
+        let done = ctx.engine.end_some(start..start + SLICE, &numbers, cause);
+        all.ended += done.ended;
+        all.busy += done.busy;
+        start += SLICE;
+        if !done.more {
+            return all;
         }
         tokio::task::yield_now().await;
     }

@@ -153,6 +153,10 @@ fn run_command(ctx: &Rc<WorkerContext>, listeners: &Rc<ListenerSet>, command: Wo
             let listing = sessions::list(Rc::clone(ctx), query);
             tokio::task::spawn_local(async move { reply.send(listing.await) });
         }
+        WorkerCommand::EndSessions(numbers, cause, reply) => {
+            let ending = sessions::end(Rc::clone(ctx), numbers, cause);
+            tokio::task::spawn_local(async move { reply.send(ending.await) });
+        }
         // If the caller has given up, the next `Collect` gets the histograms.
         WorkerCommand::Collect(reply) if reply.is_closed() => {}
         WorkerCommand::Collect(reply) => {

@@ -280,6 +280,8 @@ fn usual_phase(cause: Cause) -> Phase {
         | Cause::DrainDeadline
         | Cause::BackendRemoved
         | Cause::BackendDown
+        | Cause::ClosedByOperator
+        | Cause::ResetByOperator
         | Cause::InternalError => Phase::Data,
         Cause::HalfClosedTimeout => Phase::HalfClosed,
     }
