@@ -132,6 +132,13 @@ pub enum SortKey {
     Bytes,
 }
 
+/// How long sessions that cannot be closed are tried again. A peer acknowledges its last bytes
+/// within this time.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Time between two tries.
+const TRY_AGAIN: Duration = Duration::from_millis(100);
+
 /// Time between two batches at a rate.
 const PACE: Duration = Duration::from_secs(1);
 
@@ -174,9 +181,10 @@ fn end_sessions(args: &EndArgs, action: &str, done: &str) -> Exit {
     }
 }
 
-/// Ends the chosen sessions in batches. Stops if no session of a batch can be ended.
+/// Ends the chosen sessions in batches. Stops if none of the rest can be ended for [`PATIENCE`].
 fn end_all(args: &EndArgs, action: &str, chosen: u64) -> Result<SessionsEndedDoc, ClientError> {
     let mut all = SessionsEndedDoc { matched: chosen, ..SessionsEndedDoc::default() };
+    let mut stuck_since = None;
     while all.ended < chosen {
         let began = clock::now();
         let batch = args.rate.unwrap_or(BATCH_MAX).min(chosen - all.ended);
@@ -184,8 +192,12 @@ fn end_all(args: &EndArgs, action: &str, chosen: u64) -> Result<SessionsEndedDoc
         let done: SessionsEndedDoc = ask(&args.client, Method::POST, &path)?.document()?;
         all.ended += done.ended;
         all.busy = done.busy;
-        if done.ended == 0 {
+        if done.ended > 0 {
+            stuck_since = None;
+        } else if done.matched == 0 || began >= *stuck_since.get_or_insert(began) + PATIENCE {
             return Ok(all);
+        } else {
+            clock::pause(TRY_AGAIN);
         }
         if args.rate.is_some() && all.ended < chosen {
             clock::pause(PACE.saturating_sub(clock::now().saturating_duration_since(began)));

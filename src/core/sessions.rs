@@ -4,11 +4,12 @@
 //! [`SessionSelection`], and `daemon` merges the [`SessionList`]s. Pure.
 
 use crate::model::ClientAddr;
-use crate::outcome::Phase;
+use crate::outcome::{Cause, Phase};
 use ipnet::IpNet;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Most sessions of one answer.
@@ -118,6 +119,17 @@ pub struct SessionList {
     pub sessions: Vec<ListedSession>,
 }
 
+/// Sessions that an operator wants to end, for all workers.
+#[derive(Debug)]
+pub struct SessionsToEnd {
+    /// Their numbers.
+    pub numbers: HashSet<u64>,
+    /// The cause of their end.
+    pub cause: Cause,
+    /// How many of them are still to be ended.
+    left: AtomicU64,
+}
+
 /// What ended of the sessions that an operator wants to end.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SessionsEnded {
@@ -196,6 +208,21 @@ impl ListedSession {
         let backend = backend.map(|(pool, name)| (Arc::clone(pool), Arc::clone(name)));
         let frontend = Arc::clone(frontend);
         ListedSession { number, worker, client, frontend, backend, phase, figures }
+    }
+}
+
+// === impl SessionsToEnd ===
+
+impl SessionsToEnd {
+    /// Any `most` of these sessions.
+    pub fn new(numbers: HashSet<u64>, cause: Cause, most: u64) -> SessionsToEnd {
+        SessionsToEnd { numbers, cause, left: AtomicU64::new(most) }
+    }
+
+    /// Counts a session that is being ended. Returns false if enough are.
+    pub fn take(&self) -> bool {
+        let fewer = |left: u64| left.checked_sub(1);
+        self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fewer).is_ok()
     }
 }
 

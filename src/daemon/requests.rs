@@ -8,14 +8,12 @@ use super::control_loop::Control;
 use super::event_log::NewEvent;
 use super::rendering::Reader;
 use crate::admin::{self, AdminRequest, AskedWorkers, DeferredText, ForecastBasis, SessionRecords};
-use std::collections::HashSet;
 use std::sync::Arc;
 use tidegate_api::names::{EventKindName, EventLevelName};
 use tidegate_core::control::OperatorError;
 use tidegate_core::control::what_if::{UnknownAssumption, WhatIf};
 use tidegate_core::health::Intent;
-use tidegate_core::outcome::Cause;
-use tidegate_core::sessions::{SessionQuery, SessionsEnded};
+use tidegate_core::sessions::SessionQuery;
 use tidegate_dataplane::worker::{Worker, WorkerCommand};
 use tidegate_net::clock;
 use tidegate_supervisor::SuccessorChanges;
@@ -50,8 +48,9 @@ impl Control {
             AdminRequest::Sessions { query, reply } => {
                 let _ = reply.send(self.ask_workers(&query));
             }
-            AdminRequest::EndSessions { numbers, cause, reply } => {
-                let _ = reply.send(self.end_sessions(&numbers, cause));
+            AdminRequest::EndSessions { order, reply } => {
+                let command = |reply| WorkerCommand::EndSessions(Arc::clone(&order), reply);
+                let _ = reply.send(self.ask_each(command));
             }
             AdminRequest::Decisions(reply) => {
                 let context = self.workers.context();
@@ -82,14 +81,6 @@ impl Control {
     fn ask_workers(&self, query: &Arc<SessionQuery>) -> AskedWorkers {
         let lists = self.ask_each(|reply| WorkerCommand::ListSessions(Arc::clone(query), reply));
         AskedWorkers { lists, elsewhere: self.upgrades.sessions_elsewhere() }
-    }
-
-    fn end_sessions(
-        &self,
-        numbers: &Arc<HashSet<u64>>,
-        cause: Cause,
-    ) -> Vec<oneshot::Receiver<SessionsEnded>> {
-        self.ask_each(|reply| WorkerCommand::EndSessions(Arc::clone(numbers), cause, reply))
     }
 
     /// Sends a command to each worker. Returns where the answers arrive.

@@ -159,9 +159,9 @@ fn answer(request: AdminRequest, rejects: bool) -> AdminRequest {
             let _ = reply.send(AskedWorkers { lists: Vec::new(), elsewhere: 0 });
             AdminRequest::Sessions { query, reply: no_receiver() }
         }
-        AdminRequest::EndSessions { numbers, cause, reply } => {
+        AdminRequest::EndSessions { order, reply } => {
             let _ = reply.send(Vec::new());
-            AdminRequest::EndSessions { numbers, cause, reply: no_receiver() }
+            AdminRequest::EndSessions { order, reply: no_receiver() }
         }
         AdminRequest::Decisions(reply) => {
             let decisions = Arc::new(Decisions::new(1));

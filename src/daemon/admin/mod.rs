@@ -57,7 +57,6 @@ pub use tidegate_api::answers::UpgradeDoc;
 pub use tidegate_api::reload::{ProblemDoc, ReloadDoc};
 pub use token::{Token, TokenError, TokenStore};
 
-use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -70,8 +69,7 @@ use tidegate_core::control::names::{NamedIds, Names};
 use tidegate_core::control::what_if::{UnknownAssumption, WhatIf};
 use tidegate_core::decision::rings::Decisions;
 use tidegate_core::health::Intent;
-use tidegate_core::outcome::Cause;
-use tidegate_core::sessions::{SessionList, SessionQuery, SessionsEnded};
+use tidegate_core::sessions::{SessionList, SessionQuery, SessionsEnded, SessionsToEnd};
 use tokio::sync::oneshot;
 
 /// A request of the API to the control loop. The receiver of the reply can be gone, if
@@ -107,10 +105,8 @@ pub enum AdminRequest {
     },
     /// Ends sessions.
     EndSessions {
-        /// Their numbers.
-        numbers: Arc<HashSet<u64>>,
-        /// The cause of their end.
-        cause: Cause,
+        /// Which.
+        order: Arc<SessionsToEnd>,
         /// The answers of the workers, which come later.
         reply: oneshot::Sender<Vec<oneshot::Receiver<SessionsEnded>>>,
     },

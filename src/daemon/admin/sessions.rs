@@ -22,6 +22,7 @@ use tidegate_api::sessions::{OpenSessionDoc, SessionsDoc, SessionsEndedDoc};
 use tidegate_core::outcome::{Cause, Phase};
 use tidegate_core::sessions::{
     ListedSession, SESSION_LIST_MAX, SessionList, SessionOrder, SessionQuery, SessionsEnded,
+    SessionsToEnd,
 };
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -62,14 +63,19 @@ async fn end(
     cause: Cause,
     who: String,
 ) -> Result<Response, ErrorResponse> {
-    let query = Arc::new(parse(uri.query().unwrap_or_default()).map_err(bad)?);
-    let (SessionList { matched, sessions, .. }, _) = list(api, &query).await?;
-    let numbers = Arc::new(sessions.iter().map(|session| session.number).collect());
+    let mut query = parse(uri.query().unwrap_or_default()).map_err(bad)?;
+    let most = std::mem::replace(&mut query.limit, SESSION_LIST_MAX);
+    let (SessionList { matched, sessions, .. }, _) = list(api, &Arc::new(query)).await?;
+    let numbers: Vec<u64> = sessions.iter().map(|session| session.number).collect();
+    let (first, others) = numbers.split_at(most.min(numbers.len()));
     let mut done = SessionsEndedDoc { matched, ..SessionsEndedDoc::default() };
-    let pending = api.ask(|reply| AdminRequest::EndSessions { numbers, cause, reply }).await?;
-    for SessionsEnded { ended, busy, .. } in answers(pending).await? {
-        done.ended += ended;
-        done.busy += busy;
+    // Others take the place of those that cannot be ended now.
+    for numbers in [first, others] {
+        let left = (most as u64).saturating_sub(done.ended);
+        if left > 0 && !numbers.is_empty() {
+            let order = SessionsToEnd::new(numbers.iter().copied().collect(), cause, left);
+            end_each(api, order, &mut done).await?;
+        }
     }
     if done.ended > 0 {
         let verb = if cause == Cause::ClosedByOperator { "closed" } else { "reset" };
@@ -84,6 +90,20 @@ async fn end(
         api.events.record(event.by(who));
     }
     Ok(answer(JSON, text(&done)))
+}
+
+async fn end_each(
+    api: &ApiState,
+    order: SessionsToEnd,
+    done: &mut SessionsEndedDoc,
+) -> Result<(), ErrorResponse> {
+    let order = Arc::new(order);
+    let pending = api.ask(|reply| AdminRequest::EndSessions { order, reply }).await?;
+    for SessionsEnded { ended, busy, .. } in answers(pending).await? {
+        done.ended += ended;
+        done.busy += busy;
+    }
+    Ok(())
 }
 
 /// Returns the list of all workers, and the number of open sessions of old processes.

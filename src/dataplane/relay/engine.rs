@@ -17,7 +17,6 @@ use crate::relay::session_timers::{FirstByteState, SessionTimers};
 use crate::timer_wheel::TimerWheel;
 use slab::Slab;
 use std::cell::{Cell, RefCell};
-use std::collections::HashSet;
 use std::fmt::Debug;
 use std::io;
 use std::ops::Range;
@@ -30,7 +29,7 @@ use std::time::{Duration, Instant};
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::ClientAddr;
 use tidegate_core::outcome::{Cause, Phase, SessionEnd, SessionSide};
-use tidegate_core::sessions::SessionsEnded;
+use tidegate_core::sessions::{SessionsEnded, SessionsToEnd};
 use tidegate_core::table::state::BackendId;
 use tidegate_net::clock;
 use tokio::sync::Notify;
@@ -378,21 +377,21 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
         more
     }
 
-    fn end_some(&self, keys: Range<u32>, numbers: &HashSet<u64>, cause: Cause) -> SessionsEnded {
+    fn end_some(&self, keys: Range<u32>, order: &SessionsToEnd) -> SessionsEnded {
         let state = &mut *self.hold();
         state.now = clock::now();
         let more = (keys.end as usize) < state.sessions.capacity();
         let mut done = SessionsEnded { more, ..SessionsEnded::default() };
         for key in keys {
             let Some(entry) = state.sessions.get(key as usize) else { continue };
-            if entry.orphaned || !numbers.contains(&entry.identity.number) {
+            if entry.orphaned || !order.numbers.contains(&entry.identity.number) {
                 continue;
             }
-            if entry.can_end(cause) {
-                state.abort(key, cause);
-                done.ended += 1;
-            } else {
+            if !entry.can_end(order.cause) {
                 done.busy += 1;
+            } else if order.take() {
+                state.abort(key, order.cause);
+                done.ended += 1;
             }
         }
         state.wake_for_work();

@@ -37,7 +37,6 @@ use crate::fault_points::FaultPoint;
 use engine::EngineCore;
 use epoll::EpollEngine;
 use ring::RingEngine;
-use std::collections::HashSet;
 use std::fmt::Debug;
 use std::io;
 use std::ops::Range;
@@ -50,7 +49,7 @@ use std::time::{Duration, Instant};
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::ClientAddr;
 use tidegate_core::outcome::{Cause, SessionSide};
-use tidegate_core::sessions::SessionsEnded;
+use tidegate_core::sessions::{SessionsEnded, SessionsToEnd};
 use tidegate_core::table::state::BackendId;
 use tidegate_net::budget::MemoryBudget;
 use tokio::sync::Notify;
@@ -110,9 +109,9 @@ pub(crate) trait RelayEngine: Debug {
     /// a higher key.
     fn visit(&self, keys: Range<u32>, visit: &mut dyn FnMut(&SessionView<'_>)) -> bool;
 
-    /// Ends the sessions whose keys are in `keys` and whose numbers are in `numbers`. A cause that
-    /// closes in order ends only relayed sessions without undelivered bytes.
-    fn end_some(&self, keys: Range<u32>, numbers: &HashSet<u64>, cause: Cause) -> SessionsEnded;
+    /// Ends the sessions of an order whose keys are in `keys`. A cause that closes in order ends
+    /// only relayed sessions without undelivered bytes.
+    fn end_some(&self, keys: Range<u32>, order: &SessionsToEnd) -> SessionsEnded;
 
     /// Ends all sessions in any stage. Returns their number.
     fn abort_all(&self, cause: Cause) -> usize;

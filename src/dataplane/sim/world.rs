@@ -24,6 +24,7 @@ use tidegate_core::decision::rings::Decisions;
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::BindKey;
 use tidegate_core::outcome::{Cause, Phase};
+use tidegate_core::sessions::SessionsToEnd;
 use tidegate_core::table::Table;
 use tidegate_core::table::publish::TablePublisher;
 use tidegate_net::budget::MemoryBudget;
@@ -300,7 +301,8 @@ impl SimWorld {
                 let mut open = Vec::new();
                 self.ctx.engine.visit(0..64, &mut |one| open.push(one.identity.number));
                 let some = open.into_iter().filter(|_| self.rng.bool()).collect();
-                self.ctx.engine.end_some(0..64, &some, Cause::ClosedByOperator);
+                let order = SessionsToEnd::new(some, Cause::ClosedByOperator, self.rng.u64(..9));
+                self.ctx.engine.end_some(0..64, &order);
             }
             3 => self.budget.set_max(some_budget(&mut self.rng)),
             0 => {

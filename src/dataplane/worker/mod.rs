@@ -18,7 +18,6 @@ use crate::relay::{self, Engine, RING_SETTINGS};
 use crate::worker::context::ProcessContext;
 use crossbeam::queue::SegQueue;
 use socket2::Socket;
-use std::collections::HashSet;
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
@@ -29,7 +28,7 @@ use tidegate_core::metrics::histograms::{HistogramDelta, RecycledHistograms};
 use tidegate_core::metrics::progress::WorkerProgress;
 use tidegate_core::model::BindKey;
 use tidegate_core::outcome::Cause;
-use tidegate_core::sessions::{SessionList, SessionQuery, SessionsEnded};
+use tidegate_core::sessions::{SessionList, SessionQuery, SessionsEnded, SessionsToEnd};
 use tidegate_core::table::publish::TablePublisher;
 use tidegate_core::table::state::BackendId;
 use tidegate_net::budget::MemoryBudget;
@@ -88,8 +87,8 @@ pub enum WorkerCommand {
     ResetAll(Cause),
     /// List open sessions.
     ListSessions(Arc<SessionQuery>, oneshot::Sender<SessionList>),
-    /// End these sessions with this cause.
-    EndSessions(Arc<HashSet<u64>>, Cause, oneshot::Sender<SessionsEnded>),
+    /// End sessions.
+    EndSessions(Arc<SessionsToEnd>, oneshot::Sender<SessionsEnded>),
     /// Send the histograms recorded since the last `Collect`.
     Collect(oneshot::Sender<Option<HistogramDelta>>),
     /// Reuse these emptied histograms.

@@ -5,14 +5,14 @@
 
 use super::context::WorkerContext;
 use crate::relay::SessionView;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 use tidegate_core::model::FrontendId;
-use tidegate_core::outcome::Cause;
 use tidegate_core::sessions::{
     SessionFacts, SessionFigures, SessionList, SessionQuery, SessionSelection, SessionsEnded,
+    SessionsToEnd,
 };
 use tidegate_net::clock;
 
@@ -39,16 +39,12 @@ pub(super) async fn list(ctx: Rc<WorkerContext>, query: Arc<SessionQuery>) -> Se
     }
 }
 
-/// Ends the sessions with these numbers.
-pub(super) async fn end(
-    ctx: Rc<WorkerContext>,
-    numbers: Arc<HashSet<u64>>,
-    cause: Cause,
-) -> SessionsEnded {
+/// Ends the sessions of an order.
+pub(super) async fn end(ctx: Rc<WorkerContext>, order: Arc<SessionsToEnd>) -> SessionsEnded {
     let mut all = SessionsEnded::default();
     let mut start = 0;
     loop {
-        let done = ctx.engine.end_some(start..start + SLICE, &numbers, cause);
+        let done = ctx.engine.end_some(start..start + SLICE, &order);
         all.ended += done.ended;
         all.busy += done.busy;
         start += SLICE;

@@ -153,8 +153,8 @@ fn run_command(ctx: &Rc<WorkerContext>, listeners: &Rc<ListenerSet>, command: Wo
             let listing = sessions::list(Rc::clone(ctx), query);
             tokio::task::spawn_local(async move { reply.send(listing.await) });
         }
-        WorkerCommand::EndSessions(numbers, cause, reply) => {
-            let ending = sessions::end(Rc::clone(ctx), numbers, cause);
+        WorkerCommand::EndSessions(order, reply) => {
+            let ending = sessions::end(Rc::clone(ctx), order);
             tokio::task::spawn_local(async move { reply.send(ending.await) });
         }
         // If the caller has given up, the next `Collect` gets the histograms.
