@@ -103,7 +103,7 @@ pub enum Command {
     Status(ClientArgs),
     /// List open sessions.
     #[command(after_help = sessions::HELP)]
-    Sessions(sessions::SessionsArgs),
+    Sessions(Box<sessions::SessionsArgs>),
     /// Show what has happened: state changes, reloads, orders, upgrades.
     #[command(after_help = events::HELP)]
     Events(events::EventsArgs),

@@ -334,7 +334,7 @@ mod tests {
     fn args(line: &str) -> SessionsArgs {
         let words = ["tidegate", "sessions"].into_iter().chain(line.split_whitespace());
         match Cli::try_parse_from(words).unwrap().command {
-            Command::Sessions(args) => args,
+            Command::Sessions(args) => *args,
             other => panic!("{other:?}"),
         }
     }
