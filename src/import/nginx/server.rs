@@ -95,6 +95,9 @@ impl<'t> NginxTranslator<'t> {
                 true => "no backend of it can be translated",
                 false => "no address is left to listen on",
             };
+            for line in own {
+                self.report.note(line.at, Dropped, "its server is left out");
+            }
             return self.report.lose(server.at, NotPossible, why);
         }
         frontend.name = self.frontend_names.take(wish.unwrap_or(&by_port));
