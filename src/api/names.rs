@@ -257,6 +257,8 @@ names! {
         FirstByteTimeout = "first-byte-timeout",
         /// No data was transferred within the idle timeout.
         IdleTimeout = "idle-timeout",
+        /// The session was as old as `session_max`.
+        SessionMax = "session-max",
         /// No data was transferred within the half-closed timeout after the FIN of one
         /// side.
         HalfClosedTimeout = "half-closed-timeout",

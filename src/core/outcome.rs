@@ -33,6 +33,8 @@ pub enum Cause {
     FirstByteTimeout,
     /// No data was transferred within the idle timeout.
     IdleTimeout,
+    /// The session was as old as `session_max`.
+    SessionMax,
     /// No data was transferred within the half-closed timeout after the FIN of one
     /// side.
     HalfClosedTimeout,
@@ -175,6 +177,7 @@ impl Cause {
             Cause::Finished => true,
             Cause::FirstByteTimeout
             | Cause::IdleTimeout
+            | Cause::SessionMax
             | Cause::HalfClosedTimeout
             | Cause::ClosedByOperator => undelivered == 0,
             _ => false,
@@ -190,7 +193,7 @@ impl Cause {
     pub const COUNT: usize = Cause::ALL.len();
 
     /// Every cause, in numeric order.
-    pub const ALL: [Cause; 29] = [
+    pub const ALL: [Cause; 30] = [
         Cause::Finished,
         Cause::ClientReset,
         Cause::BackendReset,
@@ -204,6 +207,7 @@ impl Cause {
         Cause::QueueTimeout,
         Cause::FirstByteTimeout,
         Cause::IdleTimeout,
+        Cause::SessionMax,
         Cause::HalfClosedTimeout,
         Cause::DrainDeadline,
         Cause::BackendRemoved,
@@ -238,6 +242,7 @@ impl Cause {
             Cause::QueueTimeout => "queue-timeout",
             Cause::FirstByteTimeout => "first-byte-timeout",
             Cause::IdleTimeout => "idle-timeout",
+            Cause::SessionMax => "session-max",
             Cause::HalfClosedTimeout => "half-closed-timeout",
             Cause::DrainDeadline => "drain-deadline",
             Cause::BackendRemoved => "backend-removed",
@@ -265,6 +270,7 @@ impl Cause {
             Cause::QueueTimeout => "queue_timeout",
             Cause::FirstByteTimeout => "first_byte_timeout",
             Cause::IdleTimeout => "idle_timeout",
+            Cause::SessionMax => "session_max",
             Cause::HalfClosedTimeout => "half_closed_timeout",
             Cause::DrainDeadline => "drain_timeout",
             Cause::BackendRemoved => "on_removal",
@@ -408,6 +414,7 @@ pub fn code(cause: Cause, phase: Phase) -> [u8; 2] {
         Cause::NoBackend => b'S',
         Cause::FirstByteTimeout
         | Cause::IdleTimeout
+        | Cause::SessionMax
         | Cause::HalfClosedTimeout
         | Cause::ProxyHeaderTimeout => b'c',
         Cause::DrainDeadline | Cause::ClosedByOperator | Cause::ResetByOperator => b'K',

@@ -52,6 +52,7 @@ pub fn frontend(name: &str, port: u16, pool: &PoolConfig) -> FrontendConfig {
         first_byte_timeout: None,
         idle_timeout: None,
         half_closed_timeout: None,
+        session_max: None,
         stalled_timeout: None,
         keepalive: None,
         user_timeout: None,

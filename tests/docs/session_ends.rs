@@ -44,6 +44,7 @@ fn phases_of(cause: Cause) -> &'static [Phase] {
         | Cause::ProxyHeaderCrc => &[Preread],
         Cause::FirstByteTimeout => &[Preread, Data],
         Cause::IdleTimeout => &[Data],
+        Cause::SessionMax => &[Data, HalfClosed],
         Cause::HalfClosedTimeout => &[HalfClosed, Closed],
         Cause::DrainDeadline | Cause::ResetByOperator => {
             &[Preread, Queue, Connect, Data, HalfClosed, Closed]

@@ -53,6 +53,7 @@ mod reload;
 mod rewrites;
 mod routes;
 mod scrapes;
+mod session_age;
 mod sessions;
 mod settling;
 mod shells;

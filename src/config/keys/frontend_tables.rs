@@ -65,6 +65,14 @@ pub(super) const FRONTEND: &[ConfigKey] = &[
          `idle_timeout` does not apply to these sessions.",
     ),
     key(
+        "session_max",
+        TIME_OR_OFF,
+        Value("\"off\""),
+        Reload,
+        "Close sessions of this age, or up to 19 % younger, see \
+         [limits.md](limits.md#the-age-of-sessions). A changed value applies to new sessions.",
+    ),
+    key(
         "stalled_timeout",
         WordOrTime("off", "", "1s", "32767s"),
         Value("\"45s\""),

@@ -79,6 +79,7 @@ pub(super) fn read<'r, 'a>(
         half_closed_timeout: section
             .timer("half_closed_timeout", "30s", TIME)
             .or(Some(HALF_CLOSED_TIMEOUT)),
+        session_max: section.timer("session_max", "1h", TIME).or(None),
         stalled_timeout: section.timer("stalled_timeout", "30s", STALLED).or(Some(STALLED_TIMEOUT)),
         keepalive: keepalive.or(Some(KEEPALIVE)),
         user_timeout: user_timeout.or(Some(USER_TIMEOUT_DEFAULT)),
@@ -234,6 +235,15 @@ fn warn_of_timers(section: &Section<'_, '_>, model: &FrontendConfig) {
             "first_byte_timeout is not below idle_timeout ({idle}), which will end such a session first"
         );
         warn("first_byte_timeout", message);
+    }
+    if let (Some(idle), Some(age)) = (model.idle_timeout, model.session_max)
+        && idle >= age
+    {
+        let age = show_duration(age);
+        let message = format!(
+            "idle_timeout is not below session_max ({age}), which will end such a session first"
+        );
+        warn("idle_timeout", message);
     }
     if let (Some(user), Some(idle)) = (model.user_timeout, model.keepalive)
         && user < idle

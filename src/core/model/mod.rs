@@ -154,6 +154,9 @@ pub struct FrontendConfig {
     /// The same after one side has sent FIN. `None`: off.
     #[serde(serialize_with = "text_forms::timer")]
     pub half_closed_timeout: Option<Duration>,
+    /// Age at which a session is closed at the latest. `None`: off.
+    #[serde(serialize_with = "text_forms::timer")]
+    pub session_max: Option<Duration>,
     /// Minimum time without progress for a peer that has no room for waiting bytes,
     /// before `idle_timeout` or `half_closed_timeout` closes the session. `None`: these
     /// timeouts apply unchanged.

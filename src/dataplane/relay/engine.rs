@@ -333,7 +333,7 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
                 (entry.session.close_state().abort(cause), timers.answer)
             }
             SessionStage::Setup(_) => {
-                (entry.session.close_state().abort(cause), FirstByteState::Idle)
+                (entry.session.close_state().abort(cause), FirstByteState::OFF)
             }
         };
         Some(relay_result(&entry.session, ending, answer))
@@ -462,13 +462,13 @@ fn relay_result(
     answer: FirstByteState,
 ) -> RelayResult {
     let (first_byte, unanswered_since) = match answer {
-        FirstByteState::Idle => (None, None),
+        FirstByteState::Idle(_) => (None, None),
         FirstByteState::Awaited(since) => (None, Some(since)),
         FirstByteState::Answered(at) => (Some(at), None),
     };
     let untouched = ending.cause == Cause::BackendReset
         && ending.phase == Phase::Data
-        && answer == FirstByteState::Idle
+        && matches!(answer, FirstByteState::Idle(_))
         && SessionSide::BOTH
             .into_iter()
             .all(|side| session.close_state().carried(side).received == 0)

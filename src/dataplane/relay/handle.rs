@@ -77,6 +77,8 @@ pub(crate) struct SessionTimeouts {
     pub(crate) idle: Option<Duration>,
     /// Replaces `idle` once one side has ended.
     pub(crate) half_closed: Option<Duration>,
+    /// Ends a session of this age, and from a tenth before as soon as no byte has moved for 1 s.
+    pub(crate) age: Option<Duration>,
     /// Minimum time without progress towards a peer with a full receive window, before one of
     /// the timeouts above ends the session.
     pub(crate) stalled: Option<Duration>,

@@ -14,13 +14,23 @@ const LIVENESS_AFTER_MAX: Duration = Duration::from_secs(10);
 /// Flag in [`SessionTimers::last_queue`].
 const PROGRESS_REQUESTED: u32 = 1 << 31;
 
+/// Flag in [`SessionTimers::last_queue`].
+const LIVENESS_SET: u32 = 1 << 30;
+
+/// The flags in [`SessionTimers::last_queue`]. The rest is a length.
+const QUEUE_FLAGS: u32 = PROGRESS_REQUESTED | LIVENESS_SET;
+
+/// Time without a byte after which a session can be closed for its age before its last tenth
+/// is over.
+pub(super) const QUIET: Duration = Duration::from_secs(1);
+
 /// Delivery timeout if neither `half_closed_timeout` nor `user_timeout` is set.
 const DELIVERY_TIMEOUT_DEFAULT: Duration = Duration::from_secs(60);
 
 /// Timeouts and meter of a session. Idle sessions have one each, in a box.
 #[derive(Debug)]
 pub(super) struct SessionTimers {
-    first_byte: CompactTimeout,
+    age: CompactTimeout,
     idle: CompactTimeout,
     half_closed: CompactTimeout,
     stalled: Seconds,
@@ -29,10 +39,11 @@ pub(super) struct SessionTimers {
     pub(super) meter: SessionMeter,
     last_activity: Instant,
     pub(super) answer: FirstByteState,
-    /// When to set keepalive and user timeout on the backend connection; `None` once set.
-    liveness_due: Option<Instant>,
+    /// When the relay began.
+    began: Instant,
     /// Length of the send queues at the last check, for sockets that show nothing else. The bit
-    /// [`PROGRESS_REQUESTED`] is set if progress was requested since the last activity.
+    /// [`PROGRESS_REQUESTED`] is set if progress was requested since the last activity, and
+    /// [`LIVENESS_SET`] once keepalive and user timeout are set on the backend connection.
     last_queue: u32,
 }
 
@@ -44,8 +55,8 @@ const _: () = assert!(size_of::<SessionTimers>() <= 104);
 /// The first bytes of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FirstByteState {
-    /// No byte from either side.
-    Idle,
+    /// No byte from either side, and how long this can last.
+    Idle(CompactTimeout),
     /// The client sent its first byte at this time; the backend has not answered.
     Awaited(Instant),
     /// The backend sent its first byte at this time.
@@ -53,8 +64,8 @@ pub(super) enum FirstByteState {
 }
 
 /// A timeout of 1 ms to 49 days in 4 bytes; 0 is off.
-#[derive(Debug, Clone, Copy)]
-struct CompactTimeout(u32);
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct CompactTimeout(u32);
 
 /// A timeout of 1 s to 18 h in 2 bytes, rounded up to seconds; 0 is off.
 #[derive(Debug, Clone, Copy)]
@@ -90,15 +101,20 @@ impl CompactTimeout {
 ///
 /// The kernel checks `TCP_USER_TIMEOUT` only when it retransmits, and it schedules that by the
 /// value set at that time (tcp(7)).
-fn liveness_after(limits: &SessionTimeouts) -> Duration {
-    let either = [limits.keepalive, limits.user_timeout].into_iter().flatten();
+fn liveness_after(keepalive: Option<Duration>, user_timeout: Option<Duration>) -> Duration {
+    let either = [keepalive, user_timeout].into_iter().flatten();
     either.map(|limit| limit / 2).fold(LIVENESS_AFTER_MAX, Duration::min)
+}
+
+impl FirstByteState {
+    /// No byte from either side, which can last.
+    pub(super) const OFF: FirstByteState = FirstByteState::Idle(CompactTimeout(0));
 }
 
 impl SessionTimers {
     pub(super) fn new(limits: SessionTimeouts, meter: SessionMeter, now: Instant) -> SessionTimers {
         SessionTimers {
-            first_byte: limits.first_byte.into(),
+            age: limits.age.into(),
             idle: limits.idle.into(),
             half_closed: limits.half_closed.into(),
             stalled: limits.stalled.into(),
@@ -106,8 +122,8 @@ impl SessionTimers {
             user_timeout: limits.user_timeout.into(),
             meter,
             last_activity: now,
-            answer: FirstByteState::Idle,
-            liveness_due: Some(now + liveness_after(&limits)),
+            answer: FirstByteState::Idle(limits.first_byte.into()),
+            began: now,
             last_queue: 0,
         }
     }
@@ -124,7 +140,10 @@ impl SessionTimers {
             return self.half_closed.get().map(|limit| (limit, Cause::HalfClosedTimeout));
         }
         let idle = self.idle.get().map(|limit| (limit, Cause::IdleTimeout));
-        let first_byte = self.first_byte.get().filter(|_| self.answer == FirstByteState::Idle);
+        let first_byte = match self.answer {
+            FirstByteState::Idle(limit) => limit.get(),
+            _ => None,
+        };
         let first_byte = first_byte.map(|limit| (limit, Cause::FirstByteTimeout));
         [first_byte, idle].into_iter().flatten().min_by_key(|(limit, _)| *limit)
     }
@@ -147,7 +166,33 @@ impl SessionTimers {
 
     /// Returns true once, when keepalive and user timeout are due to be set.
     pub(super) fn take_liveness(&mut self, now: Instant) -> bool {
-        self.liveness_due.take_if(|due| *due <= now).is_some()
+        let due = self.liveness_due().is_some_and(|due| due <= now);
+        self.last_queue |= if due { LIVENESS_SET } else { 0 };
+        due
+    }
+
+    /// When to set keepalive and user timeout on the backend connection; `None` once set.
+    fn liveness_due(&self) -> Option<Instant> {
+        let (keepalive, user_timeout) = self.liveness();
+        let is_set = self.last_queue & LIVENESS_SET != 0;
+        (!is_set).then(|| self.began + liveness_after(keepalive, user_timeout))
+    }
+
+    /// Returns when the session is closed for its age: as soon as it is quiet, and at the latest.
+    fn ends(&self) -> Option<(Instant, Instant)> {
+        let age = self.age.get()?;
+        Some((self.began + (age - age / 10), self.began + age))
+    }
+
+    /// Whether the session is in the last tenth of its age and no byte has moved for a while.
+    pub(super) fn is_quiet_at_end(&self, now: Instant) -> bool {
+        let quiet = now.saturating_duration_since(self.last_activity) >= QUIET;
+        quiet && self.ends().is_some_and(|(when_quiet, _)| when_quiet <= now)
+    }
+
+    /// Whether the session must be closed for its age.
+    pub(super) fn is_too_old(&self, now: Instant) -> bool {
+        self.is_quiet_at_end(now) || self.ends().is_some_and(|(_, latest)| latest <= now)
     }
 
     /// Returns when to check the timeouts next.
@@ -155,7 +200,10 @@ impl SessionTimers {
         let idle = self.limit(half_closed).map(|(limit, _)| self.last_activity + limit);
         // Check again in a day if all are off.
         let never = now + Duration::from_secs(86_400);
-        [idle, self.liveness_due].into_iter().flatten().min().unwrap_or(never)
+        let old = self
+            .ends()
+            .map(|(when_quiet, latest)| latest.min(when_quiet.max(self.last_activity + QUIET)));
+        [idle, old, self.liveness_due()].into_iter().flatten().min().unwrap_or(never)
     }
 
     /// Counts the bytes of a turn and records activity and first bytes.
@@ -169,7 +217,7 @@ impl SessionTimers {
         self.last_queue &= !PROGRESS_REQUESTED;
         self.count(moved);
         // If both sides sent bytes in one turn, their order is unknown.
-        if asked != 0 && answered == 0 && self.answer == FirstByteState::Idle {
+        if asked != 0 && answered == 0 && matches!(self.answer, FirstByteState::Idle(_)) {
             self.answer = FirstByteState::Awaited(now);
             self.meter.client_spoke();
         }
@@ -212,10 +260,11 @@ impl SessionTimers {
     /// Compares the length of a send queue with the last check, for sockets that show nothing
     /// else. Returns whether it has changed, which counts as activity.
     pub(super) fn note_queue(&mut self, queued: u64, now: Instant) -> bool {
-        let queued = queued.min((!PROGRESS_REQUESTED).into()) as u32;
-        let moved = self.last_queue & !PROGRESS_REQUESTED != queued;
+        let queued = queued.min((!QUEUE_FLAGS).into()) as u32;
+        let moved = self.last_queue & !QUEUE_FLAGS != queued;
         if moved {
-            (self.last_queue, self.last_activity) = (queued, now);
+            self.last_queue = queued | self.last_queue & LIVENESS_SET;
+            self.last_activity = now;
         }
         moved
     }

@@ -5,9 +5,10 @@
 
 use super::delivery;
 use super::engine::{EngineIo, EngineSession, StopMode};
+use super::session_timers::QUIET;
 use super::stages::{EngineState, SessionStage};
 use std::time::Duration;
-use tidegate_core::outcome::SessionSide;
+use tidegate_core::outcome::{Cause, SessionSide};
 use tidegate_net::stream;
 
 /// Time between two checks of an ended session whose operations are not complete, and the
@@ -116,6 +117,13 @@ impl<M: EngineIo> EngineState<M> {
         let entry = &mut self.sessions[key as usize];
         let SessionStage::Relaying(relaying) = &mut entry.stage else { return };
         let half_closed = entry.session.close_state().closed_first().is_some();
+        if relaying.is_quiet_at_end(self.now) {
+            // Bytes that the peer acknowledges show that the session is in use.
+            delivery::note_progress(&entry.session, relaying, QUIET, self.now);
+        }
+        if relaying.is_too_old(self.now) {
+            return self.abort_relay(key, Cause::SessionMax);
+        }
         if relaying.overdue(half_closed, self.now).is_some() {
             let limit = relaying.limit_now(half_closed);
             let unsure = delivery::note_progress(&entry.session, relaying, limit, self.now);

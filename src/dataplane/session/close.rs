@@ -99,6 +99,7 @@ fn leaves_time_wait(ending: SessionEnd, undelivered: u64) -> bool {
     match ending.cause {
         Cause::Finished => ending.closed_first == Some(SessionSide::Client),
         cause if !cause.closes_in_order(undelivered) => false,
+        Cause::SessionMax => ending.closed_first != Some(SessionSide::Backend),
         Cause::HalfClosedTimeout => ending.closed_first == Some(SessionSide::Client),
         _ => true,
     }

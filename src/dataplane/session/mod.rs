@@ -40,7 +40,7 @@ use std::num::NonZeroU32;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tidegate_core::model::{ClientAddr, OtherPeers, PeerAddr, Policy};
 use tidegate_core::outcome::{Cause, Phase, SessionEnd};
 use tidegate_core::table::routes::{ConnectionFacts, RouteNumber};
@@ -289,6 +289,7 @@ impl Session {
             first_byte: spec.first_byte_timeout,
             idle: spec.idle_timeout,
             half_closed: spec.half_closed_timeout,
+            age: spec.session_max.map(|max| age_at_end(max, self.ctx().draw())),
             stalled: spec.stalled_timeout,
             keepalive: spec.keepalive,
             user_timeout: spec.user_timeout,
@@ -310,4 +311,12 @@ impl Session {
         let undelivered = self.relay.unread();
         self.account(ending, Bytes { undelivered, ..Bytes::default() }, None);
     }
+}
+
+/// Returns the age at which a session ends: `max`, or up to 10 % less. So sessions that began
+/// together, after a restart of a backend, do not end together.
+fn age_at_end(max: Duration, random: u64) -> Duration {
+    // Per mille of a tenth.
+    let less = (random % 1001) as u32;
+    max - max / 10_000 * less
 }

@@ -167,6 +167,7 @@ fn frontend(number_of_it: usize) -> Drawn {
         first,
         ("idle_timeout", timer(1, 30 * DAY)),
         ("half_closed_timeout", timer(1, 30 * DAY)),
+        ("session_max", timer(1, 30 * DAY)),
         ("stalled_timeout", timer(SECOND, 32_767 * SECOND)),
         ("keepalive", quoted(&["off", "1s", "1m", "32767s"])),
         ("user_timeout", timer(1, 24 * DAY)),

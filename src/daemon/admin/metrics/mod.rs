@@ -277,6 +277,7 @@ fn usual_phase(cause: Cause) -> Phase {
         Cause::QueueTimeout | Cause::ClientLeft => Phase::Queue,
         Cause::FirstByteTimeout
         | Cause::IdleTimeout
+        | Cause::SessionMax
         | Cause::DrainDeadline
         | Cause::BackendRemoved
         | Cause::BackendDown

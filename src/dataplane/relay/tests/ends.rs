@@ -1,6 +1,8 @@
 //! Tests of how sessions end. Both engines must report the same.
 
 use super::*;
+use crate::relay::close_state::TurnBytes;
+use crate::relay::session_timers::SessionTimers;
 use tidegate_core::outcome::SessionEnd;
 
 fn idle(idle: u64, half_closed: u64) -> SessionTimeouts {
@@ -252,6 +254,62 @@ fn half_closed_timeout_replaces_the_idle_timeout() {
         let closed_first = Some(SessionSide::Backend);
         assert_eq!(ending, SessionEnd { cause, phase, errno: 0, closed_first });
         assert_eq!(client.read(&mut [0; 8]).await.unwrap(), 0);
+    });
+}
+
+fn aged(age: u64) -> SessionTimeouts {
+    SessionTimeouts { age: Some(Duration::from_millis(age)), ..NO_TIMEOUTS }
+}
+
+#[test]
+fn session_is_closed_for_its_age_when_it_is_quiet() {
+    on(
+        EngineKind::Epoll,
+        || epoll_engine(None, Arc::new(MemoryBudget::new(usize::MAX)), counters()),
+        |rig| async move {
+            let began = clock::now();
+            let at = |seconds| began + Duration::from_secs(seconds);
+            let mut timers = SessionTimers::new(aged(100_000), rig.meter(), began);
+            assert!(timers.take_liveness(at(10)));
+            assert_eq!(timers.due(false, at(10)), at(90));
+            assert!(!timers.is_too_old(at(89)));
+            assert!(timers.is_too_old(at(90)), "it is quiet");
+            let moved = TurnBytes { received: [1, 0], ..TurnBytes::default() };
+            for second in 80..99 {
+                timers.account(&moved, at(second));
+                assert!(!timers.is_too_old(at(second)));
+                assert_eq!(timers.due(false, at(second)), at(90.max(second + 1)));
+            }
+            assert!(timers.is_too_old(at(99)), "a second without a byte");
+            timers.account(&moved, at(99));
+            timers.account(&moved, at(100));
+            assert!(timers.is_too_old(at(100)), "bytes move");
+            let off = SessionTimers::new(NO_TIMEOUTS, rig.meter(), began);
+            assert!(!off.is_too_old(at(1_000_000)));
+        },
+    );
+}
+
+#[test]
+fn session_ends_at_its_age_although_bytes_move() {
+    on_each(|rig| async move {
+        let Session { mut client, mut backend, relayed } = rig.session(aged(400));
+        let started = clock::now();
+        let talk = tokio::task::spawn_local(async move {
+            let mut byte = [0];
+            while client.write_all(b"x").await.is_ok() && backend.read(&mut byte).await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                if clock::now() - started > TIMEOUT {
+                    break;
+                }
+            }
+        });
+        let relayed = relayed.await.unwrap();
+        let took = clock::now() - started;
+        assert!(took >= Duration::from_millis(390) && took < Duration::from_secs(4), "{took:?}");
+        assert_eq!((relayed.ending.cause, relayed.ending.phase), (Cause::SessionMax, Phase::Data));
+        drop(relayed.sockets);
+        talk.await.unwrap();
     });
 }
 

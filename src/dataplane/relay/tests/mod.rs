@@ -27,6 +27,7 @@ const NO_TIMEOUTS: SessionTimeouts = SessionTimeouts {
     first_byte: None,
     idle: None,
     half_closed: None,
+    age: None,
     stalled: None,
     keepalive: None,
     user_timeout: None,
