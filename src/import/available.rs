@@ -31,6 +31,12 @@ pub(crate) struct Available {
     pub(crate) postgres: bool,
     /// `kind = "smtp"`
     pub(crate) smtp: bool,
+    /// `kind = "agent"`
+    pub(crate) agent: bool,
+    /// `kind = "redis"`
+    pub(crate) redis: bool,
+    /// `kind = "ldap"`
+    pub(crate) ldap: bool,
     /// `[log] access = "syslog:..."`
     pub(crate) syslog: bool,
 }
@@ -66,6 +72,9 @@ impl Available {
             mysql: probe("kind = \"mysql\", user = \"a\""),
             postgres: probe("kind = \"postgres\", user = \"a\""),
             smtp: probe("kind = \"smtp\""),
+            agent: probe("kind = \"agent\", port = 1"),
+            redis: probe("kind = \"redis\""),
+            ldap: probe("kind = \"ldap\""),
             syslog: accepts(
                 bind,
                 "[log]\naccess = \"syslog:/dev/log\"\naccess_facility = \"local0\"",

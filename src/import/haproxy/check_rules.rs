@@ -10,6 +10,9 @@ use crate::report::{LineVerdict, SourceLine};
 impl Checks<'_, '_> {
     /// `option tcp-check`: its rules become steps. Without rules it connects only.
     pub(super) fn steps(&mut self, at: SourceLine) {
+        if let Some(role) = self.redis_role().filter(|_| self.can.redis) {
+            return self.redis(role, at);
+        }
         let mut steps = Vec::new();
         for (number, rule) in self.in_force.all("tcp-check").iter().enumerate() {
             match rule.word(1) {
@@ -39,6 +42,52 @@ impl Checks<'_, '_> {
         }
         self.set("kind", "\"steps\"", at);
         self.keep("steps", format!("[\n  {},\n]", steps.join(",\n  ")), at);
+    }
+
+    /// Returns the role that the rules ask of a Redis server, if they do nothing else. A login
+    /// needs a file with its password, so it stays a step.
+    fn redis_role(&self) -> Option<&'static str> {
+        let rules = self.in_force.all("tcp-check");
+        let steps = rules.iter().filter(|rule| !matches!(rule.word(1), "connect" | "comment"));
+        let steps: Vec<String> = steps
+            .map(|rule| match (rule.word(1), rule.word(2)) {
+                ("send", text) => format!("> {}", text.trim_end().to_ascii_lowercase()),
+                ("expect", "string") => format!("< {}", rule.word(3).trim_end()),
+                (other, _) => other.to_owned(),
+            })
+            .collect();
+        let steps: Vec<&str> = steps.iter().map(String::as_str).collect();
+        match steps.as_slice() {
+            ["> ping", "< +PONG", "> info replication", role, rest @ ..]
+                if matches!(rest, [] | ["> quit"] | ["> quit", "< +OK"]) =>
+            {
+                match *role {
+                    "< role:master" => Some("primary"),
+                    "< role:slave" => Some("replica"),
+                    _ => None,
+                }
+            }
+            _ => None,
+        }
+    }
+
+    /// The steps for a Redis server of a role are the probe of that kind.
+    fn redis(&mut self, role: &str, at: SourceLine) {
+        let mut first = true;
+        for rule in self.in_force.all("tcp-check") {
+            match rule.word(1) {
+                "connect" => self.connect(rule, std::mem::take(&mut first)),
+                _ => {
+                    let why = format!("probe.kind = \"redis\", role = \"{role}\"");
+                    self.report.note(rule.at, LineVerdict::Translated, why);
+                }
+            }
+        }
+        self.set("kind", "\"redis\"", at);
+        self.of_pool.set("role", quoted(role), &[at]);
+        let why = "a changed role counts at once, without rise and fall; of several primaries at \
+                   most one gets sessions";
+        self.report.note(at, LineVerdict::Approximated, why);
     }
 
     /// `connect`: the port and TLS of the probe.

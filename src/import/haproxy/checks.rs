@@ -2,10 +2,11 @@
 //!
 //! Called by `pool`.
 
+use super::agent_check;
 use super::lines::{Directive, ProxyLines};
 use super::server::HaproxyServer;
 use crate::available::Available;
-use crate::draft::{DraftKeys, quoted};
+use crate::draft::{DraftKeys, DraftPool, quoted};
 use crate::report::{ImportReport, LineVerdict, SourceLine};
 use crate::times::toml_time;
 
@@ -27,7 +28,7 @@ pub(crate) const CHECK_KEYWORDS: &[&str] = &[
 ];
 
 /// Default of `inter`, in milliseconds.
-const INTER: u64 = 2_000;
+pub(super) const INTER: u64 = 2_000;
 
 /// Shortest timeout to which a probe is cut for the sake of `fastinter`, in milliseconds.
 const TIMEOUT_LEAST: u64 = 1_000;
@@ -38,26 +39,30 @@ pub(super) fn probe(
     servers: &[HaproxyServer],
     can: Available,
     report: &mut ImportReport,
-) -> DraftKeys {
-    let mut keys = DraftKeys::default();
+    pool: &mut DraftPool,
+) {
     let checked: Vec<&HaproxyServer> =
         servers.iter().filter(|server| server.has("check")).collect();
+    if checked.is_empty() && servers.iter().any(|server| server.has("agent-check")) {
+        return agent_check::probe(in_force, servers, can, report, pool);
+    }
+    agent_check::refuse(&checked, report);
     let Some(first) = checked.first() else {
         for line in check_lines(in_force) {
             report.note(line.at, LineVerdict::WithoutEffect, "no server has check");
         }
-        return keys;
+        return;
     };
     for server in servers.iter().filter(|server| !server.has("check")) {
         let why = "it has no check in HAProxy; Tidegate probes every backend of the pool";
         report.note(server.at, LineVerdict::Approximated, why);
     }
     let at = first.line_of("check");
-    let mut context = Checks { in_force, report, keys: &mut keys, at, can };
+    let (keys, of_pool) = (&mut pool.probe, &mut pool.keys);
+    let mut context = Checks { in_force, report, keys, of_pool, at, can };
     context.kind();
     context.place(&checked);
     context.times(&checked);
-    keys
 }
 
 /// Returns the lines that describe checks.
@@ -69,10 +74,12 @@ fn check_lines<'s>(in_force: &ProxyLines<'s>) -> Vec<&'s Directive> {
 pub(super) struct Checks<'c, 's> {
     pub(super) in_force: &'c ProxyLines<'s>,
     pub(super) report: &'c mut ImportReport,
-    keys: &'c mut DraftKeys,
+    pub(super) keys: &'c mut DraftKeys,
+    /// The keys of the pool itself.
+    pub(super) of_pool: &'c mut DraftKeys,
     /// Where the pool has its check.
-    at: SourceLine,
-    can: Available,
+    pub(super) at: SourceLine,
+    pub(super) can: Available,
 }
 
 impl Checks<'_, '_> {
@@ -122,9 +129,11 @@ impl Checks<'_, '_> {
         match kind {
             "tcp-check" => self.steps(at),
             "httpchk" => self.http(directive),
+            "redis-check" if self.can.redis => self.set("kind", "\"redis\"", at),
             "redis-check" => self.exchange(at, &[(false, "*1\r\n$4\r\nPING\r\n"), (true, "+PONG")]),
-            "smtpchk" if self.can.smtp => self.set("kind", "\"smtp\"", at),
+            "smtpchk" if self.can.smtp => self.hello(directive),
             "smtpchk" => self.smtp(directive),
+            "ldap-check" if self.can.ldap => self.set("kind", "\"ldap\"", at),
             "ldap-check" => self.ldap(at),
             "ssl-hello-chk" => {
                 self.set("kind", "\"tcp\"", at);
@@ -139,6 +148,13 @@ impl Checks<'_, '_> {
                 let why = "kind = \"tcp\": Tidegate has no probe that logs in to this database. \
                            A server that accepts connections but rejects users stays up";
                 self.report.note(at, LineVerdict::Approximated, why);
+            }
+            "external-check" => {
+                self.keep("kind", "\"tcp\"", at);
+                self.impossible(
+                    at,
+                    "Tidegate runs no programs; let an agent answer for the backend",
+                );
             }
             _ => {
                 self.keep("kind", "\"tcp\"", at);
@@ -165,6 +181,26 @@ impl Checks<'_, '_> {
         self.set("kind", quoted(kind), directive.at);
         if directive.word(2) == "user" {
             self.set("user", quoted(directive.word(3)), directive.at);
+        } else if kind == "mysql" {
+            let why = "the probe also logs in, as user tidegate, and any answer to that succeeds";
+            self.report.note(directive.at, LineVerdict::Approximated, why);
+        }
+        if directive.word(4) == "pre-41" {
+            let why = "the probe logs in with the protocol since MySQL 4.1";
+            self.report.note(directive.at, LineVerdict::Approximated, why);
+        }
+    }
+
+    /// `option smtpchk`: a kind that always says `EHLO localhost`.
+    fn hello(&mut self, directive: &Directive) {
+        self.set("kind", "\"smtp\"", directive.at);
+        let said = match directive.word(3) {
+            "" => "HELO localhost".to_owned(),
+            domain => format!("{} {domain}", directive.word(2)),
+        };
+        if said != "EHLO localhost" {
+            let why = format!("kind = \"smtp\": the probe says EHLO localhost, not {said}");
+            self.report.note(directive.at, LineVerdict::Approximated, why);
         }
     }
 
@@ -232,7 +268,7 @@ impl Checks<'_, '_> {
     }
 
     /// Sets a key from a parameter that all servers must have alike.
-    fn same_for_all(
+    pub(super) fn same_for_all(
         &mut self,
         checked: &[&HaproxyServer],
         name: &str,
@@ -297,7 +333,11 @@ impl Checks<'_, '_> {
     }
 
     /// Returns a time of the servers. If they differ, the shortest one counts.
-    fn time(&mut self, checked: &[&HaproxyServer], name: &str) -> Option<(u64, SourceLine)> {
+    pub(super) fn time(
+        &mut self,
+        checked: &[&HaproxyServer],
+        name: &str,
+    ) -> Option<(u64, SourceLine)> {
         let given: Vec<_> = checked.iter().filter(|server| server.has(name)).collect();
         let times: Vec<Option<u64>> = given.iter().map(|server| server.time(name)).collect();
         for (server, time) in given.iter().zip(&times) {

@@ -5,6 +5,7 @@
 //! counterpart.
 
 mod acl;
+mod agent_check;
 mod bind;
 mod check_rules;
 mod checks;

@@ -37,7 +37,7 @@ impl Translator<'_> {
         self.queue(&in_force, &servers, &mut pool);
         self.backends(&servers, index, &mut pool);
         self.backups(&in_force, &servers, &mut pool);
-        pool.probe = checks::probe(&in_force, &servers, self.can, self.report);
+        checks::probe(&in_force, &servers, self.can, self.report, &mut pool);
         self.state_changes(&in_force, &servers, &mut pool);
         let used = pool.name.clone();
         self.draft.pools.push(pool);

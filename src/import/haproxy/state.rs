@@ -20,7 +20,6 @@ const PARAMETERS: &[(&str, LineVerdict, &str)] = &[
     ("resolve-prefer", Approximated, "addresses of both families become backends"),
     ("resolve-opts", Dropped, "it has no counterpart"),
     ("resolve-net", Dropped, "it has no counterpart"),
-    ("agent-check", NotPossible, "Tidegate has no agent probes; see heartbeats"),
     ("track", NotPossible, "a backend has the state of its own pool"),
     ("on-marked-up", NotPossible, "sessions stay on the backup until they end"),
     ("interface", NotPossible, "choose a source address"),
