@@ -52,6 +52,9 @@ pub struct ExplainDoc {
     /// The role that its probes have found; `null` if they have found none.
     #[serde(default)]
     pub role: Option<RoleDoc>,
+    /// What its agent has said; `null` if that changes nothing.
+    #[serde(default)]
+    pub agent: Option<AgentDoc>,
     /// The newest probe that has ended; `null` if none has in this process.
     pub last_probe: Option<LastProbeDoc>,
     /// What happens to clients if no backend of the pool is eligible; `null` if a backend
@@ -101,6 +104,19 @@ pub struct WeightDoc {
     pub ramp_percent: u32,
     /// Factor for the load it reports.
     pub load_percent: u32,
+}
+
+/// What an agent has said about its backend.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AgentDoc {
+    /// `up`, `down`, `fail` or `stopped`; `null` if no answer had such a word.
+    pub verdict: Option<String>,
+    /// `ready`, `drain` or `maint`.
+    pub wish: String,
+    /// Share of the configured weight.
+    pub weight_percent: u32,
+    /// Cap on its sessions; 0 means none.
+    pub connections_max: u32,
 }
 
 /// Active checks.

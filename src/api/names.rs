@@ -384,6 +384,8 @@ names! {
         OtherRole = "other-role",
         /// It is a primary, but another one is in force, or none.
         Outranked = "outranked",
+        /// Its agent asks for no new sessions.
+        DrainedByAgent = "draining-by-agent",
     }
 
     /// Why a connect attempt failed.
@@ -465,6 +467,8 @@ names! {
         Ldap = "ldap",
         /// Sends a question to a DNS server.
         Dns = "dns",
+        /// Reads the words of an agent.
+        Agent = "agent",
     }
 
     /// Result of a probe.

@@ -19,8 +19,8 @@ use std::fmt::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU64;
 use tidegate_api::explain::{
-    EjectionDoc, ExplainDoc, FailuresDoc, GuardsDoc, HeartbeatDoc, LastProbeDoc, PicksDoc,
-    ProbeDoc, SenderDoc, SlowStartDoc, WeightDoc,
+    AgentDoc, EjectionDoc, ExplainDoc, FailuresDoc, GuardsDoc, HeartbeatDoc, LastProbeDoc,
+    PicksDoc, ProbeDoc, SenderDoc, SlowStartDoc, WeightDoc,
 };
 use tidegate_api::names::{ProbeResultName, PulseName};
 use tidegate_api::status::{RejectedDoc, TransitionDoc};
@@ -170,6 +170,9 @@ fn render(facts: &ExplainDoc, width: Option<usize>) -> String {
         let rank = if role.outranked { ", but it is not the primary in force" } else { "" };
         line("Role", format!("{} for {}{rank}", role.name, age(role.seconds)));
     }
+    if let Some(agent) = &facts.agent {
+        line("Agent", agent_words(agent));
+    }
     line("Heartbeats", facts.heartbeat.as_ref().map_or_else(none, heartbeats));
     line("Ejection", ejection(&facts.ejection));
     for announced in &facts.announced {
@@ -268,6 +271,17 @@ fn probes(probe: &ProbeDoc) -> String {
         probe.kind,
         short(probe.interval_seconds),
     )
+}
+
+/// Returns what an agent has said: `up, ready, 75% of the weight`.
+fn agent_words(agent: &AgentDoc) -> String {
+    let verdict = agent.verdict.as_ref().map(|verdict| cell_text(verdict));
+    let cap = (agent.connections_max > 0)
+        .then(|| format!("at most {}", plural(agent.connections_max, "session")));
+    let weight = format!("{}% of the weight", agent.weight_percent);
+    let wish = cell_text(&agent.wish);
+    let words: Vec<String> = verdict.into_iter().chain([wish, weight]).chain(cap).collect();
+    words.join(", ")
 }
 
 fn last_probe(last: &LastProbeDoc) -> String {

@@ -18,6 +18,7 @@
 mod common;
 
 mod accounting;
+mod agents;
 mod balance;
 mod binds;
 mod cli;

@@ -156,6 +156,7 @@ fn skip_reason(skipped: &SkippedDoc) -> String {
         SkipReasonName::DrainingByRegistry => {
             format!("drained by a member source for {time}")
         }
+        SkipReasonName::DrainedByAgent => format!("drained by its agent for {time}"),
         SkipReasonName::Unverified => format!("no connect to it has succeeded for {time}"),
         SkipReasonName::NoVerdict => format!("no probe result or heartbeat for {time}"),
         SkipReasonName::AtCap => "at its cap".to_owned(),
@@ -361,6 +362,7 @@ mod tests {
             "excluded",
             "other-role",
             "outranked",
+            "draining-by-agent",
             "new-reason",
         ];
         let one = |name: &&str| SkippedDoc {
@@ -385,6 +387,7 @@ mod tests {
             excluded by --without
             it does not have the role that the pool needs
             one of several primaries for 41 s
+            drained by its agent for 41 s
             new-reason"#]]
         .assert_eq(&text.join("\n"));
         let list: Vec<_> = names.iter().take(2).map(one).collect();

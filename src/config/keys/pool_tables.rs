@@ -142,12 +142,12 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Reload,
         "`tcp`: the backend accepts a connection; `send-expect`: the answer has the expected \
          bytes; `steps`: several requests and answers; `http`: the answer has an accepted status; \
-         the other kinds: see [roles.md](roles.md).",
+         `agent`: see [health.md](agents.md); the other kinds: see [roles.md](roles.md).",
     ),
     key(
         "port",
         Integer(1, 65_535),
-        Described("the port of the backend"),
+        Described("the port of the backend; required for `agent`"),
         Reload,
         "Port that is probed, for a service that tells the health of another one.",
     ),
@@ -229,7 +229,7 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Form("text of at most 4,096 bytes, or `{ hex = \"...\" }`"),
         Value("\"\""),
         Reload,
-        "For `send-expect`: bytes to send first. TOML escapes such as `\\r\\n` work.",
+        "For `send-expect` and `agent`: bytes to send first. TOML escapes such as `\\r\\n` work.",
     ),
     key(
         "expect",

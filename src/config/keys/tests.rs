@@ -247,6 +247,7 @@ fn with(table: &KeyTable, key: &ConfigKey, value: &str) -> String {
     let by_value = match (table.header.contains("probe"), value) {
         (true, "'http'") => None,
         (true, "'dns'") if key.name == "kind" => Some("name = 'a'"),
+        (true, "'agent'") if key.name == "kind" => Some("port = 9"),
         _ => by_value,
     };
     let needed = by_value.unwrap_or_else(|| needed(table, key));

@@ -43,6 +43,7 @@ pub(crate) enum ProbeKindKey {
     Smtp,
     Ldap,
     Dns,
+    Agent,
 }
 
 impl Words for ProbeKindKey {
@@ -57,6 +58,7 @@ impl Words for ProbeKindKey {
         ("smtp", ProbeKindKey::Smtp),
         ("ldap", ProbeKindKey::Ldap),
         ("dns", ProbeKindKey::Dns),
+        ("agent", ProbeKindKey::Agent),
     ];
 }
 
@@ -79,7 +81,7 @@ struct KindKeys {
 
 /// The keys that only some kinds take, and these kinds. The first one is named in messages.
 const OWNED: &[(&str, &[ProbeKindKey])] = &[
-    ("send", &[ProbeKindKey::SendExpect]),
+    ("send", &[ProbeKindKey::SendExpect, ProbeKindKey::Agent]),
     ("expect", &[ProbeKindKey::SendExpect, ProbeKindKey::Http]),
     ("steps", &[ProbeKindKey::Steps]),
     ("path", &[ProbeKindKey::Http]),
@@ -162,6 +164,9 @@ fn require_answer(section: &Section<'_, '_>, kind: ProbeKindKey, keys: &KindKeys
     }
     if kind == ProbeKindKey::Steps && keys.steps.is_absent() {
         section.missing("steps", "[{ send = \"...\" }, { expect = \"...\" }]");
+    }
+    if kind == ProbeKindKey::Agent && section.node("port").is_none() {
+        section.missing("port", "9999, the port at which the agents listen");
     }
 }
 
@@ -276,6 +281,7 @@ impl KindKeys {
             ProbeKindKey::Smtp => ProbeKind::Smtp,
             ProbeKindKey::Ldap => ProbeKind::Ldap,
             ProbeKindKey::Dns => ProbeKind::Dns(self.service.dns()),
+            ProbeKindKey::Agent => ProbeKind::Agent { send: self.send.or(ProbeBytes::default()) },
         }
     }
 }

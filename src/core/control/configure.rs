@@ -16,11 +16,12 @@ use super::roles::followed;
 use super::schedule::{TimerKind, after};
 use super::state::ControlState;
 use super::{Controller, PublishReason};
+use crate::health::agent::AgentState;
 use crate::health::ejection::EjectionState;
 use crate::health::probe_detector::ProbeDetector;
 use crate::health::{BackendHealth, Observation};
 use crate::model;
-use crate::model::{BackendAddr, Config, EjectionSpec, OnRemoval, ProbeSpec};
+use crate::model::{BackendAddr, Config, EjectionSpec, OnRemoval, ProbeKind, ProbeSpec};
 use crate::table::state::BackendId;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -443,6 +444,9 @@ fn respecify(
             detector.retune(new.rise, new.fall);
             if !new.kind.finds_roles() {
                 detector.set_role(None);
+            }
+            if !matches!(new.kind, ProbeKind::Agent { .. }) {
+                detector.set_agent(AgentState::default(), now);
             }
         }
         None => {

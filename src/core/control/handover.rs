@@ -14,8 +14,8 @@ use super::schedule::TimerKind;
 use super::slow_backends::watched;
 use super::state::ControlState;
 use super::{
-    ControlEffect, Controller, HeartbeatIgnored, PublishReason, SavedHeartbeats, SavedIntent,
-    SavedRole, SavedTransition, SavedViews,
+    ControlEffect, Controller, HeartbeatIgnored, PublishReason, SavedAgent, SavedHeartbeats,
+    SavedIntent, SavedRole, SavedTransition, SavedViews,
 };
 use crate::balance::RoundRobinPosition;
 use crate::health::ejection::SavedEjectionState;
@@ -139,6 +139,9 @@ pub struct SavedBackend {
     /// The role that its probes have found.
     #[serde(skip_serializing_if = "is_default")]
     pub role: Option<SavedRole>,
+    /// What its agent has said.
+    #[serde(skip_serializing_if = "is_default")]
+    pub agent: Option<SavedAgent>,
     /// Eligible while unknown.
     #[serde(skip_serializing_if = "is_default")]
     pub fails_open: bool,
@@ -432,12 +435,13 @@ impl Controller {
                 continue;
             };
             self.heartbeats.adopt_heartbeats(&mut self.state, id, backend, now);
+            let has_agent = self.state.has_agent(id);
             let Some(entry) = self.state.backends.touch(id) else { continue };
             if let Some(intent) = Intent::named(&backend.intent) {
                 entry.health.intent = intent;
                 entry.health.intent_since = ago(now, backend.intent_ms);
             }
-            adopt_health(entry, backend, now);
+            adopt_health(entry, backend, has_agent, now);
             self.state.schedule.end_verified(entry);
             let (pool, name) = (&entry.state.pool, &entry.state.name);
             entry.history.adopt(&backend.history, (pool, name), now);
@@ -504,7 +508,7 @@ impl ControlState {
     }
 }
 
-fn adopt_health(entry: &mut BackendEntry, saved: &SavedBackend, now: Instant) {
+fn adopt_health(entry: &mut BackendEntry, saved: &SavedBackend, has_agent: bool, now: Instant) {
     if let Some(detector) = &mut entry.health.detector {
         match Observation::named(&saved.observation) {
             None | Some(Observation::Unknown) => {
@@ -516,6 +520,9 @@ fn adopt_health(entry: &mut BackendEntry, saved: &SavedBackend, now: Instant) {
             Some(verdict) => {
                 detector.restore(verdict, ago(now, saved.observation_ms));
                 detector.set_role(saved.role.as_ref().and_then(|role| role.seen(now)));
+                if let Some(agent) = saved.agent.as_ref().filter(|_| has_agent) {
+                    agent.restore(detector, now);
+                }
                 entry.health.fails_open = false;
             }
         }
@@ -537,6 +544,7 @@ fn save_backend(entry: &BackendEntry, history: usize, now: Instant) -> SavedBack
         observation: health.probed().unwrap_or(Observation::Unknown).name().to_owned(),
         observation_ms: health.detector.as_ref().map_or(0, |detector| age(detector.since())),
         role: health.seen_role().map(|role| SavedRole::of(role, now)),
+        agent: health.detector.as_ref().and_then(|detector| SavedAgent::of(detector, now)),
         fails_open: health.fails_open,
         unverified: health.unverified,
         outlier: health.outlier.save(now),

@@ -22,6 +22,7 @@
 //!   `intents` apply the state of other processes.
 //! - **Output.** `status`, `explain`, `names` and `what_if`.
 
+mod agents;
 mod backends;
 mod configure;
 mod ejections;
@@ -58,6 +59,7 @@ mod trials;
 mod views;
 pub mod what_if;
 
+pub use agents::SavedAgent;
 pub use events::{
     ControlEffect, ControlEvent, DetectorVerdict, Notice, NoticeFields, NoticeLevel, OperatorError,
     ProbeLane, ProbeToken,

@@ -34,6 +34,8 @@ impl ControlState {
             self.schedule.set(TimerKind::Probe(id), now);
             return;
         }
+        let (outcome, verdict) = self.hear_agent(id, outcome, now);
+        let Some(entry) = self.backends.observe(id) else { return };
         entry.note_probe(&outcome, false, now);
         match outcome {
             ProbeOutcome::Success { took, answer } => {
@@ -41,9 +43,11 @@ impl ControlState {
                     heartbeats.detector.note_connect_success(took);
                 }
                 self.see_role(id, answer.role(), now);
-                self.apply_probe_result(id, None, now);
+                self.apply_probe_result(id, None, verdict, now);
             }
-            ProbeOutcome::Failure { reason, .. } => self.apply_probe_result(id, Some(reason), now),
+            ProbeOutcome::Failure { reason, .. } => {
+                self.apply_probe_result(id, Some(reason), verdict, now);
+            }
             ProbeOutcome::Local { reason } => self.note_local_error(id, &reason, now),
         }
         self.schedule_next_probe(id, probe.started, now);
@@ -119,12 +123,22 @@ impl ControlState {
         self.warn(name, message, fields);
     }
 
-    /// Applies the result of a probe. `failure` is `None` for a success.
-    fn apply_probe_result(&mut self, id: BackendId, failure: Option<String>, now: Instant) {
+    /// Applies the result of a probe. `failure` is `None` for a success. A `verdict` decides
+    /// alone.
+    fn apply_probe_result(
+        &mut self,
+        id: BackendId,
+        failure: Option<String>,
+        verdict: bool,
+        now: Instant,
+    ) {
         let Some(entry) = self.backends.touch(id) else { return };
         let before = entry.health.observation();
         let Some(detector) = &mut entry.health.detector else { return };
-        let change = detector.observe(failure.is_none(), now);
+        let change = match verdict {
+            true => detector.decide(failure.is_none(), now),
+            false => detector.observe(failure.is_none(), now),
+        };
         entry.health.fails_open = false;
         let pool = entry.pool;
         self.decided(pool);

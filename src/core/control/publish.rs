@@ -10,6 +10,7 @@ use super::members::MemberSource;
 use super::pools::{PoolEntry, PoolId};
 use super::state::ControlState;
 use crate::decision::SkipReason;
+use crate::health::probe_detector::ProbeDetector;
 use crate::health::{Intent, Observation, RequestedState};
 use crate::model;
 use crate::model::WhenNoneEligible;
@@ -153,7 +154,7 @@ fn ramped(connections_max: u32, share: u32) -> u32 {
 // === impl BackendEntry ===
 
 impl BackendEntry {
-    /// Whether the operator's intent, its heartbeats and its registries allow sessions.
+    /// Whether the operator's intent, its heartbeats, its registries and its agent allow sessions.
     fn in_service(&self) -> bool {
         self.health.intent == Intent::Ready && self.health.is_wanted()
     }
@@ -176,7 +177,8 @@ impl BackendEntry {
             (Intent::Draining, _) => SkipReason::DrainedByOperator,
             (Intent::Maintenance, _) => SkipReason::Maintenance,
             _ if health.requested != RequestedState::Ready => SkipReason::DrainedBySender,
-            _ if !health.is_wanted() => SkipReason::DrainedByRegistry,
+            _ if !health.wish.serves() => SkipReason::DrainedByRegistry,
+            _ if !health.is_wanted() => SkipReason::DrainedByAgent,
             _ if health.outlier.is_ejected() => SkipReason::Ejected,
             (_, Observation::Down) => SkipReason::Down,
             _ if health.unverified => SkipReason::Unverified,
@@ -194,6 +196,9 @@ impl BackendEntry {
             SkipReason::DrainedByOperator | SkipReason::Maintenance => self.health.intent_since,
             SkipReason::DrainedBySender => self.requested_since,
             SkipReason::DrainedByRegistry => self.wish_since,
+            SkipReason::DrainedByAgent => {
+                self.health.detector.as_ref().map_or(self.health.since, ProbeDetector::agent_since)
+            }
             SkipReason::Ejected => self.health.outlier.until().unwrap_or(self.observed_since),
             SkipReason::NoVerdict | SkipReason::Unverified => self.health.since,
             SkipReason::OtherRole | SkipReason::Outranked => {
@@ -205,7 +210,7 @@ impl BackendEntry {
 
     /// Returns the effective cap; 0: none.
     pub(super) fn cap(&self) -> u32 {
-        ramped(self.spec.connections_max, self.ramp_share)
+        ramped(self.health.agent().cap(self.spec.connections_max), self.ramp_share)
     }
 
     /// Returns its weight.

@@ -7,6 +7,7 @@ use super::members::Origins;
 use super::pools::PoolEntry;
 use super::{Controller, HeartbeatIgnored, PublishReason, SourceStatus};
 use crate::discovery::view::MemberWish;
+use crate::health::agent::AgentState;
 use crate::health::role::SeenRole;
 use crate::health::{HeartbeatHealth, Intent, Observation, RequestedState, Transition};
 use crate::model::{BindKey, NodeRole, WhenNoneEligible, Words};
@@ -148,6 +149,8 @@ pub struct BackendStatus {
     pub unverified: bool,
     /// The role that its probes have found.
     pub role: Option<SeenRole>,
+    /// What its agent has said.
+    pub agent: AgentState,
     /// Its pool needs a role that it does not have.
     pub lacks_role: bool,
     /// It is a primary, but not the one in force.
@@ -333,6 +336,7 @@ pub(super) fn backend_status(
         wished_by: entry.wished_by.clone(),
         unverified: entry.health.unverified,
         role: entry.health.seen_role(),
+        agent: entry.health.agent(),
         lacks_role: !entry.health.has_role(),
         outranked: entry.health.role.outranked,
         heartbeats: backend_heartbeat_status(entry, pool, now),
@@ -393,6 +397,7 @@ impl BackendStatus {
             wished_by: None,
             unverified: false,
             role: None,
+            agent: AgentState::default(),
             lacks_role: false,
             outranked: false,
             heartbeats: None,

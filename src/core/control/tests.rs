@@ -1,5 +1,6 @@
 //! Test bench for the controller's rules in virtual time. The tests are in the submodules.
 
+mod agents;
 mod discovery;
 mod ejections;
 mod handover;

@@ -192,6 +192,8 @@ pub enum SkipReason {
     OtherRole,
     /// It is a primary, but another one is in force, or none.
     Outranked,
+    /// Its agent asks for no new sessions.
+    DrainedByAgent,
 }
 
 /// What became known after the pick. Fields stay `None` until then.
@@ -299,7 +301,7 @@ impl<B> Figures<B> {
 
 impl SkipReason {
     /// All, in the order of their numbers.
-    pub const ALL: [SkipReason; 15] = [
+    pub const ALL: [SkipReason; 16] = [
         SkipReason::Down,
         SkipReason::Ejected,
         SkipReason::DrainedByOperator,
@@ -315,6 +317,7 @@ impl SkipReason {
         SkipReason::Excluded,
         SkipReason::OtherRole,
         SkipReason::Outranked,
+        SkipReason::DrainedByAgent,
     ];
 
     /// Word of the API.
@@ -335,6 +338,7 @@ impl SkipReason {
             SkipReason::Excluded => "excluded",
             SkipReason::OtherRole => "other-role",
             SkipReason::Outranked => "outranked",
+            SkipReason::DrainedByAgent => "draining-by-agent",
         }
     }
 }

@@ -32,7 +32,8 @@
 //! only until the trial has passed ([`ejection`]).
 //!
 //! In a pool with a `role`, a backend is eligible only if it has this role ([`role`]),
-//! whatever the rules above say.
+//! whatever the rules above say. The agent of a backend ([`agent`]) can exclude new sessions
+//! and reduce the weight.
 //!
 //! *Down* is never eligible. The table implements `when_none_eligible = "try-all"`;
 //! it does not change this rule.
@@ -66,6 +67,7 @@
 //! without probes, a member that only member sources list is **unverified** and not
 //! eligible until one connect to it has succeeded, unless it fails open.
 
+pub mod agent;
 pub mod ejection;
 pub mod probe_detector;
 mod probe_outcome;
@@ -74,6 +76,7 @@ pub mod role;
 pub mod slow_detector;
 
 use crate::discovery::view::MemberWish;
+use crate::health::agent::AgentState;
 use crate::health::ejection::EjectionState;
 use crate::health::probe_detector::ProbeDetector;
 use crate::health::slow_detector::SlowDetector;
@@ -368,15 +371,21 @@ impl BackendHealth {
             .fold(judged, Instant::max)
     }
 
-    /// Whether its heartbeats and its registries allow new sessions.
+    /// Whether its heartbeats, its registries and its agent allow new sessions.
     pub fn is_wanted(&self) -> bool {
-        self.requested == RequestedState::Ready && self.wish.serves()
+        self.requested == RequestedState::Ready && self.wish.serves() && self.agent().serves()
+    }
+
+    /// Returns what its agent has said.
+    pub fn agent(&self) -> AgentState {
+        self.detector.as_ref().map(ProbeDetector::agent).unwrap_or_default()
     }
 
     /// Whether the backend would be eligible if its registries wished for sessions.
     pub fn eligible_but_for_wish(&self) -> bool {
         let (seen, unknown) = (self.observation(), self.when_unknown());
         self.requested == RequestedState::Ready
+            && self.agent().serves()
             && self.has_role()
             && weight_percent(self.intent, self.outlier.is_ejected(), seen, unknown) > 0
     }
@@ -404,7 +413,8 @@ impl BackendHealth {
         if !self.is_wanted() || !self.has_role() {
             return 0;
         }
-        weight_percent(self.intent, ejected, self.observation(), self.when_unknown())
+        let percent = weight_percent(self.intent, ejected, self.observation(), self.when_unknown());
+        self.agent().reduce(percent)
     }
 }
 

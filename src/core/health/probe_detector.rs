@@ -6,9 +6,10 @@
 //!
 //! - `fall` failures in a row make the backend *down*; `rise` successes in a row make
 //!   it *up* (the rule of HAProxy). One opposite result ends the row.
-//! - The first result decides alone.
+//! - The first result decides alone, and so does the verdict of an agent.
 
 use super::Observation;
+use super::agent::{AgentReport, AgentState};
 use super::role::SeenRole;
 use crate::model::NodeRole;
 use std::time::{Duration, Instant};
@@ -69,6 +70,10 @@ pub struct ProbeDetector {
     connect_row: ConnectFailureRow,
     /// The newest role that a probe has found. A failed probe does not change it.
     role: Option<SeenRole>,
+    /// What the agent of the backend has said. A failed probe does not change it.
+    agent: AgentState,
+    /// When the agent last changed whether it wants new sessions.
+    agent_since: Instant,
 }
 
 /// Measures rows of connect failures from the count that all workers share.
@@ -155,6 +160,8 @@ impl ProbeDetector {
             since: now,
             connect_row: ConnectFailureRow::new(),
             role: None,
+            agent: AgentState::default(),
+            agent_since: now,
         }
     }
 
@@ -174,7 +181,40 @@ impl ProbeDetector {
         if success {
             self.connect_row.restart();
         }
-        self.step(if success { ProbeEvidence::Success } else { ProbeEvidence::Failure }, now)
+        let evidence = if success { ProbeEvidence::Success } else { ProbeEvidence::Failure };
+        self.step(evidence, (self.rise, self.fall), now)
+    }
+
+    /// Records the verdict of an agent. It decides alone.
+    pub fn decide(&mut self, up: bool, now: Instant) -> Option<ProbeTransition> {
+        self.connect_row.restart();
+        let evidence = if up { ProbeEvidence::Success } else { ProbeEvidence::Failure };
+        self.step(evidence, (1, 1), now)
+    }
+
+    /// Records an answer of the agent. Returns the state before it.
+    pub fn hear_agent(&mut self, report: &AgentReport, now: Instant) -> AgentState {
+        let before = self.agent;
+        self.set_agent(before.after(report), now);
+        before
+    }
+
+    /// Sets what the agent has said until `now`.
+    pub fn set_agent(&mut self, agent: AgentState, now: Instant) {
+        if agent.serves() != self.agent.serves() {
+            self.agent_since = now;
+        }
+        self.agent = agent;
+    }
+
+    /// Returns what the agent has said.
+    pub fn agent(&self) -> AgentState {
+        self.agent
+    }
+
+    /// Returns when the agent last changed whether it wants new sessions.
+    pub fn agent_since(&self) -> Instant {
+        self.agent_since
     }
 
     /// Records the role that a probe has found. Returns the role before it if this one is
@@ -198,7 +238,7 @@ impl ProbeDetector {
     /// share.
     pub fn connect_failed(&mut self, in_a_row: u32, now: Instant) -> Option<ProbeTransition> {
         let row = self.connect_row.measure(in_a_row);
-        self.step(ProbeEvidence::ConnectsFailed(row), now)
+        self.step(ProbeEvidence::ConnectsFailed(row), (self.rise, self.fall), now)
     }
 
     /// Discards the row of failed connects, because the backend was ejected in between.
@@ -241,9 +281,14 @@ impl ProbeDetector {
         self.state.changing()
     }
 
-    fn step(&mut self, evidence: ProbeEvidence, now: Instant) -> Option<ProbeTransition> {
+    fn step(
+        &mut self,
+        evidence: ProbeEvidence,
+        (rise, fall): (u32, u32),
+        now: Instant,
+    ) -> Option<ProbeTransition> {
         let before = self.state;
-        self.state = before.next(evidence, self.rise, self.fall);
+        self.state = before.next(evidence, rise, fall);
         let (from, to) = (before.observation(), self.state.observation());
         if from == to {
             return None;

@@ -2,6 +2,7 @@
 //!
 //! `daemon` runs probes and passes the results to the controller. This code decides nothing.
 
+use super::agent::AgentReport;
 use crate::model::{NodeRole, Words};
 use std::time::{Duration, Instant};
 
@@ -30,7 +31,7 @@ pub enum ProbeOutcome {
 }
 
 /// The part of a backend's answer that made a probe succeed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ProbeAnswer {
     /// The connection was established. The probe needs no more.
     Connected,
@@ -42,6 +43,8 @@ pub enum ProbeAnswer {
     Status(u16),
     /// The service works, and has this role.
     Role(NodeRole),
+    /// The words of an agent. They can say that the service does not work.
+    Agent(Box<AgentReport>),
 }
 
 /// The newest probe of a backend that has ended.
@@ -83,13 +86,14 @@ impl std::fmt::Display for ProbeOutcome {
 
 impl ProbeAnswer {
     /// Returns the role in the answer.
-    pub fn role(self) -> Option<NodeRole> {
+    pub fn role(&self) -> Option<NodeRole> {
         match self {
-            ProbeAnswer::Role(role) => Some(role),
+            ProbeAnswer::Role(role) => Some(*role),
             ProbeAnswer::Connected
             | ProbeAnswer::Handshake
             | ProbeAnswer::Expected
-            | ProbeAnswer::Status(_) => None,
+            | ProbeAnswer::Status(_)
+            | ProbeAnswer::Agent(_) => None,
         }
     }
 }
@@ -102,6 +106,7 @@ impl std::fmt::Display for ProbeAnswer {
             ProbeAnswer::Expected => f.write_str("expected answer received"),
             ProbeAnswer::Status(status) => write!(f, "status {status}"),
             ProbeAnswer::Role(role) => write!(f, "role {}", role.word()),
+            ProbeAnswer::Agent(report) => report.fmt(f),
         }
     }
 }

@@ -134,6 +134,11 @@ pub enum ProbeKind {
     Ldap,
     /// Succeeds if a DNS server answers a question.
     Dns(DnsProbe),
+    /// Succeeds if an agent answers with its words, and none of them says down.
+    Agent {
+        /// Sent after connecting; empty: nothing.
+        send: ProbeBytes,
+    },
 }
 
 /// An HTTP request and its accepted answers.
@@ -242,7 +247,8 @@ impl ProbeKind {
             | ProbeKind::Http(_)
             | ProbeKind::Smtp
             | ProbeKind::Ldap
-            | ProbeKind::Dns(_) => None,
+            | ProbeKind::Dns(_)
+            | ProbeKind::Agent { .. } => None,
         }
     }
 
@@ -257,7 +263,8 @@ impl ProbeKind {
             | ProbeKind::Redis(_)
             | ProbeKind::Smtp
             | ProbeKind::Ldap
-            | ProbeKind::Dns(_) => false,
+            | ProbeKind::Dns(_)
+            | ProbeKind::Agent { .. } => false,
         }
     }
 
@@ -274,7 +281,8 @@ impl ProbeKind {
             | ProbeKind::Http(_)
             | ProbeKind::Smtp
             | ProbeKind::Ldap
-            | ProbeKind::Dns(_) => false,
+            | ProbeKind::Dns(_)
+            | ProbeKind::Agent { .. } => false,
         }
     }
 }

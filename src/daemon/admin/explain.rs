@@ -11,17 +11,18 @@ use super::{rejections, sources};
 use sentence::why_sentence;
 use std::time::{Duration, Instant};
 use tidegate_api::explain::{
-    EjectionDoc, ExplainDoc, FailuresDoc, GuardsDoc, HeartbeatDoc, LastProbeDoc, PicksDoc,
-    PreventedDoc, ProbeDoc, SenderDoc, SlowStartDoc, WeightDoc,
+    AgentDoc, EjectionDoc, ExplainDoc, FailuresDoc, GuardsDoc, HeartbeatDoc, LastProbeDoc,
+    PicksDoc, PreventedDoc, ProbeDoc, SenderDoc, SlowStartDoc, WeightDoc,
 };
 use tidegate_api::names::{ProbeKindName, ProbeResultName};
 use tidegate_core::control::MemberSource;
 use tidegate_core::control::explain::{Explanation, GuardStatus, ProbeView};
 use tidegate_core::control::{BackendHeartbeatStatus, BackendStatus};
 use tidegate_core::decision::rings::PickShare;
+use tidegate_core::health::agent::AgentState;
 use tidegate_core::health::probe_detector::ProbeState;
 use tidegate_core::health::{LastProbe, ProbeOutcome};
-use tidegate_core::model::ProbeKind;
+use tidegate_core::model::{ProbeKind, Words};
 use tidegate_core::suspicion::rejections::Rejection;
 
 /// Renders the explanation as JSON. `rejected_on_receipt` is the last heartbeat in the
@@ -56,6 +57,7 @@ pub fn render(
         weight: weight(explained),
         probe: explained.probe.as_ref().map(probe),
         role: super::status::role(backend, explained.now),
+        agent: agent(backend.agent),
         last_probe: explained.last_probe.as_ref().map(|last| last_probe(last, explained.now)),
         none_eligible: explained.none_eligible.map(Into::into),
         heartbeat: heartbeat(explained, rejected),
@@ -107,6 +109,7 @@ fn probe(view: &ProbeView) -> ProbeDoc {
             ProbeKind::Smtp => ProbeKindName::Smtp,
             ProbeKind::Ldap => ProbeKindName::Ldap,
             ProbeKind::Dns(_) => ProbeKindName::Dns,
+            ProbeKind::Agent { .. } => ProbeKindName::Agent,
         },
         interval_seconds: millis(view.spec.interval),
         timeout_seconds: millis(view.spec.timeout),
@@ -119,6 +122,15 @@ fn probe(view: &ProbeView) -> ProbeDoc {
         succeeded_in_a_row: succeeded,
         fails_open: view.fails_open,
     }
+}
+
+fn agent(said: AgentState) -> Option<AgentDoc> {
+    (said != AgentState::default()).then(|| AgentDoc {
+        verdict: said.verdict.map(|verdict| verdict.word().to_owned()),
+        wish: said.wish.word().to_owned(),
+        weight_percent: said.share,
+        connections_max: said.connections_max,
+    })
 }
 
 fn last_probe(last: &LastProbe, now: Instant) -> LastProbeDoc {

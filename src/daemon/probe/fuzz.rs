@@ -6,16 +6,16 @@ use super::answer_bytes::AnswerBytes;
 use super::dns::ProbeQuestion;
 use super::mysql::MysqlLogin;
 use super::postgres::PostgresLogin;
-use super::{ProbeError, ProbeStage, bounded, ldap, mysql, postgres, redis, smtp};
+use super::{ProbeError, ProbeStage, agent, bounded, ldap, mysql, postgres, redis, smtp};
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use tidegate_core::health::ProbeAnswer;
-use tidegate_core::model::{DnsProbe, DnsProbeCode, DnsProbeRecord, DnsProbeTransport};
+use tidegate_core::model::{DnsProbe, DnsProbeCode, DnsProbeRecord, DnsProbeTransport, ProbeBytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Number of kinds that [`answered`] knows.
-pub const KINDS: usize = 8;
+pub const KINDS: usize = 9;
 
 /// The result of a probe.
 #[derive(Debug)]
@@ -63,6 +63,7 @@ async fn exchange(
         4 => smtp::exchange(AnswerBytes::new(stream, &mut stage)).await,
         5 => ldap::exchange(AnswerBytes::new(stream, &mut stage)).await,
         6 => redis::exchange(AnswerBytes::new(stream, &mut stage), None, None).await,
+        8 => agent::exchange(stream, &ProbeBytes::default(), &mut stage).await,
         _ => {
             let probe = DnsProbe {
                 name: "a.example".to_owned(),

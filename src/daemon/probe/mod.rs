@@ -15,6 +15,7 @@
 //!   unread data (RFC 2525, section 2.17), so a health page should be short, or the
 //!   method should be `HEAD`.
 
+mod agent;
 mod answer;
 mod answer_bytes;
 mod dns;
@@ -297,6 +298,7 @@ async fn exchange(
         ProbeKind::Dns(probe) => {
             dns::over_stream(AnswerBytes::new(&mut stream, stage), probe).await
         }
+        ProbeKind::Agent { send } => agent::exchange(&mut stream, send, stage).await,
     }
 }
 

@@ -248,6 +248,8 @@ fn probe() -> Drawn {
             "kind = 'mysql'\nuser = 'a'\npassword_file = '/p'\n",
             "kind = 'smtp'\n",
             "kind = 'ldap'\n",
+            "kind = 'agent'\n",
+            "kind = 'agent'\nsend = 'a'\n",
             "kind = 'dns'\nname = 'a.b.'\n",
             "kind = 'dns'\nname = '.'\nrecord = 'soa'\ntransport = 'tcp'\nrcode = 'any'\n",
         ]),
@@ -283,7 +285,11 @@ fn probe() -> Drawn {
     ]);
     (kind, target, counts, times)
         .prop_map(|(kind, target, counts, times): (_, _, _, String)| {
-            kind + &target + &counts + &times
+            let port = match kind.contains("agent") && !target.contains("port") {
+                true => "port = 9\naddress = '192.0.2.9'\n",
+                false => "",
+            };
+            kind + port + &target + &counts + &times
         })
         .boxed()
 }

@@ -34,7 +34,8 @@ pub(super) fn why_sentence(explained: &Explanation, rejected: Option<&Rejection>
 }
 
 /// Returns the first fact that decides. The operator's intent comes first, then the
-/// sender's state, the wish of a member source, ejection, and observation.
+/// sender's state, the wish of a member source, the wish of its agent, ejection, and
+/// observation.
 fn state_sentence(explained: &Explanation) -> String {
     let backend = &explained.backend;
     if backend.intent != Intent::Ready {
@@ -45,6 +46,9 @@ fn state_sentence(explained: &Explanation) -> String {
     }
     if !backend.wish.serves() {
         return excluded_by_wish(explained);
+    }
+    if !backend.agent.serves() {
+        return format!("its agent says {}", backend.agent.wish_word());
     }
     if backend.ejected {
         let left = explained
