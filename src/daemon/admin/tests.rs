@@ -303,7 +303,7 @@ fn explanation_has_exactly_the_documented_fields() {
         {"pool":"web","backend":"a","address":"10.0.0.11:8080","registered":true,"eligible":true,"why":"although probes fail (2 confirmation probes failed): the path is frozen; its sender reports starting; its heartbeats are rejected: stale, its clock is 5m 1s behind (set the clock)","observation":"suspect","observation_seconds":0.75,"intent":"ready","intent_seconds":7300.0,"backup":false,"connections_max":0,"connections_max_in_force":4,"sessions_active":0,"picks":
         {"backend":3,"pool":4},"weight":
         {"effective":0.2,"configured":2,"health_percent":10,"ramp_percent":40,"load_percent":65},"probe":
-        {"kind":"tcp","interval_seconds":2.0,"timeout_seconds":0.4,"rise":2,"fall":3,"observation":"up","seconds":90.0,"failed_in_a_row":1,"connects_failed_in_a_row":2,"succeeded_in_a_row":0,"fails_open":true},"role":null,"last_probe":
+        {"kind":"tcp","interval_seconds":2.0,"timeout_seconds":0.4,"rise":2,"fall":3,"observation":"up","seconds":90.0,"failed_in_a_row":1,"connects_failed_in_a_row":2,"succeeded_in_a_row":0,"fails_open":true},"role":null,"agent":null,"last_probe":
         {"result":"success","detail":"status 204","took_seconds":0.00125,"ended_seconds_ago":0.5,"confirmation":false},"none_eligible":null
         ,"heartbeat":
         {"required":true,"pulse":"suspect","sender":
