@@ -210,11 +210,11 @@ pub struct BackendDoc {
     pub connections_max: u32,
     /// The operator's intent.
     pub intent: IntentName,
-    /// What a member source wishes that restricts it: `starting`, `draining` or `suspect`;
-    /// `null` if none does.
+    /// What a member source wishes that restricts it: `starting`, `draining` or `suspect`. An
+    /// agent can wish `draining`. `null` if none does.
     #[serde(default)]
     pub wish: Option<String>,
-    /// The source with this wish, as in [`MemberSourceDoc::source`].
+    /// The source with this wish, as in [`MemberSourceDoc::source`], or `agent`.
     #[serde(default)]
     pub wished_by: Option<String>,
     /// It is from a member source, and no connect to it has succeeded yet. Only in pools

@@ -122,6 +122,8 @@ fn agent_sets_weight_and_cap_and_drains_its_backend() {
     scene.expect("eligible", false);
     assert!(scene.why().starts_with("its agent says drain; "), "{}", scene.why());
     assert_eq!(scene.proxy.backend("web", "a")["intent"], "ready", "no operator has drained it");
+    let status = scene.proxy.cli_ok(&["status"]);
+    assert!(status.contains("draining (agent)"), "{status}");
     agent.says("ready");
     scene.expect("eligible", true);
     scene.expect("effective_weight", 4);

@@ -162,8 +162,8 @@ fn backend(
         backup: status.backup,
         connections_max: status.connections_max,
         intent: status.intent.name().into(),
-        wish: (status.wish != MemberWish::Sessions).then(|| status.wish.name().to_owned()),
-        wished_by: status.wished_by.as_ref().map(ToString::to_string),
+        wish: wish(status).map(|(wish, _)| wish),
+        wished_by: wish(status).and_then(|(_, by)| by),
         unverified: status.unverified,
         role: role(status, now),
         observation: status.observation.name().into(),
@@ -182,6 +182,17 @@ fn backend(
         connect_seconds: quantiles(state, Series::Connect, latency),
         first_byte_seconds: quantiles(state, Series::FirstByte, latency),
         last_transition: status.last_transition.as_ref().map(|t| last_transition(t, now)),
+    }
+}
+
+/// Returns the wish of a member source, else that of an agent for no sessions, and whose wish
+/// it is.
+fn wish(status: &BackendStatus) -> Option<(String, Option<String>)> {
+    let by = status.wished_by.as_ref().map(ToString::to_string);
+    match status.wish {
+        MemberWish::Sessions if status.agent.serves() => None,
+        MemberWish::Sessions => Some(("draining".to_owned(), Some("agent".to_owned()))),
+        wish => Some((wish.name().to_owned(), by)),
     }
 }
 

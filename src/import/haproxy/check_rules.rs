@@ -57,16 +57,13 @@ impl Checks<'_, '_> {
             })
             .collect();
         let steps: Vec<&str> = steps.iter().map(String::as_str).collect();
-        match steps.as_slice() {
-            ["> ping", "< +PONG", "> info replication", role, rest @ ..]
-                if matches!(rest, [] | ["> quit"] | ["> quit", "< +OK"]) =>
-            {
-                match *role {
-                    "< role:master" => Some("primary"),
-                    "< role:slave" => Some("replica"),
-                    _ => None,
-                }
-            }
+        let asked = match steps.as_slice() {
+            [asked @ .., "> quit", "< +OK"] | [asked @ .., "> quit"] => asked,
+            asked => asked,
+        };
+        match asked {
+            ["> ping", "< +PONG", "> info replication", "< role:master"] => Some("primary"),
+            ["> ping", "< +PONG", "> info replication", "< role:slave"] => Some("replica"),
             _ => None,
         }
     }

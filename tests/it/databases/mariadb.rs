@@ -4,9 +4,15 @@ use super::rigs::mariadb::{Mariadb, PROGRAMS};
 use super::rigs::private_file;
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
-use crate::common::{Engine, eventually, exclusive, have, secs};
+use crate::common::servers::find;
+use crate::common::{Engine, eventually, exclusive, have, measured, ms, patience, secs};
 use std::io::Read;
 use std::net::{SocketAddr, TcpStream};
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 fn pool(name: &str, address: SocketAddr, keys: &str) -> Pool {
     let probe = format!("kind = \"mysql\"\ninterval = \"200ms\"\ntimeout = \"200ms\"\n{keys}");
@@ -128,4 +134,96 @@ fn probes_without_a_user_do_not_make_mysql_block_this_host() {
         let detail = proxy.explained("db", "a")["last_probe"]["detail"].to_string();
         detail.contains("is blocked because of many connection errors") && detail.contains("1129")
     });
+}
+
+/// What clients have seen of their writes.
+#[derive(Default)]
+struct Writes {
+    stop: AtomicBool,
+    done: AtomicU64,
+    rejected: AtomicU64,
+    last_rejected: Mutex<Option<Instant>>,
+    failed: Mutex<Vec<String>>,
+}
+
+impl Writes {
+    /// Writes in new sessions until told to stop.
+    fn run(&self, to: SocketAddr) {
+        let port = to.port().to_string();
+        while !self.stop.load(Ordering::Relaxed) {
+            let mut client = Command::new(find("mariadb").expect("the test checked for mariadb"));
+            client.args(["--no-defaults", "-h127.0.0.1", "-uapp", "-P", &port, "-e"]);
+            let output = client.arg("INSERT INTO data.writes VALUES (1)").output().unwrap();
+            let error = String::from_utf8_lossy(&output.stderr).into_owned();
+            match output.status.success() {
+                true => drop(self.done.fetch_add(1, Ordering::Relaxed)),
+                // option_prevents_statement: the server is read-only.
+                false if error.contains("ERROR 1290") => {
+                    self.rejected.fetch_add(1, Ordering::Relaxed);
+                    *self.last_rejected.lock().unwrap() = Some(Instant::now());
+                }
+                false => self.failed.lock().unwrap().push(error),
+            }
+        }
+    }
+
+    fn done(&self) -> u64 {
+        self.done.load(Ordering::Relaxed)
+    }
+}
+
+#[test]
+fn clients_wait_while_mariadb_servers_exchange_read_only() {
+    if !have(&PROGRAMS) {
+        return;
+    }
+    let _share = exclusive::shared();
+    let servers = thread::scope(|scope| {
+        let start = |read_only: &'static str| scope.spawn(move || Mariadb::start(&[read_only]));
+        [start("--read-only=0"), start("--read-only=1")].map(|one| one.join().expect("a server"))
+    });
+    for server in &servers {
+        let sql = "CREATE DATABASE data; CREATE TABLE data.writes (number INT);
+                   CREATE USER app@'%'; GRANT INSERT ON data.* TO app@'%'";
+        server.sql(sql).expect("create a table");
+    }
+    let [a, b] = &servers;
+    let probe = "kind = \"mysql\"\nuser = \"app\"\ninterval = \"200ms\"\ntimeout = \"200ms\"";
+    let db = Pool::new("db").probe(probe).backend("a", a.address).backend("b", b.address);
+    let wait = "when_none_eligible = \"wait\"\nqueue_max = 100";
+    let conf = Conf::new(Engine::Epoll)
+        .frontend("write", "primary", "")
+        .pool(Pool::new("primary").key("of = \"db\"\nrole = \"primary\"").key(wait))
+        .pool(db);
+    let proxy = TestProxy::start(conf);
+    proxy.wait_backend("primary", "a", "eligible", true);
+    let (writes, write) = (Writes::default(), proxy.addr("write"));
+    let (switched, resumed) = thread::scope(|scope| {
+        (0..3).for_each(|_| drop(scope.spawn(|| writes.run(write))));
+        eventually(secs(10), "writes are done", || writes.done() > 10);
+        let switched = Instant::now();
+        a.sql("SET GLOBAL read_only = 1").expect("set read_only");
+        thread::sleep(ms(400));
+        b.sql("SET GLOBAL read_only = 0").expect("clear read_only");
+        let (cleared, before) = (Instant::now(), writes.done());
+        eventually(secs(10), "writes continue", || writes.done() > before);
+        let resumed = cleared.elapsed();
+        eventually(secs(10), "writes continue", || writes.done() > before + 10);
+        writes.stop.store(true, Ordering::Relaxed);
+        (switched, resumed)
+    });
+    assert_eq!(*writes.failed.lock().unwrap(), [] as [String; 0], "clients wait");
+    assert_eq!(proxy.metric("tidegate_refused_total", &[]), 0.0);
+    let last = writes.last_rejected.lock().unwrap().map_or(Duration::ZERO, |at| at - switched);
+    let rejected = writes.rejected.load(Ordering::Relaxed);
+    measured(&format!(
+        "{} writes, the first one {resumed:.0?} after the switch; {rejected} were rejected by the \
+         former primary, the last one {last:.0?} after it became read-only",
+        writes.done()
+    ));
+    assert!(last < patience(secs(1)), "{last:?}");
+    let count = |server: &Mariadb| {
+        server.sql("SELECT count(*) FROM data.writes").unwrap().parse::<u64>().unwrap()
+    };
+    assert_eq!(count(a) + count(b), writes.done(), "each confirmed write is at one server");
 }

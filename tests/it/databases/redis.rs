@@ -3,13 +3,21 @@
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
 use crate::common::servers::Redis;
-use crate::common::{Engine, eventually, exclusive, have, measured, ms, on_every_engine, secs};
+use crate::common::{
+    Engine, eventually, exclusive, have, measured, ms, on_every_engine, patience, secs,
+};
 use std::net::SocketAddr;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-on_every_engine!(writes_follow_the_primary_of_a_failover);
+on_every_engine!(
+    writes_follow_the_primary_of_a_failover,
+    clients_wait_while_redis_servers_exchange_their_roles,
+);
+
+const WAIT: &str = "when_none_eligible = \"wait\"\nqueue_max = 100";
 
 const PROBE: &str = "kind = \"redis\"\ninterval = \"200ms\"\ntimeout = \"150ms\"\nfall = 2";
 
@@ -21,7 +29,7 @@ fn conf(engine: Engine, nodes: &[(&str, SocketAddr)]) -> Conf {
     Conf::new(engine)
         .frontend("write", "rw", "")
         .frontend("read", "ro", "")
-        .pool(Pool::new("rw").key("of = \"db\"\nrole = \"primary\""))
+        .pool(Pool::new("rw").key("of = \"db\"\nrole = \"primary\"").key(WAIT))
         .pool(Pool::new("ro").key("of = \"db\"\nrole = \"replica\""))
         .pool(db)
 }
@@ -32,6 +40,7 @@ struct Writes {
     stop: AtomicBool,
     done: AtomicU64,
     at_a_replica: AtomicU64,
+    last_at_a_replica: Mutex<Option<Instant>>,
     failed: AtomicU64,
 }
 
@@ -41,7 +50,10 @@ impl Writes {
         while !self.stop.load(Ordering::Relaxed) {
             let counter = match Redis::ask(address, "INCR writes") {
                 Ok(reply) if reply.starts_with(':') => &self.done,
-                Ok(reply) if reply.starts_with("-READONLY") => &self.at_a_replica,
+                Ok(reply) if reply.starts_with("-READONLY") => {
+                    *self.last_at_a_replica.lock().unwrap() = Some(Instant::now());
+                    &self.at_a_replica
+                }
                 Ok(_) | Err(_) => &self.failed,
             };
             counter.fetch_add(1, Ordering::Relaxed);
@@ -99,6 +111,12 @@ fn writes_follow_the_primary_of_a_failover(engine: Engine) {
         writes.stop.store(true, Ordering::Relaxed);
     });
     assert_eq!(writes.at_a_replica.load(Ordering::Relaxed), 0, "writes at a replica");
+    let refused = [("frontend", "write"), ("reason", "no-backend")];
+    assert_eq!(proxy.metric("tidegate_refused_total", &refused), 0.0, "clients wait");
+    // The killed server ends the sessions that it has just accepted, at most two of each client.
+    let failed = writes.failed.load(Ordering::Relaxed);
+    measured(&format!("{} writes, 0 at a replica, {failed} ended by the kill", writes.done()));
+    assert!(failed <= 8, "{failed} writes got no answer");
     let value = |redis: &Redis| Redis::ask(redis.address, "GET writes").ok();
     eventually(secs(10), "the replica has all writes", || value(&a) == value(&b));
     assert!(proxy.log().contains("several backends are primaries"), "{}", proxy.log());
@@ -106,4 +124,47 @@ fn writes_follow_the_primary_of_a_failover(engine: Engine) {
     assert!(explained.contains("its role is replica"), "{explained}");
     let status = proxy.cli_ok(&["status"]);
     assert!(status.contains("role primary, of db, 1 of 2 eligible"), "{status}");
+}
+
+/// The roles change while every server works, as in a planned switch.
+fn clients_wait_while_redis_servers_exchange_their_roles(engine: Engine) {
+    if !have(&["redis-server"]) {
+        return;
+    }
+    let _share = exclusive::shared();
+    let (a, b) = (Redis::start(), Redis::start());
+    b.follow(Some(a.address));
+    let proxy = TestProxy::start(conf(engine, &[("a", a.address), ("b", b.address)]));
+    let role = |name: &str| proxy.backend("db", name)["role"]["name"].clone();
+    eventually(secs(10), "both roles are known", || {
+        role("a") == "primary" && role("b") == "replica"
+    });
+    let writes = Writes::default();
+    let write = proxy.addr("write");
+    let switched = thread::scope(|scope| {
+        (0..4).for_each(|_| drop(scope.spawn(|| writes.run(write))));
+        eventually(secs(10), "writes are done", || writes.done() > 50);
+        let switched = Instant::now();
+        a.follow(Some(b.address));
+        // Without a primary for longer than a probe takes.
+        thread::sleep(ms(400));
+        b.follow(None);
+        let before = writes.done();
+        eventually(secs(10), "writes continue", || writes.done() > before + 50);
+        writes.stop.store(true, Ordering::Relaxed);
+        switched
+    });
+    let last_misled = *writes.last_at_a_replica.lock().unwrap();
+    let last_misled = last_misled.map_or(Duration::ZERO, |at| at - switched);
+    assert_eq!(writes.failed.load(Ordering::Relaxed), 0, "clients wait, and none is reset");
+    assert_eq!(proxy.metric("tidegate_refused_total", &[]), 0.0);
+    assert!(proxy.metric("tidegate_queued_total", &[]) > 0.0, "clients have waited");
+    // The server rejects these writes, so none of them is done twice or lost.
+    let misled = writes.at_a_replica.load(Ordering::Relaxed);
+    measured(&format!(
+        "{} writes; {misled} were rejected by the former primary, the last one {last_misled:.0?} \
+         after the switch",
+        writes.done()
+    ));
+    assert!(last_misled < patience(secs(1)), "{last_misled:?}");
 }

@@ -25,12 +25,15 @@ impl Mariadb {
         let data = format!("--datadir={}", dir.path().join("data").display());
         let mut install = command_as(USER, "mariadb-install-db");
         install.args(["--no-defaults", "--auth-root-authentication-method=normal", &data]);
-        output(install.arg("--skip-test-db")).expect("mariadb-install-db");
+        // A starting server removes the temporary tables of others in the same directory.
+        let temporary = format!("--tmpdir={}", dir.path().display());
+        output(install.args(["--skip-test-db", &temporary])).expect("mariadb-install-db");
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let log = std::fs::File::create(dir.path().join("log")).expect("create the log");
         let running = Running::start(
             command_as(USER, "mariadbd")
                 .args(["--no-defaults", &data, "--bind-address=127.0.0.1", "--log-warnings=9"])
+                .arg(&temporary)
                 .arg(format!("--socket={}", dir.path().join("socket").display()))
                 .arg(format!("--port={}", address.port()))
                 .args(["--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=16M"])

@@ -135,6 +135,28 @@ impl Postgres {
         self.running = None;
     }
 
+    /// Stops the server after its standbys have received everything.
+    pub fn stop(&mut self) {
+        let mut stop = command_as(USER, "pg_ctl");
+        output(stop.args(["stop", "-w", "-m", "fast", "-D"]).arg(self.data()))
+            .expect("pg_ctl stop");
+        self.running = None;
+    }
+
+    /// Starts the stopped server as a standby of this primary.
+    pub fn follow(&mut self, primary: SocketAddr) {
+        let conninfo = format!(
+            "primary_conninfo = 'host={} port={} user={USER}'\n",
+            primary.ip(),
+            primary.port()
+        );
+        let settings = self.data().join("postgresql.auto.conf");
+        std::fs::write(settings, conninfo).expect("write postgresql.auto.conf");
+        std::fs::write(self.data().join("standby.signal"), "").expect("write standby.signal");
+        give(USER, &self.data());
+        self.restart();
+    }
+
     pub fn promote(&self) {
         let mut promote = command_as(USER, "pg_ctl");
         output(promote.args(["promote", "-w", "-D"]).arg(self.data())).expect("pg_ctl promote");
