@@ -108,23 +108,13 @@ fn conditions_select_sessions(engine: Engine) {
 }
 
 fn client_without_a_backend_is_listed_in_setup(engine: Engine) {
-    let backend = ScriptedBackend::start(backend::echo());
-    let pool = Pool::new("web").key("queue_max = 5").backend_with(
-        "a",
-        backend.address(),
-        "connections_max = 1",
-    );
-    let proxy = TestProxy::start(Conf::simple(engine, pool));
-    let holder = connect(proxy.addr("web"));
-    exchange(&holder, b"x").unwrap();
-    let queued = connect(proxy.addr("web"));
-    eventually(secs(5), "the client is listed", || list(&proxy, "")["open"] == 2);
+    let Queued { proxy, queued, .. } = &Queued::start(engine);
     let client = queued.local_addr().unwrap().ip();
-    let rows = list(&proxy, &format!("client={client}"))["sessions"].clone();
+    let rows = list(proxy, &format!("client={client}"))["sessions"].clone();
     let row = rows.as_array().unwrap().iter().find(|row| row["phase"] == "setup").unwrap();
     assert_eq!(row["client"], queued.local_addr().unwrap().to_string());
     assert_eq!((&row["frontend"], &row["backend"]), (&"web".into(), &Value::Null));
-    assert_eq!(matched(&proxy, "pool=web"), 1, "it is in no pool yet");
+    assert_eq!(matched(proxy, "pool=web"), 1, "it is in no pool yet");
 }
 
 fn announced_client_is_listed(engine: Engine) {
@@ -164,6 +154,32 @@ fn long_list_has_the_first_sessions_and_all_totals(engine: Engine) {
     assert_eq!(of_worker(0) + of_worker(1), 600);
     drop(sessions);
     eventually(secs(10), "no session is open", || list(&site.proxy, "")["open"] == 0);
+}
+
+/// A balancer with one session at its only backend, and a client that waits in the queue.
+/// Both clients leave before the balancer stops.
+struct Queued {
+    holder: TcpStream,
+    queued: TcpStream,
+    proxy: TestProxy,
+    _backend: ScriptedBackend,
+}
+
+impl Queued {
+    fn start(engine: Engine) -> Queued {
+        let backend = ScriptedBackend::start(backend::echo());
+        let pool = Pool::new("web").key("queue_max = 5").backend_with(
+            "a",
+            backend.address(),
+            "connections_max = 1",
+        );
+        let proxy = TestProxy::start(Conf::simple(engine, pool));
+        let holder = connect(proxy.addr("web"));
+        exchange(&holder, b"x").unwrap();
+        let queued = connect(proxy.addr("web"));
+        eventually(secs(5), "the client waits", || list(&proxy, "")["open"] == 2);
+        Queued { _backend: backend, proxy, holder, queued }
+    }
 }
 
 /// Reads until the end of the connection. Returns whether it ended with FIN.
@@ -224,18 +240,8 @@ fn session_with_bytes_on_their_way_is_not_closed_but_can_be_reset(engine: Engine
 }
 
 fn waiting_client_can_be_reset(engine: Engine) {
-    let backend = ScriptedBackend::start(backend::echo());
-    let pool = Pool::new("web").key("queue_max = 5").backend_with(
-        "a",
-        backend.address(),
-        "connections_max = 1",
-    );
-    let proxy = TestProxy::start(Conf::simple(engine, pool));
-    let holder = connect(proxy.addr("web"));
-    exchange(&holder, b"x").unwrap();
-    let queued = connect(proxy.addr("web"));
-    eventually(secs(5), "the client waits", || list(&proxy, "")["open"] == 2);
-    let number = list(&proxy, "")["sessions"]
+    let Queued { proxy, holder, queued, .. } = &Queued::start(engine);
+    let number = list(proxy, "")["sessions"]
         .as_array()
         .unwrap()
         .iter()
@@ -243,8 +249,8 @@ fn waiting_client_can_be_reset(engine: Engine) {
     let number = number.expect("a waiting client");
     assert_eq!(proxy.cli(&["sessions", "close", &number]).status.code(), Some(3));
     assert_eq!(proxy.cli_ok(&["sessions", "reset", &number]).trim(), "1 session reset");
-    assert!(!ends_in_order(queued));
+    assert!(!ends_in_order(queued.try_clone().unwrap()));
     let log = proxy.wait_access_log(1);
     assert_eq!([&log[0]["cause"], &log[0]["phase"]], ["reset-by-operator", "queue"]);
-    exchange(&holder, b"still open").unwrap();
+    exchange(holder, b"still open").unwrap();
 }

@@ -6,7 +6,7 @@
 //! A question that waits ends early if the API stops, so that a client can ask the new process
 //! of an upgrade.
 
-use super::questions::{bad, blocking, decoded};
+use super::questions::{bad, blocking, number, parameters};
 use super::routes::{ApiState, ErrorResponse, JSON, long_answer, text};
 use axum::extract::State;
 use axum::response::Response;
@@ -106,10 +106,8 @@ impl EventQuery {
 /// Reads the query. The error names the parameter that is wrong.
 fn parse(query: &str) -> Result<EventQuery, String> {
     let mut parsed = EventQuery::default();
-    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-        let value = decoded(value).filter(|value| !value.is_empty());
-        let value = value.ok_or_else(|| format!("{key} is empty or not UTF-8"))?;
+    for pair in parameters(query) {
+        let (key, value) = pair?;
         match key {
             "after" => parsed.after = number(key, &value)?,
             "wait" => parsed.wait = Some(wait(&value)?),
@@ -131,10 +129,6 @@ fn parse(query: &str) -> Result<EventQuery, String> {
         }
     }
     Ok(parsed)
-}
-
-fn number<T: std::str::FromStr>(key: &str, value: &str) -> Result<T, String> {
-    value.parse().map_err(|_| format!("{key} is not a whole number: {value:?}"))
 }
 
 fn wait(value: &str) -> Result<Duration, String> {

@@ -12,6 +12,7 @@ use axum::extract::State;
 use axum::response::Response;
 use hyper::{StatusCode, Uri};
 use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
 use std::sync::Arc;
 use tidegate_core::control::what_if::{AssumedChange, UnknownAssumption, WhatIf};
 use tidegate_core::decision::rings::{FAILED_MAX, FIRST_MAX};
@@ -119,14 +120,26 @@ pub(super) fn bad(detail: String) -> ErrorResponse {
     ErrorResponse::new(StatusCode::BAD_REQUEST, "invalid query", detail)
 }
 
+/// Returns the parameters of a query. An error names a parameter without a readable value.
+pub(super) fn parameters(query: &str) -> impl Iterator<Item = Result<(&str, String), String>> {
+    query.split('&').filter(|pair| !pair.is_empty()).map(|pair| {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let value = decoded(value).filter(|value| !value.is_empty());
+        value.map(|value| (key, value)).ok_or_else(|| format!("{key} is empty or not UTF-8"))
+    })
+}
+
+/// Reads a whole number.
+pub(super) fn number<T: FromStr>(key: &str, value: &str) -> Result<T, String> {
+    value.parse().map_err(|_| format!("{key} is not a whole number: {value:?}"))
+}
+
 /// Reads the query. The error names the parameter that is wrong.
 fn parse(query: &str) -> Result<Question, String> {
     let (mut session, mut client, mut frontend, mut address) = (None, None, None, None);
     let mut assumed = Vec::new();
-    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-        let value = decoded(value).filter(|value| !value.is_empty());
-        let value = value.ok_or_else(|| format!("{key} is empty or not UTF-8"))?;
+    for parameter in parameters(query) {
+        let (key, value) = parameter?;
         let known = match key {
             "session" => session.replace(session_number(&value)?).is_none(),
             "client" => client.replace(client_address(&value)?).is_none(),
@@ -208,7 +221,7 @@ fn backend(text: &str) -> Option<(String, String)> {
 }
 
 /// Percent-decodes a value; `None` if it is not UTF-8.
-pub(super) fn decoded(text: &str) -> Option<String> {
+fn decoded(text: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();
     while let Some(byte) = rest.next() {

@@ -3,7 +3,7 @@
 //! Mounted by `routes`. The control thread passes the query on and does not wait. The lists of
 //! the workers are joined on a blocking thread.
 
-use super::questions::{bad, blocking, decoded};
+use super::questions::{bad, blocking, number, parameters};
 use super::routes::{ANSWER_MAX, ApiState, ErrorResponse, JSON, answer, long_answer, text};
 use super::serve::AskedBy;
 use super::{AdminRequest, AskedWorkers};
@@ -159,10 +159,8 @@ fn session(listed: &ListedSession) -> OpenSessionDoc {
 /// Reads the query. The error names the parameter that is wrong.
 fn parse(query: &str) -> Result<SessionQuery, String> {
     let mut parsed = SessionQuery { limit: LIMIT, ..SessionQuery::default() };
-    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-        let value = decoded(value).filter(|value| !value.is_empty());
-        let value = value.ok_or_else(|| format!("{key} is empty or not UTF-8"))?;
+    for pair in parameters(query) {
+        let (key, value) = pair?;
         parameter(&mut parsed, key, value)?;
     }
     Ok(parsed)
@@ -199,10 +197,6 @@ fn parameter(query: &mut SessionQuery, key: &str, value: String) -> Result<(), S
         }
     }
     Ok(())
-}
-
-fn number<T: std::str::FromStr>(key: &str, value: &str) -> Result<T, String> {
-    value.parse().map_err(|_| format!("{key} is not a whole number: {value:?}"))
 }
 
 fn time(key: &str, value: &str) -> Result<Duration, String> {
