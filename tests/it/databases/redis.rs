@@ -6,7 +6,8 @@ use crate::common::servers::Redis;
 use crate::common::{
     Engine, eventually, exclusive, have, measured, ms, on_every_engine, patience, secs,
 };
-use std::net::SocketAddr;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -126,6 +127,28 @@ fn writes_follow_the_primary_of_a_failover(engine: Engine) {
     assert!(status.contains("role primary, of db, 1 of 2 eligible"), "{status}");
 }
 
+/// A session with a server that was a primary when it began.
+struct OldSession(TcpStream);
+
+impl OldSession {
+    fn open(address: SocketAddr) -> OldSession {
+        let mut stream = TcpStream::connect(address).expect("connect");
+        stream.set_read_timeout(Some(secs(10))).expect("set the timeout");
+        stream.write_all(b"PING\r\n").expect("send");
+        let mut answer = [0; 7];
+        stream.read_exact(&mut answer).expect("an answer");
+        assert_eq!(&answer, b"+PONG\r\n");
+        OldSession(stream)
+    }
+
+    /// Returns when the session was reset.
+    fn wait_reset(mut self) -> Instant {
+        let error = self.0.read(&mut [0]).expect_err("a reset");
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+        Instant::now()
+    }
+}
+
 /// The roles change while every server works, as in a planned switch.
 fn clients_wait_while_redis_servers_exchange_their_roles(engine: Engine) {
     if !have(&["redis-server"]) {
@@ -134,17 +157,20 @@ fn clients_wait_while_redis_servers_exchange_their_roles(engine: Engine) {
     let _share = exclusive::shared();
     let (a, b) = (Redis::start(), Redis::start());
     b.follow(Some(a.address));
-    let proxy = TestProxy::start(conf(engine, &[("a", a.address), ("b", b.address)]));
+    let held = Pool::new("held").key("of = \"db\"\nrole = \"primary\"\non_down = \"reset\"");
+    let conf = conf(engine, &[("a", a.address), ("b", b.address)]);
+    let proxy = TestProxy::start(conf.frontend("held", "held", "").pool(held));
     let role = |name: &str| proxy.backend("db", name)["role"]["name"].clone();
     eventually(secs(10), "both roles are known", || {
         role("a") == "primary" && role("b") == "replica"
     });
     let writes = Writes::default();
-    let write = proxy.addr("write");
-    let switched = thread::scope(|scope| {
+    let (write, old) = (proxy.addr("write"), OldSession::open(proxy.addr("held")));
+    let (switched, cut) = thread::scope(|scope| {
         (0..4).for_each(|_| drop(scope.spawn(|| writes.run(write))));
         eventually(secs(10), "writes are done", || writes.done() > 50);
         let switched = Instant::now();
+        let cut = scope.spawn(move || old.wait_reset());
         a.follow(Some(b.address));
         // Without a primary for longer than a probe takes.
         thread::sleep(ms(400));
@@ -152,8 +178,11 @@ fn clients_wait_while_redis_servers_exchange_their_roles(engine: Engine) {
         let before = writes.done();
         eventually(secs(10), "writes continue", || writes.done() > before + 50);
         writes.stop.store(true, Ordering::Relaxed);
-        switched
+        (switched, cut.join().expect("the old session is reset") - switched)
     });
+    measured(&format!("an old session is reset {cut:.0?} after the switch"));
+    // The interval of the probe is 200 ms.
+    assert!(cut < patience(secs(1)), "{cut:?}");
     let last_misled = *writes.last_at_a_replica.lock().unwrap();
     let last_misled = last_misled.map_or(Duration::ZERO, |at| at - switched);
     assert_eq!(writes.failed.load(Ordering::Relaxed), 0, "clients wait, and none is reset");
