@@ -5,7 +5,7 @@
 
 use crate::decision::{Decision, Figures, Outcome, SkippedList, Why};
 use crate::model::{
-    AccessLogTarget, Admin, AdminListen, BackendId, Bind, ClientAddr, Config, DnsConfig,
+    AccessLogTarget, Admin, AdminListen, BackendId, Backups, Bind, ClientAddr, Config, DnsConfig,
     EngineChoice, FrontendConfig, FrontendId, HASH_SLOTS, Log, LogFormat, LogLevel, LogTarget,
     OnDown, OnRemoval, PeerAddr, Policy, PoolConfig, ProcessConfig, Sandbox, SyslogFacility,
     WhenNoneEligible,
@@ -27,6 +27,7 @@ pub fn pool(name: &str) -> PoolConfig {
         queue_timeout: Duration::from_secs(5),
         connect_attempts: 3,
         when_none_eligible: WhenNoneEligible::Refuse,
+        backups: Backups::All,
         startup_grace: Duration::from_secs(5),
         on_removal: OnRemoval::Keep,
         on_down: OnDown::Keep,

@@ -33,6 +33,7 @@ on_every_engine!(
     frontend_cap_is_never_exceeded,
     process_cap_is_never_exceeded,
     backup_serves_only_without_primaries,
+    second_backup_serves_only_without_the_first_with_backups_one,
 );
 on_every_engine_alone!(redis_benchmark_runs_without_errors);
 on_every_engine_quiet!(waiting_client_is_served_soon_after_a_slot_is_freed);
@@ -444,6 +445,31 @@ fn wait_times(address: SocketAddr, rounds: usize) -> Vec<Duration> {
         .collect();
     waits.sort();
     waits
+}
+
+fn second_backup_serves_only_without_the_first_with_backups_one(engine: Engine) {
+    let [main, first, second] =
+        ["main", "first", "second"].map(|name| ScriptedBackend::start(backend::name(name)));
+    let pool = Pool::new("web")
+        .key("backups = \"one\"")
+        .backend_with("first", first.address(), "backup = true")
+        .backend("main", main.address())
+        .backend_with("second", second.address(), "backup = true");
+    let proxy = TestProxy::start(Conf::simple(engine, pool));
+    let answers = |expected: &str| {
+        for _ in 0..10 {
+            assert_eq!(client::ask(proxy.addr("web")).unwrap(), expected);
+        }
+    };
+    answers("main");
+    proxy.cli_ok(&["drain", "web/main"]);
+    answers("first");
+    let why = proxy.explained("web", "second")["why"].to_string();
+    assert!(why.contains("while no primary and no backup before it is eligible"), "{why}");
+    proxy.cli_ok(&["drain", "web/first"]);
+    answers("second");
+    proxy.cli_ok(&["undrain", "web/main"]);
+    answers("main");
 }
 
 fn backup_serves_only_without_primaries(engine: Engine) {

@@ -7,8 +7,8 @@ use Applies::Reload;
 use DefaultValue::{Derived, Described, Required, Value};
 use Values::{Flag, Form, Integer, Share, Time, WordOrTime, Words};
 use tidegate_core::model::{
-    DnsProbeCode, DnsProbeRecord, DnsProbeTransport, HttpVersion, NodeRole, Policy, ProbeHeader,
-    ProxyVersion, WhenNoneEligible,
+    Backups, DnsProbeCode, DnsProbeRecord, DnsProbeTransport, HttpVersion, NodeRole, Policy,
+    ProbeHeader, ProxyVersion, WhenNoneEligible,
 };
 
 pub(super) const POOL: &[ConfigKey] = &[
@@ -83,6 +83,14 @@ pub(super) const POOL: &[ConfigKey] = &[
         "If no backend is eligible, `\"refuse\"` resets the client, `\"try-all\"` uses every \
          backend that is not drained, and `\"wait\"` keeps the client in the queue (`queue_max`) \
          until a backend is eligible. See [failover.md](failover.md).",
+    ),
+    key(
+        "backups",
+        Words(words::<Backups>),
+        Value("\"all\""),
+        Reload,
+        "Which backends with `backup = true` serve while no other backend is eligible: `\"all\"` \
+         that are eligible, or `\"one\"`, the first one in the order of the pool.",
     ),
     key(
         "startup_grace",

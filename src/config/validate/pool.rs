@@ -18,8 +18,8 @@ use crate::file::{Field, NamedSection, Section};
 use crate::value::{self, SLOW_FIRST_BYTE, SLOW_START, TIME, ValueError, shown};
 use crate::{NamedFiles, Spot, address};
 use tidegate_core::model::{
-    BackendAddr, BackendConfig, DnsConfig, EjectionSpec, HASH_SLOTS, OnDown, OnRemoval, Policy,
-    PoolConfig, ProbeTarget, SourceAddr, ViewGuards, WhenNoneEligible, Words,
+    BackendAddr, BackendConfig, Backups, DnsConfig, EjectionSpec, HASH_SLOTS, OnDown, OnRemoval,
+    Policy, PoolConfig, ProbeTarget, SourceAddr, ViewGuards, WhenNoneEligible, Words,
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -118,6 +118,7 @@ pub(super) fn read<'r, 'a>(
         queue_timeout: Duration::ZERO,
         connect_attempts: attempts.or(CONNECT_ATTEMPTS),
         when_none_eligible,
+        backups: section.choice("backups").or(Backups::All),
         startup_grace: section.duration("startup_grace", "5s", TIME).or(STARTUP_GRACE),
         on_removal: section.text("on_removal", "a string", value::on_removal).or(OnRemoval::Keep),
         on_down: section.text("on_down", "a string", value::on_down).or(OnDown::Keep),
@@ -259,6 +260,9 @@ fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &PoolConfig) {
     let others_join = registers || model.discover.is_some() || !model.named.is_empty();
     if others_join || model.backends.is_empty() {
         return;
+    }
+    if model.backups == Backups::One && !model.backends.iter().any(|backend| backend.backup) {
+        idle("backups", "the pool has no backups".to_owned());
     }
     for v4 in [true, false] {
         let is_of = |backend: &BackendConfig| match backend.address {

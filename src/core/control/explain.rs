@@ -15,7 +15,7 @@ use crate::health::probe_detector::ProbeState;
 use crate::health::recent::{RECENT, Recent};
 use crate::health::{ConnectFailure, LastProbe, Observation, Transition};
 use crate::model;
-use crate::model::{HeartbeatSpec, PoolId};
+use crate::model::{Backups, HeartbeatSpec, PoolId};
 use crate::suspicion::rejections::Rejection;
 use crate::suspicion::{ChannelState, PathView};
 use std::sync::Arc;
@@ -48,6 +48,8 @@ pub struct Explanation {
     pub probe: Option<ProbeView>,
     /// The newest probe that has ended in this process.
     pub last_probe: Option<LastProbe>,
+    /// How many backups of the pool serve at once.
+    pub backups: Backups,
     /// Rule in effect while no backend of the pool is eligible, as in
     /// [`PoolStatus`](super::PoolStatus); `None` if one is eligible.
     pub none_eligible: Option<&'static str>,
@@ -182,6 +184,7 @@ impl Controller {
                 fails_open: entry.health.fails_open,
             }),
             last_probe: entry.last_probe.as_deref().cloned(),
+            backups: pool.spec.backups,
             none_eligible: self.none_eligible(entry, pool),
             last_resort: entry.published.is_last_resort(),
             heartbeat_spec: pool.spec.heartbeat.clone(),

@@ -37,11 +37,22 @@ pub enum OnDown {
     CloseAfter(Duration),
 }
 
+/// `backups = ...`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backups {
+    /// Every eligible backup serves while no primary is eligible.
+    All,
+    /// The first eligible backup serves while no primary is eligible.
+    One,
+}
+
 /// Default of `queue_timeout` if clients wait for an eligible backend: longer than most
 /// databases need for a failover.
 const FAILOVER_TIMEOUT: Duration = Duration::from_secs(30);
 
 words!(WhenNoneEligible: "refuse" => Refuse, "try-all" => TryAll, "wait" => Wait);
+
+words!(Backups: "all" => All, "one" => One);
 
 // === impl OnDown ===
 

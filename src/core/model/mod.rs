@@ -24,7 +24,7 @@ pub use discovery::{
     RegistryQuery, ServerAddr, SourceKey, SourceQuestion, TlsClientConfig, ViewGuards,
     ZookeeperFormat,
 };
-pub use failover::{OnDown, OnRemoval, WhenNoneEligible};
+pub use failover::{Backups, OnDown, OnRemoval, WhenNoneEligible};
 pub use ids::{BackendId, FrontendId, PoolId};
 pub use probe::{
     Expect, HttpProbe, HttpVersion, ProbeBytes, ProbeHeader, ProbeKind, ProbePattern, ProbeSpec,
@@ -315,6 +315,8 @@ pub struct PoolConfig {
     pub startup_grace: Duration,
     /// What happens to the sessions of a backend that leaves the pool.
     pub on_removal: OnRemoval,
+    /// How many backups serve at once.
+    pub backups: Backups,
     /// What happens to the sessions of a backend that is down, or has lost `role`.
     pub on_down: OnDown,
     /// The PROXY header that backends get; `None` is off.

@@ -10,7 +10,7 @@ use super::state::{BackendState, FrontendState, PoolId};
 use super::{FrontendRoute, PoolTable, Table};
 use crate::balance::{Balancer, Candidate};
 use crate::model;
-use crate::model::{RouteTarget, WhenNoneEligible};
+use crate::model::{Backups, RouteTarget, WhenNoneEligible};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -208,8 +208,18 @@ pub fn build_pool(pool: &PoolInput, previous: Option<&Arc<PoolTable>>) -> Arc<Po
     }
 }
 
+/// Returns how many of the eligible backups serve. A backup on trial gets one session at a
+/// time, so the next one joins it.
+fn backups_in_use(eligible: &[&BackendInput], rule: Backups) -> usize {
+    let steady = match rule {
+        Backups::All => None,
+        Backups::One => eligible.iter().position(|backup| !backup.on_trial),
+    };
+    steady.map_or(eligible.len(), |place| place + 1)
+}
+
 /// Returns the eligible primaries. If all of them are on trial, the eligible backups
-/// join them. If the list is empty, former backends stand in. If it is still empty and
+/// join them, or the first of them (`backups = "one"`). If the list is empty, former backends stand in. If it is still empty and
 /// the policy is `try-all`, returns all backends that no operator drains.
 fn active_tier(pool: &PoolInput) -> (ServingTier, Vec<&BackendInput>) {
     let eligible = |backup: bool| -> Vec<&BackendInput> {
@@ -219,7 +229,9 @@ fn active_tier(pool: &PoolInput) -> (ServingTier, Vec<&BackendInput>) {
     let primaries = members.len();
     let mut tier = ServingTier::Primaries;
     if members.iter().all(|b| b.on_trial) {
-        members.extend(eligible(true));
+        let backups = eligible(true);
+        let count = backups_in_use(&backups, pool.spec.backups);
+        members.extend(&backups[..count]);
         if members.len() > primaries {
             tier = ServingTier::Backups { from: primaries };
         }

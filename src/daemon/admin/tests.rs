@@ -28,8 +28,8 @@ use tidegate_core::health::{
 };
 use tidegate_core::metrics::histograms::MergedHistograms;
 use tidegate_core::model::{
-    BackendAddr, EjectionSpec, HeartbeatSpec, Policy, PoolId, ProbeKind, ProbeSpec, ProbeTarget,
-    Words,
+    BackendAddr, Backups, EjectionSpec, HeartbeatSpec, Policy, PoolId, ProbeKind, ProbeSpec,
+    ProbeTarget, Words,
 };
 use tidegate_core::suspicion::rejections::{Rejected, Rejection, Rejections};
 use tidegate_core::suspicion::{DetectorReading, DetectorState, PathView};
@@ -242,6 +242,7 @@ fn explanation_has_exactly_the_documented_fields() {
             },
             confirmation: false,
         }),
+        backups: Backups::All,
         none_eligible: None,
         last_resort: false,
         heartbeat_spec: Some(Arc::new(HeartbeatSpec {

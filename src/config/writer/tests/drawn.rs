@@ -364,6 +364,7 @@ fn pool(name: &'static str) -> BoxedStrategy<(String, bool)> {
         ("queue_timeout", prop_oneof![quoted(&["5s", "30s"]), time(1, 30 * DAY)].boxed()),
         ("startup_grace", time(1, 30 * DAY)),
         ("on_removal", quoted(&["keep", "close-after 30s", "close-after 1ms"])),
+        ("backups", quoted(&["all", "one"])),
         ("on_down", quoted(&["keep", "reset", "close-after 5s"])),
         ("slow_start", timer(100, 3600 * SECOND)),
         (

@@ -5,7 +5,7 @@ use super::*;
 use crate::balance::PickKey;
 use crate::balance::trial::TrialPhase;
 use crate::model;
-use crate::model::{BackendAddr, Bind, ClientAddr, PeerAddr, Policy, RouteConfig};
+use crate::model::{BackendAddr, Backups, Bind, ClientAddr, PeerAddr, Policy, RouteConfig};
 use crate::table::NoBackend;
 use crate::table::routes::ConnectionFacts;
 use crate::table::state::{BackendId, FrontendId, PoolId};
@@ -91,6 +91,34 @@ fn backups_serve_only_when_no_primary_is_eligible() {
         primary.eligible = false;
     }
     assert_eq!(serving(&table(vec![web], None).pools[0]), "c");
+}
+
+#[test]
+fn first_eligible_backup_serves_alone_with_backups_one() {
+    let mut random = fastrand::Rng::with_seed(7);
+    for round in 0..2_000 {
+        let policy = Policy::ALL[round % Policy::ALL.len()];
+        let mut web = pool("web", policy, 6);
+        let rule = if random.bool() { Backups::One } else { Backups::All };
+        web.spec = Arc::new(model::PoolConfig { backups: rule, ..(*web.spec).clone() });
+        for backend in &mut web.backends {
+            backend.backup = random.bool();
+            backend.eligible = random.u8(..3) > 0;
+            backend.on_trial = backend.eligible && random.u8(..4) == 0;
+        }
+        let mut expected = String::new();
+        let mut filled = false;
+        for backup in [false, true] {
+            for b in web.backends.iter().filter(|b| b.eligible && b.backup == backup) {
+                if !(filled && backup) {
+                    expected.push_str(&b.state.name);
+                }
+                filled |= !b.on_trial && (!backup || rule == Backups::One);
+            }
+        }
+        let described = format!("{rule:?} {:?}", web.backends);
+        assert_eq!(serving(&table(vec![web], None).pools[0]), expected, "{described}");
+    }
 }
 
 #[test]

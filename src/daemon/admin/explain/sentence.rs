@@ -12,7 +12,7 @@ use tidegate_core::health::probe_detector::ProbeState;
 use tidegate_core::health::{
     ConnectFailure, HeartbeatHealth, Intent, Observation, ProbeOutcome, RequestedState,
 };
-use tidegate_core::model::Words;
+use tidegate_core::model::{Backups, Words};
 use tidegate_core::suspicion::rejections::Rejection;
 
 /// Age up to which a rejection is mentioned. After this time without another one, the
@@ -26,7 +26,11 @@ pub(super) fn why_sentence(explained: &Explanation, rejected: Option<&Rejection>
         text = format!("although {}: {}; {text}", prevented.evidence, prevented.reason);
     }
     if explained.backend.backup && explained.backend.eligible {
-        text.push_str("; backup: it gets sessions only while no other backend is eligible");
+        text.push_str("; backup: it gets sessions only while ");
+        text.push_str(match explained.backups {
+            Backups::All => "no other backend is eligible",
+            Backups::One => "no primary and no backup before it is eligible",
+        });
     }
     text += &cap_note(explained);
     text.push_str(none_eligible_note(explained));
@@ -366,6 +370,7 @@ mod tests {
             connections_max: 0,
             probe: None,
             last_probe: None,
+            backups: Backups::All,
             none_eligible: None,
             last_resort: false,
             heartbeat_spec: None,
