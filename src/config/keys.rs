@@ -7,6 +7,7 @@
 
 mod discovery_tables;
 mod frontend_tables;
+mod heartbeat_tables;
 mod pool_tables;
 mod tables;
 

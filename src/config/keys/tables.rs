@@ -3,10 +3,8 @@
 
 use super::discovery_tables::{DISCOVER, DNS, REGISTRY};
 use super::frontend_tables::{BIND, FRONTEND, PROXY_HEADERS, ROUTE, SOURCES};
-use super::pool_tables::{
-    BACKEND, EJECTION, EXPECT, HEARTBEAT, HEARTBEAT_KEY, POOL, POOL_HEARTBEAT, PROBE, PROBE_TLS,
-    PROXY_HEADER,
-};
+use super::heartbeat_tables::{HEARTBEAT, HEARTBEAT_KEY, POOL_HEARTBEAT};
+use super::pool_tables::{BACKEND, EJECTION, EXPECT, POOL, PROBE, PROBE_TLS, PROXY_HEADER};
 use super::{Applies, ConfigKey, DefaultValue, KeyTable, Values, words};
 use Applies::{Reload, Restart};
 use DefaultValue::{Described, Value};
