@@ -3,10 +3,8 @@
 use super::rigs::services::Service;
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
-use crate::common::servers::find;
-use crate::common::{Engine, eventually, exclusive, have, secs, skip};
+use crate::common::{Engine, eventually, exclusive, have, secs};
 use std::net::SocketAddr;
-use std::process::Command;
 
 fn start(pools: &[(&str, SocketAddr, &str)]) -> TestProxy {
     let conf = pools.iter().fold(Conf::new(Engine::Epoll), |conf, (name, address, keys)| {
@@ -47,10 +45,8 @@ fn directory_server_is_up_while_it_takes_anonymous_binds() {
 
 #[test]
 fn mail_server_is_up_while_it_answers_hello() {
-    let found =
-        find("python3").map(|python| Command::new(python).args(["-c", "import aiosmtpd"]).status());
-    if !found.is_some_and(|status| status.is_ok_and(|status| status.success())) {
-        return skip("aiosmtpd not found");
+    if !have(&["aiosmtpd"]) {
+        return;
     }
     let _share = exclusive::shared();
     let mut mail = Service::smtp();

@@ -28,8 +28,9 @@ impl Service {
     /// aiosmtpd.
     pub fn smtp() -> Service {
         let (dir, address) = (directory(), address());
-        let mut command = program("python3");
-        command.args(["-m", "aiosmtpd", "-n", "-l", &address.to_string()]);
+        // The module can be missing in the first python3 of PATH.
+        let mut command = program("aiosmtpd");
+        command.args(["-n", "-l", &address.to_string()]);
         Service::running(command, address, dir)
     }
 
