@@ -185,9 +185,10 @@ impl Control {
     /// Reads the file and puts it in force if it differs from the configuration in force.
     async fn reload(&mut self, who: &str) -> Result<ReloadDoc, ReloadError> {
         self.lifecycle.notifier().reloading();
-        let before = Arc::clone(self.reloads.config());
-        let result = self.try_reload().await;
-        let changes = reload_diff::diff(&before, self.reloads.config());
+        let (result, changes) = match self.try_reload().await {
+            Ok((reloaded, changes)) => (Ok(reloaded), changes),
+            Err(error) => (Err(error), Vec::new()),
+        };
         self.record_reload(&result, who, changes);
         self.lifecycle.notifier().ready();
         self.reloads.count(&result);
@@ -229,7 +230,8 @@ impl Control {
         self.telemetry.events.record(event.by(who).with_changes(changes));
     }
 
-    async fn try_reload(&mut self) -> Result<ReloadDoc, ReloadError> {
+    /// Returns what it has put in force, and what that changes.
+    async fn try_reload(&mut self) -> Result<(ReloadDoc, Vec<String>), ReloadError> {
         let loaded = config::load(self.reloads.path()).map_err(|problems| {
             ReloadError::Problems(problems.list.iter().map(|it| self.problem(it)).collect())
         })?;
@@ -239,7 +241,7 @@ impl Control {
         // Compares the meaning: comments and layout are ignored, and the content of
         // named files is included.
         if loaded.config == **self.reloads.config() {
-            return Ok(self.keep_configuration(loaded, token));
+            return Ok((self.keep_configuration(loaded, token), Vec::new()));
         }
         let prepared = self.prepare(&loaded.config, &loaded.origin, token).await?;
         Ok(self.put_in_force(loaded, prepared))
@@ -296,13 +298,16 @@ impl Control {
     }
 
     /// Commits the new configuration. Cannot fail.
-    fn put_in_force(&mut self, loaded: Loaded, prepared: PreparedReload) -> ReloadDoc {
+    fn put_in_force(
+        &mut self,
+        loaded: Loaded,
+        prepared: PreparedReload,
+    ) -> (ReloadDoc, Vec<String>) {
         let Loaded { config, text, digest, warnings, .. } = loaded;
         let PreparedReload { token, fresh, heartbeats } = prepared;
-        if tracing::enabled!(tracing::Level::DEBUG) {
-            for change in reload_diff::diff(self.reloads.config(), &config) {
-                tracing::debug!(change, "reload");
-            }
+        let changes = reload_diff::diff(self.reloads.config(), &config);
+        for change in &changes {
+            tracing::debug!(change, "reload");
         }
         let config = Arc::new(config);
         self.admin.tokens().set(token);
@@ -323,7 +328,7 @@ impl Control {
         self.keep_intents();
         self.supervised.in_force.reloaded(self.reloads.path(), text, &config);
         let (generation, warnings) = (self.controller.generation(), self.reloads.warnings());
-        ReloadDoc { generation, changed: true, warnings }
+        (ReloadDoc { generation, changed: true, warnings }, changes)
     }
 
     /// Waits until retired addresses that `config` uses again are closed. Until then

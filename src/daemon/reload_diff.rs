@@ -1,4 +1,4 @@
-//! Lists the changes of a reload for the log at `level = "debug"`.
+//! Lists the changes of a reload, for its event and for the log at `level = "debug"`.
 //!
 //! Called by `reload` before the new configuration is in force. Pure.
 
