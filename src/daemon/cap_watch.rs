@@ -89,15 +89,17 @@ impl Control {
     fn reached_caps(&self) -> Vec<FoundCap> {
         let (table, context) = (self.controller.current_table(), self.workers.context());
         let mut found = Vec::new();
-        let mut add = |subject: String, active: u32, max: u32| {
-            let text = format!("{active} of {max} sessions: new clients wait in the listen queue");
-            let over = "below connections_max";
-            found.extend((max > 0 && active >= max).then_some(FoundCap { subject, text, over }));
+        let mut add = |active: u32, max: u32, subject: &dyn Fn() -> String| {
+            if max > 0 && active >= max {
+                let text =
+                    format!("{active} of {max} sessions: new clients wait in the listen queue");
+                found.push(FoundCap { subject: subject(), text, over: "below connections_max" });
+            }
         };
-        add("tidegate".to_owned(), context.in_flight.get(), table.connections_max);
+        add(context.in_flight.get(), table.connections_max, &|| "tidegate".to_owned());
         for frontend in &table.frontends {
-            let name = format!("frontend {}", frontend.spec.name);
-            add(name, frontend.state.in_flight.get(), frontend.spec.connections_max);
+            let (active, max) = (frontend.state.in_flight.get(), frontend.spec.connections_max);
+            add(active, max, &|| format!("frontend {}", frontend.spec.name));
         }
         for (pool, queued) in context.waiters.all_queued() {
             let text = format!("{queued} clients wait in the queue of the pool for a backend");
