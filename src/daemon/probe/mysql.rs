@@ -16,8 +16,8 @@ use tidegate_core::model::{NodeRole, ProbeLogin};
 use tokio::io::{AsyncRead, AsyncWrite};
 use zeroize::Zeroizing;
 
-/// The user of a probe without user.
-const NOBODY: &str = "tidegate";
+/// The user name of a probe without `user`.
+const DEFAULT_USER: &str = "tidegate";
 
 /// Codes of rejected logins: `ER_ACCESS_DENIED_ERROR`, `ER_ACCESS_DENIED_NO_PASSWORD_ERROR`,
 /// `ER_NOT_SUPPORTED_AUTH_MODE`, `ER_MUST_CHANGE_PASSWORD_LOGIN`, `ER_ACCOUNT_HAS_BEEN_LOCKED`.
@@ -177,7 +177,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> MysqlSession<'_, S> {
         let known = [NATIVE, CACHING_SHA2].contains(&&*challenge.method);
         let method = if known { &*challenge.method } else { NATIVE };
         let scrambled = scramble(method, login.password, &challenge.nonce);
-        let user = login.user.unwrap_or(NOBODY).as_bytes();
+        let user = login.user.unwrap_or(DEFAULT_USER).as_bytes();
         let length = [u8::try_from(scrambled.len()).unwrap_or(0)];
         let body = [&head(flags), user, &[0], &length, &scrambled, method, &[0]].concat();
         self.answer.send(&packet(number, &body)).await?;
