@@ -3,7 +3,7 @@
 //! Called by `checks`. A pool has one probe, so an agent is asked only in a pool without
 //! `check`.
 
-use super::checks::{Checks, INTER};
+use super::checks::{Checks, INTER, note_without};
 use super::lines::ProxyLines;
 use super::server::HaproxyServer;
 use crate::available::Available;
@@ -31,10 +31,8 @@ pub(super) fn probe(
         }
         return;
     }
-    for server in servers.iter().filter(|server| !server.has("agent-check")) {
-        let why = "it has no agent in HAProxy; Tidegate asks an agent of every backend of the pool";
-        report.note(server.at, LineVerdict::Approximated, why);
-    }
+    let why = "it has no agent in HAProxy; Tidegate asks an agent of every backend of the pool";
+    note_without("agent-check", servers, why, report);
     let (keys, of_pool) = (&mut pool.probe, &mut pool.keys);
     Checks { in_force, report, keys, of_pool, at, can }.agent(&asked);
 }

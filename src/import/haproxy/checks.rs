@@ -33,6 +33,18 @@ pub(super) const INTER: u64 = 2_000;
 /// Shortest timeout to which a probe is cut for the sake of `fastinter`, in milliseconds.
 const TIMEOUT_LEAST: u64 = 1_000;
 
+/// Notes the servers without a keyword that others of the pool have.
+pub(super) fn note_without(
+    keyword: &str,
+    servers: &[HaproxyServer],
+    why: &str,
+    report: &mut ImportReport,
+) {
+    for server in servers.iter().filter(|server| !server.has(keyword)) {
+        report.note(server.at, LineVerdict::Approximated, why);
+    }
+}
+
 /// Translates the checks of a pool. Without `check` on a server there are none.
 pub(super) fn probe(
     in_force: &ProxyLines<'_>,
@@ -53,10 +65,8 @@ pub(super) fn probe(
         }
         return;
     };
-    for server in servers.iter().filter(|server| !server.has("check")) {
-        let why = "it has no check in HAProxy; Tidegate probes every backend of the pool";
-        report.note(server.at, LineVerdict::Approximated, why);
-    }
+    let why = "it has no check in HAProxy; Tidegate probes every backend of the pool";
+    note_without("check", servers, why, report);
     let at = first.line_of("check");
     let (keys, of_pool) = (&mut pool.probe, &mut pool.keys);
     let mut context = Checks { in_force, report, keys, of_pool, at, can };
