@@ -231,6 +231,7 @@ fn debian_package_replaces_haproxy_with_the_five_commands_of_the_quickstart() {
     let report: Vec<String> =
         report.lines().map(|line| line.replace("/etc/haproxy/", "")).collect();
     let mut expected = vec!["before: \"haproxy\"", "after: \"tidegate\""];
+    expected.push("pools in the status: 1");
     expected.push("status: POOL web: weighted-round-robin, 2 of 2 eligible");
     expected.extend(report.iter().map(String::as_str));
     expected.extend([

@@ -25,7 +25,9 @@ systemctl start haproxy
 echo "before: $(served)"
 first_use >commands 2>&1 || { cat commands; exit 1; }
 echo "after: $(served)"
-echo "status: $(grep '^POOL' commands)"
+# The status of the last command may be from before the first result of a probe.
+echo "pools in the status: $(grep -c '^POOL' commands)"
+echo "status: $(tidegate status | grep '^POOL')"
 sed -n 's/^.*haproxy.cfg:/haproxy.cfg:/p; /^[0-9]* lines: /p' commands
 echo "units: $(systemctl is-enabled haproxy tidegate 2>/dev/null | tr '\n' ' ')"
 
