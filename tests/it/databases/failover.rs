@@ -161,20 +161,12 @@ impl Scene {
     }
 }
 
-/// Returns a primary with the table of the writes, and its standby.
-fn primary_and_standby() -> (Postgres, Postgres) {
-    let primary = Postgres::start();
-    primary.sql("CREATE TABLE writes (at timestamptz DEFAULT now())").expect("create a table");
-    let standby = primary.standby();
-    (primary, standby)
-}
-
 fn no_write_reaches_a_standby_in_a_failover_of_postgresql(engine: Engine) {
     if !have(&PROGRAMS) {
         return;
     }
     let _share = exclusive::shared();
-    let (mut a, b) = primary_and_standby();
+    let (mut a, b) = Postgres::primary_and_standby();
     let scene = Scene::start(engine, &a, &b, "");
     scene.under_load(|| {
         a.kill();
@@ -204,7 +196,7 @@ fn clients_wait_in_a_switchover_of_postgresql(engine: Engine) {
         return;
     }
     let _share = exclusive::shared();
-    let (mut a, b) = primary_and_standby();
+    let (mut a, b) = Postgres::primary_and_standby();
     let scene = Scene::start(engine, &a, &b, WAIT);
     scene.under_load(|| {
         // A server that shuts down rejects sessions until the probes see it. So an operator

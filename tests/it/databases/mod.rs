@@ -2,6 +2,7 @@
 
 mod failover;
 mod mariadb;
+mod pgbench;
 mod postgres;
 mod redis;
 mod rigs;

@@ -3,14 +3,16 @@
 use super::{command_as, directory, give, output};
 use crate::common::ports::free_port;
 use crate::common::servers::{Running, find};
-use crate::common::{eventually, secs};
+use crate::common::{eventually, proc, secs};
+use rustix::process::Signal;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// The programs that a test checks for.
-pub const PROGRAMS: [&str; 5] = ["initdb", "postgres", "pg_basebackup", "pg_ctl", "psql"];
+pub const PROGRAMS: [&str; 6] =
+    ["initdb", "postgres", "pg_basebackup", "pg_ctl", "psql", "pgbench"];
 
 /// The password of every user that has one.
 pub const PASSWORD: &str = "a pässword";
@@ -82,6 +84,14 @@ impl Postgres {
         })
     }
 
+    /// Starts a primary with a table `writes`, and its standby.
+    pub fn primary_and_standby() -> (Postgres, Postgres) {
+        let primary = Postgres::start();
+        primary.sql("CREATE TABLE writes (at timestamptz DEFAULT now())").expect("create a table");
+        let standby = primary.standby();
+        (primary, standby)
+    }
+
     fn made(fill: impl FnOnce(&Path)) -> Postgres {
         let dir = directory(USER);
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
@@ -135,6 +145,20 @@ impl Postgres {
         self.running = None;
     }
 
+    /// Stops the process that accepts sessions. The processes of open sessions continue.
+    pub fn hang(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// Ends [`Postgres::hang`].
+    pub fn resume(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        proc::signal(self.running.as_ref().expect("the server runs").pid(), signal);
+    }
+
     /// Stops the server after its standbys have received everything.
     pub fn stop(&mut self) {
         let mut stop = command_as(USER, "pg_ctl");
@@ -179,6 +203,43 @@ impl Postgres {
     }
 }
 
+/// pgbench with a script of its own. It starts again when its sessions have ended.
+pub struct Pgbench {
+    _running: Running,
+    dir: tempfile::TempDir,
+}
+
+impl Pgbench {
+    /// Four sessions run the script, together at most 200 times per second.
+    pub fn start(address: SocketAddr, script: &str) -> Pgbench {
+        let dir = directory(USER);
+        let file = dir.path().join("script");
+        std::fs::write(&file, script).expect("write the script");
+        let errors = std::fs::File::create(dir.path().join("errors")).expect("create a file");
+        let mut command = Command::new("sh");
+        command.args(["-c", "while :; do \"$@\"; sleep 0.05; done", "sh"]);
+        command.arg(find("pgbench").expect("the test checked for pgbench"));
+        command.args(["-n", "-c", "4", "-R", "200", "-T", "3600", "-U", USER, "-f"]).arg(file);
+        command.args(["-h", "127.0.0.1", "-p", &address.port().to_string(), "postgres"]);
+        command.stdout(Stdio::null()).stderr(errors);
+        Pgbench { _running: Running::start(&mut command), dir }
+    }
+
+    /// What pgbench has written about errors.
+    pub fn errors(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("errors")).expect("read the errors")
+    }
+}
+
+/// What a server answers to a statement.
+#[derive(Default)]
+pub struct PostgresAnswer {
+    /// The code of the error.
+    pub error: Option<String>,
+    /// The last row, if it has one column.
+    pub value: String,
+}
+
 /// A session of the user `postgres`, which needs no password.
 pub struct PostgresSession(TcpStream);
 
@@ -195,14 +256,19 @@ impl PostgresSession {
 
     /// Runs a statement. Returns the code of its error, if there is one.
     pub fn run(&mut self, sql: &str) -> std::io::Result<Option<String>> {
+        self.ask(sql).map(|answer| answer.error)
+    }
+
+    /// Runs a statement and returns the answer.
+    pub fn ask(&mut self, sql: &str) -> std::io::Result<PostgresAnswer> {
         let length = u32::try_from(sql.len() + 5).unwrap_or_default().to_be_bytes();
         self.0.write_all(&[b"Q", length.as_slice(), sql.as_bytes(), b"\0"].concat())?;
         self.finish()
     }
 
     /// Reads until the server is ready.
-    fn finish(&mut self) -> std::io::Result<Option<String>> {
-        let mut error = None;
+    fn finish(&mut self) -> std::io::Result<PostgresAnswer> {
+        let mut answer = PostgresAnswer::default();
         loop {
             let mut header = [0; 5];
             self.0.read_exact(&mut header)?;
@@ -210,11 +276,14 @@ impl PostgresSession {
             let mut body = vec![0; u32::from_be_bytes(length) as usize - 4];
             self.0.read_exact(&mut body)?;
             match kind {
-                b'Z' => return Ok(error),
+                b'Z' => return Ok(answer),
+                // The number of columns, and the length of the first one.
+                b'D' => answer.value = String::from_utf8_lossy(&body[6..]).into_owned(),
                 b'E' => {
                     let mut fields = body.split(|byte| *byte == 0);
                     let code = fields.find_map(|field| field.strip_prefix(b"C"));
-                    error = Some(String::from_utf8_lossy(code.unwrap_or_default()).into_owned());
+                    answer.error =
+                        Some(String::from_utf8_lossy(code.unwrap_or_default()).into_owned());
                 }
                 _ => {}
             }
