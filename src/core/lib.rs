@@ -19,3 +19,5 @@ pub mod suspicion;
 pub mod table;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod traffic;
+pub mod trouble;

@@ -272,6 +272,16 @@ impl Balancer {
         self.candidates.get(seen).is_some_and(Candidate::has_room) || self.pick_with_room()
     }
 
+    /// Returns the share of the picks that each candidate should get over time, in index
+    /// order. For `source-hash` it is the share of the slots, as if clients were spread evenly.
+    pub fn shares(&self) -> Vec<f64> {
+        if let PolicyState::SourceHash(policy) = &self.prepared {
+            return policy.shares(self.candidates.len());
+        }
+        let all: u64 = self.candidates.iter().map(|c| u64::from(c.weight)).sum();
+        self.candidates.iter().map(|c| f64::from(c.weight) / all.max(1) as f64).collect()
+    }
+
     /// Returns the candidates in index order.
     pub fn candidates(&self) -> &[Candidate] {
         &self.candidates

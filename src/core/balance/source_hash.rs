@@ -101,6 +101,13 @@ impl SourceHash {
         Figures::Slot { slot: slot as u32, slots: self.size, alternative: alternative as u16 }
     }
 
+    /// Returns the share of the slots of each of `count` candidates.
+    pub(super) fn shares(&self, count: usize) -> Vec<f64> {
+        let mut slots = vec![0_u32; count];
+        (0..self.size as usize).for_each(|slot| slots[self.at(slot)] += 1);
+        slots.into_iter().map(|own| f64::from(own) / f64::from(self.size)).collect()
+    }
+
     #[inline]
     fn slot(&self, hash: u64) -> usize {
         (hash % u64::from(self.size)) as usize

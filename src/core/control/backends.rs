@@ -13,7 +13,7 @@ use super::on_down::SessionsLeave;
 use super::pools::{PoolEntry, PoolId};
 use super::publish::BackendTableState;
 use super::views::verification::Verification;
-use crate::health::{BackendHealth, Intent, LastProbe, ProbeOutcome};
+use crate::health::{BackendHealth, Intent, LastProbe, LastProbes, ProbeOutcome};
 use crate::model;
 use crate::suspicion::Ramp;
 use crate::table::build::BackendInput;
@@ -34,6 +34,8 @@ pub(super) struct BackendSet {
     waiting: BTreeSet<BackendId>,
     /// Of `waiting`, those added since the last [`BackendSet::take_fresh`].
     fresh: Vec<BackendId>,
+    /// Number of additions and removals.
+    membership: u64,
 }
 
 /// A configured or registered backend.
@@ -50,6 +52,8 @@ pub(super) struct BackendEntry {
     pub(super) heartbeats: Option<Box<BackendHeartbeats>>,
     /// The newest probe that ended in this process. For `explain` only.
     pub(super) last_probe: Option<Box<LastProbe>>,
+    /// The last probes that ended in this process. For the history only.
+    pub(super) probes: LastProbes,
     /// The running confirmation probe.
     pub(super) confirmation: Option<ConfirmationInFlight>,
     /// Until this time the backend is eligible without its required heartbeats, because
@@ -146,17 +150,25 @@ impl BackendSet {
     /// Adds a backend; the table may be delayed.
     pub(super) fn insert(&mut self, entry: BackendEntry) {
         let id = entry.state.id;
+        self.membership += 1;
         self.entries.insert(id, entry);
         self.waiting.insert(id);
         self.fresh.push(id);
     }
 
     pub(super) fn remove(&mut self, id: BackendId) -> Option<BackendEntry> {
+        self.membership += 1;
         self.entries.remove(&id)
+    }
+
+    /// Returns a number that changes whenever a backend is added or removed.
+    pub(super) fn membership(&self) -> u64 {
+        self.membership
     }
 
     /// Removes and returns all backends.
     pub(super) fn take(&mut self) -> BTreeMap<BackendId, BackendEntry> {
+        self.membership += 1;
         std::mem::take(&mut self.entries)
     }
 
@@ -225,6 +237,7 @@ impl BackendEntry {
             in_flight: None,
             heartbeats: None,
             last_probe: None,
+            probes: LastProbes::default(),
             confirmation: None,
             heartbeats_from: None,
             requested_since: now,
@@ -244,6 +257,7 @@ impl BackendEntry {
 
     /// Keeps the result of a probe for `explain`.
     pub(super) fn note_probe(&mut self, outcome: &ProbeOutcome, confirmation: bool, now: Instant) {
+        self.probes.note(outcome, now);
         let probe = LastProbe { ended: now, outcome: outcome.clone(), confirmation };
         match &mut self.last_probe {
             Some(last) => **last = probe,

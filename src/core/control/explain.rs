@@ -13,7 +13,7 @@ use super::{AnnouncedBy, Controller, OperatorError, Weight};
 use crate::balance::trial::TrialPhase;
 use crate::health::probe_detector::ProbeState;
 use crate::health::recent::{RECENT, Recent};
-use crate::health::{ConnectFailure, LastProbe, Observation, Transition};
+use crate::health::{ConnectFailure, LastProbe, LastProbes, Observation, Transition};
 use crate::model;
 use crate::model::{Backups, HeartbeatSpec, PoolId};
 use crate::suspicion::rejections::Rejection;
@@ -48,6 +48,8 @@ pub struct Explanation {
     pub probe: Option<ProbeView>,
     /// The newest probe that has ended in this process.
     pub last_probe: Option<LastProbe>,
+    /// The last probes that have ended in this process.
+    pub probes: LastProbes,
     /// How many backups of the pool serve at once.
     pub backups: Backups,
     /// Rule in effect while no backend of the pool is eligible, as in
@@ -184,6 +186,7 @@ impl Controller {
                 fails_open: entry.health.fails_open,
             }),
             last_probe: entry.last_probe.as_deref().cloned(),
+            probes: entry.probes.clone(),
             backups: pool.spec.backups,
             none_eligible: self.none_eligible(entry, pool),
             last_resort: entry.published.is_last_resort(),

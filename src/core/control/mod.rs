@@ -49,6 +49,7 @@ mod roles;
 mod schedule;
 pub mod sessions_elsewhere;
 mod settling;
+pub mod shown;
 mod slow_backends;
 pub mod source_ports;
 mod state;

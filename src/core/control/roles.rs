@@ -19,7 +19,7 @@ use super::{ControlEffect, Notice, NoticeFields, NoticeLevel};
 use crate::discovery::view::MemberWish;
 use crate::health::probe_detector::ProbeDetector;
 use crate::health::role::{SeenRole, in_force};
-use crate::health::{HeartbeatHealth, LastProbe, Observation, RequestedState};
+use crate::health::{HeartbeatHealth, LastProbe, LastProbes, Observation, RequestedState};
 use crate::model::{NodeRole, PoolConfig, Words};
 use crate::table::state::BackendId;
 use serde::{Deserialize, Serialize};
@@ -47,6 +47,7 @@ pub struct SavedRole {
 struct FollowedFacts {
     detector: Option<ProbeDetector>,
     last_probe: Option<Box<LastProbe>>,
+    probes: LastProbes,
     heartbeat_health: HeartbeatHealth,
     requested: (RequestedState, Instant),
     wish: (MemberWish, Instant),
@@ -81,6 +82,7 @@ impl FollowedFacts {
         FollowedFacts {
             detector: health.detector.clone(),
             last_probe: entry.last_probe.clone(),
+            probes: entry.probes.clone(),
             heartbeat_health: health.heartbeat_health,
             requested: (health.requested, entry.requested_since),
             wish: (health.wish, entry.wish_since),
@@ -93,6 +95,7 @@ impl FollowedFacts {
     fn apply(self, entry: &mut BackendEntry) {
         entry.health.detector = self.detector;
         entry.last_probe = self.last_probe;
+        entry.probes = self.probes;
         entry.health.heartbeat_health = self.heartbeat_health;
         (entry.health.requested, entry.requested_since) = self.requested;
         (entry.health.wish, entry.wish_since) = self.wish;

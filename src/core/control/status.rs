@@ -14,6 +14,7 @@ use crate::model::{BindKey, NodeRole, WhenNoneEligible, Words};
 use crate::suspicion::rejections::Rejection;
 use crate::suspicion::{ChannelState, DetectorReading, Freeze};
 use crate::table::state::{BackendId, BackendState, FrontendState};
+use crate::traffic::{PoolRoster, TrafficRoster};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -137,6 +138,12 @@ pub struct BackendStatus {
     pub eligible: bool,
     /// Share reached by its slow start, in percent; 100 without one.
     pub ramp_percent: u32,
+    /// Share of its weight that its health leaves, in percent.
+    pub health_percent: u32,
+    /// Share of its weight that its load leaves, in percent.
+    pub load_percent: u32,
+    /// When the operator's intent last changed.
+    pub intent_since: Instant,
     /// Result of its heartbeats.
     pub heartbeat_health: HeartbeatHealth,
     /// State that its heartbeats request.
@@ -202,6 +209,25 @@ impl Controller {
         let mut gathering = self.begin_status(now);
         while self.gather(&mut gathering, usize::MAX, now) {}
         gathering.finish()
+    }
+
+    /// Returns a number that changes whenever [`Controller::traffic_roster`] has changed.
+    pub fn roster_version(&self) -> (u64, u64) {
+        (self.publisher.generation(), self.state.backends.membership())
+    }
+
+    /// Returns all frontends, pools and backends in file order.
+    pub fn traffic_roster(&self) -> TrafficRoster {
+        let state = |id: &BackendId| Some(Arc::clone(&self.state.backends.get(*id)?.state));
+        let pool = |pool: &PoolEntry| PoolRoster {
+            name: Arc::clone(&pool.spec.name),
+            backends: pool.members().iter().filter_map(state).collect(),
+        };
+        let frontends = self.state.frontends.iter().map(|frontend| Arc::clone(&frontend.state));
+        TrafficRoster {
+            frontends: frontends.collect(),
+            pools: self.state.pools.iter().map(pool).collect(),
+        }
     }
 
     /// Begins a status without backends. [`Controller::gather`] adds the current backends
@@ -315,11 +341,12 @@ pub(super) fn backend_status(
     pool: &PoolEntry,
     now: Instant,
 ) -> BackendStatus {
+    let weight = entry.weight(&pool.spec);
     BackendStatus {
         state: Arc::clone(&entry.state),
         origins: entry.origins,
         weight: u32::from(entry.base_weight(&pool.spec)),
-        effective_weight: entry.weight(&pool.spec).in_force(),
+        effective_weight: weight.in_force(),
         backup: entry.spec.backup,
         connections_max: entry.spec.connections_max,
         intent: entry.health.intent,
@@ -330,6 +357,9 @@ pub(super) fn backend_status(
         ejections_held_total: entry.health.outlier.held_total(),
         eligible: entry.health.eligible(),
         ramp_percent: entry.ramp_share,
+        health_percent: weight.health,
+        load_percent: weight.load,
+        intent_since: entry.health.intent_since,
         heartbeat_health: entry.health.heartbeat_health,
         requested: entry.health.requested,
         wish: entry.health.wish,
@@ -375,7 +405,7 @@ pub(super) fn freezing(freeze: Option<&Freeze>, now: Instant) -> Option<FreezeSt
 #[cfg(any(test, feature = "testing"))]
 impl BackendStatus {
     /// Returns an eligible backend of weight 2 without results.
-    pub fn plain(state: BackendState) -> BackendStatus {
+    pub fn plain(state: BackendState, now: Instant) -> BackendStatus {
         BackendStatus {
             state: Arc::new(state),
             origins: Origins::of(crate::control::MemberSource::File),
@@ -391,6 +421,9 @@ impl BackendStatus {
             ejections_held_total: 0,
             eligible: true,
             ramp_percent: 100,
+            health_percent: 100,
+            load_percent: 100,
+            intent_since: now,
             heartbeat_health: HeartbeatHealth::Absent,
             requested: RequestedState::Ready,
             wish: MemberWish::Sessions,

@@ -80,7 +80,9 @@ use crate::health::agent::AgentState;
 use crate::health::ejection::EjectionState;
 use crate::health::probe_detector::ProbeDetector;
 use crate::health::slow_detector::SlowDetector;
-pub use probe_outcome::{LastProbe, ProbeAnswer, ProbeOutcome};
+pub use probe_outcome::{
+    EndedProbe, LastProbe, LastProbes, PROBES_KEPT, ProbeAnswer, ProbeOutcome,
+};
 use recent::RecentFailures;
 use role::{RoleFit, SeenRole};
 use std::time::{Duration, Instant};

@@ -4,6 +4,8 @@
 
 use super::agent::AgentReport;
 use crate::model::{NodeRole, Words};
+use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Result of one probe.
@@ -58,6 +60,54 @@ pub struct LastProbe {
     pub confirmation: bool,
 }
 
+/// Ended probes that are kept of each backend.
+pub const PROBES_KEPT: usize = 24;
+
+/// The last probes of a backend, oldest first; at most [`PROBES_KEPT`]. Clones share them.
+/// Probes that a local error has prevented are not among them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LastProbes(Arc<VecDeque<EndedProbe>>);
+
+/// The result of a probe in short.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndedProbe {
+    /// When its result arrived.
+    pub ended: Instant,
+    /// From connect to result.
+    pub took: Duration,
+    /// Why it failed; `None`: it succeeded.
+    pub failure: Option<Arc<str>>,
+}
+
+// === impl LastProbes ===
+
+impl LastProbes {
+    /// Adds a probe. Copies the list if a clone shares it.
+    pub fn note(&mut self, outcome: &ProbeOutcome, now: Instant) {
+        let (took, failure) = match outcome {
+            ProbeOutcome::Success { took, .. } => (*took, None),
+            ProbeOutcome::Failure { took, reason } => (*took, Some(self.text(reason))),
+            ProbeOutcome::Local { .. } => return,
+        };
+        let kept = Arc::make_mut(&mut self.0);
+        if kept.len() == PROBES_KEPT {
+            kept.pop_front();
+        }
+        kept.push_back(EndedProbe { ended: now, took, failure });
+    }
+
+    /// Returns the probes, oldest first.
+    pub fn iter(&self) -> impl Iterator<Item = &EndedProbe> {
+        self.0.iter()
+    }
+
+    /// Returns the reason. A backend that stays down fails for one reason, which is kept once.
+    fn text(&self, reason: &str) -> Arc<str> {
+        let last = self.0.back().and_then(|probe| probe.failure.as_ref());
+        last.filter(|text| &***text == reason).cloned().unwrap_or_else(|| reason.into())
+    }
+}
+
 // === impl ProbeOutcome ===
 
 impl ProbeOutcome {
@@ -108,5 +158,26 @@ impl std::fmt::Display for ProbeAnswer {
             ProbeAnswer::Role(role) => write!(f, "role {}", role.word()),
             ProbeAnswer::Agent(report) => report.fmt(f),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn last_probes_are_bounded_and_equal_reasons_are_kept_once() {
+        let (mut probes, now) = (LastProbes::default(), tidegate_net::clock::now());
+        for _ in 0..PROBES_KEPT {
+            probes.note(&ProbeOutcome::success(Duration::from_millis(1)), now);
+        }
+        let earlier = probes.clone();
+        probes.note(&ProbeOutcome::failure("connection refused"), now);
+        probes.note(&ProbeOutcome::Local { reason: "no descriptors".to_owned() }, now);
+        probes.note(&ProbeOutcome::failure("connection refused"), now);
+        assert_eq!(probes.iter().count(), PROBES_KEPT);
+        assert!(earlier.iter().all(|probe| probe.failure.is_none()), "clones do not change");
+        let failures: Vec<_> = probes.iter().filter_map(|probe| probe.failure.clone()).collect();
+        assert!(failures.len() == 2 && Arc::ptr_eq(&failures[0], &failures[1]));
     }
 }

@@ -33,6 +33,12 @@ impl Counter {
         self.before.load(Ordering::Relaxed).wrapping_add(self.own.load(Ordering::Relaxed))
     }
 
+    /// Returns the count of this process alone.
+    #[inline]
+    pub fn own(&self) -> u64 {
+        self.own.load(Ordering::Relaxed)
+    }
+
     /// Sets the count of the old process, replacing the previous value. One thread
     /// other than the owner can call this.
     pub fn carry(&self, before: u64) {

@@ -196,13 +196,26 @@ impl MergedHistograms {
 
     /// Adds the recordings of a worker and returns the emptied histograms.
     pub fn absorb(&mut self, delta: HistogramDelta) -> RecycledHistograms {
+        self.absorb_with(delta, |_, _, _, _| ())
+    }
+
+    /// Absorbs as [`MergedHistograms::absorb`] does, and passes each recorded value with its
+    /// count and the number of its backend to `each`.
+    pub fn absorb_with(
+        &mut self,
+        delta: HistogramDelta,
+        mut each: impl FnMut(u32, Series, Duration, u64),
+    ) -> RecycledHistograms {
         let mut spent = Vec::with_capacity(delta.0.len());
         for (backend, mut slot) in delta.0 {
             let merged = self.backends.entry(backend).or_default();
-            for (recording, data) in slot.series.iter_mut().zip(merged) {
+            for ((recording, data), series) in
+                slot.series.iter_mut().zip(merged).zip(Series::ALL)
+            {
                 let Some(recording) = recording else { continue };
                 if recording.count > 0 {
-                    data.get_or_insert_with(SeriesData::new).add(recording);
+                    let each = |value, count| each(backend, series, value, count);
+                    data.get_or_insert_with(SeriesData::new).add(recording, each);
                     recording.clear();
                 }
             }
@@ -259,12 +272,13 @@ impl SeriesData {
         SeriesData { histogram: empty(), count: 0, sum_nanos: 0 }
     }
 
-    fn add(&mut self, recording: &Recording) {
+    fn add(&mut self, recording: &Recording, mut each: impl FnMut(Duration, u64)) {
         for step in recording.histogram.iter_recorded() {
             let (value, count) = (step.value_iterated_to(), step.count_since_last_iteration());
             if self.histogram.record_n(value, count).is_err() {
                 self.histogram.saturating_record_n(value, count);
             }
+            each(Duration::from_micros(value), count);
         }
         self.count += recording.count;
         self.sum_nanos += recording.sum_nanos;
