@@ -15,6 +15,7 @@ pub mod answers;
 pub mod decision;
 pub mod events;
 pub mod explain;
+pub mod history;
 pub mod names;
 pub mod place;
 pub mod reload;

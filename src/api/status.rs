@@ -42,6 +42,9 @@ pub struct StatusDoc {
     pub connections_max: u32,
     /// Warnings in one sentence each, such as settings that need a restart.
     pub warnings: Vec<String>,
+    /// What is wrong, worst first; at most 50 findings.
+    #[serde(default)]
+    pub trouble: Vec<FindingDoc>,
     /// The layers of the sandbox.
     pub confinement: Vec<SandboxLayerDoc>,
     /// `null` if no pool accepts heartbeats.
@@ -52,6 +55,45 @@ pub struct StatusDoc {
     pub pools: Vec<PoolDoc>,
     /// Removed backends that still have sessions.
     pub leaving: Vec<RemovedBackendDoc>,
+}
+
+/// Something that is wrong.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FindingDoc {
+    /// `none-eligible`, `frozen`, `backends`, `queue`, `refused`, `cap` or `warning`.
+    pub kind: String,
+    /// 3: clients are not served; 2: backends do not serve; 1: something may become worse.
+    pub severity: u8,
+    /// State of the backends: `down`, `ejected` or `suspect`; `null` if it is not about
+    /// backends.
+    pub state: Option<String>,
+    /// What, in a few words.
+    pub short: String,
+    /// What, in one clause.
+    pub title: String,
+    /// Why, what the backends have in common, and what happened just before; can be empty.
+    pub why: String,
+    /// What it does to traffic; can be empty.
+    pub effect: String,
+    /// Its age; `null` if that is not known.
+    pub since_seconds: Option<f64>,
+    /// The pool, or `null`.
+    pub pool: Option<String>,
+    /// The backend, if it is about one; else `null`.
+    pub backend: Option<String>,
+    /// Number of backends.
+    pub backends: u64,
+}
+
+/// Which of the backends of a pool the answer has, if the query selects some.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PageDoc {
+    /// Backends of the pool.
+    pub total: u64,
+    /// Backends that match the query, on all pages.
+    pub matched: u64,
+    /// Value of `after` for the next page; `null` on the last one.
+    pub next: Option<String>,
 }
 
 /// A stalled worker.
@@ -186,6 +228,9 @@ pub struct PoolDoc {
     pub sources: Vec<MemberSourceDoc>,
     /// Clients in its queue.
     pub queued: u64,
+    /// Set if the query selects backends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub page: Option<PageDoc>,
     /// Backends in file order, then registered ones by age.
     pub backends: Vec<BackendDoc>,
 }

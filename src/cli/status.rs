@@ -11,8 +11,8 @@ use hyper::Method;
 use std::time::Duration;
 use tidegate_api::names::{IntentName, NoneEligible, ObservationName, SenderStateName};
 use tidegate_api::status::{
-    BackendDoc, FrontendDoc, HeartbeatChannelDoc, PoolDoc, RejectedDoc, SandboxLayerDoc, StatusDoc,
-    TransitionDoc,
+    BackendDoc, FindingDoc, FrontendDoc, HeartbeatChannelDoc, PoolDoc, RejectedDoc,
+    SandboxLayerDoc, StatusDoc, TransitionDoc,
 };
 use tidegate_client::command::Exit;
 use tidegate_client::http::{ClientArgs, ask, report};
@@ -37,6 +37,7 @@ fn fit(text: &str, width: Option<usize>) -> String {
 /// Renders for a terminal of `width` columns. `None`: one line per table row.
 fn render(status: &StatusDoc, width: Option<usize>) -> String {
     let mut text = head(status);
+    text.push_str(&findings(&status.trouble));
     for warning in &status.warnings {
         text.push_str(&format!("warning: {}\n", cell_text(warning)));
     }
@@ -76,6 +77,20 @@ fn head(status: &StatusDoc) -> String {
         plural(status.workers, "worker"),
         cell_text(&status.engine_reason),
     )
+}
+
+/// Lists what is wrong, worst first, without the warnings that have lines of their own.
+fn findings(findings: &[FindingDoc]) -> String {
+    let line = |finding: &FindingDoc| {
+        let since =
+            finding.since_seconds.map_or_else(String::new, |since| format!(" for {}", age(since)));
+        let parts = [&finding.why, &finding.effect].into_iter().filter(|part| !part.is_empty());
+        let parts: Vec<String> = parts.map(|part| cell_text(part)).collect();
+        let why = if parts.is_empty() { String::new() } else { format!(": {}", parts.join(" ")) };
+        let mark = if finding.severity >= 2 { "PROBLEM" } else { "problem" };
+        format!("{mark}: {}{since}{why}\n", cell_text(&finding.title))
+    };
+    findings.iter().filter(|finding| finding.kind != "warning").map(line).collect()
 }
 
 /// Describes stalled workers and panics; usually empty.
@@ -352,6 +367,8 @@ mod tests {
         expect![[r#"
             tidegate 0.1.0: serving, generation 3, up 2h 3m
             2 workers, 12 of 100000 sessions, engine epoll (configured)
+            PROBLEM: web/c is down for 41s: 3 probes failed. Its 25% of new sessions goes to the other 2.
+            problem: Open sessions are near the cap
             warning: process.workers: 2 runs until a restart, then 4
 
             FRONTEND  BIND                    POOL  ACTIVE  SESSIONS     IN      OUT  REFUSED
@@ -442,6 +459,9 @@ mod tests {
         expect![[r#"
             tidegate 0.1.0: serving, generation 3, up 2h 3m
             2 workers, 12 of 100000 sessions, engine epoll (configured)
+            PROBLEM: web/c is down for 41s: 3 probes failed. Its 25% of new sessions goes to
+                the other 2.
+            problem: Open sessions are near the cap
             warning: process.workers: 2 runs until a restart, then 4
 
             FRONTEND  BIND                    POOL  ACTIVE  SESSIONS      OUT  REFUSED

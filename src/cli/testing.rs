@@ -8,6 +8,16 @@ const STATUS: &str = r#"{
     "engine_reason": "configured", "workers": 2, "stalled": [], "worker_panics_total": 0,
     "worker_restarts_total": 0, "uptime_seconds": 7384.2, "state": "serving",
     "connections_active": 12, "connections_max": 100000,
+    "trouble": [{"kind": "backends", "severity": 2, "state": "down", "short": "web/c is down",
+        "title": "web/c is down", "why": "3 probes failed.", "since_seconds": 41.3,
+        "effect": "Its 25% of new sessions goes to the other 2.", "pool": "web",
+        "backend": "c", "backends": 1
+    }, {"kind": "cap", "severity": 1, "state": null, "short": "sessions are near the cap",
+        "title": "Open sessions are near the cap", "why": "", "since_seconds": null,
+        "effect": "", "pool": null, "backend": null, "backends": 0
+    }, {"kind": "warning", "severity": 1, "state": null, "short": "a warning",
+        "title": "Warning", "why": "Process.workers: 2 runs until a restart, then 4.",
+        "since_seconds": null, "effect": "", "pool": null, "backend": null, "backends": 0}],
     "warnings": ["process.workers: 2 runs until a restart, then 4"], "confinement": [],
     "frontends": [{
         "name": "web", "binds": ["0.0.0.0:8080", "[::]:8080"], "pool": "web",

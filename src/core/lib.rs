@@ -8,6 +8,7 @@ pub mod balance;
 pub mod control;
 pub mod decision;
 pub mod discovery;
+pub mod finding;
 pub mod health;
 pub mod limits;
 pub mod metrics;
@@ -20,4 +21,3 @@ pub mod table;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod traffic;
-pub mod trouble;

@@ -194,6 +194,7 @@ impl Control {
     fn telemetry_event(&mut self, event: TelemetryEvent) {
         match event {
             TelemetryEvent::Render => self.render_step(),
+            TelemetryEvent::SampleTraffic => self.sample_traffic(),
             TelemetryEvent::Suppressed => self.telemetry.log_suppressed(),
             TelemetryEvent::SamplePorts => {
                 let notices = self.telemetry.ports.sample(&self.controller, clock::now());

@@ -93,6 +93,19 @@ impl EventLog {
         EventsDoc { events, last: kept.last, lost: first.saturating_sub(after + 1) }
     }
 
+    /// Returns the newest event of that time that matches.
+    pub(crate) fn newest(
+        &self,
+        from: f64,
+        to: f64,
+        matches: impl Fn(&EventDoc) -> bool,
+    ) -> Option<Arc<EventDoc>> {
+        let kept = self.kept();
+        let newest_first = kept.events.iter().rev();
+        let mut recent = newest_first.take_while(|event| event.at >= from);
+        recent.find(|event| event.at <= to && matches(event)).cloned()
+    }
+
     /// Returns how many events were recorded and dropped.
     pub(crate) fn counts(&self) -> EventCounts {
         let kept = self.kept();

@@ -72,6 +72,7 @@ mod start;
 mod state_directory;
 mod supervised;
 mod telemetry;
+mod traffic;
 mod transition_log;
 mod unix_sockets;
 mod upgrade;

@@ -11,8 +11,9 @@
 
 use super::control_loop::Control;
 use super::ports;
+use super::traffic::SharedTraffic;
 use crate::admin::process::ProcessFacts;
-use crate::admin::{self, AdminSnapshot};
+use crate::admin::{self, AdminSnapshot, Observed};
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -45,6 +46,7 @@ const UNCOLLECTED_MAX: u32 = tidegate_core::metrics::histograms::SPARE_MAX as u3
 pub(super) enum Reader {
     Status(oneshot::Sender<String>),
     Metrics(oneshot::Sender<String>),
+    Observed(oneshot::Sender<Observed>),
 }
 
 /// State of the rendering in the control loop.
@@ -62,12 +64,13 @@ pub(super) struct Rendering {
 /// Merged histograms of all workers. Clones share them. The control thread locks them
 /// only for an upgrade.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Latencies(Arc<Mutex<MergedHistograms>>);
+pub(crate) struct Latencies(Arc<Mutex<MergedHistograms>>);
 
 /// Histograms that were requested from the workers.
 pub(super) struct Collecting {
     replies: Vec<(Arc<Mailbox>, oneshot::Receiver<Option<HistogramDelta>>)>,
     latency: Latencies,
+    traffic: SharedTraffic,
     /// The backends with an id up to `seen` that are configured or being removed.
     known: Vec<BackendId>,
     seen: u32,
@@ -77,6 +80,7 @@ pub(super) struct Collecting {
 pub(super) struct Collected {
     deltas: Vec<(Arc<Mailbox>, HistogramDelta)>,
     latency: Latencies,
+    traffic: SharedTraffic,
     known: Vec<BackendId>,
     seen: u32,
 }
@@ -148,6 +152,7 @@ impl Control {
             engine,
             engine_reason: engine_reason.to_owned(),
             now,
+            wall: unix_time(clock::wall()),
             uptime: now - self.telemetry.started,
             state: match self.lifecycle.is_serving() {
                 true => ServiceState::Serving,
@@ -159,6 +164,7 @@ impl Control {
             table_serial: table.serial,
             connections_active: self.sessions(),
             connections_max: table.connections_max,
+            table,
             queued: self.workers.context().waiters.all_queued(),
             buffers: Arc::clone(&self.workers.context().buffers),
             buffers_refused: rare.buffers_refused,
@@ -170,6 +176,8 @@ impl Control {
                 .collect(),
             admin_dropped: rare.admin_dropped,
             events: self.telemetry.events.counts(),
+            event_log: self.telemetry.events.clone(),
+            traffic: self.telemetry.traffic.shared().clone(),
             confinement: self.lifecycle.confined().report.clone(),
             control_counts: Arc::clone(self.telemetry.local()),
             log_dropped: rare.log_dropped,
@@ -202,7 +210,8 @@ impl Control {
         self.start_collecting().arrive().await.absorb();
     }
 
-    fn start_collecting(&mut self) -> Collecting {
+    /// Asks the workers for their histograms.
+    pub(super) fn start_collecting(&mut self) -> Collecting {
         let seen = self.controller.backends_seen();
         self.telemetry.rendering.collected = seen;
         let request = |mailbox: &Arc<Mailbox>| {
@@ -213,6 +222,7 @@ impl Control {
         Collecting {
             replies: self.workers.list().iter().map(|worker| request(&worker.mailbox)).collect(),
             latency: self.telemetry.latency.clone(),
+            traffic: self.telemetry.traffic.shared().clone(),
             known: self.controller.all_known().collect(),
             seen,
         }
@@ -222,7 +232,7 @@ impl Control {
 // === impl Latencies ===
 
 impl Latencies {
-    pub(super) fn lock(&self) -> MutexGuard<'_, MergedHistograms> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, MergedHistograms> {
         // After a panic during a merge, some counts can be too small.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -232,8 +242,8 @@ impl Latencies {
 
 impl Collecting {
     /// Waits for the workers, for at most [`COLLECT_MAX`].
-    async fn arrive(self) -> Collected {
-        let Collecting { replies, latency, known, seen } = self;
+    pub(super) async fn arrive(self) -> Collected {
+        let Collecting { replies, latency, traffic, known, seen } = self;
         let deadline = (clock::now() + COLLECT_MAX).into();
         let mut deltas = Vec::with_capacity(replies.len());
         for (mailbox, answer) in replies {
@@ -241,7 +251,7 @@ impl Collecting {
                 deltas.push((mailbox, delta));
             }
         }
-        Collected { deltas, latency, known, seen }
+        Collected { deltas, latency, traffic, known, seen }
     }
 }
 
@@ -249,12 +259,16 @@ impl Collecting {
 
 impl Collected {
     /// Merges the histograms and drops those of removed backends.
-    fn absorb(self) {
+    pub(super) fn absorb(self) {
         let known: HashSet<BackendId> = self.known.into_iter().collect();
-        let mut latency = self.latency.lock();
+        let (mut latency, mut traffic) = (self.latency.lock(), self.traffic.lock());
         for (mailbox, delta) in self.deltas {
-            mailbox.send(WorkerCommand::ReturnHistograms(latency.absorb(delta)));
+            let spent = latency.absorb_with(delta, |backend, series, value, count| {
+                traffic.record(BackendId(backend), series, value, count);
+            });
+            mailbox.send(WorkerCommand::ReturnHistograms(spent));
         }
+        drop(traffic);
         latency.retain(|id| id > self.seen || known.contains(&BackendId(id)));
     }
 }
@@ -273,13 +287,17 @@ fn render(
     let states = backends.map(|backend| &backend.state);
     let warnings = ports::warnings(&snapshot.ports, snapshot.port_limits, states);
     snapshot.other_warnings.splice(0..0, warnings);
-    let (mut status, mut metrics) = (None, None);
+    let (mut status, mut metrics, mut observers) = (None, None, Vec::new());
     for request in requests {
         // Fails if the client has closed its connection.
         let _ = match request {
             Reader::Status(reply) => {
                 let text = status.get_or_insert_with(|| admin::status::render(&snapshot, &latency));
                 reply.send(text.clone())
+            }
+            Reader::Observed(reply) => {
+                observers.push(reply);
+                continue;
             }
             Reader::Metrics(reply) => {
                 let rendered = || {
@@ -290,4 +308,14 @@ fn render(
             }
         };
     }
+    drop(latency);
+    let observed = Observed { snapshot: Arc::new(snapshot), latencies };
+    for reply in observers {
+        // Fails if the client has closed its connection.
+        let _ = reply.send(observed.clone());
+    }
+}
+
+fn unix_time(wall: SystemTime) -> f64 {
+    wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis() as f64 / 1e3
 }

@@ -7,7 +7,9 @@ use super::config_reloads::ReloadRequest;
 use super::control_loop::Control;
 use super::event_log::NewEvent;
 use super::rendering::Reader;
-use crate::admin::{self, AdminRequest, AskedWorkers, DeferredText, ForecastBasis, SessionRecords};
+use crate::admin::{
+    self, AdminRequest, AskedWorkers, DeferredText, ForecastBasis, HistoryPart, SessionRecords,
+};
 use std::sync::Arc;
 use tidegate_api::names::{EventKindName, EventLevelName};
 use tidegate_core::control::OperatorError;
@@ -31,6 +33,7 @@ impl Control {
     pub(super) async fn answer(&mut self, request: AdminRequest) {
         match request {
             AdminRequest::Status(reply) => self.request_rendering(Reader::Status(reply)),
+            AdminRequest::Observe(reply) => self.request_rendering(Reader::Observed(reply)),
             AdminRequest::Metrics(reply) => self.request_rendering(Reader::Metrics(reply)),
             // Dropped after the handover: the client must ask the new process.
             AdminRequest::Reload { .. } | AdminRequest::SetIntent { .. }
@@ -44,6 +47,9 @@ impl Control {
             }
             AdminRequest::Explain { pool, backend, reply } => {
                 let _ = reply.send(self.explain(&pool, &backend));
+            }
+            AdminRequest::History { pool, backend, part, reply } => {
+                let _ = reply.send(self.history(&pool, &backend, part));
             }
             AdminRequest::Sessions { query, reply } => {
                 let _ = reply.send(self.ask_workers(&query));
@@ -104,6 +110,24 @@ impl Control {
         Ok(DeferredText::new(move || {
             let picks = decisions.share_of(explained.pool, explained.backend.state.id);
             admin::explain::render(&explained, rejected.as_ref(), picks)
+        }))
+    }
+
+    fn history(
+        &mut self,
+        pool: &str,
+        backend: &str,
+        part: HistoryPart,
+    ) -> Result<DeferredText, OperatorError> {
+        self.feed([]);
+        let explained = self.controller.explain(pool, backend, clock::now())?;
+        let traffic = self.telemetry.traffic.shared().clone();
+        Ok(DeferredText::new(move || {
+            let traffic = traffic.lock();
+            match part {
+                HistoryPart::Hour => admin::history::render(&explained, &traffic),
+                HistoryPart::Minute => admin::history::render_minute(&explained, &traffic),
+            }
         }))
     }
 

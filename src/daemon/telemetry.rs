@@ -1,4 +1,4 @@
-//! Log, counters, latencies and port statistics of this process, and the rendering of
+//! Log, counters, latencies, traffic and port statistics of this process, and the rendering of
 //! status and metrics.
 //!
 //! Owned by the control loop. It has no effect on traffic.
@@ -8,6 +8,7 @@ use super::event_log::{EventLog, NewEvent};
 use super::logging::LogHandle;
 use super::ports::PortSampler;
 use super::rendering::{Latencies, Rendering};
+use super::traffic::{TrafficSampler, ViewerCount};
 use super::transition_log::TransitionLog;
 use super::upgrade::RareCounters;
 use std::sync::Arc;
@@ -26,6 +27,7 @@ pub(super) struct Telemetry {
     pub(super) latency: Latencies,
     pub(super) rendering: Rendering,
     pub(super) ports: PortSampler,
+    pub(super) traffic: TrafficSampler,
     pub(super) events: EventLog,
     /// Counters of the control thread.
     local: Arc<WorkerCounters>,
@@ -42,6 +44,8 @@ pub(super) enum TelemetryEvent {
     Render,
     /// The next check of local ports is due.
     SamplePorts,
+    /// The next sample of the traffic is due.
+    SampleTraffic,
     /// The number of suppressed log lines must be logged.
     Suppressed,
 }
@@ -56,6 +60,7 @@ impl Telemetry {
             latency: Latencies::default(),
             rendering: Rendering::default(),
             ports: PortSampler::new(clock::now()),
+            traffic: TrafficSampler::new(ViewerCount::default(), clock::now()),
             events,
             local,
             log,
@@ -67,9 +72,11 @@ impl Telemetry {
     /// Waits for the next event.
     pub(super) async fn wake(&mut self) -> TelemetryEvent {
         let (ports_due, transitions_due) = (self.ports.due(), self.transitions.due());
+        let traffic_due = self.traffic.due();
         tokio::select! {
             () = self.rendering.due() => TelemetryEvent::Render,
             () = due::reached(Some(ports_due)) => TelemetryEvent::SamplePorts,
+            () = due::reached(Some(traffic_due)) => TelemetryEvent::SampleTraffic,
             () = due::reached(transitions_due) => TelemetryEvent::Suppressed,
         }
     }

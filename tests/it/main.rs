@@ -36,6 +36,7 @@ mod harness;
 mod heartbeats;
 mod heartbeats_flood;
 mod heartbeats_rejected;
+mod history;
 mod hostile;
 mod idle;
 mod includes;

@@ -50,13 +50,15 @@ const BANNED: [(&str, &str); 28] = [
 ];
 
 /// Cut out of a line before it is looked at.
-const ALLOWED: [&str; 7] = [
+const ALLOWED: [&str; 9] = [
     r"\bfalls? back\b",
     // An option of systemctl.
     r"--kill-whom",
     // A field and a value of the API, quoted.
     r"`who`",
     r"`vouched`",
+    r"`trouble`",
+    r"\{who\}",
     // A term of compilers.
     r"\bdead code\b",
     // People.

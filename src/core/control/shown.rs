@@ -1,7 +1,7 @@
 //! The one state under which operators see a backend, and the spans of the last hour in
 //! which a backend had each state.
 //!
-//! Called by `daemon` for the admin API, and by `crate::trouble`. It changes nothing.
+//! Called by `daemon` for the admin API, and by `crate::finding`. It changes nothing.
 
 use super::BackendStatus;
 use crate::health::{Intent, Observation, Transition};
@@ -130,7 +130,7 @@ impl Facts {
     fn before(transitions: &[&Transition], backend: &BackendStatus) -> Facts {
         let first = |known: fn(&str) -> bool| transitions.iter().find(|one| known(one.to));
         let observed = first(|to| observation(to).is_some()).and_then(|one| observation(one.from));
-        let drained = first(|to| is_intent(to)).map(|one| one.from != "ready");
+        let drained = first(is_intent).map(|one| one.from != "ready");
         Facts {
             observation: observed.unwrap_or_else(|| match transitions.is_empty() {
                 true => backend.observation.name(),

@@ -209,9 +209,7 @@ impl MergedHistograms {
         let mut spent = Vec::with_capacity(delta.0.len());
         for (backend, mut slot) in delta.0 {
             let merged = self.backends.entry(backend).or_default();
-            for ((recording, data), series) in
-                slot.series.iter_mut().zip(merged).zip(Series::ALL)
-            {
+            for ((recording, data), series) in slot.series.iter_mut().zip(merged).zip(Series::ALL) {
                 let Some(recording) = recording else { continue };
                 if recording.count > 0 {
                     let each = |value, count| each(backend, series, value, count);

@@ -1,3 +1,5 @@
+//! Tests of the samples, with invented times.
+
 use super::*;
 use crate::model::BackendAddr;
 use crate::outcome::RefusedReason;

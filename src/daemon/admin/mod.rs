@@ -13,6 +13,7 @@
 //! | `GET /v1/sessions` | JSON ([`tidegate_api::sessions`]); 400 |
 //! | `POST /v1/sessions/close`, `.../reset` | JSON ([`tidegate_api::sessions`]); 400 |
 //! | `GET /v1/events` | JSON ([`tidegate_api::events`]); 400 |
+//! | `GET /v1/pools/{pool}/backends/{name}/history`, `.../minute` | JSON ([`history`]); 404 |
 //! | `POST /v1/reload` | 200 `{generation, changed, warnings}`; 409 while draining; 422 with `problems` |
 //! | `POST /v1/pools/{pool}/backends/{name}/drain`, `.../undrain` | 200 `{pool, backend, intent}`; 404 |
 //! | `POST /v1/upgrade` | 200 `{pid, version, generation}`; 409 if it was rejected; 422 if the new process did not get to serving |
@@ -30,10 +31,12 @@ mod events;
 pub mod explain;
 #[cfg(debug_assertions)]
 mod faults;
+mod findings;
 mod forecast;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod guard;
+pub mod history;
 pub mod metrics;
 pub mod process;
 mod questions;
@@ -44,6 +47,7 @@ mod sessions;
 pub mod snapshot;
 mod sources;
 pub mod status;
+mod status_query;
 #[cfg(test)]
 mod tests;
 mod token;
@@ -57,6 +61,7 @@ pub use tidegate_api::answers::UpgradeDoc;
 pub use tidegate_api::reload::{ProblemDoc, ReloadDoc};
 pub use token::{Token, TokenError, TokenStore};
 
+use crate::rendering::Latencies;
 use std::fmt;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -94,6 +99,19 @@ pub enum AdminRequest {
         /// Backend name.
         backend: String,
         /// The explanation.
+        reply: oneshot::Sender<Result<DeferredText, OperatorError>>,
+    },
+    /// Returns a snapshot, for documents that another thread writes.
+    Observe(oneshot::Sender<Observed>),
+    /// Returns a text that [`history::render`] or [`history::render_minute`] writes later.
+    History {
+        /// Pool name.
+        pool: String,
+        /// Backend name.
+        backend: String,
+        /// How much of it.
+        part: HistoryPart,
+        /// The history.
         reply: oneshot::Sender<Result<DeferredText, OperatorError>>,
     },
     /// Asks every worker for its open sessions.
@@ -176,6 +194,22 @@ pub enum AdminRequest {
 
 /// A text that a blocking thread writes from facts of the control thread.
 pub struct DeferredText(Box<dyn FnOnce() -> String + Send>);
+
+/// Which history a client wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HistoryPart {
+    /// The last 60 minutes.
+    Hour,
+    /// The last 60 s.
+    Minute,
+}
+
+/// The state of the process at one moment, and its latencies. Clones share both.
+#[derive(Debug, Clone)]
+pub struct Observed {
+    pub(crate) snapshot: Arc<AdminSnapshot>,
+    pub(crate) latencies: Latencies,
+}
 
 /// The pending lists of open sessions.
 #[derive(Debug)]

@@ -9,8 +9,9 @@ use super::guard::{Transport, guard};
 use super::questions;
 use super::serve::AskedBy;
 use super::sessions;
+use super::status_query::StatusSelection;
 use super::upgrade::upgrade;
-use super::{AdminRequest, ProblemDoc, ReadyState, ReloadError, TokenStore};
+use super::{AdminRequest, HistoryPart, ProblemDoc, ReadyState, ReloadError, TokenStore};
 use crate::event_log::EventLog;
 use axum::Router;
 use axum::body::Body;
@@ -86,6 +87,8 @@ pub(super) fn router(api: Arc<ApiState>) -> Router {
         .route("/v1/pools/{pool}/backends/{name}/drain", post(drain))
         .route("/v1/pools/{pool}/backends/{name}/undrain", post(undrain))
         .route("/v1/pools/{pool}/backends/{name}/explain", get(explain))
+        .route("/v1/pools/{pool}/backends/{name}/history", get(history))
+        .route("/v1/pools/{pool}/backends/{name}/minute", get(minute))
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(Arc::clone(&api), guard))
@@ -112,7 +115,19 @@ async fn metrics(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorResp
     Ok(long_answer(TEXT_METRICS, api.ask(AdminRequest::Metrics).await?))
 }
 
-async fn status(State(api): State<Arc<ApiState>>) -> Result<Response, ErrorResponse> {
+async fn status(State(api): State<Arc<ApiState>>, uri: Uri) -> Result<Response, ErrorResponse> {
+    let selection = StatusSelection::parse(uri.query().unwrap_or_default());
+    let selection = selection.map_err(questions::bad)?;
+    if !selection.is_everything() {
+        let named = (selection.pool.clone().unwrap_or_default(), selection.named_backend());
+        let observed = api.ask(AdminRequest::Observe).await?;
+        let render = move || {
+            let latency = observed.latencies.lock();
+            super::status::render_selected(&observed.snapshot, &latency, &selection)
+        };
+        let text = questions::blocking(render).await?.map_err(|error| unknown(error, named))?;
+        return Ok(long_answer(JSON, text));
+    }
     Ok(long_answer(JSON, api.ask(AdminRequest::Status).await?))
 }
 
@@ -180,6 +195,35 @@ async fn explain(
     let explained = api.ask(|reply| AdminRequest::Explain { pool, backend, reply }).await?;
     let explained = explained.map_err(|error| unknown(error, asked))?;
     Ok(answer(JSON, questions::blocking(move || explained.write()).await?))
+}
+
+async fn history(
+    State(api): State<Arc<ApiState>>,
+    uri: Uri,
+    named: BackendPath,
+) -> Result<Response, ErrorResponse> {
+    history_part(&api, &uri, named, HistoryPart::Hour).await
+}
+
+async fn minute(
+    State(api): State<Arc<ApiState>>,
+    uri: Uri,
+    named: BackendPath,
+) -> Result<Response, ErrorResponse> {
+    history_part(&api, &uri, named, HistoryPart::Minute).await
+}
+
+async fn history_part(
+    api: &ApiState,
+    uri: &Uri,
+    named: BackendPath,
+    part: HistoryPart,
+) -> Result<Response, ErrorResponse> {
+    let (pool, backend) = names(named, uri)?;
+    let asked = (pool.clone(), backend.clone());
+    let found = api.ask(|reply| AdminRequest::History { pool, backend, part, reply }).await?;
+    let found = found.map_err(|error| unknown(error, asked))?;
+    Ok(answer(JSON, questions::blocking(move || found.write()).await?))
 }
 
 async fn set_intent(

@@ -4,7 +4,8 @@
 //! It holds no locks. Workers keep counting during a rendering, so sums of one document
 //! can differ by the events of that time.
 
-use crate::event_log::EventCounts;
+use crate::event_log::{EventCounts, EventLog};
+use crate::traffic::SharedTraffic;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use tidegate_core::control::{ControlStatus, MembersIgnored};
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::SourceKey;
 use tidegate_core::suspicion::rejections::Rejection;
+use tidegate_core::table::Table;
 use tidegate_discovery::resolver::Resolver;
 use tidegate_discovery::tell::SourceCounters;
 use tidegate_net::budget::MemoryBudget;
@@ -35,6 +37,8 @@ pub struct AdminSnapshot {
     pub engine_reason: String,
     /// The time of the snapshot; ages are relative to it.
     pub now: Instant,
+    /// The same time as Unix time in seconds.
+    pub wall: f64,
     /// Time since the process started.
     pub uptime: Duration,
     /// `Serving` or `Draining`.
@@ -45,6 +49,8 @@ pub struct AdminSnapshot {
     pub transitions_unlogged: u64,
     /// Upgrades in place, by result.
     pub upgrades: UpgradeCounts,
+    /// The table in force.
+    pub table: Arc<Table>,
     /// Tables published so far.
     pub table_serial: u64,
     /// Sessions open in the whole process.
@@ -67,6 +73,10 @@ pub struct AdminSnapshot {
     pub admin_dropped: u64,
     /// Events.
     pub events: EventCounts,
+    /// The kept events.
+    pub event_log: EventLog,
+    /// The traffic of the last hour.
+    pub traffic: SharedTraffic,
     /// The layers of the sandbox.
     pub confinement: SandboxReport,
     /// Local errors that the control thread counts.
@@ -140,11 +150,13 @@ impl AdminSnapshot {
             engine: "epoll",
             engine_reason: "configured".to_owned(),
             now,
+            wall: 1_000_000.0,
             uptime: Duration::from_millis(1_500),
             state: ServiceState::Serving,
             reloads: ReloadCounts::default(),
             transitions_unlogged: 0,
             upgrades: UpgradeCounts::default(),
+            table: Arc::new(Table::empty()),
             table_serial: 12,
             connections_active: 5,
             connections_max: 100,
@@ -156,6 +168,8 @@ impl AdminSnapshot {
             other_warnings: Vec::new(),
             admin_dropped: 0,
             events: EventCounts::default(),
+            event_log: EventLog::new(),
+            traffic: SharedTraffic::default(),
             confinement: SandboxReport::none("off"),
             control_counts: Arc::new(WorkerCounters::new(1, 1)),
             log_dropped: 0,

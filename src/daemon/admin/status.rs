@@ -3,9 +3,11 @@
 //! Called by `rendering` with an [`AdminSnapshot`]. Pure: it reads no clock and does no
 //! I/O.
 
+use super::findings;
 use super::rejections::{self, ByBackend, SHOWN_MAX};
 use super::snapshot::AdminSnapshot;
 use super::sources;
+use super::status_query::{StatusPage, StatusSelection};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_api::status::{
@@ -14,7 +16,7 @@ use tidegate_api::status::{
     StatusDoc, TransitionDoc,
 };
 use tidegate_core::control::{
-    BackendStatus, FreezeStatus, FrontendStatus, HeartbeatChannelStatus, PoolStatus,
+    BackendStatus, FreezeStatus, FrontendStatus, HeartbeatChannelStatus, OperatorError, PoolStatus,
 };
 use tidegate_core::discovery::view::MemberWish;
 use tidegate_core::health::{HeartbeatHealth, Transition};
@@ -28,10 +30,30 @@ use tidegate_net::confinement::SandboxLayer;
 
 /// Returns the text of `/v1/status`.
 pub fn render(snapshot: &AdminSnapshot, latency: &MergedHistograms) -> String {
-    serde_json::to_string(&document(snapshot, latency)).expect("plain data always serialises")
+    let document = document(snapshot, latency, &StatusSelection::default());
+    serde_json::to_string(&document).expect("plain data always serialises")
 }
 
-fn document(snapshot: &AdminSnapshot, latency: &MergedHistograms) -> StatusDoc {
+/// Returns the text of `/v1/status` with the selected backends only.
+///
+/// # Errors
+/// The selection names an unknown pool or backend.
+pub(super) fn render_selected(
+    snapshot: &AdminSnapshot,
+    latency: &MergedHistograms,
+    selection: &StatusSelection,
+) -> Result<String, OperatorError> {
+    selection.check(&snapshot.control.pools)?;
+    let document = document(snapshot, latency, selection);
+    Ok(serde_json::to_string(&document).expect("plain data always serialises"))
+}
+
+/// Returns the document of the selected backends.
+pub(super) fn document(
+    snapshot: &AdminSnapshot,
+    latency: &MergedHistograms,
+    selection: &StatusSelection,
+) -> StatusDoc {
     let (control, workers) = (&snapshot.control, &snapshot.workers);
     let by_controller = control.heartbeat.iter().flat_map(|status| &status.rejections);
     let rejections = ByBackend::new(snapshot.heartbeats.rejections.iter().chain(by_controller));
@@ -53,10 +75,16 @@ fn document(snapshot: &AdminSnapshot, latency: &MergedHistograms) -> StatusDoc {
         connections_active: snapshot.connections_active,
         connections_max: snapshot.connections_max,
         warnings: snapshot.warnings.iter().chain(&snapshot.other_warnings).cloned().collect(),
+        trouble: findings::found(snapshot, &snapshot.traffic.lock()),
         confinement: confinement(snapshot),
         heartbeat: control.heartbeat.as_ref().map(|status| heartbeats(status, snapshot)),
         frontends: control.frontends.iter().map(frontend).collect(),
-        pools: control.pools.iter().map(|p| pool(p, &rejections, snapshot, latency)).collect(),
+        pools: control
+            .pools
+            .iter()
+            .filter(|one| selection.has_pool(&one.name))
+            .map(|one| pool(one, &selection.page(one), &rejections, snapshot, latency))
+            .collect(),
         leaving: control.leaving.iter().map(|backend| leaving(backend)).collect(),
     }
 }
@@ -121,11 +149,12 @@ fn frontend(status: &FrontendStatus) -> FrontendDoc {
 
 fn pool(
     status: &PoolStatus,
+    page: &StatusPage<'_>,
     rejections: &ByBackend<'_>,
     snapshot: &AdminSnapshot,
     latency: &MergedHistograms,
 ) -> PoolDoc {
-    let of = |one: &BackendStatus| {
+    let of = |one: &&BackendStatus| {
         let rejected = rejections.of(&status.name, &one.state.name);
         backend(one, rejected, latency, snapshot.now)
     };
@@ -142,7 +171,8 @@ fn pool(
         heartbeats: status.heartbeats,
         sources: status.sources.iter().map(sources::source).collect(),
         queued: snapshot.queued.get(&status.name).copied().unwrap_or_default() as u64,
-        backends: status.backends.iter().map(of).collect(),
+        page: page.document.clone(),
+        backends: page.backends.iter().map(of).collect(),
     }
 }
 
@@ -297,7 +327,7 @@ mod tests {
                 at: now - Duration::from_millis(2_500),
                 lasted: Duration::from_secs(60),
             }),
-            ..BackendStatus::plain(state)
+            ..BackendStatus::plain(state, now)
         }
     }
 
@@ -312,7 +342,7 @@ mod tests {
         };
         let text = render(&snapshot, &latency);
         let read: StatusDoc = serde_json::from_str(&text).expect("clients parse the document");
-        assert_eq!(read, document(&snapshot, &latency));
+        assert_eq!(read, document(&snapshot, &latency, &StatusSelection::default()));
         // A line break before each object makes a difference readable.
         expected.assert_eq(&text.replace("{\"", "\n{\"").replace(",\"pools", "\n,\"pools"));
     }
@@ -341,7 +371,10 @@ mod tests {
             now,
             &expect![[r#"
 
-                {"version":"0.1.0","generation":5,"table_serial":12,"engine":"epoll","engine_reason":"configured","workers":1,"stalled":[],"worker_panics_total":0,"worker_restarts_total":0,"uptime_seconds":1.5,"state":"draining","connections_active":5,"connections_max":100,"warnings":["workers waits"],"confinement":[
+                {"version":"0.1.0","generation":5,"table_serial":12,"engine":"epoll","engine_reason":"configured","workers":1,"stalled":[],"worker_panics_total":0,"worker_restarts_total":0,"uptime_seconds":1.5,"state":"draining","connections_active":5,"connections_max":100,"warnings":["workers waits"],"trouble":[
+                {"kind":"none-eligible","severity":3,"state":"down","short":"web has no eligible backend","title":"Pool web has no eligible backend","why":"Its only backend gets no new sessions.","effect":"New clients are reset at once (when_none_eligible = \"refuse\").","since_seconds":null,"pool":"web","backend":null,"backends":1},
+                {"kind":"queue","severity":1,"state":null,"short":"3 clients wait in the queue of web","title":"3 clients wait in the queue of web","why":"No backend is eligible.","effect":"","since_seconds":null,"pool":"web","backend":null,"backends":0},
+                {"kind":"warning","severity":1,"state":null,"short":"a warning","title":"Warning","why":"Workers waits.","effect":"","since_seconds":null,"pool":null,"backend":null,"backends":0}],"confinement":[
                 {"layer":"user","in_force":false,"detail":"off"},
                 {"layer":"capabilities","in_force":false,"detail":"off"},
                 {"layer":"no_new_privs","in_force":false,"detail":"off"},

@@ -119,7 +119,7 @@ fn backend(now: Instant) -> BackendStatus {
             ttl: millis(10_000),
         }),
         last_transition: Some(transition(now)),
-        ..BackendStatus::plain(state)
+        ..BackendStatus::plain(state, clock::now())
     }
 }
 
@@ -180,7 +180,11 @@ fn status_of_a_pool_with_heartbeats_has_exactly_the_documented_fields() {
     assert_eq!(serde_json::to_string(&read).unwrap(), text, "no field is lost");
     expect![[r#"
 
-        {"version":"0.1.0","generation":7,"table_serial":12,"engine":"epoll","engine_reason":"configured","workers":0,"stalled":[],"worker_panics_total":0,"worker_restarts_total":0,"uptime_seconds":1.5,"state":"serving","connections_active":5,"connections_max":100,"warnings":["workers waits","few ports are left"],"confinement":[
+        {"version":"0.1.0","generation":7,"table_serial":12,"engine":"epoll","engine_reason":"configured","workers":0,"stalled":[],"worker_panics_total":0,"worker_restarts_total":0,"uptime_seconds":1.5,"state":"serving","connections_active":5,"connections_max":100,"warnings":["workers waits","few ports are left"],"trouble":[
+        {"kind":"frozen","severity":2,"state":null,"short":"web is frozen","title":"Pool web is frozen","why":"2 of 4 backends became suspect together.","effect":"Silent backends stay in rotation.","since_seconds":1.25,"pool":"web","backend":null,"backends":0},
+        {"kind":"backends","severity":1,"state":"suspect","short":"web/a is suspect","title":"web/a is suspect","why":"No heartbeat for 325 ms.","effect":"It gets a tenth of its weight until it is up again.","since_seconds":0.75,"pool":"web","backend":"a","backends":1},
+        {"kind":"warning","severity":1,"state":null,"short":"a warning","title":"Warning","why":"Workers waits.","effect":"","since_seconds":null,"pool":null,"backend":null,"backends":0},
+        {"kind":"warning","severity":1,"state":null,"short":"a warning","title":"Warning","why":"Few ports are left.","effect":"","since_seconds":null,"pool":null,"backend":null,"backends":0}],"confinement":[
         {"layer":"user","in_force":false,"detail":"off"},
         {"layer":"capabilities","in_force":false,"detail":"off"},
         {"layer":"no_new_privs","in_force":false,"detail":"off"},
@@ -242,6 +246,7 @@ fn explanation_has_exactly_the_documented_fields() {
             },
             confirmation: false,
         }),
+        probes: Default::default(),
         backups: Backups::All,
         none_eligible: None,
         last_resort: false,

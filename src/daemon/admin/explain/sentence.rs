@@ -360,7 +360,7 @@ mod tests {
         Explanation {
             now: clock::now(),
             pool: PoolId(1),
-            backend: BackendStatus { wish, eligible, ..BackendStatus::plain(state) },
+            backend: BackendStatus { wish, eligible, ..BackendStatus::plain(state, clock::now()) },
             intent_for: Duration::ZERO,
             observed_for: Duration::ZERO,
             requested_for: Duration::ZERO,
@@ -370,6 +370,7 @@ mod tests {
             connections_max: 0,
             probe: None,
             last_probe: None,
+            probes: Default::default(),
             backups: Backups::All,
             none_eligible: None,
             last_resort: false,

@@ -20,7 +20,7 @@ fn backend(id: u32, pool: &str, name: &str) -> BackendStatus {
     state.counters.of(0).sessions.add(3);
     state.counters.of(1).sessions.add(4);
     state.counters.of(1).bytes_out.add(100);
-    BackendStatus::plain(state)
+    BackendStatus::plain(state, clock::now())
 }
 
 fn control() -> ControlStatus {

@@ -1,3 +1,5 @@
+//! Tests of the findings.
+
 use super::*;
 use crate::control::PoolStatus;
 use crate::health::{Observation, Transition};
@@ -28,8 +30,8 @@ fn backend(id: u32, observation: Observation, reason: &str, now: Instant) -> Bac
 fn found<'a>(
     pool: PoolStatus,
     now: Instant,
-    change: impl Fn(&mut TroubleFacts<'a>),
-) -> Vec<Trouble> {
+    change: impl Fn(&mut FindingFacts<'a>),
+) -> Vec<Finding> {
     let control = ControlStatus {
         generation: 1,
         frontends: Vec::new(),
@@ -38,7 +40,7 @@ fn found<'a>(
         published: Vec::new(),
         heartbeat: None,
     };
-    let mut facts = TroubleFacts {
+    let mut facts = FindingFacts {
         control: Box::leak(Box::new(control)),
         now,
         queued: Box::leak(Box::default()),
@@ -48,7 +50,7 @@ fn found<'a>(
         lead: &|_| None,
     };
     change(&mut facts);
-    troubles(&facts)
+    find(&facts)
 }
 
 fn pool(count: u32, sick: std::ops::Range<u32>, now: Instant) -> PoolStatus {
@@ -60,7 +62,7 @@ fn pool(count: u32, sick: std::ops::Range<u32>, now: Instant) -> PoolStatus {
 }
 
 #[test]
-fn well_balancer_has_no_trouble() {
+fn balancer_without_problems_has_no_finding() {
     let now = tidegate_net::clock::now();
     assert_eq!(found(pool(5, 0..0, now), now, |_| ()), []);
 }
@@ -82,7 +84,7 @@ fn backends_with_one_reason_are_one_finding_with_its_place_and_what_happened_bef
          It began 12 s after generation 7 by uid 1000."
     );
     assert_eq!(one.effect, "Their 17% of new sessions goes to the other 20.");
-    assert_eq!((one.severity, one.backends, &one.backend), (Severity::Bad, 4, &None));
+    assert_eq!((one.severity, one.backends, &one.backend), (FindingSeverity::Bad, 4, &None));
 }
 
 #[test]
@@ -144,6 +146,6 @@ fn findings_are_bounded() {
         many(&format!("reason {}", char::from_u32(0x4e00 + id).expect("a letter")), id + 1)
     });
     let all = found(PoolStatus::plain("web", reasons.collect()), now, |_| ());
-    assert_eq!(all.len(), TROUBLES_MAX);
-    assert_eq!(all[0].severity, Severity::Outage);
+    assert_eq!(all.len(), FINDINGS_MAX);
+    assert_eq!(all[0].severity, FindingSeverity::Outage);
 }

@@ -12,8 +12,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Findings that are returned. The worst come first.
-pub const TROUBLES_MAX: usize = 50;
+/// Most findings that are returned. The worst come first.
+pub const FINDINGS_MAX: usize = 50;
 
 /// Characters of a reason that a finding quotes.
 const QUOTED_MAX: usize = 400;
@@ -21,7 +21,7 @@ const QUOTED_MAX: usize = 400;
 /// Smallest group whose place is looked for.
 const LEAD_BACKENDS_MIN: usize = 3;
 
-/// Rejected clients per second from which a frontend is in trouble.
+/// Rejected clients per second from which a frontend has a problem.
 const REFUSED_MIN: f64 = 0.5;
 
 /// An event counts as what happened just before, if it is at most this old.
@@ -29,7 +29,7 @@ pub const LEAD_WITHIN: Duration = Duration::from_secs(120);
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Severity {
+pub enum FindingSeverity {
     /// Something may become worse.
     Notice = 1,
     /// Backends do not serve.
@@ -38,11 +38,32 @@ pub enum Severity {
     Outage = 3,
 }
 
+/// What a finding is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FindingKind {
+    /// A pool has no eligible backend.
+    NoneEligible,
+    /// A guard holds silent backends in rotation.
+    Frozen,
+    /// Backends are down, ejected or suspect.
+    Backends,
+    /// Clients wait in a queue.
+    Queue,
+    /// A frontend rejects clients.
+    Refused,
+    /// The process is near its cap.
+    Cap,
+    /// A warning of the status.
+    Warning,
+}
+
 /// One finding.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Trouble {
+pub struct Finding {
+    /// What it is about.
+    pub kind: FindingKind,
     /// How bad it is.
-    pub severity: Severity,
+    pub severity: FindingSeverity,
     /// State of the backends; `None` if it is not about backends.
     pub state: Option<ShownState>,
     /// What, in a few words that fit into a list.
@@ -76,17 +97,17 @@ pub struct RefusedRate {
     pub rate: f64,
 }
 
-/// An event that can have caused trouble.
+/// An event that can have caused a problem.
 #[derive(Debug, Clone)]
 pub struct LeadEvent {
     /// What happened, as a clause without a full stop, such as `generation 7 by uid 0`.
     pub text: String,
-    /// Time from the event to the beginning of the trouble.
+    /// Time from the event to the beginning of the problem.
     pub before: Duration,
 }
 
 /// What is looked at.
-pub struct TroubleFacts<'a> {
+pub struct FindingFacts<'a> {
     /// Pools and backends.
     pub control: &'a ControlStatus,
     /// The time of `control`.
@@ -100,7 +121,7 @@ pub struct TroubleFacts<'a> {
     /// Warnings in one sentence each.
     pub warnings: Vec<String>,
     /// Returns the newest event of the configuration, of an operator or of the process in the
-    /// [`LEAD_WITHIN`] before trouble of this age began.
+    /// [`LEAD_WITHIN`] before a problem of this age began.
     pub lead: &'a dyn Fn(Duration) -> Option<LeadEvent>,
 }
 
@@ -111,19 +132,19 @@ struct BackendGroup<'a> {
     backends: Vec<&'a BackendStatus>,
 }
 
-/// Returns all findings, worst first, at most [`TROUBLES_MAX`].
-pub fn troubles(facts: &TroubleFacts<'_>) -> Vec<Trouble> {
-    let mut found: Vec<Trouble> =
+/// Returns all findings, worst first, at most [`FINDINGS_MAX`].
+pub fn find(facts: &FindingFacts<'_>) -> Vec<Finding> {
+    let mut found: Vec<Finding> =
         facts.control.pools.iter().flat_map(|pool| of_pool(pool, facts)).collect();
     found.extend(facts.refused.iter().filter(|one| one.rate >= REFUSED_MIN).map(refusal));
     found.extend(near_cap(facts.connections));
     found.extend(facts.warnings.iter().map(|warning| warning_of(warning)));
-    found.sort_by_key(|trouble| std::cmp::Reverse(trouble.severity));
-    found.truncate(TROUBLES_MAX);
+    found.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
+    found.truncate(FINDINGS_MAX);
     found
 }
 
-fn of_pool(pool: &PoolStatus, facts: &TroubleFacts<'_>) -> Vec<Trouble> {
+fn of_pool(pool: &PoolStatus, facts: &FindingFacts<'_>) -> Vec<Finding> {
     let eligible = pool.backends.iter().filter(|backend| backend.eligible).count();
     let mut found = Vec::new();
     if eligible == 0 && !pool.backends.is_empty() && !pool.undecided {
@@ -131,35 +152,35 @@ fn of_pool(pool: &PoolStatus, facts: &TroubleFacts<'_>) -> Vec<Trouble> {
     }
     if let Some(frozen) = &pool.frozen {
         let title = format!("Pool {} is frozen", pool.name);
-        let mut trouble = Trouble::of_pool(pool, Severity::Bad, title);
-        trouble.short = format!("{} is frozen", pool.name);
-        trouble.why = sentence(&frozen.reason);
-        trouble.effect = "Silent backends stay in rotation.".to_owned();
-        trouble.since = Some(frozen.lasted);
-        found.push(trouble);
+        let mut finding = Finding::of_pool(pool, FindingKind::Frozen, FindingSeverity::Bad, title);
+        finding.short = format!("{} is frozen", pool.name);
+        finding.why = sentence(&frozen.reason);
+        finding.effect = "Silent backends stay in rotation.".to_owned();
+        finding.since = Some(frozen.lasted);
+        found.push(finding);
     }
     let all: u64 = pool.backends.iter().map(|backend| u64::from(backend.weight)).sum();
     let mut grouped_before = false;
     for group in groups(pool) {
-        let mut trouble = group.trouble(facts, eligible, all.max(1));
+        let mut finding = group.finding(facts, eligible, all.max(1));
         if group.backends.len() > 1 && grouped_before {
-            trouble.short =
-                format!("{} are {}", grouped(group.backends.len()), group.state.name());
+            finding.short = format!("{} are {}", grouped(group.backends.len()), group.state.name());
         }
         grouped_before = true;
-        found.push(trouble);
+        found.push(finding);
     }
     let queued = facts.queued.get(&pool.name).copied().unwrap_or_default();
     if queued > 0 {
         let clients = few(queued, "client");
         let title = format!("{clients} {} in the queue of {}", waits(queued), pool.name);
-        let mut trouble = Trouble::of_pool(pool, Severity::Notice, title.clone());
-        trouble.short = title;
-        trouble.why = match eligible {
+        let mut finding =
+            Finding::of_pool(pool, FindingKind::Queue, FindingSeverity::Notice, title.clone());
+        finding.short = title;
+        finding.why = match eligible {
             0 => "No backend is eligible.".to_owned(),
             _ => "Every eligible backend is at its cap.".to_owned(),
         };
-        found.push(trouble);
+        found.push(finding);
     }
     found
 }
@@ -168,27 +189,28 @@ fn waits(clients: usize) -> &'static str {
     if clients == 1 { "waits" } else { "wait" }
 }
 
-fn none_eligible(pool: &PoolStatus) -> Trouble {
+fn none_eligible(pool: &PoolStatus) -> Finding {
     let title = format!("Pool {} has no eligible backend", pool.name);
-    let mut trouble = Trouble::of_pool(pool, Severity::Outage, title);
-    trouble.short = format!("{} has no eligible backend", pool.name);
-    trouble.state = Some(ShownState::Down);
-    trouble.backends = pool.backends.len();
-    trouble.why = match pool.backends.len() {
+    let mut finding =
+        Finding::of_pool(pool, FindingKind::NoneEligible, FindingSeverity::Outage, title);
+    finding.short = format!("{} has no eligible backend", pool.name);
+    finding.state = Some(ShownState::Down);
+    finding.backends = pool.backends.len();
+    finding.why = match pool.backends.len() {
         1 => "Its only backend gets no new sessions.".to_owned(),
         count => format!("None of its {} gets new sessions.", few(count, "backend")),
     };
-    trouble.effect = match pool.none_eligible {
+    finding.effect = match pool.none_eligible {
         Some("try-all") => "Every backend is tried (when_none_eligible = \"try-all\").",
         Some("queue" | "wait") => "New clients wait in its queue.",
         Some("former") => "Backends that a reload has removed serve new clients.",
         _ => "New clients are reset at once (when_none_eligible = \"refuse\").",
     }
     .to_owned();
-    trouble
+    finding
 }
 
-/// Groups the backends in trouble, in the order of the pool.
+/// Groups the backends with a problem, in the order of the pool.
 fn groups(pool: &PoolStatus) -> Vec<BackendGroup<'_>> {
     let mut places: HashMap<(ShownState, String), usize> = HashMap::new();
     let mut groups: Vec<BackendGroup<'_>> = Vec::new();
@@ -223,40 +245,59 @@ fn masked(reason: &str) -> String {
     text
 }
 
-fn refusal(refused: &RefusedRate) -> Trouble {
+fn refusal(refused: &RefusedRate) -> Finding {
     let RefusedRate { frontend, reason, text, rate } = refused;
     let title = format!("{frontend} refuses {} clients/s", one_decimal(*rate));
-    Trouble {
+    Finding {
         why: sentence(text),
         effect: format!("The reason in metrics and log is {reason}."),
-        ..Trouble::plain(Severity::Notice, title)
+        ..Finding::plain(FindingKind::Refused, FindingSeverity::Notice, title)
     }
 }
 
-fn near_cap((active, cap): (u32, u32)) -> Option<Trouble> {
+fn near_cap((active, cap): (u32, u32)) -> Option<Finding> {
     if f64::from(active) <= f64::from(cap) * 0.9 {
         return None;
     }
     let title = "Open sessions are near the cap".to_owned();
-    let mut trouble = Trouble::plain(Severity::Notice, title);
-    trouble.short = "sessions are near the cap".to_owned();
+    let mut finding = Finding::plain(FindingKind::Cap, FindingSeverity::Notice, title);
+    finding.short = "sessions are near the cap".to_owned();
     let (active, cap) = (grouped(active as usize), grouped(cap as usize));
-    trouble.why = format!("{active} of {cap}; at the cap new clients wait in the listen queue.");
-    Some(trouble)
+    finding.why = format!("{active} of {cap}; at the cap new clients wait in the listen queue.");
+    Some(finding)
 }
 
-fn warning_of(warning: &str) -> Trouble {
-    let mut trouble = Trouble::plain(Severity::Notice, "Warning".to_owned());
-    trouble.short = "a warning".to_owned();
-    trouble.why = sentence(warning);
-    trouble
+fn warning_of(warning: &str) -> Finding {
+    let mut finding =
+        Finding::plain(FindingKind::Warning, FindingSeverity::Notice, "Warning".to_owned());
+    finding.short = "a warning".to_owned();
+    finding.why = sentence(warning);
+    finding
 }
 
-// === impl Trouble ===
+// === impl FindingKind ===
 
-impl Trouble {
-    fn plain(severity: Severity, title: String) -> Trouble {
-        Trouble {
+impl FindingKind {
+    /// Returns the name in documents.
+    pub fn name(self) -> &'static str {
+        match self {
+            FindingKind::NoneEligible => "none-eligible",
+            FindingKind::Frozen => "frozen",
+            FindingKind::Backends => "backends",
+            FindingKind::Queue => "queue",
+            FindingKind::Refused => "refused",
+            FindingKind::Cap => "cap",
+            FindingKind::Warning => "warning",
+        }
+    }
+}
+
+// === impl Finding ===
+
+impl Finding {
+    fn plain(kind: FindingKind, severity: FindingSeverity, title: String) -> Finding {
+        Finding {
+            kind,
             severity,
             state: None,
             short: title.clone(),
@@ -270,15 +311,20 @@ impl Trouble {
         }
     }
 
-    fn of_pool(pool: &PoolStatus, severity: Severity, title: String) -> Trouble {
-        Trouble { pool: Some(Arc::clone(&pool.name)), ..Trouble::plain(severity, title) }
+    fn of_pool(
+        pool: &PoolStatus,
+        kind: FindingKind,
+        severity: FindingSeverity,
+        title: String,
+    ) -> Finding {
+        Finding { pool: Some(Arc::clone(&pool.name)), ..Finding::plain(kind, severity, title) }
     }
 }
 
 // === impl BackendGroup ===
 
 impl BackendGroup<'_> {
-    fn trouble(&self, facts: &TroubleFacts<'_>, eligible: usize, all_weights: u64) -> Trouble {
+    fn finding(&self, facts: &FindingFacts<'_>, eligible: usize, all_weights: u64) -> Finding {
         let (pool, count) = (self.pool, self.backends.len());
         let first = self.backends[0];
         let subject = match count {
@@ -293,18 +339,18 @@ impl BackendGroup<'_> {
         let parts = [Some(sentence(reason(first))), self.place(), lead];
         let why: Vec<String> = parts.into_iter().flatten().filter(|p| !p.is_empty()).collect();
         let severity = match self.state {
-            ShownState::Suspect => Severity::Notice,
-            _ => Severity::Bad,
+            ShownState::Suspect => FindingSeverity::Notice,
+            _ => FindingSeverity::Bad,
         };
         let title = format!("{subject} {is} {}", self.state.name());
-        Trouble {
+        Finding {
             state: Some(self.state),
             why: why.join(" "),
             effect: self.effect(eligible, all_weights),
             since,
             backend: (count == 1).then(|| Arc::clone(&first.state.name)),
             backends: count,
-            ..Trouble::of_pool(pool, severity, title)
+            ..Finding::of_pool(pool, FindingKind::Backends, severity, title)
         }
     }
 
