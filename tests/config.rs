@@ -155,7 +155,7 @@ fn full_file_states_the_built_in_defaults() {
 #[test]
 fn full_file_contains_every_key() {
     let text = fs::read_to_string(root().join("config/full.toml")).unwrap();
-    let keys = "workers pin engine spin leave_delay drain_timeout upgrade_timeout connections_max buffers_max user group sandbox state listen token_file level \
+    let keys = "workers pin engine spin leave_delay drain_timeout upgrade_timeout connections_max buffers_max user group sandbox state listen token_file read_token_file level \
         format access bind pool client_first first_byte_timeout idle_timeout half_closed_timeout session_max stalled_timeout keepalive \
         user_timeout balance connect_timeout queue_max queue_timeout connect_attempts when_none_eligible backups \
         startup_grace on_removal on_down kind interval fast_interval timeout rise fall send \

@@ -24,6 +24,7 @@ pub mod status;
 mod table;
 #[cfg(test)]
 mod testing;
+pub mod ui;
 pub mod upgrade;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -107,6 +108,9 @@ pub enum Command {
     /// Show what has happened: state changes, reloads, orders, upgrades.
     #[command(after_help = events::HELP)]
     Events(events::EventsArgs),
+    /// Open the operator page in a browser on this host.
+    #[command(after_help = ui::HELP)]
+    Ui(ui::UiArgs),
     /// Explain the state of a backend, the picks of a session, or a future pick.
     #[command(after_help = explain::HELP)]
     Explain(explain::ExplainArgs),
@@ -250,6 +254,7 @@ fn dispatch(command: Command) -> Exit {
         Command::Status(args) => status::main(&args),
         Command::Sessions(args) => sessions::main(&args),
         Command::Events(args) => events::main(&args),
+        Command::Ui(args) => ui::main(&args),
         Command::Explain(args) => explain::main(&args),
         Command::Drain(args) => drain::drain(&args),
         Command::Undrain(args) => drain::undrain(&args),

@@ -144,7 +144,7 @@ pub fn exchange(
 }
 
 /// Reads the bearer token from a file, without surrounding white space.
-fn read_token(path: &Path) -> Result<String, ClientError> {
+pub(crate) fn read_token(path: &Path) -> Result<String, ClientError> {
     let text = std::fs::read_to_string(path).map_err(|error| {
         ClientError::Request(format!("cannot read the token file {}: {error}", path.display()))
     })?;

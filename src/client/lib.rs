@@ -3,5 +3,6 @@
 //! Called by `cli` and `lab`. It never starts a balancer.
 
 pub mod command;
+pub mod forward;
 pub mod http;
 pub mod reach;

@@ -27,6 +27,8 @@ pub enum Spot {
     AdminListen,
     /// `[admin] token_file`
     TokenFile,
+    /// `[admin] read_token_file`
+    ReadTokenFile,
     /// `[log] access`
     AccessLog,
     /// `[process] user`

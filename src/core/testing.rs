@@ -86,6 +86,7 @@ pub fn config(frontends: Vec<FrontendConfig>, pools: Vec<Arc<PoolConfig>>) -> Co
         admin: Admin {
             listen: AdminListen::Unix("/nowhere".into()),
             token_file: None,
+            read_token_file: None,
             backend_metrics_max: 0,
         },
         log: Log {

@@ -5,8 +5,8 @@
 
 use super::upgrade::OfferedAdmin;
 use crate::admin::{
-    self, AdminListener, AdminRequest, DroppedConnections, ReadyState, SocketFileLock, Token,
-    TokenStore,
+    self, AdminListener, AdminRequest, DroppedConnections, ReadyState, SocketFileLock, TokenStore,
+    Tokens,
 };
 use crate::event_log::EventLog;
 use std::io;
@@ -106,11 +106,11 @@ impl AdminApi {
 impl AdminEndpoint {
     /// Creates an API without a server. Requests from `requests` are answered.
     pub(super) fn new(
-        token: Option<Token>,
+        tokens: Tokens,
         events: EventLog,
         requests: mpsc::Receiver<AdminRequest>,
     ) -> Self {
-        AdminEndpoint { api: None, tokens: Arc::new(TokenStore::new(token)), events, requests }
+        AdminEndpoint { api: None, tokens: Arc::new(TokenStore::new(tokens)), events, requests }
     }
 
     /// Waits for the next request.

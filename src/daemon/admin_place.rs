@@ -101,7 +101,12 @@ mod tests {
     use tidegate_api::place::SOCKET;
 
     fn admin(listen: &str) -> Admin {
-        Admin { listen: AdminListen::Unix(listen.into()), token_file: None, backend_metrics_max: 0 }
+        Admin {
+            listen: AdminListen::Unix(listen.into()),
+            token_file: None,
+            read_token_file: None,
+            backend_metrics_max: 0,
+        }
     }
 
     #[test]

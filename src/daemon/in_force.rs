@@ -9,8 +9,8 @@
 //!   soon as the process serves.
 
 use super::Failure;
-use super::preflight::load_token;
-use crate::admin::Token;
+use super::preflight::{TokenRefusal, load_tokens};
+use crate::admin::{Token, Tokens};
 use std::path::Path;
 use tidegate_config::{self as config, Loaded, Texts};
 use tidegate_core::model::Config;
@@ -58,13 +58,12 @@ impl InForce {
         loaded.map_err(Failure::Config)
     }
 
-    /// Loads the token of that configuration.
-    pub(super) fn load_token(&self, config: &Config) -> Result<Option<Token>, String> {
-        let path = config.admin.token_file.as_deref();
-        match path.and_then(|path| self.instead()?.named(path)) {
-            Some(kept) => Ok(Token::new(kept)),
-            None => load_token(config),
-        }
+    /// Loads the tokens of that configuration.
+    pub(super) fn load_tokens(&self, config: &Config) -> Result<Tokens, TokenRefusal> {
+        load_tokens(config, |path| {
+            let kept = self.instead().and_then(|texts| texts.named(path)).and_then(Token::new);
+            kept.map_or_else(|| Token::load(path), Ok)
+        })
     }
 
     /// Logs the start with the stored configuration.

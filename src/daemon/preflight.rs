@@ -10,7 +10,7 @@ use super::binds::place_of;
 use super::refused::BindError;
 use super::state_directory;
 use super::unix_sockets;
-use crate::admin::Token;
+use crate::admin::{Token, TokenError, Tokens};
 use rustix::fs::{Access, access};
 use std::collections::BTreeSet;
 use std::fs;
@@ -86,23 +86,28 @@ pub(super) fn cannot_switch(origin: &Origin, identity: Option<&UserIdentity>) ->
     Some(origin.error(&Spot::User, message, Some(help.to_owned())))
 }
 
-/// Checks the admin token with the rights of the current user.
+/// Checks the admin tokens with the rights of the current user.
 fn token(config: &Config, origin: &Origin) -> Result<(), Box<Problem>> {
-    load_token(config).map(drop).map_err(|why| token_problem(origin, why))
+    load_tokens(config, Token::load).map(drop).map_err(|refusal| token_problem(origin, refusal))
 }
 
 /// Reports a token file that belongs to another user than `identity`. Token files are
 /// readable only for their owner.
 fn unreadable_token(config: &Config, origin: &Origin, identity: &UserIdentity) -> Option<Problem> {
-    let path = config.admin.token_file.as_ref()?;
-    let owner = fs::metadata(path).ok()?.uid();
-    let message = format!(
-        "the token file {} belongs to user {owner}; [process] user {} cannot read it",
-        path.display(),
-        identity.name
-    );
-    let help = format!("chown {} {}", identity.name, path.display());
-    (owner != identity.owner().0).then(|| origin.error(&Spot::TokenFile, message, Some(help)))
+    let admin = &config.admin;
+    let files =
+        [(Spot::TokenFile, &admin.token_file), (Spot::ReadTokenFile, &admin.read_token_file)];
+    files.into_iter().find_map(|(spot, path)| {
+        let path = path.as_ref()?;
+        let owner = fs::metadata(path).ok()?.uid();
+        let message = format!(
+            "the token file {} belongs to user {owner}; [process] user {} cannot read it",
+            path.display(),
+            identity.name
+        );
+        let help = format!("chown {} {}", identity.name, path.display());
+        (owner != identity.owner().0).then(|| origin.error(&spot, message, Some(help)))
+    })
 }
 
 fn access_log(config: &Config, origin: &Origin, by_another: bool) -> Option<Problem> {
@@ -243,9 +248,9 @@ pub(super) fn try_sources(config: &Config) -> Result<(), (SourceAddr, String)> {
 }
 
 /// Returns the problem of a token file that cannot be used.
-pub(super) fn token_problem(origin: &Origin, why: String) -> Box<Problem> {
+pub(super) fn token_problem(origin: &Origin, (spot, why): TokenRefusal) -> Box<Problem> {
     let help = "create it with: (umask 077; head -c 24 /dev/urandom | base64 > FILE)";
-    Box::new(origin.error(&Spot::TokenFile, why, Some(help.to_owned())))
+    Box::new(origin.error(&spot, why, Some(help.to_owned())))
 }
 
 /// Returns the error message for an access log that cannot be opened.
@@ -253,8 +258,19 @@ pub(super) fn access_log_refusal(error: &std::io::Error) -> String {
     format!("cannot open the access log: {error}")
 }
 
-/// Loads the admin token, if one is configured.
-pub(super) fn load_token(config: &Config) -> Result<Option<Token>, String> {
-    let load = |path: &Path| Token::load(path).map_err(|error| error.to_string());
-    config.admin.token_file.as_deref().map(load).transpose()
+/// Where a token file is named, and why it cannot be used.
+pub(super) type TokenRefusal = (Spot, String);
+
+/// Loads the admin tokens that are configured. `read` reads one file.
+pub(super) fn load_tokens(
+    config: &Config,
+    read: impl Fn(&Path) -> Result<Token, TokenError>,
+) -> Result<Tokens, TokenRefusal> {
+    let load = |spot: Spot, path: &Option<PathBuf>| {
+        let token = path.as_deref().map(&read).transpose();
+        token.map_err(|error| (spot, error.to_string()))
+    };
+    let full = load(Spot::TokenFile, &config.admin.token_file)?;
+    let read = load(Spot::ReadTokenFile, &config.admin.read_token_file)?;
+    Ok(Tokens { full, read })
 }

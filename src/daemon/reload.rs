@@ -2,7 +2,7 @@
 //!
 //! Part of the control loop. The watcher, SIGHUP and the admin API start a reload.
 //!
-//! 1. Prepare: read and validate the file, load the token, bind addresses, open the
+//! 1. Prepare: read and validate the file, load the tokens, bind addresses, open the
 //!    access log. These steps can fail and change nothing.
 //! 2. Commit ([`Control::put_in_force`]): cannot fail.
 
@@ -15,7 +15,7 @@ use super::preflight;
 use super::refused::BindError;
 use super::reload_diff;
 use super::worker_set::access_log_destination;
-use crate::admin::{ProblemDoc, ReloadDoc, ReloadError, Token};
+use crate::admin::{ProblemDoc, ReloadDoc, ReloadError, Token, Tokens};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -42,7 +42,7 @@ const DRAINS: &str = "this process is draining; the next process reads the file"
 
 /// Resources of a new configuration, ready to be put in force.
 struct PreparedReload {
-    token: Option<Token>,
+    tokens: Tokens,
     fresh: NewBinds,
     heartbeats: ReceiverChange,
 }
@@ -235,22 +235,22 @@ impl Control {
         let loaded = config::load(self.reloads.path()).map_err(|problems| {
             ReloadError::Problems(problems.list.iter().map(|it| self.problem(it)).collect())
         })?;
-        // The token can change without a change of the configuration file.
-        let token = preflight::load_token(&loaded.config)
-            .map_err(|why| self.refused(&preflight::token_problem(&loaded.origin, why)))?;
+        // A token can change without a change of the configuration file.
+        let tokens = preflight::load_tokens(&loaded.config, Token::load)
+            .map_err(|refusal| self.refused(&preflight::token_problem(&loaded.origin, refusal)))?;
         // Compares the meaning: comments and layout are ignored, and the content of
         // named files is included.
         if loaded.config == **self.reloads.config() {
-            return Ok((self.keep_configuration(loaded, token), Vec::new()));
+            return Ok((self.keep_configuration(loaded, tokens), Vec::new()));
         }
-        let prepared = self.prepare(&loaded.config, &loaded.origin, token).await?;
+        let prepared = self.prepare(&loaded.config, &loaded.origin, tokens).await?;
         Ok(self.put_in_force(loaded, prepared))
     }
 
-    /// Handles a file with the same meaning as before: updates digest and token.
-    fn keep_configuration(&mut self, loaded: Loaded, token: Option<Token>) -> ReloadDoc {
+    /// Handles a file with the same meaning as before: updates digest and tokens.
+    fn keep_configuration(&mut self, loaded: Loaded, tokens: Tokens) -> ReloadDoc {
         self.reloads.set_digest(loaded.digest);
-        self.admin.tokens().set(token);
+        self.admin.tokens().set(tokens);
         self.supervised.in_force.reloaded(self.reloads.path(), loaded.text, &loaded.config);
         let mut warnings = self.reloads.warnings();
         if let Some(why) = replaced_outside(self.reloads.path()) {
@@ -269,7 +269,7 @@ impl Control {
         &mut self,
         config: &Config,
         origin: &Origin,
-        token: Option<Token>,
+        tokens: Tokens,
     ) -> Result<PreparedReload, ReloadError> {
         let refuse = |control: &Control, spot: Spot, why: String| {
             control.refused(&origin.error(&spot, why, None))
@@ -294,7 +294,7 @@ impl Control {
                 refuse(self, Spot::AccessLog, preflight::access_log_refusal(&error))
             })?;
         }
-        Ok(PreparedReload { token, fresh, heartbeats })
+        Ok(PreparedReload { tokens, fresh, heartbeats })
     }
 
     /// Commits the new configuration. Cannot fail.
@@ -304,13 +304,13 @@ impl Control {
         prepared: PreparedReload,
     ) -> (ReloadDoc, Vec<String>) {
         let Loaded { config, text, digest, warnings, .. } = loaded;
-        let PreparedReload { token, fresh, heartbeats } = prepared;
+        let PreparedReload { tokens, fresh, heartbeats } = prepared;
         let changes = reload_diff::diff(self.reloads.config(), &config);
         for change in &changes {
             tracing::debug!(change, "reload");
         }
         let config = Arc::new(config);
-        self.admin.tokens().set(token);
+        self.admin.tokens().set(tokens);
         self.telemetry.set_log_level(config.log.level);
         let restart_needed = needs_restart(self.reloads.started_with(), &config);
         for warning in &restart_needed {

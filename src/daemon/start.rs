@@ -28,7 +28,7 @@ use super::worker_set::{WorkerPlan, WorkerSet, access_log_destination};
 use super::{
     Failure, OldProcess, Options, ProcessEnvironment, RunEnd, RunningBalancer, panics, reload,
 };
-use crate::admin::{self, AdminListener, AdminRequest, Token};
+use crate::admin::{self, AdminListener, AdminRequest, Tokens};
 use std::path::Path;
 use std::sync::Arc;
 use tidegate_api::names::EventLevelName;
@@ -164,7 +164,7 @@ fn prepare(
     let evidence = Evidence::new(heartbeats, Arc::clone(&context.reports), Arc::clone(&local));
     let tables = TablePublisher::new(controller.current_table());
     let (waiters, descriptors) = (Arc::clone(&context.waiters), resources.descriptors);
-    let (workers, token) = resources.start_workers(&config, context, &tables, events.clone())?;
+    let (workers, tokens) = resources.start_workers(&config, context, &tables, events.clone())?;
     let control = Control {
         controller,
         evidence,
@@ -173,7 +173,7 @@ fn prepare(
         workers,
         binds: Binds::new(0),
         reloads: ConfigReloads::new(options.config.clone(), digest, Arc::new(config), descriptors),
-        admin: AdminEndpoint::new(token, events.clone(), inbox),
+        admin: AdminEndpoint::new(tokens, events.clone(), inbox),
         telemetry: Telemetry::new(log, events, local),
         caps: CapWatch::default(),
         upgrades: Upgrades::new(starter(environment), counts),
@@ -215,7 +215,7 @@ fn open_state(config: &Config, origin: &Origin) -> Result<StateDirectory, Failur
     })
 }
 
-/// Resources of the workers, and the token of the admin API.
+/// Resources of the workers, and the tokens of the admin API.
 struct Resources {
     engine: (EngineKind, String),
     cpus: Vec<usize>,
@@ -225,7 +225,7 @@ struct Resources {
     descriptors: u64,
     access_log: AccessLog,
     senders: Vec<AccessLogSender>,
-    token: Option<Token>,
+    tokens: Tokens,
     /// Seed of random numbers.
     seed: u64,
 }
@@ -245,24 +245,24 @@ impl Resources {
         let (access_log, senders) = AccessLog::start(target, workers)
             .map_err(|error| origin.error(&Spot::AccessLog, access_log_refusal(&error), None))
             .map_err(|problem| Failure::Config(Problems::from(problem)))?;
-        let token = environment.supervised.in_force.load_token(config);
-        let token = token
-            .map_err(|why| token_problem(origin, why))
+        let tokens = environment.supervised.in_force.load_tokens(config);
+        let tokens = tokens
+            .map_err(|refusal| token_problem(origin, refusal))
             .map_err(|problem| Failure::Config(Problems::from(*problem)))?;
         let engine = choose_runtime(config.process.engine);
         let seed = fastrand::u64(..);
-        Ok(Resources { engine, cpus, workers, descriptors, access_log, senders, token, seed })
+        Ok(Resources { engine, cpus, workers, descriptors, access_log, senders, tokens, seed })
     }
 
-    /// Starts the workers. Also returns the token, which the workers do not need.
+    /// Starts the workers. Also returns the tokens, which the workers do not need.
     fn start_workers(
         self,
         config: &Config,
         context: ProcessContext,
         tables: &TablePublisher,
         events: EventLog,
-    ) -> Result<(WorkerSet, Option<Token>), Failure> {
-        let Resources { engine, cpus, workers, access_log, senders, token, seed, .. } = self;
+    ) -> Result<(WorkerSet, Tokens), Failure> {
+        let Resources { engine, cpus, workers, access_log, senders, tokens, seed, .. } = self;
         let counter = || Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
         let counters = (0..workers).map(|_| counter()).collect();
         let plan = WorkerPlan {
@@ -277,7 +277,7 @@ impl Resources {
             seed,
             events,
         };
-        Ok((WorkerSet::start(plan)?, token))
+        Ok((WorkerSet::start(plan)?, tokens))
     }
 }
 

@@ -20,7 +20,7 @@ use tidegate_core::model::{Admin, AdminListen};
 use tidegate_daemon::EventLog;
 use tidegate_daemon::admin::{
     self, AdminRequest, DeferredText, ProblemDoc, ReadyState, ReloadDoc, ReloadError, Token,
-    TokenStore, UpgradeDoc, UpgradeError,
+    TokenStore, Tokens, UpgradeDoc, UpgradeError,
 };
 use tidegate_net::clock;
 use tokio::sync::{mpsc, oneshot};
@@ -48,6 +48,11 @@ pub(crate) struct Api {
     pub(crate) dir: tempfile::TempDir,
 }
 
+/// The configuration of an API without tokens.
+pub(crate) fn endpoint(listen: AdminListen) -> Admin {
+    Admin { listen, token_file: None, read_token_file: None, backend_metrics_max: 0 }
+}
+
 impl Api {
     pub(crate) fn unix(control: Control) -> Api {
         let dir = tempfile::tempdir().unwrap();
@@ -66,11 +71,10 @@ impl Api {
         control: Control,
         dir: tempfile::TempDir,
     ) -> Api {
-        let listener =
-            admin::bind(&Admin { listen, token_file: None, backend_metrics_max: 0 }).unwrap();
+        let listener = admin::bind(&endpoint(listen)).unwrap();
         let (address, dropped) = (listener.address(), listener.dropped());
-        let tokens = token.map(|token| Token::new(token.as_bytes()).unwrap());
-        let tokens = Arc::new(TokenStore::new(tokens));
+        let full = token.map(|token| Token::new(token.as_bytes()).unwrap());
+        let tokens = Arc::new(TokenStore::new(Tokens { full, read: None }));
         let (readiness, shut_down) = (ReadyState::new(), Arc::new(AtomicBool::new(false)));
         let (stop, stopped) = oneshot::channel::<()>();
         let served = (Arc::clone(&tokens), readiness.clone(), Arc::clone(&shut_down));

@@ -50,7 +50,7 @@ const BANNED: [(&str, &str); 28] = [
 ];
 
 /// Cut out of a line before it is looked at.
-const ALLOWED: [&str; 9] = [
+const ALLOWED: [&str; 11] = [
     r"\bfalls? back\b",
     // An option of systemctl.
     r"--kill-whom",
@@ -59,6 +59,9 @@ const ALLOWED: [&str; 9] = [
     r"`vouched`",
     r"`trouble`",
     r"\{who\}",
+    // Fields of the API in scripts.
+    r"\.who\b",
+    r"\.trouble\b",
     // A term of compilers.
     r"\bdead code\b",
     // People.

@@ -251,7 +251,15 @@ const ADMIN: &[ConfigKey] = &[
         Form("a file path"),
         Described("none"),
         Reload,
-        "File with the bearer token. Required if other machines can reach `listen`.",
+        "File with the bearer token for every request. If other machines can reach `listen`, this or \
+         `read_token_file` is required.",
+    ),
+    key(
+        "read_token_file",
+        Form("a file path"),
+        Described("none"),
+        Reload,
+        "File with a bearer token for requests that change nothing.",
     ),
     key(
         "backend_metrics_max",

@@ -143,10 +143,12 @@ pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
     let section = top.table_or_empty("admin", "[admin]".to_owned());
     let listen = section.text("listen", "an address", address::admin_listen);
     let token_file = section.text("token_file", "a file path", file_path);
+    let read_token_file = section.text("read_token_file", "a file path", file_path);
     if let Field::Good(address) = &listen
         && let AdminListen::Tcp(tcp) = address.get_ref()
         && !is_loopback(tcp)
         && token_file.is_absent()
+        && read_token_file.is_absent()
     {
         let complaint = ValueError::new(format!(
             "{tcp} is reachable from other machines and there is no token_file"
@@ -158,17 +160,22 @@ pub(super) fn admin(top: &Section<'_, '_>) -> AdminRead {
             ),
         );
     }
-    if let (Some(place), true) = (token_file.place(), is_unix(&listen)) {
-        let complaint = ValueError::new("token_file has no effect on a Unix socket");
-        let help = "the socket's mode (0600) limits access; a token is for listen = \"IP:PORT\"";
-        section.report.warning(place, complaint.help(help));
+    for (key, file) in [("token_file", &token_file), ("read_token_file", &read_token_file)] {
+        if let (Some(place), true) = (file.place(), is_unix(&listen)) {
+            let complaint = ValueError::new(format!("{key} has no effect on a Unix socket"));
+            let help =
+                "the socket's mode (0600) limits access; a token is for listen = \"IP:PORT\"";
+            section.report.warning(place, complaint.help(help));
+        }
     }
     let place = listen.place();
     section.report.keep(Spot::AdminListen, place.clone());
     section.report.keep(Spot::TokenFile, token_file.place());
+    section.report.keep(Spot::ReadTokenFile, read_token_file.place());
     let model = Admin {
         listen: listen.or(AdminListen::Unix(PathBuf::from(ADMIN_SOCKET))),
         token_file: token_file.value(),
+        read_token_file: read_token_file.value(),
         backend_metrics_max: section
             .integer("backend_metrics_max", 0..=BACKEND_METRICS_MAX)
             .or(BACKEND_METRICS),

@@ -492,7 +492,8 @@ impl Bind {
 impl Config {
     /// Returns every file that is read together with this configuration.
     pub fn named_files(&self) -> Vec<PathBuf> {
-        let token = self.admin.token_file.iter();
+        let admin = &self.admin;
+        let tokens = admin.token_file.iter().chain(&admin.read_token_file);
         let keys = self.heartbeat.iter().flat_map(|heartbeat| &heartbeat.keys);
         let rules = self.frontends.iter().filter_map(|frontend| frontend.sources.as_ref());
         let lists = rules.flat_map(|rules| rules.allow_file.iter().chain(&rules.deny_file));
@@ -501,7 +502,7 @@ impl Config {
         let urls = specs.flat_map(|spec| spec.question.named_files());
         let probes = self.pools.iter().filter_map(|pool| pool.probe.as_ref());
         let trusted = probes.flat_map(|spec| spec.named_files());
-        let all = token.chain(keys.map(|key| &key.file)).chain(lists);
+        let all = tokens.chain(keys.map(|key| &key.file)).chain(lists);
         // First, because only some of the files are watched for writers.
         let all = self.includes.files.iter().chain(all);
         all.chain(registries).chain(urls).chain(trusted).cloned().collect()

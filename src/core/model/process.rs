@@ -88,6 +88,8 @@ pub struct Admin {
     pub listen: AdminListen,
     /// File with the bearer token (trailing white space is ignored).
     pub token_file: Option<PathBuf>,
+    /// File with a bearer token for requests that change nothing.
+    pub read_token_file: Option<PathBuf>,
     /// Maximum number of backends for which the metrics contain series per backend.
     pub backend_metrics_max: u32,
 }
@@ -97,7 +99,7 @@ pub struct Admin {
 pub enum AdminListen {
     /// A Unix socket, mode 0600.
     Unix(PathBuf),
-    /// A TCP address. An address other than loopback requires a `token_file`.
+    /// A TCP address. An address other than loopback requires a token file.
     Tcp(SocketAddr),
 }
 

@@ -289,6 +289,7 @@ mod tests {
         Admin {
             listen: AdminListen::Unix(path.to_owned()),
             token_file: None,
+            read_token_file: None,
             backend_metrics_max: 0,
         }
     }
@@ -388,8 +389,19 @@ mod tests {
     #[test]
     fn tcp_port_in_use_has_its_own_error() {
         let listen = AdminListen::Tcp("127.0.0.1:0".parse().unwrap());
-        let first = bind(&Admin { listen, token_file: None, backend_metrics_max: 0 }).unwrap();
-        let again = Admin { listen: first.address(), token_file: None, backend_metrics_max: 0 };
+        let first = bind(&Admin {
+            listen,
+            token_file: None,
+            read_token_file: None,
+            backend_metrics_max: 0,
+        })
+        .unwrap();
+        let again = Admin {
+            listen: first.address(),
+            token_file: None,
+            read_token_file: None,
+            backend_metrics_max: 0,
+        };
         assert!(matches!(bind(&again), Err(AdminBindError::Live(_))));
     }
 }

@@ -12,7 +12,7 @@ use super::routes::{ApiState, router};
 use super::serve::only_connection;
 use super::{
     AdminRequest, AskedWorkers, DeferredText, ForecastBasis, OperatorError, ProblemDoc, ReadyState,
-    ReloadDoc, ReloadError, SessionRecords, Token, TokenStore, UpgradeDoc, UpgradeError,
+    ReloadDoc, ReloadError, SessionRecords, Token, TokenStore, Tokens, UpgradeDoc, UpgradeError,
 };
 use crate::event_log::EventLog;
 use std::collections::HashMap;
@@ -88,7 +88,7 @@ async fn talk(
     if mode & 4 != 0 {
         readiness.set_ready();
     }
-    let tokens = Arc::new(TokenStore::new(token));
+    let tokens = Arc::new(TokenStore::new(Tokens { full: token, read: None }));
     let (near, far) = duplex(PIPE_BYTES);
     let (_closing, closed) = watch::channel(false);
     // No question waits, so that a check takes no time.

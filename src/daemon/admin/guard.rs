@@ -3,17 +3,23 @@
 //! Mounted by `routes` as a layer around all endpoints. It bounds request bodies and
 //! never reads their content.
 //!
-//! - Unix socket: the mode of the file is the access check.
+//! - Unix socket: the mode of the file is the access check. A forwarder can make the socket
+//!   reachable for browsers, so the checks of web pages apply here, too.
 //! - TCP: `Host` must be an address or `localhost`, against web pages that use DNS
-//!   rebinding. `Origin` must be absent. The bearer token is checked last.
+//!   rebinding. The bearer token is checked last.
+//! - A request of a web page (`Origin`, `Sec-Fetch-Site`) must come from the operator page.
 
+use super::Token;
+use super::page::is_page;
 use super::routes::{ApiState, ErrorResponse};
 use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use hyper::header::{AUTHORIZATION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, ORIGIN};
+use hyper::header::{
+    AUTHORIZATION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, ORIGIN,
+};
 use hyper::{Method, StatusCode, Version};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -35,6 +41,8 @@ const BODY_MAX: usize = 64 * 1024;
 /// Timeout for a complete body.
 const BODY_READ_MAX: Duration = Duration::from_secs(5);
 
+const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
+
 /// Checks the head, discards the body and calls the route.
 pub(super) async fn guard(
     State(api): State<Arc<ApiState>>,
@@ -43,8 +51,8 @@ pub(super) async fn guard(
 ) -> Response {
     let (parts, body) = request.into_parts();
     let checked = check_host(&parts.headers, parts.uri.host(), parts.version, api.entrance)
-        .and_then(|()| check_origin(&parts.method, &parts.headers, api.entrance))
-        .and_then(|()| check_token(&parts.method, &parts.headers, &api));
+        .and_then(|()| check_origin(parts.uri.path(), &parts.headers))
+        .and_then(|()| check_token(&parts.method, parts.uri.path(), &parts.headers, &api));
     if let Err(rejection) = checked {
         return rejection.into_response();
     }
@@ -62,19 +70,21 @@ fn check_host(
     version: Version,
     entrance: Transport,
 ) -> Result<(), ErrorResponse> {
-    if entrance == Transport::Unix {
-        return Ok(());
-    }
     let bad = |status, detail: &str| ErrorResponse::new(status, "host not allowed", detail);
     let mut hosts = headers.get_all(HOST).iter();
     let host = match (hosts.next(), hosts.next()) {
-        (Some(host), None) => host,
+        (Some(host), None) => host.to_str().unwrap_or_default(),
+        (None, _) if entrance == Transport::Unix => return Ok(()),
         // Browsers always send `Host`, so the request is not from a web page.
         (None, _) if version == Version::HTTP_10 && target.is_none() => return Ok(()),
         _ => return Err(bad(StatusCode::BAD_REQUEST, "send exactly one Host header")),
     };
-    let known = |host: &str| is_ip_or_localhost(host);
-    if host.to_str().is_ok_and(known) && target.is_none_or(known) {
+    let allowed = |host: &str| match entrance {
+        // `curl --unix-socket` works with any name without a dot. DNS rebinding needs a dot.
+        Transport::Unix => is_ip_or_localhost(host) || !host.contains('.'),
+        Transport::Tcp(_) => is_ip_or_localhost(host),
+    };
+    if allowed(host) && target.is_none_or(allowed) {
         return Ok(());
     }
     Err(bad(StatusCode::FORBIDDEN, "Host must be an IP address or localhost"))
@@ -99,41 +109,73 @@ fn is_port(text: &str) -> bool {
     text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse::<u16>().is_ok()
 }
 
-/// Rejects requests of web pages: only browsers send `Origin`. Web pages must not change
-/// anything, and over TCP they must not read anything either.
-fn check_origin(
-    method: &Method,
-    headers: &HeaderMap,
-    entrance: Transport,
-) -> Result<(), ErrorResponse> {
-    let applies = method == Method::POST || entrance != Transport::Unix;
-    if applies && headers.contains_key(ORIGIN) {
-        let detail = "requests with an Origin header are rejected";
-        return Err(ErrorResponse::new(StatusCode::FORBIDDEN, "origin not allowed", detail));
-    }
-    Ok(())
-}
-
-/// Checks the token. Over TCP every POST needs it, and off loopback every request.
-fn check_token(method: &Method, headers: &HeaderMap, api: &ApiState) -> Result<(), ErrorResponse> {
-    let Transport::Tcp(listen) = api.entrance else { return Ok(()) };
-    if method != Method::POST && listen.ip().is_loopback() {
+/// Rejects requests of web pages other than the operator page. Only browsers send these headers
+/// (Fetch standard, section 3.2; Fetch Metadata Request Headers, section 2). The files of the page
+/// themselves can be opened from anywhere.
+fn check_origin(path: &str, headers: &HeaderMap) -> Result<(), ErrorResponse> {
+    let bad =
+        |detail: &str| ErrorResponse::new(StatusCode::FORBIDDEN, "origin not allowed", detail);
+    if is_page(path) {
         return Ok(());
     }
-    let Some(token) = api.tokens.get() else {
-        let detail = "set [admin] token_file to allow this over TCP, or use a Unix socket";
-        return Err(ErrorResponse::new(StatusCode::FORBIDDEN, "no token configured", detail));
-    };
-    match bearer_token(headers, &AUTHORIZATION) {
-        Some(candidate) if token.matches(candidate) => Ok(()),
-        given => {
-            let detail = match given {
-                Some(_) => "wrong token",
-                None => "missing header: Authorization: Bearer TOKEN",
-            };
-            Err(ErrorResponse::new(StatusCode::UNAUTHORIZED, "unauthorized", detail))
-        }
+    if headers.contains_key(ORIGIN) && !is_own_origin(headers) {
+        return Err(bad("only the page of this API may send requests"));
     }
+    match headers.get(SEC_FETCH_SITE).map(HeaderValue::as_bytes) {
+        None | Some(b"same-origin" | b"none") => Ok(()),
+        Some(_) => Err(bad("requests of other sites are rejected")),
+    }
+}
+
+/// Whether `Origin` occurs once and names the host of the request, which is an address or
+/// `localhost`.
+fn is_own_origin(headers: &HeaderMap) -> bool {
+    let mut origins = headers.get_all(ORIGIN).iter();
+    let (Some(origin), None) = (origins.next(), origins.next()) else { return false };
+    let (Ok(origin), Some(host)) = (origin.to_str(), headers.get(HOST)) else { return false };
+    let Ok(host) = host.to_str() else { return false };
+    let authority = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://"));
+    is_ip_or_localhost(host) && authority.is_some_and(|own| own.eq_ignore_ascii_case(host))
+}
+
+/// Checks the token. Over TCP every POST needs it, and off loopback every request but those of
+/// [`needs_no_token`].
+fn check_token(
+    method: &Method,
+    path: &str,
+    headers: &HeaderMap,
+    api: &ApiState,
+) -> Result<(), ErrorResponse> {
+    let Transport::Tcp(listen) = api.entrance else { return Ok(()) };
+    let changes = method == Method::POST;
+    if !changes && (listen.ip().is_loopback() || needs_no_token(path)) {
+        return Ok(());
+    }
+    let denied = |status, error, detail| Err(ErrorResponse::new(status, error, detail));
+    let tokens = api.tokens.get();
+    if tokens.full.is_none() && (changes || tokens.read.is_none()) {
+        let detail = "set [admin] token_file to allow this over TCP, or use a Unix socket";
+        return denied(StatusCode::FORBIDDEN, "no token configured", detail);
+    }
+    let Some(given) = bearer_token(headers, &AUTHORIZATION) else {
+        let detail = "missing header: Authorization: Bearer TOKEN";
+        return denied(StatusCode::UNAUTHORIZED, "unauthorized", detail);
+    };
+    let matches = |token: &Option<Token>| token.as_ref().is_some_and(|token| token.matches(given));
+    // Both are compared, so that the time does not tell which one is similar.
+    match (matches(&tokens.full), matches(&tokens.read)) {
+        (true, _) => Ok(()),
+        (false, true) if !changes => Ok(()),
+        (false, true) => {
+            denied(StatusCode::FORBIDDEN, "read-only token", "use the token of [admin] token_file")
+        }
+        (false, false) => denied(StatusCode::UNAUTHORIZED, "unauthorized", "wrong token"),
+    }
+}
+
+/// Load balancers and supervisors ask for the health without a token. The page asks for it itself.
+fn needs_no_token(path: &str) -> bool {
+    is_page(path) || path == "/live" || path == "/ready"
 }
 
 /// Parses a bearer token (RFC 6750 section 2.1). The case of the scheme does not matter

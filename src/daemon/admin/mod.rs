@@ -6,6 +6,7 @@
 //!
 //! | request | answer |
 //! |---|---|
+//! | `GET /`, `/page/{file}` | The files of the operator page ([`page`]) |
 //! | `GET /live` | 200 while the API answers |
 //! | `GET /ready` | 200 while serving; 503 while starting or draining, while a worker is stalled, or while a pool waits for its first health result |
 //! | `GET /metrics` | Prometheus text 0.0.4 ([`metrics`]) |
@@ -38,6 +39,7 @@ pub mod fuzz;
 mod guard;
 pub mod history;
 pub mod metrics;
+mod page;
 pub mod process;
 mod questions;
 mod rejections;
@@ -59,7 +61,7 @@ pub use serve::{DroppedConnections, serve};
 pub use snapshot::{AdminSnapshot, HeartbeatCounts, ReloadCounts, UpgradeCounts};
 pub use tidegate_api::answers::UpgradeDoc;
 pub use tidegate_api::reload::{ProblemDoc, ReloadDoc};
-pub use token::{Token, TokenError, TokenStore};
+pub use token::{Token, TokenError, TokenStore, Tokens};
 
 use crate::rendering::Latencies;
 use std::fmt;

@@ -6,6 +6,7 @@
 use super::body::ChunkedBody;
 use super::events::events;
 use super::guard::{Transport, guard};
+use super::page;
 use super::questions;
 use super::serve::AskedBy;
 use super::sessions;
@@ -72,6 +73,8 @@ pub(super) fn router(api: Arc<ApiState>) -> Router {
     #[cfg(debug_assertions)]
     let router = super::faults::mount(router);
     router
+        .route("/", get(page::index))
+        .route("/page/{file}", get(page::file))
         .route("/live", get(live))
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))

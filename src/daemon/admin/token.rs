@@ -1,22 +1,31 @@
-//! The bearer token of admin requests over TCP.
+//! The bearer tokens of admin requests over TCP: one for every request, and one that only reads.
 //!
-//! Loaded from its file at start and on reload, and checked by `guard` in constant time.
-//! It is never logged, never shown by `Debug`, and overwritten when it is dropped.
+//! Loaded from their files at start and on reload, and checked by `guard` in constant time.
+//! They are never logged, never shown by `Debug`, and overwritten when they are dropped.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tidegate_heartbeat::secret_file::{self, Openness, SecretFileError};
 
-use arc_swap::ArcSwapOption;
+use arc_swap::ArcSwap;
 use zeroize::Zeroizing;
 
 /// A secret of at least 16 visible ASCII characters.
 pub struct Token(Zeroizing<Box<[u8]>>);
 
-/// The token in force. It is shared with the running API and replaced on reload.
+/// The tokens of a configuration.
 #[derive(Debug, Default)]
-pub struct TokenStore(ArcSwapOption<Token>);
+pub struct Tokens {
+    /// Authorizes every request.
+    pub full: Option<Token>,
+    /// Authorizes requests that change nothing.
+    pub read: Option<Token>,
+}
+
+/// The tokens in force. They are shared with the running API and replaced on reload.
+#[derive(Debug, Default)]
+pub struct TokenStore(ArcSwap<Tokens>);
 
 /// Why a token file was rejected.
 #[derive(Debug, thiserror::Error)]
@@ -94,18 +103,18 @@ impl fmt::Debug for Token {
 // === impl TokenStore ===
 
 impl TokenStore {
-    /// Without a token every POST over TCP is rejected.
-    pub fn new(token: Option<Token>) -> TokenStore {
-        TokenStore(ArcSwapOption::new(token.map(Arc::new)))
+    /// Without a full token every POST over TCP is rejected.
+    pub fn new(tokens: Tokens) -> TokenStore {
+        TokenStore(ArcSwap::from_pointee(tokens))
     }
 
-    /// Replaces the token for all later requests.
-    pub fn set(&self, token: Option<Token>) {
-        self.0.store(token.map(Arc::new));
+    /// Replaces the tokens for all later requests.
+    pub fn set(&self, tokens: Tokens) {
+        self.0.store(Arc::new(tokens));
     }
 
-    /// Returns the token in force.
-    pub fn get(&self) -> Option<Arc<Token>> {
+    /// Returns the tokens in force.
+    pub fn get(&self) -> Arc<Tokens> {
         self.0.load_full()
     }
 }
@@ -159,7 +168,7 @@ mod tests {
     fn debug_output_hides_the_token() {
         let token = Token::new(b"0123456789abcdef").unwrap();
         let alone = format!("{token:?}");
-        let stored = format!("{:?}", TokenStore::new(Some(token)));
+        let stored = format!("{:?}", TokenStore::new(Tokens { full: Some(token), read: None }));
         assert!(!alone.contains("0123") && !stored.contains("0123"), "{alone} {stored}");
     }
 }

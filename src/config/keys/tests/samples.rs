@@ -89,8 +89,8 @@ pub(super) fn forms(header: &str, name: &str) -> (Vec<String>, Vec<String>) {
         "group" => (&["'tidegate'", "'7'"], &["'a b'"]),
         "state" => (&["'off'", "'/var/lib/tidegate'"], &["'relative'"]),
         "listen" => (&["'unix:/a'", "'127.0.0.1:9'"], &["'127.0.0.1'"]),
-        "token_file" | "allow_file" | "deny_file" | "file" | "ca_file" | "cert_file"
-        | "key_file" | "password_file" | "kubeconfig" => (&["'/a'"], &["'/a/'"]),
+        "token_file" | "read_token_file" | "allow_file" | "deny_file" | "file" | "ca_file"
+        | "cert_file" | "key_file" | "password_file" | "kubeconfig" => (&["'/a'"], &["'/a/'"]),
         "target" => (
             &["'stderr'", "'syslog:/dev/log'", "'syslog:udp:192.0.2.1:514'"],
             &["'syslog'", "'syslog:log'", "'syslog:tcp:host:1'"],

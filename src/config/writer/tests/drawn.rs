@@ -90,6 +90,7 @@ fn globals() -> Drawn {
         "listen = \"127.0.0.1:9900\"\n",
         "listen = \"[::1]:9900\"\ntoken_file = \"t\"\n",
         "listen = \"0.0.0.0:9900\"\ntoken_file = '/etc/\"t\\é'\n",
+        "listen = \"0.0.0.0:9900\"\nread_token_file = \"r\"\n",
     ]);
     let admin = keys(vec![("backend_metrics_max", number(0..=1_000_000))]);
     let log = keys(vec![
