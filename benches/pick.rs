@@ -214,7 +214,7 @@ fn input(
             effective_weight: weight(i),
             connections_max: 0,
             slow_start: false,
-            backup: false,
+            tier: 0,
             eligible: true,
             on_trial: false,
             in_service: true,

@@ -157,11 +157,11 @@ fn full_file_contains_every_key() {
     let text = fs::read_to_string(root().join("config/full.toml")).unwrap();
     let keys = "workers pin engine spin leave_delay drain_timeout upgrade_timeout connections_max buffers_max user group sandbox state listen token_file read_token_file level \
         format access bind pool client_first first_byte_timeout idle_timeout half_closed_timeout session_max stalled_timeout keepalive \
-        user_timeout balance connect_timeout queue_max queue_timeout connect_attempts when_none_eligible backups \
-        startup_grace on_removal on_down kind interval fast_interval timeout rise fall send \
+        user_timeout balance connect_timeout queue_max queue_timeout connect_attempts when_none_eligible backups tiers \
+        startup_grace on_removal on_down on_recover kind interval fast_interval timeout rise fall send \
         expect path host method status failures time max_ejected \
         early_resets slow_first_byte name address weight \
-        backup slow_start register require ttl forget_after backends_max weight_max id \
+        backup tier slow_start register require ttl forget_after backends_max weight_max id \
         file pools addresses freebind contains \
         from service tags datacenter namespace filter max_stale prefix format record family port url ca_file \
         weights min_backends empty max_removed confirm_after missing overlap stale_for critical first_wait \

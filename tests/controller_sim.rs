@@ -345,9 +345,9 @@ impl Sim {
                 };
                 table.pools.iter().map(pool).collect()
             };
-            // A backup or a try-all candidate can have changed without effect on the picks.
+            // A backup (its tier can serve later) or a try-all candidate can have changed without effect on the picks.
             let hidden = self.model.pools.iter().any(|pool| {
-                pool.backends.iter().any(|b| b.spec.backup)
+                pool.backends.iter().any(|b| b.spec.tier > 0)
                     || pool.spec.when_none_eligible == WhenNoneEligible::TryAll
             });
             assert!(hidden || standing(before) != standing(&table), "a table without a change");

@@ -7,7 +7,7 @@ use super::names::{
     CauseName, FailureName, PhaseName, PolicyName, RouteConditionName, SessionStateName,
     SkipReasonName, WaitName, WhyName,
 };
-use super::status::whole_if_it_is;
+use super::status::{TierShareDoc, whole_if_it_is};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
@@ -66,6 +66,12 @@ pub struct DecisionDoc {
     pub why: WhyName,
     /// The backend that was picked; `null` if none was.
     pub backend: Option<BackendRefDoc>,
+    /// Tier of that backend; 0 if none was picked.
+    #[serde(default)]
+    pub tier: u8,
+    /// Whether sessions spilled over several tiers (`tiers = "spill"`).
+    #[serde(default)]
+    pub spilled: bool,
     /// Backends that the balancer could pick from.
     pub candidates: u32,
     /// What the policy compared or drew.
@@ -285,6 +291,9 @@ pub struct PoolStepDoc {
     pub name: String,
     /// Its policy.
     pub policy: PolicyName,
+    /// The tiers that serve, the lowest first; empty while no backend is eligible.
+    #[serde(default)]
+    pub tier_shares: Vec<TierShareDoc>,
     /// Backends that the balancer can pick from.
     pub candidates: u32,
     /// Clients in its queue.
@@ -304,6 +313,12 @@ pub struct PickDoc {
     pub certain: bool,
     /// What decides.
     pub why: WhyName,
+    /// Tier of the backend.
+    #[serde(default)]
+    pub tier: u8,
+    /// Whether sessions spill over several tiers (`tiers = "spill"`).
+    #[serde(default)]
+    pub spills: bool,
     /// What the policy compared or drew.
     pub figures: FiguresDoc,
     /// Share of each backend, largest first; empty if no draw has a part in the pick.

@@ -35,8 +35,11 @@ pub struct ExplainDoc {
     pub intent: IntentName,
     /// Age of `intent`.
     pub intent_seconds: f64,
-    /// It gets sessions only while no other backend is eligible.
+    /// Its `tier` is above 0.
     pub backup: bool,
+    /// Its tier: 0 to 9. Backends of the lowest tier serve first.
+    #[serde(default)]
+    pub tier: u8,
     /// Cap on its sessions; 0 means none.
     pub connections_max: u32,
     /// Cap in force, which is lower during a slow start; 0 means none.

@@ -268,6 +268,9 @@ names! {
         BackendRemoved = "backend-removed",
         /// Its backend was down or had lost its role, and the time of `on_down` expired.
         BackendDown = "backend-down",
+        /// Its backend is a backup that a lower tier has replaced, and the time of `on_recover`
+        /// expired.
+        BackupReleased = "backup-released",
         /// An operator closed it.
         ClosedByOperator = "closed-by-operator",
         /// An operator reset it.
@@ -346,7 +349,8 @@ names! {
         Queue = "queue",
         /// No backend was eligible, and the pool fails open.
         FailOpen = "fail-open",
-        /// No primary was eligible; backups serve.
+        /// The backend is of a tier above 0: lower tiers have no eligible backend, or sessions
+        /// spill.
         Backup = "backup",
         /// An entry of a session table.
         Sticky = "sticky",

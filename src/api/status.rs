@@ -226,6 +226,9 @@ pub struct PoolDoc {
     /// Its member sources, in order of precedence; empty if it has only the file and heartbeats.
     #[serde(default)]
     pub sources: Vec<MemberSourceDoc>,
+    /// The tiers that serve, the lowest first; empty while no backend is eligible.
+    #[serde(default)]
+    pub tier_shares: Vec<TierShareDoc>,
     /// Clients in its queue.
     pub queued: u64,
     /// Set if the query selects backends.
@@ -233,6 +236,15 @@ pub struct PoolDoc {
     pub page: Option<PageDoc>,
     /// Backends in file order, then registered ones by age.
     pub backends: Vec<BackendDoc>,
+}
+
+/// A tier of a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TierShareDoc {
+    /// Its number.
+    pub tier: u8,
+    /// Its share of the new sessions: 100, unless they spill to several tiers.
+    pub percent: u8,
 }
 
 /// One backend.
@@ -249,8 +261,11 @@ pub struct BackendDoc {
     /// The weight that picks use; 0 while it is not eligible.
     #[serde(serialize_with = "whole_if_it_is")]
     pub effective_weight: f64,
-    /// It gets sessions only while no other backend is eligible.
+    /// Its `tier` is above 0.
     pub backup: bool,
+    /// Its tier: 0 to 9. Backends of the lowest tier serve first.
+    #[serde(default)]
+    pub tier: u8,
     /// Cap on its sessions; 0 means none.
     pub connections_max: u32,
     /// The operator's intent.

@@ -140,7 +140,7 @@ fn render(facts: &ExplainDoc, width: Option<usize>) -> String {
         cell_text(&facts.backend),
         cell_text(&facts.address),
         if facts.registered { ", registered by heartbeats" } else { "" },
-        if facts.backup { ", backup" } else { "" },
+        backup(facts),
         verdict(facts),
         // `although` continues the verdict.
         if facts.why.starts_with("although ") { "" } else { ":" },
@@ -182,6 +182,14 @@ fn render(facts: &ExplainDoc, width: Option<usize>) -> String {
     text.push_str("\nHistory, newest first:\n");
     text.push_str(&history(&facts.history, width));
     text
+}
+
+fn backup(facts: &ExplainDoc) -> String {
+    match (facts.backup, facts.tier) {
+        (false, _) => String::new(),
+        (true, 0 | 1) => ", backup".to_owned(),
+        (true, tier) => format!(", backup of tier {tier}"),
+    }
 }
 
 fn verdict(facts: &ExplainDoc) -> &'static str {

@@ -76,10 +76,13 @@ fn set_text(set: &WholeSet, guards: ViewGuards) -> String {
     text.push('\n');
     for member in view.members().take(MEMBERS_SHOWN_MAX) {
         let raw = if member.raw.is_empty() { "" } else { ", " };
-        let backup = if member.backup { ", backup" } else { "" };
+        let tier = match member.tier {
+            0 => String::new(),
+            tier => format!(", tier {tier}"),
+        };
         let _ = writeln!(
             text,
-            "  {} {} weight {}, {}{raw}{}{backup}",
+            "  {} {} weight {}, {}{raw}{}{tier}",
             cell_text(&member.name),
             member.address,
             member.weight,

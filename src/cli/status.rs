@@ -12,7 +12,7 @@ use std::time::Duration;
 use tidegate_api::names::{IntentName, NoneEligible, ObservationName, SenderStateName};
 use tidegate_api::status::{
     BackendDoc, FindingDoc, FrontendDoc, HeartbeatChannelDoc, PoolDoc, RejectedDoc,
-    SandboxLayerDoc, StatusDoc, TransitionDoc,
+    SandboxLayerDoc, StatusDoc, TierShareDoc, TransitionDoc,
 };
 use tidegate_client::command::Exit;
 use tidegate_client::http::{ClientArgs, ask, report};
@@ -218,6 +218,7 @@ fn pool_remarks(pool: &PoolDoc) -> String {
     if pool.registered_max > 0 {
         text.push_str(&format!(", {} of {} registered", pool.registered, pool.registered_max));
     }
+    text.push_str(&serving_tiers(pool));
     text.push_str(match pool.none_eligible {
         Some(NoneEligible::TryAll) => ", NO BACKEND ELIGIBLE: trying all",
         Some(NoneEligible::Former) => ", waiting for first results: former backends serve",
@@ -234,6 +235,19 @@ fn pool_remarks(pool: &PoolDoc) -> String {
         ));
     }
     text
+}
+
+/// Returns which tiers serve, unless tier 0 serves alone.
+fn serving_tiers(pool: &PoolDoc) -> String {
+    match &*pool.tier_shares {
+        [] | [TierShareDoc { tier: 0, .. }] => String::new(),
+        [one] => format!(", tier {} serves", one.tier),
+        several => {
+            let share = |one: &TierShareDoc| format!("tier {} {}%", one.tier, one.percent);
+            let shares: Vec<String> = several.iter().map(share).collect();
+            format!(", {}", shares.join(", "))
+        }
+    }
 }
 
 /// Cap on senders whose rejected heartbeats are shown.
@@ -311,8 +325,10 @@ fn state(backend: &BackendDoc, pool: &PoolDoc) -> String {
         let rank = if role.outranked { "outranked " } else { "" };
         state.push_str(&format!(" {rank}{} {}", role.name, age(role.seconds)));
     }
-    if backend.backup {
-        state.push_str(" backup");
+    match backend.tier {
+        0 | 1 if backend.backup => state.push_str(" backup"),
+        0 | 1 => {}
+        tier => state.push_str(&format!(" backup tier {tier}")),
     }
     if backend.registered {
         state.push_str(" registered");

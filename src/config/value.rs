@@ -7,7 +7,9 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use tidegate_core::model::{OnDown, OnRemoval, SIZE_UNITS, Words, show_duration, show_size};
+use tidegate_core::model::{
+    OnDown, OnRecover, OnRemoval, SIZE_UNITS, Words, show_duration, show_size,
+};
 
 /// An error in a value, and its correction.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -245,6 +247,14 @@ pub(super) fn on_removal(text: &str) -> Result<OnRemoval, ValueError> {
         None => Err(ValueError::new(format!("{} is not a known value", shown(text)))
             .help("write \"keep\" or \"close-after 30s\"")),
     }
+}
+
+/// Parses `keep` or `close-after DURATION`.
+pub(super) fn on_recover(text: &str) -> Result<OnRecover, ValueError> {
+    on_removal(text).map(|rule| match rule {
+        OnRemoval::Keep => OnRecover::Keep,
+        OnRemoval::CloseAfter(time) => OnRecover::CloseAfter(time),
+    })
 }
 
 /// Parses `keep`, `reset` or `close-after DURATION`.

@@ -44,6 +44,9 @@ pub enum Cause {
     BackendRemoved,
     /// Its backend was down or had lost its role, and the time of `on_down` expired.
     BackendDown,
+    /// Its backend is a backup that a lower tier has replaced, and the time of `on_recover`
+    /// expired.
+    BackupReleased,
     /// An operator closed it.
     ClosedByOperator,
     /// An operator reset it.
@@ -179,6 +182,7 @@ impl Cause {
             | Cause::IdleTimeout
             | Cause::SessionMax
             | Cause::HalfClosedTimeout
+            | Cause::BackupReleased
             | Cause::ClosedByOperator => undelivered == 0,
             _ => false,
         }
@@ -193,7 +197,7 @@ impl Cause {
     pub const COUNT: usize = Cause::ALL.len();
 
     /// Every cause, in numeric order.
-    pub const ALL: [Cause; 30] = [
+    pub const ALL: [Cause; 31] = [
         Cause::Finished,
         Cause::ClientReset,
         Cause::BackendReset,
@@ -212,6 +216,7 @@ impl Cause {
         Cause::DrainDeadline,
         Cause::BackendRemoved,
         Cause::BackendDown,
+        Cause::BackupReleased,
         Cause::ClosedByOperator,
         Cause::ResetByOperator,
         Cause::LocalResource,
@@ -247,6 +252,7 @@ impl Cause {
             Cause::DrainDeadline => "drain-deadline",
             Cause::BackendRemoved => "backend-removed",
             Cause::BackendDown => "backend-down",
+            Cause::BackupReleased => "backup-released",
             Cause::ClosedByOperator => "closed-by-operator",
             Cause::ResetByOperator => "reset-by-operator",
             Cause::LocalResource => "local-resource",
@@ -275,6 +281,7 @@ impl Cause {
             Cause::DrainDeadline => "drain_timeout",
             Cause::BackendRemoved => "on_removal",
             Cause::BackendDown => "on_down",
+            Cause::BackupReleased => "on_recover",
             Cause::ProxyHeaderTimeout => "proxy_protocol.timeout",
             _ => "",
         }
@@ -419,6 +426,7 @@ pub fn code(cause: Cause, phase: Phase) -> [u8; 2] {
         | Cause::ProxyHeaderTimeout => b'c',
         Cause::DrainDeadline | Cause::ClosedByOperator | Cause::ResetByOperator => b'K',
         Cause::BackendRemoved | Cause::BackendDown => b'D',
+        Cause::BackupReleased => b'U',
         Cause::LocalResource => b'R',
         Cause::Denied
         | Cause::SourceConnections

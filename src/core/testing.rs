@@ -7,8 +7,8 @@ use crate::decision::{Decision, Figures, Outcome, SkippedList, Why};
 use crate::model::{
     AccessLogTarget, Admin, AdminListen, BackendId, Backups, Bind, ClientAddr, Config, DnsConfig,
     EngineChoice, FrontendConfig, FrontendId, HASH_SLOTS, Log, LogFormat, LogLevel, LogTarget,
-    OnDown, OnRemoval, PeerAddr, Policy, PoolConfig, ProcessConfig, Sandbox, SyslogFacility,
-    WhenNoneEligible,
+    OnDown, OnRecover, OnRemoval, PeerAddr, Policy, PoolConfig, ProcessConfig, Sandbox,
+    SyslogFacility, Tiers, WhenNoneEligible,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +28,8 @@ pub fn pool(name: &str) -> PoolConfig {
         connect_attempts: 3,
         when_none_eligible: WhenNoneEligible::Refuse,
         backups: Backups::All,
+        tiers: Tiers::Strict,
+        on_recover: OnRecover::Keep,
         startup_grace: Duration::from_secs(5),
         on_removal: OnRemoval::Keep,
         on_down: OnDown::Keep,
@@ -121,6 +123,8 @@ pub fn decision(session: u64) -> Decision {
         why: Why::Draw,
         chosen: Some(BackendId(session as u32)),
         candidates: session as u32,
+        tier: session as u8 % 10,
+        spilled: false,
         figures: Figures::Turn { position: session, period: session },
         skipped: SkippedList::EMPTY,
         attempt: 1,

@@ -98,8 +98,8 @@ impl Control {
             }
             ControlEffect::Notice(notice) => self.telemetry.log_notice(&notice),
             ControlEffect::Verdict(verdict) => self.log_verdict(&verdict),
-            // The new process knows the state of backends, and orders the reset.
-            ControlEffect::ResetSessions(_, Cause::BackendDown)
+            // The new process knows the state of backends, and orders the end of sessions.
+            ControlEffect::ResetSessions(_, Cause::BackendDown | Cause::BackupReleased)
                 if self.upgrades.handed_over() && !self.upgrades.is_stepping_down() => {}
             ControlEffect::ResetSessions(backend, cause) => self.reset_sessions(backend, cause),
         }

@@ -21,14 +21,15 @@ use crate::resolver::{
     ServiceOutcome, ServiceRecord, ServiceSet, no_records,
 };
 use crate::tell::Teller;
-use std::collections::{BTreeMap, HashMap};
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::control::MEMBERS_MAX;
 use tidegate_core::discovery::labels::MemberLabels;
 use tidegate_core::discovery::{Announced, SourceFailure, Told, Unreadable, WholeSet, Wish};
-use tidegate_core::model::{NameQuestion, NameRecord, WEIGHT_MAX};
+use tidegate_core::model::{NameQuestion, NameRecord, TIER_MAX, WEIGHT_MAX};
 use tidegate_net::clock;
 use tokio::time::sleep_until;
 
@@ -102,7 +103,7 @@ async fn addresses(
         for address in set.take(&answer) {
             // The configuration requires a port.
             let address = SocketAddr::new(address, question.port.unwrap_or_default());
-            set.add(member(address, None, false));
+            set.add(member(address, None, 0));
         }
         set
     };
@@ -159,9 +160,9 @@ async fn targets(
             AddressOutcome::NoName | AddressOutcome::Nothing => set.unreadable += 1,
         }
         let port = question.port.unwrap_or(record.port);
-        let (weight, backup) = scale.of_record(record);
+        let (weight, tier) = scale.of_record(record);
         for address in set.take(&answer) {
-            set.add(member(SocketAddr::new(address, port), Some(weight), backup));
+            set.add(member(SocketAddr::new(address, port), Some(weight), tier));
         }
     }
     if records.is_empty() || !set.members.is_empty() {
@@ -175,10 +176,10 @@ async fn targets(
     round
 }
 
-fn member(address: SocketAddr, weight: Option<u16>, backup: bool) -> Announced {
+fn member(address: SocketAddr, weight: Option<u16>, tier: u8) -> Announced {
     let name: Arc<str> = address.to_string().into();
     let (wish, raw, labels) = (Wish::Sessions, "".into(), MemberLabels::default());
-    Announced { name, address, weight, backup, wish, raw, labels }
+    Announced { name, address, weight, tier, wish, raw, labels }
 }
 
 // === impl NameRound ===
@@ -215,9 +216,9 @@ impl NamedMembers {
         }
     }
 
-    /// Adds a member. Of two with one address, the primary counts, then the larger weight.
+    /// Adds a member. Of two with one address, the lower tier counts, then the larger weight.
     fn add(&mut self, member: Announced) {
-        let rank = |member: &Announced| (!member.backup, member.weight);
+        let rank = |member: &Announced| (Reverse(member.tier), member.weight);
         let known = self.members.get(&member.address);
         if known.is_none_or(|known| rank(known) < rank(&member)) {
             self.members.insert(member.address, member);
@@ -241,34 +242,34 @@ impl NamedMembers {
 
 /// Weights of SRV records: relative to each other within one priority (RFC 2782).
 struct ServiceScale {
-    /// The priority whose members serve; the others are backups.
-    lowest: u16,
-    /// The largest weight of each priority.
-    largest: HashMap<u16, u16>,
+    /// The largest weight of each priority. The rank of a priority is the tier of its members.
+    largest: BTreeMap<u16, u16>,
 }
 
 // === impl ServiceScale ===
 
 impl ServiceScale {
     fn of(records: &[&ServiceRecord]) -> ServiceScale {
-        let mut largest = HashMap::new();
+        let mut largest = BTreeMap::new();
         for record in records {
             let weight = largest.entry(record.priority).or_insert(record.weight);
             *weight = record.weight.max(*weight);
         }
-        ServiceScale { lowest: largest.keys().copied().min().unwrap_or_default(), largest }
+        ServiceScale { largest }
     }
 
-    /// Returns the weight, 1..=1000, and whether the record is a backup. Weights above 1000
-    /// are scaled down together. Weight 0 becomes 1, because a member cannot have 0.
-    fn of_record(&self, record: &ServiceRecord) -> (u16, bool) {
+    /// Returns the weight, 1..=1000, and the tier. Weights above 1000 are scaled down
+    /// together. Weight 0 becomes 1, because a member cannot have 0. From the tenth priority
+    /// on, all have the highest tier.
+    fn of_record(&self, record: &ServiceRecord) -> (u16, u8) {
         let largest = self.largest.get(&record.priority).copied().unwrap_or_default();
         let scaled = match largest > WEIGHT_MAX {
             true => u32::from(record.weight) * u32::from(WEIGHT_MAX) / u32::from(largest),
             false => u32::from(record.weight),
         };
         let weight = u16::try_from(scaled).unwrap_or(WEIGHT_MAX).max(1);
-        (weight, record.priority != self.lowest)
+        let rank = self.largest.range(..record.priority).count();
+        (weight, u8::try_from(rank).unwrap_or(TIER_MAX).min(TIER_MAX))
     }
 }
 

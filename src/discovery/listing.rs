@@ -29,6 +29,7 @@ use tidegate_core::control::MEMBERS_MAX;
 use tidegate_core::discovery::labels::MemberLabels;
 use tidegate_core::discovery::view::canonical;
 use tidegate_core::discovery::{Announced, Wish};
+use tidegate_core::model::TIER_MAX;
 
 /// Longest name of a member, in bytes.
 pub const LISTED_NAME_BYTES_MAX: usize = 128;
@@ -123,8 +124,8 @@ struct ListedKeys {
     weight: Option<ListedWeight>,
     #[serde(default)]
     state: ListedState,
-    #[serde(default)]
-    backup: bool,
+    backup: Option<bool>,
+    tier: Option<ListedTier>,
     #[serde(default)]
     labels: ListedLabels,
 }
@@ -145,6 +146,11 @@ struct ListedName(Arc<str>);
 #[derive(Debug, Deserialize)]
 #[serde(try_from = "u64")]
 struct ListedWeight(u16);
+
+/// 0..=[`TIER_MAX`].
+#[derive(Debug, Deserialize)]
+#[serde(try_from = "u64")]
+struct ListedTier(u8);
 
 /// Labels; each is checked.
 #[derive(Debug, Default)]
@@ -216,13 +222,16 @@ impl<'de> Visitor<'de> for EntryVisitor {
             name: None,
             weight: None,
             state: ListedState::Ready,
-            backup: false,
+            backup: None,
+            tier: None,
             labels: ListedLabels::default(),
         })
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<ListedKeys, A::Error> {
-        ListedKeys::deserialize(de::value::MapAccessDeserializer::new(map))
+        let keys = ListedKeys::deserialize(de::value::MapAccessDeserializer::new(map))?;
+        keys.check_tier().map_err(de::Error::custom)?;
+        Ok(keys)
     }
 }
 
@@ -277,6 +286,15 @@ impl TryFrom<u64> for ListedWeight {
     }
 }
 
+impl TryFrom<u64> for ListedTier {
+    type Error = String;
+
+    fn try_from(number: u64) -> Result<ListedTier, String> {
+        let tier = u8::try_from(number).ok().filter(|tier| *tier <= TIER_MAX);
+        tier.map(ListedTier).ok_or_else(|| format!("tier {number} is larger than {TIER_MAX}"))
+    }
+}
+
 impl<'de> Deserialize<'de> for ListedLabels {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<ListedLabels, D::Error> {
         deserializer.deserialize_map(LabelsVisitor)
@@ -328,6 +346,17 @@ fn shared_word(word: &'static str) -> Arc<str> {
 }
 
 impl ListedKeys {
+    /// `backup` is a tier of 1, and `tier` must not contradict it.
+    fn check_tier(&self) -> Result<(), String> {
+        match (&self.tier, self.backup) {
+            (Some(ListedTier(tier)), Some(backup)) if *tier != u8::from(backup) => Err(format!(
+                "tier {tier} contradicts backup {backup}, which is tier {}",
+                u8::from(backup)
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// The name is the entry's own, else `default`, else the address.
     fn announced(self, default: Option<&str>) -> Announced {
         let address = self.address.0;
@@ -338,8 +367,9 @@ impl ListedKeys {
             (None, None) => address.to_string().into(),
         };
         let weight = self.weight.map(|weight| weight.0);
-        let (backup, labels) = (self.backup, self.labels.0);
-        Announced { name, address, weight, backup, wish, raw, labels }
+        let backup = u8::from(self.backup.unwrap_or(false));
+        let (tier, labels) = (self.tier.map_or(backup, |tier| tier.0), self.labels.0);
+        Announced { name, address, weight, tier, wish, raw, labels }
     }
 }
 

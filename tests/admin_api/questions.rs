@@ -73,7 +73,7 @@ fn pool(name: &str, balance: Policy, backends: &[&str]) -> PoolConfig {
         name: (*name).into(),
         address: BackendAddr::Tcp(([127, 0, 0, 1], port).into()),
         weight: 1,
-        backup: false,
+        tier: 0,
         connections_max: 0,
     };
     let backends = backends.iter().zip(1..).map(backend).collect();

@@ -40,7 +40,7 @@ fn pool_can_have_names_only_and_keeps_the_kinds_of_backends_apart() {
     let named: Vec<_> = pool.named.iter().map(|it| (&*it.name, it.question.to_string())).collect();
     let wanted = [("pg", "DB.internal:5432"), ("srv:_pg._tcp.db", "srv:_pg._tcp.db")];
     assert_eq!(named[..2], wanted.map(|(name, question)| (name, question.to_owned())));
-    assert_eq!((named[2].0, pool.named[2].backup, pool.named[0].weight), ("db:80", true, 7));
+    assert_eq!((named[2].0, pool.named[2].tier, pool.named[0].weight), ("db:80", 1, 7));
     assert_eq!(pool.named[1].question.record, NameRecord::Srv);
     let only_names = parsed("[[pool.web.backend]]\naddress = \"db:80\"\n");
     assert!(only_names.pools[0].backends.is_empty());

@@ -35,7 +35,7 @@ fn random_backend(rng: &mut Rng, pool: usize, name: usize) -> BackendConfig {
         name: format!("b{name}").into(),
         address: BackendAddr::Tcp(([127, 0, 0, 1], port).into()),
         weight: rng.u16(1..=20),
-        backup: rng.u8(..4) == 0,
+        tier: [0, 0, 0, 1, 1, 3][rng.usize(..6)],
         connections_max: 0,
     }
 }

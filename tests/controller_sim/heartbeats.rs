@@ -55,7 +55,7 @@ pub(crate) fn heartbeat_config(rng: &mut Rng) -> Config {
     pool.backends.retain(|backend| backend.name.ends_with(['0', '1', '2']));
     pool.when_none_eligible = WhenNoneEligible::Refuse;
     for backend in &mut pool.backends {
-        backend.backup = false;
+        backend.tier = 0;
         let number = u16::from(backend.name.as_bytes()[1] - b'0');
         backend.address = BackendAddr::Tcp(([127, 0, 0, 1], 2000 + number).into());
     }

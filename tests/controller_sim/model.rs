@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tidegate_core::control::{ProbeToken, REMOVED_INTENTS_FOR};
 use tidegate_core::health::{Intent, Observation};
-use tidegate_core::model::WhenNoneEligible;
 use tidegate_core::model::{
     BackendAddr, BackendConfig, Config, EjectionSpec, OnRemoval, PoolConfig, ProbeSpec,
 };
+use tidegate_core::model::{TIER_MAX, WhenNoneEligible};
 use tidegate_core::table::state::{BackendId, BackendState};
 
 /// Constants that the controller documents.
@@ -241,22 +241,23 @@ impl ModelPool {
             self.backends.iter().filter(wanted).map(|b| b.id).collect()
         };
         let probed = self.probed();
-        let primaries = tier(&|b| !b.spec.backup && b.eligible(probed));
         let try_only =
             |id: &BackendId| self.backends.iter().any(|b| b.id == *id && b.trial.is_some());
-        if !primaries.is_empty() && !primaries.iter().all(try_only) {
-            return primaries;
+        let mut serving = Vec::new();
+        for number in 0..=TIER_MAX {
+            serving.extend(tier(&|b| b.spec.tier == number && b.eligible(probed)));
+            if !serving.iter().all(try_only) {
+                break;
+            }
         }
-        let mut backups = primaries;
-        backups.extend(tier(&|b| b.spec.backup && b.eligible(probed)));
-        if !backups.is_empty() {
-            return backups;
+        if !serving.is_empty() {
+            return serving;
         }
         if let Some((_, stand_ins)) = self.settling.as_ref().filter(|(_, ids)| !ids.is_empty()) {
             return stand_ins.clone();
         }
         if self.spec.when_none_eligible != WhenNoneEligible::TryAll {
-            return backups;
+            return serving;
         }
         tier(&|b| b.intent == Intent::Ready)
     }

@@ -2,7 +2,7 @@
 //!
 //! Called by `explain`. It prints the document's facts and computes nothing.
 
-use super::sentences::{Tense, backend, name, number, skipped, why};
+use super::sentences::{PickedTier, Tense, backend, name, number, skipped, why};
 use super::short;
 use crate::table::{cell_text, plural};
 use std::fmt::Write;
@@ -14,6 +14,7 @@ use tidegate_api::decision::{
 use tidegate_api::names::{
     CauseName, PolicyName, RouteConditionName, SkipReasonName, WaitName, WhyName,
 };
+use tidegate_api::status::TierShareDoc;
 
 /// Shares that the text names; it counts the others.
 const SHARES_SHOWN: usize = 8;
@@ -170,6 +171,11 @@ fn route(route: &RouteDoc, forecast: &ForecastDocument) -> String {
 fn pool_step(pool: &PoolStepDoc) -> String {
     let candidates = plural(pool.candidates, "backend");
     let mut text = format!("{}: {} over {candidates}.", cell_text(&pool.name), pool.policy);
+    if let shares @ [_, _, ..] = &*pool.tier_shares {
+        let share = |one: &TierShareDoc| format!("tier {} {}%", one.tier, one.percent);
+        let shares: Vec<String> = shares.iter().map(share).collect();
+        let _ = write!(text, " Shares of the tiers: {}.", shares.join(", "));
+    }
     if let Some(passed) = skipped(&pool.skipped, pool.skipped_total) {
         let _ = write!(text, " Not available: {passed}.");
     }
@@ -180,7 +186,8 @@ fn pool_step(pool: &PoolStepDoc) -> String {
 }
 
 fn pick_step(pick: &PickDoc, policy: Option<&PolicyName>) -> String {
-    let reason = why(&pick.why, policy, &pick.figures, None, Tense::Present);
+    let tier = PickedTier { tier: pick.tier, spills: pick.spills };
+    let reason = why(&pick.why, policy, &pick.figures, None, tier, Tense::Present);
     let mut text = format!("{} {reason}.", name(&pick.backend));
     if pick.shares.len() > 1 {
         let share = |share: &tidegate_api::decision::ShareDoc| {

@@ -19,6 +19,13 @@ pub(super) enum Tense {
     Present,
 }
 
+/// Tier of the picked backend, and whether sessions spill over several.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct PickedTier {
+    pub(super) tier: u8,
+    pub(super) spills: bool,
+}
+
 /// Returns `pool/name (address)`.
 pub(super) fn backend(backend: &BackendRefDoc) -> String {
     match backend.address.is_empty() {
@@ -49,6 +56,7 @@ pub(super) fn why(
     policy: Option<&PolicyName>,
     figures: &FiguresDoc,
     waited_seconds: Option<f64>,
+    tier: PickedTier,
     tense: Tense,
 ) -> String {
     let past = tense == Tense::Past;
@@ -83,9 +91,24 @@ pub(super) fn why(
                  (when_none_eligible = \"try-all\")"
             )
         }
-        WhyName::Backup => format!("{was} picked as a backup because no primary {was} eligible"),
+        WhyName::Backup => backup(tier, was),
         WhyName::Sticky => format!("{was} picked by an entry of the session table"),
         WhyName::Other(other) => format!("{was} picked ({})", cell_text(other)),
+    }
+}
+
+fn backup(tier: PickedTier, was: &str) -> String {
+    let PickedTier { tier, spills } = tier;
+    match (tier, spills) {
+        (_, true) => format!(
+            "{was} picked as a backup because the lower tiers {} carry only a part of the sessions \
+             (tier {tier}, tiers = \"spill\")",
+            if was == "was" { "could" } else { "can" }
+        ),
+        (0 | 1, false) => format!("{was} picked as a backup because no primary {was} eligible"),
+        (_, false) => format!(
+            "{was} picked as a backup because no backend of a lower tier {was} eligible (tier {tier})"
+        ),
     }
 }
 
@@ -279,7 +302,8 @@ mod tests {
             "by-mood",
         ];
         let sentence = |name: &&str, tense| {
-            why(&WhyName::from(*name), None, &FiguresDoc::None, Some(1.25), tense)
+            let tier = PickedTier::default();
+            why(&WhyName::from(*name), None, &FiguresDoc::None, Some(1.25), tier, tense)
         };
         let past: Vec<_> = names.iter().map(|name| sentence(name, Tense::Past)).collect();
         expect![[r#"
@@ -330,8 +354,10 @@ mod tests {
             (WhyName::Draw, FiguresDoc::Other),
         ];
         let policy = Some(&PolicyName::TwoChoices);
-        let text: Vec<_> =
-            all.iter().map(|(one, figures)| why(one, policy, figures, None, Tense::Past)).collect();
+        let text: Vec<_> = all
+            .iter()
+            .map(|(one, figures)| why(one, policy, figures, None, tier, Tense::Past))
+            .collect();
         expect![[r#"
             was next in turn (position 3 of 101)
             had the lower load of two random backends (1 session, weight 2; web/b: 5 sessions, weight 2)

@@ -2,7 +2,7 @@
 //!
 //! Called by `explain`. It prints the document's facts and computes nothing.
 
-use super::sentences::{Tense, backend, failure, number, skipped, why};
+use super::sentences::{PickedTier, Tense, backend, failure, number, skipped, why};
 use super::short;
 use crate::table::{cell_text, plural};
 use std::fmt::Write;
@@ -62,7 +62,8 @@ fn attempt(decision: &DecisionDoc, route: Option<u8>) -> String {
         (Some(chosen), _) => {
             let waited = decision.waited_seconds;
             let policy = decision.policy.as_ref();
-            let reason = why(&decision.why, policy, &decision.figures, waited, Tense::Past);
+            let tier = PickedTier { tier: decision.tier, spills: decision.spilled };
+            let reason = why(&decision.why, policy, &decision.figures, waited, tier, Tense::Past);
             let _ = write!(text, "{} {reason}.", backend(chosen));
         }
         (None, Some(pool)) => {

@@ -8,7 +8,7 @@ use DefaultValue::{Derived, Described, Required, Value};
 use Values::{Flag, Form, Integer, Share, Time, WordOrTime, Words};
 use tidegate_core::model::{
     Backups, DnsProbeCode, DnsProbeRecord, DnsProbeTransport, HttpVersion, NodeRole, Policy,
-    ProbeHeader, ProxyVersion, WhenNoneEligible,
+    ProbeHeader, ProxyVersion, Tiers, WhenNoneEligible,
 };
 
 pub(super) const POOL: &[ConfigKey] = &[
@@ -89,8 +89,18 @@ pub(super) const POOL: &[ConfigKey] = &[
         Words(words::<Backups>),
         Value("\"all\""),
         Reload,
-        "Which backends with `backup = true` serve while no other backend is eligible: `\"all\"` \
-         that are eligible, or `\"one\"`, the first one in the order of the pool.",
+        "Which backups serve while no backend of a lower tier is eligible: `\"all\"` that are \
+         eligible and have the lowest tier, or `\"one\"`, the first of these in the order of the \
+         pool.",
+    ),
+    key(
+        "tiers",
+        Words(words::<Tiers>),
+        Value("\"strict\""),
+        Reload,
+        "`\"strict\"`: the lowest [tier](balancing.md#tiers) with an eligible backend serves alone. \
+         `\"spill\"`: a tier gets 1.4 times the share of its backends that are eligible, at most \
+         100% of the new sessions, and the next tier gets the rest.",
     ),
     key(
         "startup_grace",
@@ -116,6 +126,15 @@ pub(super) const POOL: &[ConfigKey] = &[
         "What happens to the sessions of a backend that is [down](failover.md), or has lost the \
          `role` of the pool. `\"keep\"`: they continue; `\"reset\"`: they are reset at once; \
          `\"close-after 5s\"`: they are reset after 5 s, unless the backend has recovered.",
+    ),
+    key(
+        "on_recover",
+        WordOrTime("keep", "close-after ", "1ms", "30d"),
+        Value("\"keep\""),
+        Reload,
+        "What happens to the sessions of backups when a lower tier [serves \
+         again](failover.md#when-a-lower-tier-returns). `\"keep\"`: they continue; \
+         `\"close-after 10s\"`: they are closed after 10 s, unless the backups serve again.",
     ),
     key(
         "proxy_protocol",
@@ -495,7 +514,20 @@ pub(super) const BACKEND: &[ConfigKey] = &[
         Reload,
         "Share of new sessions, relative to the other backends.",
     ),
-    key("backup", Flag, Value("false"), Reload, "Used only while no other backend is eligible."),
+    key(
+        "backup",
+        Flag,
+        Value("false"),
+        Reload,
+        "`true`: the same as `tier = 1`. The backend stands by for those of tier 0.",
+    ),
+    key(
+        "tier",
+        Integer(0, 9),
+        Value("0"),
+        Reload,
+        "[Tier](balancing.md#tiers) of the backend. Backends of the lowest tier serve first.",
+    ),
     key(
         "enabled",
         Flag,

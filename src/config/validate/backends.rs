@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use toml::Spanned;
 
-use super::CONNECTIONS_MAX;
+use super::{CONNECTIONS_MAX, tiers};
 use crate::Spot;
 use crate::address::{self, BackendPlace};
 use crate::file::{Field, Section};
@@ -51,10 +51,10 @@ pub(super) fn read(pool: &Section<'_, '_>, pool_name: &str, may_be_empty: bool) 
         let help = "a pool needs a backend; to keep one out of rotation, drain it";
         pool.report.error(pool.header.clone(), ValueError::new(message).help(help));
     }
-    let backups = read.backends.iter().map(|backend| backend.backup);
-    let mut backups = backups.chain(read.named.iter().map(|named| named.backup)).peekable();
+    let tiers = read.backends.iter().map(|backend| backend.tier);
+    let mut tiers = tiers.chain(read.named.iter().map(|named| named.tier)).peekable();
     // A source can announce primaries.
-    if !may_be_empty && backups.peek().is_some() && backups.all(|backup| backup) {
+    if !may_be_empty && tiers.peek().is_some() && tiers.all(|tier| tier > 0) {
         let message = format!("every backend of pool {} is a backup", shown(pool_name));
         pool.report.warning(pool.header.clone(), ValueError::new(message));
     }
@@ -86,7 +86,7 @@ fn backend(section: Section<'_, '_>, pool: &str, seen: &mut SeenBackends, read: 
     }
     let enabled = section.boolean("enabled").or(true);
     let weight = section.integer("weight", 1..=WEIGHT_MAX).or(1);
-    let backup = section.boolean("backup").or(false);
+    let tier = tiers::of_backend(&section);
     let connections_max = section.integer("connections_max", 0..=CONNECTIONS_MAX);
     section.report.limit("connections_max of this backend", &connections_max);
     let connections_max = connections_max.or(0);
@@ -106,19 +106,13 @@ fn backend(section: Section<'_, '_>, pool: &str, seen: &mut SeenBackends, read: 
         match address {
             _ if !enabled => {}
             BackendPlace::Address(address) => {
-                read.backends.push(BackendConfig {
-                    name,
-                    address,
-                    weight,
-                    backup,
-                    connections_max,
-                });
+                read.backends.push(BackendConfig { name, address, weight, tier, connections_max });
                 read.address_places.push(place);
             }
             BackendPlace::Name(question) => {
                 let key = SourceKey { pool: pool.into(), backend: Some(Arc::clone(&name)) };
                 section.report.keep(Spot::MemberSource(key), Some(place.clone()));
-                let named = NamedBackend { name, question, weight, backup, connections_max };
+                let named = NamedBackend { name, question, weight, tier, connections_max };
                 read.named.push(named);
                 read.name_places.push(place);
             }

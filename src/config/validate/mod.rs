@@ -23,6 +23,7 @@ mod proxy_protocol;
 mod registry;
 mod routes;
 mod sources;
+mod tiers;
 
 pub(super) use discover::{
     FIRST_WAIT, INTERVAL, MAX_STALE, RecordKey, SourceKindKey, default_prefix, record_of,

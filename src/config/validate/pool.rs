@@ -12,14 +12,15 @@ use toml::de::DeValue;
 use super::backends::{self, BackendsRead};
 use super::discover::{self, KnownRegistries};
 use super::probe::ProbedBackends;
-use super::{POOL_SOURCES_MAX, follow, frontend, heartbeat, probe, proxy_protocol};
+use super::{POOL_SOURCES_MAX, follow, frontend, heartbeat, probe, proxy_protocol, tiers};
 use crate::defaults::Defaults;
 use crate::file::{Field, NamedSection, Section};
 use crate::value::{self, SLOW_FIRST_BYTE, SLOW_START, TIME, ValueError, shown};
 use crate::{NamedFiles, Spot, address};
 use tidegate_core::model::{
-    BackendAddr, BackendConfig, Backups, DnsConfig, EjectionSpec, HASH_SLOTS, OnDown, OnRemoval,
-    Policy, PoolConfig, ProbeTarget, SourceAddr, ViewGuards, WhenNoneEligible, Words,
+    BackendAddr, BackendConfig, Backups, DnsConfig, EjectionSpec, HASH_SLOTS, OnDown, OnRecover,
+    OnRemoval, Policy, PoolConfig, ProbeTarget, SourceAddr, Tiers, ViewGuards, WhenNoneEligible,
+    Words,
 };
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -122,6 +123,8 @@ pub(super) fn read<'r, 'a>(
         startup_grace: section.duration("startup_grace", "5s", TIME).or(STARTUP_GRACE),
         on_removal: section.text("on_removal", "a string", value::on_removal).or(OnRemoval::Keep),
         on_down: section.text("on_down", "a string", value::on_down).or(OnDown::Keep),
+        tiers: Tiers::Strict,
+        on_recover: OnRecover::Keep,
         proxy_protocol: header,
         probe: probe.map(Arc::new),
         ejection: ejection(&section, name),
@@ -133,6 +136,7 @@ pub(super) fn read<'r, 'a>(
     };
     let queue_timeout = section.duration("queue_timeout", "5s", TIME);
     model.queue_timeout = queue_timeout.or(model.default_queue_timeout());
+    tiers::of_pool(&section, &mut model);
     warn_of_idle_keys(&section, &model);
     let without_max = section.key_place("queue_max").is_none();
     let queue_timeout = section.key_place("queue_timeout").filter(|_| without_max);
@@ -256,12 +260,10 @@ fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &PoolConfig) {
             idle("on_down", none());
         }
     }
-    let registers = model.heartbeat.as_ref().is_some_and(|spec| spec.register);
-    let others_join = registers || model.discover.is_some() || !model.named.is_empty();
-    if others_join || model.backends.is_empty() {
+    if others_join(model) || model.backends.is_empty() {
         return;
     }
-    if model.backups == Backups::One && !model.backends.iter().any(|backend| backend.backup) {
+    if model.backups == Backups::One && !model.backends.iter().any(|backend| backend.tier > 0) {
         idle("backups", "the pool has no backups".to_owned());
     }
     for v4 in [true, false] {
@@ -277,6 +279,12 @@ fn warn_of_idle_keys(pool: &Section<'_, '_>, model: &PoolConfig) {
             idle("source", format!("{source} needs a backend with an {family} address"));
         }
     }
+}
+
+/// Whether heartbeats, names or a source can bring members.
+pub(super) fn others_join(model: &PoolConfig) -> bool {
+    let registers = model.heartbeat.as_ref().is_some_and(|spec| spec.register);
+    registers || model.discover.is_some() || !model.named.is_empty()
 }
 
 /// Reads the source addresses.

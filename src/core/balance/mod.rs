@@ -1,7 +1,7 @@
 //! Picking a backend: all policies, weighted and lock-free.
 //!
-//! `core::table::build` builds a [`Balancer`] for one tier of a pool. Workers call
-//! [`Balancer::pick`] through the table they loaded. A balancer is immutable except for
+//! `core::table::build` builds a [`Balancer`] for one tier of a pool, and [`tiered`] combines
+//! those of several tiers. Workers call [`Balancer::pick`] through the table they loaded. A balancer is immutable except for
 //! atomics. It does no I/O, reads no clock and generates no randomness: the caller
 //! passes random bits in.
 //!
@@ -32,6 +32,7 @@ mod scan;
 mod slow_start;
 mod smooth_sequence;
 mod source_hash;
+pub mod tiered;
 pub mod trial;
 mod two_choices;
 

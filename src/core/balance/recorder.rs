@@ -132,6 +132,17 @@ impl PickRecord {
         self.more = 0;
     }
 
+    /// Adds the notes of a later pick among candidates whose indices begin at `first`. Its
+    /// figures replace those before.
+    pub(super) fn append(&mut self, other: PickRecord, first: usize) {
+        let figures = other.figures.map(|figures| figures.named(|index| Some(first + index)));
+        self.figures = figures.or(self.figures);
+        self.more = self.more.saturating_add(other.more);
+        for (index, reason) in other.noted {
+            self.note(first + index, reason);
+        }
+    }
+
     /// The pick has ended. A chosen candidate was not passed over, whatever an earlier look
     /// found. Tried candidates were, also if the pick met none of them.
     pub(super) fn finish(&mut self, chosen: Option<usize>, tried: impl Iterator<Item = usize>) {

@@ -17,6 +17,9 @@
 //! 6. If the candidate is at its cap or was tried, alternative n uses seed [`SEED`] +
 //!    n, for n from 1 to 16. After that the sorted candidates follow in turn, starting
 //!    at the XXH3-64 (seed [`SEED`]) mod their number.
+//! 7. While sessions spill over tiers, each tier has a table of its own. The XXH3-64 of the
+//!    client with seed [`TIER_SEED`], mod 100, is its place in the shares of the tiers, which
+//!    are per cents in the order of the tiers.
 
 use super::Candidate;
 use super::maglev::Preference;
@@ -29,6 +32,10 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 /// "tidegate" in ASCII. A constant, so that all machines compute the same table.
 const SEED: u64 = 0x7469_6465_6761_7465;
+
+/// "tidetier" in ASCII. Another seed than [`SEED`], so that the tier of a client tells nothing
+/// about its slot.
+const TIER_SEED: u64 = 0x7469_6465_7469_6572;
 
 /// Alternatives that are hashed before the candidates are tried in turn.
 const ALTERNATIVES_MAX: u64 = 16;
@@ -122,9 +129,18 @@ impl SourceHash {
     }
 }
 
+/// Returns the client's place in the shares of tiers, below 100.
+pub(super) fn per_cent(client: IpAddr) -> u64 {
+    seeded(client, TIER_SEED) % 100
+}
+
 #[inline]
 fn hash(client: IpAddr, alternative: u64) -> u64 {
-    let seed = SEED.wrapping_add(alternative);
+    seeded(client, SEED.wrapping_add(alternative))
+}
+
+#[inline]
+fn seeded(client: IpAddr, seed: u64) -> u64 {
     match client.to_canonical() {
         IpAddr::V4(v4) => xxh3_64_with_seed(&v4.octets(), seed),
         IpAddr::V6(v6) => xxh3_64_with_seed(&v6.octets(), seed),

@@ -10,6 +10,7 @@ use super::heartbeats::reported::BackendHeartbeats;
 use super::history::TransitionHistory;
 use super::members::{MemberSource, Origins};
 use super::on_down::SessionsLeave;
+use super::on_recover::ReleasedBackup;
 use super::pools::{PoolEntry, PoolId};
 use super::publish::BackendTableState;
 use super::views::verification::Verification;
@@ -72,6 +73,8 @@ pub(super) struct BackendEntry {
     pub(super) observed_since: Instant,
     /// Its sessions leave it, by `on_down`.
     pub(super) sessions_leave: Option<SessionsLeave>,
+    /// A lower tier has replaced it, in a pool with `on_recover`.
+    pub(super) released: Option<ReleasedBackup>,
     /// The slow start.
     pub(super) ramp: Option<Ramp>,
     /// Share that the slow start has reached, in percent.
@@ -247,6 +250,7 @@ impl BackendEntry {
             verification: None,
             observed_since: now,
             sessions_leave: None,
+            released: None,
             ramp: None,
             ramp_share: 100,
             served: false,

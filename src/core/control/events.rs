@@ -114,8 +114,8 @@ pub enum ControlEffect {
     Verdict(DetectorVerdict),
     /// A backend accepts more sessions than before under the same table: wake the queues.
     SlotsFreed,
-    /// Reset every session of this backend, with this cause: its removal grace or the time of
-    /// `on_down` has ended. Repeated, because a session can connect after the first reset.
+    /// End every session of this backend, with this cause: its removal grace, or the time of
+    /// `on_down` or `on_recover` has ended. Repeated, because a session can connect after the first reset.
     ResetSessions(BackendId, Cause),
 }
 

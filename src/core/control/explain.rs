@@ -15,9 +15,10 @@ use crate::health::probe_detector::ProbeState;
 use crate::health::recent::{RECENT, Recent};
 use crate::health::{ConnectFailure, LastProbe, LastProbes, Observation, Transition};
 use crate::model;
-use crate::model::{Backups, HeartbeatSpec, PoolId};
+use crate::model::{HeartbeatSpec, PoolId};
 use crate::suspicion::rejections::Rejection;
 use crate::suspicion::{ChannelState, PathView};
+use crate::table::tiers::TierRules;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -50,8 +51,10 @@ pub struct Explanation {
     pub last_probe: Option<LastProbe>,
     /// The last probes that have ended in this process.
     pub probes: LastProbes,
-    /// How many backups of the pool serve at once.
-    pub backups: Backups,
+    /// Which backups of the pool serve at once.
+    pub rules: TierRules,
+    /// The tiers that serve, each with its share of the new sessions in per cent.
+    pub tier_shares: Vec<(u8, u8)>,
     /// Rule in effect while no backend of the pool is eligible, as in
     /// [`PoolStatus`](super::PoolStatus); `None` if one is eligible.
     pub none_eligible: Option<&'static str>,
@@ -187,7 +190,8 @@ impl Controller {
             }),
             last_probe: entry.last_probe.as_deref().cloned(),
             probes: entry.probes.clone(),
-            backups: pool.spec.backups,
+            rules: TierRules::of(&pool.spec),
+            tier_shares: self.tier_shares(pool),
             none_eligible: self.none_eligible(entry, pool),
             last_resort: entry.published.is_last_resort(),
             heartbeat_spec: pool.spec.heartbeat.clone(),

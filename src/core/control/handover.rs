@@ -18,6 +18,7 @@ use super::{
     SavedIntent, SavedRole, SavedTransition, SavedViews,
 };
 use crate::balance::RoundRobinPosition;
+use crate::balance::tiered::TierBalancers;
 use crate::health::ejection::SavedEjectionState;
 use crate::health::slow_detector::SavedSlowDetector;
 use crate::health::{Intent, Observation};
@@ -101,8 +102,11 @@ pub struct SavedPool {
     pub name: String,
     /// The pool fails open; see `health`.
     pub open: bool,
-    /// Position of its round robin.
+    /// Position of the round robin of its lowest tier that serves.
     pub turn: Option<RoundRobinPosition>,
+    /// The positions of all tiers, if sessions spill over several.
+    #[serde(skip_serializing_if = "is_default")]
+    pub tier_turns: BTreeMap<u8, RoundRobinPosition>,
     /// Time since at least one backend is eligible.
     pub in_service_ms: Option<u64>,
     /// The pool has heartbeats: the saved state includes them and registered backends.
@@ -181,6 +185,9 @@ pub struct SavedBackend {
     /// Age of the combined observation.
     #[serde(skip_serializing_if = "is_default")]
     pub observed_ms: Option<u64>,
+    /// Time since a lower tier has replaced it, in a pool with `on_recover`.
+    #[serde(skip_serializing_if = "is_default")]
+    pub released_ms: Option<u64>,
     /// Oldest first.
     #[serde(skip_serializing_if = "is_default")]
     pub history: Vec<SavedTransition>,
@@ -303,10 +310,14 @@ impl Controller {
     fn save_pool(pool: &PoolEntry, table: Option<&Arc<PoolTable>>, now: Instant) -> SavedPool {
         let table = table.filter(|table| table.spec.name == pool.spec.name);
         let age = |since: Instant| millis(now.saturating_duration_since(since));
+        let balancer = table.and_then(|table| table.balancer.as_ref());
+        let spills = balancer.is_some_and(TierBalancers::spills);
+        let turns: Vec<_> = balancer.into_iter().flat_map(TierBalancers::positions).collect();
         SavedPool {
             name: pool.spec.name.to_string(),
             open: pool.startup == StartupGrace::FailingOpen || pool.verification.fails_open,
-            turn: table.and_then(|table| table.balancer.as_ref()?.round_robin_position()),
+            turn: turns.first().map(|(_, turn)| *turn),
+            tier_turns: turns.into_iter().filter(|_| spills).collect(),
             in_service_ms: pool.in_service_since.map(age),
             takes_heartbeats: pool.spec.heartbeat.is_some(),
             backends: Vec::with_capacity(pool.members().len()),
@@ -353,15 +364,27 @@ impl Controller {
         // A new process needs all backends in its table before it accepts sessions.
         self.state.pending.at_once = true;
         let effects = self.finish(now);
-        let turns: HashMap<&str, RoundRobinPosition> =
-            saved.pools.iter().filter_map(|pool| Some((&*pool.name, pool.turn?))).collect();
-        for pool in &self.publisher.table().pools {
-            if let (Some(turn), Some(balancer)) = (turns.get(&*pool.spec.name), &pool.balancer) {
-                balancer.resume_at(*turn);
-            }
-        }
+        self.resume_turns(saved);
         self.adopt_counts(saved);
         effects
+    }
+
+    /// Moves the round robins to the saved positions.
+    fn resume_turns(&self, saved: &Saved) {
+        let pools: HashMap<&str, &SavedPool> =
+            saved.pools.iter().map(|pool| (&*pool.name, pool)).collect();
+        for pool in &self.publisher.table().pools {
+            let (Some(saved), Some(balancer)) = (pools.get(&*pool.spec.name), &pool.balancer)
+            else {
+                continue;
+            };
+            if let (Some(turn), Some(lowest)) = (saved.turn, balancer.tiers().first()) {
+                lowest.balancer.resume_at(turn);
+            }
+            for (tier, turn) in &saved.tier_turns {
+                balancer.resume_at(*tier, *turn);
+            }
+        }
     }
 
     /// Restores the counts only, after sessions of the other process have ended.
@@ -448,6 +471,7 @@ impl Controller {
             if let Some(ms) = backend.observed_ms {
                 entry.observed_since = ago(now, ms);
             }
+            entry.adopt_released(backend.released_ms.map(|ms| ago(now, ms)));
             if is_watched {
                 entry.health.slow.restore(&backend.watch, now);
                 if entry.health.slow.is_suspect() {
@@ -558,6 +582,7 @@ fn save_backend(entry: &BackendEntry, history: usize, now: Instant) -> SavedBack
         heartbeats: entry.heartbeats.as_ref().map(|heartbeats| heartbeats.save(now)),
         requested_ms: age(entry.requested_since),
         observed_ms: Some(age(entry.observed_since)),
+        released_ms: entry.released_since().map(age),
         history: entry.history.save(history, now),
     }
 }

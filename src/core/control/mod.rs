@@ -13,7 +13,7 @@
 //! - **Rules**, as methods of `ControlState`: `probing` (when probes run),
 //!   `probe_results`, `ejections`, `trials`, `ramps` (slow start), `settling` (pools
 //!   without results after a start or reload), `on_down` (sessions of backends that are down),
-//!   `roles` (pools that follow others), `members` (the backends of a pool), `views` (what
+//!   `on_recover` (sessions of backups that no longer serve),   `roles` (pools that follow others), `members` (the backends of a pool), `views` (what
 //!   member sources list), `operator`, `intents` and `groups` (drains).
 //! - **Parts with their own state**, which borrow the `ControlState` for a call:
 //!   `heartbeats` (registration, silence), `slow_backends` (missing first bytes) and
@@ -37,6 +37,7 @@ mod intents;
 mod members;
 pub mod names;
 mod on_down;
+mod on_recover;
 mod operator;
 mod pools;
 mod probe_results;
@@ -310,6 +311,7 @@ impl Controller {
                 TimerKind::SettlingEnds(pool) => state.settled(pool),
                 TimerKind::ResetSessions(id) => state.reset_sessions(id),
                 TimerKind::CutSessions(id) => state.cut_sessions(id, now),
+                TimerKind::CloseReleased(id) => state.close_released(id, now),
                 TimerKind::CheckRemoved => state.check_removed(now),
                 TimerKind::Heartbeat(id) => heartbeats.check_heartbeat(state, id, now),
                 TimerKind::HeartbeatTtl(id) => heartbeats.heartbeat_ttl(state, id, now),
@@ -337,6 +339,7 @@ impl Controller {
             state.recheck_ejections(pool, now);
         }
         state.settle_sessions(now);
+        state.settle_released(now);
         state.settle_ramps(now);
         state.check_settling(now);
         if let Some(table) = self.publisher.publish(state, now) {

@@ -12,7 +12,7 @@ use super::publish::detached_build::DetachedBuild;
 use super::settling::PoolSettling;
 use super::views::verification::{PoolVerification, verifying};
 use crate::model;
-use crate::model::{BackendAddr, OnDown, ProbeSpec};
+use crate::model::{BackendAddr, OnDown, OnRecover, ProbeSpec, Tiers};
 use crate::suspicion::PathGuard;
 use crate::table::state::BackendId;
 use std::collections::{BTreeSet, HashMap};
@@ -42,6 +42,8 @@ pub(super) struct PoolSet {
     role: bool,
     /// Whether sessions leave a backend of any pool that is down.
     leaves: bool,
+    /// Whether sessions leave backups of any pool that no longer serve.
+    recovers: bool,
 }
 
 pub(super) use crate::model::PoolId;
@@ -64,8 +66,8 @@ pub(super) struct PoolEntry {
     /// Listed members that were ignored at the last merge.
     pub(super) ignored: IgnoredSet,
     pub(super) startup: StartupGrace,
-    /// Whether the file configures backups for the pool, or a member source can.
-    pub(super) has_backups: bool,
+    /// Whether the file configures a tier above 0 for the pool, or a member source can.
+    pub(super) has_tiers: bool,
     pub(super) full_noticed: Option<Instant>,
     /// Guard against many simultaneous suspicions.
     pub(super) guard: PathGuard,
@@ -111,6 +113,7 @@ impl PoolSet {
         self.settling += usize::from(pool.settling.is_some());
         self.role |= pool.spec.role.is_some();
         self.leaves |= pool.spec.on_down != OnDown::Keep;
+        self.recovers |= pool.spec.on_recover != OnRecover::Keep;
         self.list.push(pool);
     }
 
@@ -137,6 +140,11 @@ impl PoolSet {
     /// Whether sessions leave a backend of any pool that is down.
     pub(super) fn any_leaves(&self) -> bool {
         self.leaves
+    }
+
+    /// Whether sessions leave backups of any pool that no longer serve.
+    pub(super) fn any_recovers(&self) -> bool {
+        self.recovers
     }
 
     pub(super) fn get(&self, id: PoolId) -> Option<&PoolEntry> {
@@ -190,10 +198,12 @@ impl PoolSet {
     }
 
     /// Adds a backend to its pool. The table becomes outdated only when the backend is
-    /// eligible.
+    /// eligible, or if shares of tiers depend on the number of members.
     pub(super) fn add_member(&mut self, entry: &BackendEntry) {
-        if let Some(pool) = self.observe(entry.pool) {
-            pool.add(entry);
+        let Some(pool) = self.observe(entry.pool) else { return };
+        pool.add(entry);
+        if pool.spec.tiers == Tiers::Spill {
+            self.changed.insert(entry.pool);
         }
     }
 
@@ -224,7 +234,8 @@ impl PoolSet {
         {
             pool.addresses.remove(&address);
         }
-        if entry.published != Default::default() {
+        let counts = pool.spec.tiers == Tiers::Spill;
+        if counts || entry.published != Default::default() {
             self.changed.insert(entry.pool);
         }
     }
@@ -309,7 +320,7 @@ impl PoolEntry {
             settling: None,
             ignored: IgnoredSet::default(),
             startup,
-            has_backups: has_sources(spec) || spec.backends.iter().any(|backend| backend.backup),
+            has_tiers: has_sources(spec) || spec.backends.iter().any(|backend| backend.tier > 0),
             full_noticed: None,
             guard: PathGuard::default(),
             confirming: confirming(spec),

@@ -16,6 +16,7 @@ use crate::model;
 use crate::model::WhenNoneEligible;
 use crate::table::build::{self, BackendInput, FrontendInput, PoolInput};
 use crate::table::state::{BackendId, BackendState};
+use crate::table::tiers::TierMember;
 use crate::table::{PoolTable, Table};
 use detached_build::Builds;
 use pacer::{PublishPacer, PublishReason, TableDue};
@@ -48,9 +49,10 @@ pub(super) struct BackendTableState {
     connections_max: u32,
     /// Whether a slow start is running.
     slow_start: bool,
-    /// Whether it serves only while no primary is eligible.
-    backup: bool,
-    /// Whether a trial is running. Set only in pools with backups, which then take part.
+    /// Its tier.
+    tier: u8,
+    /// Whether a trial is running. Set only in pools with several tiers: the next tier then takes
+    /// part.
     on_trial: bool,
     /// Whether `try-all` can pick the backend. Set only in `try-all` pools.
     last_resort: bool,
@@ -87,6 +89,11 @@ impl BackendTableState {
         self.weight > 0
     }
 
+    /// Returns the backend as the rules of tiers see it.
+    pub(super) fn tier_member(self) -> TierMember {
+        TierMember { tier: self.tier, eligible: self.weight > 0, on_trial: self.on_trial }
+    }
+
     /// Returns the table entry of the backend.
     pub(super) fn input(self, entry: &BackendEntry) -> BackendInput {
         BackendInput {
@@ -94,7 +101,7 @@ impl BackendTableState {
             effective_weight: self.weight.max(1),
             connections_max: self.connections_max,
             slow_start: self.slow_start,
-            backup: self.backup,
+            tier: self.tier,
             eligible: self.weight > 0,
             on_trial: self.on_trial,
             in_service: entry.in_service(),
@@ -111,8 +118,8 @@ impl BackendTableState {
             weight: entry.weight(&pool.spec).parts(),
             connections_max: entry.cap(),
             slow_start: entry.ramp.is_some(),
-            backup: entry.spec.backup,
-            on_trial: entry.health.outlier.is_on_trial() && pool.has_backups,
+            tier: entry.spec.tier,
+            on_trial: entry.health.outlier.is_on_trial() && pool.has_tiers,
             last_resort: pool.spec.when_none_eligible == WhenNoneEligible::TryAll
                 && entry.in_service(),
         }

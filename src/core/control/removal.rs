@@ -102,7 +102,8 @@ impl ControlState {
         self.schedule.cancel(TimerKind::Forget(id));
         self.schedule.cancel(TimerKind::Ramp(id));
         self.schedule.cancel(TimerKind::CutSessions(id));
-        entry.sessions_leave = None;
+        self.schedule.cancel(TimerKind::CloseReleased(id));
+        (entry.sessions_leave, entry.released) = (None, None);
         entry.confirmation = None;
         self.end_verification(&mut entry);
         (entry.ramp, entry.ramp_share, entry.served) = (None, 100, false);

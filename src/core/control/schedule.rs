@@ -33,6 +33,8 @@ pub(super) enum TimerKind {
     ResetSessions(BackendId),
     /// End the time of `on_down`: reset the sessions.
     CutSessions(BackendId),
+    /// End the time of `on_recover`: close the sessions.
+    CloseReleased(BackendId),
     /// Drop removed backends without sessions.
     CheckRemoved,
     /// Check the heartbeat detector.

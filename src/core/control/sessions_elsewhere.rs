@@ -134,7 +134,7 @@ impl ControlState {
             name: held.name.as_str().into(),
             address: address_of(&held.address)?,
             weight: 1,
-            backup: false,
+            tier: 0,
             connections_max: 0,
         };
         let pool = self.pools.named(&held.pool);

@@ -88,6 +88,9 @@ pub struct PoolStatus {
     pub balance: &'static str,
     /// In file order, then the others by age.
     pub backends: Vec<BackendStatus>,
+    /// The tiers that serve, each with its share of the new sessions in per cent. Empty while no
+    /// backend is eligible.
+    pub tier_shares: Vec<(u8, u8)>,
     /// Rule in effect while no backend is eligible: `refuse` or `try-all`, or `wait` or
     /// `former` while settling. `None` if a backend is eligible.
     pub none_eligible: Option<&'static str>,
@@ -118,8 +121,8 @@ pub struct BackendStatus {
     pub weight: u32,
     /// Weight used for balancing; 0 while not eligible.
     pub effective_weight: f64,
-    /// Whether the file makes it a backup.
-    pub backup: bool,
+    /// Its tier; above 0 it is a backup.
+    pub tier: u8,
     /// Cap; 0: none.
     pub connections_max: u32,
     /// The operator's intent.
@@ -278,7 +281,16 @@ impl Controller {
     }
 
     fn pool_status(&self, pool: &PoolEntry, now: Instant) -> PoolStatus {
-        pool_status(pool, self.state.views.status(&pool.spec.name, now), now)
+        let sources = self.state.views.status(&pool.spec.name, now);
+        PoolStatus { tier_shares: self.tier_shares(pool), ..pool_status(pool, sources, now) }
+    }
+
+    /// Returns the tiers that serve in the newest table.
+    pub(super) fn tier_shares(&self, pool: &PoolEntry) -> Vec<(u8, u8)> {
+        let table = self.state.pools.place(pool.id);
+        let table = table.and_then(|place| self.publisher.table().pools.get(place));
+        let table = table.filter(|table| table.id == pool.id);
+        table.map_or_else(Vec::new, |table| table.tier_shares())
     }
 
     /// Returns the status of all heartbeats; `None` if no pool has heartbeats.
@@ -325,6 +337,7 @@ fn pool_status(pool: &PoolEntry, sources: Vec<SourceStatus>, now: Instant) -> Po
         role: pool.spec.role,
         balance: pool.spec.balance.word(),
         backends: Vec::with_capacity(pool.members().len()),
+        tier_shares: Vec::new(),
         none_eligible: Some(rule),
         undecided: rule == "wait",
         frozen: freezing(pool.guard.freeze(), now),
@@ -347,7 +360,7 @@ pub(super) fn backend_status(
         origins: entry.origins,
         weight: u32::from(entry.base_weight(&pool.spec)),
         effective_weight: weight.in_force(),
-        backup: entry.spec.backup,
+        tier: entry.spec.tier,
         connections_max: entry.spec.connections_max,
         intent: entry.health.intent,
         observation: entry.health.observation(),
@@ -411,7 +424,7 @@ impl BackendStatus {
             origins: Origins::of(crate::control::MemberSource::File),
             weight: 2,
             effective_weight: 2.0,
-            backup: false,
+            tier: 0,
             connections_max: 0,
             intent: Intent::Ready,
             observation: Observation::Unknown,
@@ -449,6 +462,7 @@ impl PoolStatus {
             role: None,
             balance: "random",
             backends,
+            tier_shares: Vec::new(),
             none_eligible: None,
             undecided: false,
             frozen: None,

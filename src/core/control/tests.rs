@@ -7,6 +7,7 @@ mod handover;
 mod heartbeats;
 mod members;
 mod on_down;
+mod on_recover;
 mod probing;
 mod reloads;
 mod roles;
@@ -58,7 +59,7 @@ fn backend(text: &str) -> BackendConfig {
         name: name.into(),
         address: BackendAddr::Tcp(([127, 0, 0, 1], port).into()),
         weight: 10,
-        backup: false,
+        tier: 0,
         connections_max: 0,
     }
 }
@@ -123,7 +124,7 @@ fn naming(pool: PoolConfig) -> PoolConfig {
         family: NameFamily::Both,
     };
     let named =
-        NamedBackend { name: "db".into(), question, weight: 7, backup: false, connections_max: 5 };
+        NamedBackend { name: "db".into(), question, weight: 7, tier: 0, connections_max: 5 };
     PoolConfig { named: vec![named], ..pool }
 }
 
@@ -137,7 +138,7 @@ fn announced(text: &str) -> Announced {
         name,
         address,
         weight,
-        backup: false,
+        tier: 0,
         wish: Wish::Sessions,
         raw,
         labels: Default::default(),

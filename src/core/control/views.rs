@@ -28,7 +28,7 @@ use crate::discovery::labels::MemberLabels;
 use crate::discovery::view::{HeldRemoval, MemberWish, View, ViewStatus};
 use crate::model::{
     BackendAddr, BackendConfig, Config, NameRecord, NamedBackend, PoolConfig, SourceKey,
-    SourceQuestion, ViewGuards, WEIGHT_MAX, Words,
+    SourceQuestion, TIER_MAX, ViewGuards, WEIGHT_MAX, Words,
 };
 use sight::PoolSight;
 use std::collections::{BTreeMap, HashMap};
@@ -326,14 +326,14 @@ impl SourceView {
                     name: Arc::clone(&member.name),
                     address,
                     weight: member.weight.max(1),
-                    backup: member.backup,
+                    tier: member.tier,
                     connections_max: 0,
                 },
                 Some(named) => BackendConfig {
                     name: format!("{}@{}", named.name, member.address).into(),
                     address,
                     weight: weight_of_record(named, member.weight, most),
-                    backup: named.backup || member.backup,
+                    tier: named.tier.saturating_add(member.tier).min(TIER_MAX),
                     connections_max: named.connections_max,
                 },
             };
@@ -572,8 +572,7 @@ mod tests {
                 family: NameFamily::Both,
             };
             let name = "pg".into();
-            let named =
-                NamedBackend { name, question, weight: file, backup: false, connections_max: 0 };
+            let named = NamedBackend { name, question, weight: file, tier: 0, connections_max: 0 };
             let most = records[0].max(records[1]);
             records.map(|weight| weight_of_record(&named, weight, most))
         };

@@ -133,7 +133,7 @@ mod tests {
             name: name.into(),
             address: BackendAddr::Tcp(([127, 0, 0, 1], port).into()),
             weight: 1,
-            backup: false,
+            tier: 0,
             connections_max: 0,
         };
         let backends = [("a", 1), ("b", 2), ("c", 3)].map(backend).to_vec();
@@ -191,7 +191,7 @@ mod tests {
         assert!(share("b").abs_diff(80) <= 2, "{shares:?}");
         let turns = controller(Policy::WeightedRoundRobin);
         let pool = assumed(&turns, "b", AssumedChange::Weight(8));
-        let position = pool.balancer.as_ref().unwrap().round_robin_position().unwrap();
+        let (_, position) = pool.balancer.as_ref().unwrap().positions().next().unwrap();
         assert_eq!(position.period, 10);
     }
 

@@ -43,6 +43,10 @@ pub struct Decision {
     pub chosen: Option<BackendId>,
     /// Backends that the balancer could pick from.
     pub candidates: u32,
+    /// Tier of the chosen backend; 0 if there is none, or if the pool fails open.
+    pub tier: u8,
+    /// Whether sessions spilled over several tiers.
+    pub spilled: bool,
     /// What the policy decided by.
     pub figures: Figures,
     /// Backends of the pool that were passed over. In a ring, a decision with a `peer` names
@@ -83,7 +87,8 @@ pub enum Why {
     /// No backend was eligible, and the pool fails open (`when_none_eligible =
     /// "try-all"`).
     FailOpen,
-    /// No primary was eligible; backups serve.
+    /// The backend is of a tier above 0: lower tiers have no eligible backend, or sessions
+    /// spill.
     Backup,
     /// An entry of a session table (no policy has such tables yet).
     Sticky,

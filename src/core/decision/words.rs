@@ -6,7 +6,9 @@ use super::{
     AttemptFailureKind, Decision, Figures, Load, Outcome, SKIPPED_NAMED, SkipReason, Skipped,
     SkippedList, Why,
 };
-use crate::model::{BackendId, ClientAddr, FrontendId, LocalPeer, PeerAddr, Policy, PoolId};
+use crate::model::{
+    BackendId, ClientAddr, FrontendId, LocalPeer, PeerAddr, Policy, PoolId, TIER_MAX,
+};
 use crate::outcome::{Cause, Phase};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
@@ -34,6 +36,12 @@ const NONE: u32 = u32::MAX;
 /// Stands for `None` in a field of 8 bits.
 const NONE_BYTE: u8 = u8::MAX;
 
+/// Marks a decision of a pool whose sessions spilled, next to the policy.
+const SPILLED_BIT: u8 = 7;
+
+/// Bits of the kind of figures; the tier is in the bits above.
+const KIND_BITS: u8 = 4;
+
 /// Bits of a skip reason; the eight named ones share half a word.
 const REASON_BITS: usize = 4;
 
@@ -50,7 +58,9 @@ pub(super) fn encode(decision: &Decision) -> DecisionWords {
     words[6] = u64::from(decision.pool.map_or(NONE, |pool| pool.0))
         | high(decision.chosen.map_or(NONE, |backend| backend.0));
     let (kind, figures, other) = figures_words(&decision.figures);
-    let bytes = [decision.policy.number(), decision.why as u8, decision.attempt, kind];
+    let kind = kind | decision.tier.min(TIER_MAX) << KIND_BITS;
+    let policy = decision.policy.number() | u8::from(decision.spilled) << SPILLED_BIT;
+    let bytes = [policy, decision.why as u8, decision.attempt, kind];
     words[7] = u64::from(decision.candidates) | high(u32::from_le_bytes(bytes));
     words[8..11].copy_from_slice(&figures);
     words[11] = u64::from(decision.waited_micros) | high(other);
@@ -109,11 +119,13 @@ pub(super) fn decode(words: &DecisionWords) -> Option<Decision> {
         frontend: FrontendId(high_half(words[5])),
         route: (words[5] >> 24) as u8,
         pool: some(words[6] as u32).map(PoolId),
-        policy: Policy::of_number(policy)?,
+        policy: Policy::of_number(policy & !(1 << SPILLED_BIT))?,
         why: *Why::ALL.get(usize::from(why))?,
         chosen: some(high_half(words[6])).map(BackendId),
         candidates: words[7] as u32,
-        figures: figures(kind, [words[8], words[9], words[10]], other)?,
+        tier: (kind >> KIND_BITS).min(TIER_MAX),
+        spilled: policy >> SPILLED_BIT == 1,
+        figures: figures(kind & ((1 << KIND_BITS) - 1), [words[8], words[9], words[10]], other)?,
         skipped: skipped(words)?,
         attempt,
         waited_micros: words[11] as u32,
@@ -326,7 +338,7 @@ mod tests {
             peer in proptest::option::of(any::<(IpAddr, u16)>()),
             (frontend, route, attempt) in any::<(u32, u8, u8)>(),
             (pool, chosen) in (proptest::option::of(0..NONE), proptest::option::of(0..NONE)),
-            (policy, why) in (0..Policy::ALL.len(), 0..Why::ALL.len()),
+            (policy, why, tier) in (0..Policy::ALL.len(), 0..Why::ALL.len(), 0..=TIER_MAX),
             (candidates, waited_micros) in any::<(u32, u32)>(),
             figures in any_figures(),
             mut skipped in any_skipped(),
@@ -351,6 +363,8 @@ mod tests {
                 why: Why::ALL[why],
                 chosen: chosen.map(BackendId),
                 candidates,
+                tier,
+                spilled: tier % 2 == 1,
                 figures,
                 skipped,
                 attempt,

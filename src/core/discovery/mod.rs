@@ -30,8 +30,8 @@ pub struct Announced {
     pub address: SocketAddr,
     /// `None`: the source has no weights.
     pub weight: Option<u16>,
-    /// Whether it serves only while no primary is eligible.
-    pub backup: bool,
+    /// 0..=[`TIER_MAX`](crate::model::TIER_MAX); above 0 it is a backup.
+    pub tier: u8,
     /// What the source wishes for it.
     pub wish: Wish,
     /// The state in the words of the source, such as `warning`; empty if it has none.

@@ -338,8 +338,10 @@ pub struct NamedBackend {
     pub question: NameQuestion,
     /// Weight of each member, 1..=1000; with SRV, factor of the weights of the records.
     pub weight: u16,
-    /// Whether the members serve only while no primary is eligible.
-    pub backup: bool,
+    /// Tier of the members, 0..=[`TIER_MAX`](super::TIER_MAX); with SRV, added to the rank of
+    /// the priority.
+    #[serde(flatten, serialize_with = "text_forms::tier")]
+    pub tier: u8,
     /// Cap on sessions of each member; 0 means no cap.
     pub connections_max: u32,
 }

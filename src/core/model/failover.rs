@@ -37,12 +37,34 @@ pub enum OnDown {
     CloseAfter(Duration),
 }
 
+/// `on_recover = ...`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnRecover {
+    /// Sessions continue until they end.
+    Keep,
+    /// Sessions still open after this long are closed, unless their backend serves again.
+    CloseAfter(Duration),
+}
+
+/// `tiers = ...`
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tiers {
+    /// The lowest tier with an eligible backend serves alone.
+    Strict,
+    /// A tier gets the share of new sessions that its eligible backends can carry. The rest
+    /// goes to the next tier.
+    Spill,
+}
+
+/// Highest tier of a backend.
+pub const TIER_MAX: u8 = 9;
+
 /// `backups = ...`
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Backups {
-    /// Every eligible backup serves while no primary is eligible.
+    /// Every eligible backup of the tier that serves.
     All,
-    /// The first eligible backup serves while no primary is eligible.
+    /// The first eligible backup of the tier that serves.
     One,
 }
 
@@ -51,6 +73,8 @@ pub enum Backups {
 const FAILOVER_TIMEOUT: Duration = Duration::from_secs(30);
 
 words!(WhenNoneEligible: "refuse" => Refuse, "try-all" => TryAll, "wait" => Wait);
+
+words!(Tiers: "strict" => Strict, "spill" => Spill);
 
 words!(Backups: "all" => All, "one" => One);
 
@@ -63,6 +87,18 @@ impl OnDown {
             OnDown::Keep => None,
             OnDown::Reset => Some(Duration::ZERO),
             OnDown::CloseAfter(time) => Some(time),
+        }
+    }
+}
+
+// === impl OnRecover ===
+
+impl OnRecover {
+    /// Returns how long sessions stay; `None`: until they end.
+    pub fn grace(self) -> Option<Duration> {
+        match self {
+            OnRecover::Keep => None,
+            OnRecover::CloseAfter(time) => Some(time),
         }
     }
 }

@@ -24,7 +24,7 @@ pub use discovery::{
     RegistryQuery, ServerAddr, SourceKey, SourceQuestion, TlsClientConfig, ViewGuards,
     ZookeeperFormat,
 };
-pub use failover::{Backups, OnDown, OnRemoval, WhenNoneEligible};
+pub use failover::{Backups, OnDown, OnRecover, OnRemoval, TIER_MAX, Tiers, WhenNoneEligible};
 pub use ids::{BackendId, FrontendId, PoolId};
 pub use probe::{
     Expect, HttpProbe, HttpVersion, ProbeBytes, ProbeHeader, ProbeKind, ProbePattern, ProbeSpec,
@@ -317,6 +317,10 @@ pub struct PoolConfig {
     pub on_removal: OnRemoval,
     /// How many backups serve at once.
     pub backups: Backups,
+    /// Which tiers serve at once. [`Tiers::Strict`] if the pool can have one tier only.
+    pub tiers: Tiers,
+    /// What happens to the sessions of backups that no longer serve, because a lower tier does.
+    pub on_recover: OnRecover,
     /// What happens to the sessions of a backend that is down, or has lost `role`.
     pub on_down: OnDown,
     /// The PROXY header that backends get; `None` is off.
@@ -438,8 +442,9 @@ pub struct BackendConfig {
     pub address: BackendAddr,
     /// 1..=[`WEIGHT_MAX`].
     pub weight: u16,
-    /// Whether the backend serves only while no primary is eligible.
-    pub backup: bool,
+    /// 0..=[`TIER_MAX`]. Backends of a higher tier are backups of those of lower tiers.
+    #[serde(flatten, serialize_with = "text_forms::tier")]
+    pub tier: u8,
     /// Cap on sessions of this backend; 0 means no cap.
     pub connections_max: u32,
 }

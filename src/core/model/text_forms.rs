@@ -5,7 +5,8 @@
 //! which parses the same forms. Nothing here parses.
 
 use super::{
-    FrontendConfig, OnDown, OnRemoval, PoolConfig, RegistryConfig, RouteTarget, TlsClientConfig,
+    FrontendConfig, OnDown, OnRecover, OnRemoval, PoolConfig, RegistryConfig, RouteTarget,
+    TlsClientConfig,
 };
 use ipnet::IpNet;
 use serde::Serialize;
@@ -206,6 +207,15 @@ pub(super) fn route_target<S: Serializer>(
     }
 }
 
+/// `backup = true`, or `tier = N`, among the keys of its backend.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+pub(super) fn tier<S: Serializer>(tier: &u8, serializer: S) -> Result<S::Ok, S::Error> {
+    match tier {
+        0 | 1 => serializer.collect_map([("backup", *tier == 1)]),
+        _ => serializer.collect_map([("tier", tier)]),
+    }
+}
+
 /// `[frontend.NAME]`
 pub(super) fn frontends<S: Serializer>(
     frontends: &[FrontendConfig],
@@ -246,6 +256,17 @@ impl Serialize for OnDown {
             OnDown::Keep => serializer.serialize_str("keep"),
             OnDown::Reset => serializer.serialize_str("reset"),
             OnDown::CloseAfter(time) => OnRemoval::CloseAfter(*time).serialize(serializer),
+        }
+    }
+}
+
+// === impl OnRecover ===
+
+impl Serialize for OnRecover {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            OnRecover::Keep => serializer.serialize_str("keep"),
+            OnRecover::CloseAfter(time) => OnRemoval::CloseAfter(*time).serialize(serializer),
         }
     }
 }

@@ -5,12 +5,14 @@
 //! arguments. Unchanged parts are shared with the previous table, so a backend that
 //! goes down causes work only for its own pool.
 
-use super::decide::{LeftOut, ServingTier};
+use super::decide::{LeftOut, ServingTier, TierStart};
 use super::state::{BackendState, FrontendState, PoolId};
+use super::tiers::{TierMember, TierRules, TierRun};
 use super::{FrontendRoute, PoolTable, Table};
+use crate::balance::tiered::{TierBalancer, TierBalancers};
 use crate::balance::{Balancer, Candidate};
 use crate::model;
-use crate::model::{Backups, RouteTarget, WhenNoneEligible};
+use crate::model::{RouteTarget, TIER_MAX, WhenNoneEligible};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -67,8 +69,8 @@ pub struct BackendInput {
     /// Whether the backend is in slow start. Its share of new sessions is then at most
     /// the share of its weight.
     pub slow_start: bool,
-    /// Whether the backend serves only if no primary is eligible.
-    pub backup: bool,
+    /// 0..=[`TIER_MAX`].
+    pub tier: u8,
     /// Derived by `health`.
     pub eligible: bool,
     /// Whether the backend is on trial. Backends on trial are not enough to fill a
@@ -194,67 +196,82 @@ fn by_name(pools: &[Arc<PoolTable>]) -> HashMap<&str, &Arc<PoolTable>> {
 
 /// Builds the pool's part of a table. Returns `previous` itself if nothing changes.
 pub fn build_pool(pool: &PoolInput, previous: Option<&Arc<PoolTable>>) -> Arc<PoolTable> {
-    let (tier, in_service) = active_tier(pool);
-    let serving: Vec<_> = in_service.iter().map(|b| Arc::clone(&b.state)).collect();
-    let candidates = in_service.iter().map(|b| candidate(b)).collect();
-    let balancer = build_balancer(pool, candidates, previous);
+    let (tier, runs) = active_tiers(pool);
+    let in_service = runs.iter().flat_map(|run| &run.members);
+    let serving: Vec<_> = in_service.map(|b| Arc::clone(&b.state)).collect();
+    let balancer = build_balancer(pool, &runs, previous);
     let undecided = pool.undecided && serving.is_empty();
-    let left_out = left_out(pool, tier);
+    let left_out = left_out(pool, tier, &runs);
+    let tiers = tier_starts(&runs);
     let (id, spec) = (pool.id, Arc::clone(&pool.spec));
-    let built = PoolTable { id, spec, serving, balancer, undecided, tier, left_out };
+    let built = PoolTable { id, spec, serving, balancer, undecided, tier, tiers, left_out };
     match previous {
         Some(before) if is_same(&built, before) => Arc::clone(before),
         _ => Arc::new(built),
     }
 }
 
-/// Returns how many of the eligible backups serve. A backup on trial gets one session at a
-/// time, so the next one joins it.
-fn backups_in_use(eligible: &[&BackendInput], rule: Backups) -> usize {
-    let steady = match rule {
-        Backups::All => None,
-        Backups::One => eligible.iter().position(|backup| !backup.on_trial),
-    };
-    steady.map_or(eligible.len(), |place| place + 1)
+/// Backends that serve, of one tier.
+struct ServingRun<'a> {
+    /// `None`: the backends serve whatever their tiers are.
+    tier: Option<u8>,
+    /// Share of the new sessions in per cent, if the tiers spill.
+    load: Option<u8>,
+    members: Vec<&'a BackendInput>,
 }
 
-/// Returns the eligible primaries. If all of them are on trial, the eligible backups
-/// join them, or the first of them (`backups = "one"`). If the list is empty, former backends stand in. If it is still empty and
-/// the policy is `try-all`, returns all backends that no operator drains.
-fn active_tier(pool: &PoolInput) -> (ServingTier, Vec<&BackendInput>) {
-    let eligible = |backup: bool| -> Vec<&BackendInput> {
-        pool.backends.iter().filter(|b| b.eligible && b.backup == backup).collect()
+/// Returns the eligible backends of the tiers that serve. If there are none, former backends
+/// stand in. If the list is still empty and the policy is `try-all`, returns all backends that
+/// no operator drains.
+fn active_tiers(pool: &PoolInput) -> (ServingTier, Vec<ServingRun<'_>>) {
+    let members: Vec<TierMember> = pool.backends.iter().map(tier_member).collect();
+    let runs = TierRules::of(&pool.spec).serving(&members);
+    if !runs.is_empty() {
+        let run = |run: TierRun| ServingRun {
+            tier: Some(run.tier),
+            load: run.load,
+            members: run.members.into_iter().map(|place| &pool.backends[place]).collect(),
+        };
+        return (ServingTier::Eligible, runs.into_iter().map(run).collect());
+    }
+    let whatever = |members: Vec<_>| match members.is_empty() {
+        true => Vec::new(),
+        false => vec![ServingRun { tier: None, load: None, members }],
     };
-    let mut members = eligible(false);
-    let primaries = members.len();
-    let mut tier = ServingTier::Primaries;
-    if members.iter().all(|b| b.on_trial) {
-        let backups = eligible(true);
-        let count = backups_in_use(&backups, pool.spec.backups);
-        members.extend(&backups[..count]);
-        if members.len() > primaries {
-            tier = ServingTier::Backups { from: primaries };
-        }
+    if !pool.stand_ins.is_empty() {
+        return (ServingTier::Eligible, whatever(pool.stand_ins.iter().collect()));
     }
-    if members.is_empty() {
-        members.extend(&pool.stand_ins);
+    if pool.spec.when_none_eligible != WhenNoneEligible::TryAll {
+        return (ServingTier::Eligible, Vec::new());
     }
-    if members.is_empty() && pool.spec.when_none_eligible == WhenNoneEligible::TryAll {
-        members = pool.backends.iter().filter(|b| b.in_service).collect();
-        tier = ServingTier::FailOpen;
-    }
-    (tier, members)
+    let in_service = pool.backends.iter().filter(|b| b.in_service).collect();
+    (ServingTier::FailOpen, whatever(in_service))
 }
 
-/// Returns the members that are not eligible. Backups count only if no primary is eligible
-/// or backups serve. A pool that fails open leaves out only drained members.
-fn left_out(pool: &PoolInput, tier: ServingTier) -> LeftOut {
+fn tier_member(backend: &BackendInput) -> TierMember {
+    let &BackendInput { tier, eligible, on_trial, .. } = backend;
+    TierMember { tier, eligible, on_trial }
+}
+
+fn tier_starts(runs: &[ServingRun<'_>]) -> Box<[TierStart]> {
+    let mut first = 0;
+    let starts = runs.iter().filter_map(|run| {
+        let start = TierStart { tier: run.tier?, first };
+        first += run.members.len();
+        Some(start)
+    });
+    starts.collect()
+}
+
+/// Returns the members that are not eligible, up to the highest tier that serves. A pool that
+/// fails open leaves out only drained members.
+fn left_out(pool: &PoolInput, tier: ServingTier, runs: &[ServingRun<'_>]) -> LeftOut {
     let mut list = LeftOut::default();
-    let primaries = pool.backends.iter().any(|b| b.eligible && !b.backup);
+    let highest = runs.iter().filter_map(|run| run.tier).max().unwrap_or(TIER_MAX);
     for backend in &pool.backends {
-        let unused_backup = backend.backup && primaries && tier == ServingTier::Primaries;
+        let unused = backend.tier > highest;
         let serves = tier == ServingTier::FailOpen && backend.in_service;
-        if !backend.eligible && !unused_backup && !serves {
+        if !backend.eligible && !unused && !serves {
             list.push(&backend.state);
         }
     }
@@ -272,19 +289,40 @@ fn candidate(backend: &BackendInput) -> Candidate {
     }
 }
 
+/// Returns one balancer, or one per tier if the tiers spill.
 fn build_balancer(
     pool: &PoolInput,
-    candidates: Vec<Candidate>,
+    runs: &[ServingRun<'_>],
     previous: Option<&Arc<PoolTable>>,
-) -> Option<Arc<Balancer>> {
-    if candidates.is_empty() {
-        return None;
+) -> Option<TierBalancers> {
+    let before = previous.and_then(|pool| pool.balancer.as_ref()).map_or(&[][..], |b| b.tiers());
+    let mut first = 0;
+    let mut tiers = Vec::new();
+    let spills = runs.iter().any(|run| run.load.is_some());
+    // Members on trial of a lower tier share the balancer of the tier that serves.
+    for part in runs.chunk_by(|_, _| !spills) {
+        let members = part.iter().flat_map(|run| &run.members);
+        let candidates: Vec<Candidate> = members.map(|b| candidate(b)).collect();
+        let count = candidates.len();
+        let (tier, load) = (part[0].tier.unwrap_or(0), part[0].load.unwrap_or(100));
+        let same_tier = before.iter().find(|one| one.tier == tier);
+        let replaced = same_tier.or_else(|| before.first().filter(|_| !spills));
+        let balancer = tier_balancer(&pool.spec, candidates, replaced.map(|one| &one.balancer));
+        tiers.push(TierBalancer { tier, load, first, balancer });
+        first += count;
     }
-    let (policy, slots) = (pool.spec.balance, pool.spec.hash_slots);
-    let before = previous.and_then(|p| p.balancer.as_ref());
+    TierBalancers::new(tiers)
+}
+
+fn tier_balancer(
+    spec: &model::PoolConfig,
+    candidates: Vec<Candidate>,
+    before: Option<&Arc<Balancer>>,
+) -> Arc<Balancer> {
+    let (policy, slots) = (spec.balance, spec.hash_slots);
     match before {
-        Some(same) if same.can_reuse_for(policy, &candidates, slots) => Some(Arc::clone(same)),
-        _ => Some(Arc::new(Balancer::of_pool(policy, candidates, slots, before.map(|b| &**b)))),
+        Some(same) if same.can_reuse_for(policy, &candidates, slots) => Arc::clone(same),
+        _ => Arc::new(Balancer::of_pool(policy, candidates, slots, before.map(|b| &**b))),
     }
 }
 
@@ -292,13 +330,14 @@ fn build_balancer(
 /// can reuse the in-flight count of an old one.
 fn is_same(built: &PoolTable, before: &PoolTable) -> bool {
     let same_balancer = match (&built.balancer, &before.balancer) {
-        (Some(new), Some(old)) => Arc::ptr_eq(new, old),
+        (Some(new), Some(old)) => new.is_same(old),
         (None, None) => true,
         _ => false,
     };
     same_balancer
         && built.id == before.id
         && built.tier == before.tier
+        && built.tiers == before.tiers
         && built.left_out.is_same(&before.left_out)
         && built.undecided == before.undecided
         && Arc::ptr_eq(&built.spec, &before.spec)

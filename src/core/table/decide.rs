@@ -7,6 +7,7 @@
 use super::routes::RouteNumber;
 use super::state::BackendState;
 use super::{NoBackend, PoolTable, Reservation};
+use crate::balance::tiered::TierBalancers;
 use crate::balance::{PickError, PickKey, PickRecord};
 use crate::decision::{
     Decision, Figures, Outcome, SKIPPED_NAMED, SkipReason, Skipped, SkippedList, Why,
@@ -18,16 +19,20 @@ use std::time::{Duration, Instant};
 /// Which members of a pool serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ServingTier {
-    /// The eligible primaries, or former backends that stand in for them.
-    Primaries,
-    /// Backups, from that position in `serving` on. Before them are primaries on trial.
-    Backups {
-        /// Position of the first backup.
-        from: usize,
-    },
+    /// The eligible members of some tiers, or former backends that stand in for them.
+    Eligible,
     /// All members that no operator drains: none is eligible, and the pool is set to
     /// `try-all`.
     FailOpen,
+}
+
+/// Where the members of a tier begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TierStart {
+    /// The tier.
+    pub tier: u8,
+    /// Position of its first member in `serving`.
+    pub first: usize,
 }
 
 /// Members of a pool that are not eligible: the first eight, and how many there are.
@@ -174,14 +179,40 @@ impl PoolTable {
             why: picked.map_or(Why::None, |picked| self.why(session, picked, record)),
             chosen: chosen.map(|backend| backend.id),
             candidates: self.serving.len() as u32,
+            tier: picked.and_then(|picked| self.tier_of(picked.index)).unwrap_or(0),
+            spilled: picked.is_some() && self.spills(),
             figures,
             skipped: self.skipped(session.now, record),
             ..Decision::without_pool(session)
         }
     }
 
+    /// Returns the tier of the backend at that position in `serving`; `None` if the members
+    /// serve whatever their tiers are.
+    pub fn tier_of(&self, index: usize) -> Option<u8> {
+        self.tiers.iter().rev().find(|start| start.first <= index).map(|start| start.tier)
+    }
+
+    /// Returns the tiers that serve, each with its share of the new sessions in per cent. Empty
+    /// if no member is eligible. While all members of a lower tier are on trial, the next tier
+    /// has the share.
+    pub fn tier_shares(&self) -> Vec<(u8, u8)> {
+        match (&self.balancer, &*self.tiers) {
+            (Some(balancer), [_, ..]) if balancer.spills() => {
+                balancer.tiers().iter().map(|one| (one.tier, one.load)).collect()
+            }
+            (_, [.., last]) => vec![(last.tier, 100)],
+            (_, []) => Vec::new(),
+        }
+    }
+
+    /// Whether sessions spill over several tiers.
+    pub fn spills(&self) -> bool {
+        self.balancer.as_ref().is_some_and(TierBalancers::spills)
+    }
+
     fn why(&self, session: &PickedFor, picked: Picked, record: &PickRecord) -> Why {
-        let is_backup = matches!(self.tier, ServingTier::Backups { from } if picked.index >= from);
+        let is_backup = self.tier_of(picked.index).is_some_and(|tier| tier > 0);
         let others = self.serving.len() as u32 - 1;
         match () {
             () if picked.on_trial => Why::Trial,
@@ -230,6 +261,8 @@ impl Decision {
             why: Why::None,
             chosen: None,
             candidates: 0,
+            tier: 0,
+            spilled: false,
             figures: Figures::None,
             skipped: SkippedList::EMPTY,
             attempt: session.attempt,

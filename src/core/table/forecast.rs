@@ -40,6 +40,7 @@ impl PoolTable {
         let (picked, record) = self.rehearse(key(0), &[]);
         let depends = match (self.spec.balance, record.figures()) {
             (Policy::SourceHash, _) => false,
+            _ if self.spills() => true,
             (Policy::WeightedRoundRobin, figures) => !matches!(figures, Figures::Turn { .. }),
             _ => true,
         };

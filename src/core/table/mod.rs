@@ -11,12 +11,14 @@ pub mod publish;
 pub mod routes;
 pub mod source_addrs;
 pub mod state;
+pub mod tiers;
 
+use crate::balance::tiered::TierBalancers;
 use crate::balance::trial::{TrialId, TrialPhase};
-use crate::balance::{Balancer, PickError, PickKey};
+use crate::balance::{PickError, PickKey};
 use crate::model;
 use crate::model::{BindKey, WhenNoneEligible};
-use decide::{LeftOut, ServingTier};
+use decide::{LeftOut, ServingTier, TierStart};
 use state::{BackendState, FrontendId, FrontendState, PoolId};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -79,18 +81,19 @@ pub struct PoolTable {
     pub id: PoolId,
     /// The configuration: connect timeout, attempts.
     pub spec: Arc<model::PoolConfig>,
-    /// The backends of the tier in use: the eligible primaries, or the eligible backups
-    /// if no primary is eligible, or former backends that stand in, or (`try-all`) all
-    /// backends that no operator drains. Same order and indices as the balancer's
-    /// candidates.
+    /// The eligible backends of the tiers in use, the lowest tier first; or former backends
+    /// that stand in; or (`try-all`) all backends that no operator drains. Same order and
+    /// indices as the balancer's candidates.
     pub serving: Vec<Arc<BackendState>>,
-    /// Balancer over `serving`; `None` if `serving` is empty. Consecutive tables share
-    /// it while it stays equivalent.
-    pub balancer: Option<Arc<Balancer>>,
+    /// Balancers over `serving`; `None` if `serving` is empty. Consecutive tables share
+    /// each while it stays equivalent.
+    pub balancer: Option<TierBalancers>,
     /// Whether no backend serves and a first probe result is due. Clients wait for it.
     pub undecided: bool,
     /// Which members serve.
     pub tier: ServingTier,
+    /// The tiers in `serving`; empty if the members serve whatever their tiers are.
+    pub tiers: Box<[TierStart]>,
     /// Members that do not, with reasons.
     pub left_out: LeftOut,
 }
@@ -180,7 +183,7 @@ impl PoolTable {
     #[inline]
     fn reserve(
         &self,
-        pick: impl FnOnce(&Balancer) -> Result<usize, PickError>,
+        pick: impl FnOnce(&TierBalancers) -> Result<usize, PickError>,
     ) -> Result<Reservation, NoBackend> {
         let Some(balancer) = &self.balancer else { return Err(self.without_balancer()) };
         let index = pick(balancer)?;

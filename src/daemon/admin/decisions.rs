@@ -73,6 +73,8 @@ fn decision(decision: &Decision, names: &Names) -> DecisionDoc {
         policy: decision.pool.map(|_| decision.policy.word().into()),
         why: decision.why.name().into(),
         backend: decision.chosen.map(named),
+        tier: decision.tier,
+        spilled: decision.spilled,
         candidates: decision.candidates,
         figures: figures(decision.figures, named),
         waited_seconds: (decision.waited_micros > 0).then(|| seconds(decision.waited_micros)),

@@ -258,6 +258,7 @@ impl Candidates<'_> {
         PoolStepDoc {
             name: self.pool.spec.name.to_string(),
             policy: self.pool.spec.balance.word().into(),
+            tier_shares: super::status::tier_shares(&self.pool.tier_shares()),
             candidates: self.pool.serving.len() as u32,
             queued: queued as u64,
             skipped: list,
@@ -285,6 +286,8 @@ impl Candidates<'_> {
             backend: self.backend(picked.index),
             certain,
             why: decision.why.name().into(),
+            tier: decision.tier,
+            spills: decision.spilled,
             figures: figures(decision.figures, |id| self.named(id)),
             shares: shares.iter().take(SHARES_MAX).map(share).collect(),
             draws,

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use tidegate_api::status::{
     BackendDoc, BackendHeartbeatDoc, FreezeDoc, FrontendDoc, HeartbeatChannelDoc, PoolDoc,
     QuantilesDoc, RejectedDoc, RemovedBackendDoc, RoleDoc, SandboxLayerDoc, StalledWorkerDoc,
-    StatusDoc, TransitionDoc,
+    StatusDoc, TierShareDoc, TransitionDoc,
 };
 use tidegate_core::control::{
     BackendStatus, FreezeStatus, FrontendStatus, HeartbeatChannelStatus, OperatorError, PoolStatus,
@@ -170,6 +170,7 @@ fn pool(
         probes: status.probes,
         heartbeats: status.heartbeats,
         sources: status.sources.iter().map(sources::source).collect(),
+        tier_shares: tier_shares(&status.tier_shares),
         queued: snapshot.queued.get(&status.name).copied().unwrap_or_default() as u64,
         page: page.document.clone(),
         backends: page.backends.iter().map(of).collect(),
@@ -189,7 +190,8 @@ fn backend(
         registered: status.origins.is_registered(),
         weight: status.weight,
         effective_weight: status.effective_weight,
-        backup: status.backup,
+        backup: status.tier > 0,
+        tier: status.tier,
         connections_max: status.connections_max,
         intent: status.intent.name().into(),
         wish: wish(status).map(|(wish, _)| wish),
@@ -213,6 +215,11 @@ fn backend(
         first_byte_seconds: quantiles(state, Series::FirstByte, latency),
         last_transition: status.last_transition.as_ref().map(|t| last_transition(t, now)),
     }
+}
+
+/// Returns tiers with their shares.
+pub(super) fn tier_shares(shares: &[(u8, u8)]) -> Vec<TierShareDoc> {
+    shares.iter().map(|&(tier, percent)| TierShareDoc { tier, percent }).collect()
 }
 
 /// Returns the wish of a member source, else that of an agent for no sessions, and whose wish
@@ -311,7 +318,7 @@ mod tests {
         state.counters.of(0).bytes_in.add(5);
         BackendStatus {
             effective_weight: 0.0,
-            backup: true,
+            tier: 1,
             connections_max: 9,
             intent: Intent::Draining,
             observation: Observation::Up,

@@ -29,11 +29,12 @@ use tidegate_core::health::{
 use tidegate_core::metrics::histograms::MergedHistograms;
 use tidegate_core::model::{
     BackendAddr, Backups, EjectionSpec, HeartbeatSpec, Policy, PoolId, ProbeKind, ProbeSpec,
-    ProbeTarget, Words,
+    ProbeTarget, Tiers, Words,
 };
 use tidegate_core::suspicion::rejections::{Rejected, Rejection, Rejections};
 use tidegate_core::suspicion::{DetectorReading, DetectorState, PathView};
 use tidegate_core::table::state::{BackendId, BackendState};
+use tidegate_core::table::tiers::TierRules;
 use tidegate_dataplane::worker::EngineKind;
 use tidegate_net::clock;
 
@@ -247,7 +248,8 @@ fn explanation_has_exactly_the_documented_fields() {
             confirmation: false,
         }),
         probes: Default::default(),
-        backups: Backups::All,
+        rules: TierRules { tiers: Tiers::Strict, backups: Backups::All },
+        tier_shares: vec![(0, 100)],
         none_eligible: None,
         last_resort: false,
         heartbeat_spec: Some(Arc::new(HeartbeatSpec {

@@ -99,7 +99,7 @@ fn check_later(mut view: View, saved: &SavedView, mut now: Instant) {
         name: member.name.clone(),
         address: member.address,
         weight: Some(member.weight),
-        backup: member.backup,
+        tier: member.tier,
         wish: member.wish,
         raw: member.raw.clone(),
         labels: MemberLabels::default(),

@@ -199,6 +199,8 @@ impl Session {
             attempt: self.attempts,
             why: self.last.why,
             chosen: Some(slot.backend().id),
+            tier: 0,
+            spilled: false,
             figures: Figures::None,
             skipped,
             ..pool.decision(&self.picked_for(None, now), None, &PickRecord::default())

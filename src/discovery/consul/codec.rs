@@ -282,7 +282,7 @@ impl ConsulInstance {
             name: Arc::clone(&self.name),
             address: SocketAddr::new(ip.to_canonical(), self.port),
             weight: self.weight,
-            backup: false,
+            tier: 0,
             wish: self.wish,
             raw: self.raw.into(),
             labels: MemberLabels::default(),

@@ -183,7 +183,7 @@ fn announced(endpoint: &EndpointFacts, anything_ready: bool) -> Announced {
         name: Arc::clone(&endpoint.name),
         address: endpoint.address,
         weight: None,
-        backup: false,
+        tier: 0,
         wish,
         raw: raw.into(),
         labels: MemberLabels::default(),

@@ -20,7 +20,13 @@ fn entries_are_texts_or_objects() {
     );
     let [first, second, third] = &members[..] else { panic!("{members:?}") };
     assert_eq!((&*first.name, first.weight, first.wish), ("10.0.0.1:80", None, Wish::Sessions));
-    assert_eq!((&*second.name, second.weight, second.backup), ("b", Some(7), true));
+    assert_eq!((&*second.name, second.weight, second.tier), ("b", Some(7), 1));
+    assert_eq!((first.tier, third.tier), (0, 0));
+    let tiers = list(
+        r#"[{"address": "10.0.0.1:80", "tier": 9}, {"address": "10.0.0.2:80", "tier": 1,
+            "backup": true}]"#,
+    );
+    assert_eq!((tiers[0].tier, tiers[1].tier), (9, 1));
     assert_eq!((second.wish, &*second.raw), (Wish::Draining, "maintenance"));
     assert_eq!(&*third.name, "10.0.0.2:80");
     assert_eq!(second.labels.iter().collect::<Vec<_>>(), [("zone", "a")]);
@@ -67,6 +73,11 @@ fn faults_name_their_place_and_what_is_right() {
         (&object(", \"name\": \"a b\""), &["contains a space"]),
         (&object(", \"name\": \"\""), &["name has 0 bytes"]),
         (&object(", \"backup\": 1"), &["expected a boolean"]),
+        (&object(", \"tier\": 10"), &["entry 2", "tier 10 is larger than 9"]),
+        (
+            &object(", \"tier\": 2, \"backup\": true"),
+            &["entry 2", "tier 2 contradicts backup true, which is tier 1"],
+        ),
         (&object(", \"labels\": {\"a\": 1}"), &["expected a string"]),
         (&object(", \"address\": \"10.0.0.2:80\""), &["duplicate field `address`"]),
         (&object(", \"labels\": {}, \"labels\": {}"), &["duplicate field `labels`"]),

@@ -73,7 +73,7 @@ fn curator(child: &str, content: &[u8]) -> Result<Announced, String> {
         name: instance.id.filter(|id| !id.is_empty()).unwrap_or_else(|| child.to_owned()).into(),
         address: SocketAddr::new(ip, port),
         weight: None,
-        backup: false,
+        tier: 0,
         wish: if enabled { Wish::Sessions } else { Wish::Draining },
         raw: if enabled { Arc::from("") } else { Arc::from("disabled") },
         labels: MemberLabels::default(),

@@ -311,7 +311,6 @@ fn heartbeat() -> Drawn {
 fn backend() -> Drawn {
     let keys = keys(vec![
         ("weight", number(1..=1000)),
-        ("backup", flag()),
         ("connections_max", number(COUNT)),
         ("enabled", one_of(&["true"])),
     ]);
@@ -324,10 +323,18 @@ fn backend() -> Drawn {
         "db-N.Internal:080",
         "srv:_pg._tcp.bN.",
     ]);
-    (address, any::<bool>(), keys)
-        .prop_map(|(address, named, keys)| {
+    let tier = one_of(&[
+        "",
+        "backup = true\n",
+        "backup = false\n",
+        "tier = 1\n",
+        "tier = 9\n",
+        "tier = 0\nbackup = false\n",
+    ]);
+    (address, any::<bool>(), keys, tier)
+        .prop_map(|(address, named, keys, tier)| {
             let name = if named { "name = \"b.N\"\n" } else { "" };
-            format!("{name}address = \"{address}\"\n{keys}")
+            format!("{name}address = \"{address}\"\n{keys}{tier}")
         })
         .boxed()
 }
@@ -393,9 +400,19 @@ fn pool(name: &'static str) -> BoxedStrategy<(String, bool)> {
     let backends = prop::collection::vec(backend(), 1..4);
     let (probe, heartbeat) = (prop::option::of(probe()), prop::option::of(heartbeat()));
     let discover = prop::option::of(discovery::discover());
-    (keys, ejection, probe, heartbeat, discover, backends)
-        .prop_map(move |(keys, ejection, probe, heartbeat, discover, backends)| {
-            let mut text = format!("[pool.\"{name}\"]\n{keys}{ejection}");
+    let tiers = one_of(&[
+        "",
+        "tiers = \"spill\"\n",
+        "tiers = \"strict\"\non_recover = \"close-after 5s\"\n",
+        "on_recover = \"keep\"\n",
+    ]);
+    (keys, ejection, probe, heartbeat, discover, backends, tiers)
+        .prop_map(move |(keys, ejection, probe, heartbeat, discover, backends, tiers)| {
+            // Without a source, all backends can be of one tier.
+            let valid = discover.is_some()
+                && !(tiers.contains("spill") && keys.contains("backups = \"one\""));
+            let tiers = if valid { &*tiers } else { "" };
+            let mut text = format!("[pool.\"{name}\"]\n{keys}{tiers}{ejection}");
             let tables = [("probe", &probe), ("heartbeat", &heartbeat), ("discover", &discover)];
             for (table, keys) in tables {
                 if let Some(keys) = keys {

@@ -244,7 +244,7 @@ impl ControlState {
             name,
             address: BackendAddr::Tcp(address),
             weight: weight.clamp(1, spec.weight_max.max(1)),
-            backup: false,
+            tier: 0,
             connections_max: 0,
         };
         self.join(pool_id, PoolMember::registered(member), (0, 1), now)

@@ -268,7 +268,7 @@ fn name_makes_one_member_per_address() {
     bench.answer_for(PACE * 2, &[]);
     assert_eq!(bench.serving(), ["db@127.0.0.1:4001", "db@127.0.0.1:4002"]);
     let member = bench.status("db@127.0.0.1:4002");
-    assert_eq!((member.weight, member.connections_max, member.backup), (7, 5, false));
+    assert_eq!((member.weight, member.connections_max, member.tier), (7, 5, 0));
     assert_eq!(member.origins, Origins::of(MemberSource::Names));
     assert_eq!(bench.sources()[0].label.as_ref(), "name db.internal:5432");
     let asked = bench.controller.explain("web", "db", bench.now).map(drop);

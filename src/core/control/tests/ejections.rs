@@ -121,7 +121,7 @@ fn last_eligible_backend_needs_no_trial() {
 #[test]
 fn backups_are_in_rotation_while_all_primaries_are_on_trial() {
     let mut spec = unprobed(&["a", "b"]);
-    spec.backends[1].backup = true;
+    spec.backends[1].tier = 1;
     let mut bench = Bench::new(spec);
     bench.refuse("a", 1, 5);
     assert_eq!(bench.serving(), ["b"]);

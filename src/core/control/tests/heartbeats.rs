@@ -433,8 +433,9 @@ fn slow_start_reduces_the_cap_and_bounds_the_share() {
 }
 
 fn slow_starts(bench: &Bench) -> Vec<bool> {
-    let balancer = bench.controller.current_table().pools[0].balancer.clone().unwrap();
-    balancer.candidates().iter().map(|candidate| candidate.slow_start).collect()
+    let table = bench.controller.current_table();
+    let balancer = table.pools[0].balancer.as_ref().unwrap();
+    balancer.candidates().map(|candidate| candidate.slow_start).collect()
 }
 
 #[test]

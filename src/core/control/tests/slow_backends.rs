@@ -60,7 +60,6 @@ fn hanging_backend_keeps_a_tenth_of_its_weight_until_it_answers() {
         .as_ref()
         .unwrap()
         .candidates()
-        .iter()
         .map(|candidate| candidate.weight)
         .collect();
     assert_eq!(weights, [1000, 1000, 100]);

@@ -6,7 +6,7 @@
 use super::offers::OfferedMember;
 use crate::discovery::Wish;
 use crate::discovery::labels::MemberLabels;
-use crate::model::CriticalRule;
+use crate::model::{CriticalRule, TIER_MAX};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -22,8 +22,8 @@ pub struct ViewMember {
     pub address: SocketAddr,
     /// 1..=`weight_max`.
     pub weight: u16,
-    /// Whether it serves only while no primary is eligible.
-    pub backup: bool,
+    /// 0..=[`TIER_MAX`](crate::model::TIER_MAX).
+    pub tier: u8,
     /// What the source wishes for it, as far as the guards permit.
     pub wish: MemberWish,
     /// The state in the words of the source, at most [`RAW_BYTES_MAX`]; empty if it has none.
@@ -198,7 +198,7 @@ impl Entry {
             name: Arc::clone(&offer.from.name),
             address: offer.address,
             weight: offer.weight,
-            backup: offer.from.backup,
+            tier: offer.from.tier.min(TIER_MAX),
             wish: MemberWish::Starting,
             raw: offer.raw(),
             labels: offer.from.labels.clone(),
@@ -223,7 +223,7 @@ impl Entry {
     pub(super) fn alter(&mut self, offer: &OfferedMember<'_>, trusted: bool, now: Instant) -> bool {
         let member = &mut self.member;
         let mut changed = set(&mut member.weight, offer.weight);
-        changed |= set(&mut member.backup, offer.from.backup);
+        changed |= set(&mut member.tier, offer.from.tier.min(TIER_MAX));
         // They change no table.
         set(&mut member.labels, offer.from.labels.clone());
         if *member.raw != *offer.raw_text() {

@@ -12,7 +12,7 @@ use super::offers::{canonical, is_usable, member_name};
 use super::{View, cut};
 use crate::discovery::labels::MemberLabels;
 use crate::discovery::{MEMBERS_MAX, Wish};
-use crate::model::ViewGuards;
+use crate::model::{TIER_MAX, ViewGuards};
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -65,9 +65,12 @@ pub struct SavedViewMember {
     pub address: SocketAddr,
     /// In use.
     pub weight: u16,
-    /// Whether it serves only while no primary is eligible.
+    /// Whether `tier` is above 0. A program without tiers writes and reads this alone.
     #[serde(default)]
     pub backup: bool,
+    /// Its tier; 0 if `backup` alone counts.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub tier: u8,
     /// What the source wishes.
     #[serde(default)]
     pub wish: Wish,
@@ -103,6 +106,10 @@ pub struct SavedViewMember {
     /// Time that it stays for newcomers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub leaves_in_ms: Option<u64>,
+}
+
+fn is_zero(tier: &u8) -> bool {
+    *tier == 0
 }
 
 // === impl SavedView ===
@@ -233,7 +240,7 @@ impl SavedViewMember {
             name,
             address: self.address,
             weight: self.weight.clamp(1, weight_max.max(1)),
-            backup: self.backup,
+            tier: self.tier.max(u8::from(self.backup)).min(TIER_MAX),
             wish: self.in_use,
             raw: cut(&self.raw, RAW_BYTES_MAX).into(),
             labels: MemberLabels::default(),
@@ -286,7 +293,8 @@ impl Entry {
             key: keys.other(self.member.address).cloned(),
             address: self.member.address,
             weight: self.member.weight,
-            backup: self.member.backup,
+            backup: self.member.tier > 0,
+            tier: self.member.tier,
             wish: self.wish,
             in_use: self.member.wish,
             raw: Arc::clone(&self.member.raw),

@@ -83,7 +83,7 @@ pub(super) fn one(number: u8) -> Announced {
         name: format!("s{number}").into(),
         address: at(number),
         weight: None,
-        backup: false,
+        tier: 0,
         wish: Wish::Sessions,
         raw: "".into(),
         labels: Default::default(),

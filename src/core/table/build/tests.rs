@@ -5,7 +5,7 @@ use super::*;
 use crate::balance::PickKey;
 use crate::balance::trial::TrialPhase;
 use crate::model;
-use crate::model::{BackendAddr, Backups, Bind, ClientAddr, PeerAddr, Policy, RouteConfig};
+use crate::model::{BackendAddr, Backups, Bind, ClientAddr, PeerAddr, Policy, RouteConfig, Tiers};
 use crate::table::NoBackend;
 use crate::table::routes::ConnectionFacts;
 use crate::table::state::{BackendId, FrontendId, PoolId};
@@ -33,7 +33,7 @@ fn backend(pool: &str, number: u8) -> BackendInput {
         effective_weight: 1,
         connections_max: 0,
         slow_start: false,
-        backup: false,
+        tier: 0,
         eligible: true,
         on_trial: false,
         in_service: true,
@@ -64,6 +64,11 @@ fn draw(draw: u64) -> PickKey {
     PickKey { client: IpAddr::V4(Ipv4Addr::LOCALHOST), draw, at: 0 }
 }
 
+fn only_balancer(pool: &PoolTable) -> Arc<Balancer> {
+    let [only] = pool.balancer.as_ref().unwrap().tiers() else { panic!("several tiers") };
+    Arc::clone(&only.balancer)
+}
+
 fn serving(pool: &PoolTable) -> String {
     pool.serving.iter().map(|b| &*b.name).collect()
 }
@@ -79,14 +84,14 @@ fn picks(pool: &PoolTable, count: u64) -> String {
 fn eligible_primaries_serve_and_backups_wait() {
     let mut web = pool("web", Policy::WeightedRoundRobin, 4);
     web.backends[1].eligible = false;
-    web.backends[3].backup = true;
+    web.backends[3].tier = 1;
     assert_eq!(serving(&table(vec![web], None).pools[0]), "ac");
 }
 
 #[test]
 fn backups_serve_only_when_no_primary_is_eligible() {
     let mut web = pool("web", Policy::WeightedRoundRobin, 3);
-    web.backends[2].backup = true;
+    web.backends[2].tier = 1;
     for primary in &mut web.backends[..2] {
         primary.eligible = false;
     }
@@ -94,7 +99,7 @@ fn backups_serve_only_when_no_primary_is_eligible() {
 }
 
 #[test]
-fn first_eligible_backup_serves_alone_with_backups_one() {
+fn first_eligible_backup_of_a_tier_serves_alone_with_backups_one() {
     let mut random = fastrand::Rng::with_seed(7);
     for round in 0..2_000 {
         let policy = Policy::ALL[round % Policy::ALL.len()];
@@ -102,18 +107,20 @@ fn first_eligible_backup_serves_alone_with_backups_one() {
         let rule = if random.bool() { Backups::One } else { Backups::All };
         web.spec = Arc::new(model::PoolConfig { backups: rule, ..(*web.spec).clone() });
         for backend in &mut web.backends {
-            backend.backup = random.bool();
+            backend.tier = random.u8(..3);
             backend.eligible = random.u8(..3) > 0;
             backend.on_trial = backend.eligible && random.u8(..4) == 0;
         }
         let mut expected = String::new();
         let mut filled = false;
-        for backup in [false, true] {
-            for b in web.backends.iter().filter(|b| b.eligible && b.backup == backup) {
-                if !(filled && backup) {
+        for tier in 0..3 {
+            let filled_before = filled;
+            for b in web.backends.iter().filter(|b| b.eligible && b.tier == tier) {
+                let one = tier > 0 && rule == Backups::One;
+                if !(filled_before || filled && one) {
                     expected.push_str(&b.state.name);
                 }
-                filled |= !b.on_trial && (!backup || rule == Backups::One);
+                filled |= !b.on_trial;
             }
         }
         let described = format!("{rule:?} {:?}", web.backends);
@@ -151,7 +158,7 @@ fn try_all_serves_every_backend_including_backups() {
     web.spec = Arc::new(spec);
     web.backends.iter_mut().for_each(|b| b.eligible = false);
     web.backends[0].in_service = false;
-    web.backends[2].backup = true;
+    web.backends[2].tier = 1;
     assert_eq!(serving(&table(vec![web], None).pools[0]), "bc");
 }
 
@@ -190,7 +197,7 @@ fn reload_with_other_timeouts_keeps_the_balancer() {
     let mut later = pool_again(&web);
     later.spec = Arc::new(model::PoolConfig { connect_attempts: 1, ..(*web.spec).clone() });
     let second = table(vec![later], Some(&first));
-    let balancer = |table: &Table| Arc::clone(table.pools[0].balancer.as_ref().unwrap());
+    let balancer = |table: &Table| only_balancer(&table.pools[0]);
     assert!(Arc::ptr_eq(&balancer(&first), &balancer(&second)));
     assert_eq!(second.pools[0].spec.connect_attempts, 1);
 }
@@ -209,10 +216,8 @@ fn change_that_affects_picks_builds_a_new_balancer() {
         let mut later = pool_again(&web);
         change(&mut later);
         let second = table(vec![later], Some(&first));
-        let same = Arc::ptr_eq(
-            first.pools[0].balancer.as_ref().unwrap(),
-            second.pools[0].balancer.as_ref().unwrap(),
-        );
+        let (before, now) = (only_balancer(&first.pools[0]), only_balancer(&second.pools[0]));
+        let same = Arc::ptr_eq(&before, &now);
         assert!(!same, "change {number}");
     }
 }
@@ -372,4 +377,89 @@ fn unused_trial_goes_to_the_next_session() {
     // The trial was taken, so the drop does not reopen it.
     drop(pick);
     assert_eq!((in_flight.get(), in_flight.trial()), (0, TrialPhase::Claimed));
+}
+
+// === spill ===
+
+/// A pool whose members have these tiers.
+fn spilling(policy: Policy, tiers: &[u8]) -> PoolInput {
+    let mut web = pool("web", policy, tiers.len() as u8);
+    web.spec = Arc::new(model::PoolConfig { tiers: Tiers::Spill, ..(*web.spec).clone() });
+    for (backend, tier) in web.backends.iter_mut().zip(tiers) {
+        backend.tier = *tier;
+    }
+    web
+}
+
+fn tier_loads(pool: &PoolTable) -> Vec<(u8, u8)> {
+    let tiers = pool.balancer.iter().flat_map(|balancer| balancer.tiers());
+    tiers.map(|tier| (tier.tier, tier.load)).collect()
+}
+
+#[test]
+fn sessions_spill_to_the_next_tier_as_backends_become_ineligible() {
+    for policy in Policy::ALL {
+        let mut web = spilling(policy, &[0, 0, 1, 0, 0, 1]);
+        let full = build_pool(&web, None);
+        assert_eq!((serving(&full), tier_loads(&full)), ("abde".into(), vec![(0, 100)]));
+        web.backends[0].eligible = false;
+        web.backends[1].eligible = false;
+        let half = build_pool(&web, Some(&full));
+        assert_eq!((&*serving(&half), tier_loads(&half)), ("decf", vec![(0, 70), (1, 30)]));
+        let picked = (0..2_000).map(|n| {
+            let client = IpAddr::V4(Ipv4Addr::from_bits(n));
+            half.rehearse(PickKey { client, draw: n.into(), at: 0 }, &[]).0.unwrap().index
+        });
+        let upper = picked.filter(|index| half.tier_of(*index) == Some(1)).count();
+        assert!((500..700).contains(&upper), "{policy:?}: {upper}");
+        assert_eq!(half.left_out.total(), 2, "the two of the lower tier");
+        // The unchanged tier keeps its balancer when the other one is empty.
+        web.backends[3].eligible = false;
+        web.backends[4].eligible = false;
+        let none = build_pool(&web, Some(&half));
+        assert_eq!((&*serving(&none), tier_loads(&none)), ("cf", vec![(1, 100)]));
+        let of = |pool: &PoolTable, place: usize| {
+            Arc::clone(&pool.balancer.as_ref().unwrap().tiers()[place].balancer)
+        };
+        assert!(Arc::ptr_eq(&of(&half, 1), &of(&none, 0)));
+    }
+}
+
+#[test]
+fn share_of_a_tier_follows_its_number_of_members() {
+    let mut web = spilling(Policy::Random, &[0, 0, 1]);
+    web.backends[1].eligible = false;
+    let half = build_pool(&web, None);
+    assert_eq!(tier_loads(&half), [(0, 70), (1, 30)]);
+    // A member that is not eligible joins.
+    web.backends.push(backend("web", 3));
+    web.backends[3].eligible = false;
+    let third = build_pool(&web, Some(&half));
+    assert_eq!(tier_loads(&third), [(0, 46), (1, 54)]);
+    assert!(Arc::ptr_eq(&build_pool(&web, Some(&third)), &third), "nothing has changed");
+}
+
+#[test]
+fn pool_without_eligible_backends_does_not_spill() {
+    let mut web = spilling(Policy::Random, &[0, 0, 1]);
+    web.backends.iter_mut().for_each(|backend| backend.eligible = false);
+    assert_eq!(serving(&build_pool(&web, None)), "");
+    let rule = WhenNoneEligible::TryAll;
+    web.spec = Arc::new(model::PoolConfig { when_none_eligible: rule, ..(*web.spec).clone() });
+    let all = build_pool(&web, None);
+    assert_eq!((&*serving(&all), all.tier), ("abc", ServingTier::FailOpen));
+    assert_eq!((tier_loads(&all), all.tier_of(2)), (vec![(0, 100)], None));
+}
+
+#[test]
+fn session_on_trial_reaches_a_backend_of_a_tier_that_spills() {
+    let mut web = spilling(Policy::WeightedRoundRobin, &[0, 0, 1]);
+    web.backends[0].eligible = false;
+    web.backends[1].on_trial = true;
+    web.backends[1].state.in_flight.begin_trial();
+    let pool = build_pool(&web, None);
+    assert_eq!(tier_loads(&pool), [(0, 70), (1, 30)]);
+    let sessions: Vec<_> = (0..50).map(|n| pool.pick(draw(n), &[]).unwrap()).collect();
+    let trials = sessions.iter().filter(|session| session.is_on_trial()).count();
+    assert_eq!(trials, 1, "all others spill while the trial is open");
 }

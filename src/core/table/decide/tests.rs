@@ -65,7 +65,7 @@ fn input(drawn: &Drawn, number: u32) -> BackendInput {
         effective_weight: drawn.weight,
         connections_max: drawn.cap,
         slow_start: drawn.slow_start,
-        backup: false,
+        tier: 0,
         eligible: drawn.eligible,
         on_trial: false,
         in_service: true,
@@ -256,7 +256,7 @@ fn pool_that_fails_open_and_backups_are_named_as_such() {
         stand_ins: vec![],
         undecided: false,
     };
-    input_.backends[1].backup = true;
+    input_.backends[1].tier = 1;
     let backups = build_pool(&input_, None);
     let decision = decide(&backups, &picked_for(1, None), &[]);
     assert_eq!((decision.why, decision.chosen), (Why::Backup, Some(BackendId(101))));
@@ -329,7 +329,7 @@ fn ineligible_backup_is_passed_over_if_no_primary_is_eligible() {
         stand_ins: vec![],
         undecided: false,
     };
-    input.backends[1].backup = true;
+    input.backends[1].tier = 1;
     let decision = decide(&build_pool(&input, None), &picked_for(1, None), &[]);
     let named: Vec<_> = decision.skipped.named().iter().map(|one| one.backend.0).collect();
     assert_eq!((named, decision.skipped.total()), (vec![100, 101], 2));

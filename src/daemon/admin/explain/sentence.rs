@@ -12,7 +12,7 @@ use tidegate_core::health::probe_detector::ProbeState;
 use tidegate_core::health::{
     ConnectFailure, HeartbeatHealth, Intent, Observation, ProbeOutcome, RequestedState,
 };
-use tidegate_core::model::{Backups, Words};
+use tidegate_core::model::{Backups, Tiers, Words};
 use tidegate_core::suspicion::rejections::Rejection;
 
 /// Age up to which a rejection is mentioned. After this time without another one, the
@@ -25,16 +25,42 @@ pub(super) fn why_sentence(explained: &Explanation, rejected: Option<&Rejection>
     if let Some(prevented) = &explained.guards.prevented {
         text = format!("although {}: {}; {text}", prevented.evidence, prevented.reason);
     }
-    if explained.backend.backup && explained.backend.eligible {
-        text.push_str("; backup: it gets sessions only while ");
-        text.push_str(match explained.backups {
-            Backups::All => "no other backend is eligible",
-            Backups::One => "no primary and no backup before it is eligible",
-        });
-    }
+    text += &tier_note(explained);
     text += &cap_note(explained);
     text.push_str(none_eligible_note(explained));
     text + &rejected.map_or_else(String::new, |last| rejection_note(last, explained.now))
+}
+
+/// Returns when a backup gets sessions, and the share of a tier while sessions spill.
+fn tier_note(explained: &Explanation) -> String {
+    let (tier, rules) = (explained.backend.tier, explained.rules);
+    if !explained.backend.eligible {
+        return String::new();
+    }
+    if rules.tiers == Tiers::Spill {
+        let share = explained.tier_shares.iter().find(|(of, _)| *of == tier);
+        return match share {
+            None => format!("; its tier {tier} gets no sessions, because lower tiers carry all"),
+            Some((_, 100)) if tier == 0 => String::new(),
+            Some((_, share)) => format!("; its tier {tier} gets {share}% of the new sessions"),
+        };
+    }
+    match (tier, rules.backups) {
+        (0, _) => String::new(),
+        (1, Backups::All) => "; backup: it gets sessions only while no primary is eligible".into(),
+        (_, Backups::All) => format!(
+            "; backup of tier {tier}: it gets sessions only while no backend of a lower tier is \
+             eligible"
+        ),
+        (1, Backups::One) => {
+            "; backup: it gets sessions only while no primary and no backup before it is eligible"
+                .into()
+        }
+        (_, Backups::One) => format!(
+            "; backup of tier {tier}: it gets sessions only while no backend of a lower tier and \
+             no backup before it is eligible"
+        ),
+    }
 }
 
 /// Returns the first fact that decides. The operator's intent comes first, then the
@@ -317,6 +343,7 @@ mod tests {
     use tidegate_core::model::{BackendAddr, PoolId, SourceKey};
     use tidegate_core::suspicion::PathView;
     use tidegate_core::table::state::{BackendId, BackendState};
+    use tidegate_core::table::tiers::TierRules;
     use tidegate_net::clock;
 
     fn consul() -> SourceStatus {
@@ -371,7 +398,8 @@ mod tests {
             probe: None,
             last_probe: None,
             probes: Default::default(),
-            backups: Backups::All,
+            rules: TierRules { tiers: Tiers::Strict, backups: Backups::All },
+            tier_shares: vec![(0, 100)],
             none_eligible: None,
             last_resort: false,
             heartbeat_spec: None,

@@ -68,6 +68,7 @@ mod families {
     pub(super) const OMITTED: Family = gauge("tidegate_backend_metrics_omitted", "Backends without series because there are more than backend_metrics_max.");
     pub(super) const BACKEND_UP: Family = gauge("tidegate_backend_up", "0 if probes or heartbeats found the backend down, else 1.");
     pub(super) const BACKEND_ELIGIBLE: Family = gauge("tidegate_backend_eligible", "1 if the backend can get new sessions, else 0.");
+    pub(super) const BACKEND_TIER: Family = gauge("tidegate_backend_tier", "Tier of the backend, 0 to 9; above 0 it is a backup.");
     pub(super) const BACKEND_WEIGHT: Family = gauge("tidegate_backend_weight", "Effective weight of the backend; 0 while it is not eligible.");
     pub(super) const BACKEND_DRAINING: Family = gauge("tidegate_backend_draining", "1 if an operator drained the backend or set it to maintenance, else 0.");
     pub(super) const BACKEND_EJECTED: Family = gauge("tidegate_backend_ejected", "1 if the backend is ejected after failures, else 0.");
@@ -281,6 +282,7 @@ fn usual_phase(cause: Cause) -> Phase {
         | Cause::DrainDeadline
         | Cause::BackendRemoved
         | Cause::BackendDown
+        | Cause::BackupReleased
         | Cause::ClosedByOperator
         | Cause::ResetByOperator
         | Cause::InternalError => Phase::Data,
@@ -291,9 +293,10 @@ fn usual_phase(cause: Cause) -> Phase {
 type BackendValue = fn(&BackendStatus) -> u64;
 
 /// Metrics with one integer per backend.
-const BACKEND_VALUES: [(&Family, BackendValue); 9] = [
+const BACKEND_VALUES: [(&Family, BackendValue); 10] = [
     (&families::BACKEND_UP, |b| (b.observation != Observation::Down).into()),
     (&families::BACKEND_ELIGIBLE, |b| b.eligible.into()),
+    (&families::BACKEND_TIER, |b| b.tier.into()),
     (&families::BACKEND_DRAINING, |b| (b.intent != Intent::Ready).into()),
     (&families::BACKEND_EJECTED, |b| b.ejected.into()),
     (&families::EJECTIONS, |b| b.ejections_total),

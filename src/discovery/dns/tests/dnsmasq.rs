@@ -49,13 +49,10 @@ async fn services_come_with_their_addresses() {
     let test = resolver(&server);
     let srv = question("_http._tcp.web.example", NameRecord::Srv, NameFamily::Both);
     let set = RunningSource::start(srv, &test.resolver).whole().await;
-    let member = |m: &Announced| (m.name.to_string(), m.weight.unwrap(), m.backup);
-    let expected = [
-        ("192.0.2.1:8080", 30, false),
-        ("192.0.2.2:8081", 1, true),
-        ("[2001:db8::1]:8080", 30, false),
-    ];
-    let expected = expected.map(|(name, weight, backup)| (name.to_owned(), weight, backup));
+    let member = |m: &Announced| (m.name.to_string(), m.weight.unwrap(), m.tier);
+    let expected =
+        [("192.0.2.1:8080", 30, 0), ("192.0.2.2:8081", 1, 1), ("[2001:db8::1]:8080", 30, 0)];
+    let expected = expected.map(|(name, weight, tier)| (name.to_owned(), weight, tier));
     assert_eq!(set.members.iter().map(member).collect::<Vec<_>>(), expected);
     assert!(set.trusted);
 }

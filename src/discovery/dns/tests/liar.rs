@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::testing::dns_liar::*;
+use std::collections::HashMap;
 use std::sync::Mutex;
 
 /// A server whose answers the test changes: addresses and code, per type of record.
@@ -36,7 +37,7 @@ async fn addresses_of_both_families_are_one_trusted_set() {
     let (_liar, test) = zone.serve(60).await;
     let set = RunningSource::start(web(), &test.resolver).whole().await;
     assert_eq!(names(&set), ["192.0.2.1:80", "192.0.2.2:80", "[2001:db8::1]:80"]);
-    assert!(set.trusted && set.members.iter().all(|m| m.weight.is_none() && !m.backup));
+    assert!(set.trusted && set.members.iter().all(|m| m.weight.is_none() && m.tier == 0));
     for (family, expected) in [(NameFamily::Ipv4, 2), (NameFamily::Ipv6, 1)] {
         let question = question("web.example", NameRecord::Address, family);
         let set = RunningSource::start(question, &test.resolver).whole().await;

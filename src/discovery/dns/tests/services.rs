@@ -39,23 +39,22 @@ async fn serve(
     (liar, test)
 }
 
-/// Name, weight and backup of each member.
-fn members(set: &WholeSet) -> Vec<(String, u16, bool)> {
-    let member = |m: &Announced| (m.name.to_string(), m.weight.unwrap(), m.backup);
+/// Name, weight and tier of each member.
+fn members(set: &WholeSet) -> Vec<(String, u16, u8)> {
+    let member = |m: &Announced| (m.name.to_string(), m.weight.unwrap(), m.tier);
     set.members.iter().map(member).collect()
 }
 
 #[tokio::test]
-async fn lowest_priority_serves_and_the_others_are_backups() {
+async fn rank_of_a_priority_is_the_tier_of_its_members() {
     let services: &[Service] =
         &[(20, 7, 81, "b.example"), (10, 3, 80, "a.example"), (30, 0, 82, "b.example")];
     let addresses = &[("a.example", "192.0.2.1"), ("b.example", "192.0.2.2")];
     for with_additional in [true, false] {
         let (liar, test) = serve(services, addresses, with_additional).await;
         let set = RunningSource::start(srv(), &test.resolver).whole().await;
-        let expected =
-            [("192.0.2.1:80", 3, false), ("192.0.2.2:81", 7, true), ("192.0.2.2:82", 1, true)];
-        assert_eq!(members(&set), expected.map(|(n, w, b)| (n.to_owned(), w, b)));
+        let expected = [("192.0.2.1:80", 3, 0), ("192.0.2.2:81", 7, 1), ("192.0.2.2:82", 1, 2)];
+        assert_eq!(members(&set), expected.map(|(n, w, t)| (n.to_owned(), w, t)));
         assert!(set.trusted);
         assert_eq!(liar.count(TYPE_A), if with_additional { 0 } else { 2 });
         assert_eq!(liar.count(TYPE_AAAA), 2, "what the additional records lack is asked");
@@ -91,17 +90,17 @@ fn weights_keep_their_ratio_within_a_priority() {
 fn of_two_services_with_one_address_the_primary_counts() {
     let address = "192.0.2.1:80".parse().unwrap();
     let mut set = NamedMembers::default();
-    for (weight, backup) in [(5, true), (2, false), (3, false), (9, true)] {
-        set.add(member(address, Some(weight), backup));
+    for (weight, tier) in [(5, 1), (2, 0), (3, 0), (9, 1)] {
+        set.add(member(address, Some(weight), tier));
     }
-    assert_eq!(members(&set.whole(true)), [("192.0.2.1:80".to_owned(), 3, false)]);
+    assert_eq!(members(&set.whole(true)), [("192.0.2.1:80".to_owned(), 3, 0)]);
 }
 
 #[test]
 fn sets_that_are_too_large_are_cut_by_address() {
     let mut set = NamedMembers::default();
     for host in 0..(MEMBERS_MAX as u32 + 5) {
-        set.add(member(SocketAddr::new(IpAddr::V4((0x0a00_0000 + host).into()), 80), None, false));
+        set.add(member(SocketAddr::new(IpAddr::V4((0x0a00_0000 + host).into()), 80), None, 0));
     }
     let set = set.whole(true);
     assert_eq!((set.members.len(), set.unreadable.count()), (MEMBERS_MAX, 5));

@@ -89,7 +89,7 @@ fn values_have_the_form_of_listed_members() {
     let full = r#"{"address":"[::2]:80","weight":5,"state":"draining","backup":true,
                    "labels":{"zone":"a"}}"#;
     let member = read("a", full).unwrap();
-    assert_eq!((member.weight, member.backup, member.wish), (Some(5), true, Wish::Draining));
+    assert_eq!((member.weight, member.tier, member.wish), (Some(5), 1, Wish::Draining));
     assert_eq!((&*member.name, &*member.raw), ("a", "draining"));
     assert_eq!(member.labels.iter().collect::<Vec<_>>(), [("zone", "a")]);
     assert_eq!(read("a", &value(80)).unwrap().wish, Wish::Sessions);

@@ -13,7 +13,7 @@ fn puts_and_deletions_are_told_as_whole_sets() {
     let mut asked = AskedEtcd::start(&cluster);
     asked.wait_for(&["a"], secs(5));
     let member = asked.set.as_ref().unwrap().members[0].clone();
-    assert_eq!((member.weight, member.backup), (Some(7), true));
+    assert_eq!((member.weight, member.tier), (Some(7), 1));
     cluster.put(&key("b"), &value(81));
     asked.wait_for(&["a", "b"], secs(2));
     cluster.delete(&key("a"));

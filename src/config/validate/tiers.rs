@@ -1,0 +1,66 @@
+//! `tier` and `backup` of a backend, `tiers` and `on_recover` of a pool.
+//!
+//! Called by `backends` and `pool`. A rule that can have no effect is an error where the pool
+//! sets it. A default of the file has no effect there.
+
+use std::collections::BTreeSet;
+
+use super::pool::others_join;
+use crate::file::Section;
+use crate::value::{self, ValueError};
+use tidegate_core::model::{Backups, OnRecover, PoolConfig, TIER_MAX, Tiers};
+
+/// Reads the tier of a backend.
+pub(super) fn of_backend(backend: &Section<'_, '_>) -> u8 {
+    let (tier, backup) = (backend.integer("tier", 0..=TIER_MAX), backend.boolean("backup"));
+    let (place, backup_place) = (tier.place(), backup.place());
+    let (given, is_backup) = (tier.or(0), backup.or(false));
+    let Some(place) = place else { return u8::from(is_backup) };
+    if backup_place.is_some() && given != u8::from(is_backup) {
+        let message = format!(
+            "tier = {given} contradicts backup = {is_backup}, which is tier {}",
+            u8::from(is_backup)
+        );
+        backend.report.error(place, ValueError::new(message).help("write one of the two keys"));
+    }
+    given
+}
+
+/// Reads `tiers` and `on_recover`, and checks them against the backends of the pool.
+pub(super) fn of_pool(pool: &Section<'_, '_>, model: &mut PoolConfig) {
+    model.tiers = pool.choice("tiers").or(Tiers::Strict);
+    let on_recover = pool.text("on_recover", "a string", value::on_recover);
+    model.on_recover = on_recover.or(OnRecover::Keep);
+    if model.tiers == Tiers::Spill
+        && model.backups == Backups::One
+        && let Some(place) = pool.key_place("backups").or_else(|| pool.value_place("tiers"))
+    {
+        let message = "backups = \"one\" has no effect with tiers = \"spill\"";
+        let help = "with \"spill\", backups serve together with the backends of lower tiers";
+        pool.report.error(place, ValueError::new(message).help(help));
+    }
+    if model.of.is_some() || others_join(model) || model.backends.is_empty() {
+        return;
+    }
+    let tiers: BTreeSet<u8> = model.backends.iter().map(|backend| backend.tier).collect();
+    let several = tiers.len() > 1;
+    let backups = model.backends.iter().filter(|backend| backend.tier > 0).count();
+    let one_of_several = model.backups == Backups::One && backups > 1;
+    if model.tiers == Tiers::Spill && !several {
+        model.tiers = Tiers::Strict;
+        without_effect(pool, "tiers");
+    }
+    if model.on_recover != OnRecover::Keep && !several && !one_of_several {
+        model.on_recover = OnRecover::Keep;
+        without_effect(pool, "on_recover");
+    }
+}
+
+fn without_effect(pool: &Section<'_, '_>, key: &'static str) {
+    pool.ignore_default(key);
+    if let Some(place) = pool.key_place(key) {
+        let message = format!("{key} has no effect: all backends of the pool have the same tier");
+        let help = "write tier = 1 or backup = true for the backends that stand by";
+        pool.report.error(place, ValueError::new(message).help(help));
+    }
+}
