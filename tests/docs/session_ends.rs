@@ -34,6 +34,7 @@ fn phases_of(cause: Cause) -> &'static [Phase] {
         | Cause::BackendLost
         | Cause::BackendRemoved
         | Cause::BackendDown
+        | Cause::BackupReleased
         | Cause::ClosedByOperator => &[Data, HalfClosed, Closed],
         Cause::ConnectRefused | Cause::ConnectTimeout | Cause::ConnectFailed => &[Connect],
         Cause::NoBackend | Cause::Denied | Cause::SourceConnections | Cause::SourceRate => &[Admit],

@@ -65,6 +65,7 @@ mod sources;
 mod state;
 mod storms;
 mod syslog;
+mod tiers;
 mod twins;
 mod unix_binds;
 mod waiting;

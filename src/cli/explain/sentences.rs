@@ -340,6 +340,26 @@ mod tests {
     }
 
     #[test]
+    fn backup_is_picked_because_of_its_tier() {
+        let sentence = |tier, spills, tense| {
+            let tier = PickedTier { tier, spills };
+            why(&WhyName::Backup, None, &FiguresDoc::None, None, tier, tense)
+        };
+        let all = [
+            sentence(1, false, Tense::Past),
+            sentence(2, false, Tense::Past),
+            sentence(1, true, Tense::Past),
+            sentence(2, true, Tense::Present),
+        ];
+        expect![[r#"
+            was picked as a backup because no primary was eligible
+            was picked as a backup because no backend of a lower tier was eligible (tier 2)
+            was picked as a backup because the lower tiers could carry only a part of the sessions (tier 1, tiers = "spill")
+            is picked as a backup because the lower tiers can carry only a part of the sessions (tier 2, tiers = "spill")"#]]
+        .assert_eq(&all.join("\n"));
+    }
+
+    #[test]
     fn each_kind_of_figures_has_a_text() {
         let load = |sessions, answer_seconds| LoadDoc { sessions, weight: 2.0, answer_seconds };
         let other = OtherLoadDoc { backend: of("b"), load: load(5, None) };
@@ -356,7 +376,9 @@ mod tests {
         let policy = Some(&PolicyName::TwoChoices);
         let text: Vec<_> = all
             .iter()
-            .map(|(one, figures)| why(one, policy, figures, None, tier, Tense::Past))
+            .map(|(one, figures)| {
+                why(one, policy, figures, None, PickedTier::default(), Tense::Past)
+            })
             .collect();
         expect![[r#"
             was next in turn (position 3 of 101)

@@ -514,13 +514,7 @@ pub(super) const BACKEND: &[ConfigKey] = &[
         Reload,
         "Share of new sessions, relative to the other backends.",
     ),
-    key(
-        "backup",
-        Flag,
-        Value("false"),
-        Reload,
-        "`true`: the same as `tier = 1`. The backend stands by for those of tier 0.",
-    ),
+    key("backup", Flag, Value("false"), Reload, "`true`: the same as `tier = 1`."),
     key(
         "tier",
         Integer(0, 9),

@@ -60,7 +60,7 @@ fn without_effect(pool: &Section<'_, '_>, key: &'static str) {
     pool.ignore_default(key);
     if let Some(place) = pool.key_place(key) {
         let message = format!("{key} has no effect: all backends of the pool have the same tier");
-        let help = "write tier = 1 or backup = true for the backends that stand by";
+        let help = "write tier = 1 or backup = true for the backends that wait";
         pool.report.error(place, ValueError::new(message).help(help));
     }
 }

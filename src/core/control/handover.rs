@@ -6,6 +6,7 @@
 //! Frontends, pools and backends are identified by name, never by id.
 
 mod counts;
+mod turns;
 
 use super::backends::BackendEntry;
 use super::heartbeats::CarriedHeartbeats;
@@ -18,7 +19,6 @@ use super::{
     SavedIntent, SavedRole, SavedTransition, SavedViews,
 };
 use crate::balance::RoundRobinPosition;
-use crate::balance::tiered::TierBalancers;
 use crate::health::ejection::SavedEjectionState;
 use crate::health::slow_detector::SavedSlowDetector;
 use crate::health::{Intent, Observation};
@@ -29,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use turns::saved_turns;
 
 /// State of frontends, pools and backends. Times are in milliseconds before the moment of
 /// saving.
@@ -310,14 +311,12 @@ impl Controller {
     fn save_pool(pool: &PoolEntry, table: Option<&Arc<PoolTable>>, now: Instant) -> SavedPool {
         let table = table.filter(|table| table.spec.name == pool.spec.name);
         let age = |since: Instant| millis(now.saturating_duration_since(since));
-        let balancer = table.and_then(|table| table.balancer.as_ref());
-        let spills = balancer.is_some_and(TierBalancers::spills);
-        let turns: Vec<_> = balancer.into_iter().flat_map(TierBalancers::positions).collect();
+        let (turn, tier_turns) = saved_turns(table.map(|table| &**table));
         SavedPool {
             name: pool.spec.name.to_string(),
             open: pool.startup == StartupGrace::FailingOpen || pool.verification.fails_open,
-            turn: turns.first().map(|(_, turn)| *turn),
-            tier_turns: turns.into_iter().filter(|_| spills).collect(),
+            turn,
+            tier_turns,
             in_service_ms: pool.in_service_since.map(age),
             takes_heartbeats: pool.spec.heartbeat.is_some(),
             backends: Vec::with_capacity(pool.members().len()),
@@ -367,24 +366,6 @@ impl Controller {
         self.resume_turns(saved);
         self.adopt_counts(saved);
         effects
-    }
-
-    /// Moves the round robins to the saved positions.
-    fn resume_turns(&self, saved: &Saved) {
-        let pools: HashMap<&str, &SavedPool> =
-            saved.pools.iter().map(|pool| (&*pool.name, pool)).collect();
-        for pool in &self.publisher.table().pools {
-            let (Some(saved), Some(balancer)) = (pools.get(&*pool.spec.name), &pool.balancer)
-            else {
-                continue;
-            };
-            if let (Some(turn), Some(lowest)) = (saved.turn, balancer.tiers().first()) {
-                lowest.balancer.resume_at(turn);
-            }
-            for (tier, turn) in &saved.tier_turns {
-                balancer.resume_at(*tier, *turn);
-            }
-        }
     }
 
     /// Restores the counts only, after sessions of the other process have ended.

@@ -389,8 +389,8 @@ mod tests {
                 {"layer":"seccomp","in_force":false,"detail":"off"}],"heartbeat":null,"frontends":[
                 {"name":"web","binds":["[::1]:80"],"pool":"web","connections_max":0,"sessions_active":0,"sessions_total":0,"bytes_in_total":0,"bytes_out_total":0,"refused_total":5}]
                 ,"pools":[
-                {"name":"web","of":null,"role":null,"balance":"random","none_eligible":null,"frozen":null,"registered":0,"registered_max":0,"probes":false,"heartbeats":false,"sources":[],"queued":3,"backends":[
-                {"name":"a","address":"unix:/run/a.sock","registered":false,"weight":2,"effective_weight":0,"backup":true,"connections_max":9,"intent":"draining","wish":null,"wished_by":null,"unverified":false,"role":null,"observation":"up","ejected":false,"on_trial":false,"ejections_total":1,"ejections_held_total":2,"eligible":false,"ramp_percent":100,"heartbeat":null,"sessions_active":0,"sessions_total":0,"connect_failures_total":0,"bytes_in_total":5,"bytes_out_total":0,"connect_seconds":
+                {"name":"web","of":null,"role":null,"balance":"random","none_eligible":null,"frozen":null,"registered":0,"registered_max":0,"probes":false,"heartbeats":false,"sources":[],"tier_shares":[],"queued":3,"backends":[
+                {"name":"a","address":"unix:/run/a.sock","registered":false,"weight":2,"effective_weight":0,"backup":true,"tier":1,"connections_max":9,"intent":"draining","wish":null,"wished_by":null,"unverified":false,"role":null,"observation":"up","ejected":false,"on_trial":false,"ejections_total":1,"ejections_held_total":2,"eligible":false,"ramp_percent":100,"heartbeat":null,"sessions_active":0,"sessions_total":0,"connect_failures_total":0,"bytes_in_total":5,"bytes_out_total":0,"connect_seconds":
                 {"p50":0.0002,"p99":0.0002},"first_byte_seconds":
                 {"p50":null,"p99":null},"last_transition":
                 {"from":"up","to":"draining","reason":"operator","seconds_ago":2.5,"lasted_seconds":60.0}}]}],"leaving":[

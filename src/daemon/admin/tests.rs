@@ -198,8 +198,8 @@ fn status_of_a_pool_with_heartbeats_has_exactly_the_documented_fields() {
         {"reason":"no heartbeat arrives","seconds":1.25}},"frontends":[],"pools":[
         {"name":"web","of":null,"role":null,"balance":"random","none_eligible":"try-all","frozen":
         {"reason":"2 of 4 backends became suspect together","seconds":1.25},"registered":1,"registered_max":100,"probes":true
-        ,"heartbeats":true,"sources":[],"queued":0,"backends":[
-        {"name":"a","address":"10.0.0.11:8080","registered":true,"weight":2,"effective_weight":0.2,"backup":false,"connections_max":0,"intent":"ready","wish":null,"wished_by":null,"unverified":false,"role":null,"observation":"suspect","ejected":false,"on_trial":true,"ejections_total":4,"ejections_held_total":0,"eligible":true,"ramp_percent":100
+        ,"heartbeats":true,"sources":[],"tier_shares":[],"queued":0,"backends":[
+        {"name":"a","address":"10.0.0.11:8080","registered":true,"weight":2,"effective_weight":0.2,"backup":false,"tier":0,"connections_max":0,"intent":"ready","wish":null,"wished_by":null,"unverified":false,"role":null,"observation":"suspect","ejected":false,"on_trial":true,"ejections_total":4,"ejections_held_total":0,"eligible":true,"ramp_percent":100
         ,"heartbeat":
         {"pulse":"suspect","sender_state":"starting","silent_seconds":0.76,"timeout_seconds":0.325,"loss":0.001,"load":500,"held":"the path is frozen","rejected":
         {"pool":"web","backend":"a","from":"10.0.0.7:7946","key":3,"reason":"stale","skew_seconds":-301.25,"signed":true,"total":2,"in_a_row":2,"seconds_ago":0.5,"help":"set the clock"}},"sessions_active":0,"sessions_total":0,"connect_failures_total":9,"bytes_in_total":0,"bytes_out_total":0,"connect_seconds":
@@ -308,7 +308,7 @@ fn explanation_has_exactly_the_documented_fields() {
     assert_eq!(serde_json::to_string(&read).unwrap(), text, "no field is lost");
     expect![[r#"
 
-        {"pool":"web","backend":"a","address":"10.0.0.11:8080","registered":true,"eligible":true,"why":"although probes fail (2 confirmation probes failed): the path is frozen; its sender reports starting; its heartbeats are rejected: stale, its clock is 5m 1s behind (set the clock)","observation":"suspect","observation_seconds":0.75,"intent":"ready","intent_seconds":7300.0,"backup":false,"connections_max":0,"connections_max_in_force":4,"sessions_active":0,"picks":
+        {"pool":"web","backend":"a","address":"10.0.0.11:8080","registered":true,"eligible":true,"why":"although probes fail (2 confirmation probes failed): the path is frozen; its sender reports starting; its heartbeats are rejected: stale, its clock is 5m 1s behind (set the clock)","observation":"suspect","observation_seconds":0.75,"intent":"ready","intent_seconds":7300.0,"backup":false,"tier":0,"connections_max":0,"connections_max_in_force":4,"sessions_active":0,"picks":
         {"backend":3,"pool":4},"weight":
         {"effective":0.2,"configured":2,"health_percent":10,"ramp_percent":40,"load_percent":65},"probe":
         {"kind":"tcp","interval_seconds":2.0,"timeout_seconds":0.4,"rise":2,"fall":3,"observation":"up","seconds":90.0,"failed_in_a_row":1,"connects_failed_in_a_row":2,"succeeded_in_a_row":0,"fails_open":true},"role":null,"agent":null,"last_probe":

@@ -403,10 +403,11 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
     }
 
     fn abort_backend(&self, backend: BackendId, cause: Cause) -> usize {
+        // A session that delivers its last bytes ends by itself.
+        let in_order = cause.closes_in_order(0);
         self.abort_where(cause, |stage| match stage {
-            SessionStage::Relaying(timers) | SessionStage::Delivering(_, timers) => {
-                timers.meter.backend.id == backend
-            }
+            SessionStage::Relaying(timers) => timers.meter.backend.id == backend,
+            SessionStage::Delivering(_, timers) => !in_order && timers.meter.backend.id == backend,
             _ => false,
         })
     }

@@ -116,7 +116,8 @@ pub(crate) trait RelayEngine: Debug {
     /// Ends all sessions in any stage. Returns their number.
     fn abort_all(&self, cause: Cause) -> usize;
 
-    /// Ends all relayed sessions of a backend. Returns their number.
+    /// Ends all relayed sessions of a backend, except those that deliver their last bytes if the
+    /// cause closes in order. Returns their number.
     fn abort_backend(&self, backend: BackendId, cause: Cause) -> usize;
 
     /// Notified when a panic has left the engine in an invalid state.

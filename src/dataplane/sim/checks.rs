@@ -82,7 +82,7 @@ fn check_session(
         }
         "local-resource" => check_shortage(kernel, record.errno),
         "idle-timeout" | "half-closed-timeout" => ensure(world.jumped, "it was not idle for long"),
-        "drain-deadline" | "backend-removed" | "closed-by-operator" => {
+        "drain-deadline" | "backend-removed" | "backup-released" | "closed-by-operator" => {
             ensure(world.aborted, "no session was aborted")
         }
         "connect-timeout" | "queue-timeout" | "no-backend" => Ok(()),

@@ -312,7 +312,9 @@ impl SimWorld {
             1 => {
                 self.aborted = true;
                 if let Some(backend) = self.publisher.current().pools[0].serving.first() {
-                    self.ctx.engine.abort_backend(backend.id, Cause::BackendRemoved);
+                    let causes = [Cause::BackendRemoved, Cause::BackupReleased];
+                    let cause = causes[self.rng.usize(..causes.len())];
+                    self.ctx.engine.abort_backend(backend.id, cause);
                 }
             }
             _ => {

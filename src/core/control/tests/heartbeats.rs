@@ -434,8 +434,7 @@ fn slow_start_reduces_the_cap_and_bounds_the_share() {
 
 fn slow_starts(bench: &Bench) -> Vec<bool> {
     let table = bench.controller.current_table();
-    let balancer = table.pools[0].balancer.as_ref().unwrap();
-    balancer.candidates().map(|candidate| candidate.slow_start).collect()
+    table.pools[0].balancer.as_ref().unwrap().candidates().map(|one| one.slow_start).collect()
 }
 
 #[test]
