@@ -1,9 +1,9 @@
 //! Picking a backend: all policies, weighted and lock-free.
 //!
 //! `core::table::build` builds a [`Balancer`] for one tier of a pool, and [`tiered`] combines
-//! those of several tiers. Workers call [`Balancer::pick`] through the table they loaded. A balancer is immutable except for
-//! atomics. It does no I/O, reads no clock and generates no randomness: the caller
-//! passes random bits in.
+//! those of several tiers. Workers call [`Balancer::pick`] through the table they loaded. A
+//! balancer is immutable except for atomics. It does no I/O, reads no clock and generates no
+//! randomness: the caller passes random bits in.
 //!
 //! # Rules for every policy
 //!

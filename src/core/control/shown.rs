@@ -72,7 +72,7 @@ impl ShownState {
             _ if backend.intent != Intent::Ready => ShownState::Draining,
             Observation::Suspect => ShownState::Suspect,
             _ if backend.ramp_percent < 100 => ShownState::Joining,
-            _ if backend.backup && backend.effective_weight == 0.0 => ShownState::Standby,
+            _ if backend.tier > 0 && backend.effective_weight == 0.0 => ShownState::Standby,
             _ => ShownState::Up,
         }
     }
@@ -280,7 +280,7 @@ mod tests {
         let expected = [("unknown", 60, 50), ("up", 50, 12), ("join", 12, 0)];
         assert_eq!(spans(&transitions, joins, Some(12)), expected);
         let standby = |backend: &mut BackendStatus| {
-            (backend.backup, backend.effective_weight) = (true, 0.0);
+            (backend.tier, backend.effective_weight) = (1, 0.0);
         };
         assert_eq!(spans(&transitions, standby, None)[1], ("standby", 50, 0));
     }

@@ -44,7 +44,7 @@ const VERDICTS = {
   draining: () => 'it is draining.',
   unknown: () => 'it has no probe result yet, or no connect to it has succeeded.',
   joining: () => 'its slow start is running.',
-  standby: () => 'it is a backup, and serves if no primary backend is eligible.',
+  standby: () => 'it is a backup, and serves if the lower tiers need it.',
 };
 
 function verdict(backend) {

@@ -25,7 +25,7 @@ const REASONS = {
   trial: 'a trial session after an ejection',
   queue: 'the client waited in the queue for it',
   'fail-open': 'no backend was eligible, and the pool fails open',
-  backup: 'no primary backend was eligible',
+  backup: 'no backend of a lower tier was eligible, or sessions spill',
   sticky: 'the client was there before',
   none: 'no backend could be picked',
 };
