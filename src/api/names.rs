@@ -473,6 +473,8 @@ names! {
         Dns = "dns",
         /// Reads the words of an agent.
         Agent = "agent",
+        /// Runs a command.
+        Exec = "exec",
     }
 
     /// Result of a probe.
@@ -483,6 +485,8 @@ names! {
         Failure = "failure",
         /// A local error prevented the probe. It says nothing about the backend.
         NotRun = "not-run",
+        /// The probe ran and says nothing about the backend.
+        Undecided = "undecided",
     }
 }
 

@@ -298,6 +298,7 @@ fn last_probe(last: &LastProbeDoc) -> String {
     let result = match &last.result {
         ProbeResultName::Success => "succeeded",
         ProbeResultName::Failure => "failed",
+        ProbeResultName::Undecided => "said nothing about the backend",
         ProbeResultName::NotRun => "not run because of a local error",
         other => other.name(),
     };

@@ -199,7 +199,7 @@ async fn watch(args: &HeartbeatArgs, sender: &Sender) {
         let (state, why) = match probe::run(&address, &spec).await {
             ProbeOutcome::Success { .. } => (SenderState::Ready, "check succeeded".to_owned()),
             ProbeOutcome::Failure { reason, .. } => (SenderState::Starting, reason),
-            ProbeOutcome::Local { reason } => {
+            ProbeOutcome::Undecided { reason, .. } | ProbeOutcome::Local { reason } => {
                 eprintln!("tidegate: heartbeat: cannot run the check: {reason}");
                 continue;
             }

@@ -162,6 +162,9 @@ pub struct RunArgs {
     /// on standard input. A supervisor calls it before it executes this program.
     #[arg(long, value_name = "VERSION", hide = true)]
     pub supervisor_check: Option<u32>,
+    /// Run commands of probes for a process that serves, in this role. That process starts it.
+    #[arg(long, value_name = "ROLE", hide = true)]
+    pub probe_helper: Option<String>,
 }
 
 /// `tidegate check`
@@ -309,13 +312,17 @@ mod tests {
     }
 
     #[test]
-    fn supervisor_check_is_hidden_from_help() {
+    fn internal_options_are_hidden_from_help() {
         let line = ["run", "--config", "f", "--pid-file", "p", "--supervisor-check", "1"];
         let Command::Run(args) = parse(&line).unwrap() else { panic!("another command") };
         assert_eq!(args.supervisor_check, Some(1));
+        let helper = parse(&["run", "--probe-helper", "keeper", "--config", "f"]).unwrap();
+        let Command::Run(args) = helper else { panic!("another command") };
+        assert_eq!(args.probe_helper.as_deref(), Some("keeper"));
         let mut all = Cli::command();
         let help = all.find_subcommand_mut("run").unwrap().render_long_help().to_string();
         assert!(help.contains("--pid-file") && !help.contains("supervisor-check"), "{help}");
+        assert!(!help.contains("probe-helper"), "{help}");
     }
 
     #[test]

@@ -242,7 +242,7 @@ async fn watch_service(args: &RegisterArgs, health: &watch::Sender<ServiceHealth
         let (success, why) = match probe::run(&address, &spec).await {
             ProbeOutcome::Success { .. } => (true, String::new()),
             ProbeOutcome::Failure { reason, .. } => (false, reason),
-            ProbeOutcome::Local { reason } => {
+            ProbeOutcome::Undecided { reason, .. } | ProbeOutcome::Local { reason } => {
                 eprintln!("tidegate: register: cannot run the check: {reason}");
                 continue;
             }

@@ -7,13 +7,16 @@
 //! - Supervisor: the default. It can continue a supervisor that executed this program.
 //! - Supervised process: started by a supervisor.
 //! - Process without a supervisor: `--single`.
+//! - Probe helper: `--probe-helper`, started by a process that serves.
 //! - Check: `--supervisor-check`, before a supervisor executes this program.
 
 use super::RunArgs;
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
+use std::path::Path;
 use std::sync::Arc;
 use tidegate_client::command::Exit;
+use tidegate_daemon::probe_helper::HelperRole;
 use tidegate_daemon::{
     self as daemon, Before, Failure, Notifier, OldProcess, Options, PassedSockets,
     ProcessEnvironment, Supervised,
@@ -27,6 +30,9 @@ use tidegate_supervisor::{self as supervisor, Link};
 pub fn main(args: RunArgs) -> Exit {
     if let Some(version) = args.supervisor_check {
         return check(version);
+    }
+    if let Some(role) = args.probe_helper.as_deref() {
+        return probe_helper(role, args.config.path());
     }
     // Before any other descriptor is opened.
     if let Some(ended) = supervisor::resume() {
@@ -44,6 +50,18 @@ pub fn main(args: RunArgs) -> Exit {
         Ok(None) => supervise(&args),
         Err(error) => {
             eprintln!("tidegate: cannot read the message of the supervisor: {error}");
+            Exit::Failed
+        }
+    }
+}
+
+fn probe_helper(role: &str, config: &Path) -> Exit {
+    let unknown = || io::Error::other(format!("unknown role {role}"));
+    let role = HelperRole::named(role).ok_or_else(unknown);
+    match role.and_then(|role| daemon::probe_helper::run_helper(role, config)) {
+        Ok(()) => Exit::Fine,
+        Err(error) => {
+            eprintln!("tidegate: probe helper: {error}");
             Exit::Failed
         }
     }
@@ -123,7 +141,8 @@ fn supervised_environment(
     // Before there are threads. The supervisor started this process, so it has not inherited
     // the sandbox of the old process.
     let upgrade = old_process.is_some() || supervised.takes_over();
-    let before = Before { inherited: &[], admin: place, upgrade, instead: supervised.instead() };
+    let instead = supervised.instead();
+    let before = Before { inherited: &[], admin: place, helper: None, upgrade, instead };
     let confined = daemon::confine(args.config.path(), None, before)?;
     Ok(ProcessEnvironment {
         old_process,
@@ -137,7 +156,8 @@ fn supervised_environment(
 fn single_environment(args: &RunArgs) -> Result<ProcessEnvironment, Failure> {
     let passed = daemon::passed()?;
     let activated = (!passed.is_empty()).then(|| PassedSockets::of(passed)).transpose()?;
-    let old_process = OldProcess::connect()?;
+    let mut old_process = OldProcess::connect()?;
+    let helper = old_process.as_mut().and_then(OldProcess::take_helper);
     let program = Program::of_this_process(single_arguments(args))
         .inspect_err(|error| eprintln!("tidegate: upgrades in place are not available: {error}"))
         .ok();
@@ -146,6 +166,7 @@ fn single_environment(args: &RunArgs) -> Result<ProcessEnvironment, Failure> {
     let before = Before {
         inherited: old_process.as_ref().map_or(&[][..], OldProcess::confined),
         admin: old_process.as_ref().and_then(OldProcess::admin_listen),
+        helper,
         upgrade: old_process.is_some(),
         instead: None,
     };

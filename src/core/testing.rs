@@ -83,6 +83,7 @@ pub fn config(frontends: Vec<FrontendConfig>, pools: Vec<Arc<PoolConfig>>) -> Co
             group: None,
             sandbox: Sandbox::Auto,
             state: None,
+            probe_helper: false,
             buffers_max: 1 << 28,
         },
         admin: Admin {

@@ -87,9 +87,9 @@ impl Control {
                     && !self.upgrades.is_stepping_down()
                     && !self.workers.context().waiters.any_waiting() => {}
             ControlEffect::SlotsFreed => self.workers.context().waiters.slot_freed(),
-            ControlEffect::Probe { lane, backend, token, address, spec } => {
+            ControlEffect::Probe { lane, backend, token, names, address, spec } => {
                 tracing::trace!(%address, "probe started");
-                self.evidence.probes.probe(lane, backend, token, address, spec);
+                self.evidence.probes.probe(lane, backend, token, names, address, spec);
             }
             ControlEffect::Build { token, build } => self.planes.build(token, build),
             ControlEffect::Log(transition) => {

@@ -6,6 +6,7 @@
 use super::due;
 use super::heartbeats::HeartbeatReceiver;
 use crate::probe::runner::{PROBES_RUNNING_MAX, ProbeRunner};
+use crate::probe_helper::ProbeHelper;
 use std::sync::Arc;
 use std::time::Instant;
 use tidegate_core::control::ControlEvent;
@@ -20,6 +21,7 @@ const PROBE_RESULTS_MAX: usize = 1024;
 #[derive(Debug)]
 pub(super) struct Evidence {
     pub(super) probes: ProbeRunner,
+    pub(super) helper: ProbeHelper,
     results: mpsc::Receiver<ControlEvent>,
     pub(super) heartbeats: HeartbeatReceiver,
     reports: Arc<ReportQueue>,
@@ -45,10 +47,11 @@ impl Evidence {
         heartbeats: HeartbeatReceiver,
         reports: Arc<ReportQueue>,
         counters: Arc<WorkerCounters>,
+        helper: ProbeHelper,
     ) -> Evidence {
         let (sender, results) = mpsc::channel(PROBE_RESULTS_MAX);
-        let probes = ProbeRunner::start(sender, PROBES_RUNNING_MAX, counters);
-        Evidence { probes, results, heartbeats, reports }
+        let probes = ProbeRunner::start(sender, PROBES_RUNNING_MAX, counters, helper.clone());
+        Evidence { probes, helper, results, heartbeats, reports }
     }
 
     /// Waits for the next event. `decide_at`: when the controller's next decision is due.

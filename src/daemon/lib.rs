@@ -56,6 +56,7 @@ mod planes;
 mod ports;
 mod preflight;
 pub mod probe;
+pub mod probe_helper;
 mod refused;
 mod reload;
 mod reload_diff;

@@ -320,6 +320,8 @@ impl Control {
         self.reloads.adopt(Arc::clone(&config), digest, restart_needed);
         self.workers.context().buffers.set_max(config.process.buffers_max);
         let in_force = self.reloads.within_limits(self.binds.sockets());
+        // Before the first probe with a new command.
+        self.evidence.helper.reread();
         self.feed([ControlEvent::Configure(in_force)]);
         self.evidence.heartbeats.adopt(heartbeats);
         self.sources.configure(&config);
@@ -440,6 +442,7 @@ fn needs_restart(started: &Config, now: &Config) -> Vec<String> {
         ("[process] group", old.group != new.group),
         ("[process] sandbox", old.sandbox != new.sandbox),
         ("[process] state", old.state != new.state),
+        ("[process] probe_helper", old.probe_helper != new.probe_helper),
         ("[admin] listen", started.admin.listen != now.admin.listen),
         ("[log] format", started.log.format != now.log.format),
         ("[log] target", started.log.target != now.log.target),

@@ -147,6 +147,7 @@ impl Control {
         let (engine, engine_reason) = self.workers.engine();
         AdminSnapshot {
             control,
+            helper_works: self.evidence.helper.works(),
             workers: self.workers.counters().to_vec(),
             version: env!("CARGO_PKG_VERSION"),
             engine,

@@ -16,9 +16,10 @@
 //! 2. Remove capabilities from the bounding set, change groups, group and user
 //!    ([`UserIdentity::assume`](tidegate_net::privileges::UserIdentity::assume)), and
 //!    make the remaining capabilities effective and ambient.
-//! 3. Set `no_new_privs`, which steps 4 and 5 need.
-//! 4. Apply landlock.
-//! 5. Apply the seccomp filter.
+//! 3. Start the probe helper, which stays outside of the sandbox.
+//! 4. Set `no_new_privs`, which steps 5 and 6 need.
+//! 5. Apply landlock.
+//! 6. Apply the seccomp filter.
 //!
 //! # Upgrades
 //!
@@ -34,7 +35,9 @@ use super::preflight::directory_of;
 use super::refused::holders_in_the_way;
 use super::{Failure, preflight, state_directory};
 use crate::admin_place;
+use crate::probe_helper::HelperSocket;
 use std::fs::DirBuilder;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -58,6 +61,8 @@ pub struct AppliedSandbox {
     settings: Option<SandboxSettings>,
     /// Where the admin API listens.
     pub(super) admin: Option<Place>,
+    /// The process that runs commands outside of the sandbox.
+    helper: Option<HelperSocket>,
     /// Processes that listen on ports of the configuration.
     pub(super) in_the_way: Vec<(u64, Holder)>,
 }
@@ -69,6 +74,7 @@ struct SandboxSettings {
     group: Option<String>,
     sandbox: Sandbox,
     state: Option<PathBuf>,
+    probe_helper: bool,
 }
 
 /// Directories with programs and libraries, and for starting the new process of an
@@ -114,18 +120,21 @@ impl Default for AppliedSandbox {
             report: SandboxReport::none("not applied: the balancer is embedded in another program"),
             settings: None,
             admin: None,
+            helper: None,
             in_the_way: Vec::new(),
         }
     }
 }
 
 /// What this process inherits from the old process.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Default)]
 pub struct Before<'a> {
     /// Sandbox layers that are already applied.
     pub inherited: &'a [String],
     /// Where the admin API of the old process listens.
     pub admin: Option<&'a str>,
+    /// The socket of the probe helper that the old process uses.
+    pub helper: Option<OwnedFd>,
     /// This process takes over the addresses of another process.
     pub upgrade: bool,
     /// Texts to use instead of the files.
@@ -142,7 +151,7 @@ pub fn confine(
     pid_file: Option<&Path>,
     before: Before<'_>,
 ) -> Result<AppliedSandbox, Failure> {
-    let Before { inherited, admin: place_before, upgrade, instead } = before;
+    let Before { inherited, admin: place_before, helper, upgrade, instead } = before;
     let (mut config, origin) = outline(path, instead)?;
     let process = &config.process;
     let settings = SandboxSettings {
@@ -150,6 +159,7 @@ pub fn confine(
         group: process.group.clone(),
         sandbox: process.sandbox,
         state: process.state.clone(),
+        probe_helper: process.probe_helper,
     };
     if privileges::threads().is_some_and(|count| count > 1) {
         return Err(Failure::Runtime(
@@ -176,13 +186,36 @@ pub fn confine(
         let _ = privileges::reduce(kept(&config));
     }
     report_privileges(&mut report, kept(&config));
+    let helper = probe_helper(path, &config, helper, inherited)?;
     if process.sandbox != Sandbox::Off || !inherited.is_empty() {
         apply_sandbox(&mut report, &paths(path, pid_file, &config), inherited);
     }
     if process.sandbox == Sandbox::On {
         require_all(&report)?;
     }
-    Ok(AppliedSandbox { report, settings: Some(settings), admin: Some(admin), in_the_way })
+    Ok(AppliedSandbox { report, settings: Some(settings), admin: Some(admin), helper, in_the_way })
+}
+
+/// Starts the probe helper, if the configuration has one. A process that is in a sandbox already
+/// uses the helper of the old process, because a new one would be in the sandbox too.
+fn probe_helper(
+    path: &Path,
+    config: &Config,
+    before: Option<OwnedFd>,
+    inherited: &[String],
+) -> Result<Option<HelperSocket>, Failure> {
+    match before {
+        _ if !config.process.probe_helper => Ok(None),
+        Some(socket) if !inherited.is_empty() => Ok(Some(HelperSocket::inherited(socket))),
+        None if !inherited.is_empty() => Err(Failure::Runtime(
+            "[process] probe_helper: an upgrade without a supervisor cannot start the probe \
+             helper outside of the sandbox; restart instead"
+                .to_owned(),
+        )),
+        _ => HelperSocket::start(path).map(Some).map_err(|error| {
+            Failure::Runtime(format!("[process] probe_helper: cannot start the helper: {error}"))
+        }),
+    }
 }
 
 /// Reads the configuration without the files that it names: the user to switch to reads
@@ -440,12 +473,18 @@ impl AppliedSandbox {
     /// Rejects a configuration with other sandbox settings: the file was changed during
     /// the start.
     pub(super) fn check(&self, config: &Config) -> Result<(), Failure> {
-        let model::ProcessConfig { user, group, sandbox, state, .. } = config.process.clone();
-        let now = SandboxSettings { user, group, sandbox, state };
+        let model::ProcessConfig { user, group, sandbox, state, probe_helper, .. } =
+            config.process.clone();
+        let now = SandboxSettings { user, group, sandbox, state, probe_helper };
         match &self.settings {
             Some(settings) if *settings != now => Err(Failure::Runtime(changed_during_start())),
             _ => Ok(()),
         }
+    }
+
+    /// Takes the process that runs commands.
+    pub(super) fn take_helper(&mut self) -> Option<HelperSocket> {
+        self.helper.take()
     }
 
     /// Adds a hint to `why` if the error may be caused by the sandbox.

@@ -29,6 +29,7 @@ use super::{
     Failure, OldProcess, Options, ProcessEnvironment, RunEnd, RunningBalancer, panics, reload,
 };
 use crate::admin::{self, AdminListener, AdminRequest, Tokens};
+use crate::probe_helper::ProbeHelper;
 use std::path::Path;
 use std::sync::Arc;
 use tidegate_api::names::EventLevelName;
@@ -161,7 +162,10 @@ fn prepare(
     let context = process_context(&config, resources.workers, &counts);
     let local = Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
     let heartbeats = std::mem::take(&mut listeners.heartbeats);
-    let evidence = Evidence::new(heartbeats, Arc::clone(&context.reports), Arc::clone(&local));
+    let helper = environment.confined.take_helper();
+    let helper = ProbeHelper::new(helper, Arc::clone(&local), events.clone());
+    let reports = Arc::clone(&context.reports);
+    let evidence = Evidence::new(heartbeats, reports, Arc::clone(&local), helper);
     let tables = TablePublisher::new(controller.current_table());
     let (waiters, descriptors) = (Arc::clone(&context.waiters), resources.descriptors);
     let (workers, tokens) = resources.start_workers(&config, context, &tables, events.clone())?;

@@ -33,6 +33,8 @@ pub(crate) struct Available {
     pub(crate) smtp: bool,
     /// `kind = "agent"`
     pub(crate) agent: bool,
+    /// `kind = "exec"`, with a process that runs commands.
+    pub(crate) exec: bool,
     /// `kind = "redis"`
     pub(crate) redis: bool,
     /// `kind = "ldap"`
@@ -73,6 +75,12 @@ impl Available {
             postgres: probe("kind = \"postgres\", user = \"a\""),
             smtp: probe("kind = \"smtp\""),
             agent: probe("kind = \"agent\", port = 1"),
+            exec: accepts(
+                bind,
+                "[process]\nprobe_helper = true",
+                "probe = { kind = \"exec\", command = [\"/a\"] }",
+                "\"127.0.0.2:1\"",
+            ),
             redis: probe("kind = \"redis\""),
             ldap: probe("kind = \"ldap\""),
             syslog: accepts(

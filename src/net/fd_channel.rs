@@ -120,6 +120,17 @@ pub enum ChannelError {
     Io(io::Error),
 }
 
+/// Takes the descriptor that this process has as its standard input, and replaces standard
+/// input by /dev/null.
+///
+/// # Errors
+/// Standard input is closed or cannot be replaced.
+pub fn take_stdin() -> io::Result<OwnedFd> {
+    let own = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), ACTIVATED_FIRST)?;
+    rustix::stdio::dup2_stdin(std::fs::File::open("/dev/null")?)?;
+    Ok(own)
+}
+
 // === impl Header ===
 
 impl Header {
@@ -177,9 +188,7 @@ impl HandoverChannel {
     /// # Errors
     /// Standard input is closed or cannot be replaced.
     pub fn from_stdin() -> io::Result<HandoverChannel> {
-        let own = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), ACTIVATED_FIRST)?;
-        rustix::stdio::dup2_stdin(std::fs::File::open("/dev/null")?)?;
-        Ok(HandoverChannel(own.into()))
+        Ok(HandoverChannel(take_stdin()?.into()))
     }
 
     /// Makes a second handle of this end, so that another thread can shut it down.

@@ -6,6 +6,7 @@
 
 pub mod budget;
 pub mod cells;
+pub mod children;
 pub mod clock;
 pub mod confinement;
 pub mod cpu;

@@ -67,6 +67,14 @@ impl Packets {
         self.send_with(bytes, &[], SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
     }
 
+    /// Sends one message with descriptors without waiting.
+    ///
+    /// # Errors
+    /// The errors of [`Packets::send`].
+    pub fn try_send_with(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.send_with(bytes, fds, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+    }
+
     fn send_with(&self, bytes: &[u8], fds: &[BorrowedFd<'_>], flags: SendFlags) -> io::Result<()> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         loop {
@@ -130,6 +138,12 @@ impl Packets {
 impl AsFd for Packets {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+impl From<Packets> for OwnedFd {
+    fn from(packets: Packets) -> OwnedFd {
+        packets.0
     }
 }
 

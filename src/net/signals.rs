@@ -5,7 +5,9 @@
 //! New threads and programs inherit the mask, so that no signal ends them before they
 //! are ready.
 
-use nix::sys::signal::{SigSet, SigmaskHow, Signal as Number};
+use nix::sys::signal::{
+    SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal as Number, sigaction,
+};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::process::{Pid, Signal};
 use std::io;
@@ -44,6 +46,26 @@ pub fn block() -> Mask {
 pub fn unblock() {
     let documented: SigSet = DOCUMENTED.into_iter().collect();
     let _ = documented.thread_unblock();
+}
+
+/// Makes the documented signals have no effect on this process, and unblocks all signals.
+///
+/// A program that this process starts gets the default actions and an empty mask (execve(2)).
+/// Ignored or blocked signals would stay so in it, and `std` does not reset them.
+///
+/// # Errors
+/// The error of sigaction(2), which is not expected.
+#[allow(unsafe_code)]
+pub fn outlive() -> io::Result<()> {
+    extern "C" fn no_effect(_: i32) {}
+    let action =
+        SigAction::new(SigHandler::Handler(no_effect), SaFlags::SA_RESTART, SigSet::empty());
+    for signal in DOCUMENTED {
+        // SAFETY: the handler does nothing, so it is safe at any time.
+        unsafe { sigaction(signal, &action) }?;
+    }
+    SigSet::empty().thread_set_mask()?;
+    Ok(())
 }
 
 /// Sends `signal` to a process.

@@ -86,6 +86,19 @@ pub fn children(pid: u32) -> Vec<u32> {
         .collect()
 }
 
+/// The probe helpers of a process: its keeper and the runner. The runner is the child of the
+/// keeper.
+pub fn probe_helpers(pid: u32) -> Vec<u32> {
+    let keepers = children(pid).into_iter().filter(|child| is_probe_helper(*child));
+    keepers.flat_map(|keeper| [vec![keeper], children(keeper)].concat()).collect()
+}
+
+/// Whether a process is a probe helper.
+pub fn is_probe_helper(pid: u32) -> bool {
+    let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    line.split('\0').any(|word| word == "--probe-helper")
+}
+
 /// Kills a process and all its descendants. Stops each process first, so that it cannot
 /// start a child in between.
 pub fn kill_with_all_below(pid: u32) {

@@ -25,6 +25,13 @@ pub struct Serving {
     before: Vec<u32>,
 }
 
+/// Direct children of a process, without its probe helper.
+fn serving_children(pid: u32) -> Vec<u32> {
+    let mut all = proc::children(pid);
+    all.retain(|child| !proc::is_probe_helper(*child));
+    all
+}
+
 // === impl Serving ===
 
 impl Serving {
@@ -36,7 +43,7 @@ impl Serving {
     /// that keeps running.
     pub fn find(&mut self, child: &Child) {
         let mut line = vec![child.id()];
-        while let [one] = proc::children(line[line.len() - 1])[..] {
+        while let [one] = serving_children(line[line.len() - 1])[..] {
             line.push(one);
         }
         self.pid = line[line.len() - 1];
@@ -57,7 +64,7 @@ impl Serving {
 
     /// Processes of the service other than the serving process.
     pub fn others(&self) -> Vec<u32> {
-        let mut all = proc::children(self.service);
+        let mut all = serving_children(self.service);
         all.retain(|pid| *pid != self.pid);
         all
     }

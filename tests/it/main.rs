@@ -30,6 +30,7 @@ mod discovery;
 mod drain;
 mod engine;
 mod events;
+mod exec_probes;
 mod explain;
 mod failover;
 mod harness;

@@ -7,8 +7,8 @@ use Applies::Reload;
 use DefaultValue::{Derived, Described, Required, Value};
 use Values::{Flag, Form, Integer, Share, Time, WordOrTime, Words};
 use tidegate_core::model::{
-    Backups, DnsProbeCode, DnsProbeRecord, DnsProbeTransport, HttpVersion, NodeRole, Policy,
-    ProbeHeader, ProxyVersion, Tiers, WhenNoneEligible,
+    Backups, DnsProbeCode, DnsProbeRecord, DnsProbeTransport, ExitCodes, HttpVersion, NodeRole,
+    Policy, ProbeHeader, ProxyVersion, Tiers, WhenNoneEligible,
 };
 
 pub(super) const POOL: &[ConfigKey] = &[
@@ -169,7 +169,8 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Reload,
         "`tcp`: the backend accepts a connection; `send-expect`: the answer has the expected \
          bytes; `steps`: several requests and answers; `http`: the answer has an accepted status; \
-         `agent`: see [health.md](agents.md); the other kinds: see [roles.md](roles.md).",
+         `agent`: see [agents.md](agents.md); `exec`: a command, see [exec.md](exec.md); the other \
+         kinds: see [roles.md](roles.md).",
     ),
     key(
         "port",
@@ -365,6 +366,23 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Value("\"noerror\""),
         Reload,
         "For `dns`: expected code of the answer.",
+    ),
+    key(
+        "command",
+        Form("1 to 64 words, 8,192 bytes together"),
+        Described("required for `exec`"),
+        Reload,
+        "For `exec`: absolute path of a program, and its arguments. `{pool}`, `{backend}`, \
+         `{address}` and `{port}` stand for those of the backend.",
+    ),
+    key(
+        "exit_codes",
+        Words(words::<ExitCodes>),
+        Value("\"plain\""),
+        Reload,
+        "For `exec`: what exit codes mean. `plain`: 0 success, 1 failure; `nagios`: 0 and 1 \
+         success, 2 failure. With both, other codes keep the state. `haproxy`: 0 success, others \
+         failure.",
     ),
 ];
 

@@ -228,6 +228,14 @@ const PROCESS: &[ConfigKey] = &[
          if its parent exists.",
     ),
     key(
+        "probe_helper",
+        Flag,
+        Value("false"),
+        Restart,
+        "Start a process outside of the sandbox that runs the commands of `exec` probes, see \
+         [security.md](security.md#probe-helper).",
+    ),
+    key(
         "buffers_max",
         Size("1MiB", "1TiB"),
         Value("\"256MiB\""),

@@ -76,6 +76,8 @@ const NEEDED: &[(&str, &str, &str)] = &[
     ("[pool.NAME.probe]", "record", "kind = 'dns'\nname = 'a'"),
     ("[pool.NAME.probe]", "transport", "kind = 'dns'\nname = 'a'"),
     ("[pool.NAME.probe]", "rcode", "kind = 'dns'\nname = 'a'"),
+    ("[pool.NAME.probe]", "command", "kind = 'exec'"),
+    ("[pool.NAME.probe]", "exit_codes", "kind = 'exec'\ncommand = ['/c']"),
     ("[pool.NAME]", "role", "probe = { kind = 'redis' }"),
     ("[pool.NAME]", "when_none_eligible", "queue_max = 1"),
     ("[pool.NAME.probe]", "steps", "kind = 'steps'"),
@@ -201,6 +203,11 @@ fn file(header: &str, lines: &str) -> String {
         text += "[pool.other]\nbackend = [{ address = '192.0.2.1:2' }]\n";
     }
     let text = (text + OTHERS).replace("NAME", "x");
+    // Only a helper runs commands.
+    let text = match lines.contains("'exec'") {
+        true => text.replace("[process]\n", "[process]\nprobe_helper = true\n"),
+        false => text,
+    };
     // A probe sends only the header of its pool.
     match header == "[pool.NAME.probe]" && given.contains("proxy_protocol") {
         true => text.replace("[pool.x]\n", "[pool.x]\nproxy_protocol = 'v2'\n"),
@@ -248,6 +255,7 @@ fn with(table: &KeyTable, key: &ConfigKey, value: &str) -> String {
         (true, "'http'") => None,
         (true, "'dns'") if key.name == "kind" => Some("name = 'a'"),
         (true, "'agent'") if key.name == "kind" => Some("port = 9"),
+        (true, "'exec'") if key.name == "kind" => Some("command = ['/c']"),
         _ => by_value,
     };
     let needed = by_value.unwrap_or_else(|| needed(table, key));

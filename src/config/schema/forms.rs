@@ -33,6 +33,9 @@ pub(super) fn form(header: &str, key: &ConfigKey) -> Value {
             let steps = either([step("send", send()), step("expect", expect())]);
             json!({ "type": "array", "items": steps, "minItems": 1, "maxItems": STEPS_MAX })
         }
+        ("[pool.NAME.probe]", "command") => {
+            json!({ "type": "array", "items": { "type": "string" }, "minItems": 1, "maxItems": 64 })
+        }
         ("[pool.NAME.probe]", "headers") => {
             json!({ "type": "object", "additionalProperties": { "type": "string" } })
         }

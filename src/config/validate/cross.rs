@@ -42,6 +42,16 @@ pub(super) fn check(
     });
 }
 
+/// Reports probes that run commands, if no process runs them.
+pub(super) fn exec_probes(report: &ProblemCollector<'_>, pools: &[PoolRead], helper: bool) {
+    for place in pools.iter().filter_map(|pool| pool.exec.clone()).filter(|_| !helper) {
+        let complaint = ValueError::new("a probe of kind \"exec\" without probe_helper");
+        let help = "set probe_helper = true in [process]: the sandbox allows no commands, so \
+                    another process runs them";
+        report.error(place, complaint.help(help));
+    }
+}
+
 /// Reports unknown pools that frontends and routes name. Warns of unused pools.
 fn routes(
     report: &ProblemCollector<'_>,

@@ -68,6 +68,7 @@ pub(super) fn process(top: &Section<'_, '_>) -> ProcessConfig {
         group: account(&section, "group").value(),
         sandbox: section.choice("sandbox").or(Sandbox::Auto),
         state: section.text("state", "\"off\" or a directory", state).or(None),
+        probe_helper: section.boolean("probe_helper").or(false),
         buffers_max: section
             .text("buffers_max", "a size such as \"256MiB\"", |text| {
                 // A size above the address space is the same as no limit.

@@ -105,6 +105,7 @@ pub(super) fn config<'a>(
     require_something(&top, document, (frontends.len(), enabled), pools.len());
     let all_pools = top.has_all_named_tables("pool");
     cross::check(report, &admin, (&frontends, bind_count), &pools, all_pools);
+    cross::exec_probes(report, &pools, process.probe_helper);
     follow::resolve(report, &mut pools, all_pools);
     heartbeat::check(report, heartbeat.as_ref(), &pools);
     report.warn_of_idle_limits(process.connections_max);

@@ -55,6 +55,8 @@ pub(super) struct PoolRead {
     pub(super) of: Option<Range<usize>>,
     /// Place of `role`.
     pub(super) role: Option<Range<usize>>,
+    /// Place of `kind`, if the probe of the pool runs a command.
+    pub(super) exec: Option<Range<usize>>,
     /// The registry that the pool names, even if it does not exist.
     pub(super) registry: Option<Arc<str>>,
 }
@@ -103,6 +105,7 @@ pub(super) fn read<'r, 'a>(
     };
     let probed = ProbedBackends { target: of_pool, all_unix: most.are_unix(&backends) };
     let probe = probe::read(&section, &defaults.probe, name, probed, files);
+    let (probe, exec) = probe.map_or((None, None), |read| (Some(read.spec), read.exec));
     let attempts = section.integer("connect_attempts", 1..=CONNECT_ATTEMPTS_MAX);
     let connect_time = connect_timeout.or(CONNECT_TIMEOUT);
     let queue_max = section.integer("queue_max", 0..=QUEUE_MAX).or(0);
@@ -151,6 +154,7 @@ pub(super) fn read<'r, 'a>(
         name_places,
         of: of_place,
         role: role_place,
+        exec,
         registry,
     }
 }

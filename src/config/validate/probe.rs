@@ -3,17 +3,20 @@
 //! Called by `pool`. It never sends a probe.
 
 mod answer;
+mod exec;
 mod http;
 mod service;
 mod target;
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::NamedFiles;
 use crate::defaults::SectionDefaults;
 use crate::file::{Field, Section};
 use crate::value::{self, TIME, ValueError};
+use exec::ExecKeys;
 use http::HttpKeys;
 use service::ServiceKeys;
 use tidegate_core::model::{
@@ -44,6 +47,7 @@ pub(crate) enum ProbeKindKey {
     Ldap,
     Dns,
     Agent,
+    Exec,
 }
 
 impl Words for ProbeKindKey {
@@ -59,6 +63,7 @@ impl Words for ProbeKindKey {
         ("ldap", ProbeKindKey::Ldap),
         ("dns", ProbeKindKey::Dns),
         ("agent", ProbeKindKey::Agent),
+        ("exec", ProbeKindKey::Exec),
     ];
 }
 
@@ -77,6 +82,13 @@ struct KindKeys {
     steps: Field<Vec<ProbeStep>>,
     http: HttpKeys,
     service: ServiceKeys,
+    exec: ExecKeys,
+}
+
+/// A probe, with the place of `kind` if it runs a command.
+pub(super) struct ProbeRead {
+    pub(super) spec: ProbeSpec,
+    pub(super) exec: Option<Range<usize>>,
 }
 
 /// The keys that only some kinds take, and these kinds. The first one is named in messages.
@@ -97,6 +109,8 @@ const OWNED: &[(&str, &[ProbeKindKey])] = &[
     ("record", &[ProbeKindKey::Dns]),
     ("transport", &[ProbeKindKey::Dns]),
     ("rcode", &[ProbeKindKey::Dns]),
+    ("command", &[ProbeKindKey::Exec]),
+    ("exit_codes", &[ProbeKindKey::Exec]),
 ];
 
 pub(super) fn read<'r, 'a>(
@@ -105,7 +119,7 @@ pub(super) fn read<'r, 'a>(
     name: &str,
     backends: ProbedBackends,
     files: NamedFiles<'_>,
-) -> Option<ProbeSpec> {
+) -> Option<ProbeRead> {
     let label = format!("[pool.{}.probe]", value::cut(name));
     let section = pool.table("probe", label)?.with_defaults(defaults);
     let kind = section.choice("kind");
@@ -115,7 +129,9 @@ pub(super) fn read<'r, 'a>(
         steps: answer::steps(&section),
         http: http::keys(&section),
         service: service::keys(&section, files),
+        exec: exec::keys(&section),
     };
+    let mut exec = None;
     let kind_is_bad = kind.is_bad();
     let kind = kind.or(ProbeKindKey::Tcp);
     if !kind_is_bad {
@@ -123,11 +139,19 @@ pub(super) fn read<'r, 'a>(
         require_answer(&section, kind, &keys);
         refuse_status_as_body(&section, kind, &keys);
         service::check(&section, kind, &keys.service);
+        exec = exec::check(&section, kind, &keys.exec);
     }
     let ProbeTimes { interval, fast_interval, down_interval, timeout } = times(&section);
+    let source = Arc::clone(&backends.target.source);
+    let mut target = target::read(&section, backends, files);
+    if kind == ProbeKindKey::Exec {
+        // A command makes its own connection.
+        let ProbeTarget { port, address, .. } = target;
+        target = ProbeTarget { port, address, source, ..ProbeTarget::default() };
+    }
     let spec = ProbeSpec {
         kind: keys.into_kind(kind),
-        target: target::read(&section, backends, files),
+        target,
         interval,
         fast_interval,
         down_interval,
@@ -136,7 +160,7 @@ pub(super) fn read<'r, 'a>(
         fall: section.integer("fall", 1..=COUNT_MAX).or(FALL),
     };
     section.finish();
-    Some(spec)
+    Some(ProbeRead { spec, exec })
 }
 
 fn refuse_foreign_keys(section: &Section<'_, '_>, kind: ProbeKindKey) {
@@ -282,6 +306,7 @@ impl KindKeys {
             ProbeKindKey::Ldap => ProbeKind::Ldap,
             ProbeKindKey::Dns => ProbeKind::Dns(self.service.dns()),
             ProbeKindKey::Agent => ProbeKind::Agent { send: self.send.or(ProbeBytes::default()) },
+            ProbeKindKey::Exec => ProbeKind::Exec(self.exec.into_probe()),
         }
     }
 }

@@ -101,6 +101,8 @@ pub enum ControlEffect {
         backend: BackendId,
         /// Returned with the result.
         token: ProbeToken,
+        /// Pool and name of the backend.
+        names: (Arc<str>, Arc<str>),
         /// Address of the backend.
         address: BackendAddr,
         /// Kind and settings of the probe.

@@ -48,6 +48,7 @@ impl ControlState {
             ProbeOutcome::Failure { reason, .. } => {
                 self.apply_probe_result(id, Some(reason), verdict, now);
             }
+            ProbeOutcome::Undecided { .. } => {}
             ProbeOutcome::Local { reason } => self.note_local_error(id, &reason, now),
         }
         self.schedule_next_probe(id, probe.started, now);

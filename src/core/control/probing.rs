@@ -109,6 +109,7 @@ impl ControlState {
             lane: ProbeLane { pool: pool.id.0, urgent },
             backend: id,
             token,
+            names: entry.state.names(),
             address: entry.state.address.clone(),
             spec: Arc::clone(spec),
         });

@@ -25,6 +25,13 @@ pub enum ProbeOutcome {
         /// For the log: `connection refused`, `status 503, expected 200-399`.
         reason: String,
     },
+    /// The probe ran and says nothing about the backend.
+    Undecided {
+        /// From start to result.
+        took: Duration,
+        /// What it said instead.
+        reason: String,
+    },
     /// Local error (no descriptors, no ports): no evidence about the backend.
     Local {
         /// For the log.
@@ -47,6 +54,8 @@ pub enum ProbeAnswer {
     Role(NodeRole),
     /// The words of an agent. They can say that the service does not work.
     Agent(Box<AgentReport>),
+    /// A command exited with a code that means success; the code and its first line.
+    Command(Box<str>),
 }
 
 /// The newest probe of a backend that has ended.
@@ -127,6 +136,7 @@ impl std::fmt::Display for ProbeOutcome {
         match self {
             ProbeOutcome::Success { took, .. } => write!(f, "success after {took:.1?}"),
             ProbeOutcome::Failure { reason, .. } => write!(f, "failure: {reason}"),
+            ProbeOutcome::Undecided { reason, .. } => write!(f, "no evidence: {reason}"),
             ProbeOutcome::Local { reason } => write!(f, "not run: {reason}"),
         }
     }
@@ -143,7 +153,8 @@ impl ProbeAnswer {
             | ProbeAnswer::Handshake
             | ProbeAnswer::Expected
             | ProbeAnswer::Status(_)
-            | ProbeAnswer::Agent(_) => None,
+            | ProbeAnswer::Agent(_)
+            | ProbeAnswer::Command(_) => None,
         }
     }
 }
@@ -157,6 +168,7 @@ impl std::fmt::Display for ProbeAnswer {
             ProbeAnswer::Status(status) => write!(f, "status {status}"),
             ProbeAnswer::Role(role) => write!(f, "role {}", role.word()),
             ProbeAnswer::Agent(report) => report.fmt(f),
+            ProbeAnswer::Command(said) => f.write_str(said),
         }
     }
 }

@@ -125,6 +125,10 @@ pub struct WorkerCounters {
     pub queued: Counter,
     /// Probes delayed because too many probes ran.
     pub probes_waited: Counter,
+    /// Commands of probes delayed because too many commands ran.
+    pub commands_waited: Counter,
+    /// Times the probe helper ended unexpectedly.
+    pub helper_failures: Counter,
     /// Sessions that waited for the first probe results of their pool.
     pub undecided_waits: Counter,
     /// Local errors: row [`LocalErrorKind`], column [`LocalErrorPlace`].
@@ -310,6 +314,8 @@ impl WorkerCounters {
             accept_held_at_cap: Counter::default(),
             queued: Counter::default(),
             probes_waited: Counter::default(),
+            commands_waited: Counter::default(),
+            helper_failures: Counter::default(),
             undecided_waits: Counter::default(),
             local_errors: CounterTable::new(LocalErrorKind::ALL.len(), LocalErrorPlace::ALL.len()),
             connect_retries: Counter::default(),

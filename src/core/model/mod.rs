@@ -7,6 +7,7 @@
 mod addresses;
 mod bind_form;
 mod discovery;
+mod exec;
 mod failover;
 mod ids;
 mod probe;
@@ -24,6 +25,7 @@ pub use discovery::{
     RegistryQuery, ServerAddr, SourceKey, SourceQuestion, TlsClientConfig, ViewGuards,
     ZookeeperFormat,
 };
+pub use exec::{CommandSubject, ExecProbe, ExitCodes, ExitMeaning, NO_PORT};
 pub use failover::{Backups, OnDown, OnRecover, OnRemoval, TIER_MAX, Tiers, WhenNoneEligible};
 pub use ids::{BackendId, FrontendId, PoolId};
 pub use probe::{

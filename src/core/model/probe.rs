@@ -4,6 +4,7 @@
 //! opens a connection.
 
 use super::addresses::SourceAddr;
+use super::exec::ExecProbe;
 use super::service::{DnsProbe, PostgresProbe, ProbeLogin};
 use super::text_forms::{self, words};
 use super::{PoolConfig, ProxyVersion};
@@ -139,6 +140,8 @@ pub enum ProbeKind {
         /// Sent after connecting; empty: nothing.
         send: ProbeBytes,
     },
+    /// Succeeds if a command exits with a code that says so.
+    Exec(ExecProbe),
 }
 
 /// An HTTP request and its accepted answers.
@@ -248,7 +251,8 @@ impl ProbeKind {
             | ProbeKind::Smtp
             | ProbeKind::Ldap
             | ProbeKind::Dns(_)
-            | ProbeKind::Agent { .. } => None,
+            | ProbeKind::Agent { .. }
+            | ProbeKind::Exec(_) => None,
         }
     }
 
@@ -264,7 +268,8 @@ impl ProbeKind {
             | ProbeKind::Smtp
             | ProbeKind::Ldap
             | ProbeKind::Dns(_)
-            | ProbeKind::Agent { .. } => false,
+            | ProbeKind::Agent { .. }
+            | ProbeKind::Exec(_) => false,
         }
     }
 
@@ -282,7 +287,8 @@ impl ProbeKind {
             | ProbeKind::Smtp
             | ProbeKind::Ldap
             | ProbeKind::Dns(_)
-            | ProbeKind::Agent { .. } => false,
+            | ProbeKind::Agent { .. }
+            | ProbeKind::Exec(_) => false,
         }
     }
 }

@@ -53,6 +53,8 @@ pub struct ProcessConfig {
     /// they are not stored.
     #[serde(serialize_with = "text_forms::or_off")]
     pub state: Option<PathBuf>,
+    /// Run the commands of `exec` probes in a process outside of the sandbox.
+    pub probe_helper: bool,
 }
 
 /// `sandbox = ...`

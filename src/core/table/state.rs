@@ -115,6 +115,11 @@ pub struct FrontendCounters {
 // === impl BackendState ===
 
 impl BackendState {
+    /// Returns the names of its pool and itself.
+    pub fn names(&self) -> (Arc<str>, Arc<str>) {
+        (Arc::clone(&self.pool), Arc::clone(&self.name))
+    }
+
     /// Creates the state of a new backend.
     pub fn new(
         id: BackendId,

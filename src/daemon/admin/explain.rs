@@ -111,6 +111,7 @@ fn probe(view: &ProbeView) -> ProbeDoc {
             ProbeKind::Ldap => ProbeKindName::Ldap,
             ProbeKind::Dns(_) => ProbeKindName::Dns,
             ProbeKind::Agent { .. } => ProbeKindName::Agent,
+            ProbeKind::Exec(_) => ProbeKindName::Exec,
         },
         interval_seconds: millis(view.spec.interval),
         timeout_seconds: millis(view.spec.timeout),
@@ -141,6 +142,9 @@ fn last_probe(last: &LastProbe, now: Instant) -> LastProbeDoc {
         }
         ProbeOutcome::Failure { took, reason } => {
             (ProbeResultName::Failure, reason.clone(), Some(*took))
+        }
+        ProbeOutcome::Undecided { took, reason } => {
+            (ProbeResultName::Undecided, reason.clone(), Some(*took))
         }
         ProbeOutcome::Local { reason } => (ProbeResultName::NotRun, reason.clone(), None),
     };

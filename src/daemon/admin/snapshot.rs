@@ -27,6 +27,8 @@ use tidegate_net::confinement::SandboxReport;
 pub struct AdminSnapshot {
     /// Frontends, pools, backends.
     pub control: ControlStatus,
+    /// Whether the probe helper works; `None` without one.
+    pub helper_works: Option<bool>,
     /// In worker order.
     pub workers: Vec<Arc<WorkerCounters>>,
     /// Version of the program.
@@ -145,6 +147,7 @@ impl AdminSnapshot {
         use tidegate_core::control::source_ports::Reuse;
         AdminSnapshot {
             control,
+            helper_works: Some(true),
             workers: Vec::new(),
             version: "0.1.0",
             engine: "epoll",

@@ -39,7 +39,11 @@ pub fn answered(kind: usize, answer: &[u8]) -> Answered {
     let result = runtime.expect("a runtime").block_on(exchange(kind, &mut stream, answer));
     let reason = match result {
         Ok(_) => None,
-        Err(ProbeError::Backend(reason) | ProbeError::Local(reason, _)) => Some(bounded(reason)),
+        Err(
+            ProbeError::Backend(reason)
+            | ProbeError::Undecided(reason)
+            | ProbeError::Local(reason, _),
+        ) => Some(bounded(reason)),
     };
     Answered { reason, bytes_read: stream.read }
 }

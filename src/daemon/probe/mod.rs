@@ -19,6 +19,7 @@ mod agent;
 mod answer;
 mod answer_bytes;
 mod dns;
+mod exec;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod http;
@@ -34,6 +35,7 @@ mod sources;
 mod tests;
 pub mod tls;
 
+use crate::probe_helper::ProbeHelper;
 use answer::AnswerReader;
 use answer_bytes::AnswerBytes;
 use std::fmt;
@@ -43,7 +45,8 @@ use std::time::Duration;
 use tidegate_core::health::{ProbeAnswer, ProbeOutcome};
 use tidegate_core::metrics::counters::LocalErrorKind;
 use tidegate_core::model::{
-    BackendAddr, DnsProbeTransport, ProbeBytes, ProbeKind, ProbeSpec, ProbeStep, ProbeTarget,
+    BackendAddr, CommandSubject, DnsProbeTransport, ExecProbe, ProbeBytes, ProbeKind, ProbeSpec,
+    ProbeStep, ProbeTarget,
 };
 use tidegate_core::proxy_protocol;
 use tidegate_dataplane::local_errors;
@@ -84,6 +87,8 @@ enum ProbeStage {
 enum ProbeError {
     /// The backend or the path failed.
     Backend(String),
+    /// The probe ran and says nothing about the backend.
+    Undecided(String),
     /// This host failed; this says nothing about the backend.
     Local(String, LocalErrorKind),
 }
@@ -110,12 +115,35 @@ async fn run_from(
         result = connect_and_exchange(address, (spec, turn), configs, &mut stage) => Some(result),
         () = timeout_without_stalls(spec.timeout) => None,
     };
-    let result = result.unwrap_or_else(|| Err(stage.timeout_error(spec.timeout)));
+    outcome(result.unwrap_or_else(|| Err(stage.timeout_error(spec.timeout))), started.elapsed())
+}
+
+/// Runs one probe of kind `exec`. Its timeout begins with the command, not with the wait for a
+/// slot. The helper measures it, so a stall of this process does not end a command early.
+async fn run_command(
+    helper: &ProbeHelper,
+    probe: &ExecProbe,
+    (pool, backend): (&str, &str),
+    address: &BackendAddr,
+    spec: &ProbeSpec,
+) -> (ProbeOutcome, Option<LocalErrorKind>) {
+    let started = clock::now();
+    let subject = CommandSubject::new(pool, backend, &destination(address, &spec.target));
+    let result = exec::run(helper, probe, subject, spec.timeout).await;
+    outcome(result, started.elapsed())
+}
+
+fn outcome(
+    result: Result<ProbeAnswer, ProbeError>,
+    took: Duration,
+) -> (ProbeOutcome, Option<LocalErrorKind>) {
     match result {
-        Ok(answer) => (ProbeOutcome::Success { took: started.elapsed(), answer }, None),
+        Ok(answer) => (ProbeOutcome::Success { took, answer }, None),
         Err(ProbeError::Backend(reason)) => {
-            let (took, reason) = (started.elapsed(), bounded(reason));
-            (ProbeOutcome::Failure { took, reason }, None)
+            (ProbeOutcome::Failure { took, reason: bounded(reason) }, None)
+        }
+        Err(ProbeError::Undecided(reason)) => {
+            (ProbeOutcome::Undecided { took, reason: bounded(reason) }, None)
         }
         Err(ProbeError::Local(reason, kind)) => {
             (ProbeOutcome::Local { reason: bounded(reason) }, Some(kind))
@@ -143,6 +171,10 @@ async fn connect_and_exchange(
     configs: &TlsConfigs,
     stage: &mut ProbeStage,
 ) -> Result<ProbeAnswer, ProbeError> {
+    if let ProbeKind::Exec(_) = &spec.kind {
+        let why = "this process runs no commands".to_owned();
+        return Err(ProbeError::Local(why, LocalErrorKind::Other));
+    }
     let target = &spec.target;
     // A probe that ends after the connect resets the connection.
     let silent = target.tls.is_none() && target.header_version.is_none();
@@ -273,7 +305,8 @@ async fn exchange(
     stage: &mut ProbeStage,
 ) -> Result<ProbeAnswer, ProbeError> {
     match kind {
-        ProbeKind::Tcp => Ok(ProbeAnswer::Connected),
+        // `run_command` runs commands, without a connection.
+        ProbeKind::Tcp | ProbeKind::Exec(_) => Ok(ProbeAnswer::Connected),
         ProbeKind::SendExpect { send, expect } => {
             let mut answer = AnswerReader::new(&mut stream, Vec::new(), None);
             write(answer.stream(), send, stage).await?;

@@ -10,12 +10,13 @@
 
 use super::sources::Turns;
 use super::tls::TlsConfigs;
+use crate::probe_helper::ProbeHelper;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use tidegate_core::control::{ControlEvent, ProbeLane, ProbeToken};
 use tidegate_core::health::ProbeOutcome;
 use tidegate_core::metrics::counters::{LocalErrorPlace, WorkerCounters};
-use tidegate_core::model::{BackendAddr, ProbeSpec};
+use tidegate_core::model::{BackendAddr, ProbeKind, ProbeSpec};
 use tidegate_core::table::state::BackendId;
 use tokio::sync::mpsc;
 use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
@@ -47,6 +48,8 @@ struct ProbeRequest {
     lane: ProbeLane,
     backend: BackendId,
     token: ProbeToken,
+    /// Pool and backend.
+    names: (Arc<str>, Arc<str>),
     address: BackendAddr,
     spec: Arc<ProbeSpec>,
 }
@@ -64,6 +67,7 @@ struct ProbeTask {
     tasks: JoinSet<ProbeEnded>,
     turns: Turns,
     configs: Arc<TlsConfigs>,
+    helper: ProbeHelper,
     /// Counters of the thread that this task runs on.
     counters: Arc<WorkerCounters>,
 }
@@ -146,10 +150,11 @@ impl ProbeRunner {
     /// probes at the same time. The task sends results as [`ControlEvent::Probed`] and
     /// ends if the receiver is dropped. It counts local errors in `counters`, which
     /// only this thread must write.
-    pub fn start(
+    pub(crate) fn start(
         results: mpsc::Sender<ControlEvent>,
         running_max: usize,
         counters: Arc<WorkerCounters>,
+        helper: ProbeHelper,
     ) -> ProbeRunner {
         let (requests, incoming) = mpsc::unbounded_channel();
         let task = ProbeTask {
@@ -160,6 +165,7 @@ impl ProbeRunner {
             tasks: JoinSet::new(),
             turns: Turns::default(),
             configs: Arc::default(),
+            helper,
             counters,
         };
         tokio::spawn(task.serve(incoming, results));
@@ -173,11 +179,13 @@ impl ProbeRunner {
         lane: ProbeLane,
         backend: BackendId,
         token: ProbeToken,
+        names: (Arc<str>, Arc<str>),
         address: BackendAddr,
         spec: Arc<ProbeSpec>,
     ) {
+        let request = ProbeRequest { lane, backend, token, names, address, spec };
         // Fails only after the receiver of the results was dropped.
-        let _ = self.requests.send(ProbeRequest { lane, backend, token, address, spec });
+        let _ = self.requests.send(request);
     }
 }
 
@@ -236,10 +244,17 @@ impl ProbeTask {
             let Some(request) = self.requested.remove(&backend) else { continue };
             let counters = Arc::clone(&self.counters);
             let turn = self.turns.next(backend, &request.spec.target.source);
-            let configs = Arc::clone(&self.configs);
+            let (configs, helper) = (Arc::clone(&self.configs), self.helper.clone());
             let task = self.tasks.spawn(async move {
-                let probe = super::run_from(&request.address, &request.spec, turn, &configs);
-                let (outcome, local_error) = probe.await;
+                let (address, spec) = (&request.address, &request.spec);
+                let (outcome, local_error) = match &spec.kind {
+                    // In a box, because few probes run commands.
+                    ProbeKind::Exec(probe) => {
+                        let names = (&*request.names.0, &*request.names.1);
+                        Box::pin(super::run_command(&helper, probe, names, address, spec)).await
+                    }
+                    _ => super::run_from(address, spec, turn, &configs).await,
+                };
                 if let Some(kind) = local_error {
                     counters.count_local_error(kind, LocalErrorPlace::Probe);
                 }

@@ -1,6 +1,7 @@
 //! Probes against real sockets on loopback.
 
 use super::*;
+use crate::event_log::EventLog;
 use runner::{PROBES_RUNNING_MAX, ProbeRunner};
 use tidegate_core::control::ProbeLane;
 use tidegate_core::control::{ControlEvent, ProbeToken};
@@ -402,7 +403,12 @@ fn long_reason_is_truncated_between_characters() {
 
 fn start_runner(results: mpsc::Sender<ControlEvent>, running_max: usize) -> ProbeRunner {
     let counters = Arc::new(WorkerCounters::new(Cause::COUNT, Phase::COUNT));
-    ProbeRunner::start(results, running_max, counters)
+    let helper = ProbeHelper::new(None, Arc::clone(&counters), EventLog::new());
+    ProbeRunner::start(results, running_max, counters, helper)
+}
+
+fn names() -> (Arc<str>, Arc<str>) {
+    ("web".into(), "a".into())
 }
 
 #[test]
@@ -422,8 +428,8 @@ fn controller_detects_a_failure_and_the_return_of_a_backend() {
             assert!(clock::now() < patience, "only these states: {seen:?}");
             for effect in controller.apply(event, clock::now()) {
                 match effect {
-                    ControlEffect::Probe { backend, token, address, spec, .. } => {
-                        runner.probe(LANE, backend, token, address, spec);
+                    ControlEffect::Probe { backend, token, names, address, spec, .. } => {
+                        runner.probe(LANE, backend, token, names, address, spec);
                     }
                     ControlEffect::Log(transition) => seen.push(transition.to),
                     _ => {}
@@ -467,11 +473,12 @@ fn runner_keeps_its_cap_and_the_order_of_requests() {
                 LANE,
                 BackendId(n),
                 ProbeToken(n.into()),
+                names(),
                 silent.clone(),
                 Arc::new(ping()),
             );
         }
-        runner.probe(LANE, BackendId(4), ProbeToken(4), good, Arc::new(ping()));
+        runner.probe(LANE, BackendId(4), ProbeToken(4), names(), good, Arc::new(ping()));
         let mut order = Vec::new();
         for _ in 0..5 {
             let (backend, token, outcome) = next(&mut results).await;
@@ -492,9 +499,9 @@ fn newer_request_replaces_the_older_request_of_its_backend() {
         let (sender, mut results) = mpsc::channel(1);
         let runner = start_runner(sender, 1);
         let (silent, good) = (silent_backend().await, server(&[b"+PONG"]).await);
-        runner.probe(LANE, BackendId(1), ProbeToken(1), silent, Arc::new(ping()));
+        runner.probe(LANE, BackendId(1), ProbeToken(1), names(), silent, Arc::new(ping()));
         tokio::task::yield_now().await;
-        runner.probe(LANE, BackendId(1), ProbeToken(2), good, Arc::new(ping()));
+        runner.probe(LANE, BackendId(1), ProbeToken(2), names(), good, Arc::new(ping()));
         let (_, token, outcome) = next(&mut results).await;
         assert_eq!(token, ProbeToken(2));
         assert_success(&outcome);
@@ -510,10 +517,17 @@ fn pool_of_hanging_backends_does_not_delay_probes_of_another_pool() {
         let runner = start_runner(sender, 8);
         let (silent, good) = (silent_backend().await, server(&[b"+PONG"]).await);
         for n in 0..100 {
-            runner.probe(LANE, BackendId(n), ProbeToken(0), silent.clone(), Arc::new(ping()));
+            runner.probe(
+                LANE,
+                BackendId(n),
+                ProbeToken(0),
+                names(),
+                silent.clone(),
+                Arc::new(ping()),
+            );
         }
         let other = ProbeLane { pool: 2, urgent: false };
-        runner.probe(other, BackendId(200), ProbeToken(0), good, Arc::new(ping()));
+        runner.probe(other, BackendId(200), ProbeToken(0), names(), good, Arc::new(ping()));
         let (first, _, outcome) = next(&mut results).await;
         assert_eq!(first, BackendId(200), "a reserved slot is free before the first timeout");
         assert_success(&outcome);
@@ -527,10 +541,24 @@ fn backend_about_to_change_is_probed_first_in_its_pool() {
         let runner = start_runner(sender, 1);
         let silent = silent_backend().await;
         for n in 0..4 {
-            runner.probe(LANE, BackendId(n), ProbeToken(0), silent.clone(), Arc::new(ping()));
+            runner.probe(
+                LANE,
+                BackendId(n),
+                ProbeToken(0),
+                names(),
+                silent.clone(),
+                Arc::new(ping()),
+            );
         }
         let urgent = ProbeLane { urgent: true, ..LANE };
-        runner.probe(urgent, BackendId(3), ProbeToken(1), silent.clone(), Arc::new(ping()));
+        runner.probe(
+            urgent,
+            BackendId(3),
+            ProbeToken(1),
+            names(),
+            silent.clone(),
+            Arc::new(ping()),
+        );
         let mut order = Vec::new();
         for _ in 0..4 {
             order.push(next(&mut results).await.0.0);

@@ -99,6 +99,8 @@ saved_numbers! {
     undecided_waits = undecided_waits,
     reports_dropped = reports_dropped,
     access_log_dropped = access_log_dropped,
+    commands_waited = commands_waited,
+    helper_failures = helper_failures,
     restarts = restarts,
     stalls = stalls,
 }

@@ -43,6 +43,7 @@ pub struct OldProcess {
     stderr: OwnedFd,
     given: GivenSockets,
     counts: Option<OwnedFd>,
+    helper: Option<OwnedFd>,
     offer: Offer,
 }
 
@@ -86,6 +87,11 @@ impl OldProcess {
     /// Returns the file of the shared counts.
     pub(crate) fn take_counts(&mut self) -> Option<OwnedFd> {
         self.counts.take()
+    }
+
+    /// Takes the socket of the probe helper.
+    pub fn take_helper(&mut self) -> Option<OwnedFd> {
+        self.helper.take()
     }
 
     /// Returns the admin address of the old process.
@@ -208,7 +214,8 @@ pub(super) fn send_hello(channel: HandoverChannel) -> Result<OldProcess, Message
     }
     given.heartbeats = offer.heartbeats.iter().copied().zip(fds.by_ref()).collect();
     let counts = if offer.counts { fds.next() } else { None };
-    Ok(OldProcess { channel, stderr, given, counts, offer })
+    let helper = if offer.helper { fds.next() } else { None };
+    Ok(OldProcess { channel, stderr, given, counts, helper, offer })
 }
 
 fn handover_error(error: &dyn std::fmt::Display) -> Failure {

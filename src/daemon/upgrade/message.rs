@@ -66,8 +66,9 @@ pub(super) struct Hello {
 }
 
 /// *offer*: sockets and state of the old process. Descriptors in order: standard error, the
-/// admin listener if there is one, `listeners`, `heartbeats`, and the file of the shared
-/// counts if there is one. An older program ignores the last descriptor.
+/// admin listener if there is one, `listeners`, `heartbeats`, the file of the shared counts if
+/// there is one, and the socket of the probe helper if there is one. An older program ignores
+/// the last descriptors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Offer {
     pub(super) protocol: u16,
@@ -89,9 +90,12 @@ pub(super) struct Offer {
     /// See [`LEVEL`].
     #[serde(default)]
     pub(super) level: u16,
-    /// Whether the last descriptor is the file of the shared counts.
+    /// Whether a descriptor is the file of the shared counts.
     #[serde(default)]
     pub(super) counts: bool,
+    /// Whether the last descriptor is the socket of the probe helper.
+    #[serde(default)]
+    pub(super) helper: bool,
 }
 
 /// The admin listener.
@@ -357,6 +361,7 @@ mod tests {
             confined: vec!["seccomp".to_owned()],
             level: LEVEL,
             counts: true,
+            helper: true,
         };
         let text = String::from_utf8(encode(&offer)).unwrap();
         let newer = text.replacen('{', "{\"more\":[1],", 1);
@@ -425,7 +430,7 @@ mod tests {
             let offer = Offer {
                 protocol: 1, version: String::new(), admin: None, heartbeats: vec![], digest: 7,
                 listeners: vec![OfferedBind { address: BindKey::tcp(([127, 0, 0, 1], 80).into()), sockets: 2, holder: SocketOwner::Process }],
-                state: Saved::default(), confined: vec![], level: 0, counts: false,
+                state: Saved::default(), confined: vec![], level: 0, counts: false, helper: false,
             };
             let mut body = encode(&offer);
             let at = at.index(body.len());

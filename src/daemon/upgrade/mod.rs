@@ -288,6 +288,11 @@ impl Control {
         let (offered, admin) = self.admin.offer()?.unzip();
         let heartbeats = self.evidence.heartbeats.share()?;
         let counts = self.upgrades.shared.memory();
+        // A process that the supervisor starts has its own helper.
+        let helper = match self.supervised.link() {
+            Some(_) => None,
+            None => self.evidence.helper.share()?,
+        };
         let offer = Offer {
             protocol: PROTOCOL,
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -299,11 +304,12 @@ impl Control {
             confined: self.lifecycle.confined().inherited(),
             level: LEVEL,
             counts: counts.is_some(),
+            helper: helper.is_some(),
         };
         let sockets = active().flat_map(|(_, group)| group.sockets.iter().cloned()).collect();
         let timeout = self.reloads.config().process.upgrade_timeout;
         let heartbeats = heartbeats.into_iter().map(|(_, socket)| socket).collect();
-        let offered = OfferedState { offer, admin, sockets, heartbeats, counts };
+        let offered = OfferedState { offer, admin, sockets, heartbeats, counts, helper };
         Ok(UpgradeAttempt { start, offered, timeout })
     }
 

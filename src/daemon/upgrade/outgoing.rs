@@ -73,6 +73,7 @@ pub(super) struct OfferedState {
     pub(super) sockets: Vec<Arc<Socket>>,
     pub(super) heartbeats: Vec<OwnedFd>,
     pub(super) counts: Option<Arc<Memory>>,
+    pub(super) helper: Option<OwnedFd>,
 }
 
 /// An upgrade in progress.
@@ -184,6 +185,7 @@ fn until_ready(
     fds.extend(offered.sockets.iter().map(|socket| socket.as_fd()));
     fds.extend(offered.heartbeats.iter().map(AsFd::as_fd));
     fds.extend(offered.counts.iter().map(|memory| memory.as_fd()));
+    fds.extend(offered.helper.iter().map(AsFd::as_fd));
     message::send(channel, &offered.offer, &fds, deadline)?;
     tracing::debug!(descriptors = fds.len(), "sockets and state sent to the new process");
     // The new process and the control loop hold the descriptors from here on.

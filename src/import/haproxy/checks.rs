@@ -22,6 +22,7 @@ pub(crate) const CHECK_KEYWORDS: &[&str] = &[
     "option ssl-hello-chk",
     "option spop-check",
     "option external-check",
+    "external-check",
     "timeout check",
     "tcp-check",
     "http-check",
@@ -159,6 +160,7 @@ impl Checks<'_, '_> {
                            A server that accepts connections but rejects users stays up";
                 self.report.note(at, LineVerdict::Approximated, why);
             }
+            "external-check" if self.can.exec => self.external(at),
             "external-check" => {
                 self.keep("kind", "\"tcp\"", at);
                 self.impossible(
@@ -176,7 +178,12 @@ impl Checks<'_, '_> {
 
     /// Notes the lines of checks that another kind takes.
     fn other_checks(&mut self, kind: &str) {
-        for (keyword, owner) in [("tcp-check", "tcp-check"), ("http-check", "httpchk")] {
+        let owners = [
+            ("tcp-check", "tcp-check"),
+            ("http-check", "httpchk"),
+            ("external-check", "external-check"),
+        ];
+        for (keyword, owner) in owners {
             if kind != owner {
                 for line in self.in_force.all(keyword) {
                     let why = format!("it needs option {owner}");
@@ -260,6 +267,10 @@ impl Checks<'_, '_> {
         let tls: Vec<_> = checked.iter().filter(|server| server.has("check-ssl")).collect();
         let Some(first) = tls.first() else { return };
         let at = first.line_of("check-ssl");
+        if self.keys.get("kind") == Some("\"exec\"") {
+            self.impossible(at, "a command makes its own connection");
+            return;
+        }
         if tls.len() < checked.len() {
             self.impossible(at, "all checks of a pool use TLS, or none");
             return;

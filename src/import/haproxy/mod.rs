@@ -9,6 +9,7 @@ mod agent_check;
 mod bind;
 mod check_rules;
 mod checks;
+mod external_check;
 mod frontend;
 mod globals;
 mod lex;

@@ -4,7 +4,7 @@
 
 use super::lines::{Directive, HaproxySection, ProxyLines};
 use super::server::{self, HaproxyServer, ServerAddress};
-use super::{Translator, checks, sticky};
+use super::{Translator, checks, external_check, sticky};
 use crate::draft::{DraftBackend, DraftPool, UsedNames, quoted};
 use crate::report::{LineVerdict, SourceLine};
 use crate::times::toml_time;
@@ -38,6 +38,7 @@ impl Translator<'_> {
         self.backends(&servers, index, &mut pool);
         self.backups(&in_force, &servers, &mut pool);
         checks::probe(&in_force, &servers, self.can, self.report, &mut pool);
+        external_check::require_helper(&pool, &mut self.draft.process);
         self.state_changes(&in_force, &servers, &mut pool);
         let used = pool.name.clone();
         self.draft.pools.push(pool);

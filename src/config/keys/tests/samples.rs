@@ -34,6 +34,13 @@ pub(super) fn forms(header: &str, name: &str) -> (Vec<String>, Vec<String>) {
             &["'off'", "'1KiB/s'", "'1TiB/s'"],
             &["'1023B/s'", "'1025GiB/s'", "'1MiB'", "'1MB/s'", "1"],
         ),
+        "command" => {
+            let each = |number| if number == 1 { "'/c'".to_owned() } else { "'{port}'".to_owned() };
+            let long = |bytes| format!("['/c', {}]", text("", bytes));
+            let bad = ["'/c'", "[]", "['c']", "['/{pool}']", "[1]"].map(str::to_owned);
+            let bad = bad.into_iter().chain([list(65, each), long(8_191)]);
+            return (vec![list(64, each), long(8_190)], bad.collect());
+        }
         "send" => return bounded("", 0, 4_096),
         "starts" | "contains" => return bounded("", 1, 1_024),
         "path" if header == "[pool.NAME.discover]" => (&["'/a'"], &["'/a/'", "''"]),

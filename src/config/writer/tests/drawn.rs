@@ -83,6 +83,7 @@ fn globals() -> Drawn {
         ("buffers_max", quoted(&["1MiB", "1048577B", "256MiB", "1TiB", "3GiB"])),
         ("state", quoted(&["off", "/var/lib/tidegate"])),
         ("sandbox", quoted(&["auto", "on", "off"])),
+        ("probe_helper", flag()),
     ]);
     let listen = one_of(&[
         "",
@@ -241,6 +242,10 @@ fn probe() -> Drawn {
         one_of(&["", "kind = \"tcp\"\n"]),
         send_expect,
         http,
+        one_of(&[
+            "kind = 'exec'\ncommand = ['/c', \"{port} \\u0001'\"]\n",
+            "kind = 'exec'\ncommand = ['/c']\nexit_codes = 'nagios'\n",
+        ]),
         one_of(&["kind = 'redis'\n", "kind = 'redis'\nuser = 'a'\npassword_file = '/p'\n",]),
         one_of(&[
             "kind = 'postgres'\n",
@@ -286,6 +291,7 @@ fn probe() -> Drawn {
     ]);
     (kind, target, counts, times)
         .prop_map(|(kind, target, counts, times): (_, _, _, String)| {
+            let target = if kind.contains("exec") { String::new() } else { target };
             let port = match kind.contains("agent") && !target.contains("port") {
                 true => "port = 9\naddress = '192.0.2.9'\n",
                 false => "",
@@ -452,6 +458,14 @@ fn file() -> Drawn {
             let with: Vec<&str> = with.map(|(_, name)| name).collect();
             let pools: String = pools.iter().map(|(text, _)| text.as_str()).collect();
             let receiver = receiver(&with, &listen, &id);
+            // Only a helper runs commands.
+            let globals = match pools.contains("'exec'") {
+                true => globals
+                    .replace("probe_helper = false\n", "")
+                    .replace("probe_helper = true\n", "")
+                    .replace("[process]\n", "[process]\nprobe_helper = true\n"),
+                false => globals,
+            };
             globals + &frontends.concat() + &pools + ROLES + &receiver + &registries + &dns
         })
         .boxed()
@@ -479,7 +493,7 @@ fn names(text: &str) -> BTreeSet<&str> {
 fn every_key_of_the_full_file_is_drawn() {
     let full = std::fs::read_to_string(root().join("config/full.toml")).unwrap();
     let mut runner = TestRunner::deterministic();
-    let texts = (0..100).map(|_| file().new_tree(&mut runner).unwrap().current());
+    let texts = (0..200).map(|_| file().new_tree(&mut runner).unwrap().current());
     let texts = texts.collect::<String>();
     let missing: Vec<_> = names(&full).difference(&names(&texts)).copied().collect();
     assert!(missing.is_empty(), "never drawn: {missing:?}");

@@ -64,13 +64,14 @@ impl HeartbeatWatch {
         let reason = match outcome {
             ProbeOutcome::Success { .. } => "confirmation probe succeeded",
             ProbeOutcome::Failure { .. } => "confirmation probe failed",
+            ProbeOutcome::Undecided { .. } => "confirmation probe said nothing",
             ProbeOutcome::Local { .. } => "confirmation probe had a local error",
         };
         let answer = match outcome {
             ProbeOutcome::Success { .. } => TryResult::Answered,
             ProbeOutcome::Failure { reason, .. } if reason == REFUSED => TryResult::Refused,
             ProbeOutcome::Failure { reason, .. } => TryResult::Failed(reason.clone()),
-            ProbeOutcome::Local { .. } => TryResult::Local,
+            ProbeOutcome::Undecided { .. } | ProbeOutcome::Local { .. } => TryResult::Local,
         };
         let step = heartbeats.detector.probed(confirmation.id, answer, now);
         let quiet = step.change.is_none();
@@ -110,6 +111,7 @@ impl ControlState {
             lane: ProbeLane { pool: pool.id.0, urgent: true },
             backend: id,
             token,
+            names: entry.state.names(),
             address: entry.state.address.clone(),
             spec,
         });

@@ -143,6 +143,7 @@ impl ControlState {
             lane: ProbeLane { pool: pool.id.0, urgent: true },
             backend: id,
             token,
+            names: entry.state.names(),
             address: entry.state.address.clone(),
             spec,
         });
@@ -165,6 +166,7 @@ impl ControlState {
         match outcome {
             ProbeOutcome::Success { .. } => self.verified(id),
             ProbeOutcome::Failure { reason, .. } => self.unverified(id, reason, now),
+            ProbeOutcome::Undecided { .. } => self.retry_verification(id, now),
             ProbeOutcome::Local { reason } => {
                 self.note_local_error(id, reason, now);
                 self.retry_verification(id, now);

@@ -168,7 +168,12 @@ fn verification_sentence(explained: &Explanation) -> String {
         _ => "",
     };
     let failed = match explained.last_probe.as_ref().map(|last| (&last.outcome, last.ended)) {
-        Some((ProbeOutcome::Failure { reason, .. } | ProbeOutcome::Local { reason }, at)) => {
+        Some((
+            ProbeOutcome::Failure { reason, .. }
+            | ProbeOutcome::Undecided { reason, .. }
+            | ProbeOutcome::Local { reason },
+            at,
+        )) => {
             let ago = brief(explained.now.saturating_duration_since(at));
             format!("; the last connect failed {ago} ago: {reason}")
         }

@@ -98,6 +98,9 @@ mod families {
     pub(super) const UNDECIDED: Family = gauge("tidegate_pool_undecided", "1 if no backend of the pool is eligible and clients wait for the first health results, else 0.");
     pub(super) const UNDECIDED_WAITS: Family = counter("tidegate_undecided_waits_total", "Sessions that waited for the first health results of their pool.");
     pub(super) const PROBES_WAITED: Family = counter("tidegate_probes_waited_total", "Probes delayed because too many probes ran at once.");
+    pub(super) const COMMANDS_WAITED: Family = counter("tidegate_probe_commands_waited_total", "Commands of probes delayed because too many commands ran at once.");
+    pub(super) const HELPER_UP: Family = gauge("tidegate_probe_helper_up", "1 if the probe helper answered its last request, else 0; absent without a helper.");
+    pub(super) const HELPER_FAILURES: Family = counter("tidegate_probe_helper_failures_total", "Times the probe helper ended unexpectedly.");
     pub(super) const RING_EVENTS: Family = counter("tidegate_ring_events_total", "Exceptional events inside the io_uring engine, by worker and reason; 0 with epoll.");
     pub(super) const LOCAL_ERRORS: Family = counter("tidegate_local_errors_total", "Errors on this host, by reason and place; they never count against a backend.");
     pub(super) const CONNECT_RETRIES: Family = counter("tidegate_connect_retries_total", "Connect attempts after the first attempt of a session.");
@@ -436,6 +439,13 @@ fn workers(out: &mut Encoder, snapshot: &AdminSnapshot) {
         out.family(family).count(&[], sum(snapshot, value));
     }
     out.family(&families::PROBES_WAITED).count(&[], snapshot.control_counts.probes_waited.get());
+    out.family(&families::COMMANDS_WAITED)
+        .count(&[], snapshot.control_counts.commands_waited.get());
+    let failures = snapshot.control_counts.helper_failures.get();
+    out.family(&families::HELPER_FAILURES).count(&[], failures);
+    if let Some(works) = snapshot.helper_works {
+        out.family(&families::HELPER_UP).count(&[], works.into());
+    }
     out.family(&families::LOG_DROPPED).count(&[], snapshot.log_dropped);
 }
 

@@ -45,6 +45,7 @@ async fn seen_sources(spec: &Arc<ProbeSpec>, count: usize) -> [Vec<String>; 2] {
                 LANE,
                 BackendId(n as u32),
                 ProbeToken(1),
+                names(),
                 address.clone(),
                 Arc::clone(spec),
             );
