@@ -147,7 +147,7 @@ impl Control {
         let (engine, engine_reason) = self.workers.engine();
         AdminSnapshot {
             control,
-            helper_works: self.evidence.helper.works(),
+            helper_failed: self.evidence.helper.has_ended(),
             workers: self.workers.counters().to_vec(),
             version: env!("CARGO_PKG_VERSION"),
             engine,

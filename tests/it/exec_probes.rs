@@ -113,17 +113,20 @@ fn script_takes_its_backend_down_and_up_with_its_first_line_as_the_reason(engine
     assert_eq!(proxy.backend("web", "a")["observation"], "up");
     let text = proxy.cli_ok(&["explain", "web/a"]);
     assert!(text.contains("said nothing about the backend"), "{text}");
-    assert_eq!(proxy.metric("tidegate_probe_helper_up", &[]), 1.0);
+    assert_eq!(proxy.metric("tidegate_probe_helper_failed", &[]), 0.0);
     assert_eq!(proxy.metric("tidegate_local_errors_total", &[("at", "probe")]), 0.0);
     assert_sandboxed(&proxy, &script);
 }
 
-/// The process that serves is in its sandbox, and the helpers are not.
-fn assert_sandboxed(proxy: &TestProxy, script: &Script) {
+fn in_force(proxy: &TestProxy, layer: &str) -> bool {
     let status = proxy.status();
     let layers = status["confinement"].as_array().unwrap();
-    let seccomp = layers.iter().find(|layer| layer["layer"] == "seccomp").unwrap();
-    if seccomp["in_force"] == true {
+    layers.iter().any(|one| one["layer"] == layer && one["in_force"] == true)
+}
+
+/// The process that serves is in its sandbox, and the helpers are not.
+fn assert_sandboxed(proxy: &TestProxy, script: &Script) {
+    if in_force(proxy, "seccomp") {
         assert_eq!(status_field(proxy.pid(), "Seccomp:"), "2");
     }
     for helper in helpers(proxy) {
@@ -208,6 +211,24 @@ fn reload_changes_commands_and_a_missing_helper_is_a_local_error() {
 }
 
 #[test]
+fn upgrade_without_a_supervisor_cannot_switch_the_helper_on() {
+    let script = Script::new();
+    let tcp = Pool::new("web").probe("kind = \"tcp\"").backend("a", script.backend.address());
+    let proxy = TestProxy::start_single(Conf::simple(Engine::Epoll, tcp));
+    if !["landlock", "seccomp"].iter().any(|layer| in_force(&proxy, layer)) {
+        return;
+    }
+    let mut conf = script.conf(Engine::Epoll);
+    conf.frontends.clone_from(&proxy.conf().frontends);
+    proxy.rewrite_by_rename(&proxy.render(&conf));
+    let answer = proxy.try_upgrade("");
+    assert_ne!(answer.status, 200, "{}", answer.body);
+    let why = "cannot start the probe helper outside of the sandbox; restart instead";
+    assert!(answer.body.contains(why), "{}", answer.body);
+    wait_up(&proxy);
+}
+
+#[test]
 fn helper_that_is_killed_never_counts_against_a_backend() {
     let script = Script::new();
     let mut proxy = TestProxy::start(script.conf(Engine::Epoll));
@@ -223,14 +244,14 @@ fn helper_that_is_killed_never_counts_against_a_backend() {
     for helper in [keeper, runner] {
         proc::signal(helper, Signal::KILL);
     }
-    script.says(1, "no one runs this");
+    script.says(1, "not run");
     eventually(secs(20), "the helper is gone", || {
         let last = &proxy.explained("web", "a")["last_probe"];
         last["detail"].as_str().is_some_and(|why| why.starts_with("the probe helper has ended"))
     });
     std::thread::sleep(secs(1));
     assert_eq!(proxy.backend("web", "a")["observation"], "up");
-    assert_eq!(proxy.metric("tidegate_probe_helper_up", &[]), 0.0);
+    assert_eq!(proxy.metric("tidegate_probe_helper_failed", &[]), 1.0);
     assert!(proxy.metric("tidegate_probe_helper_failures_total", &[]) >= 1.0);
     assert!(proxy.metric("tidegate_local_errors_total", &[("at", "probe")]) >= 1.0);
     assert!(
@@ -242,7 +263,7 @@ fn helper_that_is_killed_never_counts_against_a_backend() {
     assert!(events.contains("run `tidegate upgrade`"), "{events}");
     proxy.upgrade();
     wait_down(&proxy);
-    assert_eq!(proxy.metric("tidegate_probe_helper_up", &[]), 1.0);
+    assert_eq!(proxy.metric("tidegate_probe_helper_failed", &[]), 0.0);
     proxy.rebaseline();
 }
 

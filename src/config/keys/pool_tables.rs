@@ -380,9 +380,7 @@ pub(super) const PROBE: &[ConfigKey] = &[
         Words(words::<ExitCodes>),
         Value("\"plain\""),
         Reload,
-        "For `exec`: what exit codes mean. `plain`: 0 success, 1 failure; `nagios`: 0 and 1 \
-         success, 2 failure. With both, other codes keep the state. `haproxy`: 0 success, others \
-         failure.",
+        "For `exec`: the convention of its [exit codes](exec.md#result).",
     ),
 ];
 

@@ -42,9 +42,10 @@ pub(super) fn check(
     });
 }
 
-/// Reports probes that run commands, if no process runs them.
+/// Reports the first probe that runs a command, if no process runs commands.
 pub(super) fn exec_probes(report: &ProblemCollector<'_>, pools: &[PoolRead], helper: bool) {
-    for place in pools.iter().filter_map(|pool| pool.exec.clone()).filter(|_| !helper) {
+    let first = pools.iter().find_map(|pool| pool.exec.clone());
+    if let Some(place) = first.filter(|_| !helper) {
         let complaint = ValueError::new("a probe of kind \"exec\" without probe_helper");
         let help = "set probe_helper = true in [process]: the sandbox allows no commands, so \
                     another process runs them";

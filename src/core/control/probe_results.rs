@@ -186,7 +186,7 @@ impl ControlState {
         if self.probes.local_error_is_due(now) {
             let fields = NoticeFields {
                 reason: Some(reason.to_owned()),
-                help: "raise the limit that the reason names on this host",
+                help: "correct what the reason names on this host",
                 ..NoticeFields::default()
             };
             self.warn_of(&state, "probe not run because of a local error", fields);

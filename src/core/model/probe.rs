@@ -140,7 +140,7 @@ pub enum ProbeKind {
         /// Sent after connecting; empty: nothing.
         send: ProbeBytes,
     },
-    /// Succeeds if a command exits with a code that says so.
+    /// Succeeds if a command exits with a code that means success.
     Exec(ExecProbe),
 }
 

@@ -27,8 +27,8 @@ use tidegate_net::confinement::SandboxReport;
 pub struct AdminSnapshot {
     /// Frontends, pools, backends.
     pub control: ControlStatus,
-    /// Whether the probe helper works; `None` without one.
-    pub helper_works: Option<bool>,
+    /// The probe helper has ended.
+    pub helper_failed: bool,
     /// In worker order.
     pub workers: Vec<Arc<WorkerCounters>>,
     /// Version of the program.
@@ -147,7 +147,7 @@ impl AdminSnapshot {
         use tidegate_core::control::source_ports::Reuse;
         AdminSnapshot {
             control,
-            helper_works: Some(true),
+            helper_failed: false,
             workers: Vec::new(),
             version: "0.1.0",
             engine: "epoll",

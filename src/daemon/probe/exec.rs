@@ -1,7 +1,7 @@
 //! Runs a command that says whether a backend works.
 //!
 //! Called by probes of kind `exec`. The probe helper runs the command, because the sandbox of this
-//! process allows none. Trouble with the command itself is a local error.
+//! process allows none. A command that does not start or that a signal ends is a local error.
 
 use super::{ProbeError, quote_message};
 use crate::probe_helper::{CommandResult, ProbeHelper};

@@ -75,9 +75,9 @@ impl ProbeHelper {
         }))
     }
 
-    /// Returns whether the helper works; `None` without a helper.
-    pub(crate) fn works(&self) -> Option<bool> {
-        self.0.socket.as_ref().map(|_| self.0.answers.load(Ordering::Relaxed))
+    /// Returns whether the helper has ended and not answered since.
+    pub(crate) fn has_ended(&self) -> bool {
+        !self.0.answers.load(Ordering::Relaxed)
     }
 
     /// Tells the helper that this process has applied its configuration file.

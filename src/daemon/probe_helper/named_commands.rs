@@ -52,8 +52,8 @@ impl NamedCommands {
     /// Returns the words of a command with the values of its placeholders, or why the helper
     /// does not run it.
     ///
-    /// A command that is unknown is searched in the file once more, because the file can be newer
-    /// than the last notice. Known commands stay: a balancer can keep an older configuration than
+    /// For an unknown command, the file is read again, because it can be newer than the last
+    /// notice. Known commands stay: a balancer can keep an older configuration than
     /// the file has.
     pub(super) fn words(&mut self, run: &RunCommand, now: Instant) -> Result<Vec<String>, String> {
         let key = (run.subject.pool.clone(), run.command.clone());

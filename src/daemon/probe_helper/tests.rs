@@ -212,7 +212,7 @@ fn dropped_probe_kills_its_command() {
 }
 
 #[test]
-fn trouble_with_the_program_is_a_local_error() {
+fn error_of_the_program_is_a_local_error() {
     let mut test = HelperTest::new(&["", "", ""]);
     test.commands[0] = vec!["/does/not/exist".to_owned()];
     test.commands[1] = vec!["/etc".to_owned()];
@@ -278,7 +278,7 @@ async fn futures_poll<F: Future>(mut future: std::pin::Pin<&mut F>) -> Option<F:
 fn helper_that_ends_is_a_local_error_an_event_and_counted_once() {
     let mut test = HelperTest::new(&["exit 0"]);
     on_runtime(async {
-        assert_eq!(test.helper.works(), Some(true));
+        assert!(!test.helper.has_ended());
         // A request that no runner answers: its end of the socket closes with the request in it.
         let other = test.other.take().unwrap();
         let lost = async {
@@ -288,7 +288,7 @@ fn helper_that_ends_is_a_local_error_an_event_and_counted_once() {
         let (result, ()) = tokio::join!(test.run(0, LONG), lost);
         let CommandResult::NotRun(0, why) = result else { panic!("{result:?}") };
         assert!(why.starts_with("the probe helper ended before its reply"), "{why}");
-        assert_eq!((test.helper.works(), test.counters.helper_failures.get()), (Some(false), 1));
+        assert_eq!((test.helper.has_ended(), test.counters.helper_failures.get()), (true, 1));
         drop(other);
         for _ in 0..2 {
             let CommandResult::NotRun(0, why) = test.run(0, LONG).await else { panic!() };
@@ -333,6 +333,6 @@ fn process_without_a_helper_runs_no_command() {
             panic!()
         };
         assert!(why.contains("takes effect with `tidegate upgrade`"), "{why}");
-        assert_eq!(helper.works(), None);
+        assert!(!helper.has_ended());
     });
 }

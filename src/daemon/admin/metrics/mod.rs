@@ -99,7 +99,7 @@ mod families {
     pub(super) const UNDECIDED_WAITS: Family = counter("tidegate_undecided_waits_total", "Sessions that waited for the first health results of their pool.");
     pub(super) const PROBES_WAITED: Family = counter("tidegate_probes_waited_total", "Probes delayed because too many probes ran at once.");
     pub(super) const COMMANDS_WAITED: Family = counter("tidegate_probe_commands_waited_total", "Commands of probes delayed because too many commands ran at once.");
-    pub(super) const HELPER_UP: Family = gauge("tidegate_probe_helper_up", "1 if the probe helper answered its last request, else 0; absent without a helper.");
+    pub(super) const HELPER_FAILED: Family = gauge("tidegate_probe_helper_failed", "1 if the probe helper has ended and commands of probes do not run, else 0.");
     pub(super) const HELPER_FAILURES: Family = counter("tidegate_probe_helper_failures_total", "Times the probe helper ended unexpectedly.");
     pub(super) const RING_EVENTS: Family = counter("tidegate_ring_events_total", "Exceptional events inside the io_uring engine, by worker and reason; 0 with epoll.");
     pub(super) const LOCAL_ERRORS: Family = counter("tidegate_local_errors_total", "Errors on this host, by reason and place; they never count against a backend.");
@@ -443,9 +443,7 @@ fn workers(out: &mut Encoder, snapshot: &AdminSnapshot) {
         .count(&[], snapshot.control_counts.commands_waited.get());
     let failures = snapshot.control_counts.helper_failures.get();
     out.family(&families::HELPER_FAILURES).count(&[], failures);
-    if let Some(works) = snapshot.helper_works {
-        out.family(&families::HELPER_UP).count(&[], works.into());
-    }
+    out.family(&families::HELPER_FAILED).count(&[], snapshot.helper_failed.into());
     out.family(&families::LOG_DROPPED).count(&[], snapshot.log_dropped);
 }
 
