@@ -73,7 +73,7 @@ pub struct LastProbe {
 pub const PROBES_KEPT: usize = 24;
 
 /// The last probes of a backend, oldest first; at most [`PROBES_KEPT`]. Clones share them.
-/// Probes that a local error has prevented are not among them.
+/// Probes without evidence are not among them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LastProbes(Arc<VecDeque<EndedProbe>>);
 
@@ -96,7 +96,7 @@ impl LastProbes {
         let (took, failure) = match outcome {
             ProbeOutcome::Success { took, .. } => (*took, None),
             ProbeOutcome::Failure { took, reason } => (*took, Some(self.text(reason))),
-            ProbeOutcome::Local { .. } => return,
+            ProbeOutcome::Undecided { .. } | ProbeOutcome::Local { .. } => return,
         };
         let kept = Arc::make_mut(&mut self.0);
         if kept.len() == PROBES_KEPT {
