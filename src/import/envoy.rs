@@ -52,7 +52,6 @@ const OF_PROXY: &[KeyReason] = &[
     ("access_log", Approximated, "see [log] access"),
     ("weighted_clusters", NotPossible, "a route has one pool"),
     ("tunneling_config", NotPossible, "Tidegate does not tunnel over HTTP"),
-    ("max_downstream_connection_duration", NotPossible, "sessions have no maximum age"),
     ("on_demand", NotPossible, "Tidegate does not read Envoy's control plane"),
 ];
 
@@ -279,8 +278,45 @@ impl<'t> EnvoyTranslator<'t> {
         }
     }
 
+    /// The maximum age of a connection.
+    fn session_max(&mut self, config: &DocNode, idle: u64, frontend: &mut DraftFrontend) {
+        let key = "max_downstream_connection_duration";
+        let jitter = config.get(&format!("{key}_jitter_percentage"));
+        let Some(node) = config.get(key) else {
+            if let Some(jitter) = jitter {
+                jitter.note_all(WithoutEffect, "there is no maximum age", self.report);
+            }
+            return;
+        };
+        let Some(age) = duration(node.text()).filter(|time| *time > 0) else {
+            return self.report.note(node.at, NotUnderstood, "it is not a time");
+        };
+        let time = toml_time(age.min(LONGEST));
+        let why = format!(
+            "session_max = {time}: counted from the connection to the backend; each session ends \
+             up to 10% earlier, from 81% of that time on in a pause of its bytes"
+        );
+        self.report.note(node.at, Approximated, why);
+        frontend.keys.set("session_max", time, &at(node));
+        if age <= idle {
+            // Its age ends such a session first.
+            frontend.keys.set("idle_timeout", "\"off\"", &at(node));
+        }
+        if let Some(jitter) = jitter {
+            let why = "session_max takes up to 10% off, and adds nothing";
+            jitter.note_all(Approximated, why, self.report);
+        }
+    }
+
     fn proxy(&mut self, config: &'t DocNode, matching: &[String], frontend: &mut DraftFrontend) {
-        let known = ["cluster", "idle_timeout", "max_connect_attempts", "hash_policy"];
+        let known = [
+            "cluster",
+            "idle_timeout",
+            "max_connect_attempts",
+            "hash_policy",
+            "max_downstream_connection_duration",
+            "max_downstream_connection_duration_jitter_percentage",
+        ];
         config.rest(&known, OF_PROXY, self.report);
         if let Some(log) = config.get("access_log") {
             self.draft.log.set("access", "\"stdout\"", &[log.at]);
@@ -297,6 +333,7 @@ impl<'t> EnvoyTranslator<'t> {
         self.taken(idle, &format!("idle_timeout = {}", toml_time(time)));
         frontend.keys.set("idle_timeout", toml_time(time), &at);
         frontend.keys.set("half_closed_timeout", toml_time(time), &at);
+        self.session_max(config, time, frontend);
         let mut settings = DraftKeys::default();
         let attempts = config.get("max_connect_attempts");
         let number = attempts.and_then(|node| node.text().parse::<u64>().ok()).unwrap_or(1);

@@ -3,7 +3,7 @@
 //! Called by `envoy`.
 
 use crate::available::Available;
-use crate::doc::DocNode;
+use crate::doc::{DocNode, KeyReason};
 use crate::draft::{DraftBackend, DraftPool, UsedNames, quoted};
 use crate::envoy::{at, duration};
 use crate::report::ImportReport;
@@ -11,7 +11,14 @@ use crate::report::LineVerdict::{
     Approximated, Dropped, NotPossible, NotUnderstood, Translated, WithoutEffect,
 };
 use crate::times::toml_time;
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+
+/// Highest tier of a backend.
+const TIER_MAX: u8 = 9;
+
+/// Overprovisioning factor of priorities, and that of `tiers = "spill"`.
+const DEFAULT_FACTOR: u64 = 140;
 
 /// Keys of a cluster that are translated.
 pub(crate) const KNOWN: &[&str] = &[
@@ -98,7 +105,7 @@ impl Cluster<'_> {
 
     fn assignment(&mut self, node: &DocNode) {
         let known = ["cluster_name", "endpoints"];
-        node.rest(&known, &[("policy", Dropped, "it has no counterpart")], self.report);
+        node.rest(&[&known[..], &["policy"]].concat(), &[], self.report);
         self.report.note(node.at, Translated, "");
         for key in known {
             if let Some(node) = node.get(key) {
@@ -111,24 +118,78 @@ impl Cluster<'_> {
             let reasons =
                 &[("locality", WithoutEffect, ""), ("load_balancing_weight", Dropped, why)];
             locality.rest(&["lb_endpoints", "priority"], reasons, self.report);
-            let priority = locality.text_of("priority").parse::<u64>().unwrap_or(0);
-            if let Some(node) = locality.get("priority") {
-                match priority {
-                    0 => self.report.note(node.at, Translated, ""),
-                    _ => {
-                        let why = "backup = true: it serves if no other backend is eligible";
-                        self.report.note(node.at, Approximated, why);
-                    }
-                }
-            }
+            let tier = self.tier(locality);
             if let Some(list) = locality.get("lb_endpoints") {
                 self.report.note(list.at, Translated, "");
-                list.items().iter().for_each(|one| self.endpoint(one, priority > 0, &mut names));
+                list.items().iter().for_each(|one| self.endpoint(one, tier, &mut names));
             }
         }
+        self.spill(node);
     }
 
-    fn endpoint(&mut self, node: &DocNode, backup: bool, names: &mut UsedNames) {
+    /// Returns the tier of a locality: its priority.
+    fn tier(&mut self, locality: &DocNode) -> u8 {
+        let Some(node) = locality.get("priority") else { return 0 };
+        match node.text().parse::<u8>() {
+            Ok(0) => self.report.note(node.at, Translated, ""),
+            Ok(tier @ 1..=TIER_MAX) => {
+                self.report.note(node.at, Translated, format!("tier = {tier}"));
+                return tier;
+            }
+            Ok(_) => {
+                let why = format!("tier = {TIER_MAX}, the highest: it serves with the others");
+                self.report.note(node.at, Approximated, why);
+                return TIER_MAX;
+            }
+            Err(_) => self.report.note(node.at, NotUnderstood, "it is not a priority"),
+        }
+        0
+    }
+
+    /// Sessions spill over priorities as in Envoy if the overprovisioning factor is its default.
+    fn spill(&mut self, assignment: &DocNode) {
+        let policy = assignment.get("policy");
+        if let Some(policy) = policy {
+            let why = "it has no counterpart";
+            let others: [KeyReason; 3] = [
+                ("drop_overloads", Dropped, why),
+                ("endpoint_stale_after", WithoutEffect, "it is for a control plane"),
+                ("weighted_priority_health", Approximated, "weights do not count"),
+            ];
+            policy.rest(&["overprovisioning_factor"], &others, self.report);
+            self.report.note(policy.at, Translated, "");
+        }
+        let factor = policy.and_then(|policy| policy.get("overprovisioning_factor"));
+        let mut sizes: BTreeMap<&str, u64> = BTreeMap::new();
+        for backend in self.pool.backends.iter().filter(|one| one.keys.get("enabled").is_none()) {
+            *sizes.entry(backend.keys.get("tier").unwrap_or("0")).or_default() += 1;
+        }
+        if sizes.len() < 2 {
+            if let Some(factor) = factor {
+                self.report.note(factor.at, WithoutEffect, "there is one priority");
+            }
+            return;
+        }
+        let largest = sizes.values().copied().max().unwrap_or(1);
+        let number = factor.map_or(Ok(DEFAULT_FACTOR), |factor| factor.text().parse::<u64>());
+        let line = factor.map_or(assignment.at, |factor| factor.at);
+        match number {
+            // One healthy endpoint is enough for its priority.
+            Ok(number) if number >= largest.saturating_mul(100) => {
+                self.report.note(line, Translated, "tiers = \"strict\"");
+                return;
+            }
+            Ok(DEFAULT_FACTOR) => self.report.note(line, Translated, "tiers = \"spill\""),
+            Ok(_) => {
+                let why = format!("tiers = \"spill\", whose factor is {DEFAULT_FACTOR}");
+                self.report.note(line, Approximated, why);
+            }
+            Err(_) => self.report.note(line, NotUnderstood, "it is not a factor"),
+        }
+        self.pool.keys.set("tiers", "\"spill\"", &[line]);
+    }
+
+    fn endpoint(&mut self, node: &DocNode, tier: u8, names: &mut UsedNames) {
         node.rest(
             &["endpoint", "load_balancing_weight", "health_status"],
             &[("metadata", WithoutEffect, "")],
@@ -147,8 +208,8 @@ impl Cluster<'_> {
             let weight = weight.text().parse::<u64>().unwrap_or(1).clamp(1, 1_000);
             backend.keys.set("weight", weight.to_string(), &at(node));
         }
-        if backup {
-            backend.keys.set("backup", "true", &at(node));
+        if tier > 0 {
+            backend.keys.set("tier", tier.to_string(), &at(node));
         }
         let text = format!("pool.{}.backend {}", self.pool.name, backend.name);
         node.note_all(Translated, "", self.report);

@@ -21,7 +21,6 @@ const PARAMETERS: &[(&str, LineVerdict, &str)] = &[
     ("resolve-opts", Dropped, "it has no counterpart"),
     ("resolve-net", Dropped, "it has no counterpart"),
     ("track", NotPossible, "a backend has the state of its own pool"),
-    ("on-marked-up", NotPossible, "sessions stay on the backup until they end"),
     ("interface", NotPossible, "choose a source address"),
     ("namespace", NotPossible, "Tidegate uses one network namespace"),
     ("socks4", NotPossible, "Tidegate connects directly"),
@@ -88,6 +87,7 @@ impl Translator<'_> {
             self.report.note(line.at, Translated, "");
         }
         self.on_down(servers, pool);
+        self.on_recover(in_force, servers, pool);
         self.proxy_header(servers, pool);
         let slow = servers.iter().filter(|one| one.time("slowstart") > Some(0));
         if let Some((time, at)) =
@@ -128,6 +128,48 @@ impl Translator<'_> {
                 let why = "sessions of a backend that is down would stay, and could write to it";
                 self.report.lose(at, NotPossible, why);
             }
+        }
+    }
+
+    /// HAProxy shuts down the sessions of all backups at once when this server goes up.
+    fn on_recover(
+        &mut self,
+        in_force: &ProxyLines<'_>,
+        servers: &[HaproxyServer],
+        pool: &mut DraftPool,
+    ) {
+        let shuts = |server: &&HaproxyServer| {
+            server.argument("on-marked-up") == Some("shutdown-backup-sessions")
+        };
+        let in_use = |backup: bool| {
+            let all = pool.backends.iter().filter(|one| one.keys.get("enabled").is_none());
+            all.filter(|one| one.keys.get("backup").is_some() == backup).count()
+        };
+        let (primaries, backups) = (in_use(false), in_use(true));
+        let all = servers.iter().all(|one| one.has("backup") || shuts(&one));
+        for server in servers.iter().filter(shuts) {
+            let at = server.line_of("on-marked-up");
+            let without = if server.has("backup") {
+                "it is for servers that are no backups"
+            } else if !server.has("check") {
+                "a server without check does not go up"
+            } else if backups == 0 || primaries == 0 {
+                "the pool has no backup"
+            } else {
+                pool.keys.set("on_recover", "\"close-after 1ms\"", &[at]);
+                let text = "on_recover = \"close-after 1ms\"";
+                self.report.note(at, Translated, text);
+                if !all {
+                    let why = "on_recover counts the return of every primary of the pool";
+                    self.report.note(at, Approximated, why);
+                }
+                if backups > 1 && in_force.option("allbackups").is_none() {
+                    let why = "it also closes sessions when an earlier backup returns";
+                    self.report.note(at, Approximated, why);
+                }
+                continue;
+            };
+            self.report.note(at, WithoutEffect, without);
         }
     }
 
