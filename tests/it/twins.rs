@@ -22,7 +22,8 @@ on_every_engine!(
 );
 
 /// Services that both files have, in the order of their addresses.
-const SERVICES: [&str; 7] = ["split", "failover", "backup", "denied", "sticky", "nobody", "capped"];
+const SERVICES: [&str; 8] =
+    ["split", "failover", "backup", "returns", "denied", "sticky", "nobody", "capped"];
 
 /// An address that the service `denied` rejects.
 const REJECTED: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 9));
@@ -54,6 +55,12 @@ listen failover
 listen backup
   bind BACKUP
   server d D check
+  server a A check backup
+listen returns
+  bind RETURNS
+  timeout client 1m
+  timeout server 1m
+  server d D check on-marked-up shutdown-backup-sessions
   server a A check backup
 listen denied
   bind DENIED
@@ -148,7 +155,8 @@ fn compare(engine: Engine, kind: &'static str, file: &str, source: &str, argumen
     follow_a_failure(&both, &mut backends);
 }
 
-/// Stops D and starts it again: the other backend serves in between, and no session fails.
+/// Stops D and starts it again: the other backend serves in between, and no session fails. With
+/// HAProxy, the return of D ends the sessions of the backup in one service.
 fn follow_a_failure(both: &[&Balancer; 2], backends: &mut Backends) {
     let is_serving = |one: &Balancer, service, name: &str| {
         eventually(secs(10), &format!("{}: {name} serves {service}", one.kind), || {
@@ -165,10 +173,21 @@ fn follow_a_failure(both: &[&Balancer; 2], backends: &mut Backends) {
             assert_eq!(one.sees("failover").as_deref(), Some("a"), "{}", one.kind);
         }
     }
+    let of_backup = both.iter().filter(|_| both[0].kind == "haproxy").map(|one| {
+        is_serving(one, "returns", "a");
+        let held = client::connect(one.address("returns"));
+        assert_eq!(greeting(&held).as_deref(), Some("a"), "{}", one.kind);
+        held
+    });
+    let of_backup: Vec<TcpStream> = of_backup.collect();
     backends.all.insert("d", ScriptedBackend::start_on(address, backend::greet("d")));
     for one in both {
         is_serving(one, "backup", "d");
         is_serving(one, "failover", "d");
+    }
+    for (one, held) in both.iter().zip(&of_backup) {
+        assert_eq!(read_to_end(held), End::Fin(0), "{}: the backup is released", one.kind);
+        is_serving(one, "returns", "d");
     }
 }
 

@@ -123,10 +123,33 @@ impl Controller {
 mod tests {
     use super::*;
     use crate::control::ControlEvent;
-    use crate::model::{BackendAddr, BackendConfig, Policy, PoolConfig};
+    use crate::health::Intent;
+    use crate::model::{BackendAddr, BackendConfig, Backups, Policy, PoolConfig, Tiers};
     use crate::table::PoolTable;
     use crate::testing;
     use std::net::{IpAddr, Ipv4Addr};
+
+    /// A controller with one pool of random picks, whose backends `a`, `b`, ... have these tiers.
+    fn pool_of(tiers: &[u8], change: impl Fn(PoolConfig) -> PoolConfig) -> Controller {
+        let backend = |(place, tier): (usize, &u8)| BackendConfig {
+            name: String::from(char::from(b'a' + place as u8)).into(),
+            address: BackendAddr::Tcp(([127, 0, 0, 1], place as u16 + 1).into()),
+            weight: 1,
+            tier: *tier,
+            connections_max: 0,
+        };
+        let backends = tiers.iter().enumerate().map(backend).collect();
+        let pool = PoolConfig { balance: Policy::Random, backends, ..testing::pool("web") };
+        configured(change(pool))
+    }
+
+    fn configured(pool: PoolConfig) -> Controller {
+        let frontends = vec![testing::frontend("in", 80, &pool)];
+        let mut controller = Controller::new(1, 1);
+        let config = Arc::new(testing::config(frontends, vec![Arc::new(pool)]));
+        controller.apply(ControlEvent::Configure(config), tidegate_net::clock::now());
+        controller
+    }
 
     fn controller(balance: Policy) -> Controller {
         let backend = |(name, port): (&str, u16)| BackendConfig {
@@ -137,12 +160,7 @@ mod tests {
             connections_max: 0,
         };
         let backends = [("a", 1), ("b", 2), ("c", 3)].map(backend).to_vec();
-        let pool = PoolConfig { balance, backends, ..testing::pool("web") };
-        let frontends = vec![testing::frontend("in", 80, &pool)];
-        let mut controller = Controller::new(1, 1);
-        let config = Arc::new(testing::config(frontends, vec![Arc::new(pool)]));
-        controller.apply(ControlEvent::Configure(config), tidegate_net::clock::now());
-        controller
+        configured(PoolConfig { balance, backends, ..testing::pool("web") })
     }
 
     fn assumed(controller: &Controller, backend: &str, change: AssumedChange) -> Arc<PoolTable> {
@@ -209,6 +227,37 @@ mod tests {
             moved += usize::from(was == "b");
         }
         assert!(moved > 40, "{moved}");
+    }
+
+    #[test]
+    fn next_backup_takes_over_without_the_one_that_serves() {
+        let client = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
+        for (rule, expected) in [(Backups::One, "c"), (Backups::All, "cd")] {
+            let mut controller =
+                pool_of(&[0, 1, 1, 1], |pool| PoolConfig { backups: rule, ..pool });
+            let now = tidegate_net::clock::now();
+            controller.set_intent("web", "a", Intent::Draining, now).unwrap();
+            let pool = assumed(&controller, "b", AssumedChange::Excluded);
+            let names: String = shares(&pool, client).into_iter().map(|(name, _)| name).collect();
+            assert_eq!(names, expected, "{rule:?}");
+            assert_eq!(pool.tier_shares(), [(1, 100)]);
+        }
+    }
+
+    #[test]
+    fn shares_of_the_tiers_change_without_a_backend() {
+        let client = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
+        let spill = |pool| PoolConfig { tiers: Tiers::Spill, ..pool };
+        let controller = pool_of(&[0, 0, 1, 1], spill);
+        assert_eq!(controller.current_table().pools[0].tier_shares(), [(0, 100)]);
+        let pool = assumed(&controller, "b", AssumedChange::Excluded);
+        assert_eq!(pool.tier_shares(), [(0, 70), (1, 30)]);
+        let shares = shares(&pool, client);
+        let share = |name: &str| shares.iter().find(|(one, _)| one == name).unwrap().1;
+        assert!(share("a").abs_diff(70) <= 2 && share("c").abs_diff(15) <= 2, "{shares:?}");
+        // Nothing of tier 1 is left out: tier 0 carries all.
+        let pool = assumed(&controller, "c", AssumedChange::Excluded);
+        assert_eq!((pool.tier_shares(), pool.left_out.total()), (vec![(0, 100)], 0));
     }
 
     #[test]

@@ -4,6 +4,7 @@ use super::*;
 use crate::control::handover::Saved;
 use crate::control::sessions_elsewhere::{HeldBackend, HeldFrontend};
 use crate::control::tests::slow_backends::watched;
+use crate::model::Tiers;
 use proptest::prelude::*;
 
 /// Returns the controller of a new process with the state of `old`, passed as JSON.
@@ -378,4 +379,29 @@ proptest! {
         old.pass(Duration::from_secs(400));
         prop_assert!(!old.status("a").ejected);
     }
+}
+
+#[test]
+fn every_tier_continues_its_round_robin() {
+    let mut spec = unprobed(&["a", "b", "c", "d", "e"]);
+    spec.tiers = Tiers::Spill;
+    spec.backends[3..].iter_mut().for_each(|backend| backend.tier = 1);
+    let mut old = Bench::new(spec.clone());
+    old.operator("a", Intent::Draining);
+    old.operator("b", Intent::Draining);
+    let position = |bench: &Bench| -> Vec<(u8, u64)> {
+        let table = bench.controller.current_table();
+        let positions = table.pools[0].balancer.as_ref().unwrap().positions();
+        positions.map(|(tier, turn)| (tier, turn.place)).collect()
+    };
+    let table = old.controller.current_table();
+    for draw in 0..101 {
+        let client = std::net::Ipv4Addr::LOCALHOST.into();
+        let key = crate::balance::PickKey { client, draw, at: 0 };
+        drop(table.pools[0].pick(key, &[]).unwrap());
+    }
+    let before = position(&old);
+    assert_eq!(before.iter().map(|(tier, _)| *tier).collect::<Vec<_>>(), [0, 1]);
+    let next = new_process(&old, spec);
+    assert_eq!(position(&next), before);
 }
