@@ -22,3 +22,4 @@ pub mod reload;
 pub mod sessions;
 pub mod sources;
 pub mod status;
+pub mod stream;

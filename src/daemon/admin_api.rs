@@ -5,10 +5,9 @@
 
 use super::upgrade::OfferedAdmin;
 use crate::admin::{
-    self, AdminListener, AdminRequest, DroppedConnections, ReadyState, SocketFileLock, TokenStore,
-    Tokens,
+    self, AdminListener, AdminRequest, DroppedConnections, Observables, ReadyState, SocketFileLock,
+    TokenStore, Tokens,
 };
-use crate::event_log::EventLog;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -40,7 +39,7 @@ pub(super) struct AdminApi {
 pub(super) struct AdminEndpoint {
     api: Option<AdminApi>,
     tokens: Arc<TokenStore>,
-    events: EventLog,
+    observables: Observables,
     requests: mpsc::Receiver<AdminRequest>,
 }
 
@@ -55,7 +54,7 @@ impl AdminApi {
         requests: mpsc::Sender<AdminRequest>,
         readiness: ReadyState,
         counters: Arc<WorkerCounters>,
-        events: EventLog,
+        observables: Observables,
     ) -> io::Result<AdminApi> {
         let (socket, file) = (Some(listener.share()?), listener.file());
         let dropped = listener.dropped();
@@ -68,7 +67,7 @@ impl AdminApi {
         };
         let own = requests.clone();
         let serving =
-            admin::serve(listener, tokens, requests, readiness, counters, events, stopped);
+            admin::serve(listener, tokens, requests, readiness, counters, observables, stopped);
         let task = tokio::spawn(async move {
             if let Err(error) = serving.await {
                 tracing::error!(%error, "admin API stopped; restart or upgrade the process to get it back");
@@ -107,10 +106,11 @@ impl AdminEndpoint {
     /// Creates an API without a server. Requests from `requests` are answered.
     pub(super) fn new(
         tokens: Tokens,
-        events: EventLog,
+        observables: Observables,
         requests: mpsc::Receiver<AdminRequest>,
     ) -> Self {
-        AdminEndpoint { api: None, tokens: Arc::new(TokenStore::new(tokens)), events, requests }
+        let tokens = Arc::new(TokenStore::new(tokens));
+        AdminEndpoint { api: None, tokens, observables, requests }
     }
 
     /// Waits for the next request.
@@ -177,9 +177,9 @@ impl AdminEndpoint {
         // The new process may have removed the socket file.
         let listener = listener.map_or_else(|| admin::bind(admin), Ok);
         let (listen, requests) = (before.listen.clone(), before.requests.clone());
-        let (tokens, events) = (Arc::clone(&self.tokens), self.events.clone());
+        let (tokens, observables) = (Arc::clone(&self.tokens), self.observables.clone());
         let served = listener.map_err(io::Error::other).and_then(|listener| {
-            AdminApi::serve(listener, listen, tokens, requests, readiness, counters, events)
+            AdminApi::serve(listener, listen, tokens, requests, readiness, counters, observables)
         });
         match served {
             Ok(api) => self.serve(api),

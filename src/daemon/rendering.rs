@@ -177,6 +177,7 @@ impl Control {
                 .collect(),
             admin_dropped: rare.admin_dropped,
             events: self.telemetry.events.counts(),
+            streams: self.telemetry.streams.clone(),
             event_log: self.telemetry.events.clone(),
             traffic: self.telemetry.traffic.shared().clone(),
             confinement: self.lifecycle.confined().report.clone(),

@@ -28,7 +28,7 @@ use super::worker_set::{WorkerPlan, WorkerSet, access_log_destination};
 use super::{
     Failure, OldProcess, Options, ProcessEnvironment, RunEnd, RunningBalancer, panics, reload,
 };
-use crate::admin::{self, AdminListener, AdminRequest, Tokens};
+use crate::admin::{self, AdminListener, AdminRequest, Observables, Tokens};
 use crate::probe_helper::ProbeHelper;
 use std::path::Path;
 use std::sync::Arc;
@@ -169,6 +169,7 @@ fn prepare(
     let tables = TablePublisher::new(controller.current_table());
     let (waiters, descriptors) = (Arc::clone(&context.waiters), resources.descriptors);
     let (workers, tokens) = resources.start_workers(&config, context, &tables, events.clone())?;
+    let observables = Observables { events, ..Observables::default() };
     let control = Control {
         controller,
         evidence,
@@ -177,8 +178,8 @@ fn prepare(
         workers,
         binds: Binds::new(0),
         reloads: ConfigReloads::new(options.config.clone(), digest, Arc::new(config), descriptors),
-        admin: AdminEndpoint::new(tokens, events.clone(), inbox),
-        telemetry: Telemetry::new(log, events, local),
+        admin: AdminEndpoint::new(tokens, observables.clone(), inbox),
+        telemetry: Telemetry::new(log, observables, local),
         caps: CapWatch::default(),
         upgrades: Upgrades::new(starter(environment), counts),
         lifecycle: Lifecycle::new(signals, environment),
@@ -417,8 +418,8 @@ impl Control {
         let (tokens, readiness) =
             (Arc::clone(self.admin.tokens()), self.lifecycle.readiness().clone());
         let (listen, local) = (admin.address().to_string(), Arc::clone(self.telemetry.local()));
-        let events = self.telemetry.events.clone();
-        AdminApi::serve(admin, listen, tokens, requests, readiness, local, events)
+        let observables = self.telemetry.observables();
+        AdminApi::serve(admin, listen, tokens, requests, readiness, local, observables)
             .map_err(|error| Failure::Runtime(format!("cannot start the admin API: {error}")))
     }
 }

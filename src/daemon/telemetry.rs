@@ -8,9 +8,10 @@ use super::event_log::{EventLog, NewEvent};
 use super::logging::LogHandle;
 use super::ports::PortSampler;
 use super::rendering::{Latencies, Rendering};
-use super::traffic::{TrafficSampler, ViewerCount};
+use super::traffic::TrafficSampler;
 use super::transition_log::TransitionLog;
 use super::upgrade::RareCounters;
+use crate::admin::{Observables, StreamCounters};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 use tidegate_core::control::{Notice, NoticeFields, NoticeLevel};
@@ -29,6 +30,7 @@ pub(super) struct Telemetry {
     pub(super) ports: PortSampler,
     pub(super) traffic: TrafficSampler,
     pub(super) events: EventLog,
+    pub(super) streams: StreamCounters,
     /// Counters of the control thread.
     local: Arc<WorkerCounters>,
     log: LogHandle,
@@ -53,15 +55,21 @@ pub(super) enum TelemetryEvent {
 // === impl Telemetry ===
 
 impl Telemetry {
-    pub(super) fn new(log: LogHandle, events: EventLog, local: Arc<WorkerCounters>) -> Telemetry {
+    pub(super) fn new(
+        log: LogHandle,
+        observables: Observables,
+        local: Arc<WorkerCounters>,
+    ) -> Telemetry {
+        let Observables { events, streams } = observables;
         Telemetry {
             started: clock::now(),
             started_wall: clock::wall(),
             latency: Latencies::default(),
             rendering: Rendering::default(),
             ports: PortSampler::new(clock::now()),
-            traffic: TrafficSampler::new(ViewerCount::default(), clock::now()),
+            traffic: TrafficSampler::new(streams.clone(), clock::now()),
             events,
+            streams,
             local,
             log,
             transitions: TransitionLog::default(),
@@ -79,6 +87,11 @@ impl Telemetry {
             () = due::reached(Some(traffic_due)) => TelemetryEvent::SampleTraffic,
             () = due::reached(transitions_due) => TelemetryEvent::Suppressed,
         }
+    }
+
+    /// Returns what the admin API reads without asking the control loop.
+    pub(super) fn observables(&self) -> Observables {
+        Observables { events: self.events.clone(), streams: self.streams.clone() }
     }
 
     /// Returns the counters of the control thread.

@@ -7,7 +7,7 @@
 //! An upgrade does not pass the samples on: they begin again in the new process.
 
 use super::control_loop::Control;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use crate::admin::StreamCounters;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tidegate_core::traffic::{SECONDS_BACKENDS_MAX, TrafficHistory, TrafficRoster};
@@ -33,10 +33,6 @@ const LARGE_COLLECT_INTERVAL: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone, Default)]
 pub struct SharedTraffic(Arc<Mutex<TrafficHistory>>);
 
-/// Number of open streams. Clones share it.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct ViewerCount(Arc<AtomicUsize>);
-
 /// See the module's documentation.
 #[derive(Debug)]
 pub(super) struct TrafficSampler {
@@ -46,7 +42,7 @@ pub(super) struct TrafficSampler {
     roster: Option<((u64, u64), Arc<TrafficRoster>)>,
     running: Option<JoinHandle<()>>,
     shared: SharedTraffic,
-    viewers: ViewerCount,
+    streams: StreamCounters,
 }
 
 // === impl SharedTraffic ===
@@ -59,20 +55,12 @@ impl SharedTraffic {
     }
 }
 
-// === impl ViewerCount ===
-
-impl ViewerCount {
-    pub(crate) fn get(&self) -> usize {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
 // === impl TrafficSampler ===
 
 impl TrafficSampler {
-    pub(super) fn new(viewers: ViewerCount, now: Instant) -> TrafficSampler {
+    pub(super) fn new(streams: StreamCounters, now: Instant) -> TrafficSampler {
         let shared = SharedTraffic::default();
-        TrafficSampler { next: now, collect_at: now, roster: None, running: None, shared, viewers }
+        TrafficSampler { next: now, collect_at: now, roster: None, running: None, shared, streams }
     }
 
     /// Returns when the next sample is due.
@@ -87,7 +75,7 @@ impl TrafficSampler {
     /// Sets the next times. Returns whether the histograms are collected now.
     fn advance(&mut self, backends: usize, now: Instant) -> bool {
         let large = backends > SECONDS_BACKENDS_MAX;
-        let viewed = self.viewers.get() > 0;
+        let viewed = self.streams.open() > 0;
         let interval = if large && !viewed { LARGE_SAMPLE_INTERVAL } else { SAMPLE_INTERVAL };
         // Samples keep their distance, so that each second has one.
         self.next += interval;

@@ -17,10 +17,9 @@ use tidegate_core::control::OperatorError;
 use tidegate_core::health::Intent;
 use tidegate_core::metrics::counters::WorkerCounters;
 use tidegate_core::model::{Admin, AdminListen};
-use tidegate_daemon::EventLog;
 use tidegate_daemon::admin::{
-    self, AdminRequest, DeferredText, ProblemDoc, ReadyState, ReloadDoc, ReloadError, Token,
-    TokenStore, Tokens, UpgradeDoc, UpgradeError,
+    self, AdminRequest, DeferredText, Observables, ProblemDoc, ReadyState, ReloadDoc, ReloadError,
+    Token, TokenStore, Tokens, UpgradeDoc, UpgradeError,
 };
 use tidegate_net::clock;
 use tokio::sync::{mpsc, oneshot};
@@ -92,7 +91,7 @@ impl Api {
                 requests,
                 readiness,
                 counters,
-                EventLog::new(),
+                Observables::default(),
                 stop,
             );
             runtime.block_on(serve).unwrap();

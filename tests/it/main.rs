@@ -65,6 +65,7 @@ mod slow;
 mod sources;
 mod state;
 mod storms;
+mod stream;
 mod syslog;
 mod tiers;
 mod twins;

@@ -99,20 +99,7 @@ fn probe(view: &ProbeView) -> ProbeDoc {
         ProbeState::Down { successes } => (0, 0, successes),
     };
     ProbeDoc {
-        kind: match view.spec.kind {
-            ProbeKind::Tcp => ProbeKindName::Tcp,
-            ProbeKind::SendExpect { .. } => ProbeKindName::SendExpect,
-            ProbeKind::Steps { .. } => ProbeKindName::Steps,
-            ProbeKind::Http(_) => ProbeKindName::Http,
-            ProbeKind::Redis(_) => ProbeKindName::Redis,
-            ProbeKind::Postgres(_) => ProbeKindName::Postgres,
-            ProbeKind::Mysql(_) => ProbeKindName::Mysql,
-            ProbeKind::Smtp => ProbeKindName::Smtp,
-            ProbeKind::Ldap => ProbeKindName::Ldap,
-            ProbeKind::Dns(_) => ProbeKindName::Dns,
-            ProbeKind::Agent { .. } => ProbeKindName::Agent,
-            ProbeKind::Exec(_) => ProbeKindName::Exec,
-        },
+        kind: probe_kind(&view.spec.kind),
         interval_seconds: millis(view.spec.interval),
         timeout_seconds: millis(view.spec.timeout),
         rise: view.spec.rise,
@@ -123,6 +110,24 @@ fn probe(view: &ProbeView) -> ProbeDoc {
         connects_failed_in_a_row: connects,
         succeeded_in_a_row: succeeded,
         fails_open: view.fails_open,
+    }
+}
+
+/// Returns the name of a kind of probe.
+pub(super) fn probe_kind(kind: &ProbeKind) -> ProbeKindName {
+    match kind {
+        ProbeKind::Tcp => ProbeKindName::Tcp,
+        ProbeKind::SendExpect { .. } => ProbeKindName::SendExpect,
+        ProbeKind::Steps { .. } => ProbeKindName::Steps,
+        ProbeKind::Http(_) => ProbeKindName::Http,
+        ProbeKind::Redis(_) => ProbeKindName::Redis,
+        ProbeKind::Postgres(_) => ProbeKindName::Postgres,
+        ProbeKind::Mysql(_) => ProbeKindName::Mysql,
+        ProbeKind::Smtp => ProbeKindName::Smtp,
+        ProbeKind::Ldap => ProbeKindName::Ldap,
+        ProbeKind::Dns(_) => ProbeKindName::Dns,
+        ProbeKind::Agent { .. } => ProbeKindName::Agent,
+        ProbeKind::Exec(_) => ProbeKindName::Exec,
     }
 }
 

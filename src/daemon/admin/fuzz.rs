@@ -10,6 +10,7 @@
 use super::guard::Transport;
 use super::routes::{ApiState, router};
 use super::serve::only_connection;
+use super::stream::{StreamCounters, StreamHub};
 use super::{
     AdminRequest, AskedWorkers, DeferredText, ForecastBasis, OperatorError, ProblemDoc, ReadyState,
     ReloadDoc, ReloadError, SessionRecords, Token, TokenStore, Tokens, UpgradeDoc, UpgradeError,
@@ -93,8 +94,9 @@ async fn talk(
     let (_closing, closed) = watch::channel(false);
     // No question waits, so that a check takes no time.
     let (events, waiting, closing) = (EventLog::new(), Semaphore::new(0), closed.clone());
-    let state =
-        ApiState { entrance: transport, tokens, requests, readiness, events, waiting, closing };
+    let hub = StreamHub::new(StreamCounters::default());
+    let entrance = transport;
+    let state = ApiState { entrance, tokens, requests, readiness, events, waiting, hub, closing };
     let routes = router(Arc::new(state));
     let served = only_connection(far, routes, closed);
     let ((), answers, asked) =

@@ -14,6 +14,7 @@
 //! | `GET /v1/sessions` | JSON ([`tidegate_api::sessions`]); 400 |
 //! | `POST /v1/sessions/close`, `.../reset` | JSON ([`tidegate_api::sessions`]); 400 |
 //! | `GET /v1/events` | JSON ([`tidegate_api::events`]); 400 |
+//! | `GET /v1/stream` | server-sent events ([`tidegate_api::stream`]); 400; 503 |
 //! | `GET /v1/pools/{pool}/backends/{name}/history`, `.../minute` | JSON ([`history`]); 404 |
 //! | `POST /v1/reload` | 200 `{generation, changed, warnings}`; 409 while draining; 422 with `problems` |
 //! | `POST /v1/pools/{pool}/backends/{name}/drain`, `.../undrain` | 200 `{pool, backend, intent}`; 404 |
@@ -50,6 +51,7 @@ pub mod snapshot;
 mod sources;
 pub mod status;
 mod status_query;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod token;
@@ -59,10 +61,12 @@ pub use bind::{AdminBindError, AdminListener, SocketFileLock, bind, take_over};
 pub use forecast::ForecastBasis;
 pub use serve::{DroppedConnections, serve};
 pub use snapshot::{AdminSnapshot, HeartbeatCounts, ReloadCounts, UpgradeCounts};
+pub use stream::StreamCounters;
 pub use tidegate_api::answers::UpgradeDoc;
 pub use tidegate_api::reload::{ProblemDoc, ReloadDoc};
 pub use token::{Token, TokenError, TokenStore, Tokens};
 
+use crate::event_log::EventLog;
 use crate::rendering::Latencies;
 use std::fmt;
 use std::ops::Range;
@@ -196,6 +200,15 @@ pub enum AdminRequest {
 
 /// A text that a blocking thread writes from facts of the control thread.
 pub struct DeferredText(Box<dyn FnOnce() -> String + Send>);
+
+/// What the API reads without asking the control loop. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Observables {
+    /// The events.
+    pub events: EventLog,
+    /// Counts of the streams.
+    pub streams: StreamCounters,
+}
 
 /// Which history a client wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

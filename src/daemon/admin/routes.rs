@@ -11,6 +11,7 @@ use super::questions;
 use super::serve::AskedBy;
 use super::sessions;
 use super::status_query::StatusSelection;
+use super::stream::{self, StreamHub};
 use super::upgrade::upgrade;
 use super::{AdminRequest, HistoryPart, ProblemDoc, ReadyState, ReloadError, TokenStore};
 use crate::event_log::EventLog;
@@ -43,6 +44,8 @@ pub(super) struct ApiState {
     pub(super) events: EventLog,
     /// Places for questions that wait for an event.
     pub(super) waiting: Semaphore,
+    /// The open streams.
+    pub(super) hub: StreamHub,
     /// True once the API stops.
     pub(super) closing: watch::Receiver<bool>,
 }
@@ -80,6 +83,7 @@ pub(super) fn router(api: Arc<ApiState>) -> Router {
         .route("/metrics", get(metrics))
         .route("/v1/status", get(status))
         .route("/v1/events", get(events))
+        .route("/v1/stream", get(stream::stream))
         .route("/v1/sessions", get(sessions::sessions))
         .route("/v1/sessions/close", post(sessions::close))
         .route("/v1/sessions/reset", post(sessions::reset))

@@ -8,8 +8,8 @@ use super::bind::BoundAdminSocket;
 use super::events;
 use super::guard::Transport;
 use super::routes::{ApiState, router};
-use super::{AdminListener, AdminRequest, ReadyState, TokenStore};
-use crate::event_log::EventLog;
+use super::stream::StreamHub;
+use super::{AdminListener, AdminRequest, Observables, ReadyState, TokenStore};
 use axum::Router;
 use hyper::body::Incoming;
 use hyper::http::Extensions;
@@ -21,8 +21,8 @@ use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use tidegate_core::metrics::counters::{LocalErrorPlace, WorkerCounters};
 use tidegate_dataplane::local_errors;
@@ -108,12 +108,20 @@ struct AdminServer {
 }
 
 /// The state of one connection that the accept loop needs.
+#[derive(Debug)]
 struct OpenConnection {
     /// Start of the idle time; `None` while a request is being answered.
     idle_since: Mutex<Option<Instant>>,
+    /// The answer is a stream, which can be older than [`CONNECTION_AGE_MAX`].
+    streams: AtomicBool,
+    stream_ended: Notify,
     /// Asks the connection's task to close it.
     close: Notify,
 }
+
+/// The connection of a stream. Attached to each request.
+#[derive(Debug, Clone)]
+pub(super) struct StreamingConnection(Weak<OpenConnection>);
 
 /// Serves until `stop` completes, then finishes the answers in progress and removes the
 /// socket file. Requires a tokio runtime with I/O and time.
@@ -126,7 +134,7 @@ pub async fn serve(
     requests: mpsc::Sender<AdminRequest>,
     readiness: ReadyState,
     counters: Arc<WorkerCounters>,
-    events: EventLog,
+    observables: Observables,
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let AdminListener { socket, file: _file, dropped, .. } = listener;
@@ -141,8 +149,10 @@ pub async fn serve(
     };
     let (closing, closed) = watch::channel(false);
     let waiting = Semaphore::new(events::WAITING_MAX);
+    let Observables { events, streams } = observables;
+    let hub = StreamHub::new(streams);
     let state =
-        ApiState { entrance, tokens, requests, readiness, events, waiting, closing: closed };
+        ApiState { entrance, tokens, requests, readiness, events, waiting, hub, closing: closed };
     let routes = router(Arc::new(state));
     let (tasks, open) = (JoinSet::new(), Vec::new());
     let mut server = AdminServer { acceptor, routes, counters, dropped, closing, tasks, open };
@@ -170,13 +180,16 @@ async fn connection(
         own.set_idle_since(None);
         let extensions = request.extensions_mut();
         extensions.insert(peer.asked_by.clone());
+        extensions.insert(StreamingConnection(Arc::downgrade(&own)));
         if let Some(asked_over) = &peer.asked_over {
             extensions.insert(asked_over.clone());
         }
         let answer = routes.call(request);
         async {
             let answer = answer.await;
-            own.set_idle_since(Some(clock::now()));
+            if !own.streams.load(Ordering::Relaxed) {
+                own.set_idle_since(Some(clock::now()));
+            }
             answer
         }
     });
@@ -193,7 +206,7 @@ async fn connection(
         // An error matters only to the client.
         _ = served.as_mut() => return,
         _ = closing.wait_for(|closing| *closing) => false,
-        () = sleep(CONNECTION_AGE_MAX) => false,
+        () = own.too_old() => false,
         () = own.close.notified() => !*first_request.borrow(),
     };
     if silent {
@@ -348,7 +361,20 @@ impl AdminServer {
 
 impl OpenConnection {
     fn new() -> OpenConnection {
-        OpenConnection { idle_since: Mutex::new(Some(clock::now())), close: Notify::new() }
+        OpenConnection {
+            idle_since: Mutex::new(Some(clock::now())),
+            streams: AtomicBool::new(false),
+            stream_ended: Notify::new(),
+            close: Notify::new(),
+        }
+    }
+
+    /// Waits for the maximum age, and for the end of a stream.
+    async fn too_old(&self) {
+        sleep(CONNECTION_AGE_MAX).await;
+        while self.streams.load(Ordering::Relaxed) {
+            self.stream_ended.notified().await;
+        }
     }
 
     fn idle_since(&self) -> Option<Instant> {
@@ -357,6 +383,33 @@ impl OpenConnection {
 
     fn set_idle_since(&self, since: Option<Instant>) {
         *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = since;
+    }
+}
+
+// === impl StreamingConnection ===
+
+impl StreamingConnection {
+    /// The answer of the connection is a stream from now on.
+    pub(super) fn begin(&self) {
+        if let Some(connection) = self.0.upgrade() {
+            connection.streams.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// The stream has ended.
+    pub(super) fn end(&self) {
+        if let Some(connection) = self.0.upgrade() {
+            connection.streams.store(false, Ordering::Relaxed);
+            connection.set_idle_since(Some(clock::now()));
+            connection.stream_ended.notify_one();
+        }
+    }
+
+    /// Closes the connection, also if its client reads nothing.
+    pub(super) fn close(&self) {
+        if let Some(connection) = self.0.upgrade() {
+            connection.close.notify_one();
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! It holds no locks. Workers keep counting during a rendering, so sums of one document
 //! can differ by the events of that time.
 
+use super::stream::StreamCounters;
 use crate::event_log::{EventCounts, EventLog};
 use crate::traffic::SharedTraffic;
 use std::collections::HashMap;
@@ -75,6 +76,8 @@ pub struct AdminSnapshot {
     pub admin_dropped: u64,
     /// Events.
     pub events: EventCounts,
+    /// Counts of the streams.
+    pub streams: StreamCounters,
     /// The kept events.
     pub event_log: EventLog,
     /// The traffic of the last hour.
@@ -171,6 +174,7 @@ impl AdminSnapshot {
             other_warnings: Vec::new(),
             admin_dropped: 0,
             events: EventCounts::default(),
+            streams: StreamCounters::default(),
             event_log: EventLog::new(),
             traffic: SharedTraffic::default(),
             confinement: SandboxReport::none("off"),

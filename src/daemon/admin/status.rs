@@ -54,9 +54,23 @@ pub(super) fn document(
     latency: &MergedHistograms,
     selection: &StatusSelection,
 ) -> StatusDoc {
-    let (control, workers) = (&snapshot.control, &snapshot.workers);
+    let control = &snapshot.control;
     let by_controller = control.heartbeat.iter().flat_map(|status| &status.rejections);
     let rejections = ByBackend::new(snapshot.heartbeats.rejections.iter().chain(by_controller));
+    let pools = control.pools.iter().filter(|one| selection.has_pool(&one.name));
+    StatusDoc {
+        trouble: findings::found(snapshot, &snapshot.traffic.lock()),
+        frontends: control.frontends.iter().map(frontend).collect(),
+        pools: pools
+            .map(|one| pool(one, &selection.page(one), &rejections, snapshot, latency))
+            .collect(),
+        ..head(snapshot)
+    }
+}
+
+/// Returns the document without findings, frontends and pools.
+pub(super) fn head(snapshot: &AdminSnapshot) -> StatusDoc {
+    let (control, workers) = (&snapshot.control, &snapshot.workers);
     let panics = workers.iter().flat_map(|worker| {
         PanicScope::ALL.map(|ended| worker.panics.cell(ended as usize, 0).get())
     });
@@ -75,16 +89,11 @@ pub(super) fn document(
         connections_active: snapshot.connections_active,
         connections_max: snapshot.connections_max,
         warnings: snapshot.warnings.iter().chain(&snapshot.other_warnings).cloned().collect(),
-        trouble: findings::found(snapshot, &snapshot.traffic.lock()),
+        trouble: Vec::new(),
         confinement: confinement(snapshot),
         heartbeat: control.heartbeat.as_ref().map(|status| heartbeats(status, snapshot)),
-        frontends: control.frontends.iter().map(frontend).collect(),
-        pools: control
-            .pools
-            .iter()
-            .filter(|one| selection.has_pool(&one.name))
-            .map(|one| pool(one, &selection.page(one), &rejections, snapshot, latency))
-            .collect(),
+        frontends: Vec::new(),
+        pools: Vec::new(),
         leaving: control.leaving.iter().map(|backend| leaving(backend)).collect(),
     }
 }
@@ -130,7 +139,7 @@ pub(super) fn frozen(freezing: &FreezeStatus) -> FreezeDoc {
     FreezeDoc { reason: freezing.reason.clone(), seconds: millis(freezing.lasted) }
 }
 
-fn frontend(status: &FrontendStatus) -> FrontendDoc {
+pub(super) fn frontend(status: &FrontendStatus) -> FrontendDoc {
     let sum = |read: fn(&FrontendCounters) -> u64| status.state.counters.sum(read);
     FrontendDoc {
         name: status.state.name.to_string(),
@@ -159,6 +168,15 @@ fn pool(
         backend(one, rejected, latency, snapshot.now)
     };
     PoolDoc {
+        page: page.document.clone(),
+        backends: page.backends.iter().map(of).collect(),
+        ..pool_head(status, snapshot)
+    }
+}
+
+/// Returns a pool without its backends.
+pub(super) fn pool_head(status: &PoolStatus, snapshot: &AdminSnapshot) -> PoolDoc {
+    PoolDoc {
         name: status.name.to_string(),
         of: status.of.as_ref().map(ToString::to_string),
         role: status.role.map(|role| role.word().into()),
@@ -172,12 +190,12 @@ fn pool(
         sources: status.sources.iter().map(sources::source).collect(),
         tier_shares: tier_shares(&status.tier_shares),
         queued: snapshot.queued.get(&status.name).copied().unwrap_or_default() as u64,
-        page: page.document.clone(),
-        backends: page.backends.iter().map(of).collect(),
+        page: None,
+        backends: Vec::new(),
     }
 }
 
-fn backend(
+pub(super) fn backend(
     status: &BackendStatus,
     rejected: Option<&Rejection>,
     latency: &MergedHistograms,

@@ -46,6 +46,9 @@ mod families {
     pub(super) const RESTART_NEEDED: Family = gauge("tidegate_restart_needed", "Changed settings that take effect only after a restart or an upgrade.");
     pub(super) const STATE_UNWRITTEN: Family = counter("tidegate_state_write_failures_total", "Failed writes of operators' drains to the directory of [process] state.");
     pub(super) const ADMIN_DROPPED: Family = counter("tidegate_admin_connections_dropped_total", "Idle admin connections closed because a new connection needed a slot.");
+    pub(super) const STREAMS: Family = gauge("tidegate_streams", "Open streams of the admin API.");
+    pub(super) const STREAMS_DROPPED: Family = counter("tidegate_stream_dropped_total", "Streams closed because their viewer read too slowly.");
+    pub(super) const STREAMS_REFUSED: Family = counter("tidegate_stream_refused_total", "Streams refused because the maximum was open.");
     pub(super) const EVENTS: Family = counter("tidegate_events_total", "Events, with those of old processes.");
     pub(super) const EVENTS_DROPPED: Family = counter("tidegate_events_dropped_total", "Events that are no longer kept, because newer ones needed their place.");
     pub(super) const CONFINEMENT: Family = gauge("tidegate_confinement", "1 if the sandbox layer is in effect, else 0.");
@@ -195,6 +198,9 @@ fn whole(out: &mut Encoder, snapshot: &AdminSnapshot) {
     out.family(&families::RESTART_NEEDED).count(&[], snapshot.warnings.len() as u64);
     out.family(&families::STATE_UNWRITTEN).count(&[], snapshot.state_unwritten);
     out.family(&families::ADMIN_DROPPED).count(&[], snapshot.admin_dropped);
+    out.family(&families::STREAMS).count(&[], snapshot.streams.open() as u64);
+    out.family(&families::STREAMS_DROPPED).count(&[], snapshot.streams.dropped());
+    out.family(&families::STREAMS_REFUSED).count(&[], snapshot.streams.refused());
     out.family(&families::EVENTS).count(&[], snapshot.events.recorded);
     out.family(&families::EVENTS_DROPPED).count(&[], snapshot.events.dropped);
     let mut confinement = out.family(&families::CONFINEMENT);
