@@ -1,5 +1,5 @@
-//! Scrapes of `status` and metrics with thousands of backends. They must not delay the
-//! detection of failures.
+//! Scrapes of `status` and metrics, and open streams, with thousands of backends. They must not
+//! delay the detection of failures.
 
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::conf::{Conf, Pool};
@@ -7,6 +7,7 @@ use crate::common::ports::free_port;
 use crate::common::proxy::TestProxy;
 use crate::common::{Engine, exclusive, long, measured, ms, secs};
 use crate::heartbeats::Keys;
+use crate::stream::StreamViewer;
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::sync::Mutex;
@@ -22,6 +23,9 @@ const INTERVAL: Duration = ms(100);
 /// How long a failing sender sends, and the pause before the next sender replaces it.
 const LIFETIME: Duration = ms(2000);
 const PAUSE: Duration = ms(700);
+
+/// The periods of the test, in turn.
+const LOADS: [Load; 3] = [Load::Quiet, Load::Scraped, Load::Viewed];
 
 /// Senders that send all the time.
 const STEADY: u32 = 200;
@@ -224,6 +228,33 @@ fn percentile(sorted: &[Duration], percent: usize) -> Duration {
     sorted[(sorted.len() * percent / 100).min(sorted.len() - 1)]
 }
 
+/// Reads the streams of eight viewers until `stop` is set: four with all backends and four
+/// with the worst 50. Returns the number of snapshots and deltas.
+fn view(proxy: &TestProxy, stop: &AtomicBool) -> u32 {
+    let read = |query: &str| {
+        let (mut viewer, mut count) = (StreamViewer::open(proxy, query), 0);
+        while !stop.load(Ordering::Relaxed)
+            && let Some(told) = viewer.next()
+        {
+            count += u32::from(told.name == "snapshot" || told.name == "delta");
+        }
+        count
+    };
+    std::thread::scope(|scope| {
+        let queries = ["", "backends=top:50"].repeat(4).into_iter();
+        let viewers: Vec<_> = queries.map(|query| scope.spawn(|| read(query))).collect();
+        viewers.into_iter().map(|viewer| viewer.join().expect("a stream")).sum()
+    })
+}
+
+/// What the balancer does in addition to the detection.
+#[derive(Clone, Copy, PartialEq)]
+enum Load {
+    Quiet,
+    Scraped,
+    Viewed,
+}
+
 /// The measurements of one period.
 struct Period {
     excuses: f64,
@@ -234,8 +265,8 @@ struct Period {
 }
 
 impl Period {
-    /// Measures for `span` with failing senders, with or without scrapes.
-    fn measure(proxy: &TestProxy, control: &Control, span: Duration, scraped: bool) -> Period {
+    /// Measures for `span` with failing senders.
+    fn measure(proxy: &TestProxy, control: &Control, span: Duration, load: Load) -> Period {
         let excuses = || proxy.metric("tidegate_heartbeat_excuses_total", &[]);
         let stop = AtomicBool::new(false);
         let before = excuses();
@@ -243,7 +274,11 @@ impl Period {
         control.failing.store(true, Ordering::Relaxed);
         let (scrapes, asked) = std::thread::scope(|scope| {
             let asked = scope.spawn(|| ask(proxy, &stop));
-            let scrapes = scraped.then(|| scope.spawn(|| scrape(proxy, &stop)));
+            let scrapes = match load {
+                Load::Quiet => None,
+                Load::Scraped => Some(scope.spawn(|| scrape(proxy, &stop))),
+                Load::Viewed => Some(scope.spawn(|| view(proxy, &stop))),
+            };
             std::thread::sleep(span);
             control.failing.store(false, Ordering::Relaxed);
             // The last senders still have to fail and to be detected.
@@ -263,7 +298,7 @@ impl Period {
             format!("{p50:.1?} (p50), {p99:.1?} (p99), {:.1?} (longest)", percentile(sorted, 100))
         });
         measured(&format!(
-            "{what}: {} scrapes, {} excuses; {} of {} failures detected after {detected}; the control \
+            "{what}: {} documents, {} excuses; {} of {} failures detected after {detected}; the control \
              thread answers in {asked}",
             self.scrapes,
             self.excuses,
@@ -277,7 +312,7 @@ mod alone {
     use super::*;
 
     #[test]
-    fn scrapes_of_many_backends_do_not_delay_detection() {
+    fn scrapes_and_streams_of_many_backends_do_not_delay_detection() {
         let _share = exclusive::alone();
         let keys = Keys::new();
         let heartbeat =
@@ -298,16 +333,20 @@ mod alone {
             // The detector needs the intervals of the senders first.
             std::thread::sleep(secs(5));
             let mut all = Vec::new();
-            for scraped in [false, true].repeat(if long() { 2 } else { 1 }) {
-                let period = Period::measure(&proxy, &control, span, scraped);
-                period.say(if scraped { "scraped" } else { "quiet" });
+            for load in LOADS.repeat(if long() { 2 } else { 1 }) {
+                let period = Period::measure(&proxy, &control, span, load);
+                period.say(match load {
+                    Load::Quiet => "quiet",
+                    Load::Scraped => "scraped",
+                    Load::Viewed => "8 viewers",
+                });
                 all.push(period);
             }
             control.stop.store(true, Ordering::Relaxed);
             all
         });
-        let of = |scraped: bool, field: fn(&Period) -> &Vec<Duration>| {
-            let periods = all.iter().enumerate().filter(|(at, _)| (at % 2 == 1) == scraped);
+        let of = |load: Load, field: fn(&Period) -> &Vec<Duration>| {
+            let periods = all.iter().enumerate().filter(|(at, _)| LOADS[at % LOADS.len()] == load);
             let mut both: Vec<Duration> =
                 periods.flat_map(|(_, period)| field(period).iter().copied()).collect();
             both.sort();
@@ -318,8 +357,10 @@ mod alone {
             assert!(period.failed > 3 && period.detected.len() * 10 >= period.failed * 9);
         }
         assert!(all.iter().map(|period| period.scrapes).sum::<u32>() >= 2);
-        let [quiet, scraped] = [false, true].map(|with| percentile(&of(with, |s| &s.detected), 99));
+        let [quiet, scraped, viewed] = LOADS.map(|load| percentile(&of(load, |s| &s.detected), 99));
         let more = if long() { ms(10) } else { ms(200) };
-        assert!(scraped < quiet.mul_f64(1.2) + more, "p99 {scraped:?} instead of {quiet:?}");
+        for loaded in [scraped, viewed] {
+            assert!(loaded < quiet.mul_f64(1.2) + more, "p99 {loaded:?} instead of {quiet:?}");
+        }
     }
 }
