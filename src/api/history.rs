@@ -44,7 +44,7 @@ pub struct MinutesDoc {
 /// A time with one state.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StateSpanDoc {
-    /// `up`, `down`, `out` (ejected), `suspect`, `join` (slow start), `drain`, `standby` or
+    /// `up`, `down`, `ejected`, `suspect`, `joining` (slow start), `draining`, `standby` or
     /// `unknown`.
     pub state: String,
     /// Age of its begin in seconds; at most 3,600.

@@ -63,6 +63,15 @@ impl TierBalancers {
         self.tiers.iter().flat_map(|tier| tier.balancer.candidates())
     }
 
+    /// Returns the share of the picks that each candidate should get, as [`Balancer::shares`].
+    pub fn shares(&self) -> Vec<f64> {
+        let shares = |tier: &TierBalancer| {
+            let load = f64::from(tier.load) / 100.0;
+            tier.balancer.shares().into_iter().map(move |share| share * load).collect::<Vec<f64>>()
+        };
+        self.tiers.iter().flat_map(shares).collect()
+    }
+
     /// Picks a candidate as [`Balancer::pick`] does.
     ///
     /// # Errors

@@ -18,6 +18,8 @@ pub enum ShownState {
     Draining,
     /// Suspect.
     Suspect,
+    /// Without a result, and not eligible.
+    Unknown,
     /// In slow start.
     Joining,
     /// A backup that gets no sessions.
@@ -29,7 +31,7 @@ pub enum ShownState {
 /// A time in which a backend had one state.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StateSpan {
-    /// The key of the state; see [`ShownState::key`]. `unknown` before the first result.
+    /// The name of the state.
     pub state: &'static str,
     /// Age of its begin.
     pub from: Duration,
@@ -54,11 +56,12 @@ struct Facts {
 
 impl ShownState {
     /// Every state.
-    pub const ALL: [ShownState; 7] = [
+    pub const ALL: [ShownState; 8] = [
         ShownState::Down,
         ShownState::Ejected,
         ShownState::Draining,
         ShownState::Suspect,
+        ShownState::Unknown,
         ShownState::Joining,
         ShownState::Standby,
         ShownState::Up,
@@ -71,6 +74,7 @@ impl ShownState {
             _ if backend.ejected => ShownState::Ejected,
             _ if backend.intent != Intent::Ready => ShownState::Draining,
             Observation::Suspect => ShownState::Suspect,
+            Observation::Unknown if !backend.eligible => ShownState::Unknown,
             _ if backend.ramp_percent < 100 => ShownState::Joining,
             _ if backend.tier > 0 && backend.effective_weight == 0.0 => ShownState::Standby,
             _ => ShownState::Up,
@@ -89,20 +93,8 @@ impl ShownState {
             ShownState::Ejected => "ejected",
             ShownState::Draining => "draining",
             ShownState::Suspect => "suspect",
+            ShownState::Unknown => "unknown",
             ShownState::Joining => "joining",
-            ShownState::Standby => "standby",
-            ShownState::Up => "up",
-        }
-    }
-
-    /// Returns the key in documents of the page.
-    pub fn key(self) -> &'static str {
-        match self {
-            ShownState::Down => "down",
-            ShownState::Ejected => "out",
-            ShownState::Draining => "drain",
-            ShownState::Suspect => "suspect",
-            ShownState::Joining => "join",
             ShownState::Standby => "standby",
             ShownState::Up => "up",
         }
@@ -118,6 +110,7 @@ impl ShownState {
             ShownState::Joining => 4,
             ShownState::Draining => 5,
             ShownState::Standby => 6,
+            ShownState::Unknown => 7,
         }
     }
 }
@@ -156,9 +149,9 @@ impl Facts {
 
     fn key(self) -> &'static str {
         match self {
-            Facts { observation: "down", .. } => ShownState::Down.key(),
-            Facts { ejected: true, .. } => ShownState::Ejected.key(),
-            Facts { drained: true, .. } => ShownState::Draining.key(),
+            Facts { observation: "down", .. } => ShownState::Down.name(),
+            Facts { ejected: true, .. } => ShownState::Ejected.name(),
+            Facts { drained: true, .. } => ShownState::Draining.name(),
             Facts { observation, .. } => observation,
         }
     }
@@ -195,7 +188,7 @@ pub fn state_spans(
             spans.push(span(facts.key(), age(transition.at), transition.reason.clone()));
         }
     }
-    let shown = ShownState::of(backend).key();
+    let shown = ShownState::of(backend).name();
     if let Some(last) = spans.last_mut()
         && last.state != shown
     {
@@ -258,9 +251,9 @@ mod tests {
             ("up", 900, 600),
             ("down", 600, 500),
             ("up", 500, 400),
-            ("out", 400, 390),
+            ("ejected", 400, 390),
             ("up", 390, 100),
-            ("drain", 100, 0),
+            ("draining", 100, 0),
         ];
         assert_eq!(spans(&transitions, drained, None), expected);
     }
@@ -277,7 +270,7 @@ mod tests {
     fn slow_start_and_standby_are_the_newest_state() {
         let transitions = [(50, 10, "unknown", "up")];
         let joins = |backend: &mut BackendStatus| backend.ramp_percent = 40;
-        let expected = [("unknown", 60, 50), ("up", 50, 12), ("join", 12, 0)];
+        let expected = [("unknown", 60, 50), ("up", 50, 12), ("joining", 12, 0)];
         assert_eq!(spans(&transitions, joins, Some(12)), expected);
         let standby = |backend: &mut BackendStatus| {
             (backend.tier, backend.effective_weight) = (1, 0.0);

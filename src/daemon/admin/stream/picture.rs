@@ -63,7 +63,7 @@ pub(super) struct BackendKey {
     ejected: bool,
     on_trial: bool,
     weight: u32,
-    backup: bool,
+    tier: u8,
     connections_max: u32,
     shares: (u32, u32),
     unverified: bool,
@@ -165,11 +165,11 @@ impl PicturePool {
     fn of(pool: &PoolStatus, snapshot: &AdminSnapshot, traffic: &TrafficHistory) -> PicturePool {
         let shares = shares(pool, snapshot);
         let mut counts: BTreeMap<String, u64> =
-            ShownState::ALL.iter().map(|state| (state.key().to_owned(), 0)).collect();
+            ShownState::ALL.iter().map(|state| (state.name().to_owned(), 0)).collect();
         let mut map = String::with_capacity(pool.backends.len());
         for backend in &pool.backends {
             let state = ShownState::of(backend);
-            if let Some(count) = counts.get_mut(state.key()) {
+            if let Some(count) = counts.get_mut(state.name()) {
                 *count += 1;
             }
             map.push(char::from(b'0' + state.code()));
@@ -212,8 +212,9 @@ impl PicturePool {
 
 /// Returns how much a backend needs attention. Only what stands out counts, in coarse steps.
 fn badness(row: &StreamRowDoc, code: u8, median: Option<f64>) -> u32 {
-    // By the codes of `ShownState`: up, down, ejected, suspect, joining, draining, standby.
-    let state = [0, 6, 5, 4, 3, 2, 1].get(usize::from(code)).copied().unwrap_or_default();
+    // By the codes of `ShownState`: up, down, ejected, suspect, joining, draining, standby,
+    // unknown.
+    let state = [0, 7, 6, 5, 4, 3, 2, 1].get(usize::from(code)).copied().unwrap_or_default();
     let slower = row.12.zip(median).map_or(0.0, |(p99, median)| p99 / median.max(1e-6));
     let slow = if slower > 3.0 { (slower.round() as u32 * 10).min(400) } else { 0 };
     let (new, gets, should) = (row.2, row.5, row.6);
@@ -232,7 +233,7 @@ impl BackendKey {
             ejected: backend.ejected,
             on_trial: backend.on_trial,
             weight: backend.weight,
-            backup: backend.backup,
+            tier: backend.tier,
             connections_max: backend.connections_max,
             shares: (backend.health_percent, backend.load_percent),
             unverified: backend.unverified,
