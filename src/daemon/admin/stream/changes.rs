@@ -2,7 +2,7 @@
 //!
 //! Pure. Called by `groups` on a blocking thread.
 
-use super::picture::{BackendKey, Picture, PictureIdentity};
+use super::picture::{BackendFacts, Picture, PictureIdentity};
 use super::selection::StreamSelection;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ pub(super) struct ShownToViewers {
 #[derive(Debug)]
 struct ShownPool {
     rows: Vec<StreamRowDoc>,
-    keys: Vec<BackendKey>,
+    keys: Vec<BackendFacts>,
     map: String,
     /// Rows that have changed without a delta.
     unsent: BTreeSet<usize>,

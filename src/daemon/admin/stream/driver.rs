@@ -1,4 +1,4 @@
-//! The task of all streams: asks for a snapshot once a second, and once more soon after an
+//! The task of all streams: asks for a snapshot once a second, and again soon after an
 //! event.
 //!
 //! Runs on the control thread while a stream is open. It only waits. `groups` does the work on

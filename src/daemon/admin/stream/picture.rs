@@ -44,7 +44,7 @@ pub(super) struct PictureIdentity {
 #[derive(Debug)]
 pub(super) struct PicturePool {
     pub(super) rows: Vec<StreamRowDoc>,
-    pub(super) keys: Vec<BackendKey>,
+    pub(super) keys: Vec<BackendFacts>,
     pub(super) counts: BTreeMap<String, u64>,
     pub(super) queued: u64,
     pub(super) frozen: Option<FreezeDoc>,
@@ -57,7 +57,7 @@ pub(super) struct PicturePool {
 /// The facts about a backend that a row does not have. If they change, viewers get the whole
 /// backend.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct BackendKey {
+pub(super) struct BackendFacts {
     intent: IntentName,
     observation: ObservationName,
     ejected: bool,
@@ -180,7 +180,7 @@ impl PicturePool {
         };
         PicturePool {
             rows: pool.backends.iter().enumerate().map(row).collect(),
-            keys: pool.backends.iter().map(BackendKey::of).collect(),
+            keys: pool.backends.iter().map(BackendFacts::of).collect(),
             counts,
             queued: snapshot.queued.get(&pool.name).copied().unwrap_or_default() as u64,
             frozen: pool.frozen.as_ref().map(status::frozen),
@@ -210,7 +210,7 @@ impl PicturePool {
     }
 }
 
-/// Returns how much a backend needs attention. Only what stands out counts, in coarse steps.
+/// Returns how much a backend needs attention. Only large differences count, in coarse steps.
 fn badness(row: &StreamRowDoc, code: u8, median: Option<f64>) -> u32 {
     // By the codes of `ShownState`: up, down, ejected, suspect, joining, draining, standby,
     // unknown.
@@ -223,11 +223,11 @@ fn badness(row: &StreamRowDoc, code: u8, median: Option<f64>) -> u32 {
     state * 1_000 + slow + uneven
 }
 
-// === impl BackendKey ===
+// === impl BackendFacts ===
 
-impl BackendKey {
-    fn of(backend: &BackendStatus) -> BackendKey {
-        BackendKey {
+impl BackendFacts {
+    fn of(backend: &BackendStatus) -> BackendFacts {
+        BackendFacts {
             intent: backend.intent.name().into(),
             observation: backend.observation.name().into(),
             ejected: backend.ejected,
