@@ -273,6 +273,8 @@ names! {
         BackupReleased = "backup-released",
         /// An operator closed it.
         ClosedByOperator = "closed-by-operator",
+        /// A rebalance closed it, so that its client connects again.
+        Rebalanced = "rebalanced",
         /// An operator reset it.
         ResetByOperator = "reset-by-operator",
         /// This host ran out of descriptors, memory or ports, has no route, or forbids the

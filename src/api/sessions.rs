@@ -29,6 +29,38 @@ pub struct SessionsEndedDoc {
     pub busy: u64,
 }
 
+/// `POST /v1/pools/{pool}/rebalance`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct RebalanceDoc {
+    /// Name of the pool.
+    pub pool: String,
+    /// Sessions of its eligible backends when the rebalance began.
+    pub total: u64,
+    /// Sessions above the shares of their backends and the tolerance, before this request.
+    pub excess: u64,
+    /// Sessions that this request has closed.
+    pub ended: u64,
+    /// Sessions that stay, because bytes were on their way.
+    pub busy: u64,
+    /// Sessions that stay, because a byte moved after they were chosen.
+    pub spoke: u64,
+    /// The eligible backends.
+    pub backends: Vec<RebalancedBackendDoc>,
+}
+
+/// A backend of a rebalance.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RebalancedBackendDoc {
+    /// Name of the backend.
+    pub backend: String,
+    /// Its open sessions.
+    pub sessions: u64,
+    /// Its share of `total`, in sessions.
+    pub expected: f64,
+    /// Its sessions above that and the tolerance.
+    pub excess: u64,
+}
+
 /// An open session.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct OpenSessionDoc {

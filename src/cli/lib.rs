@@ -12,6 +12,7 @@ pub mod heartbeat;
 pub mod import;
 pub mod man;
 pub mod ready;
+pub mod rebalance;
 pub mod register;
 pub mod reload;
 mod resolve;
@@ -105,6 +106,9 @@ pub enum Command {
     /// List open sessions.
     #[command(after_help = sessions::HELP)]
     Sessions(Box<sessions::SessionsArgs>),
+    /// Close idle sessions of backends above their share, until the pool is even.
+    #[command(after_help = rebalance::HELP)]
+    Rebalance(Box<rebalance::RebalanceArgs>),
     /// Show what has happened: state changes, reloads, orders, upgrades.
     #[command(after_help = events::HELP)]
     Events(events::EventsArgs),
@@ -256,6 +260,7 @@ fn dispatch(command: Command) -> Exit {
         Command::Upgrade(args) => upgrade::main(&args),
         Command::Status(args) => status::main(&args),
         Command::Sessions(args) => sessions::main(&args),
+        Command::Rebalance(args) => rebalance::main(&args),
         Command::Events(args) => events::main(&args),
         Command::Ui(args) => ui::main(&args),
         Command::Explain(args) => explain::main(&args),

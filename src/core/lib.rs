@@ -15,6 +15,7 @@ pub mod metrics;
 pub mod model;
 pub mod outcome;
 pub mod proxy_protocol;
+pub mod rebalance;
 pub mod sessions;
 pub mod suspicion;
 pub mod table;

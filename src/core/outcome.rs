@@ -49,6 +49,8 @@ pub enum Cause {
     BackupReleased,
     /// An operator closed it.
     ClosedByOperator,
+    /// A rebalance closed it, so that its client connects again.
+    Rebalanced,
     /// An operator reset it.
     ResetByOperator,
     /// This host ran out of descriptors, memory or ports, has no route, or forbids the
@@ -183,7 +185,8 @@ impl Cause {
             | Cause::SessionMax
             | Cause::HalfClosedTimeout
             | Cause::BackupReleased
-            | Cause::ClosedByOperator => undelivered == 0,
+            | Cause::ClosedByOperator
+            | Cause::Rebalanced => undelivered == 0,
             _ => false,
         }
     }
@@ -197,7 +200,7 @@ impl Cause {
     pub const COUNT: usize = Cause::ALL.len();
 
     /// Every cause, in numeric order.
-    pub const ALL: [Cause; 31] = [
+    pub const ALL: [Cause; 32] = [
         Cause::Finished,
         Cause::ClientReset,
         Cause::BackendReset,
@@ -218,6 +221,7 @@ impl Cause {
         Cause::BackendDown,
         Cause::BackupReleased,
         Cause::ClosedByOperator,
+        Cause::Rebalanced,
         Cause::ResetByOperator,
         Cause::LocalResource,
         Cause::Denied,
@@ -254,6 +258,7 @@ impl Cause {
             Cause::BackendDown => "backend-down",
             Cause::BackupReleased => "backup-released",
             Cause::ClosedByOperator => "closed-by-operator",
+            Cause::Rebalanced => "rebalanced",
             Cause::ResetByOperator => "reset-by-operator",
             Cause::LocalResource => "local-resource",
             Cause::Denied => "denied",
@@ -424,7 +429,10 @@ pub fn code(cause: Cause, phase: Phase) -> [u8; 2] {
         | Cause::SessionMax
         | Cause::HalfClosedTimeout
         | Cause::ProxyHeaderTimeout => b'c',
-        Cause::DrainDeadline | Cause::ClosedByOperator | Cause::ResetByOperator => b'K',
+        Cause::DrainDeadline
+        | Cause::ClosedByOperator
+        | Cause::Rebalanced
+        | Cause::ResetByOperator => b'K',
         Cause::BackendRemoved | Cause::BackendDown => b'D',
         Cause::BackupReleased => b'U',
         Cause::LocalResource => b'R',

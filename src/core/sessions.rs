@@ -35,6 +35,8 @@ pub struct SessionFilter {
     pub pool: Option<String>,
     /// Name of the backend.
     pub backend: Option<String>,
+    /// Names of backends.
+    pub backends: Option<HashSet<String>>,
     /// Range of the client's address.
     pub client: Option<IpNet>,
     /// Smallest age.
@@ -126,6 +128,8 @@ pub struct SessionsToEnd {
     pub numbers: HashSet<u64>,
     /// The cause of their end.
     pub cause: Cause,
+    /// Only sessions without a byte for this time are ended.
+    pub idle: Duration,
     /// How many of them are still to be ended.
     left: AtomicU64,
 }
@@ -137,6 +141,8 @@ pub struct SessionsEnded {
     pub ended: u64,
     /// Sessions that stay, because bytes are on their way or no backend is connected.
     pub busy: u64,
+    /// Sessions that stay, because they are no longer idle.
+    pub spoke: u64,
     /// Whether sessions are left to examine.
     pub more: bool,
 }
@@ -180,6 +186,10 @@ impl SessionFilter {
             && names(&self.frontend, Some(session.frontend))
             && names(&self.pool, pool)
             && names(&self.backend, backend)
+            && self
+                .backends
+                .as_ref()
+                .is_none_or(|wanted| backend.is_some_and(|name| wanted.contains(&**name)))
     }
 }
 
@@ -216,7 +226,12 @@ impl ListedSession {
 impl SessionsToEnd {
     /// Any `most` of these sessions.
     pub fn new(numbers: HashSet<u64>, cause: Cause, most: u64) -> SessionsToEnd {
-        SessionsToEnd { numbers, cause, left: AtomicU64::new(most) }
+        SessionsToEnd { numbers, cause, idle: Duration::ZERO, left: AtomicU64::new(most) }
+    }
+
+    /// Only those without a byte for this time.
+    pub fn idle_for(self, idle: Duration) -> SessionsToEnd {
+        SessionsToEnd { idle, ..self }
     }
 
     /// Counts a session that is being ended. Returns false if enough are.
@@ -337,6 +352,7 @@ mod tests {
         let all = SessionFilter {
             frontend: name("web"),
             pool: name("app"),
+            backends: Some(HashSet::from(["app".to_owned(), "other".to_owned()])),
             backend: name("app"),
             client: Some("10.1.0.0/16".parse().unwrap()),
             older: Some(Duration::from_secs(60)),

@@ -58,6 +58,11 @@ impl Control {
                 let command = |reply| WorkerCommand::EndSessions(Arc::clone(&order), reply);
                 let _ = reply.send(self.ask_each(command));
             }
+            AdminRequest::PoolTable { pool, reply } => {
+                let table = self.controller.current_table();
+                let found = table.pools.iter().find(|one| *one.spec.name == *pool).cloned();
+                let _ = reply.send(found);
+            }
             AdminRequest::Decisions(reply) => {
                 let context = self.workers.context();
                 let (decisions, given_out) =

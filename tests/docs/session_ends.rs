@@ -35,7 +35,8 @@ fn phases_of(cause: Cause) -> &'static [Phase] {
         | Cause::BackendRemoved
         | Cause::BackendDown
         | Cause::BackupReleased
-        | Cause::ClosedByOperator => &[Data, HalfClosed, Closed],
+        | Cause::ClosedByOperator
+        | Cause::Rebalanced => &[Data, HalfClosed, Closed],
         Cause::ConnectRefused | Cause::ConnectTimeout | Cause::ConnectFailed => &[Connect],
         Cause::NoBackend | Cause::Denied | Cause::SourceConnections | Cause::SourceRate => &[Admit],
         Cause::Route => &[Admit, Preread, Queue],

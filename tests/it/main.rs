@@ -50,6 +50,7 @@ mod passive;
 mod probes;
 mod proxy_protocol;
 mod rates;
+mod rebalance;
 mod registers;
 mod relay;
 mod reload;

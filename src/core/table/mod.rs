@@ -18,6 +18,7 @@ use crate::balance::trial::{TrialId, TrialPhase};
 use crate::balance::{PickError, PickKey};
 use crate::model;
 use crate::model::{BindKey, WhenNoneEligible};
+use crate::rebalance::BackendLoad;
 use decide::{LeftOut, ServingTier, TierStart};
 use state::{BackendState, FrontendId, FrontendState, PoolId};
 use std::collections::HashMap;
@@ -175,6 +176,17 @@ impl NoBackend {
 }
 
 impl PoolTable {
+    /// Returns the sessions and the share of each backend that gets new sessions.
+    pub fn loads(&self) -> Vec<BackendLoad> {
+        let shares = self.balancer.as_ref().map(TierBalancers::shares).unwrap_or_default();
+        let load = |(backend, share): (&Arc<BackendState>, f64)| BackendLoad {
+            name: Arc::clone(&backend.name),
+            sessions: backend.in_flight.get().into(),
+            share,
+        };
+        self.serving.iter().zip(shares).map(load).collect()
+    }
+
     /// Picks a backend that is not in `tried` (positions in `serving`).
     pub fn pick(&self, key: PickKey, tried: &[usize]) -> Result<Reservation, NoBackend> {
         self.reserve(|balancer| balancer.pick(key, tried))

@@ -141,6 +141,10 @@ fn answer(request: AdminRequest, rejects: bool) -> AdminRequest {
             let _ = reply.send("{}".to_owned());
             AdminRequest::Status(no_receiver())
         }
+        AdminRequest::PoolTable { pool, reply } => {
+            let _ = reply.send(None);
+            AdminRequest::PoolTable { pool, reply: no_receiver() }
+        }
         // Without an answer the client gets 503.
         AdminRequest::Observe(_) => AdminRequest::Observe(no_receiver()),
         AdminRequest::History { pool, backend, part, reply } => {

@@ -13,6 +13,7 @@
 //! | `GET /v1/status` | JSON ([`status`]) |
 //! | `GET /v1/sessions` | JSON ([`tidegate_api::sessions`]); 400 |
 //! | `POST /v1/sessions/close`, `.../reset` | JSON ([`tidegate_api::sessions`]); 400 |
+//! | `POST /v1/pools/{pool}/rebalance` | JSON ([`tidegate_api::sessions`]); 400; 404; 409 |
 //! | `GET /v1/events` | JSON ([`tidegate_api::events`]); 400 |
 //! | `GET /v1/stream` | server-sent events ([`tidegate_api::stream`]); 400; 503 |
 //! | `GET /v1/pools/{pool}/backends/{name}/history`, `.../minute` | JSON ([`history`]); 404 |
@@ -43,6 +44,7 @@ pub mod metrics;
 mod page;
 pub mod process;
 mod questions;
+mod rebalance;
 mod rejections;
 mod routes;
 mod serve;
@@ -81,6 +83,7 @@ use tidegate_core::control::what_if::{UnknownAssumption, WhatIf};
 use tidegate_core::decision::rings::Decisions;
 use tidegate_core::health::Intent;
 use tidegate_core::sessions::{SessionList, SessionQuery, SessionsEnded, SessionsToEnd};
+use tidegate_core::table::PoolTable;
 use tokio::sync::oneshot;
 
 /// A request of the API to the control loop. The receiver of the reply can be gone, if
@@ -133,6 +136,13 @@ pub enum AdminRequest {
         order: Arc<SessionsToEnd>,
         /// The answers of the workers, which come later.
         reply: oneshot::Sender<Vec<oneshot::Receiver<SessionsEnded>>>,
+    },
+    /// Returns the part of the current table for a pool.
+    PoolTable {
+        /// Its name.
+        pool: String,
+        /// `None` if there is no such pool.
+        reply: oneshot::Sender<Option<Arc<PoolTable>>>,
     },
     /// Returns the decisions of all workers.
     Decisions(oneshot::Sender<SessionRecords>),

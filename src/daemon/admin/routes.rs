@@ -8,6 +8,7 @@ use super::events::events;
 use super::guard::{Transport, guard};
 use super::page;
 use super::questions;
+use super::rebalance::rebalance;
 use super::serve::AskedBy;
 use super::sessions;
 use super::status_query::StatusSelection;
@@ -91,6 +92,7 @@ pub(super) fn router(api: Arc<ApiState>) -> Router {
         .route("/v1/reload", post(reload))
         .route("/v1/upgrade", post(upgrade))
         .route("/v1/shutdown", post(shutdown))
+        .route("/v1/pools/{pool}/rebalance", post(rebalance))
         .route("/v1/pools/{pool}/backends/{name}/drain", post(drain))
         .route("/v1/pools/{pool}/backends/{name}/undrain", post(undrain))
         .route("/v1/pools/{pool}/backends/{name}/explain", get(explain))

@@ -74,7 +74,9 @@ async fn end(
         let left = (most as u64).saturating_sub(done.ended);
         if left > 0 && !numbers.is_empty() {
             let order = SessionsToEnd::new(numbers.iter().copied().collect(), cause, left);
-            end_each(api, order, &mut done).await?;
+            let ended = end_each(api, order).await?;
+            done.ended += ended.ended;
+            done.busy += ended.busy;
         }
     }
     if done.ended > 0 {
@@ -92,22 +94,24 @@ async fn end(
     Ok(answer(JSON, text(&done)))
 }
 
-async fn end_each(
+/// Ends sessions on every worker. Returns what all of them have ended.
+pub(super) async fn end_each(
     api: &ApiState,
     order: SessionsToEnd,
-    done: &mut SessionsEndedDoc,
-) -> Result<(), ErrorResponse> {
+) -> Result<SessionsEnded, ErrorResponse> {
     let order = Arc::new(order);
     let pending = api.ask(|reply| AdminRequest::EndSessions { order, reply }).await?;
-    for SessionsEnded { ended, busy, .. } in answers(pending).await? {
-        done.ended += ended;
-        done.busy += busy;
+    let mut all = SessionsEnded::default();
+    for done in answers(pending).await? {
+        all.ended += done.ended;
+        all.busy += done.busy;
+        all.spoke += done.spoke;
     }
-    Ok(())
+    Ok(all)
 }
 
 /// Returns the list of all workers, and the number of open sessions of old processes.
-async fn list(
+pub(super) async fn list(
     api: &ApiState,
     query: &Arc<SessionQuery>,
 ) -> Result<(SessionList, u64), ErrorResponse> {
@@ -199,7 +203,7 @@ fn parameter(query: &mut SessionQuery, key: &str, value: String) -> Result<(), S
     Ok(())
 }
 
-fn time(key: &str, value: &str) -> Result<Duration, String> {
+pub(super) fn time(key: &str, value: &str) -> Result<Duration, String> {
     let seconds: Option<f64> = value.parse().ok();
     let time = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     time.ok_or_else(|| format!("{key} is not a time in seconds: {value:?}"))
@@ -238,6 +242,7 @@ mod tests {
             frontend: text("web"),
             pool: text("app"),
             backend: text("a/b"),
+            backends: None,
             client: Some("10.0.0.0/8".parse().unwrap()),
             older: Some(Duration::from_secs(60)),
             idle: Some(Duration::from_millis(1_500)),

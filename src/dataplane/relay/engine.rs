@@ -387,7 +387,9 @@ impl<M: EngineIo> RelayEngine for EngineCore<M> {
             if entry.orphaned || !order.numbers.contains(&entry.identity.number) {
                 continue;
             }
-            if !entry.can_end(order.cause) {
+            if !entry.is_idle_for(order.idle, state.now) {
+                done.spoke += 1;
+            } else if !entry.can_end(order.cause) {
                 done.busy += 1;
             } else if order.take() {
                 state.abort(key, order.cause);

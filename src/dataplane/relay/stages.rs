@@ -12,7 +12,7 @@ use crate::timer_wheel::TimerWheel;
 use slab::Slab;
 use std::io;
 use std::task::Waker;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tidegate_core::outcome::{Cause, SessionEnd, SessionSide};
 use tidegate_net::stream;
 
@@ -197,11 +197,17 @@ impl<F: EngineSession> SessionEntry<F> {
 
     /// Whether this cause can end the session now: in order only if no byte would be lost.
     pub(super) fn can_end(&self, cause: Cause) -> bool {
-        if cause != Cause::ClosedByOperator {
+        if !matches!(cause, Cause::ClosedByOperator | Cause::Rebalanced) {
             return true;
         }
         let ending = self.session.close_state().abort(cause);
         self.is_relaying() && delivery::bytes(&self.session, ending).undelivered == 0
+    }
+
+    /// Whether no byte has moved for this time. A session without a backend is never idle.
+    pub(super) fn is_idle_for(&self, idle: Duration, now: Instant) -> bool {
+        let SessionStage::Relaying(timers) = &self.stage else { return idle.is_zero() };
+        now.saturating_duration_since(timers.last_activity()) >= idle
     }
 
     /// Takes the stage out, for the caller to replace or put back.

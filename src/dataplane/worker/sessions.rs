@@ -47,6 +47,7 @@ pub(super) async fn end(ctx: Rc<WorkerContext>, order: Arc<SessionsToEnd>) -> Se
         let done = ctx.engine.end_some(start..start + SLICE, &order);
         all.ended += done.ended;
         all.busy += done.busy;
+        all.spoke += done.spoke;
         start += SLICE;
         if !done.more {
             return all;

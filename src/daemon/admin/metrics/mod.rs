@@ -293,6 +293,7 @@ fn usual_phase(cause: Cause) -> Phase {
         | Cause::BackendDown
         | Cause::BackupReleased
         | Cause::ClosedByOperator
+        | Cause::Rebalanced
         | Cause::ResetByOperator
         | Cause::InternalError => Phase::Data,
         Cause::HalfClosedTimeout => Phase::HalfClosed,
