@@ -57,6 +57,9 @@ const PACE: Duration = Duration::from_secs(1);
 /// Time without a lower excess after which the command stops.
 const NO_PROGRESS_MAX: Duration = Duration::from_secs(30);
 
+/// Longest estimate in seconds.
+const ESTIMATE_MAX: u64 = 1_000_000;
+
 /// What all requests have done.
 #[derive(Debug, Default)]
 struct Totals {
@@ -70,11 +73,18 @@ pub fn main(args: &RebalanceArgs) -> Exit {
         Ok(first) => first,
         Err(error) => return fail(&args.client, &error),
     };
+    let estimate = match estimate(&first, args.rate) {
+        Some((sessions, seconds)) if first.excess > 0 => format!(
+            "\nabout {} in {seconds} s, if every client connects again",
+            plural(sessions, "session")
+        ),
+        _ => String::new(),
+    };
     if args.dry_run || first.excess == 0 {
-        return show(args, &first, "");
+        return show(args, &first, &estimate);
     }
     if !args.client.json {
-        print(&printable(&render(&first, terminal_width())));
+        print(&printable(&format!("{}{estimate}", render(&first, terminal_width()))));
     }
     let began = clock::now();
     match run(args, &first) {
@@ -121,6 +131,25 @@ fn step(
         idle.as_secs_f64()
     );
     ask(&args.client, Method::POST, &path)?.document()
+}
+
+/// Returns how many sessions will be closed, and the time in seconds. Clients that connect again
+/// get a backend by its share, so some of them return to a backend above its share.
+fn estimate(document: &RebalanceDoc, rate: u64) -> Option<(u64, u64)> {
+    let total = document.total as f64;
+    let below = document.backends.iter().filter(|backend| backend.excess == 0);
+    let away = below.map(|backend| backend.expected).sum::<f64>() / total;
+    if away.is_nan() || away <= 0.0 {
+        return None;
+    }
+    let (mut excess, mut closed, mut seconds) = (document.excess as f64, 0.0, 0);
+    while excess >= 0.5 && seconds < ESTIMATE_MAX {
+        let now = excess.min(rate as f64);
+        excess -= now * away;
+        closed += now;
+        seconds += 1;
+    }
+    Some((closed as u64, seconds))
 }
 
 fn show(args: &RebalanceArgs, document: &RebalanceDoc, last_line: &str) -> Exit {
@@ -199,6 +228,23 @@ mod tests {
         assert_eq!([rate("5/s").unwrap(), rate("1000").unwrap()], [5, 1000]);
         assert!(tolerance("-1%").is_err() && tolerance("ten").is_err());
         assert!(rate("0").is_err() && rate("5/min").is_err() && rate("1001/s").is_err());
+    }
+
+    #[test]
+    fn estimate_counts_clients_that_return_to_the_same_backends() {
+        let backend = |sessions, excess| RebalancedBackendDoc {
+            backend: "a".into(),
+            sessions,
+            expected: 333.3,
+            excess,
+        };
+        let mut backends = vec![backend(500, 133); 4];
+        backends.extend(vec![backend(0, 0); 2]);
+        let document = RebalanceDoc { total: 2_000, excess: 532, backends, ..Default::default() };
+        let (sessions, seconds) = estimate(&document, 100).unwrap();
+        assert!((1_550..1_650).contains(&sessions), "{sessions}");
+        assert!((17..40).contains(&seconds), "{seconds}");
+        assert!(estimate(&RebalanceDoc::default(), 5).is_none());
     }
 
     #[test]
