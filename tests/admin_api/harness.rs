@@ -250,6 +250,7 @@ async fn run_control_loop(
             })),
             AdminRequest::Sessions { reply, .. } => drop(reply),
             AdminRequest::EndSessions { reply, .. } => drop(reply),
+            AdminRequest::PoolTable { reply, .. } => drop(reply.send(None)),
             AdminRequest::Decisions(reply) => drop(reply.send(questioned.records())),
             AdminRequest::Names { ids, reply } => {
                 drop(reply.send(questioned.controller.names_of(&ids)));
