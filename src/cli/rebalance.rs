@@ -62,7 +62,7 @@ const ESTIMATE_MAX: u64 = 1_000_000;
 
 /// What all requests have done.
 #[derive(Debug, Default)]
-struct Totals {
+struct RebalanceTotals {
     closed: u64,
     spoke: u64,
 }
@@ -97,8 +97,12 @@ pub fn main(args: &RebalanceArgs) -> Exit {
 }
 
 /// Closes sessions each second until the pool is even, or nothing changes.
-fn run(args: &RebalanceArgs, first: &RebalanceDoc) -> Result<(RebalanceDoc, Totals), ClientError> {
-    let (mut totals, mut least, mut since) = (Totals::default(), first.excess, clock::now());
+fn run(
+    args: &RebalanceArgs,
+    first: &RebalanceDoc,
+) -> Result<(RebalanceDoc, RebalanceTotals), ClientError> {
+    let (mut totals, mut least, mut since) =
+        (RebalanceTotals::default(), first.excess, clock::now());
     loop {
         let began = clock::now();
         let done = step(args, Some(first.total), false)?;
@@ -161,7 +165,7 @@ fn show(args: &RebalanceArgs, document: &RebalanceDoc, last_line: &str) -> Exit 
     Exit::Fine
 }
 
-fn finish(args: &RebalanceArgs, last: &RebalanceDoc, totals: &Totals, took: u64) -> Exit {
+fn finish(args: &RebalanceArgs, last: &RebalanceDoc, totals: &RebalanceTotals, took: u64) -> Exit {
     let closed = plural(totals.closed, "session");
     let spoke = match totals.spoke {
         0 => String::new(),
