@@ -328,7 +328,13 @@ impl Serialize for TlsVerify {
 impl Serialize for Expect {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
-            Expect::Starts(bytes) => bytes.serialize(serializer),
+            // The reader rejects `expect = "200"` in an `http` probe, because it looks like a status.
+            Expect::Starts(bytes) => match bytes.text() {
+                Some(text) if bytes.0.iter().all(u8::is_ascii_digit) => {
+                    serializer.collect_map([("starts", text)])
+                }
+                _ => bytes.serialize(serializer),
+            },
             Expect::Contains(bytes) => match bytes.text() {
                 Some(text) => serializer.collect_map([("contains", text)]),
                 None => bytes.serialize(serializer),

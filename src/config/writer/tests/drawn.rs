@@ -235,7 +235,7 @@ fn probe() -> Drawn {
         ("status", quoted(&["200-399", "200", "100-299, 304,500-500"])),
         ("http", quoted(&["1.0", "1.1"])),
         ("headers", one_of(&["{ A = 'b' }", "{ X-Y = 'a \"b\"', A = '' }"])),
-        ("expect", one_of(&["'x'", "{ contains = 'x' }"])),
+        ("expect", one_of(&["'x'", "{ contains = 'x' }", "{ starts = '200' }"])),
     ]);
     let http = http.prop_map(|keys| format!("kind = \"http\"\n{keys}"));
     let kind = prop_oneof![
