@@ -24,6 +24,7 @@ mod elsewhere;
 mod heartbeats;
 mod in_force;
 mod manager;
+mod on_down;
 mod reexec;
 mod selftest;
 mod signals;
