@@ -270,7 +270,9 @@ fn helper_that_is_killed_never_counts_against_a_backend() {
 #[test]
 fn helper_and_commands_inherit_no_descriptor() {
     let script = Script::new();
-    let list = "command = [\"/bin/sh\", \"-c\", \"ls /proc/$$/fd | tr '\\\\n' ' '; sleep 0.01\"]";
+    // The shell starts no other process, which would open descriptors of its own.
+    let list = "command = [\"/bin/sh\", \"-c\", \"for n in 0 1 2 3 4 5 6 7 8 9 10 11 12; do \
+                [ -e /proc/$$/fd/$n ] && open=\\\"$open $n\\\"; done; echo open:$open\"]";
     let pool =
         Pool::new("web").probe(&format!("{FAST}\n{list}")).backend("a", script.backend.address());
     let conf = Conf::simple(Engine::Epoll, pool).process("probe_helper = true");
@@ -279,7 +281,7 @@ fn helper_and_commands_inherit_no_descriptor() {
     let proxy = TestProxy::start_under(conf, &wrapper);
     wait_up(&proxy);
     let detail = proxy.explained("web", "a")["last_probe"]["detail"].clone();
-    assert_eq!(detail, "exit code 0: \"0 1 2 \"");
+    assert_eq!(detail, "exit code 0: \"open: 0 1 2\"");
     for helper in helpers(&proxy) {
         let fds = proc::fds(helper);
         let sockets: BTreeSet<_> = fds.iter().filter(|fd| fd.contains("socket:")).collect();
