@@ -189,6 +189,51 @@ fn unprivileged_user_binds_low_ports_reloads_and_upgrades(engine: Engine) {
 }
 
 #[test]
+fn commands_of_probes_run_as_the_user_without_capabilities_outside_of_the_sandbox() {
+    if !is_root() {
+        return;
+    }
+    let place = Place::new();
+    let command = "while read name value; do case $name in \
+                   Uid:|Groups:|CapPrm:|CapAmb:|NoNewPrivs:|Seccomp:) all=\"$all $value\";; \
+                   esac; done < /proc/self/status; echo $all";
+    let probe = format!(
+        "[pool.web.probe]\nkind = \"exec\"\ntimeout = \"2s\"\n\
+         command = ['/bin/sh', '-c', '{command}']\n"
+    );
+    place.configure(Engine::Epoll, &place.low[..1], &probe);
+    let text = fs::read_to_string(place.file("tidegate.toml")).unwrap();
+    let text = text.replace("[process]\n", "[process]\nprobe_helper = true\n");
+    place.write("tidegate.toml", &text, USER, 0o600);
+    let _first = Running::start(&mut place.command());
+    place.wait_ready();
+    place.serves(place.low[0]);
+    let seccomp = of_every_thread(std::process::id(), "Seccomp")[0].clone();
+    let none = "0000000000000000";
+    let wanted =
+        format!("exit code 0: \"{USER} {USER} {USER} {USER} {USER} {none} {none} 1 {seccomp}\"");
+    let detail = || {
+        let path = format!("/v1/pools/web/backends/{}/explain", place.backend.address());
+        let answer = place.ask("GET", &path).json();
+        answer["last_probe"]["detail"].as_str().map(str::to_owned)
+    };
+    eventually(secs(10), "a probe result", || detail().is_some());
+    assert_eq!(detail(), Some(wanted));
+    let serving = proc::children(place.service())[0];
+    is_confined(serving, &place.ask("GET", "/v1/status").json());
+    for helper in proc::probe_helpers(serving) {
+        let one = |field| of_every_thread(helper, field);
+        let own = [(); 4].map(|()| USER.to_string()).join(" ");
+        assert_eq!(
+            (one("Uid"), one("CapPrm"), one("CapAmb")),
+            (vec![own], vec![none.to_owned()], vec![none.to_owned()])
+        );
+    }
+    assert_eq!(place.ask("POST", "/v1/shutdown").status, 200);
+    eventually(secs(10), "the process has ended", || proc::is_dead(serving));
+}
+
+#[test]
 fn key_readable_only_by_root_is_rejected_at_start_and_reload() {
     if !is_root() {
         return;
