@@ -25,6 +25,13 @@ export async function eventually(what, check) {
   }
 }
 
+/** The process and all that it has started. */
+function family(pid) {
+  const file = `/proc/${pid}/task/${pid}/children`;
+  const children = fs.existsSync(file) ? fs.readFileSync(file, 'utf8').split(' ') : [];
+  return [pid, ...children.filter(Boolean).flatMap((child) => family(Number(child)))];
+}
+
 async function freePort() {
   const server = net.createServer().listen(0, '127.0.0.1');
   await once(server, 'listening');
@@ -75,7 +82,9 @@ export class Site {
    * of the same name. `admin` are further keys of `[admin]`, in which TOKEN and READ stand for the
    * token files. `unix` listens on a Unix socket, and `everywhere` on every address.
    */
-  static async start(pools, { admin = '', unix = false, everywhere = false } = {}) {
+  static async start(pools, options = {}) {
+    const { unix = false, everywhere = false } = options;
+    const { admin = unix ? '' : 'token_file = "TOKEN"' } = options;
     const site = new Site();
     site.dir = fs.mkdtempSync(path.join(os.tmpdir(), 'tidegate-page-'));
     site.file = path.join(site.dir, 'tidegate.toml');
@@ -186,18 +195,29 @@ export class Site {
     this.timer = setInterval(one, 1000 / perSecond);
   }
 
+  /** Sends a signal to the process and to its children: the supervisor starts the balancer. */
   signal(name) {
-    this.process.kill(name);
+    for (const pid of family(this.process.pid)) {
+      try {
+        process.kill(pid, name);
+      } catch {
+        // It has ended.
+      }
+    }
+  }
+
+  /** Kills the balancer, as a crash of the host would. */
+  async kill() {
+    if (this.process.exitCode != null || this.process.signalCode != null) return;
+    const ended = once(this.process, 'exit');
+    this.signal('SIGKILL');
+    await ended;
   }
 
   async stop() {
     clearInterval(this.timer);
     for (const socket of this.clients) socket.destroy();
-    if (this.process.exitCode == null && this.process.signalCode == null) {
-      this.signal('SIGCONT');
-      this.signal('SIGKILL');
-      await once(this.process, 'exit');
-    }
+    await this.kill();
     fs.rmSync(this.dir, { recursive: true, force: true });
   }
 }

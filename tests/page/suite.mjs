@@ -138,7 +138,7 @@ scene('one sentence describes a single backend', async () => {
 // === actions ===
 
 scene('a backend is drained and undrained by mouse', async () => {
-  const { site: made } = await smallSite({ admin: 'token_file = "TOKEN"' });
+  const { site: made } = await smallSite();
   const page = await tab(`${made.url}#/pool/web/b`, { expected: ['401'] });
   await page.button('Drain', '#drawer').click();
   await page.shows('#dialog', 'It gets no new sessions.');
@@ -161,7 +161,7 @@ scene('a backend is drained and undrained by mouse', async () => {
 });
 
 scene('a backend is drained by keys alone', async () => {
-  const { site: made } = await smallSite({ admin: 'token_file = "TOKEN"' });
+  const { site: made } = await smallSite();
   const page = await tab(`${made.url}#token=${TOKEN}`);
   assert.ok(!page.page.url().includes(TOKEN), 'the token has left the address');
   await page.page.goto(`${made.url}#/pool/web`);
@@ -180,7 +180,7 @@ scene('a backend is drained by keys alone', async () => {
 });
 
 scene('sessions are found by backend, explained and closed', async () => {
-  const { site: made } = await smallSite({ admin: 'token_file = "TOKEN"' });
+  const { site: made } = await smallSite();
   for (let at = 0; at < 6; at += 1) await made.client('web');
   const page = await tab(`${made.url}#token=${TOKEN}`);
   await page.press('3');
@@ -267,7 +267,7 @@ scene('without an answer the page turns grey, and it returns by itself', async (
   await page.page.waitForSelector('html:not(.stale)', { timeout: WAIT });
   await page.shows('#live', 'live');
   // Another process, as after a crash.
-  made.signal('SIGKILL');
+  await made.kill();
   await page.page.waitForSelector('html.stale', { timeout: WAIT });
   await made.run();
   await page.page.waitForSelector('html:not(.stale)', { timeout: WAIT });
@@ -412,12 +412,13 @@ scene('every view passes the rules of WCAG 2.2 AA in both themes', async () => {
   await b.stop();
   for (const dark of [false, true]) {
     for (const view of VIEWS) {
-      const page = await tab(made.url + view, { dark, axe: true });
+      const page = await Tab.open(made.url + view, { dark, axe: true });
       await page.shows('#findings', 'web/b is down');
       await page.updated();
       await page.isAccessible();
+      await page.close();
     }
-    const page = await tab(`${made.url}#/pool/web/b`, { dark, axe: true, width: 360 });
+    const page = await Tab.open(`${made.url}#/pool/web/b`, { dark, axe: true, width: 360 });
     await page.shows('#drawer', 'Last probes');
     await page.isAccessible();
     for (const key of ['d', '?']) {
@@ -426,6 +427,7 @@ scene('every view passes the rules of WCAG 2.2 AA in both themes', async () => {
       await page.isAccessible();
       await page.press('Escape');
     }
+    await page.close();
   }
 });
 
@@ -562,6 +564,17 @@ scene('memory does not grow over 600 updates', async () => {
     `MEASURED heap: ${(first / 1e6).toFixed(2)} MB, after 600 updates ${(last / 1e6).toFixed(2)} MB`,
   );
   assert.ok(last < first * 1.1, `${first} -> ${last}`);
+});
+
+scene('the ninth tab reads why it gets no stream, and gets one when another closes', async () => {
+  const { site: made } = await smallSite();
+  const tabs = [];
+  for (let at = 0; at < 8; at += 1) tabs.push(await Tab.open(made.url));
+  const ninth = await tab(made.url, { locked: true, expected: ['503'] });
+  await ninth.shows('#view', 'No connection:');
+  await tabs.pop().close();
+  await ninth.shows('#findings', 'Nothing is wrong.');
+  for (const open of tabs) await open.close();
 });
 
 scene('a second tab shows the same', async () => {

@@ -2,7 +2,7 @@
 // Addresses: #/, #/pool/POOL, #/pool/POOL/BACKEND, #/events, #/sessions?filter=TEXT.
 
 import { get, stream } from './api.js';
-import { announce, find, findAll, setAttribute } from './dom.js';
+import { announce, find, findAll, h, setAttribute } from './dom.js';
 import { hide, openDrawer, updateDrawer } from './drawer.js';
 import { eventsView } from './events.js';
 import { showKeys, startKeys } from './keys.js';
@@ -96,9 +96,15 @@ function leaveDrawer() {
 
 // === messages ===
 
+/** The balancer serves at most eight streams. The page asks again each second. */
+function showRefusal({ error, detail }) {
+  const text = clean(detail ?? error ?? 'The balancer has no stream.');
+  if (!model.status) find('#view').replaceChildren(h('p.empty', `No connection: ${text}`));
+}
+
 function receive(kind, document) {
   if (kind === 'denied') return askForToken();
-  if (kind === 'refused') return announce(clean(document.detail ?? document.error ?? 'No stream.'));
+  if (kind === 'refused') return showRefusal(document);
   const first = !model.status;
   const words = take(kind, document);
   if (words) announce(words);

@@ -142,7 +142,7 @@ class PoolView {
 
   moreRows() {
     this.extra += ROWS.more;
-    this.reset();
+    this.update();
   }
 
   sort(column) {
