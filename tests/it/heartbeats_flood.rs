@@ -16,7 +16,7 @@ use tidegate_heartbeat::wire::{HeartbeatFields, SenderIdentity, encode};
 const RATE: u64 = if cfg!(debug_assertions) { 20_000 } else { 100_000 };
 
 /// Failures without and with a flood, in turn.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 3;
 
 /// The heartbeat interval of the sidecars in these tests.
 const INTERVAL: Duration = Duration::from_millis(50);

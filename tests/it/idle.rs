@@ -1,20 +1,20 @@
-//! Memory and CPU time of 9,000 idle sessions.
+//! Memory and CPU time of 3,000 idle sessions, or of 9,000 in the long version.
 
 use crate::common::client::{connect_from, exchange};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
 use crate::common::servers::IdleBackend;
 use crate::common::{
-    Engine, eventually, have, measured, ms, on_every_engine_alone, proc, secs, skip,
+    Engine, eventually, have, long, measured, ms, on_every_engine_alone, proc, secs, skip,
 };
 use std::net::{IpAddr, Ipv4Addr, TcpStream};
 
 on_every_engine_alone!(idle_sessions_use_less_than_2_kib_each);
 
-const SESSIONS: usize = 9_000;
-
 /// The session counts at which memory is measured.
-const STEPS: [usize; 4] = [1_000, 3_000, 6_000, SESSIONS];
+fn steps() -> [usize; 4] {
+    if long() { [1_000, 3_000, 6_000, 9_000] } else { [500, 1_000, 2_000, 3_000] }
+}
 
 /// Memory that a second series of sessions can use beyond the first.
 const LEFT_KIB_MAX: u64 = 1024;
@@ -32,9 +32,11 @@ fn idle_sessions_use_less_than_2_kib_each(engine: Engine) {
     if !have(&["python3"]) {
         return;
     }
+    let steps = steps();
+    let all = steps[3];
     // Tidegate holds two descriptors per session.
-    if proc::raise_own_fd_limit() < 2 * SESSIONS as u64 + 500 {
-        return skip("the hard limit of descriptors is below 18,500");
+    if proc::raise_own_fd_limit() < 2 * all as u64 + 500 {
+        return skip("the hard limit of descriptors is too low");
     }
     let backend = IdleBackend::start();
     let proxy =
@@ -46,18 +48,18 @@ fn idle_sessions_use_less_than_2_kib_each(engine: Engine) {
     });
     let before = proxy.rss_kib();
     let (mut sessions, mut points) = (Vec::new(), Vec::new());
-    for step in STEPS {
+    for step in steps {
         sessions.extend(open_sessions(&proxy, step - sessions.len()));
         points.push((step as f64, proxy.rss_kib() as f64 * 1024.0));
     }
-    assert_eq!(proxy.backend("web", "a")["sessions_active"], SESSIONS);
+    assert_eq!(proxy.backend("web", "a")["sessions_active"], all);
     let idle_cpu = proxy.cpu_time();
     std::thread::sleep(secs(2));
     let spent = proxy.cpu_time() - idle_cpu;
     let grown = proxy.rss_kib().saturating_sub(before);
-    let each = grown as f64 * 1024.0 / SESSIONS as f64;
+    let each = grown as f64 * 1024.0 / all as f64;
     measured(&format!(
-        "{SESSIONS} idle sessions: {each:.0} B per session, slope {:.0} B over {STEPS:?}, {spent:?} of CPU \
+        "{all} idle sessions: {each:.0} B per session, slope {:.0} B over {steps:?}, {spent:?} of CPU \
          in 2 s",
         slope(&points)
     ));
@@ -72,7 +74,7 @@ fn idle_sessions_use_less_than_2_kib_each(engine: Engine) {
     eventually(secs(30), "every session has ended", ended);
     // The allocator can keep its memory, but the next sessions must not need more.
     let (peak, after) = (before + grown, proxy.rss_kib());
-    let again = open_sessions(&proxy, SESSIONS / 3);
+    let again = open_sessions(&proxy, all / 3);
     let second = proxy.rss_kib();
     measured(&format!(
         "{before} KiB before, {peak} at the peak, {after} after, {second} with a third of the sessions"
