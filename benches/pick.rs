@@ -217,6 +217,7 @@ fn input(
             tier: 0,
             eligible: true,
             on_trial: false,
+            undecided: false,
             in_service: true,
         })
         .collect();

@@ -302,6 +302,11 @@ impl Sim {
                 ControlEffect::ResetSessions(_, Cause::BackendDown) => {
                     panic!("on_down is keep in every pool")
                 }
+                ControlEffect::ResetSessions(id, Cause::BackupReleased) => {
+                    let of = |pool: &&model::ModelPool| pool.backends.iter().any(|b| b.id == *id);
+                    let pool = self.model.pools.iter().find(of).expect("a configured backend");
+                    assert_ne!(pool.spec.on_recover, OnRecover::Keep);
+                }
                 ControlEffect::ResetSessions(id, _) => {
                     let b = self.model.leaving.iter().find(|b| b.id == *id);
                     let b = b.expect("only sessions of removed backends are reset");
@@ -348,6 +353,7 @@ impl Sim {
             // A backup (its tier can serve later) or a try-all candidate can have changed without effect on the picks.
             let hidden = self.model.pools.iter().any(|pool| {
                 pool.backends.iter().any(|b| b.spec.tier > 0)
+                    || pool.spec.tiers == Tiers::Spill
                     || pool.spec.when_none_eligible == WhenNoneEligible::TryAll
             });
             assert!(hidden || standing(before) != standing(&table), "a table without a change");

@@ -69,6 +69,11 @@ fn random_pool(rng: &mut Rng, index: usize) -> PoolConfig {
         when_none_eligible: *rng
             .choice(&[WhenNoneEligible::Refuse, WhenNoneEligible::TryAll, WhenNoneEligible::Wait])
             .unwrap(),
+        tiers: if rng.u8(..3) == 0 { Tiers::Spill } else { Tiers::Strict },
+        on_recover: match rng.u8(..3) {
+            0 => OnRecover::CloseAfter(millis(rng, 1, 10_000)),
+            _ => OnRecover::Keep,
+        },
         startup_grace: millis(rng, 1, 4000),
         on_removal: if rng.bool() {
             OnRemoval::Keep

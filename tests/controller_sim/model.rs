@@ -9,7 +9,7 @@ use tidegate_core::health::{Intent, Observation};
 use tidegate_core::model::{
     BackendAddr, BackendConfig, Config, EjectionSpec, OnRemoval, PoolConfig, ProbeSpec,
 };
-use tidegate_core::model::{TIER_MAX, WhenNoneEligible};
+use tidegate_core::model::{TIER_MAX, Tiers, WhenNoneEligible};
 use tidegate_core::table::state::{BackendId, BackendState};
 
 /// Constants that the controller documents.
@@ -244,7 +244,21 @@ impl ModelPool {
         let try_only =
             |id: &BackendId| self.backends.iter().any(|b| b.id == *id && b.trial.is_some());
         let mut serving = Vec::new();
-        for number in 0..=TIER_MAX {
+        let spills = self.spec.tiers == Tiers::Spill;
+        let mut carried = 0;
+        for number in (0..=TIER_MAX).filter(|_| spills) {
+            let waits = |b: &ModelBackend| {
+                let unknown = b.observation == Observation::Unknown && b.ejected_until.is_none();
+                !b.eligible(probed) && unknown && b.intent == Intent::Ready
+            };
+            let all = tier(&|b| b.spec.tier == number && !waits(b)).len();
+            let eligible = tier(&|b| b.spec.tier == number && b.eligible(probed));
+            if carried < 100 {
+                carried += (140 * eligible.len()).checked_div(all).unwrap_or(0);
+                serving.extend(eligible);
+            }
+        }
+        for number in (0..=TIER_MAX).filter(|_| !spills) {
             serving.extend(tier(&|b| b.spec.tier == number && b.eligible(probed)));
             if !serving.iter().all(try_only) {
                 break;

@@ -141,10 +141,12 @@ fn client_stays_on_its_backend_while_sessions_spill_by_hash(engine: Engine) {
     seen(&mut rounds);
     seen(&mut rounds);
     assert_eq!(rounds[1], rounds[2], "each client keeps its backend");
-    for (before, now) in rounds[0].iter().zip(&rounds[1]) {
-        let stays = before == now || ["a", "b"].contains(&&**before);
-        assert!(stays || ["e", "f"].contains(&&**now), "{before} -> {now}");
-    }
+    // Of the clients of `c` and `d`, at most 2% change the backend of their tier, see
+    // docs/balancing.md.
+    let stay = |name: &&String| ["c", "d"].contains(&&***name);
+    let moved = rounds[0].iter().zip(&rounds[1]);
+    let moved = moved.filter(|(before, now)| stay(before) && stay(now) && before != now);
+    assert!(moved.count() <= 6, "{rounds:?}");
     let upper = rounds[1].iter().filter(|name| ["e", "f"].contains(&&***name)).count();
     assert!((5..=35).contains(&upper), "{upper} of 60, 30 % expected");
     proxy.cli_ok(&["undrain", "web/a"]);
@@ -201,18 +203,20 @@ fn echoes(client: &TcpStream) {
 
 fn sessions_of_a_backup_are_closed_in_order_after_the_primary_returned(engine: Engine) {
     const SESSIONS: usize = 20;
-    let site = Site::start(engine, "on_recover = \"close-after 1500ms\"");
+    let site = Site::start(engine, "on_recover = \"close-after 3s\"");
     let clients: Vec<TcpStream> = (0..SESSIONS).map(|_| site.session()).collect();
-    std::thread::sleep(ms(1700));
+    std::thread::sleep(ms(3500));
     clients.iter().for_each(echoes);
     let began = Instant::now();
     site.come_back();
+    let text = words(&site.proxy.cli_ok(&["explain", "web/b"]));
+    assert!(text.contains("its open sessions are closed in"), "{text}");
     for client in &clients {
         let end = client::read_to_end(client);
         assert!(matches!(end, End::Fin(0)), "{end:?}");
     }
     let took = began.elapsed();
-    assert!(took > ms(1400) && took < patience(secs(4)), "closed after {took:?}");
+    assert!(took > ms(2900) && took < patience(secs(6)), "closed after {took:?}");
     for line in site.proxy.wait_access_log(SESSIONS) {
         let found = (&line["cause"], &line["phase"], &line["code"], &line["timer"]);
         assert_eq!(

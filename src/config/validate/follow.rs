@@ -6,8 +6,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::BACKENDS_MAX;
-use super::pool::PoolRead;
+use super::pool::{PoolRead, others_join};
+use super::{BACKENDS_MAX, tiers};
 use crate::diagnose::ProblemCollector;
 use crate::file::Section;
 use crate::value::{ValueError, did_you_mean_or, shown};
@@ -53,8 +53,13 @@ pub(super) fn resolve(report: &ProblemCollector<'_>, pools: &mut [PoolRead], all
             Some(base) => {
                 backends = backends.saturating_add(base.backends.len());
                 let (probe, list) = (base.probe.clone(), base.backends.clone());
+                let joined = others_join(base);
                 enough_slots(report, &pools[at], base);
-                (pools[at].model.probe, pools[at].model.backends) = (probe, list);
+                let PoolRead { model, tier_places, .. } = &mut pools[at];
+                (model.probe, model.backends) = (probe, list);
+                if !joined {
+                    tiers::without_effect(report, model, tier_places);
+                }
             }
         }
         if backends > BACKENDS_MAX {

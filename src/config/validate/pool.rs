@@ -12,6 +12,7 @@ use toml::de::DeValue;
 use super::backends::{self, BackendsRead};
 use super::discover::{self, KnownRegistries};
 use super::probe::ProbedBackends;
+use super::tiers::TierPlaces;
 use super::{POOL_SOURCES_MAX, follow, frontend, heartbeat, probe, proxy_protocol, tiers};
 use crate::defaults::Defaults;
 use crate::file::{Field, NamedSection, Section};
@@ -57,6 +58,8 @@ pub(super) struct PoolRead {
     pub(super) role: Option<Range<usize>>,
     /// Place of `kind`, if the probe of the pool runs a command.
     pub(super) exec: Option<Range<usize>>,
+    /// Places of the keys that need several tiers.
+    pub(super) tier_places: TierPlaces,
     /// The registry that the pool names, even if it does not exist.
     pub(super) registry: Option<Arc<str>>,
 }
@@ -139,7 +142,7 @@ pub(super) fn read<'r, 'a>(
     };
     let queue_timeout = section.duration("queue_timeout", "5s", TIME);
     model.queue_timeout = queue_timeout.or(model.default_queue_timeout());
-    tiers::of_pool(&section, &mut model);
+    let tier_places = tiers::of_pool(&section, &mut model);
     warn_of_idle_keys(&section, &model);
     let without_max = section.key_place("queue_max").is_none();
     let queue_timeout = section.key_place("queue_timeout").filter(|_| without_max);
@@ -154,6 +157,7 @@ pub(super) fn read<'r, 'a>(
         name_places,
         of: of_place,
         role: role_place,
+        tier_places,
         exec,
         registry,
     }

@@ -55,6 +55,8 @@ pub struct Explanation {
     pub rules: TierRules,
     /// The tiers that serve, each with its share of the new sessions in per cent.
     pub tier_shares: Vec<(u8, u8)>,
+    /// Time until its sessions are closed, because a lower tier has replaced it (`on_recover`).
+    pub closes_in: Option<Duration>,
     /// Rule in effect while no backend of the pool is eligible, as in
     /// [`PoolStatus`](super::PoolStatus); `None` if one is eligible.
     pub none_eligible: Option<&'static str>,
@@ -192,6 +194,7 @@ impl Controller {
             probes: entry.probes.clone(),
             rules: TierRules::of(&pool.spec),
             tier_shares: self.tier_shares(pool),
+            closes_in: entry.released_for(pool.spec.on_recover, now),
             none_eligible: self.none_eligible(entry, pool),
             last_resort: entry.published.is_last_resort(),
             heartbeat_spec: pool.spec.heartbeat.clone(),

@@ -39,6 +39,12 @@ pub(super) struct ReleasedBackup {
 // === impl BackendEntry ===
 
 impl BackendEntry {
+    /// Returns the time until its sessions are closed; `None` if they stay, or were closed.
+    pub(super) fn released_for(&self, rule: OnRecover, now: Instant) -> Option<Duration> {
+        let released = self.released.filter(|released| released.closed.is_none())?;
+        Some(after(released.since, rule.grace()?).saturating_duration_since(now))
+    }
+
     /// Returns since when it is released, for the next process.
     pub(super) fn released_since(&self) -> Option<Instant> {
         self.released.map(|released| released.since)

@@ -13,7 +13,7 @@ use crate::decision::SkipReason;
 use crate::health::probe_detector::ProbeDetector;
 use crate::health::{Intent, Observation, RequestedState};
 use crate::model;
-use crate::model::WhenNoneEligible;
+use crate::model::{Tiers, WhenNoneEligible};
 use crate::table::build::{self, BackendInput, FrontendInput, PoolInput};
 use crate::table::state::{BackendId, BackendState};
 use crate::table::tiers::TierMember;
@@ -54,6 +54,8 @@ pub(super) struct BackendTableState {
     /// Whether a trial is running. Set only in pools with several tiers: the next tier then takes
     /// part.
     on_trial: bool,
+    /// Whether it waits for its first result. Set only in pools whose sessions spill.
+    undecided: bool,
     /// Whether `try-all` can pick the backend. Set only in `try-all` pools.
     last_resort: bool,
 }
@@ -91,7 +93,8 @@ impl BackendTableState {
 
     /// Returns the backend as the rules of tiers see it.
     pub(super) fn tier_member(self) -> TierMember {
-        TierMember { tier: self.tier, eligible: self.weight > 0, on_trial: self.on_trial }
+        let BackendTableState { tier, on_trial, undecided, .. } = self;
+        TierMember { tier, eligible: self.weight > 0, on_trial, undecided }
     }
 
     /// Returns the table entry of the backend.
@@ -104,6 +107,7 @@ impl BackendTableState {
             tier: self.tier,
             eligible: self.weight > 0,
             on_trial: self.on_trial,
+            undecided: self.undecided,
             in_service: entry.in_service(),
         }
     }
@@ -120,6 +124,7 @@ impl BackendTableState {
             slow_start: entry.ramp.is_some(),
             tier: entry.spec.tier,
             on_trial: entry.health.outlier.is_on_trial() && pool.has_tiers,
+            undecided: pool.spec.tiers == Tiers::Spill && entry.waits_for_result(),
             last_resort: pool.spec.when_none_eligible == WhenNoneEligible::TryAll
                 && entry.in_service(),
         }
@@ -172,6 +177,11 @@ impl BackendEntry {
         if self.state.left_out() != reason {
             self.state.set_left_out(reason);
         }
+    }
+
+    /// Whether it is not eligible because it has no result yet.
+    fn waits_for_result(&self) -> bool {
+        matches!(self.left_out(), Some(SkipReason::NoVerdict | SkipReason::Unverified))
     }
 
     /// Why the backend is not eligible.
@@ -424,6 +434,7 @@ impl ControlState {
         let input = |entry: &BackendEntry| BackendInput {
             eligible: true,
             on_trial: false,
+            undecided: false,
             in_service: true,
             ..entry.published.input(entry)
         };

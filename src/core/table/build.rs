@@ -76,6 +76,9 @@ pub struct BackendInput {
     /// Whether the backend is on trial. Backends on trial are not enough to fill a
     /// tier.
     pub on_trial: bool,
+    /// Whether the backend waits for its first result. It does not count for the share of its
+    /// tier.
+    pub undecided: bool,
     /// Whether no operator drains the backend. `try-all` can then use it.
     pub in_service: bool,
 }
@@ -249,8 +252,8 @@ fn active_tiers(pool: &PoolInput) -> (ServingTier, Vec<ServingRun<'_>>) {
 }
 
 fn tier_member(backend: &BackendInput) -> TierMember {
-    let &BackendInput { tier, eligible, on_trial, .. } = backend;
-    TierMember { tier, eligible, on_trial }
+    let &BackendInput { tier, eligible, on_trial, undecided, .. } = backend;
+    TierMember { tier, eligible, on_trial, undecided }
 }
 
 fn tier_starts(runs: &[ServingRun<'_>]) -> Box<[TierStart]> {

@@ -23,6 +23,8 @@ pub struct TierMember {
     pub eligible: bool,
     /// Whether it is on trial. Members on trial are not enough to fill a tier.
     pub on_trial: bool,
+    /// Whether it waits for its first result. It does not count for the share of its tier.
+    pub undecided: bool,
 }
 
 /// The members of one tier that serve.
@@ -111,7 +113,8 @@ fn eligible_of(members: &[TierMember], tier: u8) -> Vec<usize> {
 
 fn spill(members: &[TierMember]) -> Vec<TierRun> {
     let counts = |tier: u8| {
-        let of_tier = members.iter().filter(move |member| member.tier == tier);
+        let counts = move |member: &&TierMember| member.tier == tier && !member.undecided;
+        let of_tier = members.iter().filter(counts);
         (of_tier.clone().filter(|member| member.eligible).count(), of_tier.count())
     };
     let tiers: Vec<(usize, usize)> = (0..=TIER_MAX).map(counts).collect();
@@ -205,11 +208,15 @@ mod tests {
         }
     }
 
-    /// Members by tier: `E` is eligible, `t` on trial, `-` not eligible.
+    /// Members by tier: `E` is eligible, `t` on trial, `-` not eligible, `?` undecided.
     fn members(tiers: &[&str]) -> Vec<TierMember> {
         let of_tier = |(tier, text): (usize, &&str)| -> Vec<TierMember> {
-            let member =
-                |c| TierMember { tier: tier as u8, eligible: c != '-', on_trial: c == 't' };
+            let member = |c| TierMember {
+                tier: tier as u8,
+                eligible: matches!(c, 'E' | 't'),
+                on_trial: c == 't',
+                undecided: c == '?',
+            };
             text.chars().map(member).collect()
         };
         tiers.iter().enumerate().flat_map(of_tier).collect()
@@ -253,6 +260,8 @@ mod tests {
     fn tiers_with_a_share_serve_together_and_higher_ones_are_released() {
         assert_eq!(decided(SPILL, &["EEEEE--", "EE"]), ("abcde".into(), "hi".into()));
         assert_eq!(decided(SPILL, &["EE--", "EE", "E"]), ("abef".into(), "g".into()));
+        assert_eq!(decided(SPILL, &["E???", "EE"]), ("a".into(), "ef".into()), "the start");
+        assert_eq!(decided(SPILL, &["E-??", "EE"]), ("aef".into(), String::new()));
         assert_eq!(decided(SPILL, &["----", "-E", "E"]), ("fg".into(), String::new()));
     }
 }

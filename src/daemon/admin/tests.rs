@@ -250,6 +250,7 @@ fn explanation_has_exactly_the_documented_fields() {
         probes: Default::default(),
         rules: TierRules { tiers: Tiers::Strict, backups: Backups::All },
         tier_shares: vec![(0, 100)],
+        closes_in: None,
         none_eligible: None,
         last_resort: false,
         heartbeat_spec: Some(Arc::new(HeartbeatSpec {

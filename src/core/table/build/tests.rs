@@ -36,6 +36,7 @@ fn backend(pool: &str, number: u8) -> BackendInput {
         tier: 0,
         eligible: true,
         on_trial: false,
+        undecided: false,
         in_service: true,
     }
 }

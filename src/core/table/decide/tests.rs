@@ -68,6 +68,7 @@ fn input(drawn: &Drawn, number: u32) -> BackendInput {
         tier: 0,
         eligible: drawn.eligible,
         on_trial: false,
+        undecided: false,
         in_service: true,
     }
 }

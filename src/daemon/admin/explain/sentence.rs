@@ -26,6 +26,7 @@ pub(super) fn why_sentence(explained: &Explanation, rejected: Option<&Rejection>
         text = format!("although {}: {}; {text}", prevented.evidence, prevented.reason);
     }
     text += &tier_note(explained);
+    text += &released_note(explained);
     text += &cap_note(explained);
     text.push_str(none_eligible_note(explained));
     text + &rejected.map_or_else(String::new, |last| rejection_note(last, explained.now))
@@ -60,6 +61,18 @@ fn tier_note(explained: &Explanation) -> String {
             "; backup of tier {tier}: it gets sessions only while no backend of a lower tier and \
              no backup before it is eligible"
         ),
+    }
+}
+
+/// Returns when the open sessions of a backup are closed.
+fn released_note(explained: &Explanation) -> String {
+    let open = explained.backend.state.in_flight.get();
+    match explained.closes_in.filter(|_| open > 0) {
+        Some(left) => format!(
+            "; a lower tier serves again, so its open sessions are closed in {} (on_recover)",
+            brief(left)
+        ),
+        None => String::new(),
     }
 }
 
@@ -405,6 +418,7 @@ mod tests {
             probes: Default::default(),
             rules: TierRules { tiers: Tiers::Strict, backups: Backups::All },
             tier_shares: vec![(0, 100)],
+            closes_in: None,
             none_eligible: None,
             last_resort: false,
             heartbeat_spec: None,
@@ -467,6 +481,48 @@ mod tests {
         assert_eq!(why(&drained), "its sender reports stopping");
         drained.backend.intent = Intent::Draining;
         assert_eq!(why(&drained), "an operator set it to draining");
+    }
+
+    #[test]
+    fn backup_is_explained_by_the_rule_of_its_pool() {
+        let mut backup = member(MemberWish::Sessions, "passing");
+        let mut note = |tier, tiers, backups, shares: &[(u8, u8)]| {
+            backup.backend.tier = tier;
+            (backup.rules, backup.tier_shares) = (TierRules { tiers, backups }, shares.to_vec());
+            let text = why(&backup);
+            text.split_once("; ").map_or(String::new(), |(_, note)| note.to_owned())
+        };
+        let (strict, spill) = (Tiers::Strict, Tiers::Spill);
+        assert_eq!(note(0, strict, Backups::All, &[(0, 100)]), "");
+        assert_eq!(
+            note(1, strict, Backups::All, &[(0, 100)]),
+            "backup: it gets sessions only while no primary is eligible"
+        );
+        assert_eq!(
+            note(2, strict, Backups::One, &[(0, 100)]),
+            "backup of tier 2: it gets sessions only while no backend of a lower tier and no backup \
+             before it is eligible"
+        );
+        assert_eq!(note(0, spill, Backups::All, &[(0, 100)]), "");
+        assert_eq!(
+            note(1, spill, Backups::All, &[(0, 70), (1, 30)]),
+            "its tier 1 gets 30% of the new sessions"
+        );
+        assert_eq!(
+            note(2, spill, Backups::All, &[(0, 70), (1, 30)]),
+            "its tier 2 gets no sessions, because lower tiers carry all"
+        );
+    }
+
+    #[test]
+    fn sessions_that_on_recover_closes_are_announced() {
+        let mut backup = member(MemberWish::Sessions, "passing");
+        backup.closes_in = Some(Duration::from_secs(8));
+        assert!(!why(&backup).contains("on_recover"), "it has no session");
+        assert!(backup.backend.state.in_flight.try_enter(0));
+        let note =
+            "; a lower tier serves again, so its open sessions are closed in 8.0 s (on_recover)";
+        assert!(why(&backup).ends_with(note), "{}", why(&backup));
     }
 
     #[test]
