@@ -3,11 +3,16 @@
 use crate::common::backend::{self, ScriptedBackend};
 use crate::common::client::{self, connect};
 use crate::common::conf::{Conf, Pool};
+use crate::common::ports::free_port;
 use crate::common::proxy::TestProxy;
-use crate::common::{Engine, eventually, eventually_some, on_every_engine, proc, secs};
+use crate::common::servers::{Running, find};
+use crate::common::{Engine, eventually, eventually_some, have, on_every_engine, proc, secs};
 use rustix::process::Signal;
 use std::collections::BTreeSet;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
 on_every_engine!(
@@ -265,6 +270,51 @@ fn helper_that_is_killed_never_counts_against_a_backend() {
     wait_down(&proxy);
     assert_eq!(proxy.metric("tidegate_probe_helper_failed", &[]), 0.0);
     proxy.rebaseline();
+}
+
+#[test]
+fn script_of_haproxy_gets_the_same_words_and_variables_from_tidegate() {
+    if !have(&["haproxy"]) {
+        return;
+    }
+    let script = Script::new();
+    let program = script.path("external.sh");
+    let text = "#!/bin/sh\necho \"$#: $*; $HAPROXY_PROXY_NAME $HAPROXY_SERVER_NAME \
+                $HAPROXY_SERVER_ADDR $HAPROXY_SERVER_PORT\" > \"$0.new\"\n/bin/mv \"$0.new\" \"$0.said\"\n";
+    std::fs::write(&program, text).unwrap();
+    std::fs::set_permissions(&program, Permissions::from_mode(0o755)).unwrap();
+    let said = script.path("external.sh.said");
+    let heard = || {
+        let text =
+            eventually_some(secs(10), "the script has run", || std::fs::read_to_string(&said).ok());
+        std::fs::remove_file(&said).unwrap();
+        text
+    };
+    let (address, anchor) = (script.backend.address(), free_port());
+    let command = program.display();
+    let text = format!(
+        "global\n  external-check\n  insecure-fork-wanted\ndefaults\n  mode tcp\n\
+         timeout connect 2s\n  timeout client 2s\n  timeout server 2s\n\
+         frontend f\n  bind 127.0.0.1:{anchor}\n  default_backend web\n\
+         backend web\n  option external-check\n  external-check command {command}\n\
+         server a {address} check inter 200ms\n"
+    );
+    let file = script.path("haproxy.cfg");
+    std::fs::write(&file, text).unwrap();
+    let mut haproxy = Command::new(find("haproxy").unwrap());
+    haproxy.args(["-db", "-f"]).arg(&file).stdout(Stdio::null()).stderr(Stdio::null());
+    let running = Running::start(&mut haproxy);
+    let of_haproxy = heard();
+    drop(running);
+    let _ = std::fs::remove_file(&said);
+    // What `tidegate import` writes.
+    let words = "\"NOT_USED\", \"NOT_USED\", \"{address}\", \"{port}\"";
+    let probe = format!("{FAST}\nexit_codes = \"haproxy\"\ncommand = [\"{command}\", {words}]");
+    let pool = Pool::new("web").probe(&probe).backend("a", address);
+    let conf = Conf::simple(Engine::Epoll, pool).process("probe_helper = true");
+    let proxy = TestProxy::start(conf);
+    wait_up(&proxy);
+    assert_eq!(heard(), of_haproxy);
 }
 
 #[test]
