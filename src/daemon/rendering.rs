@@ -46,7 +46,7 @@ const UNCOLLECTED_MAX: u32 = tidegate_core::metrics::histograms::SPARE_MAX as u3
 pub(super) enum Reader {
     Status(oneshot::Sender<String>),
     Metrics(oneshot::Sender<String>),
-    Observed(oneshot::Sender<Observed>),
+    Observed { latencies: bool, reply: oneshot::Sender<Observed> },
 }
 
 /// State of the rendering in the control loop.
@@ -83,6 +83,18 @@ pub(super) struct Collected {
     traffic: SharedTraffic,
     known: Vec<BackendId>,
     seen: u32,
+}
+
+// === impl Reader ===
+
+impl Reader {
+    /// Whether the answer has the latencies of the workers.
+    fn needs_latencies(&self) -> bool {
+        match self {
+            Reader::Status(_) | Reader::Metrics(_) => true,
+            Reader::Observed { latencies, .. } => *latencies,
+        }
+    }
 }
 
 // === impl Rendering ===
@@ -132,10 +144,18 @@ impl Control {
             }
         }
         let snapshot = self.snapshot(gathering.finish(), clock::now());
-        let (collecting, started) = (self.start_collecting(), self.telemetry.started_wall);
+        let collecting =
+            requests.iter().any(Reader::needs_latencies).then(|| self.start_collecting());
+        let (latencies, started) = (self.telemetry.latency.clone(), self.telemetry.started_wall);
         self.telemetry.rendering.running = Some(tokio::spawn(async move {
-            let collected = collecting.arrive().await;
-            let write = move || render(snapshot, started, collected, requests);
+            let collected = match collecting {
+                Some(collecting) => Some(collecting.arrive().await),
+                None => None,
+            };
+            let write = move || {
+                collected.into_iter().for_each(Collected::absorb);
+                render(snapshot, started, latencies, requests);
+            };
             // Fails only if the rendering panics.
             let _ = tokio::task::spawn_blocking(write).await;
         }));
@@ -279,11 +299,9 @@ impl Collected {
 fn render(
     mut snapshot: AdminSnapshot,
     started: SystemTime,
-    collected: Collected,
+    latencies: Latencies,
     requests: Vec<Reader>,
 ) {
-    let latencies = collected.latency.clone();
-    collected.absorb();
     let latency = latencies.lock();
     let backends = snapshot.control.pools.iter().flat_map(|pool| &pool.backends);
     let states = backends.map(|backend| &backend.state);
@@ -297,7 +315,7 @@ fn render(
                 let text = status.get_or_insert_with(|| admin::status::render(&snapshot, &latency));
                 reply.send(text.clone())
             }
-            Reader::Observed(reply) => {
+            Reader::Observed { reply, .. } => {
                 observers.push(reply);
                 continue;
             }

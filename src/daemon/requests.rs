@@ -33,7 +33,9 @@ impl Control {
     pub(super) async fn answer(&mut self, request: AdminRequest) {
         match request {
             AdminRequest::Status(reply) => self.request_rendering(Reader::Status(reply)),
-            AdminRequest::Observe(reply) => self.request_rendering(Reader::Observed(reply)),
+            AdminRequest::Observe { latencies, reply } => {
+                self.request_rendering(Reader::Observed { latencies, reply });
+            }
             AdminRequest::Metrics(reply) => self.request_rendering(Reader::Metrics(reply)),
             // Dropped after the handover: the client must ask the new process.
             AdminRequest::Reload { .. } | AdminRequest::SetIntent { .. }

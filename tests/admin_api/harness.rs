@@ -243,7 +243,7 @@ async fn run_control_loop(
                     _ => Err(OperatorError::UnknownPool),
                 }));
             }
-            AdminRequest::Observe(reply) => drop(reply),
+            AdminRequest::Observe { reply, .. } => drop(reply),
             AdminRequest::History { pool, reply, .. } => drop(reply.send(match &*pool {
                 "web" => Ok(DeferredText::new(|| "[1,2]".to_owned())),
                 _ => Err(OperatorError::UnknownPool),

@@ -262,6 +262,24 @@ mod tests {
     }
 
     #[test]
+    fn stated_shares_are_those_of_the_picks_with_every_policy() {
+        for (policy, of) in Policy::ALL
+            .into_iter()
+            .flat_map(|policy| [vec![(100, 7)], vec![(70, 4), (30, 2)]].map(|of| (policy, of)))
+        {
+            let balancers = tiers(policy, &of, 0);
+            let shares = balancers.shares();
+            let mut counts = vec![0_u32; shares.len()];
+            (0..20_000).for_each(|at| counts[balancers.pick(key(at), &[]).unwrap()] += 1);
+            assert!((shares.iter().sum::<f64>() - 1.0).abs() < 1e-9, "{policy:?}: {shares:?}");
+            for (count, share) in counts.iter().zip(&shares) {
+                let error = f64::from(*count) / 20_000.0 - share;
+                assert!(error.abs() < 0.015, "{policy:?}: {counts:?} instead of {shares:?}");
+            }
+        }
+    }
+
+    #[test]
     fn turns_within_a_tier_stay_even() {
         let balancers = tiers(Policy::WeightedRoundRobin, &[(70, 3), (30, 2)], 0);
         let mut counts = [0_u32; 5];

@@ -61,7 +61,7 @@ pub fn check(data: &[u8]) {
             AdminRequest::Status(_)
                 | AdminRequest::Metrics(_)
                 | AdminRequest::Explain { .. }
-                | AdminRequest::Observe(_)
+                | AdminRequest::Observe { .. }
                 | AdminRequest::History { .. }
                 | AdminRequest::Sessions { .. }
                 | AdminRequest::Decisions(_)
@@ -94,7 +94,8 @@ async fn talk(
     let (_closing, closed) = watch::channel(false);
     // No question waits, so that a check takes no time.
     let (events, waiting, closing) = (EventLog::new(), Semaphore::new(0), closed.clone());
-    let hub = StreamHub::new(StreamCounters::default());
+    // No stream opens, because it would not end.
+    let hub = StreamHub::new(StreamCounters::full());
     let entrance = transport;
     let state = ApiState { entrance, tokens, requests, readiness, events, waiting, hub, closing };
     let routes = router(Arc::new(state));
@@ -146,7 +147,9 @@ fn answer(request: AdminRequest, rejects: bool) -> AdminRequest {
             AdminRequest::PoolTable { pool, reply: no_receiver() }
         }
         // Without an answer the client gets 503.
-        AdminRequest::Observe(_) => AdminRequest::Observe(no_receiver()),
+        AdminRequest::Observe { latencies, .. } => {
+            AdminRequest::Observe { latencies, reply: no_receiver() }
+        }
         AdminRequest::History { pool, backend, part, reply } => {
             let told = unknown().map(|()| DeferredText::new(|| "[]".to_owned()));
             let _ = reply.send(told);

@@ -111,7 +111,12 @@ pub enum AdminRequest {
         reply: oneshot::Sender<Result<DeferredText, OperatorError>>,
     },
     /// Returns a snapshot, for documents that another thread writes.
-    Observe(oneshot::Sender<Observed>),
+    Observe {
+        /// Asks the workers for their newest latencies first.
+        latencies: bool,
+        /// The snapshot.
+        reply: oneshot::Sender<Observed>,
+    },
     /// Returns a text that [`history::render`] or [`history::render_minute`] writes later.
     History {
         /// Pool name.

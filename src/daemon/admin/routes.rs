@@ -129,7 +129,8 @@ async fn status(State(api): State<Arc<ApiState>>, uri: Uri) -> Result<Response, 
     let selection = selection.map_err(questions::bad)?;
     if !selection.is_everything() {
         let named = (selection.pool.clone().unwrap_or_default(), selection.named_backend());
-        let observed = api.ask(AdminRequest::Observe).await?;
+        let ask = |reply| AdminRequest::Observe { latencies: true, reply };
+        let observed = api.ask(ask).await?;
         let render = move || {
             let latency = observed.latencies.lock();
             super::status::render_selected(&observed.snapshot, &latency, &selection)

@@ -68,7 +68,8 @@ async fn follow(api: &Arc<ApiState>) {
         }
         (early, pause_until) = (false, now + SNAPSHOT_PAUSE);
         // Without an answer the control loop is late. The next delta has the changes.
-        let Ok(observed) = api.ask(AdminRequest::Observe).await else { continue };
+        let ask = |reply| AdminRequest::Observe { latencies: false, reply };
+        let Ok(observed) = api.ask(ask).await else { continue };
         let work = move || {
             groups.advance(&observed.snapshot, regular);
             groups

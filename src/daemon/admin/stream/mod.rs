@@ -91,6 +91,14 @@ impl StreamCounters {
         self.0.refused.load(Ordering::Relaxed)
     }
 
+    /// Returns counts that let no stream in.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn full() -> StreamCounters {
+        let counters = StreamCounters::default();
+        while counters.enter() {}
+        counters
+    }
+
     /// Counts a new stream, unless [`VIEWERS_MAX`] are open.
     fn enter(&self) -> bool {
         let more = |open| (open < VIEWERS_MAX).then_some(open + 1);

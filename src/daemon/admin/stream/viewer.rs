@@ -79,7 +79,8 @@ impl StreamViewer {
         let stuck = oldest.is_some_and(|since| now.saturating_duration_since(since) > WAITING_MAX);
         let too_much = match snapshot {
             true => queue.texts.iter().any(|waiting| waiting.snapshot),
-            false => queue.bytes + text.len() > WAITING_BYTES_MAX,
+            // One text can be longer.
+            false => queue.bytes > 0 && queue.bytes + text.len() > WAITING_BYTES_MAX,
         };
         if stuck || too_much {
             queue.end();
@@ -241,6 +242,16 @@ mod tests {
         viewer.send(&text, false, now);
         assert!(viewer.has_ended());
         assert_eq!((read(&mut body), counters.dropped()), ((Vec::new(), true), 1));
+    }
+
+    #[test]
+    fn single_long_text_is_sent() {
+        let ((viewer, mut body, _), now) = (open(), tidegate_net::clock::now());
+        for _ in 0..3 {
+            viewer.send(&Bytes::from(vec![b'x'; 2 * WAITING_BYTES_MAX]), false, now);
+            assert_eq!(read(&mut body).0.len(), 2 * WAITING_BYTES_MAX);
+        }
+        assert!(!viewer.has_ended());
     }
 
     #[test]
