@@ -74,3 +74,8 @@ fn page_is_accessible_at_every_size() {
 fn page_of_many_backends_is_drawn_in_time() {
     suite("cost.mjs");
 }
+
+#[test]
+fn incident_is_solved_by_the_page_alone_and_by_commands_alone() {
+    suite("incident.mjs");
+}

@@ -60,7 +60,8 @@ pub struct StatusDoc {
 /// Something that is wrong.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct FindingDoc {
-    /// `none-eligible`, `frozen`, `backends`, `queue`, `refused`, `cap` or `warning`.
+    /// `none-eligible`, `frozen`, `backends`, `queue`, `refused`, `cap`, `reload` or
+    /// `warning`.
     pub kind: String,
     /// 3: clients are not served; 2: backends do not serve; 1: something may become worse.
     pub severity: u8,

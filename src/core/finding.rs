@@ -53,6 +53,8 @@ pub enum FindingKind {
     Refused,
     /// The process is near its cap.
     Cap,
+    /// The last reload was rejected.
+    Reload,
     /// A warning of the status.
     Warning,
 }
@@ -118,6 +120,8 @@ pub struct FindingFacts<'a> {
     pub refused: &'a [RefusedRate],
     /// Open sessions and their cap.
     pub connections: (u32, u32),
+    /// Why the last reload was rejected, and its age; `None` if it was not.
+    pub rejected_reload: Option<(String, Duration)>,
     /// Warnings in one sentence each.
     pub warnings: Vec<String>,
     /// Returns the newest event of the configuration, of an operator or of the process in the
@@ -138,6 +142,7 @@ pub fn find(facts: &FindingFacts<'_>) -> Vec<Finding> {
         facts.control.pools.iter().flat_map(|pool| of_pool(pool, facts)).collect();
     found.extend(facts.refused.iter().filter(|one| one.rate >= REFUSED_MIN).map(refusal));
     found.extend(near_cap(facts.connections));
+    found.extend(facts.rejected_reload.as_ref().map(rejected_reload));
     found.extend(facts.warnings.iter().map(|warning| warning_of(warning)));
     found.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
     found.truncate(FINDINGS_MAX);
@@ -267,6 +272,16 @@ fn near_cap((active, cap): (u32, u32)) -> Option<Finding> {
     Some(finding)
 }
 
+fn rejected_reload((why, since): &(String, Duration)) -> Finding {
+    let title = "The last reload was rejected".to_owned();
+    let mut finding = Finding::plain(FindingKind::Reload, FindingSeverity::Notice, title);
+    finding.short = "the last reload was rejected".to_owned();
+    finding.why = sentence(why);
+    finding.effect = "Correct the file: a restart would fail with it.".to_owned();
+    finding.since = Some(*since);
+    finding
+}
+
 fn warning_of(warning: &str) -> Finding {
     let mut finding =
         Finding::plain(FindingKind::Warning, FindingSeverity::Notice, "Warning".to_owned());
@@ -287,6 +302,7 @@ impl FindingKind {
             FindingKind::Queue => "queue",
             FindingKind::Refused => "refused",
             FindingKind::Cap => "cap",
+            FindingKind::Reload => "reload",
             FindingKind::Warning => "warning",
         }
     }

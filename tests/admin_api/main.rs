@@ -305,7 +305,7 @@ fn forty_connections_at_once_are_all_answered() {
 #[test]
 fn oldest_silent_admin_client_is_closed_for_a_request() {
     let api = Api::unix(Control::Answers);
-    let mut silent: Vec<_> = (0..32).map(|_| api.connect()).collect();
+    let mut silent: Vec<_> = (0..64).map(|_| api.connect()).collect();
     let asked = clock::now();
     assert_eq!(api.ask("GET", "/live").status, 200);
     // Much earlier than the timeout for silent clients.

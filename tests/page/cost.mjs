@@ -79,8 +79,7 @@ scene('memory does not grow over 600 updates', async () => {
 
 scene('the ninth tab reads why it gets no stream, and gets one when another closes', async () => {
   const { site: made } = await smallSite();
-  const tabs = [];
-  for (let at = 0; at < 8; at += 1) tabs.push(await Tab.open(made.url));
+  const tabs = await Promise.all(Array.from({ length: 8 }, () => Tab.open(made.url)));
   const ninth = await tab(made.url, { locked: true, expected: ['503'] });
   await ninth.shows('#view', 'No connection:');
   await tabs.pop().close();

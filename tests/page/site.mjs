@@ -41,17 +41,19 @@ async function freePort() {
   return port;
 }
 
-/** Echoes what clients send. `greeting` is sent first. */
+/** Echoes what clients send, after `delay` milliseconds. `greeting` is sent first. */
 export class Backend {
-  static async start({ host = '127.0.0.1', port = 0, greeting = '' } = {}) {
+  static async start({ host = '127.0.0.1', port = 0, greeting = '', delay = 0 } = {}) {
     const backend = new Backend();
     backend.open = new Set();
-    backend.server = net.createServer((client) => {
+    const server = { allowHalfOpen: true };
+    backend.server = net.createServer(server, (client) => {
       backend.open.add(client);
       client.on('error', () => {});
       client.on('close', () => backend.open.delete(client));
       if (greeting) client.write(greeting);
-      client.pipe(client);
+      client.on('data', (data) => setTimeout(() => client.write(data), delay));
+      client.on('end', () => setTimeout(() => client.end(), delay));
     });
     backend.server.listen(port, host);
     await once(backend.server, 'listening');
@@ -89,6 +91,7 @@ export class Site {
     site.dir = fs.mkdtempSync(path.join(os.tmpdir(), 'tidegate-page-'));
     site.file = path.join(site.dir, 'tidegate.toml');
     site.clients = [];
+    site.token = TOKEN;
     site.port = await freePort();
     const pathOf = (name) => JSON.stringify(path.join(site.dir, name));
     site.keys = admin.replace('"TOKEN"', pathOf('token')).replace('"READ"', pathOf('read-token'));
@@ -138,7 +141,8 @@ export class Site {
 
   /** Runs a command of the program against this balancer. */
   async cli(words) {
-    const command = [...words, '--admin', this.admin, '--token-file', `${this.dir}/token`];
+    const reach = ['--admin', this.admin, '--token-file', `${this.dir}/token`];
+    const command = words[0] === 'check' ? words : [...words, ...reach];
     const child = spawn(PROGRAM, command, { stdio: ['ignore', 'pipe', 'pipe'] });
     let output = '';
     child.stdout.on('data', (data) => (output += data));

@@ -46,6 +46,7 @@ fn found<'a>(
         queued: Box::leak(Box::default()),
         refused: &[],
         connections: (5, 100),
+        rejected_reload: None,
         warnings: Vec::new(),
         lead: &|_| None,
     };
@@ -148,4 +149,17 @@ fn findings_are_bounded() {
     let all = found(PoolStatus::plain("web", reasons.collect()), now, |_| ());
     assert_eq!(all.len(), FINDINGS_MAX);
     assert_eq!(all[0].severity, FindingSeverity::Outage);
+}
+
+#[test]
+fn rejected_reload_is_named_with_its_problem() {
+    let now = tidegate_net::clock::now();
+    let all = found(pool(1, 0..0, now), now, |facts| {
+        let why = "the new configuration was rejected: t.toml:3:1: unknown key".to_owned();
+        facts.rejected_reload = Some((why, Duration::from_secs(9)));
+    });
+    let [one] = &*all else { panic!("{all:?}") };
+    assert_eq!(one.short, "the last reload was rejected");
+    assert_eq!(one.why, "The new configuration was rejected: t.toml:3:1: unknown key.");
+    assert_eq!(one.since, Some(Duration::from_secs(9)));
 }

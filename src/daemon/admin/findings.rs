@@ -6,7 +6,8 @@ use super::snapshot::AdminSnapshot;
 use super::status::millis;
 use std::sync::Arc;
 use std::time::Duration;
-use tidegate_api::names::EventKindName;
+use tidegate_api::events::EventDoc;
+use tidegate_api::names::{EventKindName, EventLevelName};
 use tidegate_api::status::FindingDoc;
 use tidegate_core::finding::{Finding, FindingFacts, LEAD_WITHIN, LeadEvent, RefusedRate, find};
 use tidegate_core::metrics::counters::WorkerCounters;
@@ -31,6 +32,7 @@ pub(super) fn found(snapshot: &AdminSnapshot, traffic: &TrafficHistory) -> Vec<F
         queued: &snapshot.queued,
         refused: &refused,
         connections: (snapshot.connections_active, snapshot.connections_max),
+        rejected_reload: rejected_reload(snapshot),
         warnings: warnings(snapshot),
         lead: &lead,
     };
@@ -75,6 +77,14 @@ fn warnings(snapshot: &AdminSnapshot) -> Vec<String> {
     };
     let stalled = snapshot.workers.iter().enumerate().filter_map(stalled);
     snapshot.warnings.iter().chain(&snapshot.other_warnings).cloned().chain(stalled).collect()
+}
+
+/// The newest event of the configuration is a rejected reload, if the last one was rejected.
+fn rejected_reload(snapshot: &AdminSnapshot) -> Option<(String, Duration)> {
+    let of_config = |event: &EventDoc| event.kind == EventKindName::Config;
+    let newest = snapshot.event_log.newest(0.0, f64::INFINITY, of_config)?;
+    let since = Duration::try_from_secs_f64(snapshot.wall - newest.at).unwrap_or_default();
+    (newest.level == EventLevelName::Bad).then(|| (newest.text.clone(), since))
 }
 
 /// Returns the newest event that can be the cause of a problem of this age.

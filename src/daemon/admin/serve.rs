@@ -33,10 +33,10 @@ use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-/// Cap on open connections: twice what a few people and a few scrapers need. At the cap,
+/// Cap on open connections: eight browsers, which open six each, and a few scrapers. At the cap,
 /// the connection that has been idle for longest is closed and counted. If no connection
 /// is idle, new connections wait in the listen queue.
-const CONNECTIONS_MAX: usize = 32;
+const CONNECTIONS_MAX: usize = 64;
 
 /// Idle time after which a connection can be closed for a newer one. A client sends its
 /// request within one round trip after it connects.
