@@ -153,7 +153,7 @@ fn estimate(document: &RebalanceDoc, rate: u64) -> Option<(u64, u64)> {
         closed += now;
         seconds += 1;
     }
-    Some((closed as u64, seconds))
+    Some((closed.round() as u64, seconds))
 }
 
 fn show(args: &RebalanceArgs, document: &RebalanceDoc, last_line: &str) -> Exit {

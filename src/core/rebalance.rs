@@ -38,7 +38,8 @@ pub struct BackendExcess {
 pub fn excess_of(loads: &[BackendLoad], total: u64, tolerance: f64) -> Vec<BackendExcess> {
     let compare = |load: &BackendLoad| {
         let target = total as f64 * load.share;
-        let most = (target * (1.0 + tolerance)).ceil() as u64;
+        // Without a rounding error, 50 sessions and 10 % are exactly 55.
+        let most = (target * (1.0 + tolerance) - 1e-6).ceil() as u64;
         let excess = load.sessions.saturating_sub(most);
         BackendExcess { name: Arc::clone(&load.name), sessions: load.sessions, target, excess }
     };

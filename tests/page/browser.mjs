@@ -125,12 +125,15 @@ export class Tab {
     assert.deepEqual(violations, []);
   }
 
-  /** Pixels that stick out of the page, or out of a part that must fit. */
-  overflow() {
-    return this.page.evaluate(() => {
+  /** Waits until nothing sticks out of the page, or out of a part that must fit. */
+  async fits(what) {
+    const check = () => {
       const parts = [...document.querySelectorAll('.figures, .panel > .top')];
       const wide = parts.map((part) => part.scrollWidth - part.clientWidth);
-      return Math.max(document.documentElement.scrollWidth - innerWidth, ...wide);
+      return Math.max(document.documentElement.scrollWidth - innerWidth, ...wide) <= 1;
+    };
+    await this.page.waitForFunction(check, null, { timeout: 5000 }).catch(() => {
+      assert.fail(`${what} is too wide`);
     });
   }
 }

@@ -88,6 +88,7 @@ scene('a backend is drained by keys alone', async () => {
   await page.press('d');
   await page.page.locator('#dialog[open]').waitFor();
   await page.press('Enter');
+  await page.shows('#toast', 'is draining');
   await page.shows('#drawer', 'it is draining');
   await page.press('Escape');
   assert.ok(await page.page.locator('#drawer').isHidden());

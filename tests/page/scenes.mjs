@@ -4,6 +4,9 @@ import { after, before, test } from 'node:test';
 import { startBrowser, stopBrowser, Tab } from './browser.mjs';
 import { Backend, eventually, Site } from './site.mjs';
 
+/** The long versions of the tests are requested. */
+export const LONG = process.env.TIDEGATE_LONG === '1';
+
 export const PROBE = 'kind = "tcp"\ninterval = "200ms"\ntimeout = "200ms"\nfall = 2\nrise = 1';
 
 const cleanups = [];

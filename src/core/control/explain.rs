@@ -172,10 +172,11 @@ impl Controller {
             None => entry.state.failed_in_a_row(),
         };
         let probe = pool.spec.probe.as_ref().zip(entry.health.detector.as_ref());
+        let tier_shares = self.tier_shares(pool);
         Ok(Explanation {
             now,
             pool: pool.id,
-            backend: backend_status(entry, pool, now),
+            backend: backend_status(entry, pool, &tier_shares, now),
             intent_for: since(entry.health.intent_since),
             observed_for: since(entry.observed_since),
             requested_for: since(entry.requested_since),
@@ -193,7 +194,7 @@ impl Controller {
             last_probe: entry.last_probe.as_deref().cloned(),
             probes: entry.probes.clone(),
             rules: TierRules::of(&pool.spec),
-            tier_shares: self.tier_shares(pool),
+            tier_shares,
             closes_in: entry.released_for(pool.spec.on_recover, now),
             none_eligible: self.none_eligible(entry, pool),
             last_resort: entry.published.is_last_resort(),

@@ -76,7 +76,7 @@ impl ShownState {
             Observation::Suspect => ShownState::Suspect,
             Observation::Unknown if !backend.eligible => ShownState::Unknown,
             _ if backend.ramp_percent < 100 => ShownState::Joining,
-            _ if backend.tier > 0 && backend.effective_weight == 0.0 => ShownState::Standby,
+            _ if backend.tier > 0 && !backend.serves => ShownState::Standby,
             _ => ShownState::Up,
         }
     }
@@ -273,7 +273,7 @@ mod tests {
         let expected = [("unknown", 60, 50), ("up", 50, 12), ("joining", 12, 0)];
         assert_eq!(spans(&transitions, joins, Some(12)), expected);
         let standby = |backend: &mut BackendStatus| {
-            (backend.tier, backend.effective_weight) = (1, 0.0);
+            (backend.tier, backend.serves) = (1, false);
         };
         assert_eq!(spans(&transitions, standby, None)[1], ("standby", 50, 0));
     }

@@ -123,6 +123,8 @@ pub struct BackendStatus {
     pub effective_weight: f64,
     /// Its tier; above 0 it is a backup.
     pub tier: u8,
+    /// Whether its tier gets new sessions, or no tier does.
+    pub serves: bool,
     /// Cap; 0: none.
     pub connections_max: u32,
     /// The operator's intent.
@@ -271,7 +273,7 @@ impl Controller {
             let Some(entry) = self.state.backends.get(id) else { continue };
             let Some(pool) = self.state.pool(entry.pool) else { continue };
             let status = &mut gathering.status.pools[place as usize];
-            let backend = backend_status(entry, pool, now);
+            let backend = backend_status(entry, pool, &status.tier_shares, now);
             if backend.eligible {
                 (status.none_eligible, status.undecided) = (None, false);
             }
@@ -349,9 +351,11 @@ fn pool_status(pool: &PoolEntry, sources: Vec<SourceStatus>, now: Instant) -> Po
     }
 }
 
+/// `tier_shares` are those of the pool.
 pub(super) fn backend_status(
     entry: &BackendEntry,
     pool: &PoolEntry,
+    tier_shares: &[(u8, u8)],
     now: Instant,
 ) -> BackendStatus {
     let weight = entry.weight(&pool.spec);
@@ -361,6 +365,8 @@ pub(super) fn backend_status(
         weight: u32::from(entry.base_weight(&pool.spec)),
         effective_weight: weight.in_force(),
         tier: entry.spec.tier,
+        serves: tier_shares.is_empty()
+            || tier_shares.iter().any(|(tier, _)| *tier == entry.spec.tier),
         connections_max: entry.spec.connections_max,
         intent: entry.health.intent,
         observation: entry.health.observation(),
@@ -425,6 +431,7 @@ impl BackendStatus {
             weight: 2,
             effective_weight: 2.0,
             tier: 0,
+            serves: true,
             connections_max: 0,
             intent: Intent::Ready,
             observation: Observation::Unknown,

@@ -65,16 +65,29 @@ function row(finding) {
   const parts = [h('b'), h('span.mut'), h('span.raw'), h('span.mut.raw')];
   const [title, since, reason, effect] = parts;
   const words = h('div', h('p', title, since), h('p.reason', reason, ' ', effect));
-  const actions = actionsOf(finding).map((action) => actionElement(action, clean(finding.title)));
-  return { element: h('li', signOf(finding.state), words, h('div.row', actions)), parts };
+  const actions = h('div.row');
+  return {
+    element: h('li', signOf(finding.state), words, actions),
+    parts,
+    actions,
+    backends: null,
+  };
 }
 
-function updateRow({ parts: [title, since, reason, effect] }, finding) {
+function updateRow(known, finding) {
+  const [title, since, reason, effect] = known.parts;
   setText(title, clean(finding.title));
   const seconds = finding.since_seconds;
   setText(since, seconds == null ? '' : `${NBSP}·${NBSP}${duration(seconds)}`);
   setText(reason, clean(finding.why));
   setText(effect, clean(finding.effect));
+  // A group that grows keeps its row, but its link names the number of backends.
+  if (known.backends === finding.backends) return;
+  known.backends = finding.backends;
+  const actions = actionsOf(finding);
+  known.actions.replaceChildren(
+    ...actions.map((action) => actionElement(action, clean(finding.title))),
+  );
 }
 
 function updateList(list, findings) {

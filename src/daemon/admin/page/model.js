@@ -44,7 +44,7 @@ function stateOf(backend) {
   if (backend.observation === 'suspect') return 'suspect';
   if (backend.observation === 'unknown' && !backend.eligible) return 'unknown';
   if (backend.ramp_percent < 100) return 'joining';
-  if (backend.backup && !backend.effective_weight) return 'standby';
+  if (backend.backup && !backend.should) return 'standby';
   return 'up';
 }
 
