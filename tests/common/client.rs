@@ -54,6 +54,12 @@ pub fn exchange(mut stream: &TcpStream, request: &[u8]) -> io::Result<Vec<u8>> {
     Ok(answer)
 }
 
+/// Checks that the session is open, with a backend that echoes.
+#[track_caller]
+pub fn echoes(client: &TcpStream) {
+    assert_eq!(exchange(client, b"hello").expect("an open session"), b"hello");
+}
+
 /// Closes with a RST instead of a FIN (SO_LINGER of zero, socket(7)).
 pub fn reset(stream: TcpStream) {
     let socket = Socket::from(stream);

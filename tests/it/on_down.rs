@@ -1,7 +1,7 @@
 //! Open sessions of a backend that goes down (`on_down`).
 
 use crate::common::backend::{self, ScriptedBackend};
-use crate::common::client::{self, End, connect};
+use crate::common::client::{self, End, connect, echoes};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
 use crate::common::{Engine, eventually, ms, on_every_engine, patience, secs};
@@ -56,11 +56,6 @@ fn session(proxy: &TestProxy) -> TcpStream {
     let client = connect(proxy.addr("web"));
     echoes(&client);
     client
-}
-
-#[track_caller]
-fn echoes(client: &TcpStream) {
-    assert_eq!(client::exchange(client, b"hello").expect("an open session"), b"hello");
 }
 
 fn reset_ends_the_sessions_of_a_backend_that_is_down(engine: Engine) {

@@ -2,7 +2,7 @@
 //! backups when a lower tier returns (`on_recover`).
 
 use crate::common::backend::{self, ScriptedBackend};
-use crate::common::client::{self, End, connect, connect_from};
+use crate::common::client::{self, End, connect, connect_from, echoes};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
 use crate::common::{Engine, eventually, ms, on_every_engine, patience, secs};
@@ -194,11 +194,6 @@ impl Site {
         assert_eq!(self.backends[1].accepted(), before + 1, "a session of the backup");
         client
     }
-}
-
-#[track_caller]
-fn echoes(client: &TcpStream) {
-    assert_eq!(client::exchange(client, b"hello").expect("an open session"), b"hello");
 }
 
 fn sessions_of_a_backup_are_closed_in_order_after_the_primary_returned(engine: Engine) {

@@ -3,7 +3,7 @@
 //! Only the new process knows the state of backends, and orders the reset.
 
 use crate::common::backend::{self, ScriptedBackend};
-use crate::common::client::{self, End, connect};
+use crate::common::client::{self, End, connect, echoes};
 use crate::common::conf::{Conf, Pool};
 use crate::common::proxy::TestProxy;
 use crate::common::{Engine, on_every_engine, patience, secs};
@@ -60,11 +60,6 @@ fn session(proxy: &TestProxy, frontend: &str) -> TcpStream {
     let client = connect(proxy.addr(frontend));
     echoes(&client);
     client
-}
-
-#[track_caller]
-fn echoes(client: &TcpStream) {
-    assert_eq!(client::exchange(client, b"hello").expect("an open session"), b"hello");
 }
 
 #[track_caller]

@@ -15,12 +15,12 @@ use super::{ControlEffect, Notice, NoticeFields, NoticeLevel};
 use crate::health::Observation;
 use crate::model::{OnDown, WhenNoneEligible};
 use crate::outcome::Cause;
-use crate::table::state::BackendId;
+use crate::table::state::{BackendId, BackendState};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Time between two resets of the sessions of one backend.
-const REPEAT: Duration = Duration::from_secs(1);
+/// Time between two orders to end the sessions of one backend.
+pub(super) const REPEAT: Duration = Duration::from_secs(1);
 
 /// A backend that its sessions leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,23 +100,34 @@ impl ControlState {
         let since = *leave.cut.get_or_insert(now);
         let state = Arc::clone(&entry.state);
         let Some(pool) = self.pools.get(entry.pool) else { return };
-        let open = state.in_flight.get();
-        if open > 0 {
-            self.pending.effects.push(ControlEffect::ResetSessions(id, Cause::BackendDown));
-        }
-        if open > 0 && first {
-            let fields = NoticeFields {
-                reason: Some(format!("open sessions: {open}")),
-                ..NoticeFields::default()
-            };
-            let (level, message) = (NoticeLevel::Info, "sessions reset because of on_down");
-            let (pool, backend) = (Arc::clone(&state.pool), Some(Arc::clone(&state.name)));
-            let notice = Notice { level, pool, backend, message, fields };
-            self.pending.effects.push(ControlEffect::Notice(Box::new(notice)));
-        }
         let until = after(since, pool.spec.connect_timeout) + REPEAT;
-        if now < until && pool.spec.when_none_eligible != WhenNoneEligible::TryAll {
+        let repeats = now < until && pool.spec.when_none_eligible != WhenNoneEligible::TryAll;
+        let message = first.then_some("sessions reset because of on_down");
+        self.request_end(&state, Cause::BackendDown, message);
+        if repeats {
             self.schedule.set(TimerKind::CutSessions(id), now + REPEAT);
+        }
+    }
+
+    /// Requests the end of the open sessions of a backend, if it has any. `message` is logged with
+    /// their number.
+    pub(super) fn request_end(
+        &mut self,
+        state: &BackendState,
+        cause: Cause,
+        message: Option<&'static str>,
+    ) {
+        let open = state.in_flight.get();
+        if open == 0 {
+            return;
+        }
+        self.pending.effects.push(ControlEffect::ResetSessions(state.id, cause));
+        if let Some(message) = message {
+            let reason = Some(format!("open sessions: {open}"));
+            let fields = NoticeFields { reason, ..NoticeFields::default() };
+            let (pool, backend) = (Arc::clone(&state.pool), Some(Arc::clone(&state.name)));
+            let notice = Notice { level: NoticeLevel::Info, pool, backend, message, fields };
+            self.pending.effects.push(ControlEffect::Notice(Box::new(notice)));
         }
     }
 }

@@ -11,11 +11,11 @@
 //!   closes them repeatedly, until every connect that began before has ended.
 
 use super::backends::BackendEntry;
+use super::on_down::REPEAT;
 use super::pools::PoolId;
 use super::publish::BackendTableState;
 use super::schedule::{TimerKind, after};
 use super::state::ControlState;
-use super::{ControlEffect, Notice, NoticeFields, NoticeLevel};
 use crate::model::OnRecover;
 use crate::outcome::Cause;
 use crate::table::state::BackendId;
@@ -23,9 +23,6 @@ use crate::table::tiers::{TierMember, TierRules};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// Time between two orders to close the sessions of one backend.
-const REPEAT: Duration = Duration::from_secs(1);
 
 /// A backup that a lower tier has replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -132,21 +129,10 @@ impl ControlState {
         let since = *released.closed.get_or_insert(now);
         let state = Arc::clone(&entry.state);
         let Some(pool) = self.pools.get(entry.pool) else { return };
-        let open = state.in_flight.get();
-        if open > 0 {
-            self.pending.effects.push(ControlEffect::ResetSessions(id, Cause::BackupReleased));
-        }
-        if open > 0 && first {
-            let fields = NoticeFields {
-                reason: Some(format!("open sessions: {open}")),
-                ..NoticeFields::default()
-            };
-            let (level, message) = (NoticeLevel::Info, "sessions closed because of on_recover");
-            let (pool, backend) = (Arc::clone(&state.pool), Some(Arc::clone(&state.name)));
-            let notice = Notice { level, pool, backend, message, fields };
-            self.pending.effects.push(ControlEffect::Notice(Box::new(notice)));
-        }
-        if now < after(since, pool.spec.connect_timeout) + REPEAT {
+        let repeats = now < after(since, pool.spec.connect_timeout) + REPEAT;
+        let message = first.then_some("sessions closed because of on_recover");
+        self.request_end(&state, Cause::BackupReleased, message);
+        if repeats {
             self.schedule.set(TimerKind::CloseReleased(id), now + REPEAT);
         }
     }

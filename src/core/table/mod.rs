@@ -176,15 +176,20 @@ impl NoBackend {
 }
 
 impl PoolTable {
+    /// Returns each backend that gets new sessions, and its share of them over time.
+    pub fn shares(&self) -> impl Iterator<Item = (&Arc<BackendState>, f64)> {
+        let shares = self.balancer.as_ref().map(TierBalancers::shares).unwrap_or_default();
+        self.serving.iter().zip(shares)
+    }
+
     /// Returns the sessions and the share of each backend that gets new sessions.
     pub fn loads(&self) -> Vec<BackendLoad> {
-        let shares = self.balancer.as_ref().map(TierBalancers::shares).unwrap_or_default();
         let load = |(backend, share): (&Arc<BackendState>, f64)| BackendLoad {
             name: Arc::clone(&backend.name),
             sessions: backend.in_flight.get().into(),
             share,
         };
-        self.serving.iter().zip(shares).map(load).collect()
+        self.shares().map(load).collect()
     }
 
     /// Picks a backend that is not in `tried` (positions in `serving`).

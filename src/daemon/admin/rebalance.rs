@@ -113,13 +113,12 @@ fn choose(
     quotas: &mut HashMap<&str, u64>,
     limit: usize,
 ) -> HashSet<u64> {
-    let within = |session: &&ListedSession| {
+    let mut within = |session: &&ListedSession| {
         let (_, backend) = session.backend.as_ref()?;
         let quota = quotas.get_mut(&**backend)?;
         *quota = quota.checked_sub(1)?;
         Some(())
     };
-    let mut within = within;
     let chosen = sessions.iter().filter(|session| within(session).is_some());
     chosen.take(limit).map(|session| session.number).collect()
 }

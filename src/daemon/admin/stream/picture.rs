@@ -245,9 +245,8 @@ impl BackendFacts {
 /// Returns the share that the balancer gives to each backend that can be picked.
 fn shares(pool: &PoolStatus, snapshot: &AdminSnapshot) -> HashMap<BackendId, f64> {
     let table = snapshot.table.pools.iter().find(|table| table.spec.name == pool.name);
-    let Some(table) = table else { return HashMap::new() };
-    let Some(balancer) = &table.balancer else { return HashMap::new() };
-    table.serving.iter().map(|state| state.id).zip(balancer.shares()).collect()
+    let shares = table.into_iter().flat_map(|table| table.shares());
+    shares.map(|(state, share)| (state.id, share)).collect()
 }
 
 fn row(
